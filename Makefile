@@ -1,0 +1,51 @@
+# quantline. `make setup` needs Python 3.11, git and make; everything else is installed into .venv and .venvs.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONPATH :=
+# dvc asks the network whether there is a newer dvc, and reports usage, unless told not to
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help setup repro test lint format ui lock clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: .venv/ready  ## the core environment in .venv; the toolchains in .venvs follow on demand
+
+# `ready` is made last: a half-built environment has none and is built anew.
+.venv/ready: envs/core.txt
+	@rm -rf .venv
+	@echo "building .venv from envs/core.txt"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^uv==' envs/core.txt)"
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r envs/core.txt
+	@touch $@
+
+repro: setup  ## run the pipeline: every stage of every variant that is out of date, then publish and print the table
+	@dvc repro
+	@python -m stages.publish
+
+test: setup  ## the whole test suite
+	@python -m pytest
+
+lint: setup  ## ruff, its formatter, and mypy
+	@ruff check .
+	@ruff format --check .
+	@mypy
+
+format: setup  ## let ruff fix what it can
+	@ruff check --fix .
+	@ruff format .
+
+ui: setup  ## publish what is new and open the MLflow UI
+	@python -m stages.publish
+	@python -m stages.ui
+
+lock: setup  ## resolve envs/*.in into envs/*.txt again
+	@tools/lock_envs.sh
+
+clean:  ## remove environments, scratch and caches; artifacts, DVC's cache and MLflow's store stay
+	@rm -rf .venv .venvs scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

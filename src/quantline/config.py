@@ -1,0 +1,273 @@
+"""The only place where YAML becomes types.
+
+`parse` takes a composed configuration as plain values and returns a frozen `Config`, or raises one `ConfigError` that lists
+every fault it found: unknown keys, wrong types, values out of range, combinations that no backend can do. Beyond this
+module nothing sees a configuration object: functions take plain arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quantline.errors import ConfigError
+
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
+BITS: dict[str, tuple[int, ...]] = {"awq": (4,), "gptq": (2, 3, 4, 8), "rtn": (2, 3, 4, 8)}
+GROUP_SIZES_OF: dict[str, tuple[int, ...]] = {
+    "awq": (32, 64, 128, 256),
+    "gptq": (-1, *GROUP_SIZES),
+    "rtn": (-1, *GROUP_SIZES),
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(_Section):
+    """Where the float model comes from: a pinned commit of a hub's repository, or a folder."""
+
+    name: str | None
+    repo: str | None
+    revision: str | None
+    path: str | None
+    allow_pickle: bool
+    trust_remote_code: bool
+
+
+class AwqMethod(_Section):
+    """AWQ by AutoAWQ."""
+
+    name: Literal["awq"]
+    backend: Literal["autoawq"]
+    zero_point: bool
+    version: Literal["gemm", "gemv"]
+    clip: bool
+
+
+class GptqMethod(_Section):
+    """GPTQ by AutoGPTQ."""
+
+    name: Literal["gptq"]
+    backend: Literal["auto_gptq"]
+    damp_percent: float = Field(gt=0.0, lt=1.0)
+    desc_act: bool
+    sym: bool
+    true_sequential: bool
+    static_groups: bool
+
+
+class RtnMethod(_Section):
+    """Round to nearest, by this project's own formats."""
+
+    name: Literal["rtn"]
+    backend: Literal["native"]
+    sym: bool
+
+
+class FloatMethod(_Section):
+    """No quantization: the baseline."""
+
+    name: Literal["float"]
+    backend: Literal["none"]
+
+
+Method = Annotated[AwqMethod | GptqMethod | RtnMethod | FloatMethod, Field(discriminator="name")]
+
+
+class SourceConfig(_Section):
+    """One source of calibration text and its share of the samples."""
+
+    weight: float = Field(gt=0.0)
+    path: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    file: str | None = None
+    format: str | None = None
+    text_field: str = "text"
+
+
+class CalibrationConfig(_Section):
+    """Which text the methods calibrate on, and how it becomes samples of equal length."""
+
+    name: str
+    path: str | None
+    n_samples: int = Field(ge=1)
+    seq_len: int = Field(ge=8)
+    seed: int = Field(ge=0)
+    chat_template: bool
+    packing: Literal["concat", "document"]
+    skip_empty: bool
+    sources: dict[str, SourceConfig] = Field(min_length=1)
+
+
+class ConvertConfig(_Section):
+    """The layout to hand to the serving target."""
+
+    target: Literal["auto", "keep", "awq", "gptq", "gptq_v2"]
+
+
+class SmokeConfig(_Section):
+    """The fixed greedy questions of the serving check."""
+
+    max_tokens: int = Field(ge=1)
+    prompts: list[str] = Field(min_length=1)
+    chat_prompts: list[str]
+
+
+class ProcessConfig(_Section):
+    """How the server runs here; no part of a variant's identity."""
+
+    host: str
+    port: int | None = Field(ge=1, le=65535)
+    startup_timeout_seconds: float = Field(gt=0)
+    request_timeout_seconds: float = Field(gt=0)
+    kv_cache_gib: float = Field(gt=0)
+    gpu_memory_utilization: float = Field(gt=0, le=1)
+    tensor_parallel_size: int = Field(ge=1)
+    concurrency: int = Field(ge=1)
+    extra_args: list[str]
+
+
+class ServeConfig(_Section):
+    """The serving target."""
+
+    runtime: Literal["vllm"]
+    max_model_len: int = Field(ge=16)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    enforce_eager: bool
+    smoke: SmokeConfig
+    process: ProcessConfig
+
+
+class TrackingConfig(_Section):
+    """Where measurements are published."""
+
+    enabled: bool
+    uri: str | None
+    experiment: str | None
+    timeout_seconds: float = Field(gt=0)
+
+
+class ToolchainsConfig(_Section):
+    """Interpreters that stand in for the locked environments."""
+
+    reference: str | None
+    autoawq: str | None
+    auto_gptq: str | None
+    vllm: str | None
+
+
+class FrozenConfig(_Section):
+    """What `compose` adds when it freezes a variant."""
+
+    variant: str
+    overrides: str
+    locks: dict[str, str]
+
+
+class Config(_Section):
+    """A whole variant."""
+
+    variant: str | None
+    bits: int
+    group_size: int
+    seed: int = Field(ge=0, lt=2**32)
+    threads: int = Field(ge=1)
+    device: Literal["auto", "cpu", "cuda"]
+    model: ModelConfig
+    method: Method
+    calibration: CalibrationConfig
+    convert: ConvertConfig
+    serve: ServeConfig
+    evaluate: dict[str, Any]
+    tracking: TrackingConfig
+    toolchains: ToolchainsConfig
+    frozen: FrozenConfig | None = None
+
+
+def parse(values: Mapping[str, Any]) -> Config:
+    """Validate plain values and return the configuration.
+
+    Raises:
+        ConfigError: every fault at once, each naming the key, what was given and what is allowed.
+    """
+    faults: list[str] = []
+    config: Config | None = None
+    try:
+        config = Config.model_validate(dict(values))
+    except ValidationError as error:
+        faults.extend(_describe(fault) for fault in error.errors(include_url=False))
+    faults.extend(_method_faults(values))
+    faults.extend(_source_faults(values))
+    if faults or config is None:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    return config
+
+
+def _describe(fault: Mapping[str, Any]) -> str:
+    # The discriminator's tag stands in the location of a method's fault and means nothing to a user.
+    places = [str(part) for part in fault["loc"]]
+    if len(places) > 2 and places[0] == "method":
+        del places[1]
+    key, given, kind = ".".join(places), fault["input"], fault["type"]
+    if kind == "extra_forbidden":
+        return f"{key}: no such option; see the allowed ones with --help"
+    if kind == "missing":
+        return f"{key}: is missing; give it a value"
+    if kind == "literal_error":
+        return f"{key}={_shown(given)}: allowed are {fault['ctx']['expected'].replace(chr(39), '')}"
+    return f"{key}={_shown(given)}: {_lower(fault['msg'])}"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _method_faults(values: Mapping[str, Any]) -> list[str]:
+    method = values.get("method")
+    name = method.get("name") if isinstance(method, Mapping) else None
+    faults: list[str] = []
+    if name not in BITS or not isinstance(method, Mapping):
+        return faults
+    bits, group_size = values.get("bits"), values.get("group_size")
+    if isinstance(bits, int) and bits not in BITS[name]:
+        others = [other for other, allowed in BITS.items() if bits in allowed]
+        remedy = f"; method={others[0]} takes bits={bits}" if others else ""
+        faults.append(f"bits={bits}: {name} takes {_either(BITS[name])}{remedy}")
+    if isinstance(group_size, int) and group_size not in GROUP_SIZES_OF[name]:
+        near = min(GROUP_SIZES_OF[name], key=lambda size: abs(size - group_size))
+        faults.append(f"group_size={group_size}: {name} takes {_either(GROUP_SIZES_OF[name])}; the nearest is {near}")
+    if name == "awq" and method.get("zero_point") is False and method.get("version") == "gemm":
+        faults.append("method.zero_point=false: AWQ's gemm layout needs zero points; leave it true")
+    return faults
+
+
+def _source_faults(values: Mapping[str, Any]) -> list[str]:
+    model = values.get("model")
+    if not isinstance(model, Mapping):
+        return []
+    if model.get("path") is None and model.get("repo") is None:
+        return ["model: neither model.path nor model.repo is set; give model.path=DIR, or model.repo and model.revision"]
+    return []
+
+
+def _either(allowed: tuple[int, ...]) -> str:
+    words = [str(value) for value in allowed]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """A hint at the word that was meant, as ` (did you mean X?)`, or nothing."""
+    matches = difflib.get_close_matches(word, allowed, n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""

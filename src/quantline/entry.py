@@ -1,0 +1,107 @@
+"""From Hydra's configuration to a stage's run, and from any exception to what a user should read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantline.config import Config, nearest, parse
+from quantline.errors import QuantlineError, UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from quantline.stage import StageRun
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain values, interpolations resolved."""
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def run_stage(
+    name: str, work: Callable[[StageRun], None], cfg: DictConfig, root: Path, overrides: Sequence[str]
+) -> None:
+    """Validate the configuration, run the stage, and publish what it measured when it was run by hand."""
+    from quantline.stage import execute
+
+    config = parse(plain(cfg))
+    check_caller(config, overrides)
+    execute(name, work, config, root, overrides)
+
+
+def check_caller(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse what would make an output that its configuration does not describe.
+
+    Raises:
+        UserError: a frozen configuration with overrides, or DVC running a stage from one that is not frozen.
+    """
+    if config.frozen is not None and overrides:
+        raise UserError(
+            f"{' '.join(overrides)}: variants/{config.frozen.variant}.yaml is frozen and takes no overrides; change the "
+            "variant's line in params.yaml, or run the stage without -cp and -cn"
+        )
+    if config.frozen is None and os.environ.get("DVC_STAGE"):
+        raise UserError("DVC runs this stage from a configuration that is not frozen; give it -cp ../variants -cn NAME")
+
+
+def explain(error: BaseException, conf: Path) -> tuple[str, int] | None:
+    """The message and exit code for a failure the user can mend; None for a fault of ours, which keeps its traceback."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, QuantlineError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; free some space and run the stage again, nothing half written was left", 1
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return f"{error.filename}: {error.strerror}; make it writable", 1
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _explain_composition(error, conf), 2
+    return None
+
+
+def _explain_composition(error: Exception, conf: Path) -> str:
+    text = str(error)
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        key = unknown.group(1)
+        return f"{key}: no such option{nearest(key, option_names(conf))}; see the allowed ones with --help"
+    group = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    if group:
+        choices = sorted(path.stem for path in (conf / group.group(1)).glob("*.yaml"))
+        hint = nearest(group.group(2), choices)
+        return f"{group.group(1)}={group.group(2)}: allowed are {', '.join(choices)}{hint}"
+    primary = re.search(r"Cannot find primary config '([^']+)'", text)
+    if primary:
+        return f"{primary.group(1)}: no such configuration; the pipeline's are made by `dvc repro`"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def option_names(conf: Path) -> list[str]:
+    """Every option that conf/ defines, dotted, of whichever choice of a group."""
+    import yaml
+
+    names: set[str] = set()
+
+    def collect(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                name = f"{prefix}.{key}" if prefix else str(key)
+                names.add(name)
+                collect(name, inner)
+
+    for path in conf.rglob("*.yaml"):
+        group = path.relative_to(conf).parent.as_posix()
+        if not group.startswith("hydra"):
+            collect("" if group == "." else group.replace("/", "."), yaml.safe_load(path.read_text(encoding="utf-8")))
+    return sorted(name for name in names if not name.startswith(("hydra", "defaults")))

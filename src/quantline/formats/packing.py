@@ -1,0 +1,158 @@
+"""Packing of unsigned 2-, 3-, 4- and 8-bit codes into 32-bit words, low bits first.
+
+Along the packed axis, code ``i`` of a run occupies bits ``[i*b, (i+1)*b)`` of one long little-endian bit string that is
+cut into 32-bit words. For 2, 4 and 8 bits a word holds ``32 / b`` whole codes. For 3 bits, 32 codes fill 3 words
+and two of them straddle: code 10 has two bits in word 0 and one in word 1, code 21 one bit in word 1 and two in word 2.
+
+Words are int32 on disk (the sign carries no meaning); all arithmetic here is on a uint32 view of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.formats.errors import FormatError
+
+BITS = (2, 3, 4, 8)
+
+# Temporaries of about this many words stay in the cache; whole-tensor temporaries made packing memory-bound.
+_CHUNK_WORDS = 1 << 15
+
+
+def values_per_run(bits: int) -> int:
+    """Codes in the smallest run that fills whole words: 16, 32, 8, 4 for 2, 3, 4, 8 bits."""
+    _check_bits(bits)
+    return 32 if bits == 3 else 32 // bits
+
+
+def words_per_run(bits: int) -> int:
+    """Words that such a run fills: 3 for 3 bits, otherwise 1."""
+    return values_per_run(bits) * bits // 32
+
+
+def pack(codes: NDArray[np.uint8], bits: int, axis: int, order: Sequence[int] | None = None) -> NDArray[np.int32]:
+    """Pack a matrix of codes along one axis.
+
+    Args:
+        codes: uint8 (rows, cols), every value below ``2**bits``. Not modified.
+        bits: 2, 3, 4 or 8.
+        axis: 0 packs rows together, giving (rows*bits/32, cols); 1 packs columns, giving (rows, cols*bits/32).
+        order: for layouts that interleave (AWQ): field ``k`` of each run takes code ``order[k]`` of that run.
+
+    Returns:
+        int32 words.
+
+    Raises:
+        FormatError: a code does not fit, or the axis is not a whole number of words.
+    """
+    fields = _fields(bits, order)
+    values, words = values_per_run(bits), words_per_run(bits)
+    if codes.dtype != np.uint8 or codes.ndim != 2:
+        raise FormatError(f"codes are {codes.dtype} {codes.shape}: give a uint8 matrix")
+    if codes.shape[axis] % values:
+        raise FormatError(
+            f"width {codes.shape[axis]} does not fill whole 32-bit words at {bits} bits: "
+            f"it must be a multiple of {values}"
+        )
+    if bits < 8 and codes.size and int(codes.max()) >> bits:
+        raise FormatError(f"code {int(codes.max())} does not fit {bits} bits: give codes in [0, {2**bits - 1}]")
+    shape = list(codes.shape)
+    shape[axis] = shape[axis] // values * words
+    packed = np.empty(shape, dtype=np.uint32)
+    for source, target in _chunks(np.ascontiguousarray(codes), packed, values, words, axis):
+        shifted = np.empty(target.shape[:-1], dtype=np.uint32)
+        started = [False] * words
+        for word, value, shift in fields:
+            field = target[..., word]
+            if not started[word]:  # the first field of a word starts at bit 0 or is a straddler's upper part
+                np.copyto(field, source[..., value])
+                if shift < 0:
+                    np.right_shift(field, np.uint32(-shift), out=field)
+                started[word] = True
+                continue
+            np.copyto(shifted, source[..., value])
+            np.left_shift(shifted, np.uint32(shift), out=shifted)
+            np.bitwise_or(field, shifted, out=field)
+    return packed.view(np.int32)
+
+
+def unpack(words: NDArray[Any], bits: int, axis: int, order: Sequence[int] | None = None) -> NDArray[np.uint8]:
+    """Undo `pack`.
+
+    Args:
+        words: int32 or uint32 (rows, cols). Not modified.
+        bits, axis, order: as they were given to `pack`.
+
+    Returns:
+        uint8 codes: (rows*32/bits, cols) for axis 0, (rows, cols*32/bits) for axis 1.
+
+    Raises:
+        FormatError: not a matrix of 32-bit words, or a 3-bit axis that is not a multiple of 3 words.
+    """
+    fields = _fields(bits, order)
+    values, per_run = values_per_run(bits), words_per_run(bits)
+    if words.dtype not in (np.int32, np.uint32) or words.ndim != 2:
+        raise FormatError(f"packed words are {words.dtype} {words.shape}: this layout stores an int32 matrix")
+    if words.shape[axis] % per_run:
+        raise FormatError(f"{words.shape[axis]} words do not hold {bits}-bit codes: the number must be a multiple of 3")
+    shape = list(words.shape)
+    shape[axis] = shape[axis] // per_run * values
+    codes = np.empty(shape, dtype=np.uint8)
+    mask = np.uint32(2**bits - 1)
+    for target, source in _chunks(codes, np.ascontiguousarray(words).view(np.uint32), values, per_run, axis):
+        shifted = np.empty(source.shape[:-1], dtype=np.uint32)
+        for word, value, shift in fields:
+            if shift < 0:  # the upper part of a straddling code: its lower part was written just before
+                np.left_shift(source[..., word], np.uint32(-shift), out=shifted)
+                np.bitwise_and(shifted, mask, out=shifted)
+                np.bitwise_or(target[..., value], shifted, out=target[..., value], casting="unsafe")
+                continue
+            np.right_shift(source[..., word], np.uint32(shift), out=shifted)
+            np.bitwise_and(shifted, mask, out=shifted)
+            np.copyto(target[..., value], shifted, casting="unsafe")
+    return codes
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in BITS:
+        raise FormatError(f"bits={bits}: codes are packed at 2, 3, 4 or 8 bits")
+
+
+def _fields(bits: int, order: Sequence[int] | None) -> list[tuple[int, int, int]]:
+    """(word, value, left shift) of every field of one run; a negative shift is a straddling code's upper part."""
+    values = values_per_run(bits)
+    order = range(values) if order is None else order
+    if sorted(order) != list(range(values)):
+        raise FormatError(f"order {list(order)} is not a permutation of the {values} codes of a run")
+    fields: list[tuple[int, int, int]] = []
+    for position, value in enumerate(order):
+        word, start = divmod(position * bits, 32)
+        fields.append((word, value, start))
+        if start + bits > 32:
+            fields.append((word + 1, value, start - 32))
+    return fields
+
+
+def _chunks(
+    codes: NDArray[Any], words: NDArray[Any], values: int, per_run: int, axis: int
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Views of the same part of both matrices with the position inside a run as the last axis."""
+    if axis == 0:
+        cols = codes.shape[1]
+        runs = codes.shape[0] // values
+        code_runs = codes.reshape(runs, values, cols).transpose(0, 2, 1)  # (runs, cols, values)
+        word_runs = words.reshape(runs, per_run, cols).transpose(0, 2, 1)  # (runs, cols, words)
+    elif axis == 1:
+        rows = codes.shape[0]
+        runs = codes.shape[1] // values
+        code_runs = codes.reshape(rows, runs, values)
+        word_runs = words.reshape(rows, runs, per_run)
+    else:
+        raise FormatError(f"axis={axis}: codes are packed along axis 0 or 1")
+    step = max(1, _CHUNK_WORDS // max(1, code_runs.shape[1]))
+    for start in range(0, code_runs.shape[0], step):
+        yield code_runs[start : start + step], word_runs[start : start + step]

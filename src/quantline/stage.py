@@ -1,0 +1,225 @@
+"""What every stage does around its work: find inputs, give an output folder that appears whole or not at all, write the
+result.
+
+Under DVC a stage runs from a frozen configuration and finds its inputs under artifacts/. By hand it writes to scratch/ and
+takes as input whatever output carries the fingerprint that the configuration asks for, wherever it was made; where there
+is none it says which command makes it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantline import lineage, toolchains
+from quantline.config import Config, FloatMethod
+from quantline.errors import UserError
+from quantline.jobs import JobResult, installed_versions, write_json
+from quantline.results import read_result
+from quantline.variants import BASELINE, StagePaths, checked_name, derived_name, stage_paths
+
+RESULT_SCHEMA = 1
+_CORE_VERSIONS = ("numpy", "safetensors", "transformers", "huggingface-hub", "dvc", "hydra-core")
+
+
+@dataclass
+class StageRun:
+    """One run of one stage: its configuration, its places, and what it will report.
+
+    A stage's function reads `config`, calls `input` and `output`, and fills `metrics`, `warnings` and `files` (small files
+    worth keeping beside the metrics). `status` is `ok` or, where the serving target cannot take the variant, `unsupported`
+    with a `reason`.
+    """
+
+    stage: str
+    config: Config
+    root: Path
+    overrides: tuple[str, ...]
+    metrics: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    status: str = "ok"
+    reason: str | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether this run belongs to the pipeline rather than to somebody's hands."""
+        return self.config.frozen is not None
+
+    @property
+    def home(self) -> Path:
+        """artifacts/ or scratch/."""
+        return self.root / ("artifacts" if self.frozen else "scratch")
+
+    @property
+    def variant(self) -> str:
+        """The variant's name."""
+        if self.config.frozen is not None:
+            return checked_name(self.config.frozen.variant)
+        return checked_name(self.config.variant or derived_name(self.config, self.overrides))
+
+    @property
+    def paths(self) -> StagePaths:
+        """Where this run's output goes."""
+        return stage_paths(self.home, self.variant, self.stage)
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda, `auto` resolved."""
+        return toolchains.detect_platform() if self.config.device == "auto" else self.config.device
+
+    @property
+    def fingerprint(self) -> str:
+        """What this run's output follows from."""
+        return lineage.stage_fingerprint(self.config, self.stage, self.root)
+
+    def refuse_float(self) -> None:
+        """Refuse the baseline where a stage has nothing to do for it.
+
+        Raises:
+            UserError: the configuration has method=float.
+        """
+        if self.config.method.name == BASELINE:
+            raise UserError(f"method=float: the baseline skips {self.stage}; choose method=awq, gptq or rtn")
+
+    def toolchain(self, name: str) -> toolchains.Toolchain:
+        """The named environment, ready to use."""
+        return toolchains.ensure(self.root, name, python=getattr(self.config.toolchains, name), platform=self.device)
+
+    def worker(self, toolchain: str, module: str, job: dict[str, Any], label: str) -> JobResult:
+        """Run a worker and take over its versions and its peak memory."""
+        chosen = self.toolchain(toolchain)
+        log = self.paths.log
+        result = toolchains.run_worker(chosen, module, job, log=log, threads=self.config.threads, label=label)
+        self.peak_memory_bytes = max(self.peak_memory_bytes, result.peak_memory_bytes)
+        self.environment.update(toolchain=toolchain, lock_sha256=chosen.lock_sha256, versions=result.versions)
+        return result
+
+    def input(self, stage: str, *, baseline: bool = False) -> Path:
+        """The output folder of an earlier stage, or of the baseline's.
+
+        Raises:
+            UserError: it is not there; the message names the command that makes it.
+        """
+        config = float_config(self.config) if baseline else self.config
+        path = self._pipeline_input(stage, baseline) if self.frozen else self._manual_input(stage, config, baseline)
+        name = f"{BASELINE}/{stage}" if baseline else stage
+        self.inputs[name] = str(read_result(stage_paths_of(path).result)["output_hash"])
+        return path
+
+    def _pipeline_input(self, stage: str, baseline: bool) -> Path:
+        places = stage_paths(self.home, BASELINE if baseline else self.variant, stage)
+        if not places.output.is_dir() or not places.result.is_file():
+            raise UserError(f"{places.output.relative_to(self.root)} is missing: run `dvc repro`, which makes it first")
+        return places.output
+
+    def _manual_input(self, stage: str, config: Config, baseline: bool) -> Path:
+        wanted = lineage.stage_fingerprint(config, stage, self.root)
+        for home in ("scratch", "artifacts"):
+            for result in sorted((self.root / home).glob(f"*/{stage}.json")):
+                output = result.with_suffix("")
+                if output.is_dir() and read_result(result).get("fingerprint") == wanted:
+                    return output
+        overrides = [part for part in self.overrides if not (baseline and part.startswith(("method", "bits", "group_size")))]
+        command = shlex.join(["python", "-m", f"stages.{stage}", *(["method=float"] if baseline else []), *overrides])
+        raise UserError(f"{self.stage} needs the output of {stage}, which is not there for these options; run: {command}")
+
+    @property
+    def checkpoint_stage(self) -> str:
+        """The stage whose output is served and judged."""
+        return "download" if self.config.method.name == BASELINE else "convert"
+
+    def checkpoint(self) -> Path:
+        """The checkpoint to serve and judge: the converted one, or the float model itself."""
+        folder = self.input(self.checkpoint_stage)
+        return folder / "model" if self.checkpoint_stage == "download" else folder
+
+    @contextmanager
+    def output(self) -> Iterator[Path]:
+        """An empty folder that becomes this stage's output when the block ends well, and vanishes when it does not."""
+        places = self.paths
+        places.output.parent.mkdir(parents=True, exist_ok=True)
+        for stale in places.output.parent.glob(f".{places.output.name}.partial-*"):
+            if not _alive(int(stale.name.rsplit("-", 1)[1])):
+                shutil.rmtree(stale, ignore_errors=True)
+        partial = places.output.with_name(f".{places.output.name}.partial-{os.getpid()}")
+        partial.mkdir()
+        try:
+            yield partial
+            places.result.unlink(missing_ok=True)
+            if places.output.exists():
+                shutil.rmtree(places.output)
+            os.replace(partial, places.output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def write_result(self, started: float) -> dict[str, Any]:
+        """Hash the output and write the result, last of all."""
+        outputs = lineage.file_hashes(self.paths.output)
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        environment = {
+            "device": self.device, "threads": self.config.threads, "toolchain": "core", "lock_sha256": None,
+            "versions": installed_versions(_CORE_VERSIONS), **self.environment,
+        }  # fmt: skip
+        result = {
+            "schema": RESULT_SCHEMA, "stage": self.stage, "variant": self.variant, "fingerprint": self.fingerprint,
+            "status": self.status, "reason": self.reason, "metrics": self.metrics, "inputs": self.inputs,
+            "outputs": outputs, "output_hash": lineage.combined(outputs),
+            "timings": {"total_seconds": time.perf_counter() - started, **self.timings},
+            "peak_memory_bytes": max(own, self.peak_memory_bytes), "environment": environment,
+            "warnings": self.warnings, "files": self.files, "tables": self.tables,
+        }  # fmt: skip
+        write_json(self.paths.result, result)
+        return result
+
+
+def stage_paths_of(output: Path) -> StagePaths:
+    """The paths that go with an output folder."""
+    return StagePaths(output)
+
+
+def float_config(config: Config) -> Config:
+    """The baseline's configuration: the same model, serving and evaluation, no method."""
+    return config.model_copy(update={"method": FloatMethod(name="float", backend="none")})
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def execute(
+    stage: str, work: Callable[[StageRun], None], config: Config, root: Path, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Run one stage from a validated configuration and return its result."""
+    started = time.perf_counter()
+    run = StageRun(stage, config, root, tuple(overrides))
+    work(run)
+    result = run.write_result(started)
+    shown = "  ".join(f"{key}={value:.5g}" for key, value in sorted(run.metrics.items()))
+    where = run.paths.output.relative_to(root)
+    print(f"{stage} {run.variant}: {run.status} in {result['timings']['total_seconds']:.1f} s -> {where}", file=sys.stderr)
+    if shown:
+        print(f"  {shown}", file=sys.stderr)
+    for warning in run.warnings + ([run.reason] if run.reason else []):
+        print(f"  note: {warning}", file=sys.stderr)
+    return result

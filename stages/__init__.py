@@ -1,0 +1,68 @@
+"""The stages' common entrance: Hydra in front, errors without tracebacks behind.
+
+A stage is a module with one function, `@stage("name")`, that is run as `python -m stages.name`. This package puts its own
+checkout's src first on the path: with an editable install an experiment that DVC runs in a copy of the repository would
+otherwise run the code of the repository it was copied from.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from quantline.stage import StageRun
+
+
+def stage(name: str) -> Callable[[Callable[[StageRun], None]], Callable[[], None]]:
+    """Make a stage's function an entrypoint: composed configuration in, output and result out."""
+
+    def decorate(work: Callable[[StageRun], None]) -> Callable[[], None]:
+        def task(cfg: DictConfig) -> None:
+            from hydra.core.hydra_config import HydraConfig
+            from quantline.entry import run_stage
+
+            run_stage(name, work, cfg, ROOT, list(HydraConfig.get().overrides.task))
+
+        return lambda: main(task, work.__code__.co_filename)
+
+    return decorate
+
+
+def main(task: Callable[[DictConfig], Any], filename: str) -> None:
+    """Run a Hydra task; a user's mistake ends in a message and an exit code, anything else in a traceback."""
+    import hydra
+
+    # Hydra names the job and finds conf/ by the file in which the task was written; for all of ours that is this one.
+    task.__module__ = "__main__"
+    task.__code__ = task.__code__.replace(co_filename=filename)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us
+    os.environ.pop("HYDRA_MAIN_MODULE", None)
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    try:
+        hydra.main(version_base="1.3", config_path="../conf", config_name="config")(task)()
+    except KeyboardInterrupt:
+        print("interrupted; nothing half written was left", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        from quantline.entry import explain
+
+        explained = explain(error, ROOT / "conf")
+        if explained is None:
+            raise
+        message, code = explained
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _interrupt() -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,26 @@
+"""Turn calibration text into the exact token ids that every backend gets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stages import stage
+
+if TYPE_CHECKING:
+    from quantline.stage import StageRun
+
+
+@stage("calibrate")
+def calibrate(run: StageRun) -> None:
+    from quantline.calibration import CalibrationSpec, SourceSpec, build
+
+    options = run.config.calibration.model_dump(exclude={"path"})
+    sources = [SourceSpec(name=name, **source) for name, source in options.pop("sources").items()]
+    model = run.input("download") / "model"
+    with run.output() as out:
+        report = build(model, CalibrationSpec(sources=tuple(sources), **options), out)
+        run.metrics.update(samples=report["samples"], tokens=report["tokens"])
+
+
+if __name__ == "__main__":
+    calibrate()

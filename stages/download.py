@@ -1,0 +1,27 @@
+"""Fetch the float model, check every file of it, and record its logits on a fixed probe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stages import stage
+
+if TYPE_CHECKING:
+    from quantline.stage import StageRun
+
+
+@stage("download")
+def download(run: StageRun) -> None:
+    from quantline.download import ModelSource, fetch
+    from quantline.probe import record_probe
+
+    model = run.config.model
+    source = ModelSource(model.repo, model.revision, model.path, model.allow_pickle, model.trust_remote_code)
+    with run.output() as out:
+        report = fetch(source, out / "model")
+        run.metrics.update(size_bytes=report["bytes"], files=len(report["files"]))
+        run.metrics.update(record_probe(run.worker, out / "model", out / "probe.safetensors"))
+
+
+if __name__ == "__main__":
+    download()

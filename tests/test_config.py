@@ -1,0 +1,73 @@
+import pytest
+from quantline.config import parse
+from quantline.errors import ConfigError
+
+
+def faults_of(values) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(values)
+    return str(caught.value)
+
+
+def test_every_choice_of_every_group_composes_into_a_valid_configuration(root, composed):
+    choices = [
+        (group.name, path.stem)
+        for group in sorted((root / "conf").iterdir())
+        if group.is_dir() and group.name != "hydra"
+        for path in sorted(group.glob("*.yaml"))
+    ]
+    assert len(choices) >= 20
+    for group, choice in choices:
+        extra = {"jsonl": ["calibration.path=x.jsonl"], "custom": ["model.path=x"]}.get(choice, [])
+        config = parse(composed(f"{group}={choice}", *extra))
+        assert config.threads >= 1, (group, choice)
+
+
+def test_five_bits_are_refused_with_the_allowed_ones(composed):
+    assert "bits=5: gptq takes 2, 3, 4 or 8" in faults_of(composed("method=gptq", "bits=5"))
+
+
+def test_eight_bit_awq_is_refused_and_gptq_is_named_as_the_remedy(composed):
+    assert "bits=8: awq takes 4; method=gptq takes bits=8" in faults_of(composed("method=awq", "bits=8"))
+
+
+def test_group_size_96_is_refused_with_the_nearest_allowed(composed):
+    message = faults_of(composed("method=awq", "group_size=96"))
+    assert "group_size=96: awq takes 32, 64, 128 or 256" in message
+    assert "nearest is 64" in message
+
+
+def test_awq_without_zero_points_in_the_gemm_layout_is_refused(composed):
+    assert "method.zero_point=false" in faults_of(composed("method=awq", "method.zero_point=false"))
+
+
+def test_all_faults_are_reported_together(composed):
+    message = faults_of(composed("method=gptq", "bits=5", "group_size=96", "threads=0", "device=tpu"))
+    assert "4 faults" in message
+    for key in ("bits=5", "group_size=96", "threads=0", "device=tpu"):
+        assert key in message
+
+
+def test_a_word_where_a_number_belongs_is_refused(composed):
+    assert "bits=four" in faults_of(composed("bits=four"))
+
+
+def test_an_option_that_the_method_does_not_have_is_refused(composed):
+    assert "method.sym: no such option" in faults_of(composed("method=awq", "+method.sym=true"))
+
+
+def test_neither_repo_nor_path_is_refused(composed):
+    assert "model.path=DIR" in faults_of(composed("model.path=null"))
+
+
+def test_trust_remote_code_and_pickle_are_off_by_default(root, composed):
+    choices = [path.stem for path in (root / "conf" / "model").glob("*.yaml")]
+    assert choices
+    for choice in choices:
+        model = composed(f"model={choice}")["model"]
+        assert model["trust_remote_code"] is False, choice
+        assert model["allow_pickle"] is False, choice
+
+
+def test_servers_listen_on_loopback_by_default(composed):
+    assert composed()["serve"]["process"]["host"] == "127.0.0.1"

