@@ -4,6 +4,8 @@ BIN := .venv/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH :=
+# the many imports are compiled once, not at every start
+unexport PYTHONDONTWRITEBYTECODE
 # dvc asks the network whether there is a newer dvc, and reports usage, unless told not to
 export DVC_NO_ANALYTICS := 1
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,6 +30,7 @@ def stage(name: str) -> Callable[[Callable[[StageRun], None]], Callable[[], None
     def decorate(work: Callable[[StageRun], None]) -> Callable[[], None]:
         def task(cfg: DictConfig) -> None:
             from hydra.core.hydra_config import HydraConfig
+
             from quantline.entry import run_stage
 
             run_stage(name, work, cfg, ROOT, list(HydraConfig.get().overrides.task))
@@ -40,28 +42,47 @@ def stage(name: str) -> Callable[[Callable[[StageRun], None]], Callable[[], None
 
 def main(task: Callable[[DictConfig], Any], filename: str) -> None:
     """Run a Hydra task; a user's mistake ends in a message and an exit code, anything else in a traceback."""
-    import hydra
+    try:
+        import hydra
+    except ModuleNotFoundError:
+        sys.exit("error: this Python has no hydra; run `make setup`, then `source .venv/bin/activate`")
 
-    # Hydra names the job and finds conf/ by the file in which the task was written; for all of ours that is this one.
-    task.__module__ = "__main__"
-    task.__code__ = task.__code__.replace(co_filename=filename)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us
     os.environ.pop("HYDRA_MAIN_MODULE", None)
     signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    failures: list[int] = []
+
+    # A failure must not end the other jobs of a sweep, and Hydra would print its own account of it.
+    def guarded(cfg: DictConfig) -> None:
+        try:
+            task(cfg)
+        except Exception as error:
+            failures.append(_report(error))
+
+    # Hydra names the job and finds conf/ by the file in which its task was written: the stage's, not this one.
+    guarded.__module__ = "__main__"
+    guarded.__code__ = guarded.__code__.replace(co_filename=filename)
     try:
-        hydra.main(version_base="1.3", config_path="../conf", config_name="config")(task)()
+        hydra.main(version_base="1.3", config_path="../conf", config_name="config")(guarded)()
     except KeyboardInterrupt:
         print("interrupted; nothing half written was left", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        from quantline.entry import explain
+        sys.exit(_report(error))
+    if failures:
+        sys.exit(failures[0])
 
-        explained = explain(error, ROOT / "conf")
-        if explained is None:
-            raise
-        message, code = explained
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(code)
+
+def _report(error: Exception) -> int:
+    """Print what a user should read of a failure; a fault of ours keeps its traceback."""
+    from quantline.entry import explain
+
+    explained = explain(error, ROOT / "conf")
+    if explained is None:
+        traceback.print_exception(error)
+        return 70  # EX_SOFTWARE
+    print(f"error: {explained[0]}", file=sys.stderr)
+    return explained[1]
 
 
 def _interrupt() -> NoReturn:

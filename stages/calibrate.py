@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 def calibrate(run: StageRun) -> None:
     from quantline.calibration import CalibrationSpec, SourceSpec, build
 
-    options = run.config.calibration.model_dump(exclude={"path"})
+    options = run.config.calibration.model_dump(exclude={"name", "path"})
     sources = [SourceSpec(name=name, **source) for name, source in options.pop("sources").items()]
     model = run.input("download") / "model"
+    run.files += ["manifest.json"]
     with run.output() as out:
         report = build(model, CalibrationSpec(sources=tuple(sources), **options), out)
-        run.metrics.update(samples=report["samples"], tokens=report["tokens"])
+        run.metrics.update(samples=run.config.calibration.n_samples, tokens=report["total_tokens"])
 
 
 if __name__ == "__main__":

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "src"))
-sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +20,7 @@ def composed(root):
     """Compose conf/ with overrides into plain values."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+
     from quantline.entry import plain
 
     def values(*overrides: str):

@@ -1,4 +1,5 @@
 import pytest
+
 from quantline.config import parse
 from quantline.errors import ConfigError
 

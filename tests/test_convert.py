@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+
 from quantline.checkpoint import Checkpoint, iter_dequantized, write_safetensors
 from quantline.convert import convert
 from quantline.errors import UserError

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantline.errors import ConfigError
 
+EMBEDDED_MODEL = "assets/demo/model"
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 BITS: dict[str, tuple[int, ...]] = {"awq": (4,), "gptq": (2, 3, 4, 8), "rtn": (2, 3, 4, 8)}
 GROUP_SIZES_OF: dict[str, tuple[int, ...]] = {
@@ -144,6 +145,34 @@ class ServeConfig(_Section):
     process: ProcessConfig
 
 
+class BootstrapConfig(_Section):
+    """The interval of the difference from the baseline."""
+
+    resamples: int = Field(ge=100)
+    level: float = Field(gt=0.5, lt=1)
+    seed: int = Field(ge=0)
+
+
+class EvaluateConfig(_Section):
+    """A flavour of perplexity, stated in full (see `windows.Protocol`), and how it is compared."""
+
+    name: str
+    path: str | None
+    format: str | None
+    text_field: str
+    mode: Literal["documents", "concatenated"]
+    window: int = Field(ge=2)
+    stride: int = Field(ge=1)
+    bos: Literal["none", "add"]
+    max_documents: int | None = Field(ge=2)
+    max_document_tokens: int | None = Field(ge=2)
+    max_tokens: int | None = Field(ge=2)
+    min_tokens: int = Field(ge=1)
+    batch_tokens: int = Field(ge=1)
+    bootstrap: BootstrapConfig
+    engine_tolerance: float = Field(gt=0)
+
+
 class TrackingConfig(_Section):
     """Where measurements are published."""
 
@@ -184,7 +213,7 @@ class Config(_Section):
     calibration: CalibrationConfig
     convert: ConvertConfig
     serve: ServeConfig
-    evaluate: dict[str, Any]
+    evaluate: EvaluateConfig
     tracking: TrackingConfig
     toolchains: ToolchainsConfig
     frozen: FrozenConfig | None = None
@@ -198,6 +227,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     """
     faults: list[str] = []
     config: Config | None = None
+    values = _repository_over_embedded(values)
     try:
         config = Config.model_validate(dict(values))
     except ValidationError as error:
@@ -253,13 +283,35 @@ def _method_faults(values: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _source_faults(values: Mapping[str, Any]) -> list[str]:
+def _repository_over_embedded(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    # `model.repo=... model.revision=...` on top of the default model means that repository, not both.
     model = values.get("model")
-    if not isinstance(model, Mapping):
-        return []
-    if model.get("path") is None and model.get("repo") is None:
-        return ["model: neither model.path nor model.repo is set; give model.path=DIR, or model.repo and model.revision"]
-    return []
+    if isinstance(model, Mapping) and model.get("repo") and model.get("path") == EMBEDDED_MODEL:
+        return {**values, "model": {**model, "path": None}}
+    return values
+
+
+def _source_faults(values: Mapping[str, Any]) -> list[str]:
+    faults = []
+    model, calibration, evaluate = (values.get(key) for key in ("model", "calibration", "evaluate"))
+    if isinstance(model, Mapping):
+        given = [key for key in ("repo", "path") if model.get(key)]
+        if not given:
+            faults.append("model: neither path nor repo is set; give model.path=DIR, or model.repo and model.revision")
+        elif len(given) == 2:
+            faults.append(
+                f"model.repo={model['repo']} model.path={model['path']}: give one of them, set the other to null"
+            )
+    if isinstance(calibration, Mapping) and isinstance(calibration.get("sources"), Mapping):
+        for name, source in calibration["sources"].items():
+            if isinstance(source, Mapping) and not (source.get("path") or source.get("repo")):
+                key = "calibration.path" if name == "jsonl" else f"calibration.sources.{name}.path"
+                faults.append(f"{key}: is not set; give a file of text, {key}=FILE")
+    if isinstance(evaluate, Mapping):
+        window, stride = evaluate.get("window"), evaluate.get("stride")
+        if isinstance(window, int) and isinstance(stride, int) and stride > window:
+            faults.append(f"evaluate.stride={stride}: text would be left out; give 1 to {window}, the window")
+    return faults
 
 
 def _either(allowed: tuple[int, ...]) -> str:

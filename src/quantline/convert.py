@@ -133,13 +133,19 @@ def convert_layer(
     written = LAYOUTS[layout].write(linear)
     again = LAYOUTS[layout].read(written, bits=info.bits, group_size=info.group_size)
     if not same_layer(linear, again):
-        raise UserError(f"{name}: reading the {layout} tensors back gives another layer; keep the source and report this")
+        raise UserError(
+            f"{name}: reading the {layout} tensors back gives another layer; keep the source and report this"
+        )
     return written
 
 
 def same_layer(one: QuantizedLinear, other: QuantizedLinear) -> bool:
     """Whether two layers have equal codes, zero points, scales, group index and bias."""
-    pairs = [(one.codes, other.codes), (one.zeros, other.zeros), (one.scales, other.scales)]
+    pairs: list[tuple[NDArray[Any], NDArray[Any]]] = [
+        (one.codes, other.codes),
+        (one.zeros, other.zeros),
+        (one.scales, other.scales),
+    ]
     pairs.append((one.group_index, other.group_index))
     if (one.bias is None) != (other.bias is None):
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -33,9 +34,16 @@ def run_stage(
     """Validate the configuration, run the stage, and publish what it measured when it was run by hand."""
     from quantline.stage import execute
 
+    # Hydra's logging shows everything of level INFO, and the HTTP client writes a line for each request.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     config = parse(plain(cfg))
     check_caller(config, overrides)
-    execute(name, work, config, root, overrides)
+    result = execute(name, work, config, root, overrides)
+    if config.frozen is None and config.tracking.enabled:
+        from quantline.collect import manual_record
+        from quantline.publishing import publish_records
+
+        publish_records([manual_record(root, result["variant"])], config, root)
 
 
 def check_caller(config: Config, overrides: Sequence[str]) -> None:

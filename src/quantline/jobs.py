@@ -52,6 +52,7 @@ class Reporter:
     """Prints progress in the form that the parent process turns into a bar."""
 
     def __call__(self, done: int, total: int, label: str = "") -> None:
+        """Say that `done` of `total` is done."""
         line = json.dumps({"done": done, "total": total, "label": label})
         print(f"{PROGRESS_PREFIX}{line}", flush=True)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ def identity(config: Config, stage: str, root: Path) -> dict[str, Any]:
     own: dict[str, Any] = {"stage": stage, "version": __version__}
     if stage == "download":
         own.update(model=config.model.model_dump(exclude={"name"}), reference=locks["reference"])
+        own.update(content=_folder_content(root / config.model.path) if config.model.path else None)
     elif stage == "calibrate":
-        own.update(calibration=config.calibration.model_dump(), files=_file_hashes(config, root), model=before("download"))
+        own.update(
+            calibration=config.calibration.model_dump(), files=_file_hashes(config, root), model=before("download")
+        )
     elif stage == "quantize":
         own.update(method=config.method.model_dump(), bits=config.bits, group_size=config.group_size)
         own.update(seed=config.seed, threads=config.threads, model=before("download"))
@@ -53,10 +57,10 @@ def identity(config: Config, stage: str, root: Path) -> dict[str, Any]:
     elif stage == "convert":
         own.update(convert=config.convert.model_dump(), runtime=config.serve.runtime, quantized=before("quantize"))
     elif stage == "serve_smoke":
-        own.update(serve=config.serve.model_dump(exclude={"process"}), evaluate=config.evaluate)
+        own.update(serve=config.serve.model_dump(exclude={"process"}), evaluate=config.evaluate.model_dump())
         own.update(checkpoint=before("convert" if quantized else "download"), environment=locks["server"])
     elif stage == "evaluate":
-        own.update(evaluate=config.evaluate, served=before("serve_smoke"), environment=locks["reference"])
+        own.update(evaluate=config.evaluate.model_dump(), served=before("serve_smoke"), environment=locks["reference"])
     else:
         raise ValueError(f"no stage named {stage}")
     return own
@@ -75,6 +79,34 @@ def _file_hashes(config: Config, root: Path) -> dict[str, str]:
         if path is not None and path.is_file():
             hashes[name] = sha256_of(path)
     return hashes
+
+
+_WHOLE_FILE_BYTES = 256 * 2**20
+_SAMPLES = 64
+
+
+def _folder_content(folder: Path) -> dict[str, str]:
+    # A model in a folder has no commit. Its files are known by content; the large ones by their size, both ends and samples
+    # between, so that a stage does not begin by reading tens of gigabytes. The full hashes are in the download's result.
+    if not folder.is_dir():
+        return {}
+    known = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        stat = path.stat()
+        known[path.name] = _content(path, stat.st_size, stat.st_mtime_ns)
+    return known
+
+
+@cache
+def _content(path: Path, size: int, mtime_ns: int) -> str:
+    if size <= _WHOLE_FILE_BYTES:
+        return sha256_of(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for index in range(_SAMPLES + 1):
+            file.seek((size - 2**16) * index // _SAMPLES)
+            digest.update(file.read(2**16))
+    return digest.hexdigest()
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

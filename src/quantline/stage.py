@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantline import lineage, toolchains
 from quantline.config import Config, FloatMethod
@@ -26,6 +26,9 @@ from quantline.errors import UserError
 from quantline.jobs import JobResult, installed_versions, write_json
 from quantline.results import read_result
 from quantline.variants import BASELINE, StagePaths, checked_name, derived_name, stage_paths
+
+if TYPE_CHECKING:
+    from quantline.windows import Protocol
 
 RESULT_SCHEMA = 1
 _CORE_VERSIONS = ("numpy", "safetensors", "transformers", "huggingface-hub", "dvc", "hydra-core")
@@ -35,9 +38,9 @@ _CORE_VERSIONS = ("numpy", "safetensors", "transformers", "huggingface-hub", "dv
 class StageRun:
     """One run of one stage: its configuration, its places, and what it will report.
 
-    A stage's function reads `config`, calls `input` and `output`, and fills `metrics`, `warnings` and `files` (small files
-    worth keeping beside the metrics). `status` is `ok` or, where the serving target cannot take the variant, `unsupported`
-    with a `reason`.
+    A stage's function reads `config`, calls `input` and `output`, and fills `metrics`, `warnings` and `files` (those of its
+    output that are small and worth keeping beside the metrics). `status` is `ok` or, where the serving target cannot take
+    the variant, `unsupported` with a `reason`.
     """
 
     stage: str
@@ -45,7 +48,6 @@ class StageRun:
     root: Path
     overrides: tuple[str, ...]
     metrics: dict[str, float] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -93,7 +95,7 @@ class StageRun:
         Raises:
             UserError: the configuration has method=float.
         """
-        if self.config.method.name == BASELINE:
+        if self.is_baseline:
             raise UserError(f"method=float: the baseline skips {self.stage}; choose method=awq, gptq or rtn")
 
     def toolchain(self, name: str) -> toolchains.Toolchain:
@@ -134,14 +136,36 @@ class StageRun:
                 output = result.with_suffix("")
                 if output.is_dir() and read_result(result).get("fingerprint") == wanted:
                     return output
-        overrides = [part for part in self.overrides if not (baseline and part.startswith(("method", "bits", "group_size")))]
+        overrides = [
+            part for part in self.overrides if not (baseline and part.startswith(("method", "bits", "group_size")))
+        ]
         command = shlex.join(["python", "-m", f"stages.{stage}", *(["method=float"] if baseline else []), *overrides])
-        raise UserError(f"{self.stage} needs the output of {stage}, which is not there for these options; run: {command}")
+        raise UserError(
+            f"{self.stage} needs the output of {stage}, which is not there for these options; run: {command}"
+        )
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is the float model itself."""
+        return self.config.method.name == BASELINE
+
+    def protocol(self) -> Protocol:
+        """The evaluation's text and windows."""
+        from quantline.windows import Protocol
+
+        return Protocol(**self.config.evaluate.model_dump(exclude={"batch_tokens", "bootstrap", "engine_tolerance"}))
+
+    def server(self) -> tuple[Path, str]:
+        """Interpreter and version of the server's toolchain."""
+        chosen = self.toolchain("vllm")
+        version = toolchains.distribution_version(chosen, "vllm")
+        self.environment.update(toolchain="vllm", lock_sha256=chosen.lock_sha256, versions={"vllm": version})
+        return chosen.python, version
 
     @property
     def checkpoint_stage(self) -> str:
         """The stage whose output is served and judged."""
-        return "download" if self.config.method.name == BASELINE else "convert"
+        return "download" if self.is_baseline else "convert"
 
     def checkpoint(self) -> Path:
         """The checkpoint to serve and judge: the converted one, or the float model itself."""
@@ -167,7 +191,7 @@ class StageRun:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def write_result(self, started: float) -> dict[str, Any]:
+    def write_result(self, started_at: float) -> dict[str, Any]:
         """Hash the output and write the result, last of all."""
         outputs = lineage.file_hashes(self.paths.output)
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -175,13 +199,14 @@ class StageRun:
             "device": self.device, "threads": self.config.threads, "toolchain": "core", "lock_sha256": None,
             "versions": installed_versions(_CORE_VERSIONS), **self.environment,
         }  # fmt: skip
+        here = self.paths.output.relative_to(self.root).as_posix()
         result = {
             "schema": RESULT_SCHEMA, "stage": self.stage, "variant": self.variant, "fingerprint": self.fingerprint,
             "status": self.status, "reason": self.reason, "metrics": self.metrics, "inputs": self.inputs,
             "outputs": outputs, "output_hash": lineage.combined(outputs),
-            "timings": {"total_seconds": time.perf_counter() - started, **self.timings},
+            "timings": {"started_at": started_at, "total_seconds": time.time() - started_at},
             "peak_memory_bytes": max(own, self.peak_memory_bytes), "environment": environment,
-            "warnings": self.warnings, "files": self.files, "tables": self.tables,
+            "warnings": self.warnings, "files": [f"{here}/{name}" for name in self.files], "tables": self.tables,
         }  # fmt: skip
         write_json(self.paths.result, result)
         return result
@@ -211,13 +236,17 @@ def execute(
     stage: str, work: Callable[[StageRun], None], config: Config, root: Path, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """Run one stage from a validated configuration and return its result."""
-    started = time.perf_counter()
+    started_at = time.time()
     run = StageRun(stage, config, root, tuple(overrides))
     work(run)
-    result = run.write_result(started)
+    result = run.write_result(started_at)
+    if not run.frozen:
+        saved = {"config": config.model_dump(exclude={"frozen"}), "overrides": shlex.join(overrides)}
+        write_json(run.home / run.variant / "config.json", saved)
     shown = "  ".join(f"{key}={value:.5g}" for key, value in sorted(run.metrics.items()))
     where = run.paths.output.relative_to(root)
-    print(f"{stage} {run.variant}: {run.status} in {result['timings']['total_seconds']:.1f} s -> {where}", file=sys.stderr)
+    name = run.paths.output.parent.name
+    print(f"{stage} {name}: {run.status} in {result['timings']['total_seconds']:.1f} s -> {where}", file=sys.stderr)
     if shown:
         print(f"  {shown}", file=sys.stderr)
     for warning in run.warnings + ([run.reason] if run.reason else []):

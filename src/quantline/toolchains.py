@@ -88,7 +88,9 @@ def ensure(root: Path, name: str, *, python: str | None = None, platform: str | 
     if python is not None:
         interpreter = Path(python).expanduser()
         if not os.access(interpreter, os.X_OK):
-            raise UserError(f"toolchains.{name}={python}: no interpreter there; give the path of a Python or leave it null")
+            raise UserError(
+                f"toolchains.{name}={python}: no interpreter there; give the path of a Python or leave it null"
+            )
         fault = _unhealthy(interpreter, name)
         if fault:
             raise UserError(f"toolchains.{name}={python}: {fault}; install the library there or leave it null")
@@ -155,7 +157,7 @@ def _build(folder: Path, name: str, lock: Path, digest: str) -> None:
     ]
     try:
         for command in commands:
-            done = subprocess.run(command, env=variables, capture_output=True, text=True)
+            done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise WorkerError(f".venvs/{name} could not be installed from envs/{lock.name}:\n{done.stderr.strip()}")
         if name == "vllm":
@@ -183,12 +185,31 @@ def _record_vllm(folder: Path, lock: Path) -> None:
 
 def _unhealthy(interpreter: Path, name: str) -> str | None:
     check = subprocess.run(
-        [str(interpreter), "-c", HEALTH_CHECKS[name]], capture_output=True, text=True, env=worker_environment(1)
+        [str(interpreter), "-c", HEALTH_CHECKS[name]],
+        capture_output=True,
+        text=True,
+        env=worker_environment(1),
+        check=False,
     )
     if check.returncode == 0:
         return None
     last = check.stderr.strip().splitlines()[-1:] or ["no message"]
     return f"its health check failed ({last[0]})"
+
+
+def distribution_version(toolchain: Toolchain, name: str) -> str:
+    """Version of a distribution in a toolchain, without its local part (`+cpu`).
+
+    Raises:
+        UserError: it is not installed there.
+    """
+    code = f"import importlib.metadata as m; print(m.version({name!r}))"
+    done = subprocess.run(
+        [str(toolchain.python), "-c", code], capture_output=True, text=True, env=worker_environment(1), check=False
+    )
+    if done.returncode != 0:
+        raise UserError(f"{toolchain.python} has no {name}; install it there or let the environment be built")
+    return done.stdout.strip().partition("+")[0]
 
 
 def worker_environment(threads: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -65,12 +65,8 @@ def checked_name(name: str) -> str:
 
 def derived_name(config: Config, overrides: Sequence[str]) -> str:
     """The name of a variant run by hand: method, bits, group size, and whatever else was overridden."""
-    method = config.method.name
-    if method == BASELINE:
-        base = BASELINE
-    else:
-        group = "channel" if config.group_size == -1 else f"g{config.group_size}"
-        base = f"{method}-w{config.bits}-{group}"
+    group = "channel" if config.group_size == -1 else f"g{config.group_size}"
+    base = BASELINE if config.method.name == BASELINE else f"{config.method.name}-w{config.bits}-{group}"
     rest = []
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")

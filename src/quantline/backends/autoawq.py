@@ -1,0 +1,220 @@
+"""AutoAWQ 0.2.9 as a worker: activation-aware scaling and clipping by the library, packing by `quantline.formats`.
+
+The library is driven through its own `quantize(quantizer_cls=...)`. The class below mends what was seen to be wrong:
+
+- On a CPU `_compute_best_scale` keeps its backup of the weights with `.cpu()`, which is no copy there: every trial
+  scales the weights further and they never come back. Here `state_dict()` gives clones while it runs.
+- The range of a group does not include zero, while its zero point is clamped to [0, 15]: a group of one sign far from
+  zero is cut off. Here it does; groups with both signs are the same as before.
+- Scales are stored in float16 but searched with in the model's dtype. Here they are rounded first, so that what is
+  searched for, computed and stored is the same.
+- Its packers want float16 tensors, and one of them a GPU. The codes are packed here instead, for both layouts.
+- `_compute_best_clip` multiplies element by element through temporaries of (out, tokens, in), in the model's dtype, and
+  asserts an output width that is a multiple of 64. Here the same error of the same candidates over the same tokens comes
+  from one Gram matrix a group, in float32: most of the time on a CPU went there.
+
+Calibration ids go in as they are. The library drops samples longer than `max_calib_seq_len` and re-cuts the rest, which
+changes nothing when all have exactly that length; the number that arrived is checked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from quantline.backends import _common, _output
+from quantline.jobs import JobError, Reporter, worker_main
+
+# Those that were run and beat plain rounding; the library lists more.
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma", "gemma2", "phi3")
+LAYOUTS = {"gemm": "awq_gemm", "gemv": "awq_gemv"}
+DEFAULTS = {"zero_point": True, "version": "gemm", "clip": True}
+
+# Calibration samples that go through a module at a time; bounds the memory for activations.
+_PARALLEL = 8
+_PARALLEL_TOKENS = 4096
+# Tokens that the clipping range is judged on, at least, as in the library.
+_CLIP_TOKENS = 512
+
+
+def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The job's options, after refusing what the library would fail on late or not at all.
+
+    Raises:
+        JobError: bits, group size, options or model that AutoAWQ cannot do.
+    """
+    options = _output.options_of(job, DEFAULTS, "awq")
+    options["version"] = str(options["version"]).lower()
+    if job["bits"] != 4:
+        raise JobError(f"bits={job['bits']}: awq takes 4; use method=gptq for 2, 3 or 8")
+    if type(job["group_size"]) is not int or job["group_size"] < 8:
+        raise JobError(f"group_size={job['group_size']}: awq takes 32, 64 or 128 (or another divisor of every width)")
+    if options["version"] not in LAYOUTS:
+        raise JobError(f"version={options['version']}: awq takes {', '.join(LAYOUTS)}")
+    if not options["zero_point"]:
+        raise JobError("zero_point=false: awq's layouts hold a zero point; use zero_point=true, or gptq with sym=true")
+    _common.check_family(config, FAMILIES, "AutoAWQ", "method=rtn, or method=gptq where AutoGPTQ has it")
+    heads, grouped = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if config.get("model_type") == "phi3" and grouped not in (None, heads):
+        raise JobError(
+            f"phi3 with {grouped} key-value heads for {heads} heads: AutoAWQ corrupts its fused attention weights "
+            "without a word; use method=rtn"
+        )
+    return options
+
+
+def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
+    """Quantize one model; see `quantline.jobs` for the border.
+
+    Raises:
+        JobError: the job cannot be done as given.
+    """
+    config = _output.float_config(job["model"])
+    options = check(job, config)
+    _common.start(job)
+    from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
+
+    work = _common.load(job, config)
+    family = AWQ_CAUSAL_LM_MODEL_MAP[config["model_type"]]
+    awq = family(work.model, config["model_type"], False, work.model.config, None, None)
+    layers = list(family.get_model_layers(work.model))
+    names = {id(module): name for name, module in work.model.named_modules()}
+    linears = _common.linears_inside((names[id(layer)], layer) for layer in layers)
+    excluded = getattr(awq, "modules_to_not_convert", None) or []
+    wanted = {name: module for name, module in linears.items() if not any(part in name for part in excluded)}
+    layout = LAYOUTS[options["version"]]
+    widths = {name: (module.in_features, module.out_features) for name, module in wanted.items()}
+    _output.check_widths(widths, layout, 4, job["group_size"])
+
+    started = time.perf_counter()
+    samples, length = work.calibration.shape
+    awq.quantize(
+        tokenizer=None,
+        quant_config={"zero_point": True, "q_group_size": job["group_size"], "w_bit": 4, "version": options["version"]},
+        calib_data=work.calibration.tolist(),
+        apply_clip=bool(options["clip"]),
+        max_calib_samples=samples,
+        max_calib_seq_len=length,
+        quantizer_cls=quantizer_class(work, layout, report),
+    )
+    work.metrics["quantize_seconds"] = time.perf_counter() - started
+    quantization = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": job["group_size"],
+        "version": options["version"],
+        "zero_point": True,
+        "modules_to_not_convert": excluded or None,
+    }
+    return _common.finish(work, linears, quantization)
+
+
+@contextmanager
+def cloned_state(module: Any) -> Iterator[None]:
+    """`module.state_dict()` gives copies inside the block."""
+    original = module.state_dict
+    module.state_dict = lambda: {name: tensor.clone() for name, tensor in original().items()}
+    try:
+        yield
+    finally:
+        del module.state_dict
+
+
+def quantizer_class(work: _common.Work, layout: str, report: Reporter) -> Any:
+    """A quantizer class for `awq.quantize` that hands every layer to `_common.add_layer` instead of packing it."""
+    import torch
+    from awq.quantize.quantizer import AwqQuantizer
+
+    class Quantizer(AwqQuantizer):  # type: ignore[misc]
+        def init_quant(self, *arguments: Any, **keywords: Any) -> Any:
+            modules, kwargs, inputs = super().init_quant(*arguments, **keywords)
+            if tuple(inputs.shape[:2]) != work.calibration.shape:
+                raise RuntimeError(f"calibration arrived as {tuple(inputs.shape[:2])}, not {work.calibration.shape}")
+            return modules, kwargs, inputs
+
+        def codes_of(self, weight: Any) -> tuple[Any, Any, Any]:
+            """float32 (rows*groups, g) codes, (rows*groups, 1) scales of float16 values, (rows*groups, 1) zeros."""
+            groups = weight.reshape(-1, self.group_size).float()
+            low = groups.amin(dim=1, keepdim=True).clamp(max=0)
+            high = groups.amax(dim=1, keepdim=True).clamp(min=0)
+            scales = ((high - low).clamp(min=1e-5) / 15).half().float()
+            zeros = (-torch.round(low / scales)).clamp(0, 15)
+            codes = torch.clamp(torch.round(groups / scales) + zeros, 0, 15)
+            return codes, scales, zeros
+
+        def pseudo_quantize_tensor(self, w: Any) -> tuple[Any, Any, Any]:
+            codes, scales, zeros = self.codes_of(w)
+            rounded = ((codes - zeros) * scales).reshape(w.shape).to(w.dtype)
+            return rounded, scales.view(w.shape[0], -1), zeros.view(w.shape[0], -1)
+
+        def _module_forward(self, x: Any, module: Any, module_kwargs: dict[str, Any]) -> Any:
+            # The library's own partition keeps per-sample arguments, such as masks, whole.
+            parts = []
+            step = _PARALLEL if x.dim() > 2 else _PARALLEL_TOKENS  # experts see tokens without their samples
+            with torch.no_grad():
+                for first in range(0, x.shape[0], step):
+                    rows = slice(first, first + step)
+                    kwargs = {key: _rows_of(value, rows, x.shape[0]) for key, value in module_kwargs.items()}
+                    output = module(x[rows], **kwargs)
+                    parts.append(output[0] if isinstance(output, tuple) else output)
+            return torch.cat(parts, dim=0)
+
+        def _compute_best_scale(self, x: Any, w_mean: Any, x_mean: Any, module2inspect: Any, *rest: Any) -> Any:
+            if work.device != "cpu":
+                return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *rest)
+            with cloned_state(module2inspect):
+                return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *rest)
+
+        def _compute_best_clip(self, w: Any, input_feat: Any) -> Any:
+            """The largest absolute value to keep, (out, groups, 1): the best of ten, from the maximum down to 11/20."""
+            size = self.group_size
+            tokens = input_feat.reshape(-1, input_feat.shape[-1])
+            tokens = tokens[:: max(1, tokens.shape[0] // _CLIP_TOKENS)].to(w.device).float()
+            by_group = tokens.reshape(tokens.shape[0], -1, size).transpose(0, 1)  # (groups, tokens, g)
+            gram = by_group.transpose(1, 2) @ by_group  # (groups, g, g)
+            weight = w.float().reshape(w.shape[0], -1, size).transpose(0, 1)  # (groups, out, g)
+            limit = weight.abs().amax(dim=2, keepdim=True)
+            best, least = limit.clone(), torch.full_like(limit, float("inf"))
+            for step in range(10):
+                kept = limit * (1 - step / 20)
+                change = self.pseudo_quantize_tensor(torch.clamp(weight, -kept, kept).contiguous())[0] - weight
+                error = ((change @ gram) * change).sum(dim=2, keepdim=True)  # |X change|^2 of every row and group
+                better = error < least
+                least, best = torch.where(better, error, least), torch.where(better, kept, best)
+            return best.transpose(0, 1).to(w.dtype)
+
+        def _apply_quant(self, module: Any, named_linears: dict[str, Any]) -> None:
+            prefix = next(name for name, candidate in self.model.named_modules() if candidate is module)
+            for name, linear in named_linears.items():
+                weight = linear.weight.data
+                codes, scales, zeros = self.codes_of(weight)
+                linear.weight.data = ((codes - zeros) * scales).reshape(weight.shape).to(weight.dtype)
+                grid = (weight.shape[0], -1)
+                _common.add_layer(
+                    work,
+                    f"{prefix}.{name}",
+                    layout,
+                    codes=codes.view(grid),
+                    scales=scales.view(grid),
+                    zeros=zeros.view(grid),
+                    bias=linear.bias,
+                )
+            done = next(number for number, candidate in enumerate(self.modules, 1) if candidate is module)
+            report(done, len(self.modules), f"layer {done}")
+
+    return Quantizer
+
+
+def _rows_of(value: Any, rows: slice, samples: int) -> Any:
+    """The part of a per-sample tensor that belongs to some samples; anything else as it is."""
+    if samples > 1 and hasattr(value, "shape") and len(value.shape) > 1 and value.shape[0] == samples:
+        return value[rows]
+    if isinstance(value, tuple):
+        return tuple(_rows_of(item, rows, samples) for item in value)
+    return value
+
+
+if __name__ == "__main__":
+    worker_main(run)

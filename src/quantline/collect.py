@@ -1,0 +1,98 @@
+"""Gather what the stages measured, variant by variant, for `publish` and for the table.
+
+Only results that belong together are taken: each one's fingerprint must be the one that its variant's configuration
+asks for, so a stage that has yet to run again after a change is left out rather than shown beside what it no longer goes
+with.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quantline.config import Config, parse
+from quantline.errors import UserError
+from quantline.formats.container import read_json
+from quantline.lineage import stage_fingerprint
+from quantline.results import read_result
+from quantline.tracking_plan import VariantRecord
+from quantline.variants import BASELINE, STAGES, stage_paths
+
+# Keys of a frozen file that are Hydra's and no part of the configuration.
+_HYDRA_KEYS = ("defaults", "hydra")
+BY_HAND = "by-hand/"
+
+
+def pipeline_records(root: Path) -> list[VariantRecord]:
+    """The variants that params.yaml names, the baseline first, as far as the pipeline has come with them.
+
+    Raises:
+        UserError: params.yaml or a frozen configuration cannot be read.
+    """
+    import yaml
+
+    content = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+    names = [BASELINE, *(str(name) for name in content.get("variants", {}))]
+    records = []
+    for name in names:
+        path = root / "variants" / f"{name}.yaml"
+        if not path.is_file():
+            continue
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = {key: value for key, value in values.items() if key not in _HYDRA_KEYS}
+        records.append(_record(root, root / "artifacts", name, values, values["frozen"]["overrides"]))
+    return [record for record in records if record.results]
+
+
+def manual_record(root: Path, name: str) -> VariantRecord:
+    """A variant that was run by hand, under a name of its own beside the pipeline's.
+
+    Raises:
+        UserError: nothing was run under that name.
+    """
+    path = root / "scratch" / name / "config.json"
+    if not path.is_file():
+        raise UserError(f"scratch/{name}: no stage was run by hand under that name")
+    saved = read_json(path)
+    record = _record(root, root / "scratch", name, saved["config"], saved["overrides"])
+    return replace(record, name=BY_HAND + name)
+
+
+def _record(root: Path, home: Path, name: str, values: dict[str, Any], overrides: str) -> VariantRecord:
+    config = parse(values)
+    results = list(_results(root, home, name, config))
+    commit, dirty = commit_of(root)
+    return VariantRecord(name, values, overrides, results, root, commit, dirty)
+
+
+def _results(root: Path, home: Path, folder: str, config: Config) -> Iterator[dict[str, Any]]:
+    for stage in STAGES:
+        if config.method.name == BASELINE and stage in ("calibrate", "quantize", "convert"):
+            continue
+        places = stage_paths(home, folder, stage)
+        if not places.result.is_file():
+            continue
+        result = read_result(places.result)
+        if result.get("fingerprint") != stage_fingerprint(config, stage, root):
+            continue
+        files = list(result.get("files", []))
+        if places.log.is_file():
+            files.append(places.log.relative_to(root).as_posix())
+        yield {**result, "files": files}
+
+
+def commit_of(root: Path) -> tuple[str | None, bool]:
+    """The checkout's commit, and whether tracked files differ from it; (None, False) outside git."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return (commit, bool(git("status", "--porcelain", "--untracked-files=no"))) if commit else (None, False)

@@ -1,0 +1,293 @@
+"""Perplexity, the comparison with the float model, and the agreement of the two engines.
+
+Two engines score the same windows (`quantline.windows`): `reference` computes the dequantized weights without kernels,
+`vllm` is the server that will serve them. The variant is judged by the reference engine against the float baseline on
+the same documents; the engines are held against each other, and a difference beyond a tolerance is a failure.
+All log-probabilities are natural logarithms, all losses sums of `-log p` in nats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.errors import QuantlineError, UserError
+from quantline.statistics import paired_bootstrap
+from quantline.windows import Windows
+
+
+@dataclass(frozen=True)
+class DocumentScore:
+    """A document under one model: the sum of `-log p` over its scored tokens, in nats, and their number."""
+
+    id: str
+    nll_sum: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant against the baseline on the same documents.
+
+    Attributes:
+        perplexity, baseline_perplexity: of all tokens.
+        difference, ratio: of the two perplexities, variant minus (over) baseline.
+        nll_difference: nats per token, variant minus baseline; the logarithm of `ratio`.
+        low, high: confidence interval of `nll_difference`.
+        verdict: "worse" or "better" where the interval leaves out zero, else "same": not told apart by this text.
+    """
+
+    perplexity: float
+    baseline_perplexity: float
+    difference: float
+    ratio: float
+    nll_difference: float
+    low: float
+    high: float
+    verdict: Literal["better", "same", "worse"]
+
+
+def document_nlls(windows: Windows, logprobs: NDArray[Any]) -> list[DocumentScore]:
+    """Sum an engine's log-probabilities over each document's scored tokens.
+
+    Args:
+        logprobs: floating point (tokens,), aligned with `windows.input_ids`; only scored places are read.
+
+    Returns:
+        One score for each of `windows.document_ids`, in their order; summed in float64.
+
+    Raises:
+        QuantlineError: another number of tokens, or a log-probability that is none (NaN, infinite, above 0).
+    """
+    if logprobs.shape != windows.input_ids.shape:
+        raise QuantlineError(
+            f"log-probabilities of shape {logprobs.shape} for {len(windows.input_ids)} tokens: they are of other windows"
+        )
+    scored = windows.scored
+    values = logprobs[scored].astype(np.float64)
+    # A certain token can come out a rounding error above 0.
+    wrong = int((~np.isfinite(values) | (values > 1e-3)).sum())
+    if wrong:
+        raise QuantlineError(
+            f"{wrong} of {len(values)} scored tokens have no valid log-probability: the scores are damaged"
+        )
+    owner = np.repeat(windows.document, np.diff(windows.offsets))[scored]
+    count = len(windows.document_ids)
+    sums, tokens = np.bincount(owner, -values, minlength=count), np.bincount(owner, minlength=count)
+    return [
+        DocumentScore(name, float(nll), int(number))
+        for name, nll, number in zip(windows.document_ids, sums, tokens, strict=True)
+    ]
+
+
+def perplexity(scores: Iterable[DocumentScore]) -> float:
+    """`exp(sum of nll / sum of tokens)`: every token counts the same. Infinite beyond the range of a float."""
+    mean = _mean_nll(scores)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _mean_nll(scores: Iterable[DocumentScore]) -> float:
+    listed = list(scores)
+    tokens = sum(score.tokens for score in listed)
+    if not tokens:
+        raise UserError("no token was scored; give more text")
+    return math.fsum(score.nll_sum for score in listed) / tokens
+
+
+def compare(
+    scores: Sequence[DocumentScore],
+    baseline_scores: Sequence[DocumentScore],
+    *,
+    seed: int,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Comparison:
+    """Compare a variant with the baseline, document by document; see `statistics.paired_bootstrap`.
+
+    Raises:
+        UserError: the scores are not of the same documents and tokens, or of fewer than two documents.
+    """
+    _same_documents(scores, baseline_scores)
+    values, baseline, tokens = (
+        np.array(column, dtype=np.float64)
+        for column in (
+            [score.nll_sum for score in scores],
+            [score.nll_sum for score in baseline_scores],
+            [score.tokens for score in scores],
+        )
+    )
+    interval = paired_bootstrap(values, baseline, tokens, seed=seed, resamples=resamples, level=level)
+    own, other = perplexity(scores), perplexity(baseline_scores)
+    verdict: Literal["better", "same", "worse"] = "same"
+    if interval.low > 0:
+        verdict = "worse"
+    elif interval.high < 0:
+        verdict = "better"
+    return Comparison(
+        perplexity=own,
+        baseline_perplexity=other,
+        difference=own - other,
+        ratio=math.exp(interval.estimate),
+        nll_difference=interval.estimate,
+        low=interval.low,
+        high=interval.high,
+        verdict=verdict,
+    )
+
+
+def _same_documents(scores: Sequence[DocumentScore], others: Sequence[DocumentScore]) -> None:
+    if [(score.id, score.tokens) for score in scores] != [(other.id, other.tokens) for other in others]:
+        raise UserError(
+            "the two evaluations are not of the same documents and tokens; evaluate both with the same text and protocol"
+        )
+
+
+def engine_agreement(reference_scores: Sequence[DocumentScore], vllm_scores: Sequence[DocumentScore]) -> float:
+    """`perplexity(vllm) / perplexity(reference) - 1`, signed: the effect of the kernels and of the serving dtype.
+
+    Raises:
+        UserError: the scores are not of the same documents and tokens.
+    """
+    _same_documents(reference_scores, vllm_scores)
+    return math.expm1(_mean_nll(vllm_scores) - _mean_nll(reference_scores))
+
+
+def check_engines(relative_difference: float, tolerance: float) -> None:
+    """Hold the result of `engine_agreement` against its limit.
+
+    Raises:
+        QuantlineError: the engines differ by more than `tolerance`.
+    """
+    if not abs(relative_difference) <= tolerance:
+        raise QuantlineError(
+            f"the server's perplexity differs from the reference engine's by {relative_difference:+.2%}, allowed are "
+            f"{tolerance:.2%} (evaluate.engine_tolerance): what is served is not what was quantized. Look for a kernel, "
+            "a serving dtype or a config that the server reads differently"
+        )
+
+
+def top1_agreement(windows: Windows, top1: NDArray[np.int32], baseline_top1: NDArray[np.int32]) -> float:
+    """Share of the scored places where variant and baseline find the same token likeliest; arrays int32 (tokens,).
+
+    Raises:
+        UserError: the arrays are not of these windows.
+    """
+    if not top1.shape == baseline_top1.shape == windows.input_ids.shape:
+        raise UserError("the likeliest tokens of variant and baseline are not of the same windows; evaluate both again")
+    scored = windows.scored
+    return float((top1[scored] == baseline_top1[scored]).mean())
+
+
+def load_scores(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """`logprobs` and `top1`, float32 and int32 (tokens,), as the reference engine wrote them.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+        return tensors["logprobs"], tensors["top1"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise UserError(f"{path}: scores cannot be read ({error}); evaluate again") from error
+
+
+def weight_bytes(checkpoint: Path) -> int:
+    """Bytes of a checkpoint's weight files on disk.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    sizes = [path.stat().st_size for path in checkpoint.glob("*.safetensors")]
+    if not sizes:
+        raise UserError(f"{checkpoint}: has no *.safetensors")
+    return sum(sizes)
+
+
+def evaluation_metrics(
+    *,
+    reference: Sequence[DocumentScore],
+    comparison: Comparison,
+    size_bytes: int,
+    float_size_bytes: int,
+    vllm: Sequence[DocumentScore] | None = None,
+    top1: float | None = None,
+) -> dict[str, float]:
+    """All results of an evaluation under the names they are published by; what was not measured is left out.
+
+    Args:
+        reference, vllm: the variant's scores by either engine.
+        comparison: of the reference engine's scores with the baseline's.
+        size_bytes, float_size_bytes: of the weight files of the variant and of the float model.
+        top1: result of `top1_agreement`.
+    """
+    metrics: dict[str, float] = {
+        "reference_perplexity": perplexity(reference),
+        "reference_nll": _mean_nll(reference),
+        "perplexity_difference": comparison.difference,
+        "perplexity_ratio": comparison.ratio,
+        "nll_difference": comparison.nll_difference,
+        "nll_difference_low": comparison.low,
+        "nll_difference_high": comparison.high,
+        "size_bytes": size_bytes,
+        "float_size_bytes": float_size_bytes,
+        "compression_ratio": float_size_bytes / size_bytes,
+        "tokens_scored": sum(score.tokens for score in reference),
+        "documents": len(reference),
+    }
+    if vllm is not None:
+        metrics["vllm_perplexity"] = perplexity(vllm)
+        metrics["vllm_nll"] = _mean_nll(vllm)
+        metrics["engine_relative_difference"] = engine_agreement(reference, vllm)
+    if top1 is not None:
+        metrics["top1_agreement"] = top1
+    return metrics
+
+
+def write_documents(path: Path, reference: Sequence[DocumentScore], vllm: Sequence[DocumentScore] | None) -> None:
+    """Write a JSON line for every document, whole or not at all: id, tokens, nll_reference, nll_vllm (or null).
+
+    Losses are sums in nats, written with all their digits; equal scores give equal bytes.
+
+    Raises:
+        UserError: the scores are not of the same documents and tokens.
+    """
+    if vllm is not None:
+        _same_documents(reference, vllm)
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for number, score in enumerate(reference):
+                row = {"id": score.id, "tokens": score.tokens, "nll_reference": score.nll_sum}
+                row["nll_vllm"] = vllm[number].nll_sum if vllm is not None else None
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_documents(path: Path) -> tuple[list[DocumentScore], list[DocumentScore] | None]:
+    """What `write_documents` wrote: the reference engine's scores, and vLLM's or None.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        reference = [DocumentScore(row["id"], row["nll_reference"], row["tokens"]) for row in rows]
+        vllm = [DocumentScore(row["id"], row["nll_vllm"], row["tokens"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: document scores cannot be read ({error}); evaluate again") from error
+    return reference, None if any(score.nll_sum is None for score in vllm) else vllm

@@ -1,0 +1,50 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quantline.errors import UserError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """An empty folder `<out>.tmp` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    An `out` that exists already stays as it is until then.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    temporary, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists() and not out.exists():  # an earlier run was killed between the two renames below
+            os.replace(old, out)
+        for stale in (temporary, old):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        if out.exists():
+            os.replace(out, old)
+        os.replace(temporary, out)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise disk_full(out.parent) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def disk_full(folder: Path) -> UserError:
+    """The error for a disk without room for what goes to `folder`."""
+    free = shutil.disk_usage(folder).free if folder.exists() else 0
+    return UserError(f"{folder}: the disk is full ({free / 2**30:.2f} GiB free); make room and run it again")

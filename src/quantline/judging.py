@@ -1,0 +1,79 @@
+"""Whether answers are fit to be seen, next to the float model's: a small model may loop before any quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+EMPTY, UNREADABLE, DEGENERATE, REPEATING = "empty", "unreadable", "degenerate", "repeating"
+
+UNREADABLE_SHARE = 0.1
+SINGLE_CHARACTER_SHARE = 0.6
+# A loop is what comes four times or more at the end, over 24 characters and three tenths of the text at least.
+LOOP_TIMES, LOOP_CHARACTERS, LOOP_SHARE = 4, 24, 0.3
+
+
+class AnswerLike(Protocol):
+    """What is judged of an answer."""
+
+    @property
+    def kind(self) -> str:
+        """`completion` or `chat`."""
+
+    @property
+    def prompt(self) -> str:
+        """What was asked."""
+
+    @property
+    def text(self) -> str:
+        """What came."""
+
+
+def judge_answers(answers: Sequence[AnswerLike], baseline: Sequence[AnswerLike] | None) -> list[str]:
+    """What is wrong with the answers, one line a fault.
+
+    baseline: the float model's answers; what is wrong with its answer to the same prompt too is not held against the
+    variant. None judges by themselves.
+    """
+    excused = {(answer.kind, answer.prompt): defects(answer.text) for answer in baseline or ()}
+    faults = []
+    for answer in answers:
+        for defect, detail in defects(answer.text).items():
+            if defect not in excused.get((answer.kind, answer.prompt), {}):
+                faults.append(f"{answer.kind} {answer.prompt!r}: the answer is {defect} ({detail})")
+    return faults
+
+
+def defects(text: str) -> dict[str, str]:
+    """What is wrong with a text, defect -> detail."""
+    if not text.strip():
+        return {EMPTY: "no visible character"}
+    found = {}
+    # An answer cut off within a character ends in a replacement character, which is nobody's fault.
+    whole = text.rstrip("\ufffd") or text
+    unreadable = sum(not (letter.isprintable() or letter in "\n\t\r") or letter == "\ufffd" for letter in whole)
+    if unreadable > UNREADABLE_SHARE * len(whole):
+        found[UNREADABLE] = f"{unreadable} of {len(whole)} characters cannot be shown"
+    visible = [letter for letter in whole if not letter.isspace()]
+    if len(visible) >= 8:
+        letter = max(set(visible), key=visible.count)
+        if visible.count(letter) > SINGLE_CHARACTER_SHARE * len(visible):
+            found[DEGENERATE] = f"{visible.count(letter)} of {len(visible)} visible characters are {letter!r}"
+    loop = ending_loop(whole)
+    if loop is not None:
+        found[REPEATING] = f"it ends in {loop!r} over and over"
+    return found
+
+
+def ending_loop(text: str) -> str | None:
+    """The shortest passage that a text repeats to its end, perhaps cut off in the last turn; None where it does not."""
+    enough = max(LOOP_CHARACTERS, LOOP_SHARE * len(text))
+    for period in range(1, len(text) // LOOP_TIMES + 1):
+        start = len(text)
+        while start > period and text[start - 1] == text[start - 1 - period]:
+            start -= 1
+        length = len(text) - (start - period)
+        if length >= max(LOOP_TIMES * period, enough):
+            passage = text[start - period : start]
+            return passage if passage.strip() else None
+    return None

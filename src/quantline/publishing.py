@@ -1,0 +1,37 @@
+"""Project results onto MLflow, loudly and without ever failing a stage."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantline.config import Config, ModelConfig, TrackingConfig
+from quantline.errors import TrackingError
+from quantline.tracking_plan import VariantRecord
+
+
+def experiment_name(tracking: TrackingConfig, model: ModelConfig) -> str:
+    """The configured experiment, else one for the model."""
+    from quantline.download import ModelSource, model_name
+
+    source = ModelSource(model.repo, model.revision, model.path)
+    return tracking.experiment or f"quantline/{model.name or model_name(source)}"
+
+
+def publish_records(records: Sequence[VariantRecord], config: Config, root: Path) -> bool:
+    """Publish and say so; whether it worked. A server that is down is reported, never raised."""
+    from quantline.tracking import publish
+
+    try:
+        report = publish(
+            records, tracking_uri=config.tracking.uri, experiment=experiment_name(config.tracking, config.model),
+            root=root, timeout_seconds=config.tracking.timeout_seconds,
+        )  # fmt: skip
+    except TrackingError as error:
+        print(f"NOT PUBLISHED: {error}", file=sys.stderr)
+        return False
+    print(report, file=sys.stderr)
+    for warning in report.warnings:
+        print(f"  note: {warning}", file=sys.stderr)
+    return True

@@ -1,0 +1,139 @@
+"""Whether a runtime will load a checkpoint, known without starting it: the rules are data, in `serving_rules.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from quantline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Target:
+    """What serves: runtime `vllm`, its version as `0.32.0`, device `cpu` or `cuda`, and the activations' dtype."""
+
+    runtime: str
+    version: str
+    device: str
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a checkpoint's quantization config says; None where it says nothing.
+
+    method: `awq`, `gptq` or `float`. layout: `gemm`, `gemv`, ... for AWQ; `gptq` or `gptq_v2` for GPTQ. group_size: -1
+    is one group a channel. widths_divisible_by_32: whether in and out of every quantized layer are.
+    """
+
+    method: str
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    desc_act: bool | None = None
+    zero_point: bool | None = None
+    layout: str | None = None
+    widths_divisible_by_32: bool | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that a runtime does not load."""
+
+    id: str
+    runtime: str
+    versions: SpecifierSet
+    when: Mapping[str, Any]
+    reason: str
+    remedy: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """supported: nothing is known against it. Otherwise rule_id, reason and remedy say what is."""
+
+    supported: bool
+    reason: str = ""
+    remedy: str = ""
+    rule_id: str = ""
+
+
+@cache
+def rules() -> tuple[Rule, ...]:
+    """The shipped rules, in their order.
+
+    Raises:
+        ValueError: the file has a rule that asks for a fact that does not exist.
+    """
+    text = resources.files("quantline").joinpath("serving_rules.yaml").read_text(encoding="utf-8")
+    return tuple(_parse(entry) for entry in yaml.safe_load(text))
+
+
+def verdict(target: Target, facts: CheckpointFacts) -> Verdict:
+    """Whether `target` will load a checkpoint with these facts.
+
+    Raises:
+        UserError: the target's version is no version.
+    """
+    try:
+        version = Version(target.version)
+    except InvalidVersion:
+        raise UserError(f"version {target.version!r} of {target.runtime}: give one like 0.32.0") from None
+    known = _known(target, facts)
+    for rule in rules():
+        if rule.runtime != target.runtime or not rule.versions.contains(version, prereleases=True):
+            continue
+        if all(_holds(condition, known[name]) for name, condition in rule.when.items()):
+            return Verdict(False, rule.reason.format(**known), rule.remedy.format(**known), rule.id)
+    return Verdict(True)
+
+
+def facts_of(quantization: Mapping[str, Any] | None, *, widths_divisible_by_32: bool | None = None) -> CheckpointFacts:
+    """The facts in a config.json's `quantization_config`; None is a float model."""
+    if not quantization:
+        return CheckpointFacts("float")
+    method = str(quantization.get("quant_method", "unknown"))
+    layout = quantization.get("version", "gemm") if method == "awq" else quantization.get("checkpoint_format", "gptq")
+    return CheckpointFacts(
+        method=method,
+        bits=quantization.get("bits", quantization.get("w_bit")),
+        group_size=quantization.get("group_size", quantization.get("q_group_size")),
+        sym=quantization.get("sym"),
+        desc_act=quantization.get("desc_act"),
+        zero_point=quantization.get("zero_point"),
+        layout=str(layout).lower(),
+        widths_divisible_by_32=widths_divisible_by_32,
+    )
+
+
+def _known(target: Target, facts: CheckpointFacts) -> dict[str, Any]:
+    parity = None
+    if facts.group_size is not None and facts.group_size > 0:
+        parity = "odd" if facts.group_size % 2 else "even"
+    return {**asdict(target), **asdict(facts), "group_size_parity": parity}
+
+
+def _holds(condition: Any, value: Any) -> bool:
+    if value is None:
+        return False
+    if isinstance(condition, dict):
+        return not _holds(condition["not"], value)
+    return value in (condition if isinstance(condition, list) else [condition])
+
+
+def _parse(entry: dict[str, Any]) -> Rule:
+    facts = _known(Target("", "", ""), CheckpointFacts(""))
+    strange = set(entry["when"]) - set(facts)
+    if strange:
+        raise ValueError(f"serving rule {entry['id']}: no fact is named {', '.join(sorted(strange))}")
+    # A remedy or reason that names no fact fails here and not in front of a user.
+    entry["reason"].format(**facts), entry["remedy"].format(**facts)
+    return Rule(**{**entry, "versions": SpecifierSet(entry["versions"])})

@@ -1,0 +1,283 @@
+"""How text becomes the token windows that perplexity is measured on.
+
+A perplexity means nothing without its protocol: how documents are cut, how much context a token has at least, whether a
+beginning-of-sequence token is there. `Protocol` states all of it, and the tokens that were scored are kept with a hash.
+
+`documents`     every document is cut by itself, and is a unit of the statistics.
+`concatenated`  all rows joined by a blank line and cut into full windows, the rest left out; every window is a unit.
+                With window = stride = 2048 this is the protocol of the GPTQ paper (Frantar et al., arXiv:2210.17323),
+                which the weight-only quantization papers after it share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.errors import ConfigError, UserError
+from quantline.formats.container import read_json, write_safetensors
+from quantline.jobs import write_json
+from quantline.texts import Document, format_of, read_documents
+from quantline.tokenizing import TextEncoder
+
+MODES = ("documents", "concatenated")
+BOS = ("none", "add")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A flavour of perplexity, stated in full.
+
+    Attributes:
+        name: what results are called by.
+        path: the text, in a format of `quantline.texts`.
+        format: one of `texts.FORMATS`; None goes by the file's name.
+        text_field: key or column of the text; an `id` beside it in JSON lines names the document.
+        mode: "documents" or "concatenated", see the module.
+        window: tokens in a window, at most.
+        stride: tokens from one window's beginning to the next one's. Equal to `window`: no overlap, and the first token
+            of a window is not scored, having no context. Smaller: windows overlap, and only tokens that no window
+            before has scored are; each then has at least `window - stride` tokens of context, once that many exist.
+        bos: "add" begins every window with the tokenizer's beginning-of-sequence token, which takes a place in the
+            window and is not scored, so that every token of the text is. "none" adds no special token.
+        max_documents, max_tokens: limits on the rows read and on the tokens of text; the last document is cut to fit.
+        max_document_tokens: only so many tokens of each document: more documents for the same number of tokens.
+        min_tokens: shorter documents are left out.
+    """
+
+    name: str
+    path: str | None
+    format: str | None = None
+    text_field: str = "text"
+    mode: str = "documents"
+    window: int = 512
+    stride: int = 512
+    bos: str = "none"
+    max_documents: int | None = None
+    max_document_tokens: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 2
+
+    def __post_init__(self) -> None:
+        """Check all values together."""
+        faults = []
+        if self.mode not in MODES:
+            faults.append(f"evaluate.mode={self.mode}: allowed are {', '.join(MODES)}")
+        if self.bos not in BOS:
+            faults.append(f"evaluate.bos={self.bos}: allowed are {', '.join(BOS)}")
+        if self.window < 2:
+            faults.append(f"evaluate.window={self.window}: a window has 2 tokens or more")
+        if not 1 <= self.stride <= self.window:
+            faults.append(f"evaluate.stride={self.stride}: give 1 to {self.window}, the window")
+        if self.min_tokens < 1:
+            faults.append(f"evaluate.min_tokens={self.min_tokens}: give 1 or more")
+        for name in ("max_documents", "max_document_tokens", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                faults.append(f"evaluate.{name}={value}: give 1 or more, or null for no limit")
+        if faults:
+            raise ConfigError(faults)
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Token windows, one after the other.
+
+    Attributes:
+        input_ids: int32 (tokens,).
+        offsets: int64 (windows + 1,), where each window begins; the last entry is the number of tokens.
+        document: int32 (windows,), index into `document_ids`.
+        context: int32 (windows,), leading tokens that are not scored; at least 1, less than the window's length.
+        document_ids: names of the units of the statistics.
+        protocol: the protocol's values.
+    """
+
+    input_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    document: NDArray[np.int32]
+    context: NDArray[np.int32]
+    document_ids: tuple[str, ...]
+    protocol: Mapping[str, Any]
+
+    @property
+    def scored(self) -> NDArray[np.bool_]:
+        """bool (tokens,), the tokens that count."""
+        lengths = np.diff(self.offsets)
+        place = np.arange(len(self.input_ids)) - np.repeat(self.offsets[:-1], lengths)
+        mask: NDArray[np.bool_] = place >= np.repeat(self.context, lengths)
+        return mask
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tokens, where windows begin, what is scored and which document it belongs to."""
+        digest = hashlib.sha256()
+        for array in (self.input_ids, self.offsets, self.document, self.context):
+            digest.update(f"{array.dtype.str} {len(array)}\n".encode() + array.tobytes())
+        return digest.hexdigest()
+
+
+def spans(tokens: int, capacity: int, stride: int) -> list[tuple[int, int, int]]:
+    """Cut `tokens` tokens into windows: (begin, end, overlap with the window before).
+
+    Args:
+        capacity: tokens of text that a window has room for.
+        stride: at most `capacity`.
+    """
+    found: list[tuple[int, int, int]] = []
+    begin, previous = 0, 0
+    while previous < tokens:
+        end = min(begin + capacity, tokens)
+        found.append((begin, end, previous - begin if found else 0))
+        begin, previous = begin + stride, end
+    return found
+
+
+def build_windows(model_dir: Path, protocol: Protocol) -> Windows:
+    """Read the text, tokenize it with the model's tokenizer and cut it.
+
+    Raises:
+        UserError: the text is missing, damaged or gives fewer than two documents; the window is longer than what the
+            model was made for; `bos=add` with a tokenizer that has no such token.
+    """
+    encoder = TextEncoder.load(model_dir, chat=False)
+    if encoder.max_length is not None and protocol.window > encoder.max_length:
+        raise UserError(
+            f"evaluate.window={protocol.window}: the model takes at most {encoder.max_length} (max_position_embeddings)"
+        )
+    prefix = [encoder.tokenizer.bos_token_id] if protocol.bos == "add" else []
+    if prefix == [None]:
+        raise UserError("evaluate.bos=add: the model's tokenizer has no beginning-of-sequence token; set bos=none")
+    return cut_documents(_tokenized(encoder, protocol), protocol, prefix)
+
+
+def cut_documents(documents: list[tuple[str, list[int]]], protocol: Protocol, prefix: list[int]) -> Windows:
+    """Cut documents, (name, token ids) each, into a protocol's windows; `prefix` begins every window, [] or [bos].
+
+    Raises:
+        UserError: fewer than two units remain.
+    """
+    capacity = protocol.window - len(prefix)
+    stride = min(protocol.stride, capacity)
+    pieces: list[tuple[str, list[int], tuple[int, int, int]]] = []
+    for name, ids in documents:
+        cuts = spans(len(ids), capacity, stride)
+        if protocol.mode == "concatenated":
+            full = (cut for cut in cuts if cut[1] - cut[0] == capacity)
+            pieces += [(f"window-{number:06d}", ids, cut) for number, cut in enumerate(full)]
+        else:
+            # A lone token without a prefix predicts nothing and is predicted by nothing.
+            pieces += [(name, ids, cut) for cut in cuts if len(prefix) + cut[1] - cut[0] > 1]
+    names = tuple(dict.fromkeys(name for name, _, _ in pieces))
+    if len(names) < 2:
+        unit = "full windows" if protocol.mode == "concatenated" else "documents with enough tokens"
+        raise UserError(
+            f"{protocol.path}: gives {len(names)} {unit}, an interval needs 2 or more; "
+            "give more text, a smaller evaluate.window, or evaluate.mode=concatenated for one long document"
+        )
+    number_of = {name: number for number, name in enumerate(names)}
+    lengths = [len(prefix) + end - begin for _, _, (begin, end, _) in pieces]
+    return Windows(
+        input_ids=np.array([i for _, ids, (begin, end, _) in pieces for i in prefix + ids[begin:end]], dtype=np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        document=np.array([number_of[name] for name, _, _ in pieces], dtype=np.int32),
+        context=np.array([max(1, len(prefix) + overlap) for _, _, (_, _, overlap) in pieces], dtype=np.int32),
+        document_ids=names,
+        protocol=asdict(protocol),
+    )
+
+
+def _tokenized(encoder: TextEncoder, protocol: Protocol) -> list[tuple[str, list[int]]]:
+    """The documents' names and ids within the protocol's limits; a single one in mode `concatenated`."""
+    documents, names = _documents(protocol)
+    path = Path(str(protocol.path))
+    if protocol.mode == "concatenated":
+        ids = encoder.encode([Document(1, "\n\n".join(document.text or "" for document in documents))], path)[0]
+        return [("", ids[: protocol.max_tokens])]
+    encoded = encoder.encode(documents, path)
+    left = protocol.max_tokens if protocol.max_tokens is not None else sum(map(len, encoded))
+    kept = []
+    for name, ids in zip(names, encoded, strict=True):
+        cut = ids[: protocol.max_document_tokens][:left]
+        if len(cut) >= protocol.min_tokens:
+            kept.append((name, cut))
+            left -= len(cut)
+    return kept
+
+
+def _documents(protocol: Protocol) -> tuple[list[Document], list[str]]:
+    if protocol.path is None:
+        raise UserError("evaluate.path is null: fetch the text and set evaluate.path=FILE")
+    path = Path(protocol.path)
+    form = format_of(path, protocol.format)
+    # Empty rows are part of the joined text, as the protocol of the GPTQ paper has them.
+    documents = [
+        document
+        for document in islice(read_documents(path, form, (protocol.text_field,)), protocol.max_documents)
+        if protocol.mode == "concatenated" or not document.empty
+    ]
+    if not any(document.text and document.text.strip() for document in documents):
+        raise UserError(f"{path}: has no text; evaluation needs some")
+    for document in documents:
+        if document.text is None:
+            raise UserError(f"{path}:{document.line}: holds messages; perplexity is measured on text, see text_field")
+    given = _given_ids(path) if form == "jsonl" else {}
+    names = [given.get(document.line, f"line-{document.line:06d}") for document in documents]
+    if len(set(names)) < len(names):
+        twice = next(name for name, times in Counter(names).items() if times > 1)
+        raise UserError(f"{path}: id {twice!r} occurs twice; ids must differ")
+    return documents, names
+
+
+def _given_ids(path: Path) -> dict[int, str]:
+    with path.open("rb") as file:
+        rows = {line: json.loads(raw) for line, raw in enumerate(file, 1) if raw.strip()}
+    return {line: str(row["id"]) for line, row in rows.items() if row.get("id") is not None}
+
+
+def save_windows(windows: Windows, folder: Path) -> Path:
+    """Write `windows.safetensors` and, last, `windows.json`; returns the path of the former, which is a `score` job's.
+
+    Equal windows give equal bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: getattr(windows, name) for name in ("input_ids", "offsets", "document", "context")}
+    write_safetensors(folder / "windows.safetensors", tensors)
+    manifest = {
+        "protocol": dict(windows.protocol),
+        "sha256": windows.sha256,
+        "windows": len(windows.document),
+        "tokens": len(windows.input_ids),
+        "scored_tokens": int(windows.scored.sum()),
+        "document_ids": list(windows.document_ids),
+    }
+    write_json(folder / "windows.json", manifest)
+    return folder / "windows.safetensors"
+
+
+def load_windows(folder: Path) -> Windows:
+    """Read what `save_windows` wrote.
+
+    Raises:
+        UserError: a file is missing or damaged, or the two are not of the same windows.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    manifest = read_json(folder / "windows.json")
+    try:
+        tensors = load_file(folder / "windows.safetensors")
+        windows = Windows(**tensors, document_ids=tuple(manifest["document_ids"]), protocol=manifest["protocol"])
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: the evaluation windows are damaged ({error}); build them again") from error
+    if windows.sha256 != manifest["sha256"]:
+        raise UserError(f"{folder}: windows.safetensors is not what windows.json describes; build them again")
+    return windows

@@ -1,0 +1,33 @@
+"""Publish every variant of the pipeline to MLflow and print the table that compares them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stages import ROOT, main
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def publish(cfg: DictConfig) -> None:
+    from quantline.collect import pipeline_records
+    from quantline.config import parse
+    from quantline.entry import plain
+    from quantline.errors import TrackingError, UserError
+    from quantline.publishing import publish_records
+    from quantline.summary import render_table, variant_table
+
+    records = pipeline_records(ROOT)
+    if not records:
+        raise UserError("there is nothing to publish yet; run `dvc repro` first")
+    config = parse({**plain(cfg), "model": records[0].config["model"]})
+    done = not config.tracking.enabled or publish_records(records, config, ROOT)
+    print(render_table(variant_table(records)))
+    print("\nCompare them in MLflow: make ui")
+    if not done:
+        raise TrackingError("the table above is complete, but MLflow has not got it; see NOT PUBLISHED above")
+
+
+if __name__ == "__main__":
+    main(publish, __file__)

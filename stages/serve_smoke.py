@@ -1,0 +1,43 @@
+"""Serve the variant with the real server, ask it, judge its answers, score the evaluation text through it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stages import stage
+
+if TYPE_CHECKING:
+    from quantline.stage import StageRun
+
+
+@stage("serve_smoke")
+def serve_smoke(run: StageRun) -> None:
+    from quantline.served import Questions, serve_and_score, serving_dtype
+    from quantline.serving import ServerOptions
+    from quantline.windows import build_windows
+
+    serve, baseline = run.config.serve, run.is_baseline
+    process = serve.process.model_dump(exclude={"concurrency", "request_timeout_seconds", "extra_args"})
+    options = ServerOptions(
+        device=run.device, dtype=serving_dtype(serve.dtype, quantized=not baseline), max_model_len=serve.max_model_len,
+        enforce_eager=serve.enforce_eager, extra_args=tuple(serve.process.extra_args), **process,
+    )  # fmt: skip
+    windows = build_windows(run.input("download") / "model", run.protocol())
+    python, version = run.server()
+    run.files += ["answers.json", "verdict.json"]
+    with run.output() as out:
+        served = serve_and_score(
+            python=python, version=version, checkpoint=run.checkpoint(), options=options,
+            questions=Questions(tuple(serve.smoke.prompts), tuple(serve.smoke.chat_prompts), serve.smoke.max_tokens),
+            windows=windows, concurrency=serve.process.concurrency,
+            request_timeout_seconds=serve.process.request_timeout_seconds,
+            baseline=None if baseline else run.input("serve_smoke", baseline=True), out=out, log=run.paths.log,
+        )  # fmt: skip
+        run.metrics.update(served.metrics)
+        run.warnings.extend(served.warnings)
+        if served.reason:
+            run.status, run.reason = "unsupported", served.reason
+
+
+if __name__ == "__main__":
+    serve_smoke()

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from quantline.errors import UserError
+from quantline.serving_rules import CheckpointFacts, Target, facts_of, rules, verdict
+
+CPU = Target("vllm", "0.32.0+cpu", "cpu", "bfloat16")
+GPU = Target("vllm", "0.32.0", "cuda", "bfloat16")
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "rule"),
+    [
+        (None, CPU, ""),
+        (AWQ, CPU, ""),
+        (AWQ, GPU, ""),
+        (GPTQ, CPU, ""),
+        (GPTQ, GPU, ""),
+        (GPTQ | {"group_size": -1}, CPU, ""),
+        (GPTQ | {"group_size": -1, "desc_act": True}, CPU, ""),
+        (GPTQ | {"checkpoint_format": "gptq_v2"}, CPU, ""),
+        (GPTQ | {"bits": 8}, GPU, ""),
+        (GPTQ | {"bits": 8}, CPU, "gptq-cpu-bits"),
+        (GPTQ | {"bits": 2}, GPU, "gptq-bits"),
+        (GPTQ | {"bits": 3}, CPU, "gptq-bits"),
+        (GPTQ | {"sym": False}, CPU, "gptq-asymmetric"),
+        (GPTQ | {"sym": False}, GPU, "gptq-asymmetric"),
+        (GPTQ | {"desc_act": True}, CPU, "gptq-grouped-desc-act"),
+        (GPTQ | {"group_size": 256}, CPU, "gptq-group-size"),
+        (AWQ | {"bits": 8}, CPU, "awq-bits"),
+        (AWQ | {"version": "gemv"}, GPU, "awq-layout"),
+        (AWQ | {"version": "gemv_fast"}, CPU, "awq-layout"),
+        (AWQ | {"zero_point": False}, CPU, "awq-cpu-zero-point"),
+        (AWQ | {"zero_point": False}, GPU, ""),
+        (AWQ, Target("vllm", "0.32.0", "cpu", "float32"), "quantized-float32"),
+        (None, Target("vllm", "0.32.0", "cpu", "float32"), ""),
+    ],
+)
+def test_what_vllm_serves(config, target, rule):
+    found = verdict(target, facts_of(config))
+    assert (found.supported, found.rule_id) == (not rule, rule)
+    if rule:
+        assert "0.32.0" in found.reason
+        assert found.remedy
+
+
+def test_a_reason_names_what_was_given():
+    found = verdict(CPU, facts_of(GPTQ | {"bits": 8}))
+    assert found.reason == ("vLLM 0.32.0+cpu on CPU has a kernel for GPTQ with 4 bits only, this checkpoint has 8")
+    assert found.remedy == "serve it on a GPU, or set bits=4"
+
+
+def test_widths_that_no_kernel_takes_are_refused_on_a_cpu_only():
+    narrow = facts_of(AWQ, widths_divisible_by_32=False)
+    assert verdict(CPU, narrow).rule_id == "cpu-layer-widths"
+    assert verdict(GPU, narrow).supported
+    assert verdict(CPU, facts_of(AWQ, widths_divisible_by_32=True)).supported
+
+
+def test_nothing_is_said_about_versions_and_runtimes_outside_the_rules():
+    eight = facts_of(GPTQ | {"bits": 8})
+    assert verdict(Target("vllm", "1.0.0", "cpu"), eight).supported
+    assert verdict(Target("mindie", "0.32.0", "cpu"), eight).supported
+    assert not verdict(Target("vllm", "0.32.1rc1", "cpu"), eight).supported
+
+
+def test_a_fact_that_is_not_stated_matches_no_rule():
+    assert verdict(CPU, CheckpointFacts("gptq")).supported
+
+
+def test_a_version_that_is_none_is_a_user_error():
+    with pytest.raises(UserError, match="give one like"):
+        verdict(Target("vllm", "newest", "cpu"), CheckpointFacts("float"))
+
+
+def test_old_names_in_awq_configs_are_understood():
+    old = {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}
+    assert facts_of(old) == CheckpointFacts("awq", 4, 64, None, None, True, "gemm", None)
+
+
+def test_rule_ids_are_unique_and_every_rule_has_a_source():
+    assert len(rules()) > 5
+    assert len({rule.id for rule in rules()}) == len(rules())
+    assert all(rule.source.startswith(("ran: ", "read: ")) for rule in rules())
+
+
+# What the runtime itself says, asked of the classes that check a checkpoint when it loads; no model is needed.
+ASK = """
+import json, sys, torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig, AutoAWQMarlinLinearMethod
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
+answers = []
+for config, width in json.loads(sys.argv[1]):
+    try:
+        awq = config["quant_method"] == "awq"
+        parsed = (AutoAWQConfig if awq else AutoGPTQConfig).from_config(config)
+        with set_current_vllm_config(VllmConfig()):
+            (AutoAWQMarlinLinearMethod if awq else AutoGPTQLinearMethod)(parsed)
+            choose_mp_linear_kernel(MPLinearLayerConfig(
+                full_weight_shape=(width, width), partition_weight_shape=(width, width), weight_type=parsed.quant_type,
+                act_type=torch.bfloat16, group_size=parsed.group_size, zero_points=awq and parsed.zero_point))
+        answers.append("")
+    except (ValueError, NotImplementedError) as error:
+        answers.append(str(error))
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.toolchain("vllm")
+def test_the_installed_vllm_refuses_what_the_rules_say_it_refuses(root):
+    python = root / ".venvs" / "vllm" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("the vllm environment is not built")
+    version = subprocess.run(
+        [python, "-c", "import importlib.metadata as m; print(m.version('vllm'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    if "cpu" not in version:
+        pytest.skip("asks the build for CPUs")
+    from quantline.toolchains import worker_environment
+
+    cases = [
+        *((GPTQ | {"bits": bits}, 256) for bits in (2, 3, 4, 8)),
+        *((GPTQ | {"sym": False, "bits": bits}, 256) for bits in (4, 8)),
+        *((GPTQ | {"desc_act": True, "group_size": size}, 256) for size in (-1, 128)),
+        *((GPTQ | {"group_size": size}, 256) for size in (-1, 16, 32, 64, 96, 128, 256)),
+        *((AWQ | {"bits": bits}, 256) for bits in (4, 8)),
+        *((AWQ | {"group_size": size}, 240) for size in (15, 16)),
+        *((config, width) for config in (AWQ, GPTQ) for width in (256, 240)),
+    ]
+    done = subprocess.run(
+        [python, "-c", ASK, json.dumps(cases)],
+        check=False, capture_output=True, text=True, env=worker_environment(1), cwd=root,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    target = Target("vllm", version, "cpu", "bfloat16")
+    ours = [verdict(target, facts_of(config, widths_divisible_by_32=width % 32 == 0)) for config, width in cases]
+    wrong = [
+        (case, answer, our.rule_id)
+        for case, answer, our in zip(cases, said, ours, strict=True)
+        if our.supported != (answer == "")
+    ]
+    assert wrong == []
+    assert {our.supported for our in ours} == {True, False}
