@@ -19,6 +19,8 @@ def download(run: StageRun) -> None:
     source = ModelSource(model.repo, model.revision, model.path, model.allow_pickle, model.trust_remote_code)
     with run.output() as out:
         report = fetch(source, out / "model")
+        if report["weights"] == "pickle":
+            run.worker("reference", "quantline.unpickle", {"folder": str(out / "model")}, "pickles to safetensors")
         run.metrics.update(size_bytes=report["bytes"], files=len(report["files"]))
         run.metrics.update(record_probe(run.worker, out / "model", out / "probe.safetensors"))
 

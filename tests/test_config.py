@@ -38,10 +38,6 @@ def test_group_size_96_is_refused_with_the_nearest_allowed(composed):
     assert "nearest is 64" in message
 
 
-def test_awq_without_zero_points_in_the_gemm_layout_is_refused(composed):
-    assert "method.zero_point=false" in faults_of(composed("method=awq", "method.zero_point=false"))
-
-
 def test_all_faults_are_reported_together(composed):
     message = faults_of(composed("method=gptq", "bits=5", "group_size=96", "threads=0", "device=tpu"))
     assert "4 faults" in message

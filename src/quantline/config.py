@@ -276,10 +276,8 @@ def _method_faults(values: Mapping[str, Any]) -> list[str]:
         remedy = f"; method={others[0]} takes bits={bits}" if others else ""
         faults.append(f"bits={bits}: {name} takes {_either(BITS[name])}{remedy}")
     if isinstance(group_size, int) and group_size not in GROUP_SIZES_OF[name]:
-        near = min(GROUP_SIZES_OF[name], key=lambda size: abs(size - group_size))
+        near = min((size for size in GROUP_SIZES_OF[name] if size > 0), key=lambda size: abs(size - group_size))
         faults.append(f"group_size={group_size}: {name} takes {_either(GROUP_SIZES_OF[name])}; the nearest is {near}")
-    if name == "awq" and method.get("zero_point") is False and method.get("version") == "gemm":
-        faults.append("method.zero_point=false: AWQ's gemm layout needs zero points; leave it true")
     return faults
 
 

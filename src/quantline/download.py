@@ -174,7 +174,7 @@ def _no_weights(label: str, pickled: Sequence[str]) -> str:
         return f"{label}: has no model.safetensors and no model.safetensors.index.json; give a model with weights"
     return (
         f"{label}: holds pickled weights only ({pickled[0]}), and loading those can run any code; take a repository or "
-        "a commit with safetensors, or accept them as they are with model.allow_pickle=true"
+        "a commit with safetensors, or have them loaded and converted with model.allow_pickle=true"
     )
 
 

@@ -19,6 +19,7 @@ def batch(work, job_for):
         "gemm": job_for("qwen2", "awq-gemm"),
         "gemv": job_for("qwen2", "awq-gemv", options={"version": "gemv"}),
         "one_sided": job_for("one_sided", "awq-one-sided", options={"clip": False}),
+        "symmetric": job_for("qwen2", "awq-symmetric", options={"zero_point": False}),
         "llama": job_for("llama", "awq-llama", group_size=32),
         "untranslated": job_for("qwen2", "awq-untranslated", untranslated=True),
         "untranslated_llama": job_for("llama", "awq-untranslated-llama", untranslated=True),
@@ -71,7 +72,7 @@ def test_the_result_is_nearer_to_the_float_model_than_the_plain_librarys_and_pla
     assert ours < facts["rounded_rms"] < facts["plain_rms"]
 
 
-@pytest.mark.parametrize("label", ["gemm", "gemv", "one_sided", "llama"])
+@pytest.mark.parametrize("label", ["gemm", "gemv", "one_sided", "symmetric", "llama"])
 def test_what_is_written_is_exactly_what_was_computed(batch, label):
     output, result = batch[label]
     assert result["metrics"]["written_max_difference"] == 0
@@ -84,6 +85,13 @@ def test_what_is_written_is_exactly_what_was_computed(batch, label):
 def test_gemv_holds_the_same_weights_as_gemm(batch):
     gemm, gemv = (dict(iter_dequantized(batch[label][0])) for label in ("gemm", "gemv"))
     assert all(np.array_equal(gemm[name], gemv[name]) for name in gemm)
+
+
+def test_without_zero_points_every_zero_point_is_the_middle_one(batch):
+    checkpoint = Checkpoint.open(batch["symmetric"][0])
+    zeros = [checkpoint.tensor(name) for name in checkpoint.names if name.endswith("qzeros")]
+    assert len(zeros) == 14
+    assert all((words.view(np.uint32) == 0x88888888).all() for words in zeros)
 
 
 def test_the_same_job_gives_the_same_bytes(batch, again):
@@ -143,7 +151,6 @@ CONFIG = {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads"
     [
         ({"bits": 8}, {}, "bits=8: awq takes 4; use method=gptq"),
         ({"group_size": -1}, {}, "group_size=-1: awq takes 32, 64 or 128"),
-        ({"options": {"zero_point": False}}, {}, "zero_point=false"),
         ({"options": {"version": "marlin"}}, {}, "version=marlin: awq takes gemm, gemv"),
         ({"options": {"damp": 1}}, {}, "options damp: awq has clip, version, zero_point"),
         ({}, {"model_type": "opt"}, "model_type='opt': AutoAWQ quantizes llama, qwen2"),

@@ -8,6 +8,8 @@ The library is driven through its own `quantize(quantizer_cls=...)`. The class b
   zero is cut off. Here it does; groups with both signs are the same as before.
 - Scales are stored in float16 but searched with in the model's dtype. Here they are rounded first, so that what is
   searched for, computed and stored is the same.
+- `zero_point=False` ends in a bare AssertionError, since the layouts hold zero points. Here such groups are quantized
+  symmetrically, and every zero point is the middle one, 8, which every reader takes.
 - Its packers want float16 tensors, and one of them a GPU. The codes are packed here instead, for both layouts.
 - `_compute_best_clip` multiplies element by element through temporaries of (out, tokens, in), in the model's dtype, and
   asserts an output width that is a multiple of 64. Here the same error of the same candidates over the same tokens comes
@@ -53,8 +55,6 @@ def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         raise JobError(f"group_size={job['group_size']}: awq takes 32, 64 or 128 (or another divisor of every width)")
     if options["version"] not in LAYOUTS:
         raise JobError(f"version={options['version']}: awq takes {', '.join(LAYOUTS)}")
-    if not options["zero_point"]:
-        raise JobError("zero_point=false: awq's layouts hold a zero point; use zero_point=true, or gptq with sym=true")
     _common.check_family(config, FAMILIES, "AutoAWQ", "method=rtn, or method=gptq where AutoGPTQ has it")
     heads, grouped = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if config.get("model_type") == "phi3" and grouped not in (None, heads):
@@ -97,7 +97,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         apply_clip=bool(options["clip"]),
         max_calib_samples=samples,
         max_calib_seq_len=length,
-        quantizer_cls=quantizer_class(work, layout, report),
+        quantizer_cls=quantizer_class(work, layout, report, symmetric=not options["zero_point"]),
     )
     work.metrics["quantize_seconds"] = time.perf_counter() - started
     quantization = {
@@ -122,7 +122,7 @@ def cloned_state(module: Any) -> Iterator[None]:
         del module.state_dict
 
 
-def quantizer_class(work: _common.Work, layout: str, report: Reporter) -> Any:
+def quantizer_class(work: _common.Work, layout: str, report: Reporter, *, symmetric: bool = False) -> Any:
     """A quantizer class for `awq.quantize` that hands every layer to `_common.add_layer` instead of packing it."""
     import torch
     from awq.quantize.quantizer import AwqQuantizer
@@ -137,6 +137,10 @@ def quantizer_class(work: _common.Work, layout: str, report: Reporter) -> Any:
         def codes_of(self, weight: Any) -> tuple[Any, Any, Any]:
             """float32 (rows*groups, g) codes, (rows*groups, 1) scales of float16 values, (rows*groups, 1) zeros."""
             groups = weight.reshape(-1, self.group_size).float()
+            if symmetric:
+                scales = (groups.abs().amax(dim=1, keepdim=True).clamp(min=1e-5) / 7).half().float()
+                zeros = torch.full_like(scales, 8)
+                return torch.clamp(torch.round(groups / scales) + zeros, 0, 15), scales, zeros
             low = groups.amin(dim=1, keepdim=True).clamp(max=0)
             high = groups.amax(dim=1, keepdim=True).clamp(min=0)
             scales = ((high - low).clamp(min=1e-5) / 15).half().float()
