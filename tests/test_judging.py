@@ -53,13 +53,25 @@ def test_a_loop_is_named_by_its_shortest_passage():
     assert ending_loop("x" * 30) == "x"
 
 
+LOOP = "and so on " * 8
+
+
 def test_a_defect_is_refused_unless_the_float_model_has_it_for_the_same_prompt():
-    loop = "and so on " * 8
-    answers = [Said("a", loop), Said("b", loop), Said("c", GOOD)]
-    assert len(judge_answers(answers, None)) == 2
-    baseline = [Said("a", "again and again " * 8), Said("b", GOOD), Said("c", loop)]
-    (fault,) = judge_answers(answers, baseline)
-    assert fault.startswith("completion 'b': the answer is repeating")
+    answers = [Said("a", LOOP), Said("b", LOOP), Said("c", LOOP), Said("d", GOOD)]
+    assert len(judge_answers(answers, None)) == 3
+    baseline = [Said("a", "again and again " * 8), *(Said(prompt, GOOD) for prompt in "bcd")]
+    faults = judge_answers(answers, baseline)
+    assert [fault.split(":")[0] for fault in faults] == ["completion 'b'", "completion 'c'"]
+
+
+def test_a_model_that_loops_by_itself_may_loop_for_other_prompts_but_not_for_many_more():
+    baseline = [Said("a", LOOP), *(Said(prompt, GOOD) for prompt in "bcd")]
+    assert judge_answers([*(Said(prompt, GOOD) for prompt in "abc"), Said("d", LOOP)], baseline) == []
+    assert len(judge_answers([Said("a", GOOD), *(Said(prompt, LOOP) for prompt in "bcd")], baseline)) == 3
+
+
+def test_a_single_loop_is_refused_where_the_float_model_never_loops():
+    assert len(judge_answers([Said("a", LOOP), Said("b", GOOD)], [Said("a", GOOD), Said("b", GOOD)])) == 1
 
 
 def test_an_excuse_covers_one_defect_and_one_endpoint():

@@ -11,6 +11,7 @@ UNREADABLE_SHARE = 0.1
 SINGLE_CHARACTER_SHARE = 0.6
 # A loop is what comes four times or more at the end, over 24 characters and three tenths of the text at least.
 LOOP_TIMES, LOOP_CHARACTERS, LOOP_SHARE = 4, 24, 0.3
+HABIT = 2
 
 
 class AnswerLike(Protocol):
@@ -33,14 +34,19 @@ def judge_answers(answers: Sequence[AnswerLike], baseline: Sequence[AnswerLike] 
     """What is wrong with the answers, one line a fault.
 
     baseline: the float model's answers; what is wrong with its answer to the same prompt too is not held against the
-    variant. None judges by themselves.
+    variant. A model that loops by itself loops for other prompts after any change of its weights, however small: so long as
+    no more than `HABIT` times as many answers loop as the float model's, none of them is. None judges by themselves.
     """
     excused = {(answer.kind, answer.prompt): defects(answer.text) for answer in baseline or ()}
+    found = [(answer, defects(answer.text)) for answer in answers]
+    loops = sum(REPEATING in defect for _, defect in found)
+    habit = loops <= HABIT * sum(REPEATING in defect for defect in excused.values())
     faults = []
-    for answer in answers:
-        for defect, detail in defects(answer.text).items():
-            if defect not in excused.get((answer.kind, answer.prompt), {}):
-                faults.append(f"{answer.kind} {answer.prompt!r}: the answer is {defect} ({detail})")
+    for answer, held in found:
+        for defect, detail in held.items():
+            if defect in excused.get((answer.kind, answer.prompt), {}) or (defect == REPEATING and habit):
+                continue
+            faults.append(f"{answer.kind} {answer.prompt!r}: the answer is {defect} ({detail})")
     return faults
 
 
