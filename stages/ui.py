@@ -14,6 +14,8 @@ def ui(port: str) -> None:
     # MLflow would start half a dozen job runners beside the UI.
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     uri = resolve_uri(None, ROOT)
+    if not uri.startswith("sqlite:"):
+        sys.exit("MLFLOW_TRACKING_URI names a tracking server of its own: open that one")
     print(f"MLflow on http://127.0.0.1:{port} (stop it with Ctrl-C)", file=sys.stderr, flush=True)
     arguments = ["ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", port, "--workers", "1"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])  # noqa: S606 (no shell wanted)

@@ -149,10 +149,9 @@ def _build(folder: Path, name: str, lock: Path, digest: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     print(f"building .venvs/{name} from envs/{lock.name}", file=sys.stderr, flush=True)
     arguments, variables = install_environment(lock.stem)
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
     interpreter = folder / "bin" / "python"
     commands = [
-        [*_uv(), "venv", "--quiet", "--no-project", "--python", version, str(folder)],
+        [*_uv(), "venv", "--quiet", "--no-project", "--python", sys.executable, str(folder)],
         [*_uv(), "pip", "install", "--quiet", "--no-deps", "--python", str(interpreter), *arguments, "-r", str(lock)],
     ]
     try:
