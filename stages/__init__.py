@@ -42,11 +42,6 @@ def stage(name: str) -> Callable[[Callable[[StageRun], None]], Callable[[], None
 
 def main(task: Callable[[DictConfig], Any], filename: str) -> None:
     """Run a Hydra task; a user's mistake ends in a message and an exit code, anything else in a traceback."""
-    try:
-        import hydra
-    except ModuleNotFoundError:
-        sys.exit("error: this Python has no hydra; run `make setup`, then `source .venv/bin/activate`")
-
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us
     os.environ.pop("HYDRA_MAIN_MODULE", None)
     signal.signal(signal.SIGTERM, lambda *_: _interrupt())
@@ -63,11 +58,15 @@ def main(task: Callable[[DictConfig], Any], filename: str) -> None:
     guarded.__module__ = "__main__"
     guarded.__code__ = guarded.__code__.replace(co_filename=filename)
     try:
+        import hydra
+
         hydra.main(version_base="1.3", config_path="../conf", config_name="config")(guarded)()
     except KeyboardInterrupt:
         print("interrupted; nothing half written was left", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "hydra":
+            sys.exit("error: this Python has no hydra; run `make setup`, then `source .venv/bin/activate`")
         sys.exit(_report(error))
     if failures:
         sys.exit(failures[0])

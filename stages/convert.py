@@ -1,4 +1,4 @@
-"""Bring the quantized checkpoint into the layout that the serving target reads."""
+"""Bring a quantized checkpoint into the layout that the serving target reads: the pipeline's, or one in a folder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ if TYPE_CHECKING:
 
 @stage("convert")
 def convert(run: StageRun) -> None:
+    from quantline.conversion.by_hand import convert_folder, options_of
     from quantline.convert import convert as write_converted
 
+    options = options_of(run.config, run.root, run.device)
+    if run.config.source.kind != "pipeline":
+        convert_folder(run, options)
+        return
     run.refuse_float()
     source = run.input("quantize")
     with run.output() as out:
-        report = write_converted(source, out, run.config.convert.target)
-        run.metrics.update(linears=report.linears, carried_tensors=report.carried)
-        run.metrics.update(rewritten=int(report.source != report.target))
+        proof = write_converted(source, out, options)
+        run.metrics.update(proof.metrics)
+        run.warnings.extend(proof.warnings)
+        run.files.append("conversion_proof.json")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ def serve_smoke(run: StageRun) -> None:
     process = serve.process.model_dump(exclude={"concurrency", "request_timeout_seconds", "extra_args"})
     options = ServerOptions(
         device=run.device, dtype=serving_dtype(serve.dtype, quantized=not baseline), max_model_len=serve.max_model_len,
-        enforce_eager=serve.enforce_eager, extra_args=tuple(serve.process.extra_args), **process,
+        enforce_eager=serve.enforce_eager, trust_remote_code=run.config.model.trust_remote_code,
+        extra_args=tuple(serve.process.extra_args), **process,
     )  # fmt: skip
     windows = build_windows(run.input("download") / "model", run.protocol())
     python, version = run.server()

@@ -50,6 +50,23 @@ def test_what_vllm_serves(config, target, rule):
         assert found.remedy
 
 
+@pytest.mark.parametrize(
+    ("config", "dtype", "rule"),
+    [
+        (AWQ, "bfloat16", ""),
+        (AWQ | {"zero_point": False}, "float16", ""),
+        (GPTQ, "float32", "quantized-float32"),
+        (GPTQ | {"bits": 8}, "float16", ""),
+        (GPTQ | {"bits": 3}, "float16", "gptq-bits"),
+        (GPTQ | {"desc_act": True}, "float16", ""),
+        (GPTQ | {"group_size": -1}, "float16", ""),
+        (GPTQ | {"group_size": 256}, "float16", "gptq-group-size"),
+    ],
+)
+def test_what_0_25_1_did_on_a_gpu(config, dtype, rule):
+    assert verdict(Target("vllm", "0.25.1", "cuda", dtype), facts_of(config)).rule_id == rule
+
+
 def test_a_reason_names_what_was_given():
     found = verdict(CPU, facts_of(GPTQ | {"bits": 8}))
     assert found.reason == ("vLLM 0.32.0+cpu on CPU has a kernel for GPTQ with 4 bits only, this checkpoint has 8")

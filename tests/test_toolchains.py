@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantline import toolchains
-from quantline.errors import UserError, WorkerError
+from quantline.errors import DiskFullError, UserError, WorkerError
 from quantline.toolchains import Toolchain, ensure, run_worker
 
 HERE = Toolchain("reference", Path(sys.executable), None)
@@ -40,9 +40,22 @@ def test_a_workers_data_comes_back_with_its_peak_memory(worker):
     assert result.versions["python"].startswith("3.")
 
 
+def test_progress_is_not_lost_in_a_librarys_own_bar(worker, tmp_path):
+    worker(
+        "from tqdm import tqdm\ndef run(job, report):\n    for step in tqdm(range(2)): report(step, 2)\n    return {}"
+    )
+    assert "@progress" not in (tmp_path / "work.log").read_text()
+
+
 def test_a_refusal_crosses_as_a_user_error_without_traceback(worker):
     with pytest.raises(UserError, match="group_size=7: no"):
         worker("def run(job, report): raise JobError('group_size=7: no')")
+
+
+def test_a_worker_that_finds_no_room_on_the_disk_says_that(worker):
+    body = "import errno\ndef run(job, report): raise OSError(errno.ENOSPC, 'No space left on device')"
+    with pytest.raises(DiskFullError, match="the disk is full; free some space and run the stage again"):
+        worker(body)
 
 
 def test_a_crash_names_the_log_and_the_log_holds_the_traceback(worker, tmp_path):
@@ -79,7 +92,8 @@ def test_a_worker_sees_no_tokens(worker, monkeypatch):
     assert not [key for key, value in data.items() if "secret" in value]
 
 
-def test_a_worker_does_not_outlive_its_interrupted_parent(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_worker_does_not_outlive_its_parent_whatever_ends_that(tmp_path, how):
     (tmp_path / "work.py").write_text(
         "import os, time\nfrom pathlib import Path\nfrom quantline.jobs import worker_main\n"
         "def run(job, report):\n    Path(job['pid']).write_text(str(os.getpid()))\n    time.sleep(60)\n    return {}\n"
@@ -93,12 +107,14 @@ def test_a_worker_does_not_outlive_its_interrupted_parent(tmp_path):
         f"run_worker(Toolchain('reference', Path(sys.executable), None), 'work', {{'pid': {str(pid)!r}}},"
         f" log=Path({str(tmp_path / 'log')!r}), threads=1, label='w', extra_environment={{'PYTHONPATH': {path!r}}})"
     )
-    process = subprocess.Popen([sys.executable, "-c", parent], env={**os.environ, "PYTHONPATH": source})
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], env={**os.environ, "PYTHONPATH": source, "TMPDIR": str(tmp_path)}
+    )
     deadline = time.monotonic() + 30
     while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     child = int(pid.read_text())
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     assert process.wait(20) != 0
     deadline = time.monotonic() + 10
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:

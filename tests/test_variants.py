@@ -28,7 +28,7 @@ def test_what_only_changes_how_a_stage_runs_is_no_part_of_the_name(composed):
 
 
 def test_long_names_are_cut_and_stay_distinct(composed):
-    names = {name_of(composed, f"+serve.process.x={i}", f"calibration.name={'n' * 90}{i}") for i in range(2)}
+    names = {name_of(composed, f"calibration.name={'n' * 90}{i}") for i in range(2)}
     assert len(names) == 2
     assert all(len(name) <= 80 for name in names)
 

@@ -143,7 +143,8 @@ def quantized_layers(checkpoint: Checkpoint, info: QuantizationInfo | None) -> d
         CheckpointError: config and tensors disagree: packed tensors in a float checkpoint, none in a quantized one,
             an incomplete layer, or a layer that is also there in float.
     """
-    known = LAYOUTS[info.layout].TENSORS if info else LAYOUTS["gptq"].TENSORS
+    # Without a config, what gives a packed linear away are the codes of GPTQ and AWQ or of compressed-tensors.
+    known = LAYOUTS[info.layout].TENSORS if info else {**LAYOUTS["gptq"].TENSORS, "weight_packed": True}
     names = set(checkpoint.names)
     packed = [suffix for suffix in known if suffix != "bias"]  # bias is a tensor of float layers as well
     layers = sorted({name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in packed})
@@ -185,8 +186,9 @@ def iter_dequantized(folder: str | Path) -> Iterator[tuple[str, NDArray[np.float
     if info is not None:
         for layer, suffixes in layers.items():
             tensors = {suffix: _plain(checkpoint.tensor(name)) for suffix, name in suffixes.items()}
+            settings = info.of(layer)
             try:
-                linear = LAYOUTS[info.layout].read(tensors, bits=info.bits, group_size=info.group_size)
+                linear = LAYOUTS[info.layout].read(tensors, bits=settings.bits, group_size=settings.group_size)
             except FormatError as error:
                 raise CheckpointError(f"{checkpoint.folder}: {layer}: {error}") from error
             yield f"{layer}.weight", dequantize(linear)

@@ -1,8 +1,8 @@
 """Gather what the stages measured, variant by variant, for `publish` and for the table.
 
-Only results that belong together are taken: each one's fingerprint must be the one that its variant's configuration
-asks for, so a stage that has yet to run again after a change is left out rather than shown beside what it no longer goes
-with.
+Only results that belong together are taken: each one must have been made with the options that its variant has now, from
+inputs as they are now, so a stage that has yet to run again after a change is left out rather than shown beside what it
+no longer goes with.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from quantline.config import Config, parse
 from quantline.errors import UserError
 from quantline.formats.container import read_json
-from quantline.lineage import stage_fingerprint
+from quantline.lineage import options_fingerprint, stage_fingerprint
 from quantline.results import read_result
 from quantline.tracking_plan import VariantRecord
 from quantline.variants import BASELINE, STAGES, stage_paths
@@ -69,6 +69,7 @@ def _record(root: Path, home: Path, name: str, values: dict[str, Any], overrides
 
 
 def _results(root: Path, home: Path, folder: str, config: Config) -> Iterator[dict[str, Any]]:
+    current: dict[str, str] = {}
     for stage in STAGES:
         if config.method.name == BASELINE and stage in ("calibrate", "quantize", "convert"):
             continue
@@ -76,12 +77,34 @@ def _results(root: Path, home: Path, folder: str, config: Config) -> Iterator[di
         if not places.result.is_file():
             continue
         result = read_result(places.result)
-        if result.get("fingerprint") != stage_fingerprint(config, stage, root):
+        if config.frozen is None:
+            belongs = result.get("fingerprint") == stage_fingerprint(config, stage, root)
+        else:
+            belongs = _follows(result, config, stage, root, current)
+        if not belongs:
             continue
+        current[stage] = str(result["output_hash"])
         files = list(result.get("files", []))
         if places.log.is_file():
             files.append(places.log.relative_to(root).as_posix())
         yield {**result, "files": files}
+
+
+def _follows(result: dict[str, Any], config: Config, stage: str, root: Path, current: dict[str, str]) -> bool:
+    # DVC does not run a stage again whose inputs came out as they were, so its fingerprint may name older options of the
+    # stages before it. It is known by its own options and by what its inputs held.
+    if result.get("options") != options_fingerprint(config, stage, root):
+        return False
+    for name, content in result["inputs"].items():
+        of, _, inner = str(name).rpartition("/")
+        if of:
+            baseline = stage_paths(root / "artifacts", of, inner).result
+            found = read_result(baseline).get("output_hash") if baseline.is_file() else None
+        else:
+            found = current.get(inner)
+        if found != content:
+            return False
+    return True
 
 
 def commit_of(root: Path) -> tuple[str | None, bool]:

@@ -48,7 +48,10 @@ def variant_overrides(params: Path, name: str) -> list[str]:
     for key, line in (("shared", content.get("shared")), (f"variants.{name}", lines[name])):
         if line is not None and not isinstance(line, str):
             raise UserError(f"{params.name}: {key} is {line!r}; give overrides as one line of text")
-        overrides.extend(shlex.split(line or ""))
+        try:
+            overrides.extend(shlex.split(line or ""))
+        except ValueError as error:
+            raise UserError(f"{params.name}: {key} is {line!r}: {error}; quote it as in a shell") from error
     return overrides
 
 

@@ -109,7 +109,19 @@ class CalibrationConfig(_Section):
 class ConvertConfig(_Section):
     """The layout to hand to the serving target."""
 
-    target: Literal["auto", "keep", "awq", "gptq", "gptq_v2"]
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    target: Literal["auto", "keep", "awq", "gptq", "gptq_v2", "compressed_tensors"]
+    shard_size: str = "4GB"
+    requantize_outliers: bool = False
+    must_serve: Literal["vllm"] | None = Field(default=None, alias="for")
+
+
+class ConvertSourceConfig(_Section):
+    """Where the convert stage takes its checkpoint from; other than the pipeline's, for runs by hand."""
+
+    kind: Literal["pipeline", "auto", "msmodelslim"] = "pipeline"
+    path: str | None = None
 
 
 class SmokeConfig(_Section):
@@ -127,7 +139,7 @@ class ProcessConfig(_Section):
     port: int | None = Field(ge=1, le=65535)
     startup_timeout_seconds: float = Field(gt=0)
     request_timeout_seconds: float = Field(gt=0)
-    kv_cache_gib: float = Field(gt=0)
+    kv_cache_gib: float | None = Field(gt=0)
     gpu_memory_utilization: float = Field(gt=0, le=1)
     tensor_parallel_size: int = Field(ge=1)
     concurrency: int = Field(ge=1)
@@ -212,6 +224,8 @@ class Config(_Section):
     method: Method
     calibration: CalibrationConfig
     convert: ConvertConfig
+    source: ConvertSourceConfig = ConvertSourceConfig()
+    out: str | None = None
     serve: ServeConfig
     evaluate: EvaluateConfig
     tracking: TrackingConfig
@@ -234,6 +248,7 @@ def parse(values: Mapping[str, Any]) -> Config:
         faults.extend(_describe(fault) for fault in error.errors(include_url=False))
     faults.extend(_method_faults(values))
     faults.extend(_source_faults(values))
+    faults.extend(_convert_faults(values))
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     return config
@@ -310,6 +325,22 @@ def _source_faults(values: Mapping[str, Any]) -> list[str]:
         if isinstance(window, int) and isinstance(stride, int) and stride > window:
             faults.append(f"evaluate.stride={stride}: text would be left out; give 1 to {window}, the window")
     return faults
+
+
+def _convert_faults(values: Mapping[str, Any]) -> list[str]:
+    source, out = values.get("source"), values.get("out")
+    if not isinstance(source, Mapping):
+        return []
+    kind, path = source.get("kind", "pipeline"), source.get("path")
+    if kind == "pipeline" and path:
+        return [f"source.path={path}: the pipeline's own checkpoint is the source; give source=auto with it"]
+    if kind == "pipeline" and out:
+        return [
+            f"out={out}: goes with source=auto or source=msmodelslim; without them a stage knows its output's place"
+        ]
+    if kind != "pipeline" and not path:
+        return [f"source.path: is not set; give the checkpoint's folder, source={kind} source.path=DIR"]
+    return []
 
 
 def _either(allowed: tuple[int, ...]) -> str:

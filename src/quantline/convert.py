@@ -1,169 +1,141 @@
 """Bring a quantized checkpoint into the layout that its serving target reads, and prove that nothing changed.
 
 Where the layout serves as it is, the files are carried over. Otherwise each quantized linear is read into the middle form,
-written in the target's layout and read back: codes, zero points and scales must be equal. Shards are written one by one.
+written in the target's layout, and read back from the disk: codes and zero points must be equal, scales equal up to the
+cast that the proof names. What a target cannot hold is refused before anything is written, all of it at once.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from quantline.checkpoint import Checkpoint, QuantizationInfo, quantization_of, quantized_layers, write_safetensors
+from quantline.conversion.engine import carry_file, write_description, write_weights
+from quantline.conversion.faults import ConversionError
+from quantline.conversion.plan import LayerFacts, examine, make_plan, parse_size
+from quantline.conversion.proof import CarriedProof, LinearProof, Proof, check_output
+from quantline.conversion.source import MSMODELSLIM, Source, open_source
 from quantline.errors import UserError
-from quantline.formats import LAYOUTS, QuantizedLinear
 from quantline.formats.container import read_json
-from quantline.jobs import write_json
-from quantline.progress import bar
+from quantline.lineage import file_hashes
+from quantline.serving_rules import Target, facts_of, verdict
 
 # convert.target -> layout
-TARGETS = {"awq": "awq_gemm", "gptq": "gptq", "gptq_v2": "gptq_v2"}
-_INDEX = "model.safetensors.index.json"
+TARGETS = {"awq": "awq_gemm", "gptq": "gptq", "gptq_v2": "gptq_v2", "compressed_tensors": "compressed_tensors"}
 
 
 @dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion did: layouts, how many linears were rewritten and how many tensors carried over unchanged."""
+class Options:
+    """What a conversion may do.
 
-    source: str
-    target: str
-    linears: int
-    carried: int
+    target: auto, keep, or a key of `TARGETS`. shard_size: of the output files, such as 4GB. requantize_outliers: quantize
+    groups again that have no exact zero point. serving: the target that the result should load on, with its device.
+    must_serve: refuse what that target cannot load, instead of warning.
+    """
 
-
-def choose_layout(target: str, info: QuantizationInfo, symmetric: bool) -> str:
-    """The layout to write. `auto` keeps what vLLM reads and brings the rest to its nearest kin that vLLM does read."""
-    if target == "keep":
-        return info.layout
-    if target != "auto":
-        return TARGETS[target]
-    if info.layout == "awq_gemv":
-        return "awq_gemm"
-    # Some readers do not mask the v1 field of a zero point 0, so only symmetric checkpoints go back to v1.
-    return "gptq" if info.layout == "gptq_v2" and symmetric else info.layout
+    target: str = "auto"
+    shard_size: str = "4GB"
+    requantize_outliers: bool = False
+    serving: Target | None = None
+    must_serve: bool = False
+    threads: int = 2
 
 
-def convert(source: Path, out: Path, target: str) -> ConversionReport:
-    """Write the checkpoint in `source` to the empty folder `out`, in the target's layout.
+def choose_layout(target: str, source: Source, symmetric: bool) -> str:
+    """The layout to write. `auto` keeps what vLLM reads and brings the rest to its nearest kin that vLLM does read.
 
     Raises:
-        UserError: the source is not quantized, or the target cannot hold it.
-        FormatError: a layer does not fit the target's layout.
+        UserError: `keep` of what no server reads.
     """
-    info = quantization_of(source)
-    if info is None:
-        raise UserError(f"{source} is not quantized, so there is nothing to convert; quantize it first")
-    layout = choose_layout(target, info, info.symmetric)
-    checkpoint = Checkpoint.open(source)
-    layers = quantized_layers(checkpoint, info)
-    rewritten = layout != info.layout
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not (rewritten and (path.suffix == ".safetensors" or path.name == _INDEX)):
-            _carry(path, out / path.name)
-    if rewritten:
-        if LAYOUTS[layout].NAME.split("_")[0] != info.method:
-            _check_kin(info, layout)
-        _rewrite(checkpoint, layers, info, layout, out)
-        _describe(out, info, layout)
-    quantized = {name for suffixes in layers.values() for name in suffixes.values()}
-    return ConversionReport(info.layout, layout, len(layers), len(set(checkpoint.names) - quantized))
+    if source.layout == MSMODELSLIM:
+        if target == "keep":
+            raise UserError(f"convert.target=keep: a {source.kind} checkpoint serves nowhere as it is; name a target")
+        bits = {layer.bits for layer in source.layers.values()}
+        nearest = "awq_gemm" if bits == {4} else "compressed_tensors"
+        return nearest if target == "auto" else TARGETS[target]
+    if target == "keep":
+        return source.layout
+    if target != "auto":
+        return TARGETS[target]
+    if source.layout == "awq_gemv":
+        return "awq_gemm"
+    # Some readers do not mask the v1 field of a zero point 0, so only symmetric checkpoints go back to v1.
+    return "gptq" if source.layout == "gptq_v2" and symmetric else source.layout
 
 
-def _carry(source: Path, target: Path) -> None:
-    # Files of a finished stage are never written in place, so a second name for the same bytes is safe.
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+def convert(source: Path, out: Path, options: Options, *, kind: str = "auto") -> Proof:
+    """Write the checkpoint in `source` to the empty folder `out`; the caller removes `out` if this raises.
+
+    Raises:
+        ConversionError: everything that speaks against it, before anything is written.
+        ProofError: what was written does not read back.
+        FormatError: codes that are not what the checkpoint says, seen while it was written.
+    """
+    opened = open_source(source, kind)
+    promised = opened.info is not None and opened.info.symmetric
+    layout = choose_layout(options.target, opened, promised)
+    proof = _keep(opened, out, options) if layout == opened.layout else _rewrite(opened, layout, out, options)
+    proof.write(out)
+    return proof
 
 
-def _check_kin(info: QuantizationInfo, layout: str) -> None:
-    raise UserError(
-        f"convert.target: a {info.layout} checkpoint is not brought to {layout}; "
-        f"allowed are keep and {', '.join(key for key, name in TARGETS.items() if name.startswith(info.method))}"
+def _rewrite(source: Source, layout: str, out: Path, options: Options) -> Proof:
+    limit = parse_size(options.shard_size)
+    plan = make_plan(source, layout, requantize=options.requantize_outliers, shard_bytes=limit)
+    notes = [*plan.warnings, *serving_notes(plan.settings, source, options)]
+    linears, carried = write_weights(plan, out, options.threads)
+    left_out = write_description(plan, out)
+    check_output(out, linears, carried, layout)
+    return Proof(source.kind, layout, True, linears, carried, source.left_out, left_out, notes)
+
+
+def _keep(source: Source, out: Path, options: Options) -> Proof:
+    facts, faults = examine(source, source.layout, requantize=False, threads=options.threads)
+    if source.faults or faults or not facts:
+        raise ConversionError(
+            [*source.faults, *faults] or ["it holds no quantized linear; give a quantized checkpoint"]
+        )
+    settings = read_json(source.folder / "config.json").get("quantization_config", {})
+    notes = [*source.warnings, *serving_notes(settings, source, options)]
+    for path in sorted(source.folder.iterdir()):
+        if path.is_file():
+            carry_file(path, out / path.name)
+    linears = [_kept(source, name, fact) for name, fact in sorted(facts.items())]
+    hashes = file_hashes(out)
+    # Each file has the bytes of the source's, so each tensor has.
+    differing = [
+        name for name, value in file_hashes(source.folder).items() if "/" not in name and hashes[name] != value
+    ]
+    if differing:
+        raise UserError(f"{differing[0]}: changed while it was carried over; run it again")
+    carried = [CarriedProof(name, old, "", source.tensors.infos[old].nbytes) for name, old in source.carried.items()]
+    return Proof(source.kind, source.layout, False, linears, carried, {}, {}, notes, hashes)
+
+
+def _kept(source: Source, name: str, fact: LayerFacts) -> LinearProof:
+    layer = source.layers[name]
+    return LinearProof(
+        name, layer.bits, layer.group_size, layer.in_features, layer.out_features, fact.symmetric, "equal", 0.0
     )
 
 
-def _rewrite(
-    checkpoint: Checkpoint, layers: Mapping[str, Mapping[str, str]], info: QuantizationInfo, layout: str, out: Path
-) -> None:
-    shards = sorted(set(checkpoint.shards.values()))
-    # A layer goes to the shard of its codes, wherever its other tensors were.
-    home = {layer: checkpoint.shards[suffixes["qweight"]] for layer, suffixes in layers.items()}
-    taken = {name for suffixes in layers.values() for name in suffixes.values()}
-    weight_map: dict[str, str] = {}
-    done = 0
-    with bar(f"convert to {layout}") as progress:
-        for shard in shards:
-            tensors: dict[str, NDArray[Any]] = {
-                name: checkpoint.tensor(name)
-                for name in checkpoint.names
-                if checkpoint.shards[name] == shard and name not in taken
-            }
-            for layer in (name for name, place in home.items() if place == shard):
-                stored = {suffix: checkpoint.tensor(name) for suffix, name in layers[layer].items()}
-                written = convert_layer(layer, stored, info, layout)
-                tensors.update({f"{layer}.{suffix}": value for suffix, value in written.items()})
-                done += 1
-                progress.update(done, len(layers), layer)
-            write_safetensors(out / shard, tensors)
-            weight_map.update(dict.fromkeys(tensors, shard))
-    if len(shards) > 1:
-        size = sum((out / shard).stat().st_size for shard in shards)
-        write_json(out / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-
-
-def convert_layer(
-    name: str, stored: Mapping[str, NDArray[Any]], info: QuantizationInfo, layout: str
-) -> dict[str, NDArray[Any]]:
-    """One layer in another layout, read back and compared before it is returned.
+def serving_notes(settings: Mapping[str, Any], source: Source, options: Options) -> list[str]:
+    """What is known against serving the result on the configured target.
 
     Raises:
-        UserError: the layer read back differs from the one that was written.
-        FormatError: the layout cannot hold the layer.
+        ConversionError: something is, and it must serve.
     """
-    linear = LAYOUTS[info.layout].read(stored, bits=info.bits, group_size=info.group_size)
-    written = LAYOUTS[layout].write(linear)
-    again = LAYOUTS[layout].read(written, bits=info.bits, group_size=info.group_size)
-    if not same_layer(linear, again):
-        raise UserError(
-            f"{name}: reading the {layout} tensors back gives another layer; keep the source and report this"
-        )
-    return written
-
-
-def same_layer(one: QuantizedLinear, other: QuantizedLinear) -> bool:
-    """Whether two layers have equal codes, zero points, scales, group index and bias."""
-    pairs: list[tuple[NDArray[Any], NDArray[Any]]] = [
-        (one.codes, other.codes),
-        (one.zeros, other.zeros),
-        (one.scales, other.scales),
-    ]
-    pairs.append((one.group_index, other.group_index))
-    if (one.bias is None) != (other.bias is None):
-        return False
-    if one.bias is not None and other.bias is not None:
-        pairs.append((one.bias, other.bias))
-    return all(np.array_equal(left, right) for left, right in pairs)
-
-
-def _describe(out: Path, info: QuantizationInfo, layout: str) -> None:
-    for name in ("config.json", "quantize_config.json"):
-        path = out / name
-        if not path.exists():
-            continue
-        content = read_json(path)
-        settings = content["quantization_config"] if name == "config.json" else content
-        if info.method == "gptq":
-            settings["checkpoint_format"] = layout
-        else:
-            settings["version"] = layout.removeprefix("awq_")
-        path.unlink()  # it may be a second name of the source's file
-        write_json(path, content)
+    if options.serving is None:
+        return []
+    layers = source.layers.values()
+    whole = all(layer.in_features % 32 == 0 and layer.out_features % 32 == 0 for layer in layers)
+    known = verdict(options.serving, facts_of(settings, widths_divisible_by_32=whole))
+    if known.supported:
+        return []
+    where = f"{options.serving.runtime} {options.serving.version} on {options.serving.device}"
+    note = f"{where} will not serve it: {known.reason}; {known.remedy}"
+    if options.must_serve:
+        raise ConversionError([f"convert.for={options.serving.runtime}: {note}"])
+    return [note]

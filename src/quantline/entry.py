@@ -39,7 +39,7 @@ def run_stage(
     config = parse(plain(cfg))
     check_caller(config, overrides)
     result = execute(name, work, config, root, overrides)
-    if config.frozen is None and config.tracking.enabled:
+    if result and config.frozen is None and config.tracking.enabled:
         from quantline.collect import manual_record
         from quantline.publishing import publish_records
 
@@ -79,7 +79,14 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int] | None:
 
 
 def _explain_composition(error: Exception, conf: Path) -> str:
+    from hydra.errors import OverrideParseException
+
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: is no override; give KEY=VALUE, such as bits=8, or 'KEY=\"VALUE\"' where the value holds "
+            "brackets, commas or the like"
+        )
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         key = unknown.group(1)

@@ -30,6 +30,12 @@ class ConfigError(UserError):
         super().__init__("\n".join([f"{head}:", *(f"  {fault}" for fault in faults)]))
 
 
+class DiskFullError(UserError):
+    """There is no room for what was to be written."""
+
+    exit_code = 1
+
+
 class WorkerError(QuantlineError):
     """A worker process failed; the message names its log."""
 

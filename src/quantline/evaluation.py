@@ -202,6 +202,27 @@ def load_scores(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         raise UserError(f"{path}: scores cannot be read ({error}); evaluate again") from error
 
 
+def load_server_scores(folder: Path, windows: Windows) -> NDArray[np.float32] | None:
+    """The server's log-probabilities, float32 (tokens,), from an output of serve_smoke; None where it did not serve.
+
+    Raises:
+        UserError: they are of other windows, or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not (folder / "scores.json").exists():
+        return None
+    try:
+        sha256 = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["windows_sha256"]
+        logprobs: NDArray[np.float32] = load_file(folder / "scores.safetensors")["logprobs"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{folder}: scores cannot be read ({error}); run serve_smoke again") from error
+    if sha256 != windows.sha256:
+        raise UserError(f"{folder}: scored other windows than this evaluation's; run serve_smoke again")
+    return logprobs
+
+
 def weight_bytes(checkpoint: Path) -> int:
     """Bytes of a checkpoint's weight files on disk.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantline.errors import UserError
+from quantline.errors import DiskFullError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -21,7 +21,7 @@ def building(out: Path) -> Iterator[Path]:
     An `out` that exists already stays as it is until then.
 
     Raises:
-        UserError: the disk is full.
+        DiskFullError: that.
     """
     temporary, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old")
     try:
@@ -44,7 +44,7 @@ def building(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def disk_full(folder: Path) -> UserError:
+def disk_full(folder: Path) -> DiskFullError:
     """The error for a disk without room for what goes to `folder`."""
     free = shutil.disk_usage(folder).free if folder.exists() else 0
-    return UserError(f"{folder}: the disk is full ({free / 2**30:.2f} GiB free); make room and run it again")
+    return DiskFullError(f"{folder}: the disk is full ({free / 2**30:.2f} GiB free); make room and run it again")

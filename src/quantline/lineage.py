@@ -33,42 +33,58 @@ def locks_of(config: Config, root: Path) -> dict[str, str]:
     return {role: locks_identity(root, name) if name else "" for role, name in roles.items()}
 
 
+def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
+    """The plain values that a stage itself reads: options, locks, and the content of files that the options name."""
+    locks = config.frozen.locks if config.frozen else locks_of(config, root)
+    if stage == "download":
+        content = _folder_content(root / config.model.path) if config.model.path else None
+        model = config.model.model_dump(exclude={"name"})
+        return {"model": model, "content": content, "reference": locks["reference"]}
+    if stage == "calibrate":
+        return {"calibration": config.calibration.model_dump(), "files": _file_hashes(config, root)}
+    if stage == "quantize":
+        own = {"method": config.method.model_dump(), "bits": config.bits, "group_size": config.group_size}
+        own.update(seed=config.seed, threads=config.threads)
+        return {**own, "environment": locks["quantizer"]} if TOOLCHAIN_OF[config.method.backend] else own
+    if stage == "convert":
+        # What is at its default is left out, so that an option more does not make another output of all there are.
+        return {"convert": config.convert.model_dump(exclude_defaults=True), "runtime": config.serve.runtime}
+    if stage not in ("serve_smoke", "evaluate"):
+        raise ValueError(f"no stage named {stage}")
+    own = {"evaluate": config.evaluate.model_dump(), "text": _text_hash(config, root)}
+    if stage == "serve_smoke":
+        return {**own, "serve": config.serve.model_dump(exclude={"process"}), "environment": locks["server"]}
+    return {**own, "environment": locks["reference"]}
+
+
+def stages_before(config: Config, stage: str) -> tuple[str, ...]:
+    """The stages whose outputs a stage's output follows from, the nearest ones."""
+    if stage == "quantize":
+        return ("download", "calibrate") if TOOLCHAIN_OF[config.method.backend] else ("download",)
+    if stage == "serve_smoke":
+        return ("download",) if config.method.name == "float" else ("convert",)
+    return {"calibrate": ("download",), "convert": ("quantize",), "evaluate": ("serve_smoke",)}.get(stage, ())
+
+
 def identity(config: Config, stage: str, root: Path) -> dict[str, Any]:
     """The plain values that a stage's output follows from, those of the stages before it by their fingerprints."""
-    locks = config.frozen.locks if config.frozen else locks_of(config, root)
-    quantized = config.method.name != "float"
-
-    def before(name: str) -> str:
-        return fingerprint(identity(config, name, root))
-
-    own: dict[str, Any] = {"stage": stage, "version": __version__}
-    if stage == "download":
-        own.update(model=config.model.model_dump(exclude={"name"}), reference=locks["reference"])
-        own.update(content=_folder_content(root / config.model.path) if config.model.path else None)
-    elif stage == "calibrate":
-        own.update(
-            calibration=config.calibration.model_dump(), files=_file_hashes(config, root), model=before("download")
-        )
-    elif stage == "quantize":
-        own.update(method=config.method.model_dump(), bits=config.bits, group_size=config.group_size)
-        own.update(seed=config.seed, threads=config.threads, model=before("download"))
-        if TOOLCHAIN_OF[config.method.backend] is not None:
-            own.update(calibration=before("calibrate"), environment=locks["quantizer"])
-    elif stage == "convert":
-        own.update(convert=config.convert.model_dump(), runtime=config.serve.runtime, quantized=before("quantize"))
-    elif stage == "serve_smoke":
-        own.update(serve=config.serve.model_dump(exclude={"process"}), evaluate=config.evaluate.model_dump())
-        own.update(checkpoint=before("convert" if quantized else "download"), environment=locks["server"])
-    elif stage == "evaluate":
-        own.update(evaluate=config.evaluate.model_dump(), served=before("serve_smoke"), environment=locks["reference"])
-    else:
-        raise ValueError(f"no stage named {stage}")
-    return own
+    before = {name: stage_fingerprint(config, name, root) for name in stages_before(config, stage)}
+    return {"stage": stage, "version": __version__, "options": options_of(config, stage, root), "before": before}
 
 
 def stage_fingerprint(config: Config, stage: str, root: Path) -> str:
     """The fingerprint of a stage under a configuration."""
     return fingerprint(identity(config, stage, root))
+
+
+def options_fingerprint(config: Config, stage: str, root: Path) -> str:
+    """The fingerprint of what a stage itself reads, whatever the stages before it did."""
+    return fingerprint(options_of(config, stage, root))
+
+
+def _text_hash(config: Config, root: Path) -> str | None:
+    path = root / config.evaluate.path if config.evaluate.path else None
+    return sha256_of(path) if path is not None and path.is_file() else None
 
 
 def _file_hashes(config: Config, root: Path) -> dict[str, str]:

@@ -21,14 +21,14 @@ from quantline.jobs import write_json
 from quantline.judging import judge_answers
 from quantline.serving import ServerOptions, serve
 from quantline.serving_rules import CheckpointFacts, Target, facts_of, verdict
-from quantline.smoke import Answer, run_smoke
+from quantline.smoke import Answer, has_chat_template, run_smoke
 from quantline.vllm_scoring import score
 from quantline.windows import Windows
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The fixed greedy questions."""
+    """The fixed greedy questions; those of a chat go to models with a chat template."""
 
     prompts: tuple[str, ...]
     chat_prompts: tuple[str, ...]
@@ -95,9 +95,10 @@ def serve_and_score(
             f"evaluate.window={longest}: the server takes prompts shorter than serve.max_model_len="
             f"{options.max_model_len}; raise that or shorten the window"
         )
+    chat_prompts = questions.chat_prompts if has_chat_template(checkpoint) else ()
     with serve(python, checkpoint, options, log=log) as server:
         report = run_smoke(
-            server, questions.prompts, questions.chat_prompts, max_tokens=questions.max_tokens,
+            server, questions.prompts, chat_prompts, max_tokens=questions.max_tokens,
             timeout_seconds=request_timeout_seconds,
         )  # fmt: skip
         # The float model's answers are the measure, however poor they are.
@@ -121,20 +122,3 @@ def read_answers(folder: Path) -> list[Answer]:
 
     rows: list[Mapping[str, Any]] = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
     return [Answer(**row) for row in rows]
-
-
-def read_scores(folder: Path, windows: Windows) -> np.ndarray[Any, np.dtype[np.float32]] | None:
-    """The server's log-probabilities, float32 (tokens,); None where the target did not serve the variant.
-
-    Raises:
-        UserError: they are of other windows.
-    """
-    from safetensors.numpy import load_file
-
-    from quantline.formats.container import read_json
-
-    if not (folder / "scores.json").exists():
-        return None
-    if read_json(folder / "scores.json")["windows_sha256"] != windows.sha256:
-        raise UserError(f"{folder}: scored other windows than this evaluation's; run serve_smoke again")
-    return np.asarray(load_file(folder / "scores.safetensors")["logprobs"])

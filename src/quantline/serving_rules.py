@@ -29,8 +29,8 @@ class Target:
 class CheckpointFacts:
     """What a checkpoint's quantization config says; None where it says nothing.
 
-    method: `awq`, `gptq` or `float`. layout: `gemm`, `gemv`, ... for AWQ; `gptq` or `gptq_v2` for GPTQ. group_size: -1
-    is one group a channel. widths_divisible_by_32: whether in and out of every quantized layer are.
+    method: `awq`, `gptq`, `compressed-tensors` or `float`. layout: `gemm`, `gemv`, ... for AWQ; `gptq` or `gptq_v2` for
+    GPTQ. group_size: -1 is one group a channel. widths_divisible_by_32: whether in and out of every quantized layer are.
     """
 
     method: str
@@ -101,6 +101,8 @@ def facts_of(quantization: Mapping[str, Any] | None, *, widths_divisible_by_32: 
     if not quantization:
         return CheckpointFacts("float")
     method = str(quantization.get("quant_method", "unknown"))
+    if method == "compressed-tensors":
+        return _compressed_facts(quantization, widths_divisible_by_32)
     layout = quantization.get("version", "gemm") if method == "awq" else quantization.get("checkpoint_format", "gptq")
     return CheckpointFacts(
         method=method,
@@ -110,6 +112,23 @@ def facts_of(quantization: Mapping[str, Any] | None, *, widths_divisible_by_32: 
         desc_act=quantization.get("desc_act"),
         zero_point=quantization.get("zero_point"),
         layout=str(layout).lower(),
+        widths_divisible_by_32=widths_divisible_by_32,
+    )
+
+
+def _compressed_facts(quantization: Mapping[str, Any], widths_divisible_by_32: bool | None) -> CheckpointFacts:
+    # Each group of linears has its own scheme; what the fewest runtimes take stands for all: bits other than 4 first.
+    groups = quantization.get("config_groups") or {}
+    schemes = [group.get("weights") or {} for group in groups.values()]
+    bits = sorted((scheme.get("num_bits") for scheme in schemes), key=lambda width: width == 4)
+    sizes = {scheme.get("group_size") or -1 for scheme in schemes}
+    return CheckpointFacts(
+        method="compressed-tensors",
+        bits=bits[0] if bits else None,
+        group_size=sizes.pop() if len(sizes) == 1 else None,
+        sym=all(scheme.get("symmetric", True) for scheme in schemes),
+        desc_act=any(scheme.get("actorder") not in (None, False, "static", "weight") for scheme in schemes),
+        layout=str(quantization.get("format")),
         widths_divisible_by_32=widths_divisible_by_32,
     )
 

@@ -40,7 +40,8 @@ class StageRun:
 
     A stage's function reads `config`, calls `input` and `output`, and fills `metrics`, `warnings` and `files` (those of its
     output that are small and worth keeping beside the metrics). `status` is `ok` or, where the serving target cannot take
-    the variant, `unsupported` with a `reason`.
+    the variant, `unsupported` with a `reason`. A `detached` run made something that is no part of a variant: no result is
+    written of it.
     """
 
     stage: str
@@ -56,6 +57,7 @@ class StageRun:
     inputs: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    detached: bool = False
 
     @property
     def frozen(self) -> bool:
@@ -172,6 +174,11 @@ class StageRun:
         folder = self.input(self.checkpoint_stage)
         return folder / "model" if self.checkpoint_stage == "download" else folder
 
+    @property
+    def partial(self) -> Path:
+        """Where this process makes its output."""
+        return self.paths.output.with_name(f".{self.paths.output.name}.partial-{os.getpid()}")
+
     @contextmanager
     def output(self) -> Iterator[Path]:
         """An empty folder that becomes this stage's output when the block ends well, and vanishes when it does not."""
@@ -180,9 +187,9 @@ class StageRun:
         for stale in places.output.parent.glob(f".{places.output.name}.partial-*"):
             if not _alive(int(stale.name.rsplit("-", 1)[1])):
                 shutil.rmtree(stale, ignore_errors=True)
-        partial = places.output.with_name(f".{places.output.name}.partial-{os.getpid()}")
-        partial.mkdir()
+        partial = self.partial
         try:
+            partial.mkdir()
             yield partial
             places.result.unlink(missing_ok=True)
             if places.output.exists():
@@ -202,6 +209,7 @@ class StageRun:
         here = self.paths.output.relative_to(self.root).as_posix()
         result = {
             "schema": RESULT_SCHEMA, "stage": self.stage, "variant": self.variant, "fingerprint": self.fingerprint,
+            "options": lineage.options_fingerprint(self.config, self.stage, self.root),
             "status": self.status, "reason": self.reason, "metrics": self.metrics, "inputs": self.inputs,
             "outputs": outputs, "output_hash": lineage.combined(outputs),
             "timings": {"started_at": started_at, "total_seconds": time.time() - started_at},
@@ -238,8 +246,19 @@ def execute(
     """Run one stage from a validated configuration and return its result."""
     started_at = time.time()
     run = StageRun(stage, config, root, tuple(overrides))
-    work(run)
-    result = run.write_result(started_at)
+    checked_name(run.variant)
+    try:
+        work(run)
+    finally:
+        # An interrupt can come between the steps that enter a `with` block, and then nobody leaves it.
+        shutil.rmtree(run.partial, ignore_errors=True)
+    if run.detached:
+        return {}
+    try:
+        result = run.write_result(started_at)
+    except BaseException:
+        shutil.rmtree(run.paths.output, ignore_errors=True)  # an output without its result is none
+        raise
     if not run.frozen:
         saved = {"config": config.model_dump(exclude={"frozen"}), "overrides": shlex.join(overrides)}
         write_json(run.home / run.variant / "config.json", saved)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantline.errors import UserError, WorkerError
+from quantline.errors import DiskFullError, UserError, WorkerError
 from quantline.jobs import PROGRESS_PREFIX, JobResult, write_json
 from quantline.progress import bar
 
@@ -230,6 +230,7 @@ def worker_environment(threads: int, extra: Mapping[str, str] | None = None) -> 
         OMP_WAIT_POLICY="PASSIVE",
         CUBLAS_WORKSPACE_CONFIG=":4096:8",
         TOKENIZERS_PARALLELISM="false",
+        TQDM_DISABLE="1",  # a library's bar leaves its line open, and the worker's own progress would be lost in it
         HF_HUB_OFFLINE="1",
         HF_HUB_DISABLE_TELEMETRY="1",
     )
@@ -253,7 +254,7 @@ def run_worker(
     parent, whatever ends it.
 
     Raises:
-        UserError: the worker refused the job.
+        UserError: the worker refused the job, or found no room on the disk.
         WorkerError: it crashed, was killed, or left no valid result.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -312,6 +313,8 @@ def _read_result(path: Path, code: int, log: Path, who: str) -> JobResult:
     if not result["ok"]:
         if result["kind"] == "user":
             raise UserError(str(result["message"]))
+        if result["kind"] == "disk":
+            raise DiskFullError(f"the disk is full; free some space and run the stage again (log of the {who}: {log})")
         raise WorkerError(f"the {who} failed: {result['message']}; its log is {log}")
     if code != 0:
         raise WorkerError(f"the {who} wrote a result but exited with {code}; its log is {log}")

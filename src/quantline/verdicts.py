@@ -14,7 +14,6 @@ from typing import Any
 
 from quantline import evaluation
 from quantline.jobs import JobResult, write_json
-from quantline.served import read_scores
 from quantline.windows import Windows, save_windows
 
 
@@ -68,7 +67,7 @@ def evaluate(
     worker = run_worker("reference", "quantline.reference", job, "reference engine")
     logprobs, top1 = evaluation.load_scores(scores)
     reference = evaluation.document_nlls(windows, logprobs)
-    from_server = read_scores(served, windows)
+    from_server = evaluation.load_server_scores(served, windows)
     vllm = None if from_server is None else evaluation.document_nlls(windows, from_server)
     base, base_top1 = reference, top1
     if baseline is not None:

@@ -37,7 +37,7 @@ def check_round_trip(layout: str, linear: QuantizedLinear) -> None:
 
 def test_every_layout_is_registered_under_its_name() -> None:
     assert {name: module.NAME for name, module in LAYOUTS.items()} == {name: name for name in LAYOUTS}
-    assert len(LAYOUTS) == 4
+    assert len(LAYOUTS) == 5
 
 
 @given(linears(st.just(4), (16, 32, 64, 128, -1), reorder=False))

@@ -10,6 +10,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,20 +151,49 @@ def _check_probe(work: Work) -> None:
 
 
 def probe_logits(work: Work) -> NDArray[np.float32]:
-    """float32 (n, t, vocab): the model's logits on the probe, computed on the job's device; the model ends on the CPU.
+    """float32 (n, t, vocab): the model's logits on the probe, computed in float32 on the job's device.
 
-    One sample at a time, so that memory does not grow with the probe.
+    In float16, rounding alone moved a logit by 0.02 standard deviations with 5 layers and 0.054 with 32, where a faithful
+    model must not be taken for a misread one. One sample at a time, so that memory does not grow with the probe.
     """
     import torch
 
-    work.model.to(work.device)
     rows = []
-    with torch.no_grad():
+    with torch.no_grad(), widened(work.model, work.device):
         for row in work.probe_ids:
             ids = torch.from_numpy(row.astype(np.int64))[None].to(work.device)
             rows.append(work.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy())
-    work.model.to("cpu")
     return np.stack(rows)
+
+
+@contextmanager
+def widened(model: Any, device: str) -> Iterator[None]:
+    """Every module's own tensors are on `device` and in float32 while it computes, and as they were otherwise.
+
+    So the device holds one module at a time, and a float16 model is computed as a float32 one without a copy of it.
+    """
+    import torch
+
+    kept: dict[Any, list[tuple[Any, Any]]] = {}
+
+    def before(module: Any, _arguments: Any) -> None:
+        own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+        kept[module] = [(tensor, tensor.data) for tensor in own]
+        for tensor in own:
+            tensor.data = tensor.data.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    def after(module: Any, _arguments: Any, _output: Any) -> None:
+        for tensor, data in kept.pop(module):
+            tensor.data = data
+
+    hooks = [hook for module in model.modules() for hook in (
+        module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True),
+    )]  # fmt: skip
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _tensors(path: str) -> dict[str, NDArray[Any]]:

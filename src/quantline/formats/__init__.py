@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from quantline.formats import awq_gemm, awq_gemv, gptq, gptq_v2
+from quantline.formats import awq_gemm, awq_gemv, compressed_tensors, gptq, gptq_v2
 from quantline.formats.errors import FormatError
 from quantline.formats.linear import QuantizedLinear, dequantize, quantize_rtn, round_scales
 from quantline.formats.parts import Tensors
@@ -44,6 +44,7 @@ class Layout(Protocol):
 LAYOUTS: dict[str, Layout] = {
     "awq_gemm": awq_gemm,
     "awq_gemv": awq_gemv,
+    "compressed_tensors": compressed_tensors,
     "gptq": gptq,
     "gptq_v2": gptq_v2,
 }

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.formats.errors import FormatError
-from quantline.formats.linear import QuantizedLinear, group_count, sequential_groups, transposed
+from quantline.formats.linear import QuantizedLinear, group_count, sequential_groups
 from quantline.formats.packing import pack, unpack
 from quantline.formats.parts import Tensors, as_float, bias_of, check_awq, check_shape, check_suffixes, to_half
 
@@ -68,7 +68,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
             f"the padding after {groups} groups is not zero: check group_size={group_size} against the config"
         )
     return QuantizedLinear(
-        codes=transposed(codes),
+        codes=codes.T,
         scales=np.ascontiguousarray(scales[:, :groups].T),
         zeros=np.ascontiguousarray(zeros[:, :groups].T.astype(np.int16)),
         group_index=sequential_groups(in_features, group_size),
@@ -92,7 +92,7 @@ def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
     scales = np.zeros((linear.out_features, columns), dtype=np.float16)
     scales[:, : linear.groups] = to_half("scales", linear.scales, "round them first (round_scales), or use gptq").T
     tensors: dict[str, NDArray[Any]] = {
-        "qweight": pack(transposed(linear.codes), 4, axis=1),
+        "qweight": pack(linear.codes.T, 4, axis=1),
         "qzeros": pack(zeros, 4, axis=1),
         "scales": scales,
     }

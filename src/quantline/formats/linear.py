@@ -4,6 +4,7 @@ One quantized linear layer means ``w[o, i] = (u[i, o] - z[group[i], o]) * s[grou
 
 Codes are kept (in, out), the transpose of the float weight: the GPTQ and AWQ GEMM layouts store them that way,
 so reading and writing them needs no transpose, and scales and zero points (groups, out) line up with the columns.
+Layouts that store them (out, in) give and take a transposed view (``.T``): only the shape is fixed, not the memory order.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class QuantizedLinear:
     """Codes, scales and zero points of one linear layer, checked when it is built.
 
     Attributes:
-        codes: uint8 (in, out), unsigned codes in [0, 2**bits - 1].
+        codes: uint8 (in, out), unsigned codes in [0, 2**bits - 1], in memory by rows or by columns.
         scales: float16 or float32 (groups, out), finite, as stored.
         zeros: int16 (groups, out), unsigned zero points in [0, 2**bits - 1].
         group_index: int32 (in,), the group of every input column; ``i // group_size`` unless columns were reordered
@@ -123,7 +124,12 @@ def sequential_groups(in_features: int, group_size: int) -> NDArray[np.int32]:
 
 
 def transposed(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A contiguous transpose, tile by tile: several times faster than one strided copy of a large byte matrix."""
+    """A contiguous transpose, tile by tile: several times faster than one strided copy of a large byte matrix.
+
+    Where the codes lie by columns it is a view and costs nothing.
+    """
+    if codes.flags.f_contiguous:
+        return codes.T
     rows, columns = codes.shape
     result = np.empty((columns, rows), dtype=codes.dtype)
     for row in range(0, rows, 64):
@@ -213,7 +219,7 @@ def quantize_rtn(weight: NDArray[Any], bits: int, group_size: int, symmetric: bo
     grouped += zeros[:, :, None]
     np.clip(grouped, 0, top, out=grouped)
     return QuantizedLinear(
-        codes=transposed(grouped.reshape(out_features, in_features).astype(np.uint8)),
+        codes=grouped.reshape(out_features, in_features).astype(np.uint8).T,
         scales=np.ascontiguousarray(scales.T),
         zeros=np.ascontiguousarray(zeros.T.astype(np.int16)),
         group_index=sequential_groups(in_features, group_size),

@@ -5,10 +5,14 @@ cut into 32-bit words. For 2, 4 and 8 bits a word holds ``32 / b`` whole codes. 
 and two of them straddle: code 10 has two bits in word 0 and one in word 1, code 21 one bit in word 1 and two in word 2.
 
 Words are int32 on disk (the sign carries no meaning); all arithmetic here is on a uint32 view of them.
+
+Codes may lie in memory by rows or by columns (the transpose of a contiguous matrix). Transposing bytes costs several
+times what packing does, so codes are taken as they lie and the words, an eighth as many, are brought into order.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +25,9 @@ BITS = (2, 3, 4, 8)
 
 # Temporaries of about this many words stay in the cache; whole-tensor temporaries made packing memory-bound.
 _CHUNK_WORDS = 1 << 15
+
+# Rows transposed together: 16 of them fill a cache line with words.
+_STRIP = 16
 
 
 def values_per_run(bits: int) -> int:
@@ -44,7 +51,7 @@ def pack(codes: NDArray[np.uint8], bits: int, axis: int, order: Sequence[int] | 
         order: for layouts that interleave (AWQ): field ``k`` of each run takes code ``order[k]`` of that run.
 
     Returns:
-        int32 words.
+        int32 words, by rows.
 
     Raises:
         FormatError: a code does not fit, or the axis is not a whole number of words.
@@ -53,6 +60,8 @@ def pack(codes: NDArray[np.uint8], bits: int, axis: int, order: Sequence[int] | 
     values, words = values_per_run(bits), words_per_run(bits)
     if codes.dtype != np.uint8 or codes.ndim != 2:
         raise FormatError(f"codes are {codes.dtype} {codes.shape}: give a uint8 matrix")
+    if _by_columns(codes):
+        return turned(pack(codes.T, bits, 1 - axis, order))
     if codes.shape[axis] % values:
         raise FormatError(
             f"width {codes.shape[axis]} does not fill whole 32-bit words at {bits} bits: "
@@ -60,6 +69,8 @@ def pack(codes: NDArray[np.uint8], bits: int, axis: int, order: Sequence[int] | 
         )
     if bits < 8 and codes.size and int(codes.max()) >> bits:
         raise FormatError(f"code {int(codes.max())} does not fit {bits} bits: give codes in [0, {2**bits - 1}]")
+    if _in_bytes(bits, axis, order):
+        return _pack_bytes(np.ascontiguousarray(codes), bits)
     shape = list(codes.shape)
     shape[axis] = shape[axis] // values * words
     packed = np.empty(shape, dtype=np.uint32)
@@ -88,7 +99,7 @@ def unpack(words: NDArray[Any], bits: int, axis: int, order: Sequence[int] | Non
         bits, axis, order: as they were given to `pack`.
 
     Returns:
-        uint8 codes: (rows*32/bits, cols) for axis 0, (rows, cols*32/bits) for axis 1.
+        uint8 codes: (rows*32/bits, cols) for axis 0, (rows, cols*32/bits) for axis 1; by columns where the words are.
 
     Raises:
         FormatError: not a matrix of 32-bit words, or a 3-bit axis that is not a multiple of 3 words.
@@ -99,6 +110,10 @@ def unpack(words: NDArray[Any], bits: int, axis: int, order: Sequence[int] | Non
         raise FormatError(f"packed words are {words.dtype} {words.shape}: this layout stores an int32 matrix")
     if words.shape[axis] % per_run:
         raise FormatError(f"{words.shape[axis]} words do not hold {bits}-bit codes: the number must be a multiple of 3")
+    if _by_columns(words):
+        return unpack(words.T, bits, 1 - axis, order).T
+    if _in_bytes(bits, axis, order):
+        return _unpack_bytes(np.ascontiguousarray(words), bits)
     shape = list(words.shape)
     shape[axis] = shape[axis] // per_run * values
     codes = np.empty(shape, dtype=np.uint8)
@@ -115,6 +130,55 @@ def unpack(words: NDArray[Any], bits: int, axis: int, order: Sequence[int] | Non
             np.bitwise_and(shifted, mask, out=shifted)
             np.copyto(target[..., value], shifted, casting="unsafe")
     return codes
+
+
+def _in_bytes(bits: int, axis: int, order: Sequence[int] | None) -> bool:
+    """Whether the words' bytes are the codes in their order, whole or in pairs."""
+    return bits in (4, 8) and axis == 1 and order is None and sys.byteorder == "little"
+
+
+def _pack_bytes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+    if bits == 8:
+        return codes.copy().view(np.int32)
+    pairs = codes.view(np.uint16)  # the even code below, the odd one a byte above it
+    packed = np.empty(pairs.shape, dtype=np.uint8)
+    for rows in _row_blocks(pairs):
+        pair = np.right_shift(pairs[rows], np.uint16(4))
+        np.bitwise_or(pair, pairs[rows], out=pair)
+        np.copyto(packed[rows], pair, casting="unsafe")  # the low byte holds both
+    return packed.view(np.int32)
+
+
+def _unpack_bytes(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    stored = words.view(np.uint8)
+    if bits == 8:
+        return stored.copy()
+    pairs = np.empty(stored.shape, dtype=np.uint16)
+    for rows in _row_blocks(pairs):
+        np.copyto(pairs[rows], stored[rows])
+        np.bitwise_or(pairs[rows], pairs[rows] << np.uint16(4), out=pairs[rows])
+        np.bitwise_and(pairs[rows], np.uint16(0x0F0F), out=pairs[rows])
+    return pairs.view(np.uint8)
+
+
+def _row_blocks(matrix: NDArray[Any]) -> Iterator[slice]:
+    step = max(1, 4 * _CHUNK_WORDS // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield slice(start, start + step)
+
+
+def turned(matrix: NDArray[Any]) -> NDArray[Any]:
+    """A contiguous transpose, strip by strip: several times faster than one strided copy of a large matrix."""
+    rows, columns = matrix.shape
+    result = np.empty((columns, rows), dtype=matrix.dtype)
+    for row in range(0, rows, _STRIP):
+        for column in range(0, columns, 1024):
+            result[column : column + 1024, row : row + _STRIP] = matrix[row : row + _STRIP, column : column + 1024].T
+    return result
+
+
+def _by_columns(matrix: NDArray[Any]) -> bool:
+    return bool(matrix.flags.f_contiguous and not matrix.flags.c_contiguous)
 
 
 def _check_bits(bits: int) -> None:

@@ -1,14 +1,19 @@
-"""How a checkpoint says it is quantized: the `quantization_config` that AutoAWQ, AutoGPTQ and transformers write."""
+"""How a checkpoint says it is quantized: the `quantization_config` of AutoAWQ, AutoGPTQ and compressed-tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantline.formats import compressed_tensors_config
+from quantline.formats.compressed_tensors_config import LayerSettings
 from quantline.formats.container import CheckpointError, read_json
 from quantline.formats.packing import BITS
+
+__all__ = ["LayerSettings", "QuantizationInfo", "describe", "quantization_of"]
 
 
 @dataclass(frozen=True)
@@ -16,12 +21,13 @@ class QuantizationInfo:
     """What a checkpoint's config says about its quantized linears.
 
     Attributes:
-        method: "awq" or "gptq".
+        method: "awq", "gptq" or "compressed-tensors".
         layout: key in `formats.LAYOUTS`.
-        bits, group_size: of every quantized linear; -1 is one group per output channel.
+        bits, group_size: of every quantized linear but the overrides; -1 is one group per output channel.
         desc_act: columns were quantized in the order of their activations (GPTQ).
         symmetric: the config promises that every zero point is the middle one (GPTQ's sym, AWQ's zero_point false).
-        modules_to_not_convert: names of modules left in float.
+        modules_to_not_convert: names of modules left in float; compressed-tensors also has ``re:`` patterns there.
+        overrides: module name -> settings of linears that differ from the rest (compressed-tensors only).
     """
 
     method: str
@@ -31,12 +37,68 @@ class QuantizationInfo:
     desc_act: bool
     symmetric: bool
     modules_to_not_convert: tuple[str, ...]
+    overrides: Mapping[str, LayerSettings] = field(default_factory=dict)
+
+    def of(self, layer: str) -> LayerSettings:
+        """Bits, group size and symmetry of one quantized linear."""
+        return self.overrides.get(layer) or LayerSettings(self.bits, self.group_size, self.symmetric)
 
 
 # config's version (AWQ) or checkpoint_format (GPTQ) -> layout. AWQ's exllama versions are stored as GEMM.
 _AWQ_VERSIONS = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm", "exllamav2": "awq_gemm"}
 _GPTQ_FORMATS = {"gptq": "gptq", "gptq_v2": "gptq_v2"}
 _SHARED_KEYS = ("quant_method", "checkpoint_format", "bits", "group_size", "desc_act", "sym")
+
+
+def describe(
+    layout: str,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    desc_act: bool = False,
+    modules_to_not_convert: Sequence[str] = (),
+    overrides: Mapping[str, LayerSettings] | None = None,
+) -> dict[str, Any]:
+    """The `quantization_config` section of config.json; for GPTQ it is also the content of quantize_config.json.
+
+    AWQ always says ``zero_point: true``: its tensors hold zero points, and readers ignore them where it is false.
+    GPTQ names float linears other than lm_head as negative ``dynamic`` patterns, which GPTQModel and vLLM know;
+    transformers and AutoGPTQ find them by their tensors.
+
+    Args:
+        layout: key in `formats.LAYOUTS`.
+        bits, group_size: of the quantized linears; -1 is one group per output channel.
+        symmetric: every zero point of every quantized linear is ``2**(bits-1)``: GPTQ readers then ignore them.
+        desc_act: groups are reordered by activation.
+        modules_to_not_convert: names of the linears left in float.
+        overrides: module name -> settings of linears that differ (compressed-tensors only).
+
+    Raises:
+        CheckpointError: the layout has no way to say this.
+    """
+    ignored = list(modules_to_not_convert)
+    if layout == "compressed_tensors":
+        main = LayerSettings(bits, group_size, symmetric)
+        return compressed_tensors_config.describe(main, overrides or {}, desc_act, ignored)
+    if overrides:
+        raise CheckpointError(
+            f"{layout}: {next(iter(overrides))} and {len(overrides) - 1} other linears have settings of their own, "
+            "which readers of this layout do not know: convert to compressed_tensors"
+        )
+    common = {"bits": bits, "group_size": group_size}
+    if layout in ("awq_gemm", "awq_gemv"):
+        if bits != 4 or desc_act:
+            raise CheckpointError(f"{layout}: holds 4 bits and no desc_act: convert to gptq or compressed_tensors")
+        version = {"version": layout.removeprefix("awq_"), "zero_point": True}
+        return {"quant_method": "awq", **common, **version, "modules_to_not_convert": ignored or None}
+    if layout not in _GPTQ_FORMATS:
+        raise CheckpointError(f"{layout}: no config section is known for this layout; use one of formats.LAYOUTS")
+    config = {"quant_method": "gptq", "checkpoint_format": layout, **common, "desc_act": desc_act, "sym": symmetric}
+    excluded = [name for name in ignored if name != "lm_head"]
+    if excluded:
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in excluded}
+    return {**config, "lm_head": False, "modules_to_not_convert": ignored}
 
 
 def quantization_of(folder: str | Path) -> QuantizationInfo | None:
@@ -81,9 +143,23 @@ def _parse_quantization(path: Path, config: Mapping[str, Any]) -> QuantizationIn
         versions, version = _GPTQ_FORMATS, config.get("checkpoint_format") or "gptq"
         if config.get("is_marlin_format"):
             version = "marlin"
+    elif method == "compressed-tensors":
+        scheme = compressed_tensors_config.parse(path, config)
+        main = scheme.main
+        return QuantizationInfo(
+            method=method,
+            layout="compressed_tensors",
+            bits=main.bits,
+            group_size=main.group_size,
+            desc_act=scheme.desc_act,
+            symmetric=main.symmetric,
+            modules_to_not_convert=scheme.ignored,
+            overrides=scheme.overrides,
+        )
     else:
         raise CheckpointError(
-            f"{path}: quant_method is {method!r}: known are awq and gptq; use a checkpoint in one of them"
+            f"{path}: quant_method is {method!r}: known are awq, gptq and compressed-tensors; "
+            "use a checkpoint in one of them"
         )
     layout = versions.get(str(version).lower())
     if layout is None:
@@ -96,7 +172,9 @@ def _parse_quantization(path: Path, config: Mapping[str, Any]) -> QuantizationIn
         raise CheckpointError(f"{path}: bits is {bits!r}: {method} takes {' or '.join(map(str, allowed))}")
     if type(group_size) is not int or group_size < -1 or group_size == 0:
         raise CheckpointError(f"{path}: group_size is {group_size!r}: it must be -1 or positive")
-    if config.get("dynamic"):
+    dynamic = config.get("dynamic") or {}
+    # Negative patterns only leave modules out, and which ones those are, their tensors say.
+    if not isinstance(dynamic, dict) or not all(str(key).startswith("-:") for key in dynamic):
         raise CheckpointError(
             f"{path}: has per-module overrides (dynamic): use a checkpoint with one setting throughout"
         )

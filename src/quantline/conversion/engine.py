@@ -1,0 +1,175 @@
+"""Write what a plan says: linear by linear, shard by shard, each linear read back from the disk as soon as it is there.
+
+In memory are the linears that are being worked on, two at a time; tensors that are carried over pass in pieces. Files
+appear under their names when they are whole. The folder is the caller's, who removes it if anything is raised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.conversion.faults import ProofError
+from quantline.conversion.plan import Plan, Shard, scale_loss
+from quantline.conversion.proof import CarriedProof, LinearProof, same_layer
+from quantline.conversion.source import PICKLES, Source, SourceLayer
+from quantline.formats import LAYOUTS, FormatError, QuantizedLinear, compressed_tensors, round_scales
+from quantline.formats.packing import turned
+from quantline.formats.streaming import StreamedFile, streamed
+from quantline.jobs import write_json
+from quantline.progress import bar
+
+INDEX_NAME = "model.safetensors.index.json"
+# Layouts that store codes (out, in); the others (in, out).
+_ROWS_ARE_OUTPUTS = ("awq_gemv", "compressed_tensors")
+_CODES = {"qweight", "weight_packed"}
+# What describes the old weights, or what this project writes anew.
+_REPLACED = ("config.json", "quantize_config.json", "quant_config.json", "conversion_proof.json")
+
+
+def write_weights(plan: Plan, out: Path, threads: int = 2) -> tuple[list[LinearProof], list[CarriedProof]]:
+    """Write all shards and the index; prove every tensor by what the disk gives back.
+
+    Raises:
+        ProofError: something reads back as something else.
+        FormatError: a linear's codes are not what its description says.
+        OSError: the disk.
+    """
+    linears: list[LinearProof] = []
+    carried: list[CarriedProof] = []
+    total = sum(spec.nbytes for shard in plan.shards for spec in shard.specs.values())
+    done = 0
+    try:
+        with bar(f"convert to {plan.layout}") as progress:
+            for shard in plan.shards:
+                with streamed(out / shard.name, shard.specs) as file, ThreadPoolExecutor(threads) as pool:
+                    for outcome, name in _work(pool, plan, shard, file):
+                        if isinstance(outcome, LinearProof):
+                            linears.append(outcome)
+                            done += _layer_bytes(shard, name)
+                        else:
+                            carried.append(outcome)
+                            done += shard.specs[name].nbytes
+                        progress.update(done, total, name)
+    finally:
+        plan.source.tensors.close()
+    if len(plan.shards) > 1:
+        weight_map = {name: shard.name for shard in plan.shards for name in shard.specs}
+        write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return sorted(linears, key=lambda proof: proof.name), sorted(carried, key=lambda proof: proof.name)
+
+
+def _layer_bytes(shard: Shard, layer: str) -> int:
+    suffixes = {suffix for layout in LAYOUTS.values() for suffix in layout.TENSORS if suffix != "bias"}
+    return sum(shard.specs[f"{layer}.{suffix}"].nbytes for suffix in suffixes if f"{layer}.{suffix}" in shard.specs)
+
+
+def _work(
+    pool: ThreadPoolExecutor, plan: Plan, shard: Shard, file: StreamedFile
+) -> Iterator[tuple[LinearProof | CarriedProof, str]]:
+    jobs: dict[Future[Any], str] = {pool.submit(_linear, plan, layer, file): layer for layer in shard.layers}
+    jobs |= {pool.submit(_carry, plan.source, name, old, shard, file): name for name, old in shard.carried.items()}
+    try:
+        for job in as_completed(jobs):
+            yield job.result(), jobs[job]
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+
+
+def _linear(plan: Plan, name: str, file: StreamedFile) -> LinearProof:
+    layer = plan.source.layers[name]
+    try:
+        before, outliers = plan.source.read(layer, plan.requantize)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from error
+    linear = round_scales(before) if plan.cast_scales and before.scales.dtype != np.float16 else before
+    for suffix, array in _written(plan, linear).items():
+        file.put(f"{name}.{suffix}", array)
+    again = read_back(plan.layout, layer, file, by_columns=not linear.codes.flags.c_contiguous)
+    faults = same_layer(linear, again)
+    if faults:
+        raise ProofError(f"{name}: {', '.join(faults)} read back from {file.path.name} differ from the source's")
+    return LinearProof(
+        name=name, bits=layer.bits, group_size=layer.group_size, in_features=layer.in_features,
+        out_features=layer.out_features, symmetric=linear.symmetric,
+        scales="equal" if linear is before else f"{before.scales.dtype} to {linear.scales.dtype}",
+        largest_relative_difference=0.0 if linear is before else scale_loss(before, linear),
+        requantized=tuple(outliers.records()) if outliers is not None else (),
+    )  # fmt: skip
+
+
+def _written(plan: Plan, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+    if plan.layout == "compressed_tensors":
+        return compressed_tensors.write(linear, zero_points=plan.zero_points)
+    return LAYOUTS[plan.layout].write(linear)
+
+
+def read_back(layout: str, layer: SourceLayer, file: StreamedFile, *, by_columns: bool) -> QuantizedLinear:
+    """A linear as the file on the disk has it now; its codes in the wanted memory order, so that they compare quickly."""
+    stored: dict[str, NDArray[Any]] = {}
+    for suffix in LAYOUTS[layout].TENSORS:
+        if suffix == "bias" or f"{layer.name}.{suffix}" not in file.infos:
+            continue
+        array = file.get(f"{layer.name}.{suffix}")
+        if suffix in _CODES and by_columns != (layout in _ROWS_ARE_OUTPUTS):
+            array = turned(array).T
+        stored[suffix] = array
+    return LAYOUTS[layout].read(stored, bits=layer.bits, group_size=layer.group_size)
+
+
+def _carry(source: Source, name: str, old: str, shard: Shard, file: StreamedFile) -> CarriedProof:
+    spec, digest = shard.specs[name], hashlib.sha256()
+    file.put_chunks(name, spec.dtype, spec.shape, source.tensors.chunks(old))
+    for chunk, written in zip(source.tensors.chunks(old), file.chunks(name), strict=True):
+        if chunk != written:
+            raise ProofError(f"{name}: reads back from {file.path.name} as other bytes than {old} of the source")
+        digest.update(written)
+    return CarriedProof(name, old, digest.hexdigest(), spec.nbytes)
+
+
+def write_description(plan: Plan, out: Path) -> dict[str, str]:
+    """config.json, quantize_config.json for AutoGPTQ, and every other file of the source but its weights.
+
+    Returns:
+        file of the source -> why it was left out.
+    """
+    write_json(out / "config.json", {**plan.source.config, "quantization_config": dict(plan.settings)})
+    if plan.settings["quant_method"] == "gptq":
+        write_json(out / "quantize_config.json", dict(plan.settings))
+    left_out = {}
+    for path in sorted(plan.source.folder.iterdir()):
+        reason = _reason(path)
+        if reason:
+            left_out[path.name] = reason
+        else:
+            carry_file(path, out / path.name)
+    return left_out
+
+
+def _reason(path: Path) -> str | None:
+    if not path.is_file():
+        return "a folder"
+    if path.name in _REPLACED:
+        return "written anew"
+    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
+        return "the source's weights"
+    if path.name.startswith("quant_model_description"):
+        return "describes the source's weights"
+    return "a pickle, which can run code" if path.suffix in PICKLES else None
+
+
+def carry_file(source: Path, target: Path) -> None:
+    """A second name for the same bytes, or a copy where that cannot be; no finished file is written in place."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

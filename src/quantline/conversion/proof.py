@@ -1,0 +1,180 @@
+"""What shows that a conversion changed nothing: `conversion_proof.json` beside the weights, which no loader reads.
+
+A linear's entry exists only because its codes, zero points and group index, read back from the disk, equal those of the
+source, and its scales equal the source's up to the cast that it names; a carried tensor's, because its bytes on the disk,
+and so their SHA-256, are those of the source. Anything else raises, and there is neither a proof nor an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.checkpoint import Checkpoint, quantization_of, quantized_layers
+from quantline.conversion.faults import ProofError
+from quantline.formats import QuantizedLinear
+from quantline.jobs import write_json
+
+PROOF_NAME = "conversion_proof.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class LinearProof:
+    """One linear. `largest_relative_difference` is over all its weights, the groups quantized again left out."""
+
+    name: str
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    symmetric: bool
+    scales: str
+    largest_relative_difference: float
+    requantized: tuple[dict[str, Any], ...] = ()
+
+    def entry(self) -> dict[str, Any]:
+        """For the file."""
+        entry: dict[str, Any] = {
+            "bits": self.bits, "group_size": self.group_size, "in_features": self.in_features,
+            "out_features": self.out_features, "symmetric": self.symmetric, "codes": "equal", "zero_points": "equal",
+            "group_index": "equal", "scales": self.scales,
+            "largest_relative_weight_difference": self.largest_relative_difference,
+        }  # fmt: skip
+        return {**entry, "requantized_groups": list(self.requantized)} if self.requantized else entry
+
+
+@dataclass(frozen=True)
+class CarriedProof:
+    """One tensor that stays as it is; `source` is its name there."""
+
+    name: str
+    source: str
+    sha256: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The whole account of a conversion."""
+
+    source: str
+    target: str
+    rewritten: bool
+    linears: Sequence[LinearProof]
+    carried: Sequence[CarriedProof]
+    left_out_tensors: Mapping[str, str]
+    left_out_files: Mapping[str, str]
+    warnings: Sequence[str]
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def requantized(self) -> list[dict[str, Any]]:
+        """Every group that was quantized again."""
+        return [group for linear in self.linears for group in linear.requantized]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many of everything."""
+        return {
+            "linears": len(self.linears), "carried_tensors": len(self.carried),
+            "left_out_tensors": len(self.left_out_tensors), "left_out_files": len(self.left_out_files),
+            "requantized_groups": len(self.requantized),
+            "linears_with_cast_scales": sum(linear.scales != "equal" for linear in self.linears),
+        }  # fmt: skip
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The same as metrics of a stage."""
+        difference = max((linear.largest_relative_difference for linear in self.linears), default=0.0)
+        added = max((float(group["max_abs_error"]) for group in self.requantized), default=0.0)
+        return {
+            **{name: float(count) for name, count in self.counts.items()}, "rewritten": float(self.rewritten),
+            "largest_relative_weight_difference": difference, "largest_requantization_error": added,
+        }  # fmt: skip
+
+    def write(self, out: Path) -> None:
+        """Write the file into the folder of the checkpoint."""
+        write_json(out / PROOF_NAME, {
+            "schema": SCHEMA, "source": self.source, "target": self.target, "rewritten": self.rewritten,
+            "counts": self.counts, "metrics": self.metrics, "warnings": list(self.warnings),
+            "linears": {linear.name: linear.entry() for linear in self.linears},
+            "carried": {
+                tensor.name: {"source": tensor.source, "sha256": tensor.sha256, "bytes": tensor.nbytes}
+                for tensor in self.carried
+            },
+            "left_out": {"tensors": dict(self.left_out_tensors), "files": dict(self.left_out_files)},
+            "files": dict(self.files),
+        })  # fmt: skip
+
+    def summary(self) -> list[str]:
+        """A few lines for a terminal."""
+        counts, metrics = self.counts, self.metrics
+        head = f"{self.source} to {self.target}" if self.rewritten else f"{self.target}, kept as it is"
+        lines = [
+            f"proof: {head}: codes and zero points of {counts['linears']} linears are equal on the disk",
+            f"  scales cast in {counts['linears_with_cast_scales']}, largest relative weight difference "
+            f"{metrics['largest_relative_weight_difference']:.3g}",
+            f"  {counts['carried_tensors']} tensors carried over with equal SHA-256, "
+            f"{counts['left_out_tensors']} tensors and {counts['left_out_files']} files left out",
+        ]
+        if self.requantized:
+            lines.append(
+                f"  {counts['requantized_groups']} groups quantized again, largest error added "
+                f"{metrics['largest_requantization_error']:.3g}"
+            )
+        return lines
+
+
+def same_layer(one: QuantizedLinear, other: QuantizedLinear) -> list[str]:
+    """What of two layers differs: codes, zero points, scales, group index."""
+    pairs: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
+        "codes": (one.codes, other.codes),
+        "zero points": (one.zeros, other.zeros),
+        "scales": (one.scales, other.scales),
+        "group index": (one.group_index, other.group_index),
+    }
+    return [what for what, (left, right) in pairs.items() if not _equal(left, right)]
+
+
+def _equal(left: NDArray[Any], right: NDArray[Any]) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    if left.flags.f_contiguous and right.flags.f_contiguous:
+        left, right = left.T, right.T
+    # A piece at a time: the result of the comparison stays in the cache, and the first difference ends it.
+    step = max(1, (1 << 18) // max(1, left[:1].size))
+    return all(
+        np.array_equal(left[start : start + step], right[start : start + step])
+        for start in range(0, left.shape[0], step)
+    )
+
+
+def check_output(out: Path, linears: Sequence[LinearProof], carried: Sequence[CarriedProof], layout: str) -> None:
+    """Open the finished checkpoint as a loader would: config, index, headers and the list of linears must agree.
+
+    Raises:
+        ProofError: they do not.
+    """
+    checkpoint, info = Checkpoint.open(out), quantization_of(out)
+    if info is None or info.layout != layout:
+        raise ProofError(f"{out.name}: config.json does not say {layout}")
+    found = quantized_layers(checkpoint, info)
+    if set(found) != {linear.name for linear in linears}:
+        raise ProofError(f"{out.name}: holds {len(found)} linears, {len(linears)} were written")
+    for linear in linears:
+        settings = info.of(linear.name)
+        if (settings.bits, settings.group_size) != (linear.bits, linear.group_size):
+            raise ProofError(
+                f"{linear.name}: config.json gives it {settings.bits} bits in groups of {settings.group_size}"
+            )
+        if settings.symmetric and not linear.symmetric:
+            raise ProofError(f"{linear.name}: config.json calls it symmetric and its zero points are not")
+    lost = {tensor.name for tensor in carried} - set(checkpoint.names)
+    if lost:
+        raise ProofError(f"{out.name}: lacks {sorted(lost)[0]}")

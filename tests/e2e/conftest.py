@@ -1,0 +1,48 @@
+"""One copy of the checkout and one run of the pipeline in it, for all tests of this folder."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import pytest
+from checkout import Checkout, Done, copy_checkout
+
+from quantline import toolchains
+
+
+@pytest.fixture(scope="session")
+def bare(root, tmp_path_factory) -> Checkout:
+    """The copy, before anything ran in it."""
+    for name in toolchains.HEALTH_CHECKS:
+        toolchains.ensure(root, name)
+    return copy_checkout(root, tmp_path_factory.mktemp("e2e") / "checkout")
+
+
+@pytest.fixture(scope="session")
+def first_run(bare) -> Done:
+    """What `dvc repro` said when it built everything."""
+    done = bare.dvc("repro")
+    assert done.code == 0, done.text
+    bare.git("add", "-A")
+    bare.git("commit", "-q", "-m", "first run")
+    return done
+
+
+@pytest.fixture(scope="session")
+def pipeline(bare, first_run) -> Checkout:
+    """The copy, after the pipeline ran in it."""
+    return bare
+
+
+@pytest.fixture
+def untouched(bare):
+    """Whatever happens in the test, no output is made, changed or lost, and no process or temporary file is left."""
+    before = bare.files()
+    yield
+    deadline = time.monotonic() + 10
+    while bare.processes() and time.monotonic() < deadline:
+        psutil.wait_procs(bare.processes(), timeout=1)
+    assert [process.cmdline() for process in bare.processes()] == []
+    assert bare.files() == before
+    assert bare.leftovers() == []
