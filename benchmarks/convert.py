@@ -6,9 +6,10 @@ awq and to gptq, each in a child process, proof included, with warm caches. Besi
 copy      shutil.copyfile of the same input bytes, the best of three; the file's own flush to the disk is in neither time
           unless --fsync is given, which adds it to the copy (a conversion always flushes).
 per row   the packing of vendors' converters: a uint32 matrix, one word row (gptq) or word column (awq) and one field at
-          a time. It takes minutes for the whole input, so it packs one linear of 4096 x 4096 and is compared by codes per second. It
-          reads and writes no file and proves nothing; what it is compared with does all of that.
+          a time. It takes minutes for the whole input, so it packs one linear of 4096 x 4096 and is compared by codes per
+          second. It reads and writes no file and proves nothing; what it is compared with does all of that.
 
+The processor's seconds are the child's, over all threads: on a machine that others use they say more than the clock.
 The memory is the child's peak (VmHWM) above that of an interpreter that has imported nothing.
 """
 
@@ -39,16 +40,17 @@ LINEARS = {
 }  # fmt: skip
 
 CHILD = """
-import json, sys, time
+import json, os, sys, time
 def peak():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
 before = peak()
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from quantline.convert import Options, convert
-started = time.perf_counter()
-proof = convert(Path(sys.argv[2]), Path(sys.argv[3]), Options(target=sys.argv[4]))
-print(json.dumps({"seconds": time.perf_counter() - started, "bytes": peak() - before, "linears": len(proof.linears)}))
+used, started = sum(os.times()[:2]), time.perf_counter()
+convert(Path(sys.argv[2]), Path(sys.argv[3]), Options(target=sys.argv[4]))
+seconds = time.perf_counter() - started
+print(json.dumps({"seconds": seconds, "cpu": sum(os.times()[:2]) - used, "bytes": peak() - before}))
 """
 
 
@@ -135,6 +137,7 @@ def main() -> None:
         print(f"input {size / 1e9:.2f} GB, {codes / 1e9:.2f} G codes, {os.cpu_count()} cores")
         times: dict[str, list[float]] = {"copy": [], "awq": [], "gptq": []}
         peaks: dict[str, int] = {}
+        cores: dict[str, float] = {}
         # In turns, so that a busy moment of the machine does not fall on one of them alone.
         for _ in range(options.rounds):
             for kind, measured in times.items():
@@ -146,6 +149,7 @@ def main() -> None:
                 command = [sys.executable, "-c", CHILD, str(ROOT / "src"), str(source), str(out), kind]
                 report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 measured.append(report["seconds"])
+                cores[kind] = min(cores.get(kind, report["cpu"]), report["cpu"])
                 peaks[kind] = max(peaks.get(kind, 0), report["bytes"])
         copied = min(times["copy"])
         print(
@@ -158,7 +162,8 @@ def main() -> None:
             print(
                 f"{kind:5} {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s, {copied / seconds:.2f} x copy, "
                 f"{codes / seconds / rowwise:.0f} x per row ({rowwise / 1e6:.0f} M codes/s), "
-                f"peak {peaks[kind] / 1e9:.2f} GB  (all: {', '.join(f'{t:.2f}' for t in times[kind])})"
+                f"{cores[kind]:.2f} s of processor, peak {peaks[kind] / 1e9:.2f} GB  "
+                f"(all: {', '.join(f'{t:.2f}' for t in times[kind])})"
             )
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 
 def publish(cfg: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
     from quantline.collect import pipeline_records
     from quantline.config import parse
     from quantline.entry import plain
@@ -21,7 +23,10 @@ def publish(cfg: DictConfig) -> None:
     records = pipeline_records(ROOT)
     if not records:
         raise UserError("there is nothing to publish yet; run `dvc repro` first")
-    config = parse({**plain(cfg), "model": records[0].config["model"]})
+    given = any(override.startswith("tracking") for override in HydraConfig.get().overrides.task)
+    kept = records[0].config
+    tracking = plain(cfg)["tracking"] if given else kept["tracking"]
+    config = parse({**kept, "tracking": tracking})
     done = not config.tracking.enabled or publish_records(records, config, ROOT)
     print(render_table(variant_table(records)))
     print("\nCompare them in MLflow: make ui")

@@ -8,16 +8,31 @@ import sys
 from stages import ROOT
 
 
-def ui(port: str) -> None:
-    from quantline.tracking_store import resolve_uri
+def ui(given: str) -> None:
+    from quantline.collect import pipeline_records
+    from quantline.config import parse
+    from quantline.errors import QuantlineError
+    from quantline.ports import require_free
+    from quantline.publishing import experiment_name
+    from quantline.tracking import comparison_path
+    from quantline.tracking_store import Scrubber, resolve_uri
 
+    if not given.isdecimal() or not 0 < int(given) < 65536:
+        sys.exit(f"error: {given}: is no port; give a number from 1 to 65535")
+    try:
+        records = pipeline_records(ROOT)
+        config = parse(records[0].config) if records else None
+        uri = resolve_uri(config.tracking.uri if config else None, ROOT)
+        if not uri.startswith("sqlite:"):
+            sys.exit(f"the variants are published to {Scrubber(uri)(uri)}, a server with a UI of its own: open that")
+        require_free("127.0.0.1", int(given))
+        path = comparison_path(uri, experiment_name(config.tracking, config.model)) if config else "/"
+    except QuantlineError as error:
+        sys.exit(f"error: {error}")
     # MLflow would start half a dozen job runners beside the UI.
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    uri = resolve_uri(None, ROOT)
-    if not uri.startswith("sqlite:"):
-        sys.exit("MLFLOW_TRACKING_URI names a tracking server of its own: open that one")
-    print(f"MLflow on http://127.0.0.1:{port} (stop it with Ctrl-C)", file=sys.stderr, flush=True)
-    arguments = ["ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", port, "--workers", "1"]
+    print(f"MLflow on http://127.0.0.1:{given}/#{path} (stop it with Ctrl-C)", file=sys.stderr, flush=True)
+    arguments = ["ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", given, "--workers", "1"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])  # noqa: S606 (no shell wanted)
 
 

@@ -83,7 +83,7 @@ def test_a_frozen_file_is_one_that_hydra_takes_as_it_is(checkout):
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones(checkout):
-    with pytest.raises(UserError, match=r"variant=onne: params.yaml names one, two, float \(did you mean one\?\)"):
+    with pytest.raises(UserError, match=r"variant=onne: params.yaml names float, one, two \(did you mean one\?\)"):
         freeze(checkout, "onne")
 
 

@@ -58,6 +58,31 @@ def test_neither_repo_nor_path_is_refused(composed):
     assert "model.path=DIR" in faults_of(composed("model.path=null"))
 
 
+def test_a_branch_in_place_of_a_commit_is_refused(composed):
+    message = faults_of(composed("model=custom", "model.repo=owner/name", "model.revision=main"))
+    assert "model.revision=main: give the commit of owner/name, 40 hex digits" in message
+
+
+def test_a_repository_on_top_of_the_embedded_model_takes_its_place(composed):
+    config = parse(composed("model.repo=owner/name", f"model.revision={'a' * 40}"))
+    assert (config.model.repo, config.model.path) == ("owner/name", None)
+
+
+def test_a_calibration_file_that_no_source_reads_is_refused(composed):
+    message = faults_of(composed("calibration.path=own.jsonl"))
+    assert "calibration.path=own.jsonl: calibration=demo does not read it; give calibration=jsonl" in message
+
+
+def test_a_password_in_the_tracking_address_is_refused_and_not_repeated(composed):
+    message = faults_of(composed("tracking.uri=https://me:secret@host/"))
+    assert "MLFLOW_TRACKING_PASSWORD" in message
+    assert "secret" not in message
+
+
+def test_an_experiment_cannot_leave_its_folder(composed):
+    assert "tracking.experiment=../x" in faults_of(composed("tracking.experiment=../x"))
+
+
 def test_trust_remote_code_and_pickle_are_off_by_default(root, composed):
     choices = [path.stem for path in (root / "conf" / "model").glob("*.yaml")]
     assert choices

@@ -20,8 +20,8 @@ from quantline.jobs import write_json
 from quantline.serving import SERVED_NAME, ServerOptions, serve
 from tests.test_convert_msmodelslim import FIXTURES, needs_fixtures
 
-# Seen: logits of the float16 server are within 0.01 of the reference's.
-NEAR_TIE = 0.02
+# The logits' standard deviation is 0.33; where tokens parted, margins of at most 0.0008 were seen.
+NEAR_TIE = 0.005
 MAX_TOKENS = 24
 OPTIONS = ServerOptions(dtype="float16", max_model_len=128, kv_cache_gib=0.25, threads=1)
 
@@ -62,7 +62,8 @@ def test_vllm_gives_the_greedy_tokens_of_the_dequantized_source(root, tmp_path, 
     for prompt, found, tokens, margins in zip(prompts, served, expected["tokens"], expected["margins"], strict=True):
         same = next((i for i, (a, b) in enumerate(zip(found, tokens, strict=True)) if a != b), MAX_TOKENS)
         compared += same
-        print(f"{target}: {len(prompt)} tokens of prompt, {same} of {MAX_TOKENS} greedy tokens equal")
+        parted = "" if same == MAX_TOKENS else f", parted at a margin of {margins[same]:.4f}"
+        print(f"{target}: {len(prompt)} tokens of prompt, {same} of {MAX_TOKENS} greedy tokens equal{parted}")
         assert same == MAX_TOKENS or margins[same] < NEAR_TIE, f"parts at {same} with a margin of {margins[same]}"
     assert compared >= len(prompts) * MAX_TOKENS // 2
 

@@ -127,6 +127,16 @@ def test_an_interpreter_that_is_not_there_is_refused_by_option_name(root):
         ensure(root, "vllm", python="/no/such/python")
 
 
+def test_a_folder_or_a_broken_script_in_place_of_an_interpreter_is_refused(root, tmp_path):
+    script = tmp_path / "python"
+    script.write_text("#!/no/such/interpreter\n")
+    script.chmod(0o755)
+    with pytest.raises(UserError, match="no interpreter there"):
+        ensure(root, "vllm", python=str(tmp_path))
+    with pytest.raises(UserError, match="cannot be run"):
+        ensure(root, "vllm", python=str(script))
+
+
 def test_an_interpreter_without_the_library_is_refused(root):
     with pytest.raises(UserError, match="health check failed"):
         ensure(root, "autoawq", python=sys.executable)

@@ -11,6 +11,7 @@ cpu() { if [ -n "$links" ]; then UV_FIND_LINKS=$links "$uv" "${common[@]}" --exc
         else "$uv" "${common[@]}" --excludes excludes-cpu.txt --torch-backend cpu "$@"; fi; }
 cuda() { env -u UV_FIND_LINKS "$uv" "${common[@]}" "$@"; }
 only=${1:-}
+if [ -n "$only" ] && [ ! -f "$only.txt" ]; then echo "no lock named $only; there are: $(ls ./*.txt | xargs -n1 basename -s .txt | tr '\n' ' ')" >&2; exit 2; fi
 lock() { if [ -z "$only" ] || [ "$only" = "$2" ]; then echo "envs/$2.txt"; "$1" "$3.in" -o "$2.txt"; fi; }
 lock cpu core core
 for name in reference autoawq auto_gptq; do

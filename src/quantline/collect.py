@@ -8,11 +8,13 @@ no longer goes with.
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from quantline.compose import read_params
 from quantline.config import Config, parse
 from quantline.errors import UserError
 from quantline.formats.container import read_json
@@ -34,15 +36,17 @@ def pipeline_records(root: Path) -> list[VariantRecord]:
     """
     import yaml
 
-    content = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
-    names = [BASELINE, *(str(name) for name in content.get("variants", {}))]
     records = []
-    for name in names:
+    for name in read_params(root / "params.yaml")["variants"]:
         path = root / "variants" / f"{name}.yaml"
         if not path.is_file():
             continue
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        values = {key: value for key, value in values.items() if key not in _HYDRA_KEYS}
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = {key: value for key, value in values.items() if key not in _HYDRA_KEYS}
+            values["frozen"]["overrides"]
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: is no frozen configuration; remove it and run `dvc repro`") from error
         records.append(_record(root, root / "artifacts", name, values, values["frozen"]["overrides"]))
     return [record for record in records if record.results]
 
@@ -82,9 +86,12 @@ def _results(root: Path, home: Path, folder: str, config: Config) -> Iterator[di
         else:
             belongs = _follows(result, config, stage, root, current)
         if not belongs:
+            print(f"{folder}: {stage} is out of date and left out; run it again", file=sys.stderr)
             continue
         current[stage] = str(result["output_hash"])
-        files = list(result.get("files", []))
+        # A result may come from somebody else's cache: only files of the stage's own output are attached.
+        inside = places.output.resolve()
+        files = [str(name) for name in result.get("files", []) if (root / name).resolve().is_relative_to(inside)]
         if places.log.is_file():
             files.append(places.log.relative_to(root).as_posix())
         yield {**result, "files": files}

@@ -21,11 +21,11 @@ _HYDRA = {"output_subdir": None, "run": {"dir": "."}, "sweep": {"dir": ".", "sub
 _DEFAULTS = ["_self_", {"override hydra/job_logging": "stdout"}, {"override hydra/hydra_logging": "none"}]
 
 
-def variant_overrides(params: Path, name: str) -> list[str]:
-    """The Hydra overrides of a variant of params.yaml, those shared by all variants first.
+def read_params(params: Path) -> dict[str, Any]:
+    """params.yaml: `shared`, `baseline`, and `variants` by name, the baseline among them and first.
 
     Raises:
-        UserError: params.yaml is missing or malformed, or names no such variant.
+        UserError: it is missing or malformed, or a name cannot be a folder's.
     """
     import yaml
 
@@ -37,10 +37,20 @@ def variant_overrides(params: Path, name: str) -> list[str]:
         raise UserError(f"{params.name} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance(content.get("variants"), dict):
         raise UserError(f"{params.name}: needs `variants:`, a mapping of names to overrides such as method=gptq bits=4")
-    lines: dict[str, Any] = {str(key): value for key, value in content["variants"].items()}
-    if BASELINE in lines:
+    variants = {checked_name(str(key)): value for key, value in content["variants"].items()}
+    if BASELINE in variants:
         raise UserError(f"{params.name}: a variant cannot be called {BASELINE}, the name of the baseline")
-    lines[BASELINE] = content.get("baseline")
+    return {**content, "variants": {BASELINE: content.get("baseline"), **variants}}
+
+
+def variant_overrides(params: Path, name: str) -> list[str]:
+    """The Hydra overrides of a variant of params.yaml, those shared by all variants first.
+
+    Raises:
+        UserError: params.yaml is missing or malformed, or names no such variant.
+    """
+    content = read_params(params)
+    lines: dict[str, Any] = content["variants"]
     if name not in lines:
         hint = nearest(name, list(lines))
         raise UserError(f"variant={name}: {params.name} names {', '.join(lines)}{hint}")

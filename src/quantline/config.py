@@ -8,6 +8,7 @@ module nothing sees a configuration object: functions take plain arguments.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -249,6 +250,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     faults.extend(_method_faults(values))
     faults.extend(_source_faults(values))
     faults.extend(_convert_faults(values))
+    faults.extend(_tracking_faults(values))
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     return config
@@ -288,7 +290,11 @@ def _method_faults(values: Mapping[str, Any]) -> list[str]:
     bits, group_size = values.get("bits"), values.get("group_size")
     if isinstance(bits, int) and bits not in BITS[name]:
         others = [other for other, allowed in BITS.items() if bits in allowed]
-        remedy = f"; method={others[0]} takes bits={bits}" if others else ""
+        remedy = f"method={others[0]} takes bits={bits}" if others else ""
+        if not others and len(BITS[name]) == 1:
+            wider = next(other for other, allowed in BITS.items() if len(allowed) > 1)
+            remedy = f"method={wider} takes {_either(BITS[wider])}"
+        remedy = f"; {remedy}" if remedy else ""
         faults.append(f"bits={bits}: {name} takes {_either(BITS[name])}{remedy}")
     if isinstance(group_size, int) and group_size not in GROUP_SIZES_OF[name]:
         near = min((size for size in GROUP_SIZES_OF[name] if size > 0), key=lambda size: abs(size - group_size))
@@ -315,15 +321,43 @@ def _source_faults(values: Mapping[str, Any]) -> list[str]:
             faults.append(
                 f"model.repo={model['repo']} model.path={model['path']}: give one of them, set the other to null"
             )
+        elif model.get("repo") and not re.fullmatch(r"[0-9a-f]{40}", str(model.get("revision") or "")):
+            faults.append(
+                f"model.revision={_shown(model.get('revision'))}: give the commit of {model['repo']}, 40 hex digits; "
+                "branches and tags move"
+            )
     if isinstance(calibration, Mapping) and isinstance(calibration.get("sources"), Mapping):
         for name, source in calibration["sources"].items():
             if isinstance(source, Mapping) and not (source.get("path") or source.get("repo")):
                 key = "calibration.path" if name == "jsonl" else f"calibration.sources.{name}.path"
                 faults.append(f"{key}: is not set; give a file of text, {key}=FILE")
+        path = calibration.get("path")
+        if path and not any(isinstance(s, Mapping) and s.get("path") == path for s in calibration["sources"].values()):
+            faults.append(
+                f"calibration.path={path}: calibration={calibration.get('name')} does not read it; give "
+                "calibration=jsonl with it"
+            )
     if isinstance(evaluate, Mapping):
         window, stride = evaluate.get("window"), evaluate.get("stride")
         if isinstance(window, int) and isinstance(stride, int) and stride > window:
             faults.append(f"evaluate.stride={stride}: text would be left out; give 1 to {window}, the window")
+    return faults
+
+
+def _tracking_faults(values: Mapping[str, Any]) -> list[str]:
+    tracking = values.get("tracking")
+    if not isinstance(tracking, Mapping):
+        return []
+    faults = []
+    # Configurations are frozen, cached and shared; a password must be in none of them.
+    if re.match(r"[a-z+]+://[^/@]*:[^/@]*@", str(tracking.get("uri") or "")):
+        faults.append(
+            "tracking.uri: holds a password, which would be kept with every variant; take it out and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    name = tracking.get("experiment")
+    if name is not None and not re.fullmatch(r"[\w][\w .:-]*(/[\w][\w .:-]*)*", str(name)):
+        faults.append(f"tracking.experiment={name}: give words of letters, digits, '_', '.', ':' and '-', apart by '/'")
     return faults
 
 

@@ -91,7 +91,7 @@ def _explain_composition(error: Exception, conf: Path) -> str:
     if unknown:
         key = unknown.group(1)
         return f"{key}: no such option{nearest(key, option_names(conf))}; see the allowed ones with --help"
-    group = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    group = re.search(r"Could not find '([^']+)/([^'/]*)'", text)
     if group:
         choices = sorted(path.stem for path in (conf / group.group(1)).glob("*.yaml"))
         hint = nearest(group.group(2), choices)

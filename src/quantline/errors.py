@@ -46,3 +46,5 @@ class ServerError(QuantlineError):
 
 class TrackingError(QuantlineError):
     """The tracking server could not be reached; never fatal to a stage."""
+
+    exit_code = 75  # EX_TEMPFAIL: the same command works later

@@ -37,7 +37,7 @@ def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
     """The plain values that a stage itself reads: options, locks, and the content of files that the options name."""
     locks = config.frozen.locks if config.frozen else locks_of(config, root)
     if stage == "download":
-        content = _folder_content(root / config.model.path) if config.model.path else None
+        content = _folder_content(located(root, config.model.path)) if config.model.path else None
         model = config.model.model_dump(exclude={"name"})
         return {"model": model, "content": content, "reference": locks["reference"]}
     if stage == "calibrate":
@@ -82,8 +82,13 @@ def options_fingerprint(config: Config, stage: str, root: Path) -> str:
     return fingerprint(options_of(config, stage, root))
 
 
+def located(root: Path, path: str) -> Path:
+    """A path of a configuration: `~` is the user's home, a relative one begins at the checkout."""
+    return root / Path(path).expanduser()
+
+
 def _text_hash(config: Config, root: Path) -> str | None:
-    path = root / config.evaluate.path if config.evaluate.path else None
+    path = located(root, config.evaluate.path) if config.evaluate.path else None
     return sha256_of(path) if path is not None and path.is_file() else None
 
 
@@ -91,7 +96,7 @@ def _file_hashes(config: Config, root: Path) -> dict[str, str]:
     # A user's own text is known by its content; a missing file is reported by the stage that reads it.
     hashes = {}
     for name, source in config.calibration.sources.items():
-        path = root / source.path if source.path else None
+        path = located(root, source.path) if source.path else None
         if path is not None and path.is_file():
             hashes[name] = sha256_of(path)
     return hashes

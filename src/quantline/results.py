@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file a stage, read back by the stages after it, by `publish` and by the report."""
+"""Results on disk: one JSON file a stage, read back by the stages after it and by `publish`."""
 
 from __future__ import annotations
 

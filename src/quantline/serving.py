@@ -34,7 +34,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How a model is served. None of it is part of a variant's identity.
+    """How a model is served.
 
     port: None takes a free one. device: `cpu` or `cuda`. dtype: of the activations, as vLLM names it; quantized
     checkpoints take `float16` and `bfloat16`. max_model_len: tokens of prompt and answer together; None takes the

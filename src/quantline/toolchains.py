@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,11 @@ class Toolchain:
     lock_sha256: str | None
 
 
+@cache
 def detect_platform() -> str:
-    """`cuda` where an NVIDIA driver answers, else `cpu`; the device node is enough, so that nothing is imported."""
-    return "cuda" if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") else "cpu"
+    """`cuda` where an NVIDIA driver is loaded, else `cpu`; nothing is imported to find out."""
+    devices = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
+    return "cuda" if any(device.exists() for device in devices) else "cpu"
 
 
 def lock_file(root: Path, name: str, platform: str) -> Path:
@@ -87,7 +90,7 @@ def ensure(root: Path, name: str, *, python: str | None = None, platform: str | 
     """
     if python is not None:
         interpreter = Path(python).expanduser()
-        if not os.access(interpreter, os.X_OK):
+        if not interpreter.is_file() or not os.access(interpreter, os.X_OK):
             raise UserError(
                 f"toolchains.{name}={python}: no interpreter there; give the path of a Python or leave it null"
             )
@@ -183,13 +186,11 @@ def _record_vllm(folder: Path, lock: Path) -> None:
 
 
 def _unhealthy(interpreter: Path, name: str) -> str | None:
-    check = subprocess.run(
-        [str(interpreter), "-c", HEALTH_CHECKS[name]],
-        capture_output=True,
-        text=True,
-        env=worker_environment(1),
-        check=False,
-    )
+    command = [str(interpreter), "-c", HEALTH_CHECKS[name]]
+    try:
+        check = subprocess.run(command, capture_output=True, text=True, env=worker_environment(1), check=False)
+    except OSError as error:
+        return f"it cannot be run ({error.strerror})"
     if check.returncode == 0:
         return None
     last = check.stderr.strip().splitlines()[-1:] or ["no message"]

@@ -72,6 +72,15 @@ def view_path(experiment_id: str) -> str:
     return f"/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}"
 
 
+def comparison_path(uri: str, experiment: str) -> str:
+    """`view_path` of an experiment in the database at `uri`, by its name; the list of experiments where it is not there."""
+    with _quiet_mlflow(uri, 10):
+        from mlflow import MlflowClient
+
+        found = MlflowClient(tracking_uri=uri).get_experiment_by_name(experiment)
+    return view_path(found.experiment_id) if found else "/experiments"
+
+
 def _view_state() -> dict[str, Any]:
     # The form in which MLflow's own "share this view" keeps the state of its table.
     return {

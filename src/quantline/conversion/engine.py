@@ -31,6 +31,8 @@ INDEX_NAME = "model.safetensors.index.json"
 # Layouts that store codes (out, in); the others (in, out).
 _ROWS_ARE_OUTPUTS = ("awq_gemv", "compressed_tensors")
 _CODES = {"qweight", "weight_packed"}
+# Tensors without output channels: the same for every piece of a linear, or (weight_shape) stating their number.
+_WHOLE = {"g_idx", "weight_g_idx", "weight_shape"}
 # What describes the old weights, or what this project writes anew.
 _REPLACED = ("config.json", "quantize_config.json", "quant_config.json", "conversion_proof.json")
 
@@ -88,23 +90,47 @@ def _work(
 def _linear(plan: Plan, name: str, file: StreamedFile) -> LinearProof:
     layer = plan.source.layers[name]
     try:
-        before, outliers = plan.source.read(layer, plan.requantize)
+        read = list(plan.source.pieces(layer, plan.requantize))
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from error
-    linear = round_scales(before) if plan.cast_scales and before.scales.dtype != np.float16 else before
-    for suffix, array in _written(plan, linear).items():
+    before = [piece for piece, _ in read]
+    pieces = [
+        round_scales(piece) if plan.cast_scales and piece.scales.dtype != np.float16 else piece for piece in before
+    ]
+    for suffix, array in _joined(plan, layer, pieces).items():
         file.put(f"{name}.{suffix}", array)
-    again = read_back(plan.layout, layer, file, by_columns=not linear.codes.flags.c_contiguous)
-    faults = same_layer(linear, again)
-    if faults:
+    for faults in _differences(plan.layout, layer, pieces, file):
         raise ProofError(f"{name}: {', '.join(faults)} read back from {file.path.name} differ from the source's")
+    losses = [scale_loss(old, new) for old, new in zip(before, pieces, strict=True) if old is not new]
     return LinearProof(
         name=name, bits=layer.bits, group_size=layer.group_size, in_features=layer.in_features,
-        out_features=layer.out_features, symmetric=linear.symmetric,
-        scales="equal" if linear is before else f"{before.scales.dtype} to {linear.scales.dtype}",
-        largest_relative_difference=0.0 if linear is before else scale_loss(before, linear),
-        requantized=tuple(outliers.records()) if outliers is not None else (),
+        out_features=layer.out_features, symmetric=all(piece.symmetric for piece in pieces),
+        scales=f"{before[0].scales.dtype} to {pieces[0].scales.dtype}" if losses else "equal",
+        largest_relative_difference=max(losses, default=0.0),
+        requantized=tuple(group for _, report in read if report is not None for group in report.records()),
     )  # fmt: skip
+
+
+def _joined(plan: Plan, layer: SourceLayer, pieces: list[QuantizedLinear]) -> dict[str, NDArray[Any]]:
+    """The tensors of a linear, its pieces side by side along the output channels."""
+    if len(pieces) == 1:
+        return _written(plan, pieces[0])
+    axis = _channel_axis(plan.layout)
+    joined: dict[str, NDArray[Any]] = {}
+    start = 0
+    for piece in pieces:
+        stop = start + piece.out_features
+        for suffix, array in _written(plan, piece).items():
+            if suffix in _WHOLE:
+                joined[suffix] = np.array([layer.out_features, layer.in_features]) if array.size == 2 else array
+                continue
+            if suffix not in joined:
+                shape = list(array.shape)
+                shape[axis] = shape[axis] * layer.out_features // piece.out_features
+                joined[suffix] = np.empty(shape, dtype=array.dtype)
+            joined[suffix][_part(joined[suffix], axis, start, stop, layer.out_features)] = array
+        start = stop
+    return joined
 
 
 def _written(plan: Plan, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
@@ -113,17 +139,43 @@ def _written(plan: Plan, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
     return LAYOUTS[plan.layout].write(linear)
 
 
-def read_back(layout: str, layer: SourceLayer, file: StreamedFile, *, by_columns: bool) -> QuantizedLinear:
-    """A linear as the file on the disk has it now; its codes in the wanted memory order, so that they compare quickly."""
-    stored: dict[str, NDArray[Any]] = {}
-    for suffix in LAYOUTS[layout].TENSORS:
-        if suffix == "bias" or f"{layer.name}.{suffix}" not in file.infos:
-            continue
-        array = file.get(f"{layer.name}.{suffix}")
-        if suffix in _CODES and by_columns != (layout in _ROWS_ARE_OUTPUTS):
-            array = turned(array).T
-        stored[suffix] = array
-    return LAYOUTS[layout].read(stored, bits=layer.bits, group_size=layer.group_size)
+def _differences(
+    layout: str, layer: SourceLayer, pieces: list[QuantizedLinear], file: StreamedFile
+) -> Iterator[list[str]]:
+    """What of each piece is other in the file on the disk, as it is now; pieces without a difference are left out."""
+    axis, start = _channel_axis(layout), 0
+    stored = {
+        suffix: file.get(f"{layer.name}.{suffix}")
+        for suffix in LAYOUTS[layout].TENSORS
+        if suffix != "bias" and f"{layer.name}.{suffix}" in file.infos
+    }
+    for piece in pieces:
+        stop, own = start + piece.out_features, dict(stored)
+        for suffix, array in stored.items():
+            if suffix not in _WHOLE:
+                own[suffix] = array[_part(array, axis, start, stop, layer.out_features)]
+            elif array.size == 2 and len(pieces) > 1:
+                # The piece's own height; that the file's is the linear's is part of the comparison.
+                own[suffix] = array - [layer.out_features - piece.out_features, 0]
+            # Codes in the memory order of the source's compare many times faster.
+            if suffix in _CODES and piece.codes.flags.c_contiguous == (layout in _ROWS_ARE_OUTPUTS):
+                own[suffix] = turned(own[suffix]).T
+        again = LAYOUTS[layout].read(own, bits=layer.bits, group_size=layer.group_size)
+        faults = same_layer(piece, again)
+        if faults:
+            yield faults
+        start = stop
+
+
+def _channel_axis(layout: str) -> int:
+    return 0 if layout in _ROWS_ARE_OUTPUTS else 1
+
+
+def _part(array: NDArray[Any], axis: int, start: int, stop: int, whole: int) -> tuple[slice, ...]:
+    """The place of output channels start to stop in a tensor, packed or not, that holds `whole` of them along an axis."""
+    size = array.shape[axis]
+    place = slice(start * size // whole, stop * size // whole)
+    return (place,) if axis == 0 else (slice(None), place)
 
 
 def _carry(source: Source, name: str, old: str, shard: Shard, file: StreamedFile) -> CarriedProof:

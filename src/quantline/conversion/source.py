@@ -28,6 +28,8 @@ from quantline.formats.streaming import CHUNK, read_into
 MSMODELSLIM = "msmodelslim"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _FLOATS = ("F16", "BF16", "F32")
+# Codes of a piece, and the output channels that fill whole words in every layout.
+_PIECE, _WORD_RUN = 1 << 22, 32
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,13 @@ class TensorFiles:
     _open: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def read(self, name: str) -> NDArray[Any]:
-        """A tensor, in memory of its own."""
+    def read(self, name: str, part: tuple[int, int] = (0, 1), parts: int = 1) -> NDArray[Any]:
+        """A tensor, or the given ones of equal parts along its first axis, in memory of its own."""
         info = self.infos[name]
-        data = np.empty(info.nbytes, dtype=np.uint8)
-        read_into(self._descriptor(name), data.data, info.offset)
-        return data.view(numpy_dtype(info.dtype)).reshape(info.shape)
+        size = info.nbytes // parts
+        data = np.empty(size * (part[1] - part[0]), dtype=np.uint8)
+        read_into(self._descriptor(name), data.data, info.offset + size * part[0])
+        return data.view(numpy_dtype(info.dtype)).reshape(-1, *info.shape[1:])
 
     def chunks(self, name: str) -> Iterator[bytearray]:
         """The bytes of a tensor, piece by piece."""
@@ -126,6 +129,27 @@ class Source:
         """
         stored = {suffix: _plain(self.tensors.read(name)) for suffix, name in layer.tensors.items()}
         return self._decode(layer, stored, requantize, layer.group_size, layer.packed)
+
+    def pieces(self, layer: SourceLayer, requantize: bool) -> Iterator[tuple[QuantizedLinear, OutlierReport | None]]:
+        """A linear as consecutive runs of its output channels, small enough for the processor's cache.
+
+        Only unpacked msModelSlim linears come in pieces; others, and those whose groups may have to be quantized again, come
+        whole.
+
+        Raises:
+            FormatError: as `read`.
+        """
+        rows = max(_WORD_RUN, _PIECE // layer.in_features // _WORD_RUN * _WORD_RUN)
+        if self.layout != MSMODELSLIM or layer.packed or requantize or rows >= layer.out_features:
+            yield self.read(layer, requantize)
+            return
+        for start in range(0, layer.out_features, rows):
+            part = (start, min(start + rows, layer.out_features))
+            stored = {
+                suffix: _plain(self.tensors.read(name, part, layer.out_features))
+                for suffix, name in layer.tensors.items()
+            }
+            yield self._decode(layer, stored, False, layer.group_size, False)
 
     def outline(self, layer: SourceLayer, requantize: bool) -> tuple[QuantizedLinear, int]:
         """Scales and zero points of a linear, as a linear of fewer columns where that is cheaper; and its outliers.

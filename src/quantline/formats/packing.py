@@ -74,6 +74,8 @@ def pack(codes: NDArray[np.uint8], bits: int, axis: int, order: Sequence[int] | 
     shape = list(codes.shape)
     shape[axis] = shape[axis] // values * words
     packed = np.empty(shape, dtype=np.uint32)
+    if bits == 4 and axis == 0:
+        return _pack_rows(np.ascontiguousarray(codes), packed, order or range(8))
     for source, target in _chunks(np.ascontiguousarray(codes), packed, values, words, axis):
         shifted = np.empty(target.shape[:-1], dtype=np.uint32)
         started = [False] * words
@@ -117,6 +119,8 @@ def unpack(words: NDArray[Any], bits: int, axis: int, order: Sequence[int] | Non
     shape = list(words.shape)
     shape[axis] = shape[axis] // per_run * values
     codes = np.empty(shape, dtype=np.uint8)
+    if bits == 4 and axis == 0:
+        return _unpack_rows(np.ascontiguousarray(words).view(np.uint32), codes, order or range(8))
     mask = np.uint32(2**bits - 1)
     for target, source in _chunks(codes, np.ascontiguousarray(words).view(np.uint32), values, per_run, axis):
         shifted = np.empty(source.shape[:-1], dtype=np.uint32)
@@ -161,8 +165,37 @@ def _unpack_bytes(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     return pairs.view(np.uint8)
 
 
+def _pack_rows(codes: NDArray[np.uint8], packed: NDArray[np.uint32], order: Sequence[int]) -> NDArray[np.int32]:
+    """Eight rows to a row of words: pairs to bytes, bytes to half words, half words to words."""
+    runs = codes.reshape(-1, 8, codes.shape[1])
+    for rows in _row_blocks(packed):
+        octets = []
+        for low, high in zip(order[::2], order[1::2], strict=True):
+            octet = np.multiply(runs[rows, high], np.uint8(16))
+            octets.append(np.bitwise_or(octet, runs[rows, low], out=octet))
+        halves = []
+        for low_octet, high_octet in (octets[:2], octets[2:]):
+            half = high_octet.astype(np.uint16)
+            np.left_shift(half, np.uint16(8), out=half)
+            halves.append(np.bitwise_or(half, low_octet, out=half))
+        np.copyto(packed[rows], halves[1])
+        np.left_shift(packed[rows], np.uint32(16), out=packed[rows])
+        np.bitwise_or(packed[rows], halves[0], out=packed[rows])
+    return packed.view(np.int32)
+
+
+def _unpack_rows(words: NDArray[np.uint32], codes: NDArray[np.uint8], order: Sequence[int]) -> NDArray[np.uint8]:
+    runs = codes.reshape(-1, 8, codes.shape[1])
+    for rows in _row_blocks(words):
+        for place, (low, high) in enumerate(zip(order[::2], order[1::2], strict=True)):
+            octet = np.right_shift(words[rows], np.uint32(8 * place)).astype(np.uint8)
+            np.bitwise_and(octet, np.uint8(15), out=runs[rows, low])
+            np.right_shift(octet, np.uint8(4), out=runs[rows, high])
+    return codes
+
+
 def _row_blocks(matrix: NDArray[Any]) -> Iterator[slice]:
-    step = max(1, 4 * _CHUNK_WORDS // max(1, matrix.shape[1]))
+    step = max(1, 1 * _CHUNK_WORDS // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)
 
