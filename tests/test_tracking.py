@@ -274,6 +274,7 @@ def test_half_published_run_that_was_overtaken_is_killed_and_not_current(
     assert states == {("KILLED", "false"), ("FINISHED", "true")}
 
 
+@pytest.mark.e2e
 def test_two_publishers_at_once_make_each_run_once(root: Path) -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from variant_records import four\n"
@@ -441,6 +442,7 @@ def server(root: Path, port: int) -> Iterator[subprocess.Popen[Any]]:
         end_group(process)
 
 
+@pytest.mark.e2e
 def test_server_that_dies_during_a_publish_is_an_error_and_the_next_publish_completes_it(
     root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
