@@ -427,7 +427,7 @@ def drop_near_duplicates(pages: list[Page], limit: float = 0.7) -> list[Page]:
 
 # Held-out pages are published as files of their own; pages about installing things from somewhere, or full of absolute
 # paths, make poor test text and would only add dead addresses to the repository.
-NOT_HELD_OUT = re.compile(r"pypi|npmjs|crates\Wio|debian\Worg|rubygems|anaconda|docker|/(tmp|work|home)/|/root", re.I)
+NOT_HELD_OUT = re.compile(r"pypi|npmjs|crates\Wio|debian\Worg|rubygems|anaconda|docker|/(tmp/|work/|home/|root)", re.I)
 
 
 # The Embedded Rust Book states on its first page that its prose is CC BY-SA 4.0, unlike the rest of the Rust

@@ -21,11 +21,11 @@ from quantline.formats.container import (
     TensorInfo,
     numpy_dtype,
     read_header,
-    read_json,
     safetensors_dtype,
     to_float32,
     write_safetensors,
 )
+from quantline.formats.index import read_index
 from quantline.formats.settings import QuantizationInfo, quantization_of
 
 __all__ = [
@@ -70,30 +70,8 @@ class Checkpoint:
             infos = read_header(single)
             return cls(folder, dict.fromkeys(sorted(infos), WEIGHTS_NAME), infos)
         if index.exists():
-            return cls._open_index(folder, index)
+            return cls(folder, *read_index(index))
         raise CheckpointError(_no_weights(folder))
-
-    @classmethod
-    def _open_index(cls, folder: Path, index: Path) -> Checkpoint:
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-            raise CheckpointError(f"{index}: has no weight_map of tensor to file names: fetch or write it again")
-        infos: dict[str, TensorInfo] = {}
-        for shard in sorted(set(shards.values())):
-            # A plain name only: an index must not reach files outside its own folder.
-            if shard in ("", ".", "..") or any(char in shard for char in "/\\\0"):
-                raise CheckpointError(f"{index}: {shard!r} is not a plain file name: do not use this checkpoint")
-            if not (folder / shard).is_file():
-                raise CheckpointError(f"{index}: shard {shard} is missing: fetch it again")
-            header = read_header(folder / shard)
-            listed = {name for name, file in shards.items() if file == shard}
-            for name in sorted(listed ^ set(header)):
-                fact = "lists {} in {}, which does not hold it" if name in listed else "does not list {} of {}"
-                raise CheckpointError(
-                    f"{index}: {fact.format(name, shard)}: index and shards are of different versions"
-                )
-            infos.update(header)
-        return cls(folder, {name: shards[name] for name in sorted(shards)}, infos)
 
     @property
     def names(self) -> list[str]:
