@@ -20,6 +20,7 @@ def test_every_choice_of_every_group_composes_into_a_valid_configuration(root, c
     assert len(choices) >= 20
     for group, choice in choices:
         extra = {"jsonl": ["calibration.path=x.jsonl"], "custom": ["model.path=x"]}.get(choice, [])
+        extra += ["method=rtn"] if group == "layers" else []
         extra += ["source.path=x"] if group == "source" and choice != "pipeline" else []
         config = parse(composed(f"{group}={choice}", *extra))
         assert config.threads >= 1, (group, choice)

@@ -33,14 +33,15 @@ def failure(conf):
 
 @pytest.fixture
 def frozen(composed):
-    values = {"variant": "mine", "overrides": "", "locks": {"reference": "", "server": "", "quantizer": ""}}
+    locks = {"reference": "", "server": "", "quantizer": ""}
+    values = {"variant": "mine", "overrides": "", "backends": ["autoawq"], "locks": locks}
     return parse({**composed(), "frozen": values})
 
 
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("method=gptqq", "method=gptqq: allowed are awq, float, gptq, rtn (did you mean gptq?)"),
+        ("method=gptqq", "method=gptqq: allowed are autoround, awq, bnb, float, gptq, rtn (did you mean gptq?)"),
         ("calibration=wikitext", "calibration=wikitext: allowed are c4, demo, domain, jsonl, pileval, wikitext2"),
         ("bitss=8", "bitss: no such option (did you mean bits?)"),
         ("calibration.nsamples=8", "calibration.nsamples: no such option (did you mean calibration.n_samples?)"),
@@ -153,5 +154,5 @@ def test_help_names_the_stage_the_groups_and_every_default(root):
     done = started(root, "-m", "stages.convert", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("convert: one stage of the quantline pipeline")
-    assert "method: awq, float, gptq, rtn" in done.stdout
+    assert "method: autoround, awq, bnb, float, gptq, rtn" in done.stdout
     assert "group_size: 128" in done.stdout

@@ -23,7 +23,7 @@ def config(name: str, method: str, bits: int) -> dict[str, Any]:
     return {
         "variant": name, "bits": bits, "group_size": 128, "seed": 0, "threads": 2, "device": "auto",
         "model": {"name": "demo", "repo": None, "revision": None, "path": "assets/demo-llama", "allow_pickle": False},
-        "method": {"name": method, "backend": backend, "sym": True, "desc_act": False},
+        "method": {"name": method, "sym": True, "desc_act": False}, "backend": backend,
         "calibration": {"name": "demo", "n_samples": 32, "seq_len": 512, "seed": 0, "sources": {"tales": {"weight": 1.0}}},
         "serve": {
             "runtime": "vllm", "max_model_len": 512, "process": {"port": None, "kv_cache_gib": 1.0},
@@ -32,7 +32,8 @@ def config(name: str, method: str, bits: int) -> dict[str, Any]:
         "evaluate": {"documents": 64, "seq_len": 512, "tolerance": 0.02},
         "tracking": {"enabled": True, "uri": None, "experiment": None, "timeout_seconds": 10},
         "toolchains": {"autoawq": None, "vllm": None},
-        "frozen": {"variant": name, "overrides": f"method={method} bits={bits}", "locks": {backend: _sha(backend)}},
+        "frozen": {"variant": name, "overrides": f"method={method} bits={bits}", "backends": [backend],
+                   "locks": {backend: _sha(backend)}},
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from quantline.config import nearest, parse
 from quantline.entry import plain
 from quantline.errors import UserError
-from quantline.lineage import locks_of
+from quantline.lineage import backends_of, locks_of
 from quantline.variants import BASELINE, checked_name
 
 _HEADER = "# Made by `python -m stages.compose variant={name}`; edit conf/ or params.yaml instead.\n"
@@ -83,7 +83,8 @@ def freeze(root: Path, name: str) -> Path:
     config = parse(values)
     if (config.method.name == BASELINE) != (name == BASELINE):
         raise UserError(f"variant={name}: method={config.method.name} is for the variant called {BASELINE} alone")
-    values["frozen"] = {"variant": name, "overrides": " ".join(overrides), "locks": locks_of(config, root)}
+    values["frozen"] = {"variant": name, "overrides": " ".join(overrides), "backends": backends_of(config)}
+    values["frozen"]["locks"] = locks_of(config, root)
     path = root / "variants" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")

@@ -10,27 +10,19 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
+from quantline import capabilities
 from quantline.errors import ConfigError
+from quantline.methods import Backend, LayersConfig, Method, Section
 
 EMBEDDED_MODEL = "assets/demo/model"
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
-BITS: dict[str, tuple[int, ...]] = {"awq": (4,), "gptq": (2, 3, 4, 8), "rtn": (2, 3, 4, 8)}
-GROUP_SIZES_OF: dict[str, tuple[int, ...]] = {
-    "awq": (32, 64, 128, 256),
-    "gptq": (-1, *GROUP_SIZES),
-    "rtn": (-1, *GROUP_SIZES),
-}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Where the float model comes from: a pinned commit of a hub's repository, or a folder."""
 
     name: str | None
@@ -41,47 +33,7 @@ class ModelConfig(_Section):
     trust_remote_code: bool
 
 
-class AwqMethod(_Section):
-    """AWQ by AutoAWQ."""
-
-    name: Literal["awq"]
-    backend: Literal["autoawq"]
-    zero_point: bool
-    version: Literal["gemm", "gemv"]
-    clip: bool
-
-
-class GptqMethod(_Section):
-    """GPTQ by AutoGPTQ."""
-
-    name: Literal["gptq"]
-    backend: Literal["auto_gptq"]
-    damp_percent: float = Field(gt=0.0, lt=1.0)
-    desc_act: bool
-    sym: bool
-    true_sequential: bool
-    static_groups: bool
-
-
-class RtnMethod(_Section):
-    """Round to nearest, by this project's own formats."""
-
-    name: Literal["rtn"]
-    backend: Literal["native"]
-    sym: bool
-
-
-class FloatMethod(_Section):
-    """No quantization: the baseline."""
-
-    name: Literal["float"]
-    backend: Literal["none"]
-
-
-Method = Annotated[AwqMethod | GptqMethod | RtnMethod | FloatMethod, Field(discriminator="name")]
-
-
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """One source of calibration text and its share of the samples."""
 
     weight: float = Field(gt=0.0)
@@ -93,7 +45,7 @@ class SourceConfig(_Section):
     text_field: str = "text"
 
 
-class CalibrationConfig(_Section):
+class CalibrationConfig(Section):
     """Which text the methods calibrate on, and how it becomes samples of equal length."""
 
     name: str
@@ -107,7 +59,7 @@ class CalibrationConfig(_Section):
     sources: dict[str, SourceConfig] = Field(min_length=1)
 
 
-class ConvertConfig(_Section):
+class ConvertConfig(Section):
     """The layout to hand to the serving target."""
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
@@ -118,14 +70,14 @@ class ConvertConfig(_Section):
     must_serve: Literal["vllm"] | None = Field(default=None, alias="for")
 
 
-class ConvertSourceConfig(_Section):
+class ConvertSourceConfig(Section):
     """Where the convert stage takes its checkpoint from; other than the pipeline's, for runs by hand."""
 
     kind: Literal["pipeline", "auto", "msmodelslim"] = "pipeline"
     path: str | None = None
 
 
-class SmokeConfig(_Section):
+class SmokeConfig(Section):
     """The fixed greedy questions of the serving check."""
 
     max_tokens: int = Field(ge=1)
@@ -133,7 +85,7 @@ class SmokeConfig(_Section):
     chat_prompts: list[str]
 
 
-class ProcessConfig(_Section):
+class ProcessConfig(Section):
     """How the server runs here; no part of a variant's identity."""
 
     host: str
@@ -147,7 +99,7 @@ class ProcessConfig(_Section):
     extra_args: list[str]
 
 
-class ServeConfig(_Section):
+class ServeConfig(Section):
     """The serving target."""
 
     runtime: Literal["vllm"]
@@ -158,7 +110,7 @@ class ServeConfig(_Section):
     process: ProcessConfig
 
 
-class BootstrapConfig(_Section):
+class BootstrapConfig(Section):
     """The interval of the difference from the baseline."""
 
     resamples: int = Field(ge=100)
@@ -166,7 +118,7 @@ class BootstrapConfig(_Section):
     seed: int = Field(ge=0)
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """A flavour of perplexity, stated in full (see `windows.Protocol`), and how it is compared."""
 
     name: str
@@ -186,7 +138,7 @@ class EvaluateConfig(_Section):
     engine_tolerance: float = Field(gt=0)
 
 
-class TrackingConfig(_Section):
+class TrackingConfig(Section):
     """Where measurements are published."""
 
     enabled: bool
@@ -195,24 +147,29 @@ class TrackingConfig(_Section):
     timeout_seconds: float = Field(gt=0)
 
 
-class ToolchainsConfig(_Section):
+class ToolchainsConfig(Section):
     """Interpreters that stand in for the locked environments."""
 
     reference: str | None
     autoawq: str | None
     auto_gptq: str | None
+    gptqmodel: str | None
+    llmcompressor: str | None
+    bitsandbytes: str | None
+    autoround: str | None
     vllm: str | None
 
 
-class FrozenConfig(_Section):
+class FrozenConfig(Section):
     """What `compose` adds when it freezes a variant."""
 
     variant: str
     overrides: str
+    backends: list[str]
     locks: dict[str, str]
 
 
-class Config(_Section):
+class Config(Section):
     """A whole variant."""
 
     variant: str | None
@@ -223,6 +180,12 @@ class Config(_Section):
     device: Literal["auto", "cpu", "cuda"]
     model: ModelConfig
     method: Method
+    backend: Backend
+    backends: dict[str, list[str]]
+    dtype: Literal["auto", "float32", "float16", "bfloat16"]
+    lm_head: Literal["float", "quantized"]
+    low_memory: bool
+    layers: LayersConfig
     calibration: CalibrationConfig
     convert: ConvertConfig
     source: ConvertSourceConfig = ConvertSourceConfig()
@@ -281,24 +244,65 @@ def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
+def wish_of(values: Mapping[str, Any]) -> capabilities.Wish:
+    """What a configuration, as plain values, asks of a backend."""
+    method = values["method"]
+    rules = values.get("layers", {}).get("rules") or []
+    bits = tuple(rule["bits"] for rule in rules if rule.get("bits") is not None)
+    groups = tuple(rule["group_size"] for rule in rules if rule.get("group_size") is not None)
+    return capabilities.Wish(
+        method=method["name"], bits=values["bits"], group_size=values["group_size"],
+        options={key: value for key, value in method.items() if key != "name"},
+        layers="widths" if bits or groups else "skip" if rules else "none", rule_bits=bits, rule_groups=groups,
+        lm_head=values["lm_head"] == "quantized", low_memory=values["low_memory"], dtype=values["dtype"],
+    )  # fmt: skip
+
+
 def _method_faults(values: Mapping[str, Any]) -> list[str]:
-    method = values.get("method")
-    name = method.get("name") if isinstance(method, Mapping) else None
-    faults: list[str] = []
-    if name not in BITS or not isinstance(method, Mapping):
-        return faults
-    bits, group_size = values.get("bits"), values.get("group_size")
-    if isinstance(bits, int) and bits not in BITS[name]:
-        others = [other for other, allowed in BITS.items() if bits in allowed]
-        remedy = f"method={others[0]} takes bits={bits}" if others else ""
-        if not others and len(BITS[name]) == 1:
-            wider = next(other for other, allowed in BITS.items() if len(allowed) > 1)
-            remedy = f"method={wider} takes {_either(BITS[wider])}"
-        remedy = f"; {remedy}" if remedy else ""
-        faults.append(f"bits={bits}: {name} takes {_either(BITS[name])}{remedy}")
-    if isinstance(group_size, int) and group_size not in GROUP_SIZES_OF[name]:
-        near = min((size for size in GROUP_SIZES_OF[name] if size > 0), key=lambda size: abs(size - group_size))
-        faults.append(f"group_size={group_size}: {name} takes {_either(GROUP_SIZES_OF[name])}; the nearest is {near}")
+    # The values may be anything: where they make no sense, their types are reported as faults already.
+    try:
+        wish, backends, backend = wish_of(values), dict(values["backends"]), str(values["backend"])
+    except (KeyError, TypeError, AttributeError):
+        return []
+    if wish.method not in backends or not isinstance(wish.bits, int) or not isinstance(wish.group_size, int):
+        return []
+    order = backends[wish.method]
+    unknown = [name for names in backends.values() for name in names if name not in capabilities.table()]
+    if unknown:
+        return [f"backends: {unknown[0]} is none; there are {', '.join(capabilities.table())}"]
+    if backend != "auto":
+        return capabilities.faults(backend, wish) if backend in capabilities.table() else []
+    if capabilities.candidates("auto", order, wish):
+        return []
+    faults = _bits_faults(wish, backends) + _group_faults(wish, order)
+    if not faults:
+        tried = (fault for name in order for fault in capabilities.faults(name, wish))
+        faults = list(dict.fromkeys(tried)) or [f"backends.{wish.method}: names no backend"]
+    return faults
+
+
+def _bits_faults(wish: capabilities.Wish, backends: Mapping[str, list[str]]) -> list[str]:
+    allowed = {method: capabilities.bits_of(method, names) for method, names in backends.items()}
+    faults = []
+    for bits in dict.fromkeys((wish.bits, *wish.rule_bits)):
+        if bits in allowed[wish.method]:
+            continue
+        others = [method for method, widths in allowed.items() if bits in widths]
+        remedy = f"; method={others[0]} takes bits={bits}" if others else ""
+        if not others and len(allowed[wish.method]) == 1:
+            wider = next(method for method, widths in allowed.items() if len(widths) > 1)
+            remedy = f"; method={wider} takes {_either(allowed[wider])}"
+        faults.append(f"bits={bits}: {wish.method} takes {_either(allowed[wish.method])}{remedy}")
+    return faults
+
+
+def _group_faults(wish: capabilities.Wish, order: list[str]) -> list[str]:
+    allowed = capabilities.group_sizes_of(wish.method, order)
+    faults = []
+    for size in dict.fromkeys((wish.group_size, *wish.rule_groups)):
+        if allowed and size not in allowed:
+            near = min((one for one in allowed if one > 0), key=lambda one: abs(one - size))
+            faults.append(f"group_size={size}: {wish.method} takes {_either(allowed)}; the nearest is {near}")
     return faults
 
 

@@ -14,12 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from quantline import __version__
-from quantline.config import Config
+from quantline import __version__, capabilities
+from quantline.config import Config, wish_of
 from quantline.toolchains import locks_identity, sha256_of
-
-# backend -> the toolchain that it runs in; None is this interpreter.
-TOOLCHAIN_OF: dict[str, str | None] = {"autoawq": "autoawq", "auto_gptq": "auto_gptq", "native": None, "none": None}
 
 
 def fingerprint(value: object) -> str:
@@ -27,10 +24,26 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def backends_of(config: Config) -> list[str]:
+    """The backends that may come to quantize a variant; which of them does can depend on the model's family."""
+    if config.frozen is not None:
+        return config.frozen.backends
+    if config.method.name == "float":
+        return []
+    order = config.backends.get(config.method.name, [])
+    return capabilities.candidates(config.backend, order, wish_of(config.model_dump()))
+
+
 def locks_of(config: Config, root: Path) -> dict[str, str]:
     """Hash of the locks of the environments that a variant computes in, by role; the native backend has none."""
-    roles = {"reference": "reference", "server": "vllm", "quantizer": TOOLCHAIN_OF[config.method.backend]}
-    return {role: locks_identity(root, name) if name else "" for role, name in roles.items()}
+    chains = [name for name in map(capabilities.toolchain_of, backends_of(config)) if name is not None]
+    locks = {name: locks_identity(root, name) for name in chains}
+    quantizer = fingerprint(locks) if len(locks) > 1 else next(iter(locks.values()), "")
+    return {
+        "reference": locks_identity(root, "reference"),
+        "server": locks_identity(root, "vllm"),
+        "quantizer": quantizer,
+    }
 
 
 def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
@@ -44,8 +57,9 @@ def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
         return {"calibration": config.calibration.model_dump(), "files": _file_hashes(config, root)}
     if stage == "quantize":
         own = {"method": config.method.model_dump(), "bits": config.bits, "group_size": config.group_size}
-        own.update(seed=config.seed, threads=config.threads)
-        return {**own, "environment": locks["quantizer"]} if TOOLCHAIN_OF[config.method.backend] else own
+        own.update(backends=backends_of(config), seed=config.seed, threads=config.threads, dtype=config.dtype)
+        own.update(layers=config.layers.model_dump(), lm_head=config.lm_head, low_memory=config.low_memory)
+        return {**own, "environment": locks["quantizer"]}
     if stage == "convert":
         # What is at its default is left out, so that an option more does not make another output of all there are.
         return {"convert": config.convert.model_dump(exclude_defaults=True), "runtime": config.serve.runtime}
@@ -60,7 +74,7 @@ def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
 def stages_before(config: Config, stage: str) -> tuple[str, ...]:
     """The stages whose outputs a stage's output follows from, the nearest ones."""
     if stage == "quantize":
-        return ("download", "calibrate") if TOOLCHAIN_OF[config.method.backend] else ("download",)
+        return ("download", "calibrate") if config.method.name in capabilities.CALIBRATED else ("download",)
     if stage == "serve_smoke":
         return ("download",) if config.method.name == "float" else ("convert",)
     return {"calibrate": ("download",), "convert": ("quantize",), "evaluate": ("serve_smoke",)}.get(stage, ())

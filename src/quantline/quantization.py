@@ -2,108 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantline.capabilities import CALIBRATED, Wish, choose, toolchain_of
 from quantline.checkpoint import Checkpoint, quantization_of, quantized_layers
 from quantline.errors import UserError, WorkerError
+from quantline.formats.container import read_json
 from quantline.jobs import JobResult
-from quantline.lineage import TOOLCHAIN_OF
+from quantline.linears import Width, linear_shapes, planned
 
 # Largest difference of a toolchain's float logits from the reference engine's, in units of the logits' standard
 # deviation. Computed in float32, faithful toolchains came to 1e-5 on CPU and GPU; a misread rope_theta to 0.3 and more.
 PROBE_TOLERANCE = 0.05
-_NEVER_QUANTIZED = ("lm_head", "embed", "norm", "wte", "wpe", "router")
 
 RunWorker = Callable[[str, str, dict[str, Any], str], JobResult]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What the stage reports: metrics, per-layer rows (as the backend gives them) and warnings."""
+class Request:
+    """What to make: the options of a variant that quantizing reads.
 
+    backend: a name, or auto; order: the backends that auto tries, first the preferred one. rules: exceptions by name, see
+    `linears.planned`.
+    """
+
+    method: Mapping[str, Any]
+    bits: int
+    group_size: int
+    backend: str
+    order: Sequence[str]
+    wish: Wish
+    rules: Sequence[Mapping[str, Any]] = ()
+    seed: int = 0
+    threads: int = 2
+    device: str = "cpu"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own options; null is one that was not asked for."""
+        return {key: value for key, value in self.method.items() if key != "name" and value is not None}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the stage reports: who did it, metrics, per-layer rows (as the backend gives them) and warnings."""
+
+    backend: str
     metrics: dict[str, float]
     layers: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    linears: Mapping[str, Width] = field(default_factory=dict)
 
 
-def linear_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear of the decoder's layers, from the headers alone."""
-    checkpoint = Checkpoint.open(model)
-    shapes = {}
-    for name in checkpoint.names:
-        shape = checkpoint.info(name).shape
-        layer = name.removesuffix(".weight")
-        if len(shape) == 2 and name.endswith(".weight") and not any(word in layer for word in _NEVER_QUANTIZED):
-            shapes[layer] = (int(shape[0]), int(shape[1]))
-    return shapes
+def check_group_size(shapes: Mapping[str, tuple[int, int]], widths: Mapping[str, Width]) -> None:
+    """Refuse a group size that does not divide a linear's in-features.
 
-
-def check_group_size(model: Path, group_size: int) -> None:
-    """Refuse a group size that does not divide every linear's in-features.
+    Args:
+        shapes: (in_features, out_features) by name.
+        widths: what is asked for, by name.
 
     Raises:
         UserError: naming the layers, their width and the group sizes that would do.
     """
-    if group_size == -1:
-        return
-    shapes = linear_shapes(model)
-    bad = {layer: width for layer, (_, width) in shapes.items() if width % group_size}
+    bad = {
+        name: (shapes[name][0], width.group_size) for name, width in widths.items()
+        if name in shapes and width.group_size > 0 and shapes[name][0] % width.group_size
+    }  # fmt: skip
     if bad:
-        layer, width = next(iter(bad.items()))
-        fits = [size for size in (32, 64, 128, 256) if all(wide % size == 0 for _, wide in shapes.values())]
+        layer, (wide, size) = next(iter(bad.items()))
+        fits = [size for size in (32, 64, 128, 256) if all(shapes[name][0] % size == 0 for name in widths)]
         advice = f"group_size={' or '.join(map(str, fits))} divides them all" if fits else "try group_size=-1"
         raise UserError(
-            f"group_size={group_size}: does not divide the in-features of {len(bad)} linears (first: {layer}, {width}); "
-            f"{advice}"
+            f"group_size={size}: does not divide the in-features of {len(bad)} linears (first: {layer}, {wide}); {advice}"
         )
 
 
 def quantize(
-    *,
-    method: Mapping[str, Any],
-    bits: int,
-    group_size: int,
-    seed: int,
-    threads: int,
-    device: str,
-    model: Path,
-    probe: Path,
-    calibration: Path | None,
-    out: Path,
-    run_worker: RunWorker,
+    request: Request, *, model: Path, probe: Path, calibration: Path, out: Path, work: Path, run_worker: RunWorker
 ) -> Outcome:
     """Quantize the checkpoint in `model` into the empty folder `out` and check the result.
 
+    Args:
+        request: what to make.
+        model: folder of the float model.
+        probe: the reference engine's logits on a few tokens.
+        calibration: token ids.
+        out: an empty folder.
+        work: a folder for a backend's own files, which outlives a crash.
+        run_worker: (toolchain, module, job, label) -> its result.
+
     Raises:
-        UserError: the model's layers and the options do not go together, or the backend refuses the model.
+        UserError: the model's layers and the options do not go together, or no backend takes the model.
         WorkerError: the backend failed, or what it wrote is not what was asked for.
     """
-    check_group_size(model, group_size)
-    backend = str(method["backend"])
+    checkpoint, config = Checkpoint.open(model), read_json(model / "config.json")
+    backend, notes = choose(request.backend, request.order, request.wish, str(config.get("model_type")))
+    widths = planned(
+        checkpoint, config, bits=request.bits, group_size=request.group_size, rules=request.rules,
+        lm_head=request.wish.lm_head,
+    )  # fmt: skip
+    method = str(request.method["name"])
+    grouped = not (method == "bnb" and request.bits == 8)
+    if grouped:
+        check_group_size(linear_shapes(checkpoint), widths)
     job: dict[str, Any] = {
         "model": str(model),
         "output": str(out),
-        "calibration": str(calibration) if calibration else None,
-        "bits": bits,
-        "group_size": group_size,
-        "options": {key: value for key, value in method.items() if key not in ("name", "backend")},
-        "seed": seed,
-        "threads": threads,
-        "device": device,
+        "calibration": str(calibration) if method in CALIBRATED else None,
+        "method": method,
+        "bits": request.bits,
+        "group_size": request.group_size,
+        "linears": {name: asdict(width) for name, width in widths.items()},
+        "options": request.options,
+        "seed": request.seed,
+        "threads": request.threads,
+        "device": request.device,
+        "dtype": request.wish.dtype,
+        "low_memory": request.wish.low_memory,
+        "work": str(work),
         "probe": str(probe),
         "probe_tolerance": PROBE_TOLERANCE,
     }
-    toolchain = TOOLCHAIN_OF[backend]
-    module = f"quantline.backends.{backend}"
+    toolchain, module = toolchain_of(backend), f"quantline.backends.{backend}"
     if toolchain is None:
         data = _run_here(module, job)
     else:
         data = run_worker(toolchain, module, job, f"quantize with {backend}").data
-    check_output(out, bits, group_size, expected=len(linear_shapes(model)))
-    return Outcome(data["metrics"], data.get("layers", []), data.get("warnings", []))
+    check_output(out, widths, groups=grouped)
+    return Outcome(backend, data["metrics"], data.get("layers", []), [*notes, *data.get("warnings", [])], widths)
 
 
 def _run_here(module: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -119,8 +149,13 @@ def _run_here(module: str, job: dict[str, Any]) -> dict[str, Any]:
         raise UserError(str(error)) from error
 
 
-def check_output(out: Path, bits: int, group_size: int, expected: int) -> None:
+def check_output(out: Path, widths: Mapping[str, Width], *, groups: bool = True) -> None:
     """Refuse an output that is not what was asked for: other bits or groups, linears left out, files missing.
+
+    Args:
+        out: the backend's output.
+        widths: what was asked for, by name.
+        groups: whether the method has groups.
 
     Raises:
         WorkerError: naming the first such fault.
@@ -128,11 +163,27 @@ def check_output(out: Path, bits: int, group_size: int, expected: int) -> None:
     info = quantization_of(out)
     if info is None:
         raise WorkerError("the backend wrote no quantization_config: nothing was quantized")
-    if (info.bits, info.group_size) != (bits, group_size):
-        raise WorkerError(f"asked for {bits} bits in groups of {group_size}, got {info.bits} in {info.group_size}")
-    linears = len(quantized_layers(Checkpoint.open(out), info))
-    if linears == 0 or linears != expected:
-        raise WorkerError(f"{linears} of {expected} linears were quantized; the backend skipped the others silently")
+    found = set(quantized_layers(Checkpoint.open(out), info))
+    missing = [name for name in widths if name not in found]
+    if missing or not found:
+        kinds = Counter(name.rpartition(".")[2] for name in missing)
+        raise WorkerError(
+            f"{len(missing)} of {len(widths)} linears were left in float without a word ({_counted(kinds)}); first: "
+            f"{missing[0] if missing else 'all'}"
+        )
+    extra = sorted(found - set(widths))
+    if extra:
+        raise WorkerError(f"{extra[0]} was quantized and should have stayed float; {len(extra)} such linears")
+    for name, width in widths.items():
+        own = info.of(name)
+        if own.bits != width.bits or (groups and own.group_size != width.group_size):
+            raise WorkerError(
+                f"{name}: asked for {width.bits} bits in groups of {width.group_size}, got {own.bits} in {own.group_size}"
+            )
     for name in ("config.json", "tokenizer_config.json"):
         if not (out / name).is_file():
             raise WorkerError(f"the backend's output lacks {name}")
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())

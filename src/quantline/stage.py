@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantline import lineage, toolchains
-from quantline.config import Config, FloatMethod
+from quantline.config import Config, wish_of
 from quantline.errors import UserError
 from quantline.jobs import JobResult, installed_versions, write_json
+from quantline.methods import FloatMethod
 from quantline.results import read_result
 from quantline.variants import BASELINE, StagePaths, checked_name, derived_name, stage_paths
 
 if TYPE_CHECKING:
+    from quantline.quantization import Request
     from quantline.windows import Protocol
 
 RESULT_SCHEMA = 1
@@ -98,7 +100,9 @@ class StageRun:
             UserError: the configuration has method=float.
         """
         if self.is_baseline:
-            raise UserError(f"method=float: the baseline skips {self.stage}; choose method=awq, gptq or rtn")
+            raise UserError(
+                f"method=float: the baseline skips {self.stage}; choose method=awq, gptq, rtn, bnb or autoround"
+            )
 
     def toolchain(self, name: str) -> toolchains.Toolchain:
         """The named environment, ready to use."""
@@ -156,6 +160,23 @@ class StageRun:
         from quantline.windows import Protocol
 
         return Protocol(**self.config.evaluate.model_dump(exclude={"batch_tokens", "bootstrap", "engine_tolerance"}))
+
+    def quantization_request(self) -> Request:
+        """What the quantize stage is asked for."""
+        from quantline.quantization import Request
+
+        config = self.config
+        return Request(
+            method=config.method.model_dump(), bits=config.bits, group_size=config.group_size, backend=config.backend,
+            order=lineage.backends_of(config), wish=wish_of(config.model_dump()),
+            rules=config.layers.model_dump()["rules"], seed=config.seed, threads=config.threads, device=self.device,
+        )  # fmt: skip
+
+    def work_folder(self) -> Path:
+        """A folder for what a long run keeps to go on from after a crash; known by the fingerprint, gone after success."""
+        folder = self.root / "scratch" / ".work" / self.fingerprint[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def server(self) -> tuple[Path, str]:
         """Interpreter and version of the server's toolchain."""
@@ -227,7 +248,7 @@ def stage_paths_of(output: Path) -> StagePaths:
 
 def float_config(config: Config) -> Config:
     """The baseline's configuration: the same model, serving and evaluation, no method."""
-    return config.model_copy(update={"method": FloatMethod(name="float", backend="none")})
+    return config.model_copy(update={"method": FloatMethod(name="float")})
 
 
 def _alive(pid: int) -> bool:

@@ -34,6 +34,10 @@ HEALTH_CHECKS: dict[str, str] = {
     "reference": "import torch, transformers, safetensors",
     "autoawq": "from awq import AutoAWQForCausalLM",
     "auto_gptq": "from auto_gptq import AutoGPTQForCausalLM",
+    "gptqmodel": "from gptqmodel import GPTQModel",
+    "llmcompressor": "from llmcompressor import oneshot",
+    "bitsandbytes": "import bitsandbytes, torch, transformers",
+    "autoround": "from auto_round import AutoRound",
     "vllm": "import importlib.metadata as m; m.version('vllm'); import torch, vllm._version",
 }
 PLATFORMS = ("cpu", "cuda")

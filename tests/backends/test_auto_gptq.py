@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from quantline.backends import auto_gptq
 from quantline.checkpoint import Checkpoint, quantization_of
@@ -15,7 +17,16 @@ WRITTEN = ["plain", "bits_2", "bits_3", "bits_8", "channel", "desc_act", "one_si
 
 
 @pytest.fixture(scope="module")
-def batch(work, job_for):
+def few_tokens(models, tmp_path_factory):
+    """A calibration of eight tokens: no Hessian of it has full rank."""
+    ids = load_file(models / "qwen2" / "tokens.safetensors")["input_ids"]
+    path = tmp_path_factory.mktemp("few") / "tokens.safetensors"
+    save_file({"input_ids": np.ascontiguousarray(ids[:1, :8])}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def batch(work, job_for, some_linears, few_tokens):
     jobs = {
         "plain": job_for("qwen2", "gptq"),
         "bits_2": job_for("qwen2", "gptq-2", bits=2, group_size=32),
@@ -30,6 +41,8 @@ def batch(work, job_for):
         "untranslated": job_for("qwen2", "gptq-untranslated", untranslated=True),
         "group_96": job_for("qwen2", "gptq-96", group_size=96),
         "overflow": job_for("overflow", "gptq-overflow"),
+        "skipped": job_for("qwen2", "gptq-skipped", linears=some_linears),
+        "few": job_for("qwen2", "gptq-few", calibration=str(few_tokens), options={"damp_percent": 1e-12}),
     }
     results = work("auto_gptq", "batch", {"backend": "auto_gptq", "jobs": jobs})
     return {label: (Path(jobs[label]["output"]), result) for label, result in results.items()}
@@ -45,6 +58,23 @@ def again(work, job_for):
 @pytest.fixture(scope="module")
 def facts(work, job_for):
     return work("auto_gptq", "gptq_facts", job_for("one_sided", "gptq-facts"))
+
+
+def test_linears_that_are_skipped_stay_float_and_the_config_names_them(batch, some_linears):
+    folder, result = batch["skipped"]
+    names = Checkpoint.open(folder).names
+    assert "model.layers.0.mlp.up_proj.weight" in names
+    assert {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")} == set(some_linears)
+    assert result["metrics"]["linears_quantized"] == len(some_linears)
+    patterns = json.loads((folder / "config.json").read_text())["quantization_config"]["dynamic"]
+    assert r"-:^model\.layers\.0\.mlp\.up_proj$" in patterns
+
+
+def test_a_hessian_that_cannot_be_inverted_is_damped_more_strongly_and_that_is_reported(batch):
+    warnings = [text for text in batch["few"][1]["warnings"] if "could not be inverted" in text]
+    assert warnings
+    assert "damp_percent=1e-12; tried again with 1e-11" in warnings[0]
+    assert "layer 0 self_attn.k_proj" in warnings[0]
 
 
 def test_the_plain_library_corrupts_rows_beside_a_group_without_negative_weights(facts):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.toolchain("autoawq")
 
 
 @pytest.fixture(scope="module")
-def batch(work, job_for):
+def batch(work, job_for, some_linears):
     jobs = {
         "gemm": job_for("qwen2", "awq-gemm"),
         "gemv": job_for("qwen2", "awq-gemv", options={"version": "gemv"}),
@@ -25,6 +25,8 @@ def batch(work, job_for):
         "untranslated_llama": job_for("llama", "awq-untranslated-llama", untranslated=True),
         "group_96": job_for("qwen2", "awq-96", group_size=96),
         "overflow": job_for("overflow", "awq-overflow"),
+        "skipped": job_for("qwen2", "awq-skipped", linears=some_linears),
+        "exllama": job_for("qwen2", "awq-exllama", options={"version": "exllama"}),
     }
     results = work("autoawq", "batch", {"backend": "autoawq", "jobs": jobs})
     return {label: (Path(jobs[label]["output"]), result) for label, result in results.items()}
@@ -43,6 +45,21 @@ def facts(work, job_for, batch):
     work("autoawq", "quantline.backends.native", rounded)
     written = str(batch["gemm"][0])
     return work("autoawq", "awq_facts", job_for("qwen2", "awq-facts", written=written, rounded=rounded["output"]))
+
+
+def test_linears_that_are_skipped_stay_float_and_the_config_names_them(batch, some_linears):
+    folder, result = batch["skipped"]
+    names = Checkpoint.open(folder).names
+    assert "model.layers.0.mlp.up_proj.weight" in names
+    assert {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")} == set(some_linears)
+    assert result["metrics"]["linears_quantized"] == len(some_linears)
+    assert "model.layers.0.mlp.up_proj" in quantization_of(folder).modules_to_not_convert
+
+
+def test_exllama_is_stored_as_gemm_and_named_in_the_config(batch):
+    gemm, exllama = (batch[label][0] for label in ("gemm", "exllama"))
+    assert (gemm / "model.safetensors").read_bytes() == (exllama / "model.safetensors").read_bytes()
+    assert json.loads((exllama / "config.json").read_text())["quantization_config"]["version"] == "exllama"
 
 
 def test_scaling_by_the_plain_library_changes_the_float_model_on_a_cpu(facts):

@@ -138,15 +138,29 @@ def test_mixed_bits_are_named_module_by_module(tmp_path: Path) -> None:
     assert info is not None
     assert info.of("model.layers.0.mlp.down_proj") == LayerSettings(8, -1, True)
     assert info.of("model.layers.0.mlp.up_proj") == LayerSettings(4, 64, False)
-    with pytest.raises(CheckpointError, match="convert to compressed_tensors"):
-        describe("gptq", bits=4, group_size=64, symmetric=True, overrides=other)
+    with pytest.raises(CheckpointError, match="convert to gptq or compressed_tensors"):
+        describe("awq_gemm", bits=4, group_size=64, symmetric=True, overrides=other)
+
+
+def test_gptq_names_linears_of_other_bits_by_pattern_and_the_module_that_vllm_fuses_them_to(tmp_path: Path) -> None:
+    other = {f"a.{part}": LayerSettings(8, 32, True) for part in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    section = describe("gptq", bits=4, group_size=64, symmetric=True, overrides=other)
+    assert section["dynamic"][r"+:^a\.qkv_proj$"] == {"bits": 8, "group_size": 32, "sym": True}
+    info = quantization_of(written(tmp_path, section))
+    assert info is not None
+    assert (info.of("a.o_proj"), info.of("b.o_proj")) == (LayerSettings(8, 32, True), LayerSettings(4, 64, True))
+    partly = describe("gptq", bits=4, group_size=64, symmetric=True, overrides={"a.q_proj": LayerSettings(8, 32, True)})
+    assert set(partly["dynamic"]) == {r"+:^a\.q_proj$"}
 
 
 def test_gptq_leaves_float_linears_out_by_pattern(tmp_path: Path) -> None:
     section = describe("gptq", bits=4, group_size=64, symmetric=True, modules_to_not_convert=["lm_head", "a.b"])
     assert section["dynamic"] == {r"-:^a\.b$": {}}
-    section["dynamic"]["+:^a"] = {"bits": 8}
-    with pytest.raises(CheckpointError, match="per-module overrides"):
+    section["dynamic"]["+:^a"] = {"bits": 5}
+    with pytest.raises(CheckpointError, match="bits are 2, 3, 4 or 8"):
+        quantization_of(written(tmp_path, section))
+    section["dynamic"]["+:^a"] = {"mse": 1.0}
+    with pytest.raises(CheckpointError, match="known are bits, group_size and sym"):
         quantization_of(written(tmp_path, section))
 
 

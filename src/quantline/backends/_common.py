@@ -1,4 +1,4 @@
-"""What the workers on torch and transformers 4 share: start, load, prove the load, write, prove the result.
+"""What the workers on torch and transformers share: start, load, prove the load, write, prove the result.
 
 Runs in a toolchain's interpreter. torch is imported inside functions: `start` has to set the environment first.
 """
@@ -9,7 +9,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ class Work:
 
     model: the transformers model, on the CPU. config: the source's config.json. calibration: int32 (samples, length).
     probe_ids: int32 (n, t). probe_logits: float32 (n, t, vocab), of the reference engine. packed: layer -> its tensors.
+    renamed: what a tensor of the model in memory is called in its files.
     """
 
     job: Mapping[str, Any]
@@ -42,11 +43,45 @@ class Work:
     metrics: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     packed: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
+    renamed: Callable[[str], str] = str
 
     @property
     def device(self) -> str:
         """`cpu` or `cuda`."""
         return str(self.job["device"])
+
+    def width(self, layer: str) -> tuple[int, int]:
+        """Bits and group size that are asked for a linear."""
+        return width_of(self.job, layer)
+
+
+def width_of(job: Mapping[str, Any], layer: str) -> tuple[int, int]:
+    """Bits and group size that a job asks for a linear."""
+    own = (job.get("linears") or {}).get(layer) or job
+    return int(own["bits"]), int(own["group_size"])
+
+
+def chosen(job: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the linears that a library finds, those that the job asks for; all of them where it does not say.
+
+    Raises:
+        JobError: the job asks for one that the library does not quantize.
+    """
+    if "linears" not in job:
+        return dict(found)
+    lost = [name for name in job["linears"] if name not in found]
+    if lost:
+        raise JobError(
+            f"{lost[0]} and {len(lost) - 1} other linears are not among those that this library quantizes in this model; "
+            "skip them (layers.rules), or use another backend or method=rtn"
+        )
+    return {name: module for name, module in found.items() if name in job["linears"]}
+
+
+def chosen_in(job: Mapping[str, Any], prefix: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the linears of one decoder layer, by name within it, those that the job asks for."""
+    asked = job.get("linears")
+    return {name: module for name, module in found.items() if asked is None or f"{prefix}.{name}" in asked}
 
 
 def start(job: Mapping[str, Any]) -> None:
@@ -88,10 +123,11 @@ def check_family(config: Mapping[str, Any], families: tuple[str, ...], library: 
         raise JobError(f"model_type={kind!r}: {library} quantizes {', '.join(families)}; use {others}")
 
 
-def load(job: Mapping[str, Any], config: dict[str, Any]) -> Work:
+def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = True) -> Work:
     """Read calibration, probe and float model, and prove that the model is the one the reference engine saw.
 
-    float32 on the CPU (twice as fast there as float16, and exact for bfloat16 sources), float16 on a GPU.
+    Under dtype=auto: float32 on the CPU (twice as fast there as float16, and exact for bfloat16 sources), float16 on a
+    GPU. `translate`: the library is on transformers 4 and gets a config.json in its vocabulary; False for 5.
 
     Raises:
         JobError: weights missing, not finite, or a model that gives other logits than the reference.
@@ -101,16 +137,19 @@ def load(job: Mapping[str, Any], config: dict[str, Any]) -> Work:
 
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
-    calibration = _tensors(job["calibration"])["input_ids"]
+    # None for a method that needs no text.
+    calibration = _tensors(job["calibration"])["input_ids"] if job["calibration"] else np.zeros((0, 0), dtype=np.int32)
     probe = _tensors(job["probe"])
-    if calibration.ndim != 2 or not calibration.size:
+    if calibration.ndim != 2 or (job["calibration"] and not calibration.size):
         raise JobError(f"{job['calibration']}: input_ids has shape {calibration.shape}: give (samples, length)")
     dtype = torch.float32 if job["device"] == "cpu" else torch.float16
+    if job.get("dtype", "auto") != "auto":
+        dtype = getattr(torch, job["dtype"])
     with tempfile.TemporaryDirectory(prefix="quantline-model-") as scratch, _output.refusals():
-        folder = legacy_copy(job["model"], Path(scratch))
+        folder = legacy_copy(job["model"], Path(scratch)) if translate else Path(job["model"])
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, torch_dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True,
-            output_loading_info=True,
+            folder, **{"torch_dtype" if translate else "dtype": dtype}, trust_remote_code=False, use_safetensors=True,
+            local_files_only=True, output_loading_info=True,
         )  # fmt: skip
     model.eval()
     model.config.use_cache = False  # AutoAWQ would pass one growing cache from forward to forward
@@ -140,7 +179,8 @@ def _check_probe(work: Work) -> None:
     work.metrics["probe_max_difference"] = float(measured)
     if measured <= tolerance:  # false for NaN as well
         return
-    faults = misread_values(work.config, work.model.config.to_dict())
+    old = int(transformers.__version__.split(".")[0]) < 5
+    faults = misread_values(work.config, work.model.config.to_dict()) if old else []
     cause = f"likely cause: {'; '.join(faults[:4])}" if faults else "config.json was read as written"
     raise JobError(
         f"this toolchain misreads the model: before quantizing, its logits differ from the reference engine's by "
@@ -216,18 +256,28 @@ def linears_inside(layers: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def add_layer(
-    work: Work, name: str, layout: str, *, codes: Any, scales: Any, zeros: Any, bias: Any, group_index: Any = None
+    work: Work,
+    name: str,
+    layout: str,
+    *,
+    codes: Any,
+    scales: Any,
+    zeros: Any,
+    bias: Any,
+    group_index: Any = None,
+    zero_points: bool | None = None,
 ) -> None:
     """Pack one quantized layer.
 
     Args:
         codes: (out, in), integral. scales, zeros: (out, groups). bias: (out,) or None. group_index: (in,), sequential
-            where None. All of them torch tensors; scales hold float16 values.
+            where None. All of them torch tensors; scales hold float16 values. zero_points: whether to write them, where
+            the layout (compressed_tensors) can leave them out; None does so if all of them are the middle one.
 
     Raises:
         JobError: the layout cannot hold it; nothing is clamped.
     """
-    bits, group_size = int(work.job["bits"]), int(work.job["group_size"])
+    bits, group_size = work.width(name)
     values = {"codes": _numpy(codes), "zeros": _numpy(zeros)}
     for what, array in values.items():
         if not ((array == np.rint(array)) & (array >= 0) & (array < 2**bits)).all():
@@ -246,7 +296,7 @@ def add_layer(
             group_size=group_size,
             bias=None if bias is None else _output.half(f"{name}.bias", _numpy(bias)),
         )
-    work.packed[name] = _output.pack(name, linear, layout)
+    work.packed[name] = _output.pack(name, linear, layout, zero_points)
 
 
 def finish(work: Work, expected: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,7 +328,7 @@ def _state(work: Work) -> dict[str, Any]:
     if work.model.config.tie_word_embeddings:
         for name in work.model._tied_weights_keys or ():
             state.pop(name, None)
-    return state
+    return {work.renamed(name): tensor for name, tensor in state.items()}
 
 
 def _result_tensors(work: Work) -> Iterator[_output.Named]:
@@ -292,11 +342,12 @@ def _result_tensors(work: Work) -> Iterator[_output.Named]:
 
 def _verify(work: Work, output: Path) -> None:
     state = _state(work)
-    # float16 models hold each weight rounded once more than the file does.
-    unit = 0.0 if work.device == "cpu" else 2.0**-11
     largest = 0.0
     for name, written, quantized in _output.verify(output, work.packed):
-        computed = _numpy(state.pop(name)).astype(np.float32)
+        tensor = state.pop(name)
+        # 16-bit models hold each weight rounded once more than the file does.
+        unit = {"torch.float16": 2.0**-11, "torch.bfloat16": 2.0**-8}.get(str(tensor.dtype), 0.0)
+        computed = _numpy(tensor).astype(np.float32)
         error = np.abs(written - computed)
         if quantized:
             largest = max(largest, float(error.max()))

@@ -8,7 +8,7 @@ float16 (what AutoAWQ and AutoGPTQ save, and what their kernels take), the sourc
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from quantline.checkpoint import Checkpoint, iter_dequantized, quantized_layers, to_float32, write_safetensors
 from quantline.errors import UserError
-from quantline.formats import LAYOUTS, QuantizedLinear
+from quantline.formats import LAYOUTS, QuantizedLinear, compressed_tensors
 from quantline.formats.awq_gemv import zeros_width
 from quantline.formats.packing import values_per_run
-from quantline.formats.settings import quantization_of
+from quantline.formats.settings import describe, quantization_of
 from quantline.jobs import JobError
 from quantline.model_config import read_config, restore_config, write_config
 
@@ -127,10 +127,18 @@ def half(name: str, array: NDArray[Any]) -> NDArray[Any]:
     return narrow
 
 
-def pack(name: str, linear: QuantizedLinear, layout: str) -> dict[str, NDArray[Any]]:
-    """One quantized layer's tensors under their full names; its bias has to be float16 already."""
+def pack(
+    name: str, linear: QuantizedLinear, layout: str, zero_points: bool | None = None
+) -> dict[str, NDArray[Any]]:
+    """One quantized layer's tensors under their full names; its bias has to be float16 already.
+
+    zero_points: whether to write them, where the layout (compressed_tensors) can leave them out.
+    """
     try:
-        tensors = LAYOUTS[layout].write(linear)
+        if layout == compressed_tensors.NAME:
+            tensors = compressed_tensors.write(linear, zero_points=zero_points)
+        else:
+            tensors = LAYOUTS[layout].write(linear)
     except UserError as error:
         raise JobError(f"{name}: {error}") from error
     return {f"{name}.{suffix}": array for suffix, array in tensors.items()}
@@ -166,6 +174,14 @@ def write_weights(output: Path, tensors: Iterable[Named], limit: int = SHARD_BYT
         where.update(dict.fromkeys(names, shard))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     write_config(output / "model.safetensors.index.json", index)
+
+
+def left_float(skipped: Sequence[str]) -> dict[str, Any]:
+    """How a GPTQ config names linears that were left in float; nothing where there are none."""
+    if not skipped:
+        return {}
+    described = describe("gptq", bits=4, group_size=-1, symmetric=True, modules_to_not_convert=skipped)
+    return {"dynamic": described["dynamic"], "modules_to_not_convert": list(skipped)}
 
 
 def write_configs(

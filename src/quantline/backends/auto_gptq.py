@@ -10,7 +10,7 @@ The model is loaded without the library's `from_pretrained`, which asks for a GP
   group without negative weights gets half the range it needs and is cut off at 7/15 of its largest weight: its scale is
   doubled, as for groups with both signs.
 - `GPTQ`: a layer that no calibration token reached (an expert) comes out as all zeros: refused here. A Hessian that
-  cannot be inverted is refused with the remedy.
+  cannot be inverted is tried again with ten times the damping, up to `_MOST_DAMPING`, and the damping is reported.
 - On a CPU only: `CUDA_0`, the device that layers are moved to, and `torch.cuda.synchronize`.
 """
 
@@ -31,6 +31,8 @@ FAMILIES = ("llama", "qwen2", "mistral", "mixtral", "gemma", "opt", "gpt_neox")
 DEFAULTS = {"damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True, "static_groups": False}
 BITS = (2, 3, 4, 8)
 LAYOUT = "gptq"
+# Share of the Hessian's mean diagonal beyond which the result is hardly better than rounding to nearest.
+_MOST_DAMPING = 0.5
 
 
 class Losses(logging.Handler):
@@ -39,6 +41,7 @@ class Losses(logging.Handler):
     def __init__(self, total: int, report: Reporter) -> None:
         super().__init__(logging.INFO)
         self.rows: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
         self.current = "the first layer"
         self._total = total
         self._report = report
@@ -90,7 +93,9 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     layers = work.model.get_submodule(family.layers_block_name)
     linears = _common.linears_inside((f"{family.layers_block_name}.{i}", layer) for i, layer in enumerate(layers))
     known = {name for names in family.inside_layer_modules for name in names}
-    wanted = {name: module for name, module in linears.items() if _inside(name, family.layers_block_name) in known}
+    found = {name: module for name, module in linears.items() if _inside(name, family.layers_block_name) in known}
+    wanted = _common.chosen(job, found)
+    skipped = [name for name in found if name not in wanted]
     widths = {name: (module.in_features, module.out_features) for name, module in wanted.items()}
     _output.check_widths(widths, LAYOUT, job["bits"], job["group_size"])
 
@@ -102,11 +107,12 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     work.model.config.pad_token_id = 1
     losses = Losses(len(wanted), report)
     started = time.perf_counter()
-    with library(work, losses):
+    with library(work, losses, {id(found[name]) for name in skipped}):
         gptq.quantize(examples, batch_size=1, use_triton=False)
     work.metrics["quantize_seconds"] = time.perf_counter() - started
-    quantization = {"quant_method": "gptq", "checkpoint_format": "gptq", **settings}
-    result = _common.finish(work, linears, quantization)
+    work.warnings.extend(losses.warnings)
+    quantization = {"quant_method": "gptq", "checkpoint_format": "gptq", **settings, **_output.left_float(skipped)}
+    result = _common.finish(work, {name: module for name, module in linears.items() if name not in skipped}, quantization)
     return {**result, "layers": losses.rows}
 
 
@@ -116,15 +122,22 @@ def _inside(name: str, block: str) -> str:
 
 
 @contextmanager
-def library(work: _common.Work, losses: Losses) -> Iterator[None]:
-    """The library with the replacements named above; everything is put back afterwards."""
+def library(work: _common.Work, losses: Losses, skipped: set[int] = frozenset()) -> Iterator[None]:  # type: ignore[assignment]
+    """The library with the replacements named above, blind to modules of some identities; all is put back afterwards."""
     import torch
     from auto_gptq.modeling import _base
     from auto_gptq.quantization import gptq
 
     loggers = [logging.getLogger(name) for name in ("auto_gptq.modeling._base", "auto_gptq.quantization.gptq")]
     levels = [logger.level for logger in loggers]
+    find_layers = _base.find_layers
+
+    def found(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+        layers = find_layers(*arguments, **keywords)
+        return {name: module for name, module in layers.items() if id(module) not in skipped}
+
     replaced = [
+        (_base, "find_layers", found),
         (_base, "pack_model", lambda **arguments: _catch(work, arguments["model"], arguments["quantizers"])),
         (_base, "GPTQ", _gptq_class(gptq.GPTQ, losses)),
         (gptq, "Quantizer", _quantizer_class(gptq.Quantizer)),
@@ -176,13 +189,22 @@ def _gptq_class(base: Any, losses: Losses) -> Any:
                     f"{losses.current}: no calibration token reached it, gptq would make it all zeros; "
                     "use more calibration samples, or method=rtn"
                 )
-            try:
-                return super().fasterquant(*arguments, **keywords)
-            except torch.linalg.LinAlgError as error:
-                raise JobError(
-                    f"{losses.current}: its Hessian cannot be inverted; raise damp_percent or use more "
-                    "calibration samples"
-                ) from error
+            damping, hessian = float(keywords["percdamp"]), self.H.clone()
+            while True:
+                try:
+                    return super().fasterquant(*arguments, **{**keywords, "percdamp": damping})
+                except torch.linalg.LinAlgError as error:
+                    if damping >= _MOST_DAMPING:
+                        raise JobError(
+                            f"{losses.current}: its Hessian cannot be inverted, with damp_percent={damping:g} neither; "
+                            "use more calibration samples, or method=rtn"
+                        ) from error
+                    before, damping = damping, min(_MOST_DAMPING, damping * 10)
+                    losses.warnings.append(
+                        f"{losses.current}: its Hessian could not be inverted with damp_percent={before:g}; "
+                        f"tried again with {damping:g}"
+                    )
+                    self.H = hessian.clone()
 
     return Recorded
 

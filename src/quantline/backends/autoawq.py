@@ -31,7 +31,8 @@ from quantline.jobs import JobError, Reporter, worker_main
 
 # Those that were run and beat plain rounding; the library lists more.
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma", "gemma2", "phi3")
-LAYOUTS = {"gemm": "awq_gemm", "gemv": "awq_gemv"}
+# exllama is a choice of kernels at loading time: such weights are stored as gemm.
+LAYOUTS = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm"}
 DEFAULTS = {"zero_point": True, "version": "gemm", "clip": True}
 
 # Calibration samples that go through a module at a time; bounds the memory for activations.
@@ -83,7 +84,9 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     names = {id(module): name for name, module in work.model.named_modules()}
     linears = _common.linears_inside((names[id(layer)], layer) for layer in layers)
     excluded = getattr(awq, "modules_to_not_convert", None) or []
-    wanted = {name: module for name, module in linears.items() if not any(part in name for part in excluded)}
+    found = {name: module for name, module in linears.items() if not any(part in name for part in excluded)}
+    wanted = _common.chosen(job, found)
+    skipped = [name for name in found if name not in wanted]
     layout = LAYOUTS[options["version"]]
     widths = {name: (module.in_features, module.out_features) for name, module in wanted.items()}
     _output.check_widths(widths, layout, 4, job["group_size"])
@@ -92,7 +95,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     samples, length = work.calibration.shape
     awq.quantize(
         tokenizer=None,
-        quant_config={"zero_point": True, "q_group_size": job["group_size"], "w_bit": 4, "version": options["version"]},
+        quant_config={"zero_point": True, "q_group_size": job["group_size"], "w_bit": 4, "version": "gemm"},
         calib_data=work.calibration.tolist(),
         apply_clip=bool(options["clip"]),
         max_calib_samples=samples,
@@ -106,9 +109,9 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         "group_size": job["group_size"],
         "version": options["version"],
         "zero_point": True,
-        "modules_to_not_convert": excluded or None,
+        "modules_to_not_convert": [*excluded, *skipped] or None,
     }
-    return _common.finish(work, linears, quantization)
+    return _common.finish(work, {name: module for name, module in linears.items() if name not in skipped}, quantization)
 
 
 @contextmanager
@@ -189,9 +192,18 @@ def quantizer_class(work: _common.Work, layout: str, report: Reporter, *, symmet
                 least, best = torch.where(better, error, least), torch.where(better, kept, best)
             return best.transpose(0, 1).to(w.dtype)
 
-        def _apply_quant(self, module: Any, named_linears: dict[str, Any]) -> None:
+        def asked_for(self, module: Any, named_linears: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+            """The full name of a decoder layer, and those of its linears that are not skipped."""
             prefix = next(name for name, candidate in self.model.named_modules() if candidate is module)
-            for name, linear in named_linears.items():
+            wanted = _common.chosen_in(work.job, prefix, named_linears)
+            return prefix, wanted
+
+        def _search_best_clip(self, layer: Any, named_linears: dict[str, Any], input_feat: Any) -> Any:
+            return super()._search_best_clip(layer, self.asked_for(layer, named_linears)[1], input_feat)
+
+        def _apply_quant(self, module: Any, named_linears: dict[str, Any]) -> None:
+            prefix, wanted = self.asked_for(module, named_linears)
+            for name, linear in wanted.items():
                 weight = linear.weight.data
                 codes, scales, zeros = self.codes_of(weight)
                 linear.weight.data = ((codes - zeros) * scales).reshape(weight.shape).to(weight.dtype)

@@ -21,46 +21,50 @@ from quantline.checkpoint import Checkpoint, to_float32
 from quantline.errors import UserError
 from quantline.formats import dequantize, quantize_rtn
 from quantline.formats.packing import BITS
+from quantline.formats.settings import LayerSettings, describe
 from quantline.jobs import JobError, Reporter, worker_main
+from quantline.linears import LM_HEAD, Width, linear_shapes
 
 DEFAULTS = {"sym": True}
 
-_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.(.+)\.weight$")
-_NOT_LINEAR = re.compile(r"norm|embed|ln_|(?:^|\.)(?:gate|router|shared_expert_gate)$")
 # Their linear layers store the transpose, so that groups would run along the wrong side.
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
 
 
-def layout_of(bits: int, symmetric: bool) -> str:
-    """The layout that a result is written in."""
+def layout_of(widths: set[Width], symmetric: bool) -> str:
+    """The layout that a result is written in; AWQ knows one width of 4 bits."""
     if symmetric:
         return "gptq"
-    return "awq_gemm" if bits == 4 else "gptq_v2"
+    return "awq_gemm" if len(widths) == 1 and next(iter(widths)).bits == 4 else "gptq_v2"
 
 
-def quantization_config(layout: str, bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
-    """The `quantization_config` of a result."""
-    if layout == "awq_gemm":
-        fixed = {"quant_method": "awq", "version": "gemm", "zero_point": True, "modules_to_not_convert": None}
-        return {**fixed, "bits": bits, "group_size": group_size}
-    return {
-        "quant_method": "gptq",
-        "checkpoint_format": layout,
-        "bits": bits,
-        "group_size": group_size,
-        "desc_act": False,
-        "sym": symmetric,
-    }
+def quantization_config(
+    layout: str, job: dict[str, Any], widths: dict[str, Width], skipped: list[str], symmetric: bool
+) -> dict[str, Any]:
+    """The `quantization_config` of a result; linears that differ from the job's bits and groups are named one by one."""
+    main = Width(int(job["bits"]), int(job["group_size"]))
+    overrides = {
+        name: LayerSettings(width.bits, width.group_size, symmetric)
+        for name, width in widths.items() if width != main
+    }  # fmt: skip
+    with _output.refusals():
+        return describe(
+            layout, bits=main.bits, group_size=main.group_size, symmetric=symmetric, overrides=overrides,
+            modules_to_not_convert=skipped,
+        )  # fmt: skip
 
 
-def linear_names(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """The linears that are quantized: name without `.weight` -> (in_features, out_features)."""
-    found = {}
-    for name in checkpoint.names:
-        inside, shape = _IN_LAYER.search(name), checkpoint.info(name).shape
-        if inside and len(shape) == 2 and not _NOT_LINEAR.search(inside[1]):
-            found[name.removesuffix(".weight")] = (shape[1], shape[0])
-    return found
+def check(widths: dict[str, Width]) -> None:
+    """Refuse bits and group sizes that rounding to nearest does not have.
+
+    Raises:
+        JobError: naming what was asked for and what there is.
+    """
+    for width in widths.values():
+        if width.bits not in BITS:
+            raise JobError(f"bits={width.bits}: rtn takes {', '.join(map(str, BITS))}")
+        if type(width.group_size) is not int or width.group_size == 0 or width.group_size < -1:
+            raise JobError(f"group_size={width.group_size}: rtn takes -1 or a divisor of every width, such as 128")
 
 
 def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
@@ -70,11 +74,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         JobError: the job cannot be done as given.
     """
     options = _output.options_of(job, DEFAULTS, "rtn")
-    bits, group_size, symmetric = job["bits"], job["group_size"], bool(options["sym"])
-    if bits not in BITS:
-        raise JobError(f"bits={bits}: rtn takes {', '.join(map(str, BITS))}")
-    if type(group_size) is not int or group_size == 0 or group_size < -1:
-        raise JobError(f"group_size={group_size}: rtn takes -1 or a divisor of every width, such as 128")
+    symmetric = bool(options["sym"])
     config = _output.float_config(job["model"])
     if config.get("model_type") in _TRANSPOSED:
         raise JobError(
@@ -82,9 +82,20 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         )
     with _output.refusals():
         checkpoint = Checkpoint.open(job["model"])
-    layout = layout_of(bits, symmetric)
-    linears = linear_names(checkpoint)
-    _output.check_widths(linears, layout, bits, group_size)
+    shapes = linear_shapes(checkpoint)
+    if not shapes:
+        _output.check_widths({}, "gptq", 4, -1)
+    asked = job.get("linears") or dict.fromkeys(shapes, job)
+    widths = {name: Width(own["bits"], own["group_size"]) for name, own in asked.items()}
+    check(widths)
+    layout = layout_of(set(widths.values()), symmetric)
+    if LM_HEAD in widths:
+        rows, columns = checkpoint.info(f"{LM_HEAD}.weight").shape
+        shapes[LM_HEAD] = (columns, rows)
+    for width in set(widths.values()):
+        own = {name: shapes[name] for name in widths if widths[name] == width}
+        _output.check_widths(own, layout, width.bits, width.group_size)
+    skipped = [name for name in shapes if name not in widths]
     output = Path(job["output"])
     stacked = [name for name in checkpoint.names if re.search(r"\.experts\.\w+$", name) and _is_stack(checkpoint, name)]
     warnings = [f"left in float16: {', '.join(stacked)}"] if stacked else []
@@ -97,24 +108,24 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
             layer, _, suffix = name.rpartition(".")
             if name == "lm_head.weight" and config.get("tie_word_embeddings"):
                 continue
-            if layer not in linears:
+            if layer not in widths:
                 yield name, _output.half(name, checkpoint.tensor(name))
             elif suffix == "weight":
                 yield from _quantize(
-                    checkpoint, layer, layout, bits=bits, group_size=group_size, symmetric=symmetric, errors=errors
+                    checkpoint, layer, layout, widths[layer], symmetric=symmetric, errors=errors
                 ).items()
-                report(len(errors), len(linears), layer)
+                report(len(errors), len(widths), layer)
 
     with _output.refusals():
         _output.write_weights(output, tensors())
         _output.write_configs(
-            Path(job["model"]), output, config, quantization_config(layout, bits, group_size, symmetric)
+            Path(job["model"]), output, config, quantization_config(layout, job, widths, skipped, symmetric)
         )
-        for _ in _output.verify(output, linears):
+        for _ in _output.verify(output, widths):
             pass
     metrics = {
         "linears_quantized": len(errors),
-        "linears_expected": len(linears) + len(stacked),
+        "linears_expected": len(widths) + len(stacked),
         "quantize_seconds": time.perf_counter() - started,
         "calibration_tokens": 0,
     }
@@ -129,15 +140,14 @@ def _quantize(
     checkpoint: Checkpoint,
     layer: str,
     layout: str,
+    width: Width,
     *,
-    bits: int,
-    group_size: int,
     symmetric: bool,
     errors: list[dict[str, Any]],
 ) -> dict[str, Any]:
     weight = to_float32(checkpoint.tensor(f"{layer}.weight"))
     try:
-        linear = quantize_rtn(weight, bits, group_size, symmetric)
+        linear = quantize_rtn(weight, width.bits, width.group_size, symmetric)
     except UserError as fault:
         raise JobError(f"{layer}: {fault}") from fault
     # The error of a weight relative to the weights, as root mean squares.

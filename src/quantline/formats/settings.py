@@ -27,7 +27,10 @@ class QuantizationInfo:
         desc_act: columns were quantized in the order of their activations (GPTQ).
         symmetric: the config promises that every zero point is the middle one (GPTQ's sym, AWQ's zero_point false).
         modules_to_not_convert: names of modules left in float; compressed-tensors also has ``re:`` patterns there.
-        overrides: module name -> settings of linears that differ from the rest (compressed-tensors only).
+        overrides: module name -> settings of linears that differ from the rest (compressed-tensors).
+        patterns: the same by regular expressions that match a name's beginning, the first one counts (GPTQ's dynamic).
+        activation_bits: 8 where a runtime also rounds what goes into the quantized linears, symmetrically, with one scale
+            a token (W8A8); None where it does not.
     """
 
     method: str
@@ -38,15 +41,22 @@ class QuantizationInfo:
     symmetric: bool
     modules_to_not_convert: tuple[str, ...]
     overrides: Mapping[str, LayerSettings] = field(default_factory=dict)
+    patterns: tuple[tuple[str, LayerSettings], ...] = ()
+    activation_bits: int | None = None
 
     def of(self, layer: str) -> LayerSettings:
         """Bits, group size and symmetry of one quantized linear."""
-        return self.overrides.get(layer) or LayerSettings(self.bits, self.group_size, self.symmetric)
+        if layer in self.overrides:
+            return self.overrides[layer]
+        found = (own for pattern, own in self.patterns if re.match(pattern, layer))
+        return next(found, LayerSettings(self.bits, self.group_size, self.symmetric))
 
 
 # config's version (AWQ) or checkpoint_format (GPTQ) -> layout. AWQ's exllama versions are stored as GEMM.
 _AWQ_VERSIONS = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm", "exllamav2": "awq_gemm"}
 _GPTQ_FORMATS = {"gptq": "gptq", "gptq_v2": "gptq_v2"}
+# What vLLM makes of several linears.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _SHARED_KEYS = ("quant_method", "checkpoint_format", "bits", "group_size", "desc_act", "sym")
 
 
@@ -72,19 +82,19 @@ def describe(
         symmetric: every zero point of every quantized linear is ``2**(bits-1)``: GPTQ readers then ignore them.
         desc_act: groups are reordered by activation.
         modules_to_not_convert: names of the linears left in float.
-        overrides: module name -> settings of linears that differ (compressed-tensors only).
+        overrides: module name -> settings of linears that differ (GPTQ and compressed-tensors).
 
     Raises:
         CheckpointError: the layout has no way to say this.
     """
     ignored = list(modules_to_not_convert)
-    if layout == "compressed_tensors":
-        main = LayerSettings(bits, group_size, symmetric)
-        return compressed_tensors_config.describe(main, overrides or {}, desc_act, ignored)
-    if overrides:
+    if layout in ("compressed_tensors", "compressed_tensors_int"):
+        main, rounded = LayerSettings(bits, group_size, symmetric), layout == "compressed_tensors_int"
+        return compressed_tensors_config.describe(main, overrides or {}, desc_act, ignored, activations=rounded)
+    if overrides and layout not in _GPTQ_FORMATS:
         raise CheckpointError(
             f"{layout}: {next(iter(overrides))} and {len(overrides) - 1} other linears have settings of their own, "
-            "which readers of this layout do not know: convert to compressed_tensors"
+            "which readers of this layout do not know: convert to gptq or compressed_tensors"
         )
     common = {"bits": bits, "group_size": group_size}
     if layout in ("awq_gemm", "awq_gemv"):
@@ -96,9 +106,32 @@ def describe(
         raise CheckpointError(f"{layout}: no config section is known for this layout; use one of formats.LAYOUTS")
     config = {"quant_method": "gptq", "checkpoint_format": layout, **common, "desc_act": desc_act, "sym": symmetric}
     excluded = [name for name in ignored if name != "lm_head"]
-    if excluded:
-        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in excluded}
+    if excluded or overrides:
+        config["dynamic"] = _dynamic(excluded, overrides or {})
     return {**config, "lm_head": False, "modules_to_not_convert": ignored}
+
+
+def _dynamic(excluded: Sequence[str], overrides: Mapping[str, LayerSettings]) -> dict[str, dict[str, Any]]:
+    """Patterns of names for GPTQ readers: `-:` leaves a module in float, `+:` gives it settings of its own.
+
+    vLLM asks for the fused modules that it makes of q, k, v and of gate and up, so these are named too where all of their
+    parts agree.
+    """
+    patterns: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in _with_fused(dict.fromkeys(excluded))}
+    for name, own in _with_fused(overrides).items():
+        patterns[f"+:^{re.escape(name)}$"] = {"bits": own.bits, "group_size": own.group_size, "sym": own.symmetric}
+    return patterns
+
+
+def _with_fused(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(settings)
+    for name, own in settings.items():
+        parent, _, last = name.rpartition(".")
+        for fused, parts in _FUSED.items():
+            others = [f"{parent}.{part}" for part in parts[1:]]
+            if last == parts[0] and all(other in settings and settings[other] == own for other in others):
+                found[f"{parent}.{fused}"] = own
+    return found
 
 
 def quantization_of(folder: str | Path) -> QuantizationInfo | None:
@@ -148,13 +181,14 @@ def _parse_quantization(path: Path, config: Mapping[str, Any]) -> QuantizationIn
         main = scheme.main
         return QuantizationInfo(
             method=method,
-            layout="compressed_tensors",
+            layout="compressed_tensors_int" if scheme.activation_bits else "compressed_tensors",
             bits=main.bits,
             group_size=main.group_size,
             desc_act=scheme.desc_act,
             symmetric=main.symmetric,
             modules_to_not_convert=scheme.ignored,
             overrides=scheme.overrides,
+            activation_bits=scheme.activation_bits,
         )
     else:
         raise CheckpointError(
@@ -172,18 +206,37 @@ def _parse_quantization(path: Path, config: Mapping[str, Any]) -> QuantizationIn
         raise CheckpointError(f"{path}: bits is {bits!r}: {method} takes {' or '.join(map(str, allowed))}")
     if type(group_size) is not int or group_size < -1 or group_size == 0:
         raise CheckpointError(f"{path}: group_size is {group_size!r}: it must be -1 or positive")
-    dynamic = config.get("dynamic") or {}
-    # Negative patterns only leave modules out, and which ones those are, their tensors say.
-    if not isinstance(dynamic, dict) or not all(str(key).startswith("-:") for key in dynamic):
-        raise CheckpointError(
-            f"{path}: has per-module overrides (dynamic): use a checkpoint with one setting throughout"
-        )
+    symmetric = bool(config.get("sym", False)) if method == "gptq" else not config.get("zero_point", True)
     return QuantizationInfo(
         method=method,
         layout=layout,
         bits=bits,
         group_size=group_size,
         desc_act=bool(config.get("desc_act", False)),
-        symmetric=bool(config.get("sym", False)) if method == "gptq" else not config.get("zero_point", True),
+        symmetric=symmetric,
         modules_to_not_convert=tuple(config.get("modules_to_not_convert") or ()),
+        patterns=_patterns(path, config.get("dynamic") or {}, LayerSettings(bits, group_size, symmetric)),
     )
+
+
+def _patterns(path: Path, dynamic: object, main: LayerSettings) -> tuple[tuple[str, LayerSettings], ...]:
+    """GPTQ's `dynamic`. Negative patterns only leave modules out, and which ones those are, their tensors say."""
+    if not isinstance(dynamic, dict):
+        raise CheckpointError(f"{path}: dynamic is not a JSON object: restore the file")
+    found = []
+    for key, own in dynamic.items():
+        if str(key).startswith("-:"):
+            continue
+        known = {"bits": main.bits, "group_size": main.group_size, "sym": main.symmetric}
+        if not isinstance(own, dict) or set(own) - {*known, "desc_act"}:
+            raise CheckpointError(f"{path}: dynamic {key!r} sets {own!r}: known are bits, group_size and sym")
+        values = {**known, **own}
+        if values["bits"] not in BITS or type(values["group_size"]) is not int:
+            raise CheckpointError(f"{path}: dynamic {key!r} sets {own!r}: bits are 2, 3, 4 or 8, group_size a number")
+        try:
+            re.compile(str(key).removeprefix("+:"))
+        except re.error as error:
+            raise CheckpointError(f"{path}: dynamic {key!r} is no regular expression ({error}): correct it") from error
+        settings = LayerSettings(values["bits"], values["group_size"], bool(values["sym"]))
+        found.append((str(key).removeprefix("+:"), settings))
+    return tuple(found)
