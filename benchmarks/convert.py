@@ -5,12 +5,14 @@ awq and to gptq, each in a child process, proof included, with warm caches. Besi
 
 copy      shutil.copyfile of the same input bytes, the best of three; the file's own flush to the disk is in neither time
           unless --fsync is given, which adds it to the copy (a conversion always flushes).
-per row   the packing of vendors' converters: a uint32 matrix, one word row (gptq) or word column (awq) and one field at
-          a time. It takes minutes for the whole input, so it packs one linear of 4096 x 4096 and is compared by codes per
-          second. It reads and writes no file and proves nothing; what it is compared with does all of that.
+per row   the packing of vendors' converters: a uint32 matrix (in, out), one word row (gptq) or word column (awq) and one
+          field at a time. It takes minutes for the whole input, so it packs one linear of 4096 x 4096 and is compared by
+          codes per second, twice: with our packing of the same linear, from signed codes (out, in) to the same words, and
+          with the whole conversion, which besides reads, writes, flushes, reads back, decodes and compares.
 
-The processor's seconds are the child's, over all threads: on a machine that others use they say more than the clock.
-The memory is the child's peak (VmHWM) above that of an interpreter that has imported nothing.
+The processor's seconds are the child's with its workers', over all processes: on a machine that others use they say more
+than the clock. The memory is the sum of the child's peak (VmHWM) and of its workers', each taken as the largest of them,
+above that of an interpreter that has imported nothing; pages that they share by the fork count each time.
 """
 
 from __future__ import annotations
@@ -40,17 +42,19 @@ LINEARS = {
 }  # fmt: skip
 
 CHILD = """
-import json, os, sys, time
+import json, os, resource, sys, time
 def peak():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
 before = peak()
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from quantline.convert import Options, convert
-used, started = sum(os.times()[:2]), time.perf_counter()
-convert(Path(sys.argv[2]), Path(sys.argv[3]), Options(target=sys.argv[4]))
+options = Options(target=sys.argv[4])
+used, started = sum(os.times()[:4]), time.perf_counter()
+convert(Path(sys.argv[2]), Path(sys.argv[3]), options)
 seconds = time.perf_counter() - started
-print(json.dumps({"seconds": seconds, "cpu": sum(os.times()[:2]) - used, "bytes": peak() - before}))
+workers = options.threads * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+print(json.dumps({"seconds": seconds, "cpu": sum(os.times()[:4]) - used, "bytes": peak() + workers - before}))
 """
 
 
@@ -101,6 +105,14 @@ def per_row(codes: NDArray[np.int8], target: str) -> NDArray[np.uint32]:
         for field in range(8):
             words[:, column] |= values[:, column * 8 + AWQ_ORDER[field]] << np.uint32(4 * field)
     return words
+
+
+def packed(codes: NDArray[np.int8], target: str) -> NDArray[np.int32]:
+    """Pack the same codes as the conversion does."""
+    from quantline.formats.packing import pack
+
+    values = (codes.view(np.uint8) + np.uint8(8)).T  # (in, out)
+    return pack(values, 4, axis=1, order=AWQ_ORDER) if target == "awq" else pack(values, 4, axis=0)
 
 
 def best(work: Callable[[], Any], rounds: int = 3) -> float:
@@ -158,13 +170,17 @@ def main() -> None:
         sample = np.random.default_rng(1).integers(-8, 8, (4096, 4096), dtype=np.int8)
         for kind in ("awq", "gptq"):
             seconds = min(times[kind])
-            rowwise = sample.size / best(lambda kind=kind: per_row(sample, kind), 1)  # type: ignore[misc]
+            rowwise = sample.size / best(lambda kind=kind: per_row(sample, kind))  # type: ignore[misc]
+            ours = sample.size / best(lambda kind=kind: packed(sample, kind), 9)  # type: ignore[misc]
+            if not np.array_equal(per_row(sample, kind), packed(sample, kind).view(np.uint32)):
+                raise SystemExit(f"{kind}: the two ways to pack differ")
             print(
                 f"{kind:5} {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s, {copied / seconds:.2f} x copy, "
                 f"{codes / seconds / rowwise:.0f} x per row ({rowwise / 1e6:.0f} M codes/s), "
                 f"{cores[kind]:.2f} s of processor, peak {peaks[kind] / 1e9:.2f} GB  "
                 f"(all: {', '.join(f'{t:.2f}' for t in times[kind])})"
             )
+            print(f"      packing alone {ours / 1e6:.0f} M codes/s, {ours / rowwise:.0f} x per row")
 
 
 if __name__ == "__main__":

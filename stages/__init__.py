@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from quantline.stage import StageRun
 
 
+# What each imported stage does, for stages that run others.
+WORK: dict[str, Callable[[StageRun], None]] = {}
+
+
 def stage(name: str) -> Callable[[Callable[[StageRun], None]], Callable[[], None]]:
     """Make a stage's function an entrypoint: composed configuration in, output and result out."""
 
@@ -35,7 +39,11 @@ def stage(name: str) -> Callable[[Callable[[StageRun], None]], Callable[[], None
 
             run_stage(name, work, cfg, ROOT, list(HydraConfig.get().overrides.task))
 
-        return lambda: main(task, work.__code__.co_filename)
+        def entry() -> None:
+            main(task, work.__code__.co_filename)
+
+        WORK[name] = work
+        return entry
 
     return decorate
 

@@ -12,19 +12,26 @@ if TYPE_CHECKING:
 
 @stage("quantize")
 def quantize(run: StageRun) -> None:
-    from quantline import quantization
+    from quantline import coverage, quantization
 
     run.refuse_float()
     download, calibration = run.input("download"), run.input("calibrate") / "tokens.safetensors"
-    with run.output() as out:
+    with run.output() as out, run.work_folder() as work:
         outcome = quantization.quantize(
             run.quantization_request(), model=download / "model", probe=download / "probe.safetensors",
-            calibration=calibration, out=out, work=run.work_folder(), run_worker=run.worker,
+            calibration=calibration, out=out, work=work, run_worker=run.worker,
         )  # fmt: skip
         run.environment["backend"] = outcome.backend
-        run.metrics.update(outcome.metrics)
-        run.warnings.extend(outcome.warnings)
-        run.tables["layers"] = outcome.layers
+        config = run.config
+        covered = coverage.measure(
+            model=download / "model", output=out, calibration=calibration, linears=outcome.linears,
+            method=config.method.name, settings=config.coverage.model_dump(), run_worker=run.side_worker,
+            threads=config.threads, device=run.device, backend_rows=outcome.layers, failed=work,
+        )  # fmt: skip
+        run.metrics.update({**outcome.metrics, **covered.metrics})
+        run.warnings.extend([*outcome.warnings, *covered.warnings])
+        run.tables["layers"] = covered.rows
+        run.files += covered.files
 
 
 if __name__ == "__main__":

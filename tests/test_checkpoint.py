@@ -351,7 +351,7 @@ def test_known_quantizations_name_their_layout(
 @pytest.mark.parametrize(
     ("quantization", "fact"),
     [
-        ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'"),
+        ({"quant_method": "quanto"}, "quant_method is 'quanto'"),
         ({**AWQ, "version": "gemv_fast"}, "stored as 'gemv_fast'"),
         ({**AWQ, "bits": 8}, "bits is 8: awq takes 4"),
         ({**GPTQ, "bits": 5}, "gptq takes 2 or 3 or 4 or 8"),

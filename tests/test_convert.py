@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantline.checkpoint import Checkpoint, iter_dequantized, write_safetensors
+from quantline.conversion import kept
 from quantline.conversion.faults import ProofError
 from quantline.conversion.plan import parse_size
 from quantline.conversion.proof import PROOF_NAME
@@ -352,6 +354,38 @@ def test_the_proof_of_what_is_kept_lists_every_file(tmp_path):
     assert set(proof["files"]) == {path.name for path in source.iterdir()}
     assert proof["rewritten"] is False
     assert proof["counts"]["linears"] == 2
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_is_kept_is_hashed_tensor_by_tensor_too(tmp_path, monkeypatch, shards):
+    monkeypatch.setattr(kept, "_CHUNK", 100)  # so that tensors lie across pieces, and pieces across tensors
+    source = make_checkpoint(tmp_path / "in", "gptq", 4, symmetric=True, shards=shards)
+    (tmp_path / "out").mkdir()
+    convert(source, tmp_path / "out", "auto")
+    proof = json.loads((tmp_path / "out" / PROOF_NAME).read_text())
+    checkpoint = Checkpoint.open(source)
+    hashes = {name: hashlib.sha256(checkpoint.tensor(name).tobytes()).hexdigest() for name in checkpoint.names}
+    found = {name: entry["sha256"] for name, entry in proof["carried"].items()}
+    for name, entry in proof["linears"].items():
+        found |= {f"{name}.{suffix}": value for suffix, value in entry["sha256"].items()}
+    assert found == hashes
+    assert proof["files"] == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(source.iterdir())
+    }
+
+
+def test_a_file_that_changes_while_it_is_copied_is_noticed(tmp_path, monkeypatch):
+    source = make_checkpoint(tmp_path / "in", "gptq", 4, symmetric=True)
+    (tmp_path / "out").mkdir()
+
+    def copied(path, target):
+        target.write_bytes(path.read_bytes())
+        if path.name == "tokenizer_config.json":
+            path.write_text('{"a": 1}')
+
+    monkeypatch.setattr(kept, "carry_file", copied)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: changed while it was carried over"):
+        convert(source, tmp_path / "out", "auto")
 
 
 @pytest.mark.parametrize(("text", "size"), [("4GB", 4 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("10b", 10)])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from quantline.checkpoint import Checkpoint, write_safetensors
+from quantline.conversion import tensor_files
 from quantline.conversion.faults import ConversionError
 from quantline.convert import Options, convert
 from quantline.errors import UserError
@@ -207,12 +208,43 @@ def test_pickled_weights_are_refused_and_other_pickles_left_out(tmp_path, out):
         convert(source, out, Options(target="awq"))
 
 
-def test_codes_wider_than_described_end_the_conversion(tmp_path, out):
-    name = NAME.format(0)
-    source = msmodelslim(tmp_path / "in", {name: linear()}, changed={f"{name}.weight": put((1, 1), 99)})
-    with pytest.raises(UserError, match=rf"{name}: codes range over \[-8, 99\], 4 bits hold"):
-        convert(source, out, Options(target="awq"))
-    assert list(out.iterdir()) == []
+def test_codes_wider_than_described_are_refused_before_anything_is_written_all_layers_at_once(
+    tmp_path, out, monkeypatch
+):
+    monkeypatch.setattr(tensor_files, "_PASS", 1000)  # so that a tensor is read in several pieces
+    monkeypatch.setattr("quantline.convert.write_weights", None)
+    source = msmodelslim(
+        tmp_path / "in", {NAME.format(index): linear(seed=index) for index in range(4)},
+        changed={
+            f"{NAME.format(0)}.weight": put((1, 1), 99), f"{NAME.format(1)}.weight": put((63, 63), -9),
+            f"{NAME.format(3)}.weight": put((0, 0), 8), f"{NAME.format(3)}.weight_offset": put((3, 1), -35.0),
+        },
+    )  # fmt: skip
+    message = refused(source, out, "awq")
+    assert "for 4 reasons; nothing was written" in message
+    for index, found in ((0, "[-8, 99]"), (1, "[-9, 7]"), (3, "[-8, 8]")):
+        assert f"{NAME.format(index)}: codes range over {found}, 4 bits hold [-8, 7]" in message
+    assert f"{NAME.format(3)}: 1 of 128 groups have no exact zero point" in message
+
+
+def test_zero_points_that_the_config_promises_and_no_file_holds_are_refused(tmp_path, out):
+    folder = tmp_path / "in"
+    gptq(folder, {NAME.format(index): linear(seed=index) for index in range(3)}, "compressed_tensors")
+    tensors = tensors_of(folder / "model.safetensors")
+    for index in (0, 2):
+        del tensors[f"{NAME.format(index)}.weight_zero_point"]
+    write_safetensors(folder / "model.safetensors", tensors)
+    for target in ("awq", "keep"):
+        message = refused(folder, out, target)
+        assert "for 2 reasons" in message
+        for name in (NAME.format(0), NAME.format(2)):
+            assert (
+                f"{name}: lacks {name}.weight_zero_point, and config.json says symmetric: false; fetch all" in message
+            )
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    convert(folder, out, Options(target="awq"))
 
 
 def test_what_the_target_cannot_serve_is_a_note_or_on_request_an_error(tmp_path, out):

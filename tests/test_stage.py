@@ -33,7 +33,8 @@ def frozen(composed):
 
     def of(variant, *overrides):
         locks = {"reference": "r", "server": "s", "quantizer": "q"}
-        return parse({**composed(*overrides), "frozen": {"variant": variant, "overrides": "", "backends": [], "locks": locks}})
+        frozen = {"variant": variant, "overrides": "", "backends": [], "locks": locks}
+        return parse({**composed(*overrides), "frozen": frozen})
 
     return of
 
@@ -197,7 +198,7 @@ def test_the_download_has_one_place_for_all_variants(checkout, frozen):
 
 
 def test_the_baseline_has_nothing_to_quantize(checkout, config):
-    with pytest.raises(UserError, match="method=float: the baseline skips quantize; choose method=awq, .* or autoround"):
+    with pytest.raises(UserError, match=r"method=float: the baseline skips quantize; choose method=awq, .* or autoround"):
         StageRun("quantize", config("method=float"), checkout, ()).refuse_float()
 
 

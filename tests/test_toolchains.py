@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,9 +81,18 @@ def test_exit_code_zero_without_a_result_is_not_a_success(worker):
         worker("import os\ndef run(job, report): os._exit(0)")
 
 
-def test_what_the_worker_prints_goes_to_the_log_and_progress_does_not(worker, tmp_path):
+def test_the_log_holds_what_the_worker_prints_and_every_step_with_its_time(worker, tmp_path):
     worker("def run(job, report):\n    print('hello')\n    report(1, 2, 'layer')\n    return {}")
-    assert (tmp_path / "work.log").read_text() == "hello\n"
+    hello, step = (tmp_path / "work.log").read_text().splitlines()
+    assert hello == "hello"
+    assert re.fullmatch(r"\[\d+\.\d s\] at 1/2 layer", step)
+
+
+def test_a_crash_names_the_step_that_it_came_in(worker):
+    with pytest.raises(WorkerError, match=r"failed at 3/9 layer 3 mlp\.up_proj: .*ZeroDivisionError"):
+        worker("def run(job, report):\n    report(3, 9, 'layer 3 mlp.up_proj')\n    1 / 0")
+    with pytest.raises(WorkerError, match=r"killed by signal 9.* at 1/2 layer 1; its log"):
+        worker("import os\ndef run(job, report):\n    report(1, 2, 'layer 1')\n    os.kill(os.getpid(), 9)")
 
 
 def test_a_worker_sees_no_tokens(worker, monkeypatch):

@@ -14,7 +14,7 @@ only=${1:-}
 if [ -n "$only" ] && [ ! -f "$only.txt" ]; then echo "no lock named $only; there are: $(ls ./*.txt | xargs -n1 basename -s .txt | tr '\n' ' ')" >&2; exit 2; fi
 lock() { if [ -z "$only" ] || [ "$only" = "$2" ]; then echo "envs/$2.txt"; "$1" "$3.in" -o "$2.txt"; fi; }
 lock cpu core core
-for name in reference autoawq auto_gptq; do
+for name in reference autoawq auto_gptq gptqmodel llmcompressor bitsandbytes autoround; do
   lock cpu "$name-cpu" "$name"
   lock cuda "$name-cuda" "$name"
 done

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.formats import LAYOUTS, FormatError, dequantize
+from quantline.formats import LAYOUTS, FormatError, bitsandbytes, dequantize
 from quantline.formats.container import (
     CheckpointError,
     TensorInfo,
@@ -33,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "QuantizationInfo",
     "TensorInfo",
+    "dequantized",
     "iter_dequantized",
     "quantization_of",
     "quantized_layers",
@@ -121,11 +122,17 @@ def quantized_layers(checkpoint: Checkpoint, info: QuantizationInfo | None) -> d
         CheckpointError: config and tensors disagree: packed tensors in a float checkpoint, none in a quantized one,
             an incomplete layer, or a layer that is also there in float.
     """
-    # Without a config, what gives a packed linear away are the codes of GPTQ and AWQ or of compressed-tensors.
-    known = LAYOUTS[info.layout].TENSORS if info else {**LAYOUTS["gptq"].TENSORS, "weight_packed": True}
+    if info is not None and info.layout == bitsandbytes.NAME:
+        return _bitsandbytes_layers(checkpoint)
+    # Without a config, what gives a packed linear away are the codes of GPTQ and AWQ, or the scales of others.
+    marks = {**LAYOUTS["gptq"].TENSORS, "weight_scale": True, "absmax": True, "SCB": True}
+    known = LAYOUTS[info.layout].TENSORS if info else marks
     names = set(checkpoint.names)
-    packed = [suffix for suffix in known if suffix != "bias"]  # bias is a tensor of float layers as well
+    packed = [suffix for suffix in known if suffix not in ("weight", "bias")]  # float layers have those as well
     layers = sorted({name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in packed})
+    if "weight" in known:  # a layout whose codes have the float weight's name: only their dtype tells them apart
+        codes = {name.removesuffix(".weight") for name in names if name.endswith(".weight")} - set(layers)
+        layers = sorted([*layers, *(layer for layer in codes if checkpoint.info(f"{layer}.weight").dtype == "I8")])
     if info is None:
         if layers:
             raise CheckpointError(
@@ -141,12 +148,24 @@ def quantized_layers(checkpoint: Checkpoint, info: QuantizationInfo | None) -> d
         missing = [suffix for suffix, required in known.items() if required and f"{layer}.{suffix}" not in names]
         if missing:
             raise CheckpointError(f"{checkpoint.folder}: {layer} lacks {', '.join(missing)}: fetch or write it again")
-        if f"{layer}.weight" in names:
+        if "weight" not in known and f"{layer}.weight" in names:
             raise CheckpointError(
                 f"{checkpoint.folder}: {layer} is there packed and as float weight: remove one of them"
             )
         found[layer] = {suffix: f"{layer}.{suffix}" for suffix in known if f"{layer}.{suffix}" in names}
     return found
+
+
+def _bitsandbytes_layers(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    try:
+        layers = bitsandbytes.layers(checkpoint.names)
+    except FormatError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {error}") from error
+    if not layers:
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json says bitsandbytes, no linear is packed: quantize it again"
+        )
+    return layers
 
 
 def iter_dequantized(folder: str | Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -163,17 +182,34 @@ def iter_dequantized(folder: str | Path) -> Iterator[tuple[str, NDArray[np.float
     layers = quantized_layers(checkpoint, info)
     if info is not None:
         for layer, suffixes in layers.items():
-            tensors = {suffix: _plain(checkpoint.tensor(name)) for suffix, name in suffixes.items()}
-            settings = info.of(layer)
-            try:
-                linear = LAYOUTS[info.layout].read(tensors, bits=settings.bits, group_size=settings.group_size)
-            except FormatError as error:
-                raise CheckpointError(f"{checkpoint.folder}: {layer}: {error}") from error
-            yield f"{layer}.weight", dequantize(linear)
+            yield f"{layer}.weight", dequantized(checkpoint, info, layer, suffixes)
     packed = {name for suffixes in layers.values() for suffix, name in suffixes.items() if suffix != "bias"}
     for name in checkpoint.names:
         if name not in packed:
             yield name, to_float32(checkpoint.tensor(name))
+
+
+def dequantized(
+    checkpoint: Checkpoint, info: QuantizationInfo, layer: str, suffixes: Mapping[str, str]
+) -> NDArray[np.float32]:
+    """The weight (out, in) that one quantized linear's codes stand for.
+
+    Args:
+        suffixes: tensor suffix -> tensor name, as from `quantized_layers`.
+
+    Raises:
+        CheckpointError: its tensors do not make a linear of the layout.
+    """
+    settings = info.of(layer)
+    try:
+        if info.layout == bitsandbytes.NAME:
+            raw = {suffix: checkpoint.tensor(name) for suffix, name in suffixes.items()}
+            return bitsandbytes.dequantize(raw, bits=settings.bits)
+        tensors = {suffix: _plain(checkpoint.tensor(name)) for suffix, name in suffixes.items()}
+        linear = LAYOUTS[info.layout].read(tensors, bits=settings.bits, group_size=settings.group_size)
+    except FormatError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {layer}: {error}") from error
+    return dequantize(linear)
 
 
 def _plain(array: NDArray[Any]) -> NDArray[Any]:

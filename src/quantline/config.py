@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from quantline import capabilities
+from quantline.asking import method_faults
+from quantline.coverage_config import CoverageConfig
 from quantline.errors import ConfigError
 from quantline.methods import Backend, LayersConfig, Method, Section
 
@@ -64,7 +65,9 @@ class ConvertConfig(Section):
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
-    target: Literal["auto", "keep", "awq", "gptq", "gptq_v2", "compressed_tensors"]
+    target: Literal[
+        "auto", "keep", "awq", "gptq", "gptq_v2", "compressed_tensors", "msmodelslim", "msmodelslim_ascend_v1"
+    ]
     shard_size: str = "4GB"
     requantize_outliers: bool = False
     must_serve: Literal["vllm"] | None = Field(default=None, alias="for")
@@ -138,6 +141,12 @@ class EvaluateConfig(Section):
     engine_tolerance: float = Field(gt=0)
 
 
+class NoiseConfig(Section):
+    """How often `stages.noise` quantizes a variant, each time with another seed."""
+
+    runs: int = Field(ge=2, le=100)
+
+
 class TrackingConfig(Section):
     """Where measurements are published."""
 
@@ -187,11 +196,13 @@ class Config(Section):
     low_memory: bool
     layers: LayersConfig
     calibration: CalibrationConfig
+    coverage: CoverageConfig
     convert: ConvertConfig
     source: ConvertSourceConfig = ConvertSourceConfig()
     out: str | None = None
     serve: ServeConfig
     evaluate: EvaluateConfig
+    noise: NoiseConfig
     tracking: TrackingConfig
     toolchains: ToolchainsConfig
     frozen: FrozenConfig | None = None
@@ -210,7 +221,7 @@ def parse(values: Mapping[str, Any]) -> Config:
         config = Config.model_validate(dict(values))
     except ValidationError as error:
         faults.extend(_describe(fault) for fault in error.errors(include_url=False))
-    faults.extend(_method_faults(values))
+    faults.extend(method_faults(values))
     faults.extend(_source_faults(values))
     faults.extend(_convert_faults(values))
     faults.extend(_tracking_faults(values))
@@ -242,68 +253,6 @@ def _shown(value: object) -> str:
 
 def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
-
-
-def wish_of(values: Mapping[str, Any]) -> capabilities.Wish:
-    """What a configuration, as plain values, asks of a backend."""
-    method = values["method"]
-    rules = values.get("layers", {}).get("rules") or []
-    bits = tuple(rule["bits"] for rule in rules if rule.get("bits") is not None)
-    groups = tuple(rule["group_size"] for rule in rules if rule.get("group_size") is not None)
-    return capabilities.Wish(
-        method=method["name"], bits=values["bits"], group_size=values["group_size"],
-        options={key: value for key, value in method.items() if key != "name"},
-        layers="widths" if bits or groups else "skip" if rules else "none", rule_bits=bits, rule_groups=groups,
-        lm_head=values["lm_head"] == "quantized", low_memory=values["low_memory"], dtype=values["dtype"],
-    )  # fmt: skip
-
-
-def _method_faults(values: Mapping[str, Any]) -> list[str]:
-    # The values may be anything: where they make no sense, their types are reported as faults already.
-    try:
-        wish, backends, backend = wish_of(values), dict(values["backends"]), str(values["backend"])
-    except (KeyError, TypeError, AttributeError):
-        return []
-    if wish.method not in backends or not isinstance(wish.bits, int) or not isinstance(wish.group_size, int):
-        return []
-    order = backends[wish.method]
-    unknown = [name for names in backends.values() for name in names if name not in capabilities.table()]
-    if unknown:
-        return [f"backends: {unknown[0]} is none; there are {', '.join(capabilities.table())}"]
-    if backend != "auto":
-        return capabilities.faults(backend, wish) if backend in capabilities.table() else []
-    if capabilities.candidates("auto", order, wish):
-        return []
-    faults = _bits_faults(wish, backends) + _group_faults(wish, order)
-    if not faults:
-        tried = (fault for name in order for fault in capabilities.faults(name, wish))
-        faults = list(dict.fromkeys(tried)) or [f"backends.{wish.method}: names no backend"]
-    return faults
-
-
-def _bits_faults(wish: capabilities.Wish, backends: Mapping[str, list[str]]) -> list[str]:
-    allowed = {method: capabilities.bits_of(method, names) for method, names in backends.items()}
-    faults = []
-    for bits in dict.fromkeys((wish.bits, *wish.rule_bits)):
-        if bits in allowed[wish.method]:
-            continue
-        others = [method for method, widths in allowed.items() if bits in widths]
-        remedy = f"; method={others[0]} takes bits={bits}" if others else ""
-        if not others and len(allowed[wish.method]) == 1:
-            wider = next(method for method, widths in allowed.items() if len(widths) > 1)
-            remedy = f"; method={wider} takes {_either(allowed[wider])}"
-        faults.append(f"bits={bits}: {wish.method} takes {_either(allowed[wish.method])}{remedy}")
-    return faults
-
-
-def _group_faults(wish: capabilities.Wish, order: list[str]) -> list[str]:
-    allowed = capabilities.group_sizes_of(wish.method, order)
-    faults = []
-    for size in dict.fromkeys((wish.group_size, *wish.rule_groups)):
-        if allowed and size not in allowed:
-            near = min((one for one in allowed if one > 0), key=lambda one: abs(one - size))
-            faults.append(f"group_size={size}: {wish.method} takes {_either(allowed)}; the nearest is {near}")
-    return faults
 
 
 def _repository_over_embedded(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -376,14 +325,15 @@ def _convert_faults(values: Mapping[str, Any]) -> list[str]:
         return [
             f"out={out}: goes with source=auto or source=msmodelslim; without them a stage knows its output's place"
         ]
+    target = str((values.get("convert") or {}).get("target"))
+    if kind == "pipeline" and target.startswith("msmodelslim"):
+        return [
+            f"convert.target={target}: the pipeline serves what it converts, and no server here reads msModelSlim; convert "
+            "by hand with source=auto source.path=DIR"
+        ]
     if kind != "pipeline" and not path:
         return [f"source.path: is not set; give the checkpoint's folder, source={kind} source.path=DIR"]
     return []
-
-
-def _either(allowed: tuple[int, ...]) -> str:
-    words = [str(value) for value in allowed]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def nearest(word: str, allowed: list[str]) -> str:

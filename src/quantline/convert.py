@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantline.conversion.engine import carry_file, write_description, write_weights
-from quantline.conversion.faults import ConversionError
-from quantline.conversion.plan import LayerFacts, examine, make_plan, parse_size
-from quantline.conversion.proof import CarriedProof, LinearProof, Proof, check_output
+from quantline.conversion.description import write_description
+from quantline.conversion.engine import write_weights
+from quantline.conversion.kept import facts_of_kept, keep
+from quantline.conversion.plan import LayerFacts, make_plan, parse_size
+from quantline.conversion.proof import Proof, check_output
+from quantline.conversion.serving import serving_notes
 from quantline.conversion.source import MSMODELSLIM, Source, open_source
+from quantline.conversion.targets import TARGETS
 from quantline.errors import UserError
+from quantline.formats import bitsandbytes
 from quantline.formats.container import read_json
-from quantline.lineage import file_hashes
-from quantline.serving_rules import Target, facts_of, verdict
+from quantline.serving_rules import Target
 
-# convert.target -> layout
-TARGETS = {"awq": "awq_gemm", "gptq": "gptq", "gptq_v2": "gptq_v2", "compressed_tensors": "compressed_tensors"}
+__all__ = ["TARGETS", "Options", "choose_layout", "convert"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,15 @@ def choose_layout(target: str, source: Source, symmetric: bool) -> str:
     """The layout to write. `auto` keeps what vLLM reads and brings the rest to its nearest kin that vLLM does read.
 
     Raises:
-        UserError: `keep` of what no server reads.
+        UserError: `keep` of what no server reads, or another layout than its own for bitsandbytes.
     """
+    if source.layout == bitsandbytes.NAME:
+        if target not in ("auto", "keep"):
+            raise UserError(
+                f"convert.target={target}: bitsandbytes' weights have no codes on a grid, which other layouts hold; give "
+                "convert.target=keep, or quantize the float model with method=rtn, gptq or awq"
+            )
+        return source.layout
     if source.layout == MSMODELSLIM:
         if target == "keep":
             raise UserError(f"convert.target=keep: a {source.kind} checkpoint serves nowhere as it is; name a target")
@@ -76,7 +85,9 @@ def convert(source: Path, out: Path, options: Options, *, kind: str = "auto") ->
     opened = open_source(source, kind)
     promised = opened.info is not None and opened.info.symmetric
     layout = choose_layout(options.target, opened, promised)
-    proof = _keep(opened, out, options) if layout == opened.layout else _rewrite(opened, layout, out, options)
+    # msModelSlim has several save modes, of which one is written.
+    kept = layout == opened.layout != MSMODELSLIM
+    proof = _keep(opened, out, options) if kept else _rewrite(opened, layout, out, options)
     proof.write(out)
     return proof
 
@@ -84,7 +95,7 @@ def convert(source: Path, out: Path, options: Options, *, kind: str = "auto") ->
 def _rewrite(source: Source, layout: str, out: Path, options: Options) -> Proof:
     limit = parse_size(options.shard_size)
     plan = make_plan(source, layout, requantize=options.requantize_outliers, shard_bytes=limit)
-    notes = [*plan.warnings, *serving_notes(plan.settings, source, options)]
+    notes = [*plan.warnings, *_notes(source, layout, plan.settings, plan.facts, options)]
     linears, carried = write_weights(plan, out, options.threads)
     left_out = write_description(plan, out)
     check_output(out, linears, carried, layout)
@@ -92,50 +103,14 @@ def _rewrite(source: Source, layout: str, out: Path, options: Options) -> Proof:
 
 
 def _keep(source: Source, out: Path, options: Options) -> Proof:
-    facts, faults = examine(source, source.layout, requantize=False, threads=options.threads)
-    if source.faults or faults or not facts:
-        raise ConversionError(
-            [*source.faults, *faults] or ["it holds no quantized linear; give a quantized checkpoint"]
-        )
+    facts = facts_of_kept(source, options.threads)
     settings = read_json(source.folder / "config.json").get("quantization_config", {})
-    notes = [*source.warnings, *serving_notes(settings, source, options)]
-    for path in sorted(source.folder.iterdir()):
-        if path.is_file():
-            carry_file(path, out / path.name)
-    linears = [_kept(source, name, fact) for name, fact in sorted(facts.items())]
-    hashes = file_hashes(out)
-    # Each file has the bytes of the source's, so each tensor has.
-    differing = [
-        name for name, value in file_hashes(source.folder).items() if "/" not in name and hashes[name] != value
-    ]
-    if differing:
-        raise UserError(f"{differing[0]}: changed while it was carried over; run it again")
-    carried = [CarriedProof(name, old, "", source.tensors.infos[old].nbytes) for name, old in source.carried.items()]
-    return Proof(source.kind, source.layout, False, linears, carried, {}, {}, notes, hashes)
+    return keep(source, facts, out, [*source.warnings, *_notes(source, source.layout, settings, facts, options)])
 
 
-def _kept(source: Source, name: str, fact: LayerFacts) -> LinearProof:
-    layer = source.layers[name]
-    return LinearProof(
-        name, layer.bits, layer.group_size, layer.in_features, layer.out_features, fact.symmetric, "equal", 0.0
-    )
-
-
-def serving_notes(settings: Mapping[str, Any], source: Source, options: Options) -> list[str]:
-    """What is known against serving the result on the configured target.
-
-    Raises:
-        ConversionError: something is, and it must serve.
-    """
+def _notes(
+    source: Source, layout: str, settings: Mapping[str, Any], facts: Mapping[str, LayerFacts], options: Options
+) -> list[str]:
     if options.serving is None:
         return []
-    layers = source.layers.values()
-    whole = all(layer.in_features % 32 == 0 and layer.out_features % 32 == 0 for layer in layers)
-    known = verdict(options.serving, facts_of(settings, widths_divisible_by_32=whole))
-    if known.supported:
-        return []
-    where = f"{options.serving.runtime} {options.serving.version} on {options.serving.device}"
-    note = f"{where} will not serve it: {known.reason}; {known.remedy}"
-    if options.must_serve:
-        raise ConversionError([f"convert.for={options.serving.runtime}: {note}"])
-    return [note]
+    return serving_notes(options.serving, source, layout, settings, facts, must_serve=options.must_serve)

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,13 @@ def run_stage(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config = parse(plain(cfg))
     check_caller(config, overrides)
+    if name == "quantize" and config.method.name != "float":
+        # Here, not in the stage: what DVC runs again when planning changes should not be the quantization.
+        from quantline.planning import preflight
+        from quantline.stage import StageRun
+
+        for note in preflight(StageRun(name, config, root, tuple(overrides))):
+            print(f"  note: {note}", file=sys.stderr)
     result = execute(name, work, config, root, overrides)
     if result and config.frozen is None and config.tracking.enabled:
         from quantline.collect import manual_record

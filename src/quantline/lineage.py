@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from quantline import __version__, capabilities
-from quantline.config import Config, wish_of
+from quantline.asking import wish_of
+from quantline.config import Config
 from quantline.toolchains import locks_identity, sha256_of
 
 
@@ -58,16 +59,19 @@ def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
     if stage == "quantize":
         own = {"method": config.method.model_dump(), "bits": config.bits, "group_size": config.group_size}
         own.update(backends=backends_of(config), seed=config.seed, threads=config.threads, dtype=config.dtype)
+        own.update(coverage=config.coverage.model_dump())
         own.update(layers=config.layers.model_dump(), lm_head=config.lm_head, low_memory=config.low_memory)
         return {**own, "environment": locks["quantizer"]}
     if stage == "convert":
         # What is at its default is left out, so that an option more does not make another output of all there are.
         return {"convert": config.convert.model_dump(exclude_defaults=True), "runtime": config.serve.runtime}
-    if stage not in ("serve_smoke", "evaluate"):
+    if stage not in ("serve_smoke", "evaluate", "noise"):
         raise ValueError(f"no stage named {stage}")
     own = {"evaluate": config.evaluate.model_dump(), "text": _text_hash(config, root)}
     if stage == "serve_smoke":
         return {**own, "serve": config.serve.model_dump(exclude={"process"}), "environment": locks["server"]}
+    if stage == "noise":
+        own["noise"] = config.noise.model_dump()
     return {**own, "environment": locks["reference"]}
 
 
@@ -77,7 +81,9 @@ def stages_before(config: Config, stage: str) -> tuple[str, ...]:
         return ("download", "calibrate") if config.method.name in capabilities.CALIBRATED else ("download",)
     if stage == "serve_smoke":
         return ("download",) if config.method.name == "float" else ("convert",)
-    return {"calibrate": ("download",), "convert": ("quantize",), "evaluate": ("serve_smoke",)}.get(stage, ())
+    return {
+        "calibrate": ("download",), "convert": ("quantize",), "evaluate": ("serve_smoke",), "noise": ("quantize",),
+    }.get(stage, ())  # fmt: skip
 
 
 def identity(config: Config, stage: str, root: Path) -> dict[str, Any]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+# Between two lines where stderr is no terminal.
+_MILESTONE_SECONDS = 30.0
 
 
 class Progress(Protocol):
@@ -19,13 +23,16 @@ class _Bar:
     def __init__(self, label: str) -> None:
         from tqdm import tqdm
 
+        tqdm.monitor_interval = 0  # no thread of its own: conversions fork
         self._label = label
+        self._started = self._told = time.monotonic()
         self._bar = tqdm(
             total=1, desc=label, leave=True, file=sys.stderr, dynamic_ncols=True, disable=not sys.stderr.isatty(),
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.4g}/{total:.4g} [{elapsed}<{remaining}]",
         )  # fmt: skip
 
     def update(self, done: float, total: float, label: str = "") -> None:
+        self._milestone(done, total, label)
         self._bar.total = total
         self._bar.n = done
         self._bar.set_description(f"{self._label}: {label}" if label else self._label, refresh=False)
@@ -33,6 +40,27 @@ class _Bar:
 
     def close(self) -> None:
         self._bar.close()
+
+    def _milestone(self, done: float, total: float, label: str) -> None:
+        """Where nobody watches a bar: a line now and then, with the time that is left if it goes on like this."""
+        now = time.monotonic()
+        if not self._bar.disable or now - self._told < _MILESTONE_SECONDS or not 0 < done < total:
+            return
+        self._told = now
+        left = (now - self._started) / done * (total - done)
+        print(f"{self._label}: {done / total:.0%} after {_time(now - self._started)}, {_time(left)} left  {label}",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """The reference engine: any known checkpoint as an ordinary float32 transformers model, in the `reference` toolchain.
 
 A quantized linear is dequantized exactly, `w = (u - z) * s`, and the model is computed with plain matrix products: no
-quantized kernel takes part, so what is measured is the weights alone, on any device. Every tensor of the checkpoint
-must find its place in the model and every parameter of the model its tensor; anything else is an error that names it.
+quantized kernel takes part, so what is measured is the weights alone, on any device. Where the checkpoint says that
+activations are rounded too (W8A8), what goes into its linears is rounded as a server does it, token by token. Every
+tensor of the checkpoint must find its place in the model and every parameter of the model its tensor; anything else is
+an error that names it.
 
 Jobs, by `kind` (paths are strings; `device` is "cpu" or "cuda", `threads` the number of CPU threads):
 
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ def load_model(folder: Path, device: str = "cpu") -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        quantized = quantized_layers(Checkpoint.open(folder), quantization_of(folder))
+        info = quantization_of(folder)
+        quantized = quantized_layers(Checkpoint.open(folder), info)
         # What `iter_dequantized` yields may be a read-only view of the file.
         state = {
             name: torch.from_numpy(np.require(array, requirements=["C", "W"]))
@@ -72,7 +75,29 @@ def load_model(folder: Path, device: str = "cpu") -> Any:
     except (ValueError, RuntimeError) as error:
         raise JobError(f"{folder}: transformers cannot build its model: {error}") from error
     _account(folder, model, loaded, state, quantized)
+    if info is not None and info.activation_bits is not None:
+        _round_activations(folder, model, quantized, info.activation_bits)
     return model.to(device).eval()
+
+
+def _round_activations(folder: Path, model: Any, layers: Iterable[str], bits: int) -> None:
+    """Round what goes into linears: symmetrically, with one scale a token, its largest magnitude over 2**(bits-1) - 1."""
+    limit = 2 ** (bits - 1) - 1
+
+    def rounded(_module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        values = arguments[0]  # (..., in)
+        scale = values.abs().amax(dim=-1, keepdim=True) / limit
+        # A token of zeros stays one.
+        return ((values / scale.clamp(min=1e-30)).round() * scale, *arguments[1:])
+
+    for name in layers:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise JobError(
+                f"{folder}: {name} is no module of its own here, so its activations cannot be rounded"
+            ) from None
+        module.register_forward_pre_hook(rounded)
 
 
 def _config_of(folder: Path) -> Any:
@@ -259,17 +284,15 @@ _KINDS: dict[str, Callable[[Any, Mapping[str, Any], Reporter], dict[str, Any]]] 
 }
 
 
-def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
-    """Do one job, see the module's description; the result also has `load_seconds` and `parameters`.
+def prepare(job: Mapping[str, Any]) -> str:
+    """Settle a job's threads, and arithmetic that repeats itself; returns its device.
 
     Raises:
-        JobError: an unknown kind, no such device, or whatever `load_model` and the job refuse.
+        JobError: this machine has no such device.
     """
     import torch
     from transformers.utils import logging
 
-    if job.get("kind") not in _KINDS:
-        raise JobError(f"kind={job.get('kind')!r}: the reference engine knows {', '.join(_KINDS)}")
     device = str(job.get("device", "cpu"))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise JobError(f"device={device}: this machine has no GPU that torch can use; set device=cpu")
@@ -279,6 +302,20 @@ def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
     torch.set_float32_matmul_precision("highest")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    return device
+
+
+def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
+    """Do one job, see the module's description; the result also has `load_seconds` and `parameters`.
+
+    Raises:
+        JobError: an unknown kind, no such device, or whatever `load_model` and the job refuse.
+    """
+    import torch
+
+    if job.get("kind") not in _KINDS:
+        raise JobError(f"kind={job.get('kind')!r}: the reference engine knows {', '.join(_KINDS)}")
+    device = prepare(job)
     started = time.perf_counter()
     with torch.inference_mode():
         model = load_model(Path(job["checkpoint"]), device)

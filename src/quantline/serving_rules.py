@@ -17,20 +17,31 @@ from quantline.errors import UserError
 
 @dataclass(frozen=True)
 class Target:
-    """What serves: runtime `vllm`, its version as `0.32.0`, device `cpu` or `cuda`, and the activations' dtype."""
+    """What serves: runtime `vllm`, its version as `0.32.0`, device `cpu` or `cuda`, and the activations' dtype.
+
+    instructions: of an x86 CPU, the best set that vLLM has kernels for: `avx512`, `avx2` or `none`. compute_capability: of
+    an NVIDIA GPU, 89 for 8.9. None where it is not known, and no rule about it speaks.
+    """
 
     runtime: str
     version: str
     device: str
     dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    instructions: str | None = None
+    compute_capability: int | None = None
 
 
 @dataclass(frozen=True)
 class CheckpointFacts:
     """What a checkpoint's quantization config says; None where it says nothing.
 
-    method: `awq`, `gptq`, `compressed-tensors` or `float`. layout: `gemm`, `gemv`, ... for AWQ; `gptq` or `gptq_v2` for
-    GPTQ. group_size: -1 is one group a channel. widths_divisible_by_32: whether in and out of every quantized layer are.
+    method: `awq`, `gptq`, `compressed-tensors`, `bitsandbytes` or `float`. layout: `gemm`, `gemv`, ... for AWQ; `gptq` or
+    `gptq_v2` for GPTQ; the format for compressed-tensors. group_size: -1 is one group a channel. The rest is known from
+    layers (see `serving_facts`): widths_divisible_by_32, whether in and out of every quantized layer are, on each GPU;
+    fused, `mixed` where linears that are computed as one differ, else `alike`; head, whether the config names a quantized
+    output layer: `named`, `unnamed`, or `float` where it is not quantized; cut, what tensor parallelism would cut through:
+    `heads`, `groups` or `nothing`.
     """
 
     method: str
@@ -41,11 +52,14 @@ class CheckpointFacts:
     zero_point: bool | None = None
     layout: str | None = None
     widths_divisible_by_32: bool | None = None
+    fused: str | None = None
+    head: str | None = None
+    cut: str | None = None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that a runtime does not load."""
+    """One thing that a runtime does not load, or computes wrongly."""
 
     id: str
     runtime: str
@@ -55,15 +69,20 @@ class Rule:
     remedy: str
     source: str
 
+    def covers(self, runtime: str, version: Version) -> bool:
+        """Whether the rule is about this version of this runtime."""
+        return self.runtime == runtime and self.versions.contains(version, prereleases=True)
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """supported: nothing is known against it. Otherwise rule_id, reason and remedy say what is."""
+    """supported: nothing is known against it. Otherwise rule_id, reason, remedy and source say what is."""
 
     supported: bool
     reason: str = ""
     remedy: str = ""
     rule_id: str = ""
+    source: str = ""
 
 
 @cache
@@ -78,7 +97,16 @@ def rules() -> tuple[Rule, ...]:
 
 
 def verdict(target: Target, facts: CheckpointFacts) -> Verdict:
-    """Whether `target` will load a checkpoint with these facts.
+    """Whether `target` will load a checkpoint with these facts: the first rule that speaks.
+
+    Raises:
+        UserError: the target's version is no version.
+    """
+    return next(iter(verdicts(target, facts)), Verdict(True))
+
+
+def verdicts(target: Target, facts: CheckpointFacts) -> list[Verdict]:
+    """Everything that is known against `target` loading a checkpoint with these facts.
 
     Raises:
         UserError: the target's version is no version.
@@ -88,12 +116,12 @@ def verdict(target: Target, facts: CheckpointFacts) -> Verdict:
     except InvalidVersion:
         raise UserError(f"version {target.version!r} of {target.runtime}: give one like 0.32.0") from None
     known = _known(target, facts)
-    for rule in rules():
-        if rule.runtime != target.runtime or not rule.versions.contains(version, prereleases=True):
-            continue
-        if all(_holds(condition, known[name]) for name, condition in rule.when.items()):
-            return Verdict(False, rule.reason.format(**known), rule.remedy.format(**known), rule.id)
-    return Verdict(True)
+    return [
+        Verdict(False, rule.reason.format(**known), rule.remedy.format(**known), rule.id, rule.source)
+        for rule in rules()
+        if rule.covers(target.runtime, version)
+        and all(_holds(condition, known[name]) for name, condition in rule.when.items())
+    ]
 
 
 def facts_of(quantization: Mapping[str, Any] | None, *, widths_divisible_by_32: bool | None = None) -> CheckpointFacts:
@@ -144,7 +172,7 @@ def _holds(condition: Any, value: Any) -> bool:
     if value is None:
         return False
     if isinstance(condition, dict):
-        return not _holds(condition["not"], value)
+        return bool(value < condition["below"]) if "below" in condition else not _holds(condition["not"], value)
     return value in (condition if isinstance(condition, list) else [condition])
 
 

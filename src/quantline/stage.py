@@ -14,14 +14,15 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantline import lineage, toolchains
-from quantline.config import Config, wish_of
+from quantline.asking import wish_of
+from quantline.config import Config
 from quantline.errors import UserError
 from quantline.jobs import JobResult, installed_versions, write_json
 from quantline.methods import FloatMethod
@@ -104,6 +105,15 @@ class StageRun:
                 f"method=float: the baseline skips {self.stage}; choose method=awq, gptq, rtn, bnb or autoround"
             )
 
+    def refuse_frozen(self) -> None:
+        """Refuse a frozen configuration where a stage is no part of the pipeline.
+
+        Raises:
+            UserError: the configuration is frozen.
+        """
+        if self.frozen:
+            raise UserError(f"{self.stage}: is run by hand, with overrides; leave -cp and -cn out")
+
     def toolchain(self, name: str) -> toolchains.Toolchain:
         """The named environment, ready to use."""
         return toolchains.ensure(self.root, name, python=getattr(self.config.toolchains, name), platform=self.device)
@@ -116,6 +126,12 @@ class StageRun:
         self.peak_memory_bytes = max(self.peak_memory_bytes, result.peak_memory_bytes)
         self.environment.update(toolchain=toolchain, lock_sha256=chosen.lock_sha256, versions=result.versions)
         return result
+
+    def side_worker(self, toolchain: str, module: str, job: dict[str, Any], label: str) -> JobResult:
+        """Run a worker that only looks at what the stage made: with a log of its own, and not as the stage's environment."""
+        chosen = self.toolchain(toolchain)
+        log = self.paths.log.with_name(f"{self.stage}.{module.rsplit('.', 1)[-1].removesuffix('_worker')}.log")
+        return toolchains.run_worker(chosen, module, job, log=log, threads=self.config.threads, label=label)
 
     def input(self, stage: str, *, baseline: bool = False) -> Path:
         """The output folder of an earlier stage, or of the baseline's.
@@ -172,11 +188,13 @@ class StageRun:
             rules=config.layers.model_dump()["rules"], seed=config.seed, threads=config.threads, device=self.device,
         )  # fmt: skip
 
-    def work_folder(self) -> Path:
+    @contextmanager
+    def work_folder(self) -> Iterator[Path]:
         """A folder for what a long run keeps to go on from after a crash; known by the fingerprint, gone after success."""
         folder = self.root / "scratch" / ".work" / self.fingerprint[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
 
     def server(self) -> tuple[Path, str]:
         """Interpreter and version of the server's toolchain."""
@@ -292,3 +310,22 @@ def execute(
     for warning in run.warnings + ([run.reason] if run.reason else []):
         print(f"  note: {warning}", file=sys.stderr)
     return result
+
+
+def made(config: Config, variant: str, work: Mapping[str, Callable[[StageRun], None]], root: Path) -> tuple[Path, str]:
+    """The converted checkpoint of a variant by hand, and its hash; stages whose output is there are not run again.
+
+    Args:
+        config: of the variant.
+        variant: name of its folder in scratch/.
+        work: what calibrate, quantize and convert do, by name.
+        root: the checkout.
+    """
+    named, output = config.model_copy(update={"variant": variant}), root
+    for stage in ("calibrate", "quantize", "convert"):
+        run = StageRun(stage, named, root, ())
+        output = run.paths.output
+        result = read_result(run.paths.result) if run.paths.result.is_file() else {}
+        if result.get("fingerprint") != run.fingerprint or not output.is_dir():
+            execute(stage, work[stage], named, root, ())
+    return output, str(read_result(stage_paths_of(output).result)["output_hash"])

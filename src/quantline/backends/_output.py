@@ -93,7 +93,7 @@ def check_widths(widths: Mapping[str, tuple[int, int]], layout: str, bits: int, 
             continue
         awq = layout.startswith("awq")
         for side, width in (("input", in_features), ("output", out_features)):
-            multiple = 8 if awq else values_per_run(bits)
+            multiple = 8 if awq else 1 if layout.startswith("compressed") else values_per_run(bits)
             if width % multiple:
                 faults.append(f"{name}: its {side} width {width} is not a multiple of {multiple}, which packing needs")
     if faults:

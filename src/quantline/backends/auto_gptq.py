@@ -112,7 +112,9 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     work.metrics["quantize_seconds"] = time.perf_counter() - started
     work.warnings.extend(losses.warnings)
     quantization = {"quant_method": "gptq", "checkpoint_format": "gptq", **settings, **_output.left_float(skipped)}
-    result = _common.finish(work, {name: module for name, module in linears.items() if name not in skipped}, quantization)
+    result = _common.finish(
+        work, {name: module for name, module in linears.items() if name not in skipped}, quantization
+    )
     return {**result, "layers": losses.rows}
 
 
@@ -183,6 +185,8 @@ def _gptq_class(base: Any, losses: Losses) -> Any:
     import torch
 
     class Recorded(base):  # type: ignore[misc]
+        H: Any
+
         def fasterquant(self, *arguments: Any, **keywords: Any) -> Any:
             if not self.nsamples:
                 raise JobError(

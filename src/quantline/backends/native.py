@@ -50,7 +50,7 @@ def quantization_config(
     with _output.refusals():
         return describe(
             layout, bits=main.bits, group_size=main.group_size, symmetric=symmetric, overrides=overrides,
-            modules_to_not_convert=skipped,
+            modules_to_not_convert=skipped, quantized_head=LM_HEAD in widths,
         )  # fmt: skip
 
 

@@ -1,16 +1,16 @@
 """Write what a plan says: linear by linear, shard by shard, each linear read back from the disk as soon as it is there.
 
-In memory are the linears that are being worked on, two at a time; tensors that are carried over pass in pieces. Files
-appear under their names when they are whole. The folder is the caller's, who removes it if anything is raised.
+Large files are written by two processes. In memory are the linears that are being worked on, one in each; tensors that
+are carried over pass in pieces. Files appear under their names when they are whole. The folder is the caller's, who
+removes it if anything is raised.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,22 @@ from numpy.typing import NDArray
 from quantline.conversion.faults import ProofError
 from quantline.conversion.plan import Plan, Shard, scale_loss
 from quantline.conversion.proof import CarriedProof, LinearProof, same_layer
-from quantline.conversion.source import PICKLES, Source, SourceLayer
-from quantline.formats import LAYOUTS, FormatError, QuantizedLinear, compressed_tensors, round_scales
+from quantline.conversion.source import MSMODELSLIM, Source, SourceLayer
+from quantline.conversion.targets import FORMS, MSMODELSLIM_PACKED
+from quantline.conversion.workers import can_fork, forked
+from quantline.formats import FormatError, QuantizedLinear, compressed_tensors, round_scales
 from quantline.formats.packing import turned
-from quantline.formats.streaming import StreamedFile, streamed
+from quantline.formats.streaming import StreamedFile, flushed, streamed
 from quantline.jobs import write_json
 from quantline.progress import bar
 
-INDEX_NAME = "model.safetensors.index.json"
+# Bytes of an output file from which on processes pay for themselves.
+FORK_BYTES = 1 << 26
 # Layouts that store codes (out, in); the others (in, out).
-_ROWS_ARE_OUTPUTS = ("awq_gemv", "compressed_tensors")
-_CODES = {"qweight", "weight_packed"}
+_ROWS_ARE_OUTPUTS = ("awq_gemv", "compressed_tensors", MSMODELSLIM, MSMODELSLIM_PACKED)
+_CODES = {"qweight", "weight_packed", "weight"}
 # Tensors without output channels: the same for every piece of a linear, or (weight_shape) stating their number.
 _WHOLE = {"g_idx", "weight_g_idx", "weight_shape"}
-# What describes the old weights, or what this project writes anew.
-_REPLACED = ("config.json", "quantize_config.json", "quant_config.json", "conversion_proof.json")
 
 
 def write_weights(plan: Plan, out: Path, threads: int = 2) -> tuple[list[LinearProof], list[CarriedProof]]:
@@ -52,8 +53,11 @@ def write_weights(plan: Plan, out: Path, threads: int = 2) -> tuple[list[LinearP
     try:
         with bar(f"convert to {plan.layout}") as progress:
             for shard in plan.shards:
-                with streamed(out / shard.name, shard.specs) as file, ThreadPoolExecutor(threads) as pool:
-                    for outcome, name in _work(pool, plan, shard, file):
+                with (
+                    streamed(out / shard.name, shard.specs) as file,
+                    closing(_work(plan, shard, file, threads)) as work,
+                ):
+                    for outcome, name in work:
                         if isinstance(outcome, LinearProof):
                             linears.append(outcome)
                             done += _layer_bytes(shard, name)
@@ -65,26 +69,38 @@ def write_weights(plan: Plan, out: Path, threads: int = 2) -> tuple[list[LinearP
         plan.source.tensors.close()
     if len(plan.shards) > 1:
         weight_map = {name: shard.name for shard in plan.shards for name in shard.specs}
-        write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(out / plan.index_name, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return sorted(linears, key=lambda proof: proof.name), sorted(carried, key=lambda proof: proof.name)
 
 
 def _layer_bytes(shard: Shard, layer: str) -> int:
-    suffixes = {suffix for layout in LAYOUTS.values() for suffix in layout.TENSORS if suffix != "bias"}
+    suffixes = {suffix for layout in FORMS.values() for suffix in layout.TENSORS if suffix != "bias"}
     return sum(shard.specs[f"{layer}.{suffix}"].nbytes for suffix in suffixes if f"{layer}.{suffix}" in shard.specs)
 
 
 def _work(
-    pool: ThreadPoolExecutor, plan: Plan, shard: Shard, file: StreamedFile
-) -> Iterator[tuple[LinearProof | CarriedProof, str]]:
-    jobs: dict[Future[Any], str] = {pool.submit(_linear, plan, layer, file): layer for layer in shard.layers}
-    jobs |= {pool.submit(_carry, plan.source, name, old, shard, file): name for name, old in shard.carried.items()}
-    try:
-        for job in as_completed(jobs):
-            yield job.result(), jobs[job]
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
+    plan: Plan, shard: Shard, file: StreamedFile, processes: int
+) -> Generator[tuple[LinearProof | CarriedProof, str], None, None]:
+    jobs: list[tuple[str, str | None]] = [*shard.carried.items(), *((layer, None) for layer in shard.layers)]
+
+    def done(job: tuple[str, str | None]) -> tuple[LinearProof | CarriedProof, set[str]]:
+        name, old = job
+        before = set(file.written)
+        outcome = _linear(plan, name, file) if old is None else _carry(plan.source, name, old, shard, file)
+        return outcome, file.written - before
+
+    if processes < 2 or sum(spec.nbytes for spec in shard.specs.values()) < FORK_BYTES or not can_fork():
+        for job in jobs:
+            yield done(job)[0], job[0]
+        return
+    # The processes before the thread that flushes: a fork takes over no thread, but the locks it holds.
+    outcomes = forked(done, jobs, processes)
+    first = next(outcomes)
+    with flushed(file) as news, closing(outcomes):
+        for job, (outcome, names) in chain([first], outcomes):
+            file.came(names)
+            news.set()
+            yield outcome, job[0]
 
 
 def _linear(plan: Plan, name: str, file: StreamedFile) -> LinearProof:
@@ -136,7 +152,7 @@ def _joined(plan: Plan, layer: SourceLayer, pieces: list[QuantizedLinear]) -> di
 def _written(plan: Plan, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
     if plan.layout == "compressed_tensors":
         return compressed_tensors.write(linear, zero_points=plan.zero_points)
-    return LAYOUTS[plan.layout].write(linear)
+    return FORMS[plan.layout].write(linear)
 
 
 def _differences(
@@ -146,7 +162,7 @@ def _differences(
     axis, start = _channel_axis(layout), 0
     stored = {
         suffix: file.get(f"{layer.name}.{suffix}")
-        for suffix in LAYOUTS[layout].TENSORS
+        for suffix in FORMS[layout].TENSORS
         if suffix != "bias" and f"{layer.name}.{suffix}" in file.infos
     }
     for piece in pieces:
@@ -160,7 +176,10 @@ def _differences(
             # Codes in the memory order of the source's compare many times faster.
             if suffix in _CODES and piece.codes.flags.c_contiguous == (layout in _ROWS_ARE_OUTPUTS):
                 own[suffix] = turned(own[suffix]).T
-        again = LAYOUTS[layout].read(own, bits=layer.bits, group_size=layer.group_size)
+        try:
+            again = FORMS[layout].read(own, bits=layer.bits, group_size=layer.group_size)
+        except FormatError as error:
+            raise ProofError(f"{layer.name}: what was written to {file.path.name} does not read back: {error}") from error
         faults = same_layer(piece, again)
         if faults:
             yield faults
@@ -186,42 +205,3 @@ def _carry(source: Source, name: str, old: str, shard: Shard, file: StreamedFile
             raise ProofError(f"{name}: reads back from {file.path.name} as other bytes than {old} of the source")
         digest.update(written)
     return CarriedProof(name, old, digest.hexdigest(), spec.nbytes)
-
-
-def write_description(plan: Plan, out: Path) -> dict[str, str]:
-    """config.json, quantize_config.json for AutoGPTQ, and every other file of the source but its weights.
-
-    Returns:
-        file of the source -> why it was left out.
-    """
-    write_json(out / "config.json", {**plan.source.config, "quantization_config": dict(plan.settings)})
-    if plan.settings["quant_method"] == "gptq":
-        write_json(out / "quantize_config.json", dict(plan.settings))
-    left_out = {}
-    for path in sorted(plan.source.folder.iterdir()):
-        reason = _reason(path)
-        if reason:
-            left_out[path.name] = reason
-        else:
-            carry_file(path, out / path.name)
-    return left_out
-
-
-def _reason(path: Path) -> str | None:
-    if not path.is_file():
-        return "a folder"
-    if path.name in _REPLACED:
-        return "written anew"
-    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
-        return "the source's weights"
-    if path.name.startswith("quant_model_description"):
-        return "describes the source's weights"
-    return "a pickle, which can run code" if path.suffix in PICKLES else None
-
-
-def carry_file(source: Path, target: Path) -> None:
-    """A second name for the same bytes, or a copy where that cannot be; no finished file is written in place."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)

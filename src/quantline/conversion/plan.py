@@ -16,14 +16,23 @@ from typing import Any
 import numpy as np
 
 from quantline.conversion.faults import ConversionError
-from quantline.conversion.source import Source, SourceLayer
+from quantline.conversion.source import MSMODELSLIM, Source, SourceLayer
+from quantline.conversion.targets import (
+    casts_scales,
+    checkpoint_faults,
+    family,
+    holds_mixed,
+    target_faults,
+    tensor_specs,
+    weights_stem,
+)
 from quantline.errors import UserError
-from quantline.formats import FormatError, QuantizedLinear, round_scales
+from quantline.formats import FormatError, QuantizedLinear, bitsandbytes, round_scales
+from quantline.formats.half import widened
 from quantline.formats.settings import LayerSettings, describe
 from quantline.formats.streaming import TensorSpec
+from quantline.linears import LM_HEAD
 
-# Layouts whose readers keep scales in float16; compressed-tensors holds them as they are.
-HALF_SCALES = ("awq_gemm", "awq_gemv", "gptq", "gptq_v2")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -56,11 +65,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion that nothing speaks against."""
+    """A conversion that nothing speaks against; settings: the quantization_config, of which msModelSlim has none."""
 
     source: Source
     layout: str
     shards: tuple[Shard, ...]
+    index_name: str
     facts: Mapping[str, LayerFacts]
     settings: Mapping[str, Any]
     zero_points: bool
@@ -79,39 +89,45 @@ def examine(
     facts = {
         name: outcome for name, outcome in zip(source.layers, found, strict=True) if isinstance(outcome, LayerFacts)
     }
-    return facts, [outcome for outcome in found if isinstance(outcome, str)]
+    return facts, [fault for outcome in found if isinstance(outcome, list) for fault in outcome]
 
 
-def casts_scales(source: Source, layout: str) -> bool:
-    """Whether scales become float16: where the layout's readers want that and the source is not already theirs."""
-    return layout in HALF_SCALES and family(source.layout) != family(layout)
-
-
-def family(layout: str) -> str:
-    """awq, gptq, compressed or msmodelslim."""
-    return layout.split("_", maxsplit=1)[0]
-
-
-def _examine(source: Source, layer: SourceLayer, half: bool, requantize: bool) -> LayerFacts | str:
+def _examine(source: Source, layer: SourceLayer, half: bool, requantize: bool) -> LayerFacts | list[str]:
+    faults = []
     try:
+        source.check_codes(layer)
+    except FormatError as error:
+        faults.append(f"{layer.name}: {error}")
+    try:
+        if source.layout == bitsandbytes.NAME:  # kept as it is, so that it can be read is all there is to know
+            stored = {suffix: source.tensors.read(name) for suffix, name in layer.tensors.items()}
+            bitsandbytes.dequantize(stored, bits=layer.bits)
+            return LayerFacts(True, True, 0, 0.0, "F32")
         linear, outliers = source.outline(layer, requantize)
     except FormatError as error:
-        return f"{layer.name}: {error}"
+        return [*faults, f"{layer.name}: {error}"]
     loss, dtype = 0.0, {2: "F16", 4: "F32"}[linear.scales.dtype.itemsize]
     if half and dtype == "F32":
         try:
             loss = scale_loss(linear, round_scales(linear))
         except FormatError as error:
-            return f"{layer.name}.{source.scale_suffix}: {error}; compressed_tensors keeps float32"
+            return [*faults, f"{layer.name}.{source.scale_suffix}: {error}; compressed_tensors keeps float32"]
         dtype = "F16"
-    return LayerFacts(linear.symmetric, linear.sequential, int(linear.zeros.min()), loss, dtype, outliers)
+    return faults or LayerFacts(linear.symmetric, linear.sequential, int(linear.zeros.min()), loss, dtype, outliers)
 
 
 def scale_loss(before: QuantizedLinear, after: QuantizedLinear) -> float:
     """The largest relative change of a scale, and so of any weight, since ``w = (u - z) * s``."""
-    old, new = before.scales.astype(np.float64), after.scales.astype(np.float64)
-    change = np.divide(np.abs(new - old), np.abs(old), out=np.zeros_like(old), where=old != 0)
-    return float(change.max(initial=0.0))
+    old, new = widened(before.scales), widened(after.scales)
+    # A float16 neighbour is within a factor of two, so the difference is exact in float32. Only where the quotient may be
+    # the largest is it taken in float64.
+    change, size = np.abs(new - old), np.abs(old)
+    rough = np.divide(change, size, out=np.zeros_like(size), where=size != 0)
+    if not rough.any():
+        return 0.0
+    near = rough >= rough.max() * np.float32(1 - 2.0**-20)
+    exact, whole = change[near].astype(np.float64), size[near].astype(np.float64)
+    return float((exact / whole).max())
 
 
 def make_plan(source: Source, layout: str, *, requantize: bool = False, shard_bytes: int = 4 * 10**9) -> Plan:
@@ -120,13 +136,13 @@ def make_plan(source: Source, layout: str, *, requantize: bool = False, shard_by
     Raises:
         ConversionError: all that speaks against it.
     """
-    faults = list(source.faults)
+    faults = [*source.faults, *checkpoint_faults(layout, source)]
     facts, unreadable = examine(source, layout, requantize=requantize)
     faults += unreadable
     for name, layer in source.layers.items():
         faults += [f"{name}: {fault}" for fault in target_faults(layout, layer, facts.get(name))]
     shared: Counter[tuple[int, int]] = Counter((layer.bits, layer.group_size) for layer in source.layers.values())
-    if len(shared) > 1 and layout != "compressed_tensors":
+    if len(shared) > 1 and not holds_mixed(layout):
         kinds = ", ".join(
             f"{count} of {bits} bits in groups of {size}" for (bits, size), count in sorted(shared.items())
         )
@@ -140,36 +156,34 @@ def make_plan(source: Source, layout: str, *, requantize: bool = False, shard_by
         for name, layer in source.layers.items()
         if (layer.bits, layer.group_size) != (bits, group_size)
     }
-    settings = describe(
-        layout, bits=bits, group_size=group_size, symmetric=symmetric,
-        desc_act=any(not fact.sequential for fact in facts.values()), modules_to_not_convert=source.float_linears,
-        overrides=overrides or None,
-    )  # fmt: skip
+    settings: dict[str, Any] = {}
+    if family(layout) != MSMODELSLIM:
+        settings = describe(
+            layout, bits=bits, group_size=group_size, symmetric=symmetric,
+            desc_act=any(not fact.sequential for fact in facts.values()),
+            modules_to_not_convert=_left_float(source, layout), overrides=overrides or None,
+            quantized_head=LM_HEAD in source.layers,
+        )  # fmt: skip
     return Plan(
         source=source, layout=layout, facts=facts, settings=settings, zero_points=not symmetric, requantize=requantize,
         shards=tuple(_shards(source, layout, facts, not symmetric, shard_bytes)),
+        index_name=f"{weights_stem(layout, source)}.safetensors.index.json",
         cast_scales=casts_scales(source, layout), warnings=tuple(_warnings(source, layout, facts)),
     )  # fmt: skip
 
 
-def target_faults(layout: str, layer: SourceLayer, facts: LayerFacts | None) -> list[str]:
-    """What a layout cannot hold of one linear."""
-    faults = []
-    awq, gptq = family(layout) == "awq", family(layout) == "gptq"
-    if awq and layer.bits != 4:
-        faults.append(f"has {layer.bits} bits, AWQ holds 4; use gptq or compressed_tensors")
-    if awq and facts is not None and not facts.sequential:
-        faults.append("groups are reordered by activation (desc_act), which AWQ cannot hold; use gptq")
-    run = 8 if awq else 32 // np.gcd(32, layer.bits) if gptq else 1
-    for name, width in (("in_features", layer.in_features), ("out_features", layer.out_features)):
-        if width % run:
-            remedy = "use compressed_tensors, or leave it in float"
-            faults.append(f"{name}={width} does not fill whole words of {layout}, a multiple of {run} does; {remedy}")
-    return faults
+def _left_float(source: Source, layout: str) -> list[str]:
+    floats = list(source.float_linears)
+    # Tied to the embeddings it has no tensor, and is still a module that "Linear" means to readers of compressed-tensors.
+    if layout == "compressed_tensors" and LM_HEAD not in (*source.layers, *floats):
+        floats.append(LM_HEAD)
+    return floats
 
 
 def _warnings(source: Source, layout: str, facts: Mapping[str, LayerFacts]) -> list[str]:
     notes = list(source.warnings)
+    if source.info is not None and source.info.activation_bits is not None:
+        notes.append("the source also rounds activations, to 8 bits a token; the result has its weights only")
     zero = sum(fact.least_zero == 0 for fact in facts.values())
     if layout == "gptq" and zero:
         notes.append(f"{zero} linears have a zero point of 0, which some readers of gptq mistake; gptq_v2 is safe")
@@ -177,36 +191,6 @@ def _warnings(source: Source, layout: str, facts: Mapping[str, LayerFacts]) -> l
     if coarse:
         notes.append(f"{coarse} linears have scales below the normal range of float16, rounded by more than 2**-11")
     return notes
-
-
-def tensor_specs(layout: str, layer: SourceLayer, facts: LayerFacts, zero_points: bool) -> dict[str, TensorSpec]:
-    """Dtype and shape of every tensor of a linear, by suffix, as the layout's `write` gives them; the bias is carried."""
-    rows, columns, bits = layer.in_features, layer.out_features, layer.bits
-    groups = 1 if layer.group_size == -1 else rows // layer.group_size
-    if layout == "awq_gemm":
-        return {
-            "qweight": TensorSpec("I32", (rows, columns // 8)),
-            "qzeros": TensorSpec("I32", (groups, columns // 8)),
-            "scales": TensorSpec("F16", (groups, columns)),
-        }
-    if layout in ("gptq", "gptq_v2"):
-        return {
-            "qweight": TensorSpec("I32", (rows * bits // 32, columns)),
-            "qzeros": TensorSpec("I32", (groups, columns * bits // 32)),
-            "scales": TensorSpec(facts.scale_dtype, (groups, columns)),
-            "g_idx": TensorSpec("I32", (rows,)),
-        }
-    per_word = 32 // bits
-    specs = {
-        "weight_packed": TensorSpec("I32", (columns, -(-rows // per_word))),
-        "weight_scale": TensorSpec(facts.scale_dtype, (columns, groups)),
-        "weight_shape": TensorSpec("I64", (2,)),
-    }
-    if zero_points:
-        specs["weight_zero_point"] = TensorSpec("I32", (-(-columns // per_word), groups))
-    if not facts.sequential:
-        specs["weight_g_idx"] = TensorSpec("I32", (rows,))
-    return specs
 
 
 def _shards(source: Source, layout: str, facts: Mapping[str, LayerFacts], zero_points: bool, limit: int) -> list[Shard]:
@@ -229,10 +213,11 @@ def _shards(source: Source, layout: str, facts: Mapping[str, LayerFacts], zero_p
         carried.update({} if name is None else {output: name})
         held.update(specs)
         filled += size
+    stem = weights_stem(layout, source)
     names = (
-        ["model.safetensors"]
+        [f"{stem}.safetensors"]
         if len(files) == 1
-        else [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+        else [f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     )
     return [Shard(name, tuple(file[0]), *file[1:]) for name, file in zip(names, files, strict=True)]
 

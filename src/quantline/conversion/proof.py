@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from quantline.checkpoint import Checkpoint, quantization_of, quantized_layers
 from quantline.conversion.faults import ProofError
-from quantline.formats import QuantizedLinear
+from quantline.conversion.source import MSMODELSLIM
+from quantline.conversion.targets import family
+from quantline.formats import QuantizedLinear, msmodelslim_files
 from quantline.jobs import write_json
 
 PROOF_NAME = "conversion_proof.json"
@@ -26,7 +28,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class LinearProof:
-    """One linear. `largest_relative_difference` is over all its weights, the groups quantized again left out."""
+    """One linear. `largest_relative_difference` is over all its weights, the groups quantized again left out.
+
+    sha256: of the bytes of its tensors, by suffix, where they are kept as they are.
+    """
 
     name: str
     bits: int
@@ -37,6 +42,7 @@ class LinearProof:
     scales: str
     largest_relative_difference: float
     requantized: tuple[dict[str, Any], ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     def entry(self) -> dict[str, Any]:
         """For the file."""
@@ -46,6 +52,8 @@ class LinearProof:
             "group_index": "equal", "scales": self.scales,
             "largest_relative_weight_difference": self.largest_relative_difference,
         }  # fmt: skip
+        if self.sha256:
+            entry["sha256"] = dict(self.sha256)
         return {**entry, "requantized_groups": list(self.requantized)} if self.requantized else entry
 
 
@@ -143,16 +151,24 @@ def same_layer(one: QuantizedLinear, other: QuantizedLinear) -> list[str]:
 
 
 def _equal(left: NDArray[Any], right: NDArray[Any]) -> bool:
+    """The same bits, so that -0 is not 0 either; nothing here is NaN."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
     if left.flags.f_contiguous and right.flags.f_contiguous:
         left, right = left.T, right.T
+    left, right = _words(left), _words(right)
     # A piece at a time: the result of the comparison stays in the cache, and the first difference ends it.
-    step = max(1, (1 << 18) // max(1, left[:1].size))
+    step = max(1, (1 << 17) // max(1, left[:1].nbytes))
     return all(
         np.array_equal(left[start : start + step], right[start : start + step])
         for start in range(0, left.shape[0], step)
     )
+
+
+def _words(array: NDArray[Any]) -> NDArray[Any]:
+    """The same bytes as integers as wide as its rows allow: eight codes are compared at once."""
+    rows = np.ascontiguousarray(array)
+    return rows.view(np.uint64 if rows.shape[-1] * rows.itemsize % 8 == 0 else f"u{rows.itemsize}")
 
 
 def check_output(out: Path, linears: Sequence[LinearProof], carried: Sequence[CarriedProof], layout: str) -> None:
@@ -161,6 +177,9 @@ def check_output(out: Path, linears: Sequence[LinearProof], carried: Sequence[Ca
     Raises:
         ProofError: they do not.
     """
+    if family(layout) == MSMODELSLIM:
+        _check_msmodelslim(out, linears, carried)
+        return
     checkpoint, info = Checkpoint.open(out), quantization_of(out)
     if info is None or info.layout != layout:
         raise ProofError(f"{out.name}: config.json does not say {layout}")
@@ -176,5 +195,23 @@ def check_output(out: Path, linears: Sequence[LinearProof], carried: Sequence[Ca
         if settings.symmetric and not linear.symmetric:
             raise ProofError(f"{linear.name}: config.json calls it symmetric and its zero points are not")
     lost = {tensor.name for tensor in carried} - set(checkpoint.names)
+    if lost:
+        raise ProofError(f"{out.name}: lacks {sorted(lost)[0]}")
+
+
+def _check_msmodelslim(out: Path, linears: Sequence[LinearProof], carried: Sequence[CarriedProof]) -> None:
+    plan = msmodelslim_files.plan(out)
+    if plan.refusals:
+        raise ProofError(f"{out.name}: {plan.refusals[0]}")
+    if set(plan.layers) != {linear.name for linear in linears}:
+        raise ProofError(f"{out.name}: holds {len(plan.layers)} linears, {len(linears)} were written")
+    for linear in linears:
+        found = plan.layers[linear.name]
+        whole = linear.group_size == linear.in_features  # one group, told by its one scale a channel
+        if (found.bits, found.group_size) != (linear.bits, -1 if whole else linear.group_size):
+            raise ProofError(f"{linear.name}: reads as {found.bits} bits in groups of {found.group_size}")
+        if (found.out_features, found.in_features) != (linear.out_features, linear.in_features):
+            raise ProofError(f"{linear.name}: reads as ({found.out_features}, {found.in_features})")
+    lost = {tensor.name for tensor in carried} - set(plan.carried)
     if lost:
         raise ProofError(f"{out.name}: lacks {sorted(lost)[0]}")

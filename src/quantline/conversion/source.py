@@ -1,15 +1,13 @@
 """A quantized checkpoint of any known tool as one thing: its linears, what is carried over, and how to read a linear.
 
-Recognised are msModelSlim folders by their description or weights, and AWQ, GPTQ and compressed-tensors by config.json.
-Tensors are read into memory of their own, not mapped, so that what a conversion holds is what it works on.
+Recognised are msModelSlim folders by their description or weights, the others by config.json. What bitsandbytes wrote has
+no codes on a grid: its linears are listed and can be kept, not converted.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,12 @@ from numpy.typing import NDArray
 
 from quantline.checkpoint import Checkpoint, quantization_of
 from quantline.conversion.faults import ConversionError
+from quantline.conversion.tensor_files import TensorFiles
 from quantline.errors import UserError
-from quantline.formats import LAYOUTS, QuantizedLinear, msmodelslim, msmodelslim_files
-from quantline.formats.container import TensorInfo, numpy_dtype, read_json, to_float32
+from quantline.formats import LAYOUTS, QuantizedLinear, bitsandbytes, msmodelslim, msmodelslim_files
+from quantline.formats.container import read_json, to_float32
 from quantline.formats.msmodelslim import OutlierReport
 from quantline.formats.settings import QuantizationInfo
-from quantline.formats.streaming import CHUNK, read_into
 
 MSMODELSLIM = "msmodelslim"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
@@ -46,52 +44,12 @@ class SourceLayer:
 
 
 @dataclass(frozen=True)
-class TensorFiles:
-    """The tensors of a folder; read by several threads."""
-
-    folder: Path
-    files: Mapping[str, str]  # tensor -> file
-    infos: Mapping[str, TensorInfo]
-    _open: dict[str, int] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def read(self, name: str, part: tuple[int, int] = (0, 1), parts: int = 1) -> NDArray[Any]:
-        """A tensor, or the given ones of equal parts along its first axis, in memory of its own."""
-        info = self.infos[name]
-        size = info.nbytes // parts
-        data = np.empty(size * (part[1] - part[0]), dtype=np.uint8)
-        read_into(self._descriptor(name), data.data, info.offset + size * part[0])
-        return data.view(numpy_dtype(info.dtype)).reshape(-1, *info.shape[1:])
-
-    def chunks(self, name: str) -> Iterator[bytearray]:
-        """The bytes of a tensor, piece by piece."""
-        info, descriptor = self.infos[name], self._descriptor(name)
-        for start in range(0, info.nbytes, CHUNK):
-            piece = bytearray(min(CHUNK, info.nbytes - start))
-            read_into(descriptor, memoryview(piece), info.offset + start)
-            yield piece
-
-    def close(self) -> None:
-        """Close the files; reading opens them again."""
-        with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
-
-    def _descriptor(self, name: str) -> int:
-        file = self.files[name]
-        with self._lock:
-            if file not in self._open:
-                self._open[file] = os.open(self.folder / file, os.O_RDONLY)
-            return self._open[file]
-
-
-@dataclass(frozen=True)
 class Source:
     """An opened checkpoint.
 
     Attributes:
         folder: where it is.
-        layout: key of `formats.LAYOUTS`, or msmodelslim.
+        layout: key of `formats.LAYOUTS`, msmodelslim or bitsandbytes.
         kind: what to call it.
         tensors: how to get at them.
         layers: name -> quantized linear.
@@ -150,6 +108,18 @@ class Source:
                 for suffix, name in layer.tensors.items()
             }
             yield self._decode(layer, stored, False, layer.group_size, False)
+
+    def check_codes(self, layer: SourceLayer) -> None:
+        """Read the codes once where their bytes could hold more than their bits: 4-bit msModelSlim linears, one a byte.
+
+        A tenth of a second of a processor for a gigabyte, so that codes which are not what the description says are found
+        before anything is written.
+
+        Raises:
+            FormatError: they are wider than described.
+        """
+        if self.layout == MSMODELSLIM and layer.bits == 4 and not layer.packed:
+            msmodelslim.check_range(*self.tensors.extremes(layer.tensors["weight"]))
 
     def outline(self, layer: SourceLayer, requantize: bool) -> tuple[QuantizedLinear, int]:
         """Scales and zero points of a linear, as a linear of fewer columns where that is cheaper; and its outliers.
@@ -243,22 +213,8 @@ def _described(folder: Path, config: dict[str, Any], faults: list[str]) -> Sourc
         raise ConversionError([f"{folder.name}: is not quantized, so there is nothing to convert; quantize it first"])
     checkpoint = Checkpoint.open(folder)
     infos = {name: checkpoint.info(name) for name in checkpoint.names}
-    known = {suffix: needed for suffix, needed in LAYOUTS[info.layout].TENSORS.items() if suffix != "bias"}
-    layers: dict[str, SourceLayer] = {}
-    taken: set[str] = set()
-    for layer in sorted({name.rpartition(".")[0] for name in infos if name.rpartition(".")[2] in known}):
-        names = {suffix: f"{layer}.{suffix}" for suffix in known if f"{layer}.{suffix}" in infos}
-        taken.update(names.values())
-        missing = [f"{layer}.{suffix}" for suffix, needed in known.items() if needed and suffix not in names]
-        if missing:
-            faults.append(f"{layer}: lacks {', '.join(missing)}; fetch or write the checkpoint again")
-            continue
-        if f"{layer}.weight" in infos:
-            faults.append(f"{layer}: is there packed and as float weight; remove one of them")
-            continue
-        settings = info.of(layer)
-        rows, columns = _widths(checkpoint, info.layout, names, settings.bits)
-        layers[layer] = SourceLayer(layer, settings.bits, settings.group_size, rows, columns, names)
+    found = _bitsandbytes_layers if info.layout == bitsandbytes.NAME else _packed_layers
+    layers, taken = found(checkpoint, info, faults)
     carried = {name: name for name in infos if name not in taken}
     floats = tuple(
         name.removesuffix(".weight") for name in carried
@@ -270,6 +226,49 @@ def _described(folder: Path, config: dict[str, Any], faults: list[str]) -> Sourc
         layers=layers, carried=carried, left_out={}, float_linears=floats, config=_float_config(config), info=info,
         faults=tuple(faults),
     )  # fmt: skip
+
+
+def _bitsandbytes_layers(
+    checkpoint: Checkpoint, info: QuantizationInfo, _faults: list[str]
+) -> tuple[dict[str, SourceLayer], set[str]]:
+    layers = {}
+    for layer, suffixes in bitsandbytes.layers(checkpoint.names).items():
+        names = {suffix: name for suffix, name in suffixes.items() if suffix != "bias"}
+        tensors = {suffix: checkpoint.tensor(name) for suffix, name in names.items()}
+        rows, columns = bitsandbytes.shape_of(tensors, info.bits)
+        layers[layer] = SourceLayer(layer, info.bits, info.group_size, columns, rows, names)
+    return layers, {name for layer in layers.values() for name in layer.tensors.values()}
+
+
+def _packed_layers(
+    checkpoint: Checkpoint, info: QuantizationInfo, faults: list[str]
+) -> tuple[dict[str, SourceLayer], set[str]]:
+    """The linears in the layouts of `formats.LAYOUTS`, and the tensors that are theirs; what is amiss joins the faults."""
+    infos = set(checkpoint.names)
+    known = {suffix: needed for suffix, needed in LAYOUTS[info.layout].TENSORS.items() if suffix != "bias"}
+    layers: dict[str, SourceLayer] = {}
+    taken: set[str] = set()
+    marks = set(known) - {"weight"}  # the name of float weights too
+    for layer in sorted({name.rpartition(".")[0] for name in infos if name.rpartition(".")[2] in marks}):
+        names = {suffix: f"{layer}.{suffix}" for suffix in known if f"{layer}.{suffix}" in infos}
+        taken.update(names.values())
+        missing = [f"{layer}.{suffix}" for suffix, needed in known.items() if needed and suffix not in names]
+        if missing:
+            faults.append(f"{layer}: lacks {', '.join(missing)}; fetch or write the checkpoint again")
+            continue
+        if "weight" not in known and f"{layer}.weight" in infos:
+            faults.append(f"{layer}: is there packed and as float weight; remove one of them")
+            continue
+        settings = info.of(layer)
+        if "weight_zero_point" in known and not settings.symmetric and "weight_zero_point" not in names:
+            faults.append(
+                f"{layer}: lacks {layer}.weight_zero_point, and config.json says symmetric: false; fetch all tensors, or "
+                "correct the config where every zero point is the middle one"
+            )
+            continue
+        rows, columns = _widths(checkpoint, info.layout, names, settings.bits)
+        layers[layer] = SourceLayer(layer, settings.bits, settings.group_size, rows, columns, names)
+    return layers, taken
 
 
 def _opening_fault(folder: Path) -> list[str]:
@@ -285,7 +284,10 @@ def _float_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _widths(checkpoint: Checkpoint, layout: str, names: Mapping[str, str], bits: int) -> tuple[int, int]:
-    """In and out of a linear, from headers; compressed-tensors states them in a tensor."""
+    """In and out of a linear, from headers; packed compressed-tensors states them in a tensor."""
+    if layout == "compressed_tensors_int":
+        out_features, in_features = (*checkpoint.info(names["weight"]).shape, 0, 0)[:2]
+        return in_features, out_features
     if layout == "compressed_tensors":
         out_features, in_features = (int(size) for size in checkpoint.tensor(names["weight_shape"]).reshape(-1)[:2])
         return in_features, out_features

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from quantline.formats import awq_gemm, awq_gemv, compressed_tensors, gptq, gptq_v2
+from quantline.formats import awq_gemm, awq_gemv, compressed_tensors, compressed_tensors_int, gptq, gptq_v2
 from quantline.formats.errors import FormatError
 from quantline.formats.linear import QuantizedLinear, dequantize, quantize_rtn, round_scales
 from quantline.formats.parts import Tensors
@@ -45,6 +45,7 @@ LAYOUTS: dict[str, Layout] = {
     "awq_gemm": awq_gemm,
     "awq_gemv": awq_gemv,
     "compressed_tensors": compressed_tensors,
+    "compressed_tensors_int": compressed_tensors_int,
     "gptq": gptq,
     "gptq_v2": gptq_v2,
 }

@@ -1,7 +1,8 @@
-"""The config section of compressed-tensors: groups of modules, each with a scheme; weight-only integers here.
+"""The config section of compressed-tensors: groups of modules, each with a scheme; integer weights here.
 
 Keys are those of the package's `QuantizationConfig`: config_groups (targets, weights), format, ignore and others. A
-target or an ignored name is a module class ("Linear"), a module name, or a pattern "re:...".
+target or an ignored name is a module class ("Linear"), a module name, or a pattern "re:...". The format `pack-quantized`
+is weight-only; in `int-quantized` the runtime also rounds activations to 8 bits (W8A8), and all linears are alike.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from quantline.formats.container import CheckpointError
 from quantline.formats.packing import BITS
 
 _FORMAT = "pack-quantized"
+_INT_FORMAT = "int-quantized"
+# How activations are rounded in it: to int8, symmetrically, with one scale a token that the runtime finds.
+_ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 @dataclass(frozen=True)
@@ -26,25 +30,46 @@ class LayerSettings:
     symmetric: bool
 
 
+_INT_WEIGHTS = LayerSettings(8, -1, True)
+
+
 @dataclass(frozen=True)
 class Scheme:
-    """A parsed section: settings of all linears, of those that differ, reordered groups, names left in float."""
+    """A parsed section: settings of all linears and of those that differ, reordered groups, what stays in float."""
 
     main: LayerSettings
     overrides: Mapping[str, LayerSettings]
     desc_act: bool
     ignored: tuple[str, ...]
+    activation_bits: int | None = None
 
 
 def describe(
-    main: LayerSettings, overrides: Mapping[str, LayerSettings], desc_act: bool, ignored: Sequence[str]
+    main: LayerSettings,
+    overrides: Mapping[str, LayerSettings],
+    desc_act: bool,
+    ignored: Sequence[str],
+    *,
+    activations: bool = False,
 ) -> dict[str, Any]:
-    """The section: the main settings for "Linear", then one group of module names for each other setting."""
+    """The section: the main settings for "Linear", then one group of module names for each other setting.
+
+    activations: write `int-quantized`, whose readers round activations too.
+
+    Raises:
+        CheckpointError: int-quantized of other than symmetric 8-bit weights by channel, all alike.
+    """
+    if activations and (main != _INT_WEIGHTS or any(own != main for own in overrides.values())):
+        raise CheckpointError(
+            "compressed_tensors_int: holds symmetric weights of 8 bits with one scale an output channel, all linears alike; "
+            "use compressed_tensors"
+        )
     if desc_act and main.group_size == -1:
         desc_act = False  # one group has no order, and the package refuses actorder there
     targets: dict[LayerSettings, list[str]] = {main: ["Linear"]}
     for name, settings in overrides.items():
-        if settings != main:
+        # Readers that know linears by their class do not know the output layer by it, so it is always named.
+        if settings != main or name == "lm_head":
             targets.setdefault(settings, []).append(name)
     groups = {
         f"group_{index}": {
@@ -58,14 +83,14 @@ def describe(
                 "dynamic": False,
                 "actorder": "group" if desc_act and settings.group_size != -1 else None,
             },
-            "input_activations": None,
+            "input_activations": dict(_ACTIVATIONS) if activations else None,
             "output_activations": None,
         }
         for index, (settings, names) in enumerate(targets.items())
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": _FORMAT,
+        "format": _INT_FORMAT if activations else _FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(ignored),
@@ -77,15 +102,17 @@ def parse(path: Path, config: Mapping[str, Any]) -> Scheme:
     """Read a section.
 
     Raises:
-        CheckpointError: other formats than pack-quantized, quantized activations or caches, sparsity, transforms,
-            float weights, other strategies than group and channel, or groups that are not named module by module.
+        CheckpointError: other formats than pack-quantized and int-quantized, activations quantized otherwise than there,
+            quantized caches, sparsity, transforms, float weights, other strategies than group and channel, or groups
+            that are not named module by module.
     """
 
     def refuse(fact: str, remedy: str = "use a weight-only pack-quantized checkpoint") -> NoReturn:
         raise CheckpointError(f"{path}: compressed-tensors {fact}: {remedy}")
 
-    if config.get("format") != _FORMAT:
-        refuse(f"stored as {config.get('format')!r}")
+    form = config.get("format")
+    if form not in (_FORMAT, _INT_FORMAT):
+        refuse(f"stored as {form!r}")
     for key in ("kv_cache_scheme", "transform_config"):
         if config.get(key):
             refuse(f"with {key}")
@@ -101,13 +128,17 @@ def parse(path: Path, config: Mapping[str, Any]) -> Scheme:
     for name, group in groups.items():
         if not isinstance(group, dict):
             refuse(f"group {name} is {group!r}, a preset", "write its settings out")
-        for key in ("input_activations", "output_activations"):
-            if group.get(key):
-                refuse(f"group {name} has {key}")
-        if group.get("format") not in (None, _FORMAT):
+        activations = group.get("input_activations")
+        if group.get("output_activations") or (activations and form == _FORMAT):
+            refuse(f"group {name} has {'input' if activations else 'output'}_activations")
+        if form == _INT_FORMAT and not _rounded_by_token(activations):
+            refuse(f"stored as 'int-quantized' with input_activations {activations!r}", "8-bit dynamic ones by token")
+        if group.get("format") not in (None, form):
             refuse(f"group {name} is stored as {group['format']!r}")
         weights: Any = group.get("weights")
         settings = _settings(weights)
+        if form == _INT_FORMAT and settings != _INT_WEIGHTS:
+            refuse(f"stored as 'int-quantized' with weights {weights!r}", "symmetric ones of 8 bits by channel")
         if settings is None:
             refuse(f"group {name} has weights {weights!r}", "int weights by group or channel of 2, 3, 4 or 8 bits")
         orders.add(_reordered(weights["actorder"]) if weights.get("actorder") else False)
@@ -116,18 +147,25 @@ def parse(path: Path, config: Mapping[str, Any]) -> Scheme:
             refuse(f"group {name} has targets {targets!r}", "restore the config")
         if "Linear" in targets:
             main.append(settings)
-        elif all("." in target and not target.startswith("re:") for target in targets):
+        elif all(target == "lm_head" or ("." in target and not target.startswith("re:")) for target in targets):
             overrides.update(dict.fromkeys(targets, settings))
         else:
             refuse(f"group {name} has targets {targets}", "one group for Linear, others by whole module names")
-    if len(main) != 1:
+    if len(main) != 1 or (overrides and form == _INT_FORMAT):
         refuse(f"has {len(main)} groups for Linear", "one group for Linear, others by whole module names")
     if None in orders:
         refuse("has an unknown actorder", "known are group and weight")
     ignored = config.get("ignore") or []
     if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
         refuse(f"ignore is {ignored!r}", "restore the config")
-    return Scheme(main[0], overrides, True in orders, tuple(ignored))
+    return Scheme(main[0], overrides, True in orders, tuple(ignored), 8 if form == _INT_FORMAT else None)
+
+
+def _rounded_by_token(activations: Any) -> bool:
+    if not isinstance(activations, dict):
+        return False
+    defaults = {"num_bits": 8, "type": "int", "symmetric": True}
+    return all(activations.get(key, defaults.get(key)) == value for key, value in _ACTIVATIONS.items())
 
 
 def _settings(weights: Any) -> LayerSettings | None:

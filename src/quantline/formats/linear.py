@@ -9,13 +9,15 @@ Layouts that store them (out, in) give and take a transposed view (``.T``): only
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantline.formats.errors import FormatError
+from quantline.formats.half import all_finite, narrowed
 from quantline.formats.packing import BITS
 
 # Rows of the float weight dequantized at a time: bounds the float32 temporaries.
@@ -64,15 +66,15 @@ class QuantizedLinear:
         _expect("group_index", self.group_index, (self.in_features,), (np.int32,))
         if self.bias is not None:
             _expect("bias", self.bias, (self.out_features,), (np.float16, np.float32))
-        if not np.isfinite(self.scales).all():
+        if not all_finite(self.scales):
             raise FormatError("scales hold infinities or NaN: quantize this layer again")
         for name, array, limit in (
             ("codes", self.codes, top),
             ("zeros", self.zeros, top),
             ("group_index", self.group_index, groups - 1),
         ):
-            low, high = int(array.min()), int(array.max())
-            if low < 0 or high > limit:
+            if int(array.max()) > limit or (array.dtype.kind == "i" and int(array.min()) < 0):
+                low, high = int(array.min()), int(array.max())
                 raise FormatError(f"{name} range over [{low}, {high}]: {self.bits}-bit layers hold [0, {limit}]")
 
     @property
@@ -165,12 +167,16 @@ def round_scales(linear: QuantizedLinear) -> QuantizedLinear:
     Raises:
         FormatError: a scale leaves the range of float16.
     """
-    with np.errstate(over="ignore", under="ignore"):
-        scales = linear.scales.astype(np.float16)
-    lost = ~np.isfinite(scales) | ((scales == 0) & (linear.scales != 0))
-    if lost.any():
-        raise FormatError(f"{int(lost.sum())} scales leave the range of float16: use a layout with float32 scales")
-    return replace(linear, scales=scales)
+    scales = linear.scales.copy() if linear.scales.dtype == np.float16 else narrowed(linear.scales)
+    # Bits of the magnitude, as integers: zero is 0, infinity 0x7C00.
+    bits = np.bitwise_and(scales.view(np.uint16), np.uint16(0x7FFF))
+    if int(bits.max()) >= 0x7C00 or int(bits.min()) == 0:
+        lost = (bits >= 0x7C00) | ((bits == 0) & (linear.scales != 0))
+        if lost.any():
+            raise FormatError(f"{int(lost.sum())} scales leave the range of float16: use a layout with float32 scales")
+    rounded = copy(linear)  # and not `replace`, which would look through all the codes again
+    object.__setattr__(rounded, "scales", scales)
+    return rounded
 
 
 def quantize_rtn(weight: NDArray[Any], bits: int, group_size: int, symmetric: bool) -> QuantizedLinear:

@@ -34,7 +34,9 @@ from quantline.formats.linear import QuantizedLinear, group_count, sequential_gr
 from quantline.formats.outliers import OutlierReport, requantize
 from quantline.formats.parts import Tensors, as_float, bias_of, check_shape, check_suffixes
 
-__all__ = ["BITS", "NAME", "TENSORS", "Geometry", "OutlierReport", "geometry", "read", "read_with_outliers", "write"]
+__all__ = [
+    "BITS", "NAME", "TENSORS", "Geometry", "OutlierReport", "check_range", "geometry", "read", "read_with_outliers", "write",
+]  # fmt: skip
 
 NAME = "msmodelslim"
 BITS = (4, 8)
@@ -178,6 +180,15 @@ def write(
     return tensors
 
 
+def check_range(low: int, high: int) -> None:
+    """Raise FormatError unless bytes from low to high are codes of 4 bits."""
+    if low < -8 or high > 7:
+        raise FormatError(
+            f"codes range over [{low}, {high}], 4 bits hold [-8, 7]: the layer has 8 bits, or two codes a byte; correct "
+            "the description, or save the model again"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class _Parts:
     codes: NDArray[np.uint8]  # (out, in), u
@@ -212,10 +223,7 @@ def _parts(tensors: Tensors, bits: int, group_size: int, packed: bool) -> _Parts
         raise FormatError(f"{count} scales are infinite or NaN: quantize the layer again, or leave it in float")
     codes = _unpacked(weight, group_size == -1) if packed else weight.view(np.uint8) + np.uint8(2 ** (bits - 1))
     if bits == 4 and not packed and int(codes.max()) > 15:
-        low, high = int(weight.min()), int(weight.max())
-        raise FormatError(
-            f"codes range over [{low}, {high}], 4 bits hold [-8, 7]: the layer has 8 bits, or two codes a byte"
-        )
+        check_range(int(weight.min()), int(weight.max()))
     shape = (out_features, groups)
     return _Parts(codes, scales.reshape(shape), offsets.astype(np.float32).reshape(shape), bias_of(tensors))
 

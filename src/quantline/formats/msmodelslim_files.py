@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ from quantline.formats.index import read_index
 from quantline.formats.linear import QuantizedLinear
 from quantline.formats.msmodelslim_plan import ASCEND_V1, FLOAT, SAFE_TENSOR, V1, Fault, LayerPlan, Plan, Planner
 
-__all__ = ["ASCEND_V1", "SAFE_TENSOR", "V1", "Fault", "LayerPlan", "Plan", "plan", "recognises", "write_files"]
+__all__ = [
+    "ASCEND_V1", "FLOAT", "SAFE_TENSOR", "V1", "Fault", "LayerPlan", "Plan", "plan", "recognises", "scheme_of", "stem_of",
+    "write_description", "write_files",
+]  # fmt: skip
 
 _INDEX = ".index.json"
 _WEIGHTS = re.compile(r"quant_model_weights?(_[A-Za-z0-9_]+)?\.safetensors(\.index\.json)?")
@@ -77,6 +80,45 @@ def _find(folder: Path) -> tuple[str, str]:
     return description, weights
 
 
+def stem_of(bits: Iterable[int], variant: str) -> str:
+    """The name of the weights of linears of these bits, without `.safetensors` and what shards add."""
+    return "quant_model_weights" if variant == V1 else f"quant_model_weight_{_whole(bits).lower()}"
+
+
+def write_description(
+    folder: Path, schemes: Mapping[str, Any], bits: Iterable[int], group_size: int, variant: str
+) -> None:
+    """Write the description.
+
+    Args:
+        folder: where to.
+        schemes: tensor name -> "W4A16", "W8A16" or "FLOAT".
+        bits: of the quantized linears; the least of them stands for the model.
+        group_size: the largest of the linears, -1 where all are per channel.
+        variant: "safe_tensor", "ascendV1" or "v1".
+    """
+    whole = _whole(bits)
+    head: dict[str, Any] = {"model_quant_type": whole}
+    if variant != SAFE_TENSOR:
+        head["version"] = "1.0.0"
+        if group_size > 0 or variant == V1:
+            head["group_size"] = max(group_size, 0)
+    if variant == V1:
+        head |= {"metadata": {}, "optional": {}}
+    kind = "" if variant != SAFE_TENSOR else f"_{whole.lower()}"
+    description = folder / f"quant_model_description{kind}.json"
+    description.write_text(json.dumps({**head, **schemes}, indent=2) + "\n", encoding="utf-8")
+
+
+def scheme_of(bits: int) -> str:
+    """How the description calls linears of these bits."""
+    return f"W{bits}A16"
+
+
+def _whole(bits: Iterable[int]) -> str:
+    return scheme_of(min(bits, default=8))
+
+
 def write_files(
     folder: str | Path,
     linears: Mapping[str, QuantizedLinear],
@@ -109,20 +151,11 @@ def write_files(
             if f"{name}.{suffix}" in stored:
                 raise CheckpointError(f"{name}.{suffix}: given twice; leave it out of the float tensors")
             stored[f"{name}.{suffix}"] = array
-            schemes[f"{name}.{suffix}"] = FLOAT if suffix == "bias" else f"W{linear.bits}A16"
-    whole = f"W{min((linear.bits for linear in linears.values()), default=8)}A16"
+            schemes[f"{name}.{suffix}"] = FLOAT if suffix == "bias" else scheme_of(linear.bits)
     size = max((linear.group_size for linear in linears.values()), default=-1)
-    head: dict[str, Any] = {"model_quant_type": whole}
-    if variant != SAFE_TENSOR:
-        head["version"] = "1.0.0"
-        if size > 0 or variant == V1:
-            head["group_size"] = max(size, 0)
-    if variant == V1:
-        head |= {"metadata": {}, "optional": {}}
-    kind = "" if variant != SAFE_TENSOR else f"_{whole.lower()}"
-    description = folder / f"quant_model_description{kind}.json"
-    description.write_text(json.dumps({**head, **schemes}, indent=2) + "\n", encoding="utf-8")
-    stem = "quant_model_weights" if variant == V1 else f"quant_model_weight_{whole.lower()}"
+    widths = [linear.bits for linear in linears.values()]
+    write_description(folder, schemes, widths, size, variant)
+    stem = stem_of(widths, variant)
     if shards == 1 and variant != V1:
         write_safetensors(folder / f"{stem}.safetensors", stored)
         return

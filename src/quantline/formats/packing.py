@@ -23,11 +23,12 @@ from quantline.formats.errors import FormatError
 
 BITS = (2, 3, 4, 8)
 
-# Temporaries of about this many words stay in the cache; whole-tensor temporaries made packing memory-bound.
-_CHUNK_WORDS = 1 << 15
+# Temporaries of about this many words stay in the cache; whole-tensor temporaries made packing memory-bound, and many small
+# ones make it a matter of the interpreter.
+_CHUNK_WORDS = 1 << 17
 
-# Rows transposed together: 16 of them fill a cache line with words.
-_STRIP = 16
+# Elements transposed together: as words they fill the first cache. In rows, at least half a cache line of words.
+_TILE, _LEAST_ROWS = 1 << 13, 8
 
 
 def values_per_run(bits: int) -> int:
@@ -74,8 +75,8 @@ def pack(codes: NDArray[np.uint8], bits: int, axis: int, order: Sequence[int] | 
     shape = list(codes.shape)
     shape[axis] = shape[axis] // values * words
     packed = np.empty(shape, dtype=np.uint32)
-    if bits == 4 and axis == 0:
-        return _pack_rows(np.ascontiguousarray(codes), packed, order or range(8))
+    if _in_rows(bits, axis):
+        return _pack_rows(np.ascontiguousarray(codes), packed, bits, order or range(values))
     for source, target in _chunks(np.ascontiguousarray(codes), packed, values, words, axis):
         shifted = np.empty(target.shape[:-1], dtype=np.uint32)
         started = [False] * words
@@ -119,8 +120,8 @@ def unpack(words: NDArray[Any], bits: int, axis: int, order: Sequence[int] | Non
     shape = list(words.shape)
     shape[axis] = shape[axis] // per_run * values
     codes = np.empty(shape, dtype=np.uint8)
-    if bits == 4 and axis == 0:
-        return _unpack_rows(np.ascontiguousarray(words).view(np.uint32), codes, order or range(8))
+    if _in_rows(bits, axis):
+        return _unpack_rows(np.ascontiguousarray(words).view(np.uint32), codes, bits, order or range(values))
     mask = np.uint32(2**bits - 1)
     for target, source in _chunks(codes, np.ascontiguousarray(words).view(np.uint32), values, per_run, axis):
         shifted = np.empty(source.shape[:-1], dtype=np.uint32)
@@ -141,15 +142,21 @@ def _in_bytes(bits: int, axis: int, order: Sequence[int] | None) -> bool:
     return bits in (4, 8) and axis == 1 and order is None and sys.byteorder == "little"
 
 
+def _in_rows(bits: int, axis: int) -> bool:
+    """Whether whole rows of codes are combined byte by byte."""
+    return bits in (4, 8) and axis == 0
+
+
 def _pack_bytes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
     if bits == 8:
         return codes.copy().view(np.int32)
-    pairs = codes.view(np.uint16)  # the even code below, the odd one a byte above it
-    packed = np.empty(pairs.shape, dtype=np.uint8)
-    for rows in _row_blocks(pairs):
-        pair = np.right_shift(pairs[rows], np.uint16(4))
-        np.bitwise_or(pair, pairs[rows], out=pair)
-        np.copyto(packed[rows], pair, casting="unsafe")  # the low byte holds both
+    packed = np.empty((codes.shape[0], codes.shape[1] // 2), dtype=np.uint8)
+    pairs, octets = codes.reshape(-1).view(np.uint16), packed.reshape(-1)  # the even code below, the odd one above it
+    spare = np.empty(min(_CHUNK_WORDS, pairs.size), dtype=np.uint16)
+    for part in _spans(pairs.size, spare.size):
+        pair = np.right_shift(pairs[part], np.uint16(4), out=spare[: pairs[part].size])
+        np.bitwise_or(pair, pairs[part], out=pair)
+        np.copyto(octets[part], pair, casting="unsafe")  # the low byte holds both
     return packed.view(np.int32)
 
 
@@ -157,56 +164,85 @@ def _unpack_bytes(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     stored = words.view(np.uint8)
     if bits == 8:
         return stored.copy()
-    pairs = np.empty(stored.shape, dtype=np.uint16)
-    for rows in _row_blocks(pairs):
-        np.copyto(pairs[rows], stored[rows])
-        np.bitwise_or(pairs[rows], pairs[rows] << np.uint16(4), out=pairs[rows])
-        np.bitwise_and(pairs[rows], np.uint16(0x0F0F), out=pairs[rows])
-    return pairs.view(np.uint8)
+    codes = np.empty((stored.shape[0], stored.shape[1] * 2), dtype=np.uint8)
+    pairs, octets = codes.reshape(-1).view(np.uint16), stored.reshape(-1)
+    spare = np.empty(min(_CHUNK_WORDS, pairs.size), dtype=np.uint16)
+    for part in _spans(pairs.size, spare.size):
+        pair, above = pairs[part], spare[: pairs[part].size]
+        np.copyto(pair, octets[part])
+        np.left_shift(pair, np.uint16(4), out=above)
+        np.bitwise_or(pair, above, out=pair)
+        np.bitwise_and(pair, np.uint16(0x0F0F), out=pair)
+    return codes
 
 
-def _pack_rows(codes: NDArray[np.uint8], packed: NDArray[np.uint32], order: Sequence[int]) -> NDArray[np.int32]:
-    """Eight rows to a row of words: pairs to bytes, bytes to half words, half words to words."""
-    runs = codes.reshape(-1, 8, codes.shape[1])
+def _pack_rows(
+    codes: NDArray[np.uint8], packed: NDArray[np.uint32], bits: int, order: Sequence[int]
+) -> NDArray[np.int32]:
+    """Eight rows of nibbles or four of bytes to a row of words: pairs to bytes, bytes to half words, those to words."""
+    runs = codes.reshape(-1, len(order), codes.shape[1])
     for rows in _row_blocks(packed):
-        octets = []
-        for low, high in zip(order[::2], order[1::2], strict=True):
-            octet = np.multiply(runs[rows, high], np.uint8(16))
-            octets.append(np.bitwise_or(octet, runs[rows, low], out=octet))
-        halves = []
-        for low_octet, high_octet in (octets[:2], octets[2:]):
-            half = high_octet.astype(np.uint16)
+        shape = packed[rows].shape
+        octets = [runs[rows, place] for place in order]
+        if bits == 4:
+            made = np.empty((4, *shape), dtype=np.uint8)
+            for octet, low, high in zip(made, octets[::2], octets[1::2], strict=True):
+                np.multiply(
+                    high, np.uint8(16), out=octet
+                )  # NumPy has no vector instruction for shifts of bytes to the left
+                np.bitwise_or(octet, low, out=octet)
+            octets = list(made)
+        halves = np.empty((2, *shape), dtype=np.uint16)
+        for half, low, high in zip(halves, octets[::2], octets[1::2], strict=True):
+            np.copyto(half, high)
             np.left_shift(half, np.uint16(8), out=half)
-            halves.append(np.bitwise_or(half, low_octet, out=half))
+            np.bitwise_or(half, low, out=half)
         np.copyto(packed[rows], halves[1])
         np.left_shift(packed[rows], np.uint32(16), out=packed[rows])
         np.bitwise_or(packed[rows], halves[0], out=packed[rows])
     return packed.view(np.int32)
 
 
-def _unpack_rows(words: NDArray[np.uint32], codes: NDArray[np.uint8], order: Sequence[int]) -> NDArray[np.uint8]:
-    runs = codes.reshape(-1, 8, codes.shape[1])
+def _unpack_rows(
+    words: NDArray[np.uint32], codes: NDArray[np.uint8], bits: int, order: Sequence[int]
+) -> NDArray[np.uint8]:
+    runs = codes.reshape(-1, len(order), codes.shape[1])
     for rows in _row_blocks(words):
-        for place, (low, high) in enumerate(zip(order[::2], order[1::2], strict=True)):
-            octet = np.right_shift(words[rows], np.uint32(8 * place)).astype(np.uint8)
-            np.bitwise_and(octet, np.uint8(15), out=runs[rows, low])
-            np.right_shift(octet, np.uint8(4), out=runs[rows, high])
+        shape = words[rows].shape
+        shifted, octet = np.empty(shape, dtype=np.uint32), np.empty(shape, dtype=np.uint8)
+        half, upper = np.empty(shape, dtype=np.uint16), np.empty(shape, dtype=np.uint16)
+        for place in range(4):
+            if place == 0:
+                np.copyto(half, words[rows], casting="unsafe")
+            elif place == 2:
+                np.right_shift(words[rows], np.uint32(16), out=shifted)
+                np.copyto(half, shifted, casting="unsafe")
+            source = np.right_shift(half, np.uint16(8), out=upper) if place % 2 else half
+            if bits == 8:
+                np.copyto(runs[rows, order[place]], source, casting="unsafe")
+                continue
+            np.copyto(octet, source, casting="unsafe")
+            np.bitwise_and(octet, np.uint8(15), out=runs[rows, order[2 * place]])
+            np.right_shift(octet, np.uint8(4), out=runs[rows, order[2 * place + 1]])
     return codes
 
 
 def _row_blocks(matrix: NDArray[Any]) -> Iterator[slice]:
-    step = max(1, 1 * _CHUNK_WORDS // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
+    return _spans(matrix.shape[0], max(1, _CHUNK_WORDS // max(1, matrix.shape[1])))
+
+
+def _spans(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, max(1, step)):
         yield slice(start, start + step)
 
 
 def turned(matrix: NDArray[Any]) -> NDArray[Any]:
-    """A contiguous transpose, strip by strip: several times faster than one strided copy of a large matrix."""
+    """A contiguous transpose, some rows at a time: several times faster than one strided copy of a large matrix."""
     rows, columns = matrix.shape
     result = np.empty((columns, rows), dtype=matrix.dtype)
-    for row in range(0, rows, _STRIP):
-        for column in range(0, columns, 1024):
-            result[column : column + 1024, row : row + _STRIP] = matrix[row : row + _STRIP, column : column + 1024].T
+    for part in _spans(rows, max(_LEAST_ROWS, _TILE // max(1, columns))):
+        # Side by side: rows a power of two apart would push each other out of the cache.
+        result[:, part] = np.ascontiguousarray(matrix[part]).T
     return result
 
 

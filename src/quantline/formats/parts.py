@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.formats.errors import FormatError
+from quantline.formats.half import narrowed, widened
 from quantline.formats.linear import QuantizedLinear
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -57,9 +58,10 @@ def to_half(name: str, array: NDArray[Any], remedy: str) -> NDArray[np.float16]:
     Raises:
         FormatError: a value is not a float16, so writing it would change the weights; ``remedy`` says what to do.
     """
-    with np.errstate(over="ignore", under="ignore"):
-        half = array.astype(np.float16)
-    if not np.array_equal(half.astype(array.dtype), array):
+    if array.dtype == np.float16:
+        return array.copy()
+    half = narrowed(array)
+    if not np.array_equal(widened(half), array):
         raise FormatError(f"{name} holds values that float16 cannot: {remedy}")
     return half
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantline.formats import compressed_tensors_config
+from quantline.formats import bitsandbytes, compressed_tensors_config
 from quantline.formats.compressed_tensors_config import LayerSettings
 from quantline.formats.container import CheckpointError, read_json
+from quantline.formats.errors import FormatError
 from quantline.formats.packing import BITS
 
 __all__ = ["LayerSettings", "QuantizationInfo", "describe", "quantization_of"]
@@ -21,8 +22,8 @@ class QuantizationInfo:
     """What a checkpoint's config says about its quantized linears.
 
     Attributes:
-        method: "awq", "gptq" or "compressed-tensors".
-        layout: key in `formats.LAYOUTS`.
+        method: "awq", "gptq", "compressed-tensors" or "bitsandbytes".
+        layout: key in `formats.LAYOUTS`, or bitsandbytes, whose groups are its blocks.
         bits, group_size: of every quantized linear but the overrides; -1 is one group per output channel.
         desc_act: columns were quantized in the order of their activations (GPTQ).
         symmetric: the config promises that every zero point is the middle one (GPTQ's sym, AWQ's zero_point false).
@@ -69,6 +70,7 @@ def describe(
     desc_act: bool = False,
     modules_to_not_convert: Sequence[str] = (),
     overrides: Mapping[str, LayerSettings] | None = None,
+    quantized_head: bool = False,
 ) -> dict[str, Any]:
     """The `quantization_config` section of config.json; for GPTQ it is also the content of quantize_config.json.
 
@@ -83,6 +85,7 @@ def describe(
         desc_act: groups are reordered by activation.
         modules_to_not_convert: names of the linears left in float.
         overrides: module name -> settings of linears that differ (GPTQ and compressed-tensors).
+        quantized_head: the output layer `lm_head` is among the quantized linears, which vLLM wants to be told.
 
     Raises:
         CheckpointError: the layout has no way to say this.
@@ -90,7 +93,10 @@ def describe(
     ignored = list(modules_to_not_convert)
     if layout in ("compressed_tensors", "compressed_tensors_int"):
         main, rounded = LayerSettings(bits, group_size, symmetric), layout == "compressed_tensors_int"
-        return compressed_tensors_config.describe(main, overrides or {}, desc_act, ignored, activations=rounded)
+        own = {**(overrides or {})}
+        if quantized_head:
+            own.setdefault("lm_head", main)
+        return compressed_tensors_config.describe(main, own, desc_act, ignored, activations=rounded)
     if overrides and layout not in _GPTQ_FORMATS:
         raise CheckpointError(
             f"{layout}: {next(iter(overrides))} and {len(overrides) - 1} other linears have settings of their own, "
@@ -101,14 +107,15 @@ def describe(
         if bits != 4 or desc_act:
             raise CheckpointError(f"{layout}: holds 4 bits and no desc_act: convert to gptq or compressed_tensors")
         version = {"version": layout.removeprefix("awq_"), "zero_point": True}
-        return {"quant_method": "awq", **common, **version, "modules_to_not_convert": ignored or None}
+        head = {"lm_head": True} if quantized_head else {}
+        return {"quant_method": "awq", **common, **version, **head, "modules_to_not_convert": ignored or None}
     if layout not in _GPTQ_FORMATS:
         raise CheckpointError(f"{layout}: no config section is known for this layout; use one of formats.LAYOUTS")
     config = {"quant_method": "gptq", "checkpoint_format": layout, **common, "desc_act": desc_act, "sym": symmetric}
     excluded = [name for name in ignored if name != "lm_head"]
     if excluded or overrides:
         config["dynamic"] = _dynamic(excluded, overrides or {})
-    return {**config, "lm_head": False, "modules_to_not_convert": ignored}
+    return {**config, "lm_head": quantized_head, "modules_to_not_convert": ignored}
 
 
 def _dynamic(excluded: Sequence[str], overrides: Mapping[str, LayerSettings]) -> dict[str, dict[str, Any]]:
@@ -190,9 +197,18 @@ def _parse_quantization(path: Path, config: Mapping[str, Any]) -> QuantizationIn
             overrides=scheme.overrides,
             activation_bits=scheme.activation_bits,
         )
+    elif method == bitsandbytes.NAME:
+        try:
+            bits, group_size, skipped = bitsandbytes.parse(config)
+        except FormatError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        return QuantizationInfo(
+            method=method, layout=method, bits=bits, group_size=group_size, desc_act=False, symmetric=True,
+            modules_to_not_convert=skipped,
+        )  # fmt: skip
     else:
         raise CheckpointError(
-            f"{path}: quant_method is {method!r}: known are awq, gptq and compressed-tensors; "
+            f"{path}: quant_method is {method!r}: known are awq, gptq, compressed-tensors and bitsandbytes; "
             "use a checkpoint in one of them"
         )
     layout = versions.get(str(version).lower())

@@ -1,14 +1,15 @@
 """Safetensors files written tensor by tensor: the header first, from dtypes and shapes alone, then each tensor at its place.
 
-Tensors may come in any order and from several threads; equal tensors give equal bytes whatever the order. What has come
-can be read back from the file while the rest is still on its way.
+Tensors may come in any order, from threads and from forked processes; equal tensors give equal bytes whatever the order.
+What has come can be read back from the file while the rest is still on its way.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from quantline.formats.container import CheckpointError, TensorInfo, numpy_dtype, read_header, safetensors_dtype
 
 # Bytes of a carried tensor in memory at a time.
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,16 @@ class StreamedFile:
             position += len(chunk)
         if position != info.offset + info.nbytes:
             raise CheckpointError(f"{self.path}: {name} came with {position - info.offset} of {info.nbytes} bytes")
+
+    def came(self, names: Iterable[str]) -> None:
+        """Note what a forked process has put.
+
+        Raises:
+            CheckpointError: one of them was not announced, or has come before.
+        """
+        for name in names:
+            info = self.infos.get(name)
+            self._expected(name, info.dtype if info else "?", info.shape if info else ())
 
     def get(self, name: str) -> NDArray[Any]:
         """Read a tensor from the file into memory of its own."""
@@ -141,6 +152,36 @@ def streamed(path: Path, specs: Mapping[str, TensorSpec]) -> Iterator[StreamedFi
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def flushed(file: StreamedFile) -> Iterator[threading.Event]:
+    """A thread that brings to the disk what has come whenever the event is set, so that little is left for the end.
+
+    Raises:
+        OSError: the disk refused something; a file's last flush need not say so again.
+    """
+    news, errors, ended = threading.Event(), [], False
+
+    def work() -> None:
+        while news.wait() and not ended:
+            news.clear()
+            try:
+                os.fdatasync(file.descriptor)
+            except OSError as error:
+                errors.append(error)
+                return
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield news
+    finally:
+        ended = True
+        news.set()
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 @contextmanager

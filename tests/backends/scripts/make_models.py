@@ -80,3 +80,4 @@ if __name__ == "__main__":
     make(target, "one_sided", one_sided, rope_parameters=rope)
     make(target, "overflow", overflow, rope_parameters=rope)
     make(target, "llama", model_type="llama", rope_parameters=scaled, num_key_value_heads=2, tie_word_embeddings=False)
+    make(target, "mixtral", model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)

@@ -1,0 +1,158 @@
+"""Every method x backend x bits on the demo model: `python -m benchmarks.methods [--only PATTERN] [--json FILE]`.
+
+The rows follow from src/quantline/capabilities.yaml. Each variant goes through the stages by hand (quantize, convert,
+serve_smoke, evaluate; tracking off), in processes of their own, one after the other; a variant that was measured before is
+read from scratch/ unless --again is given. Printed is a Markdown table:
+
+ppl change   of the reference engine's perplexity against the float model on the same documents, with the 95 % interval of
+             the paired bootstrap
+seconds      of the whole quantize stage, the start of interpreters included
+memory       the largest process of that stage, resident
+size         of the weight files; the float model's stands in the first line
+served       by the vLLM of this machine: its own perplexity's change, or what it refuses
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+GROUP = {"bnb": "64"}  # bitsandbytes' own default for a block
+STAGES = ("quantize", "convert", "serve_smoke", "evaluate")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: its name and the overrides that make it."""
+
+    name: str
+    method: str
+    backend: str
+    bits: str
+    overrides: tuple[str, ...]
+
+
+def variants() -> Iterator[Variant]:
+    """What capabilities.yaml says can be made, at the default options."""
+    from quantline import capabilities
+
+    for backend, entry in capabilities.table().items():
+        for method, able in entry["methods"].items():
+            for bits in able["bits"]:
+                for label, extra in _flavours(method, bits, able):
+                    name = "-".join(["bench", method, backend, f"w{bits}", *([label] if label else [])]).replace(
+                        "_", "-"
+                    )
+                    size = GROUP.get(method, "128" if 128 in (able["group_size"] or [128]) else "-1")
+                    overrides = (f"method={method}", f"backend={backend}", f"bits={bits}", f"group_size={size}", *extra)
+                    yield Variant(name, method, backend, f"{bits} {label}".strip(), overrides)
+
+
+def _flavours(method: str, bits: int, able: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
+    if method == "bnb" and bits == 4:
+        return [(kind, (f"method.quant_type={kind}",)) for kind in ("nf4", "fp4")]
+    flavours: list[tuple[str, tuple[str, ...]]] = [("", ())]
+    if 8 in able.get("options", {}).get("activation_bits", [None]) and bits == 8:
+        flavours.append(("a8", ("method.activation_bits=8", "group_size=-1")))
+    return flavours
+
+
+def stage(name: str, *overrides: str) -> None:
+    """One stage by hand."""
+    # Of an option that is given twice, the later one counts.
+    given = dict(override.partition("=")[::2] for override in overrides)
+    command = [sys.executable, "-m", f"stages.{name}", "tracking.enabled=false"]
+    command += [f"{key}={value}" for key, value in given.items()]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{name} failed")
+
+
+def result(variant: str, name: str) -> dict[str, Any]:
+    """A stage's result."""
+    found: dict[str, Any] = json.loads((ROOT / "scratch" / variant / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def measured(variant: Variant) -> bool:
+    return all((ROOT / "scratch" / variant.name / f"{name}.json").is_file() for name in STAGES)
+
+
+def row(variant: Variant, float_vllm: float) -> dict[str, Any]:
+    """What was measured of a variant."""
+    quantize, serve, evaluate = (result(variant.name, name) for name in ("quantize", "serve_smoke", "evaluate"))
+    metrics = evaluate["metrics"]
+    percent = [100 * math.expm1(metrics[f"nll_difference{end}"]) for end in ("", "_low", "_high")]
+    served = metrics.get("vllm_perplexity")
+    return {
+        "method": variant.method, "backend": variant.backend, "bits": variant.bits,
+        "ppl_change_percent": percent, "seconds": quantize["timings"]["total_seconds"],
+        "memory_bytes": quantize["peak_memory_bytes"], "size_bytes": metrics["size_bytes"],
+        "compression": metrics["compression_ratio"],
+        "served_change_percent": None if served is None else 100 * (served / float_vllm - 1), "reason": serve["reason"],
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]], float_bytes: float) -> str:
+    """Markdown."""
+    lines = [
+        "| method | backend | bits | ppl change, 95 % interval | seconds | memory | size | served |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | --- |",
+        f"| float | - | 16 | - | - | - | {float_bytes / 1e6:.1f} MB | yes |",
+    ]
+    for one in rows:
+        start = f"| {one['method']} | {one['backend']} | {one['bits']} |"
+        if "failed" in one:
+            lines.append(f"{start} failed: {one['failed']} | | | | |")
+            continue
+        change, low, high = one["ppl_change_percent"]
+        served = one["served_change_percent"]
+        told = "no" if served is None else f"{served:+.2f} %"
+        lines.append(
+            f"{start} {change:+.2f} % [{low:+.2f}, {high:+.2f}] | {one['seconds']:.0f} | "
+            f"{one['memory_bytes'] / 2**30:.1f} GiB | {one['size_bytes'] / 1e6:.1f} MB | {told} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="*", help="pattern of names, such as *gptqmodel*")
+    parser.add_argument("--again", action="store_true", help="measure what was measured before once more")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    options = parser.parse_args()
+    chosen = [variant for variant in variants() if fnmatch(variant.name, f"*{options.only}*")]
+    for name, overrides in (("download", ()), ("calibrate", ()), ("serve_smoke", ("method=float",))):
+        stage(name, *overrides)
+    stage("evaluate", "method=float")
+    rows: list[dict[str, Any]] = []
+    baseline = result("float", "evaluate")["metrics"]
+    for number, variant in enumerate(chosen, 1):
+        print(f"{number}/{len(chosen)} {variant.name}", file=sys.stderr, flush=True)
+        try:
+            if options.again or not measured(variant):
+                for name in STAGES:
+                    stage(name, f"variant={variant.name}", *variant.overrides)
+            rows.append(row(variant, baseline["vllm_perplexity"]))
+        except RuntimeError as error:
+            rows.append(
+                {"method": variant.method, "backend": variant.backend, "bits": variant.bits, "failed": str(error)}
+            )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    print(table(rows, baseline["size_bytes"]))
+
+
+if __name__ == "__main__":
+    main()

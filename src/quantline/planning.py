@@ -1,0 +1,217 @@
+"""From a configuration to what preflight asks: the variant, the model's headers, the machine that is to serve it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from quantline.asking import wish_of
+from quantline.config import Config, parse
+from quantline.download import ModelSource, model_name
+from quantline.errors import ConfigError, QuantlineError
+from quantline.lineage import located
+from quantline.memory import GIB
+from quantline.methods import Section
+from quantline.nearest import nearest
+from quantline.plans import Model, Place, Planned
+from quantline.preflight import before_quantize
+from quantline.results import read_result
+from quantline.serving_rules import Target
+from quantline.toolchains import detect_platform, distribution_version, ensure
+
+if TYPE_CHECKING:
+    from quantline.stage import StageRun
+
+_CPU_INFO = Path("/proc/cpuinfo")
+# What torch asks for before it calls a CPU one with AVX-512; vLLM chooses its library by that.
+_AVX512 = {"avx512f", "avx512vl", "avx512bw", "avx512dq"}
+
+
+class PlanOptions(Section):
+    """Options of `stages.plan` alone. compute_capability as NVIDIA writes it, 8.9; null asks the GPU here."""
+
+    gpu_memory_gb: float | None = Field(default=None, gt=0)
+    critical: bool = False
+    context: int | None = Field(default=None, ge=1)
+    batch: int | None = Field(default=None, ge=1)
+    compute_capability: float | None = Field(default=None, gt=0)
+    as_json: bool = Field(default=False, alias="json")
+
+
+OPTION_NAMES = tuple(field.alias or name for name, field in PlanOptions.model_fields.items())
+
+
+def split_options(arguments: Sequence[str]) -> tuple[PlanOptions, list[str]]:
+    """Plan's own options, and the arguments that are left for Hydra.
+
+    Raises:
+        ConfigError: a value that an option does not take.
+    """
+    own, rest = {}, []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in OPTION_NAMES:
+            own[key] = yaml.safe_load(value)
+        else:
+            rest.append(argument)
+    try:
+        return PlanOptions.model_validate(own), rest
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        raise ConfigError([f"{fault['loc'][0]}={fault['input']}: {fault['msg'].lower()}" for fault in faults]) from None
+
+
+def planned_of(values: Mapping[str, Any]) -> Planned:
+    """The variant that a configuration, as plain values, asks for."""
+    wish = wish_of(values)
+    return Planned(
+        wish.method, wish.bits, wish.group_size, dict(wish.options), str(values["backend"]),
+        tuple(values["layers"]["rules"]), wish.lm_head, wish.low_memory, wish.dtype, str(values["convert"]["target"]),
+        str(values["serve"]["dtype"]), int(values["serve"]["process"]["tensor_parallel_size"]),
+    )  # fmt: skip
+
+
+def place_of(config: Config, root: Path, options: PlanOptions | None = None) -> Place:
+    """Where a configuration's variant is to run: the locked server, this machine's CPU or GPU, the memory that is given.
+
+    With device=auto, whoever gives a GPU's memory plans for a GPU, whether there is one here or not.
+    """
+    from quantline.conversion.by_hand import locked_version
+
+    options = options or PlanOptions()
+    device: str = config.device
+    if device == "auto":
+        device = "cuda" if options.gpu_memory_gb or options.compute_capability else detect_platform()
+    named = config.toolchains.vllm
+    version = locked_version(root, "vllm", device)
+    if named is not None:
+        version = distribution_version(ensure(root, "vllm", python=named, platform=device), "vllm")
+    capability, found = this_gpu() if device == "cuda" else (None, None)
+    if options.compute_capability is not None:
+        capability = round(options.compute_capability * 10)
+    memory = found if options.gpu_memory_gb is None else round(options.gpu_memory_gb * GIB)
+    order = dict(config.backends)
+    if config.frozen is not None:
+        order[config.method.name] = config.frozen.backends
+    return Place(
+        target=Target(
+            config.serve.runtime, version, device, instructions=cpu_instructions() if device == "cpu" else None,
+            compute_capability=capability,
+        ),
+        order=order, context=options.context or config.serve.max_model_len,
+        batch=options.batch or config.serve.process.concurrency, memory_bytes=memory,
+        utilization=config.serve.process.gpu_memory_utilization if device == "cuda" else 1.0,
+        quantizer_bytes=memory if device == "cuda" else machine_memory(),
+        calibration_tokens=config.calibration.n_samples * config.calibration.seq_len,
+    )  # fmt: skip
+
+
+def cpu_instructions(info: Path = _CPU_INFO) -> str | None:
+    """The best instruction set of this x86 CPU that vLLM has kernels for: avx512, avx2 or none; None for other CPUs."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    try:
+        lines = info.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    flags = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+    return "avx512" if flags >= _AVX512 else "avx2" if "avx2" in flags else "none" if flags else None
+
+
+def this_gpu() -> tuple[int | None, int | None]:
+    """Compute capability (89 for 8.9) and memory in bytes of the first GPU; None where nobody can tell."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return 10 * int(major) + int(minor), int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except Exception:  # the library is optional, and its errors are classes made at run time
+        return None, None
+
+
+def machine_memory(info: Path = Path("/proc/meminfo")) -> int | None:
+    """Memory of this machine in bytes; None where it does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines() if ":" in line)
+        return int(lines["MemTotal"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def method_defaults(root: Path) -> dict[str, dict[str, Any]]:
+    """The options of each method, as conf/ has them."""
+    found = {}
+    for path in sorted((root / "conf" / "method").glob("*.yaml")):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found[str(values.pop("name"))] = values
+    return found
+
+
+def model_of(run: StageRun) -> Model:
+    """The headers of the model that a run is about: its folder's, or those of what was downloaded.
+
+    Raises:
+        UserError: it was not downloaded yet; the message names the command. Or it is no float model.
+    """
+    model = run.config.model
+    name = model.name or model_name(ModelSource(model.repo, model.revision, model.path))
+    if model.path:
+        return Model.open(located(run.root, model.path), name)
+    return Model.open(run.input("download") / "model", name)
+
+
+def hint(values: Mapping[str, Any], root: Path, options: PlanOptions) -> str | None:
+    """The nearest variant that works to one that no configuration allows, or None where that cannot be told."""
+    from quantline.stage import StageRun
+
+    defaults = method_defaults(root)
+    usual = {"bits": 4, "group_size": 128, "backend": "auto", "dtype": "auto", "lm_head": "float", "low_memory": False}
+    try:
+        method = {"name": "awq", **defaults["awq"]}
+        config = parse({**values, **usual, "method": method, "layers": {"rules": []}})
+        model, place = model_of(StageRun("plan", config, root, ())), place_of(config, root, options)
+        return nearest(planned_of(values), model, place, defaults)
+    except (QuantlineError, KeyError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def preflight(run: StageRun) -> list[str]:
+    """What the quantize stage asks first; returns notes. Without a model to read there is nothing to say.
+
+    Raises:
+        RefusedError: it cannot be quantized or stored, or (with `convert.for`) not served.
+    """
+    try:
+        model = model_of(run)
+    except QuantlineError:
+        return []  # the stage itself asks for what is missing
+    variant, place = planned_of(run.config.model_dump()), place_of(run.config, run.root)
+    must_serve = run.config.convert.must_serve is not None
+    return before_quantize(variant, model, place, must_serve=must_serve, defaults=method_defaults(run.root))
+
+
+def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], str]:
+    """What evaluating this model's variants has found, by method, bits and group size."""
+    wanted, found = config.model.model_dump(exclude={"name"}), {}
+    for path in sorted([*root.glob("artifacts/*/evaluate.json"), *root.glob("scratch/*/evaluate.json")]):
+        name = path.parent.name
+        try:
+            if path.parent.parent.name == "artifacts":
+                values = yaml.safe_load((root / "variants" / f"{name}.yaml").read_text(encoding="utf-8"))
+            else:
+                values = yaml.safe_load((path.parent / "config.json").read_text(encoding="utf-8"))["config"]
+            model = {key: value for key, value in values["model"].items() if key != "name"}
+            ratio = float(read_result(path)["metrics"]["perplexity_ratio"])
+            key = (str(values["method"]["name"]), int(values["bits"]), int(values["group_size"]))
+        except (OSError, QuantlineError, KeyError, TypeError, ValueError):
+            continue
+        if model == wanted:
+            found[key] = f"measured here: perplexity {100 * (ratio - 1):+.2f} % ({name})"
+    return found
