@@ -67,13 +67,25 @@ def _method(backend: str, method: str) -> dict[str, Any]:
     return dict(table()[backend]["methods"].get(method) or {})
 
 
+def able(backend: str, method: str) -> dict[str, Any]:
+    """What a backend can do by a method: what holds for all of its methods, and what the method says otherwise."""
+    return {**table()[backend], **_method(backend, method)}
+
+
+def knows(backend: str, method: str, model_type: str) -> bool:
+    """Whether a backend quantizes models of a type well by a method."""
+    families = able(backend, method)["families"]
+    return families is None or model_type in families
+
+
 def faults(backend: str, wish: Wish) -> list[str]:
     """What a backend cannot do of a wish, each with the option's name, its value, and what is allowed."""
-    able = table()[backend]
-    if wish.method not in able["methods"]:
+    methods = table()[backend]["methods"]
+    if wish.method not in methods:
         others = [name for name, entry in table().items() if wish.method in entry["methods"]]
-        return [f"backend={backend}: does {_listed(able['methods'])}, {wish.method} is done by {_listed(others)}"]
-    known, found = _method(backend, wish.method), []
+        return [f"backend={backend}: does {_listed(methods)}, {wish.method} is done by {_listed(others)}"]
+    known: dict[str, Any] = able(backend, wish.method)
+    found: list[str] = []
     asked = dict.fromkeys((wish.bits, *wish.rule_bits))
     found += [
         f"bits={bits}: {wish.method} by {backend} takes {_listed(known['bits'])}"
@@ -91,26 +103,29 @@ def faults(backend: str, wish: Wish) -> list[str]:
         if key in wish.options and wish.options[key] not in allowed:
             shown = "null" if wish.options[key] is None else str(wish.options[key]).lower()
             found.append(f"method.{key}={shown}: {backend} takes {_listed(allowed)}")
-    if wish.layers != "none" and able["layers"] == "none":
+    if wish.layers != "none" and known["layers"] == "none":
         found.append(f"layers: {backend} has no rules by layer; others have: {_listed(_with('layers', 'skip'))}")
-    elif wish.layers == "widths" and able["layers"] != "widths":
+    elif wish.layers == "widths" and known["layers"] != "widths":
         found.append(
             f"layers: {backend} has one width for all layers and can only skip some; "
             f"other bits or groups by layer have {_listed(_with('layers', 'widths'))}"
         )
-    if wish.lm_head and not able["lm_head"]:
+    if wish.lm_head and not known["lm_head"]:
         found.append(f"lm_head=quantized: {backend} leaves it float; it is quantized by {_listed(_with('lm_head'))}")
-    if wish.low_memory and not able["low_memory"]:
+    if wish.low_memory and not known["low_memory"]:
         found.append(f"low_memory=true: {backend} holds the whole model; {_listed(_with('low_memory'))} does not")
-    if wish.dtype not in able["dtypes"]:
-        found.append(f"dtype={wish.dtype}: {backend} computes in {_listed(able['dtypes'])}")
+    if wish.dtype not in known["dtypes"]:
+        found.append(f"dtype={wish.dtype}: {backend} computes in {_listed(known['dtypes'])}")
     return found
 
 
 def _with(key: str, value: str | None = None) -> list[str]:
-    if value is None:
-        return [name for name, entry in table().items() if entry[key]]
-    return [name for name, entry in table().items() if entry[key] in (value, "widths")]
+    """The backends that have something by any of their methods."""
+    wanted = (True,) if value is None else (value, "widths")
+    return [
+        name for name, entry in table().items()
+        if any(able(name, method)[key] in wanted for method in entry["methods"])
+    ]  # fmt: skip
 
 
 def candidates(backend: str, order: Sequence[str], wish: Wish) -> list[str]:
@@ -128,16 +143,16 @@ def choose(backend: str, order: Sequence[str], wish: Wish, model_type: str) -> t
     passed: list[str] = []
     for name in list(order) if backend == "auto" else [backend]:
         reasons = faults(name, wish)
-        families = table()[name]["families"]
-        if families is not None and model_type not in families:
+        if wish.method in table()[name]["methods"] and not knows(name, wish.method, model_type):
+            families = able(name, wish.method)["families"]
             reasons = [*reasons, f"model_type={model_type}: {name} knows {', '.join(families)}"]
         if not reasons:
             return name, [f"{name} quantizes this model, since {reason}" for reason in passed]
         passed += reasons
     if backend != "auto":
         others = [
-            name for name in order if name != backend and not faults(name, wish)
-            and (table()[name]["families"] is None or model_type in table()[name]["families"])
+            name for name in order
+            if name != backend and not faults(name, wish) and knows(name, wish.method, model_type)
         ]  # fmt: skip
         remedy = f"; give backend={others[0]}, or backend=auto" if others else ""
         raise UserError("; ".join(passed) + remedy)

@@ -54,8 +54,8 @@ def load_model(folder: Path, device: str = "cpu") -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        info = quantization_of(folder)
-        quantized = quantized_layers(Checkpoint.open(folder), info)
+        checkpoint, info = Checkpoint.open(folder), quantization_of(folder)
+        quantized = quantized_layers(checkpoint, info)
         # What `iter_dequantized` yields may be a read-only view of the file.
         state = {
             name: torch.from_numpy(np.require(array, requirements=["C", "W"]))

@@ -27,7 +27,7 @@ LINEARS = [f"model.layers.{layer}.{part}" for layer in (0, 1) for part in PARTS]
 
 
 def few(**options):
-    return {"iters": 10, **options}
+    return {"iters": 6, **options}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def crashed(root, work, job_for, tmp_path_factory):
     """Outputs and results of a job without interruption, of the same one gone on with after a crash."""
     folder = tmp_path_factory.mktemp("crash")
     (folder / "work").mkdir()
-    options = {"iters": 100, "batch_size": 4}
+    options = {"iters": 60, "batch_size": 4}
     whole = job_for("qwen2", "autoround-whole", options=options, work=str(tmp_path_factory.mktemp("whole")))
     broken = job_for("qwen2", "autoround-broken", options=options, work=str(folder / "work"))
     killed_in_the_second_block(root, broken, folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +24,13 @@ from quantline.formats import QuantizedLinear
 from quantline.formats.linear import sequential_groups
 from quantline.jobs import JobError
 from quantline.model_config import legacy_copy, misread_values
+
+# What a model's modules are called in memory -> in its files, where transformers 5 renames them.
+_RENAMED = {
+    "mixtral": (
+        (r"\.mlp\.", ".block_sparse_moe."), (r"\.gate_proj\b", ".w1"), (r"\.down_proj\b", ".w2"), (r"\.up_proj\b", ".w3"),
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -53,6 +61,15 @@ class Work:
     def width(self, layer: str) -> tuple[int, int]:
         """Bits and group size that are asked for a linear."""
         return width_of(self.job, layer)
+
+
+def file_name(name: str, kind: str) -> str:
+    """What the files of a model type call a module that transformers 5 knows as `name`."""
+    renames = _RENAMED.get(kind, ())
+    if renames and re.search(renames[0][0], name):
+        for pattern, other in renames:
+            name = re.sub(pattern, other, name)
+    return name
 
 
 def width_of(job: Mapping[str, Any], layer: str) -> tuple[int, int]:

@@ -127,9 +127,7 @@ def half(name: str, array: NDArray[Any]) -> NDArray[Any]:
     return narrow
 
 
-def pack(
-    name: str, linear: QuantizedLinear, layout: str, zero_points: bool | None = None
-) -> dict[str, NDArray[Any]]:
+def pack(name: str, linear: QuantizedLinear, layout: str, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
     """One quantized layer's tensors under their full names; its bias has to be float16 already.
 
     zero_points: whether to write them, where the layout (compressed_tensors) can leave them out.
@@ -192,7 +190,7 @@ def write_configs(
     write_config(output / "config.json", restore_config(source_config, saved))
     if quantization["quant_method"] == "gptq":
         # AutoGPTQ looks for a file named after bits and group unless it is told the name.
-        extra = {"model_name_or_path": None, "model_file_base_name": "model", "is_marlin_format": False}
+        extra = {"model_name_or_path": None, "model_file_base_name": "model"}
         write_config(output / "quantize_config.json", {**quantization, **extra})
     for path in sorted(source.iterdir()):
         if not any(fnmatch(path.name, pattern) for pattern in COMPANIONS):

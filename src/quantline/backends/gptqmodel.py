@@ -66,12 +66,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 # exllama is a choice of kernels at loading time: such weights are stored as gemm.
 AWQ_LAYOUTS = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm"}
-# What a model's modules are called in memory -> in its files, where transformers 5 renames them.
-RENAMED = {
-    "mixtral": (
-        (r"\.mlp\.", ".block_sparse_moe."), (r"\.gate_proj\b", ".w1"), (r"\.down_proj\b", ".w2"), (r"\.up_proj\b", ".w3"),
-    ),
-}  # fmt: skip
 
 
 @dataclass
@@ -177,8 +171,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         # Experts as separate linears, from the first: so the probe also proves that taking them apart changes nothing.
         defuser.replace_fused_blocks(config["model_type"])
         work = _common.load(job, config, translate=False)
-        renames = RENAMED.get(config["model_type"], ())
-        work.renamed = lambda name: _renamed(name, renames)
+        work.renamed = lambda name: _common.file_name(name, config["model_type"])
         layout = AWQ_LAYOUTS[options["version"]] if method == "awq" else "gptq"
         versions = " ".join(f"{name} {metadata.version(name)}" for name in ("gptqmodel", "torch", "transformers"))
         state = Run(work, report, options, layout, LayerStore.of(job, versions))
@@ -222,13 +215,6 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     result = _common.finish(work, state.wanted if "linears" in job else linears, quantization)
     state.store.clear()
     return {**result, "layers": [state.rows[name] for name in found if name in state.rows]}
-
-
-def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
-    if renames and re.search(renames[0][0], name):
-        for pattern, other in renames:
-            name = re.sub(pattern, other, name)
-    return name
 
 
 def settings(job: Mapping[str, Any], options: Mapping[str, Any]) -> Any:

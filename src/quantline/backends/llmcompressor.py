@@ -46,12 +46,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BITS = (2, 3, 4, 8)
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
-# What a model's modules are called in memory -> in its files, where transformers 5 renames them.
-RENAMED = {
-    "mixtral": (
-        (r"\.mlp\.", ".block_sparse_moe."), (r"\.gate_proj\b", ".w1"), (r"\.down_proj\b", ".w2"), (r"\.up_proj\b", ".w3"),
-    ),
-}  # fmt: skip
 
 
 @dataclass
@@ -193,7 +187,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     from quantline.backends import _llmcompressor_modifiers as modifiers
 
     work = _common.load(job, config, translate=False)
-    work.renamed = lambda path: _file_name(path, config["model_type"])
+    work.renamed = lambda path: _common.file_name(path, config["model_type"])
     linearize_moe(work.model)  # experts as separate linears, which is what they are in the files
     symmetric = not options["zero_point"] if method == "awq" else bool(options["sym"])
     layout = "compressed_tensors_int" if options.get("activation_bits") else "compressed_tensors"
@@ -206,14 +200,6 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     work.metrics["quantize_seconds"] = time.perf_counter() - started
     result = _common.finish(work, state.wanted, state.settings())
     return {**result, "layers": state.rows}
-
-
-def _file_name(path: str, kind: str) -> str:
-    renames = RENAMED.get(kind, ())
-    if renames and re.search(renames[0][0], path):
-        for pattern, other in renames:
-            path = re.sub(pattern, other, path)
-    return path
 
 
 def _survey(state: Run) -> None:

@@ -179,7 +179,9 @@ def _differences(
         try:
             again = FORMS[layout].read(own, bits=layer.bits, group_size=layer.group_size)
         except FormatError as error:
-            raise ProofError(f"{layer.name}: what was written to {file.path.name} does not read back: {error}") from error
+            raise ProofError(
+                f"{layer.name}: what was written to {file.path.name} does not read back: {error}"
+            ) from error
         faults = same_layer(piece, again)
         if faults:
             yield faults

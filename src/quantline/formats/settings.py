@@ -124,7 +124,9 @@ def _dynamic(excluded: Sequence[str], overrides: Mapping[str, LayerSettings]) ->
     vLLM asks for the fused modules that it makes of q, k, v and of gate and up, so these are named too where all of their
     parts agree.
     """
-    patterns: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in _with_fused(dict.fromkeys(excluded))}
+    patterns: dict[str, dict[str, Any]] = {
+        f"-:^{re.escape(name)}$": {} for name in _with_fused(dict.fromkeys(excluded))
+    }
     for name, own in _with_fused(overrides).items():
         patterns[f"+:^{re.escape(name)}$"] = {"bits": own.bits, "group_size": own.group_size, "sym": own.symmetric}
     return patterns
