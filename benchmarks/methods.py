@@ -45,17 +45,31 @@ class Variant:
 
 def variants() -> Iterator[Variant]:
     """What capabilities.yaml says can be made, at the default options."""
+    import yaml
+
     from quantline import capabilities
 
     for backend, entry in capabilities.table().items():
         for method, able in entry["methods"].items():
+            defaults = yaml.safe_load((ROOT / "conf" / "method" / f"{method}.yaml").read_text(encoding="utf-8"))
+            needed = tuple(
+                f"method.{key}={str(allowed[0]).lower()}"
+                for key, allowed in able["options"].items() if defaults.get(key) not in allowed
+            )  # fmt: skip
             for bits in able["bits"]:
                 for label, extra in _flavours(method, bits, able):
                     name = "-".join(["bench", method, backend, f"w{bits}", *([label] if label else [])]).replace(
                         "_", "-"
                     )
                     size = GROUP.get(method, "128" if 128 in (able["group_size"] or [128]) else "-1")
-                    overrides = (f"method={method}", f"backend={backend}", f"bits={bits}", f"group_size={size}", *extra)
+                    overrides = (
+                        f"method={method}",
+                        f"backend={backend}",
+                        f"bits={bits}",
+                        f"group_size={size}",
+                        *needed,
+                        *extra,
+                    )
                     yield Variant(name, method, backend, f"{bits} {label}".strip(), overrides)
 
 

@@ -9,7 +9,7 @@ common+=(--no-emit-index-url --no-emit-find-links)
 links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}
 cpu() { if [ -n "$links" ]; then UV_FIND_LINKS=$links "$uv" "${common[@]}" --excludes excludes-cpu.txt "$@"
         else "$uv" "${common[@]}" --excludes excludes-cpu.txt --torch-backend cpu "$@"; fi; }
-cuda() { env -u UV_FIND_LINKS "$uv" "${common[@]}" "$@"; }
+cuda() { env -u UV_FIND_LINKS "$uv" "${common[@]}" --excludes excludes-cuda.txt "$@"; }
 only=${1:-}
 if [ -n "$only" ] && [ ! -f "$only.txt" ]; then echo "no lock named $only; there are: $(ls ./*.txt | xargs -n1 basename -s .txt | tr '\n' ' ')" >&2; exit 2; fi
 lock() { if [ -z "$only" ] || [ "$only" = "$2" ]; then echo "envs/$2.txt"; "$1" "$3.in" -o "$2.txt"; fi; }

@@ -169,6 +169,10 @@ def _build(folder: Path, name: str, lock: Path, digest: str) -> None:
                 raise WorkerError(f".venvs/{name} could not be installed from envs/{lock.name}:\n{done.stderr.strip()}")
         if name == "vllm":
             _record_vllm(folder, lock)
+        # Small modules in place of packages that could be installed only with a compiler.
+        for packages in folder.glob("lib/python*/site-packages"):
+            for module in sorted((lock.parent / "stand_ins" / name).glob("*.py")):
+                shutil.copyfile(module, packages / module.name)
         fault = _unhealthy(interpreter, name)
         if fault:
             raise WorkerError(f".venvs/{name} was installed but {fault}; is envs/{lock.name} complete?")

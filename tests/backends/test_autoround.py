@@ -36,7 +36,7 @@ def batch(work, job_for):
     widths = {name: {"bits": 8, "group_size": 32} if "down" in name else own for name, own in alike.items()}
     del widths["model.layers.1.self_attn.o_proj"]
     jobs = {
-        "plain": job_for("qwen2", "autoround", options=few()),
+        "plain": job_for("qwen2", "autoround", options={"iters": 20}),
         "rounded": job_for("qwen2", "autoround-rtn", options={"iters": 0}),
         "bits_2": job_for("qwen2", "autoround-2", bits=2, group_size=32, options=few()),
         "bits_3": job_for("qwen2", "autoround-3", bits=3, options=few()),
