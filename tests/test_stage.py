@@ -198,7 +198,9 @@ def test_the_download_has_one_place_for_all_variants(checkout, frozen):
 
 
 def test_the_baseline_has_nothing_to_quantize(checkout, config):
-    with pytest.raises(UserError, match=r"method=float: the baseline skips quantize; choose method=awq, .* or autoround"):
+    with pytest.raises(
+        UserError, match=r"method=float: the baseline skips quantize; choose method=awq, .* or autoround"
+    ):
         StageRun("quantize", config("method=float"), checkout, ()).refuse_float()
 
 
