@@ -17,9 +17,8 @@ def test_every_backend_has_a_module_a_toolchain_with_locks_and_what_it_can_do(ro
     for name, entry in capabilities.table().items():
         assert (root / "src" / "quantline" / "backends" / f"{name}.py").is_file(), name
         assert entry["methods"], name
-        assert set(entry) == {
-            "toolchain", "families", "layers", "lm_head", "low_memory", "dtypes", "resume", "methods",
-        }, name  # fmt: skip
+        keys = {"toolchain", "families", "layers", "lm_head", "low_memory", "dtypes", "resume", "methods"}
+        assert set(entry) == keys | ({"health"} if entry["toolchain"] else set()), name
         if entry["toolchain"] is not None:
             assert entry["toolchain"] in HEALTH_CHECKS
             for platform in ("cpu", "cuda"):

@@ -11,10 +11,13 @@ cpu() { if [ -n "$links" ]; then UV_FIND_LINKS=$links "$uv" "${common[@]}" --exc
         else "$uv" "${common[@]}" --excludes excludes-cpu.txt --torch-backend cpu "$@"; fi; }
 cuda() { env -u UV_FIND_LINKS "$uv" "${common[@]}" --excludes excludes-cuda.txt "$@"; }
 only=${1:-}
-if [ -n "$only" ] && [ ! -f "$only.txt" ]; then echo "no lock named $only; there are: $(ls ./*.txt | xargs -n1 basename -s .txt | tr '\n' ' ')" >&2; exit 2; fi
+source=${only%-cpu}; source=${source%-cuda}
+if [ -n "$only" ] && [ ! -f "$only.in" ] && [ ! -f "$source.in" ]; then
+  echo "no lock named $only; there are: $(ls ./*.txt | xargs -n1 basename -s .txt | tr '\n' ' ')" >&2; exit 2
+fi
 lock() { if [ -z "$only" ] || [ "$only" = "$2" ]; then echo "envs/$2.txt"; "$1" "$3.in" -o "$2.txt"; fi; }
 lock cpu core core
-for name in reference autoawq auto_gptq gptqmodel llmcompressor bitsandbytes autoround; do
+for name in $(ls ./*.in | xargs -n1 basename -s .in | grep -v -e ^core$ -e ^vllm-); do
   lock cpu "$name-cpu" "$name"
   lock cuda "$name-cuda" "$name"
 done

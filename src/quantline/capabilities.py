@@ -48,6 +48,11 @@ def table() -> dict[str, Any]:
     return content
 
 
+def health_checks() -> dict[str, str]:
+    """What proves that a backend's environment works, by environment."""
+    return {entry["toolchain"]: entry["health"] for entry in table().values() if entry["toolchain"] is not None}
+
+
 def toolchain_of(backend: str) -> str | None:
     """The environment that a backend runs in; None is this interpreter."""
     return None if backend == "none" else table()[backend]["toolchain"]

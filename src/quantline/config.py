@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from quantline import capabilities
 from quantline.asking import method_faults
 from quantline.coverage_config import CoverageConfig
 from quantline.errors import ConfigError
@@ -156,19 +157,6 @@ class TrackingConfig(Section):
     timeout_seconds: float = Field(gt=0)
 
 
-class ToolchainsConfig(Section):
-    """Interpreters that stand in for the locked environments."""
-
-    reference: str | None
-    autoawq: str | None
-    auto_gptq: str | None
-    gptqmodel: str | None
-    llmcompressor: str | None
-    bitsandbytes: str | None
-    autoround: str | None
-    vllm: str | None
-
-
 class FrozenConfig(Section):
     """What `compose` adds when it freezes a variant."""
 
@@ -204,7 +192,7 @@ class Config(Section):
     evaluate: EvaluateConfig
     noise: NoiseConfig
     tracking: TrackingConfig
-    toolchains: ToolchainsConfig
+    toolchains: dict[str, str | None]
     frozen: FrozenConfig | None = None
 
 
@@ -225,6 +213,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     faults.extend(_source_faults(values))
     faults.extend(_convert_faults(values))
     faults.extend(_tracking_faults(values))
+    faults.extend(_toolchain_faults(values))
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     return config
@@ -312,6 +301,13 @@ def _tracking_faults(values: Mapping[str, Any]) -> list[str]:
     if name is not None and not re.fullmatch(r"[\w][\w .:-]*(/[\w][\w .:-]*)*", str(name)):
         faults.append(f"tracking.experiment={name}: give words of letters, digits, '_', '.', ':' and '-', apart by '/'")
     return faults
+
+
+def _toolchain_faults(values: Mapping[str, Any]) -> list[str]:
+    given, known = values.get("toolchains"), ["reference", "vllm", *capabilities.health_checks()]
+    if not isinstance(given, Mapping):
+        return []
+    return [f"toolchains.{name}: no such environment; there are {', '.join(known)}" for name in given if name not in known]
 
 
 def _convert_faults(values: Mapping[str, Any]) -> list[str]:

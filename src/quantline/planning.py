@@ -87,7 +87,7 @@ def place_of(config: Config, root: Path, options: PlanOptions | None = None) -> 
     device: str = config.device
     if device == "auto":
         device = "cuda" if options.gpu_memory_gb or options.compute_capability else detect_platform()
-    named = config.toolchains.vllm
+    named = config.toolchains.get("vllm")
     version = locked_version(root, "vllm", device)
     if named is not None:
         version = distribution_version(ensure(root, "vllm", python=named, platform=device), "vllm")

@@ -116,7 +116,7 @@ class StageRun:
 
     def toolchain(self, name: str) -> toolchains.Toolchain:
         """The named environment, ready to use."""
-        return toolchains.ensure(self.root, name, python=getattr(self.config.toolchains, name), platform=self.device)
+        return toolchains.ensure(self.root, name, python=self.config.toolchains.get(name), platform=self.device)
 
     def worker(self, toolchain: str, module: str, job: dict[str, Any], label: str) -> JobResult:
         """Run a worker and take over its versions and its peak memory."""

