@@ -32,8 +32,8 @@ repro: setup  ## run the pipeline: every stage of every variant that is out of d
 	@dvc repro
 	@$(PUBLISH)
 
-test: setup  ## the whole test suite
-	@python -m pytest
+test: setup  ## the whole test suite, in two processes
+	@python -m pytest -n 2 --dist loadgroup
 
 lint: setup  ## ruff, its formatter, and mypy
 	@ruff check .

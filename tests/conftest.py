@@ -9,6 +9,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    """With two processes a file's tests stay together, and all of e2e does: their fixtures run for minutes."""
+    for item in items:
+        place = item.path.parent.name if item.path.parent.name == "e2e" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(place))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout under test."""

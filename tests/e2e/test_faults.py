@@ -35,14 +35,14 @@ def assert_refused(done: Done, *words: str, code: int = 2) -> None:
         (["method=gptq", "bits=5"], ["bits=5: gptq takes 2, 3, 4 or 8"]),
         (["method=awq", "bits=8"], ["bits=8: awq takes 4; method=gptq takes bits=8"]),
         (["group_size=96"], ["group_size=96: awq takes 32, 64, 128 or 256; the nearest is 64"]),
-        (["method=gptqq"], ["method=gptqq: allowed are awq, float, gptq, rtn (did you mean gptq?)"]),
+        (["method=gptqq"], ["method=gptqq: allowed are autoround, awq, bnb, float, gptq, rtn (did you mean gptq?)"]),
         (["bitss=4"], ["bitss: no such option (did you mean bits?)", "--help"]),
         (["method.symm=true"], ["method.symm: no such option (did you mean method.sym?)", "--help"]),
         (["+method.extra=1"], ["method.extra: no such option", "--help"]),
         (["method=gptq", "bits=5", "group_size=7", "threads=0"], ["3 faults", "bits=5", "group_size=7", "threads=0"]),
         (["bits=[4"], ["bits=[4: is no override; give KEY=VALUE"]),
         (["variant=../outside"], ["variant='../outside'", "takes letters, digits"]),
-        (["method=float"], ["method=float: the baseline skips quantize; choose method=awq, gptq or rtn"]),
+        (["method=float"], ["method=float: the baseline skips quantize; choose method=awq, gptq, rtn, bnb"]),
     ],
 )
 def test_an_option_that_cannot_work_is_refused_before_anything_runs(bare, untouched, overrides, words):
