@@ -307,7 +307,9 @@ def _toolchain_faults(values: Mapping[str, Any]) -> list[str]:
     given, known = values.get("toolchains"), ["reference", "vllm", *capabilities.health_checks()]
     if not isinstance(given, Mapping):
         return []
-    return [f"toolchains.{name}: no such environment; there are {', '.join(known)}" for name in given if name not in known]
+    return [
+        f"toolchains.{name}: no such environment; there are {', '.join(known)}" for name in given if name not in known
+    ]
 
 
 def _convert_faults(values: Mapping[str, Any]) -> list[str]:
