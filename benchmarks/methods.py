@@ -144,12 +144,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*", help="pattern of names, such as *gptqmodel*")
     parser.add_argument("--again", action="store_true", help="measure what was measured before once more")
+    parser.add_argument("--measured", action="store_true", help="measure nothing, show what was measured before")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     options = parser.parse_args()
     chosen = [variant for variant in variants() if fnmatch(variant.name, f"*{options.only}*")]
-    for name, overrides in (("download", ()), ("calibrate", ()), ("serve_smoke", ("method=float",))):
-        stage(name, *overrides)
-    stage("evaluate", "method=float")
+    if options.measured:
+        chosen = [variant for variant in chosen if measured(variant)]
+    # The usual width first: the table is of use before its last row is there.
+    chosen.sort(key=lambda variant: (variant.method == "autoround", "4823".index(variant.bits[0])))
+    if options.again or not (ROOT / "scratch" / "float" / "evaluate.json").is_file():
+        for name, overrides in (("download", ()), ("serve_smoke", ("method=float",)), ("evaluate", ("method=float",))):
+            stage(name, *overrides)
+    if not options.measured:
+        stage("calibrate")
     rows: list[dict[str, Any]] = []
     baseline = result("float", "evaluate")["metrics"]
     for number, variant in enumerate(chosen, 1):
@@ -165,6 +172,7 @@ def main() -> None:
             )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    rows.sort(key=lambda one: (one["method"], one["backend"], one["bits"]))
     print(table(rows, baseline["size_bytes"]))
 
 

@@ -26,6 +26,7 @@ RunWorker = Callable[[str, str, dict[str, Any], str], JobResult]
 Row = dict[str, Any]
 
 FOLDER = "coverage"
+_TIMES = ("seconds",)
 TABLE, PLOT = f"{FOLDER}/layers.csv", f"{FOLDER}/output_error.png"
 _MEASURED = ("output_error", "weight_error", "weight_error_max", "weight_error_mean")
 _WORST = 5
@@ -225,9 +226,10 @@ def _unmeasured(rows: Sequence[Row]) -> list[str]:
 def _write(rows: Sequence[Row], folder: Path, title: str) -> list[str]:
     """Write the table, and the picture where there is one; their names relative to the folder."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    # Part of the stage's output, which is the same wherever it is made: times are in the result's table alone.
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _TIMES]
     with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return [TABLE, PLOT] if coverage_plot.draw(rows, folder / PLOT, title) else [TABLE]
