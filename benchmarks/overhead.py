@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from benchmarks.methods import ROOT, result, stage
+from quantline import toolchains
 
 BARE = """
 import sys, time
@@ -64,7 +65,9 @@ def bare(python: Path, model: Path, tokens: Path, threads: int) -> dict[str, flo
     with tempfile.TemporaryDirectory() as out:
         started = time.perf_counter()
         command = [str(python), "-c", BARE, str(model), str(tokens), out, str(threads)]
-        done = subprocess.run(command, cwd=out, check=False, capture_output=True, text=True)
+        # The worker's own number of threads and waiting policy: two spinning threads can take several times as long.
+        variables = toolchains.worker_environment(threads)
+        done = subprocess.run(command, cwd=out, env=variables, check=False, capture_output=True, text=True)
         total = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
@@ -77,15 +80,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     rounds, threads = (parser.parse_args().rounds, parser.parse_args().threads)
-    from quantline import toolchains
-
     python = toolchains.ensure(ROOT, "auto_gptq").python
     reference = toolchains.ensure(ROOT, "reference").python
     options = ("method=gptq", "backend=auto_gptq", "bits=4", f"threads={threads}")
     stage("download", *options)
     stage("calibrate", "variant=overhead", *options)
     model, tokens = ROOT / "scratch/shared/download/model", ROOT / "scratch/overhead/calibrate/tokens.safetensors"
-    alone, staged, starts = [], [], {"pipeline": [], "coverage": []}  # type: tuple[list, list, dict]
+    alone: list[dict[str, float]] = []
+    staged: list[float] = []
+    starts: dict[str, list[float]] = {"pipeline": [], "coverage": []}
     # In turns, so that a busy moment of the machine does not fall on one of them alone.
     for _ in range(rounds):
         alone.append(bare(python, model, tokens, threads))
