@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from quantline.conversion.targets import TARGETS
 from quantline.formats.errors import FormatError
 from quantline.formats.settings import LayerSettings, describe
 from quantline.linears import LM_HEAD, Width
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from quantline.plans import Planned
 
 BITSANDBYTES, MSMODELSLIM = "bitsandbytes", "msmodelslim"
-# convert.target -> layout
-TARGETS = {"awq": "awq_gemm", "gptq": "gptq", "gptq_v2": "gptq_v2", "compressed_tensors": "compressed_tensors"}
 # exllama is a choice of kernels at loading time: such weights are stored as gemm.
 _AWQ = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm"}
 
