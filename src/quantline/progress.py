@@ -20,11 +20,12 @@ class Progress(Protocol):
 
 
 class _Bar:
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, milestones: bool) -> None:
         from tqdm import tqdm
 
         tqdm.monitor_interval = 0  # no thread of its own: conversions fork
         self._label = label
+        self._milestones = milestones
         self._started = self._told = time.monotonic()
         self._bar = tqdm(
             total=1, desc=label, leave=True, file=sys.stderr, dynamic_ncols=True, disable=not sys.stderr.isatty(),
@@ -44,7 +45,12 @@ class _Bar:
     def _milestone(self, done: float, total: float, label: str) -> None:
         """Where nobody watches a bar: a line now and then, with the time that is left if it goes on like this."""
         now = time.monotonic()
-        if not self._bar.disable or now - self._told < _MILESTONE_SECONDS or not 0 < done < total:
+        if (
+            not self._milestones
+            or not self._bar.disable
+            or now - self._told < _MILESTONE_SECONDS
+            or not 0 < done < total
+        ):
             return
         self._told = now
         left = (now - self._started) / done * (total - done)
@@ -64,9 +70,12 @@ def _time(seconds: float) -> str:
 
 
 @contextmanager
-def bar(label: str) -> Iterator[Progress]:
-    """A progress bar on stderr for the time of a `with` block."""
-    shown = _Bar(label)
+def bar(label: str, *, milestones: bool = True) -> Iterator[Progress]:
+    """A progress bar on stderr for the time of a `with` block.
+
+    milestones: tell the time left where stderr is no terminal; not for a limit, which is no work to be done.
+    """
+    shown = _Bar(label, milestones)
     try:
         yield shown
     finally:

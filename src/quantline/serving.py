@@ -214,7 +214,7 @@ def _wait_until_ready(server: Server, started: float) -> None:
     limit = server.options.startup_timeout_seconds
     where = f"{server.model.name} on {server.options.host}:{server.port}"
     say = _Milestones(f"serving {where}; log: {server.log}")
-    with server.client(timeout_seconds=2.0) as client, bar(f"loading {where}") as progress:
+    with server.client(timeout_seconds=2.0) as client, bar(f"loading {where}", milestones=False) as progress:
         while True:
             elapsed = time.monotonic() - started
             server.require_alive(f"loading {server.model}")
