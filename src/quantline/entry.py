@@ -107,6 +107,9 @@ def _explain_composition(error: Exception, conf: Path) -> str:
     primary = re.search(r"Cannot find primary config '([^']+)'", text)
     if primary:
         return f"{primary.group(1)}: no such configuration; the pipeline's are made by `dvc repro`"
+    folder = re.search(r"Primary config directory not found.*config directory '([^']+)'", text, re.DOTALL)
+    if folder:
+        return f"{folder.group(1)}: no such folder of configurations; the pipeline's are made by `dvc repro`"
     return text.splitlines()[0] if text else type(error).__name__
 
 

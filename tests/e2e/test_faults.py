@@ -54,8 +54,13 @@ def test_a_frozen_configuration_takes_no_overrides(pipeline, untouched):
     assert_refused(done, "bits=8: variants/gptq-w4-g128.yaml is frozen", "params.yaml")
 
 
-def test_a_frozen_configuration_that_is_not_there_names_the_command_that_makes_it(bare, untouched):
-    done = bare.run("python", "-m", "stages.quantize", "-cp", "../variants", "-cn", "nope")
+def test_a_folder_of_configurations_that_is_not_there_names_the_command_that_makes_it(bare, untouched):
+    done = bare.run("python", "-m", "stages.quantize", "-cp", "../none", "-cn", "nope")
+    assert_refused(done, "none: no such folder of configurations", "dvc repro")
+
+
+def test_a_frozen_configuration_that_is_not_there_names_the_command_that_makes_it(pipeline, untouched):
+    done = pipeline.run("python", "-m", "stages.quantize", "-cp", "../variants", "-cn", "nope")
     assert_refused(done, "nope: no such configuration", "dvc repro")
 
 
