@@ -40,9 +40,19 @@ _MAX_LOGITS = 2**28
 _ROWS = 512
 
 
-def load_model(folder: Path, device: str = "cpu") -> Any:
-    """Build the transformers model of a checkpoint folder: float32, eval mode, SDPA attention, no remote code.
+def caps_attention(config: Any) -> bool:
+    """Whether a loaded transformers config has a cap on attention scores (Gemma 2's `attn_logit_softcapping`).
 
+    Of transformers' attention implementations "sdpa", its default, leaves it out without a word (5.19, 4.52); "eager" does
+    not.
+    """
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+
+
+def load_model(folder: Path, device: str = "cpu") -> Any:
+    """Build the transformers model of a checkpoint folder: float32, eval mode, no remote code.
+
+    Attention is SDPA's, and the plain one where the model caps its attention scores, which SDPA cannot.
     A head tied to the embeddings may be absent. All-zero biases that a quantizer added to linears without one are
     dropped.
 
@@ -69,7 +79,8 @@ def load_model(folder: Path, device: str = "cpu") -> Any:
         # Without a path, transformers takes the tensors given and places them as it would a file's, renaming and
         # fusing included; buffers that are no part of a checkpoint (rotary frequencies) are computed, not left empty.
         model, loaded = type(skeleton).from_pretrained(
-            None, config=skeleton.config, state_dict=dict(state), dtype=torch.float32, attn_implementation="sdpa",
+            None, config=skeleton.config, state_dict=dict(state), dtype=torch.float32,
+            attn_implementation="eager" if caps_attention(skeleton.config) else "sdpa",
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:

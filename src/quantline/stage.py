@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from quantline import lineage, toolchains
 from quantline.asking import wish_of
 from quantline.config import Config
+from quantline.early_worker import Ask, early_worker
 from quantline.errors import UserError
 from quantline.jobs import JobResult, installed_versions, write_json
 from quantline.methods import FloatMethod
@@ -61,6 +62,7 @@ class StageRun:
     environment: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     detached: bool = False
+    early: dict[str, Ask] = field(default_factory=dict)
 
     @property
     def frozen(self) -> bool:
@@ -129,9 +131,23 @@ class StageRun:
 
     def side_worker(self, toolchain: str, module: str, job: dict[str, Any], label: str) -> JobResult:
         """Run a worker that only looks at what the stage made: with a log of its own, and not as the stage's environment."""
-        chosen = self.toolchain(toolchain)
-        log = self.paths.log.with_name(f"{self.stage}.{module.rsplit('.', 1)[-1].removesuffix('_worker')}.log")
+        if ask := self.early.pop(module, None):
+            return ask(job, label)
+        chosen, log = self.toolchain(toolchain), self._side_log(module)
         return toolchains.run_worker(chosen, module, job, log=log, threads=self.config.threads, label=label)
+
+    @contextmanager
+    def early_side_worker(self, toolchain: str, module: str) -> Iterator[None]:
+        """Start the interpreter of a side worker now, so that its imports are done when `side_worker` is called."""
+        chosen, log = self.toolchain(toolchain), self._side_log(module)
+        with early_worker(chosen, module, log=log, threads=self.config.threads) as self.early[module]:
+            try:
+                yield
+            finally:
+                self.early.pop(module, None)
+
+    def _side_log(self, module: str) -> Path:
+        return self.paths.log.with_name(f"{self.stage}.{module.rsplit('.', 1)[-1].removesuffix('_worker')}.log")
 
     def input(self, stage: str, *, baseline: bool = False) -> Path:
         """The output folder of an earlier stage, or of the baseline's.
