@@ -95,6 +95,9 @@ def read_back(batch, work, job_for, tmp_path_factory):
     for label, source in written.items():
         shutil.copytree(source, folder / label)
         write_tokenizer(folder / label)  # the loader reads it, and the tiny models' files are no tokenizers
+        settings = json.loads((folder / label / "tokenizer_config.json").read_text())
+        # Without a token for padding the loader makes one up, beyond the model's vocabulary.
+        (folder / label / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<|end|>"}))
         probes[label] = job_for("llama" if label == "mixed" else "qwen2", "unused")["probe"]
     job = {"folders": {label: str(folder / label) for label in probes}, "probes": probes}
     return work("gptqmodel", "gptqmodel_reading", job)
