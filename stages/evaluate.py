@@ -35,6 +35,7 @@ def evaluate(run: StageRun) -> None:
 
 def instruments(run: StageRun) -> Instruments:
     """What the options ask for, with the inputs that it needs."""
+    from quantline.errors import UserError
     from quantline.instruments import Generations, Instruments, Layers
     from quantline.lineage import stage_fingerprint
     from quantline.noise_floor import noise_floor
@@ -43,11 +44,16 @@ def instruments(run: StageRun) -> Instruments:
     generations, limits = Generations(**options.generations.model_dump()), options.limits.model_dump()
     if run.is_baseline:
         return Instruments(generations=generations)
-    layers = Layers(
-        quantized=run.input("quantize"), calibration=run.input("calibrate") / "tokens.safetensors",
-        samples=config.coverage.samples, unfold=True if config.method.name == "awq" else None,
-        restore=options.restore.layers, tokens=options.restore.tokens,
-    )  # fmt: skip
+    try:
+        layers = Layers(
+            quantized=run.input("quantize"), calibration=run.input("calibrate") / "tokens.safetensors",
+            samples=config.coverage.samples, unfold=True if config.method.name == "awq" else None,
+            restore=options.restore.layers, tokens=options.restore.tokens,
+        )  # fmt: skip
+    except UserError:  # a checkpoint by hand, of which nobody kept what it was made from
+        if run.frozen:
+            raise
+        layers = None
     noise = noise_floor(run.root, stage_fingerprint(config, "noise", run.root))
     return Instruments(options.divergence, generations, layers, limits, tuple(options.fail_on), noise)
 

@@ -235,7 +235,7 @@ def test_a_variant_without_measured_linears_says_so(run, layers, tmp_path):
     bare = replace(layers, quantized=tmp_path / "elsewhere")
     verdict, _ = run("variant", FLOAT, baseline=baseline, instruments=Instruments(divergence=True, layers=bare))
     assert "layers" not in run.jobs[-1]
-    assert "measured none" in verdict.notes[0]
+    assert "not told apart by linear" in verdict.notes[0]
 
 
 def test_alarms_are_told_and_fail_only_where_they_should(run, layers):

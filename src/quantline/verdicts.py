@@ -121,8 +121,10 @@ def evaluate(
     tables, files, notes = _layers(metrics, parts, worker, restored, out)
     if instruments.noise:
         metrics.update({f"noise_{key}": float(instruments.noise[key]) for key in ("low", "high", "runs")})
-    if baseline is not None and not parts.rows and instruments.layers:
-        notes.append("errors of single linears: the quantize stage measured none, so the loss has no parts by linear")
+    if baseline is not None and instruments.divergence and not parts.rows:
+        notes.append(
+            "errors of single linears: the quantize stage's are not here, so the loss is not told apart by linear"
+        )
     # By token, whatever the protocol's level: a limit by word would depend on how long words are.
     increase = evaluation.relative_difference(base.documents, own.documents)
     flags = alarms.raised({**metrics, "perplexity_increase": increase}, instruments.limits)
