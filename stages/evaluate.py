@@ -55,7 +55,7 @@ def instruments(run: StageRun) -> Instruments:
             raise
         layers = None
     noise = noise_floor(run.root, stage_fingerprint(config, "noise", run.root))
-    return Instruments(options.divergence, generations, layers, limits, tuple(options.fail_on), noise)
+    return Instruments(options.divergence.tokens, generations, layers, limits, tuple(options.fail_on), noise)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def test_every_limit_of_the_configuration_has_an_instrument_and_the_other_way_ro
 
 def test_without_instruments_the_text_and_the_limits_stay(composed):
     bare, full = (parse(composed(f"instruments={name}")).evaluate for name in ("none", "default"))
-    assert (bare.divergence, bare.generations.prompts, bare.restore.layers) == (False, 0, 0)
-    assert full.divergence
+    assert (bare.divergence.tokens, bare.generations.prompts, bare.restore.layers) == (0, 0, 0)
+    assert full.divergence.tokens
     assert full.generations.prompts
     assert full.restore.layers
     assert (bare.protocol(), bare.limits) == (full.protocol(), full.limits)

@@ -107,6 +107,7 @@ def outcome(root, tmp_path_factory):
             "restore": {**parts["restore"], "count": 1, "output": str(folder / "f-restored.safetensors")},
         },
         "f-but-worst": {**common, "checkpoint": str(folder / "f-but-worst")},
+        "a third": {**common, "checkpoint": str(folder / "q"), "divergence_tokens": 30},
         "other": {**common, "checkpoint": str(other)},
         "probe float": {"kind": "probe", "checkpoint": str(model), "input_ids": [ids[:32].tolist()]},
         "probe q": {"kind": "probe", "checkpoint": str(folder / "q"), "input_ids": [ids[:32].tolist()]},
@@ -155,6 +156,14 @@ def test_the_divergence_is_that_of_the_whole_distributions_from_the_float_model(
     np.testing.assert_allclose(tensors["q.out"]["kl"][1:32], by_hand, rtol=1e-3)
 
 
+def test_of_a_part_of_the_tokens_the_divergence_is_what_it_is_of_all(outcome):
+    whole, part = outcome[1]["q.out"], outcome[1]["a third.out"]
+    assert np.array_equal(part["logprobs"], whole["logprobs"], equal_nan=True)
+    measured = ~np.isnan(part["kl"])
+    assert 10 < measured.sum() < 70
+    assert np.array_equal(part["kl"][measured], whole["kl"][measured])
+
+
 def test_other_vocabularies_are_refused_with_the_way_out(outcome):
     assert "set evaluate.divergence=false" in outcome[0]["other"]["refused"]
 
@@ -177,17 +186,18 @@ def test_the_worst_linears_are_put_back_first(outcome):
 def test_a_restored_linear_computes_what_it_would_if_it_had_not_been_quantized(outcome):
     _, tensors = outcome
     restored, truth, before = tensors["restored.safetensors"], tensors["q-but-worst.out"], tensors["q.out"]
-    np.testing.assert_allclose(restored["logprobs"][0], truth["logprobs"], atol=2e-3)
-    np.testing.assert_allclose(restored["kl"][0], truth["kl"], atol=2e-3)
-    assert mean(restored["kl"][0]) < 0.8 * mean(before["kl"])
+    np.testing.assert_allclose(restored["logprobs"][1], truth["logprobs"], atol=2e-3)
+    np.testing.assert_allclose(restored["kl"][1], truth["kl"], atol=2e-3)
+    assert mean(restored["kl"][1]) < 0.8 * mean(before["kl"])
+    assert np.array_equal(restored["logprobs"][0], before["logprobs"], equal_nan=True)
     # The second one is put back alone: the first is quantized again by then.
-    assert mean(restored["kl"][1]) > mean(restored["kl"][0])
+    assert mean(restored["kl"][2]) > mean(restored["kl"][1])
 
 
 def test_scales_that_a_method_folded_away_are_kept_when_a_linear_is_put_back(outcome):
     answers, tensors = outcome
     assert [row["name"] for row in answers["f"]["restored"]] == [WORST]
     truth, before = mean(tensors["f-but-worst.out"]["kl"]), mean(tensors["f.out"]["kl"])
-    restored = mean(tensors["f-restored.safetensors"]["kl"][0])
+    restored = mean(tensors["f-restored.safetensors"]["kl"][1])
     assert restored == pytest.approx(truth, rel=0.1)
     assert restored < 0.8 * before

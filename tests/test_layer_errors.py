@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quantline.layer_errors import changes, read_layers, shares, summarize, write_table
+from quantline.layer_errors import changes, outlier, read_layers, shares, summarize, write_table
 from quantline.windows import Protocol, cut_documents
 
 HEADER = "name,layer,module,output_error,weight_error,weight_error_max,weight_error_mean,level"
@@ -54,11 +54,11 @@ def test_a_change_is_of_the_output_error_or_of_the_weights_where_no_token_came(r
 
 
 def test_a_restored_linears_share_is_what_the_loss_and_the_divergence_fall_by(rows):
-    logprobs = -np.array([[0, 1, 1, 0, 2, 2]], np.float32)
-    kl = np.array([[np.nan, 0.1, 0.1, np.nan, 0.1, 0.1]], np.float32)
+    logprobs = -np.array([[0, 1, 2, 0, 3, 2], [0, 1, 1, 0, 2, 2]], np.float32)
+    kl = np.array([[np.nan, 0.2, 0.2, np.nan, 0.2, 0.2], [np.nan, 0.1, 0.1, np.nan, 0.1, 0.1]], np.float32)
     (row, other) = shares(
-        WINDOWS, places=[{"name": "l0.up", "tensor": 0, "note": ""}, {"name": "l1.up", "tensor": None, "note": "fused"}],
-        logprobs=logprobs, kl=kl, own=(np.array([3.0, 5.0]), np.array([0.4, 0.4])), floats=np.array([1.5, 3.5]), rows=rows,
+        WINDOWS, places=[{"name": "l0.up", "tensor": 1, "note": ""}, {"name": "l1.up", "tensor": None, "note": "fused"}],
+        logprobs=logprobs, kl=kl, floats=np.array([1.5, 3.5]), rows=rows,
         seed=0, resamples=200, level=0.9,
     )  # fmt: skip
     assert row["nll_difference_restored"] == pytest.approx((6 - 5) / 4)
@@ -70,8 +70,8 @@ def test_a_restored_linears_share_is_what_the_loss_and_the_divergence_fall_by(ro
 
 def test_a_variant_that_lost_nothing_has_no_shares(rows):
     (row,) = shares(
-        WINDOWS, places=[{"name": "l0.up", "tensor": 0, "note": ""}], logprobs=-np.ones((1, 6), np.float32),
-        kl=np.zeros((1, 6), np.float32), own=(np.array([2.0, 2.0]), np.zeros(2)), floats=np.array([2.0, 2.0]), rows=rows,
+        WINDOWS, places=[{"name": "l0.up", "tensor": 1, "note": ""}], logprobs=-np.ones((2, 6), np.float32),
+        kl=np.zeros((2, 6), np.float32), floats=np.array([2.0, 2.0]), rows=rows,
         seed=0, resamples=200, level=0.9,
     )  # fmt: skip
     assert (row["recovered_share"], row["recovered_kl_share"], row["recovered_nll"]) == (None, None, 0.0)
@@ -80,3 +80,11 @@ def test_a_variant_that_lost_nothing_has_no_shares(rows):
 def test_tables_hold_six_digits(tmp_path):
     write_table(tmp_path / "t.csv", [{"a": 1 / 3, "b": "x", "c": 0}], ["a", "b"])
     assert (tmp_path / "t.csv").read_text() == "a,b\n0.333333,x\n"
+
+
+def test_an_outlier_stands_out_among_linears_of_its_kind_and_bits(tmp_path):
+    kinds = {"up": (0.1, 0.1, 0.3), "down": (0.9, 0.9, 1.0), "gate": (0.01, 9.0)}  # two gates are no peers
+    lines = [f"l{n}.{kind},{n},{kind},{e},0.1,0.1,0.1,low" for kind, es in kinds.items() for n, e in enumerate(es)]
+    rows = table(tmp_path, *lines)
+    assert outlier(rows, rows) == ("l2.up", pytest.approx(3.0))
+    assert outlier(rows[:2], rows) is None

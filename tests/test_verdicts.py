@@ -85,14 +85,14 @@ def run(tmp_path, model, served):
                 data["generations"] = {"tokens": [[said, 1]] * count, "margins": [[0.5, 0.5]] * count}
             if "restore" in job:
                 part = load_file(job["restore"]["windows"])["input_ids"]
-                back = -np.full((1, len(part)), 2.0, np.float32)
-                write_safetensors(
-                    Path(job["restore"]["output"]), {"logprobs": back, "kl": np.full((1, len(part)), 0.2, np.float32)}
-                )
+                back = -np.full((2, len(part)), 2.0, np.float32)
+                back[0] -= 1
+                divergence = np.stack([np.full(len(part), value, np.float32) for value in (0.5, 0.2)])
+                write_safetensors(Path(job["restore"]["output"]), {"logprobs": back, "kl": divergence})
             if "layers" in job:
                 data["errors"] = [{"name": name, "output_error": errors, "weight_error": 0.1} for name in LINEARS]
                 data["restored"] = [
-                    {"name": LINEARS[0], "tensor": 0, "note": ""}, {"name": LINEARS[1], "tensor": None, "note": "fused"}
+                    {"name": LINEARS[0], "tensor": 1, "note": ""}, {"name": LINEARS[1], "tensor": None, "note": "fused"}
                 ]  # fmt: skip
             write_safetensors(Path(job["output"]), tensors)
             return JobResult(data, 1.0, 0)
@@ -183,7 +183,7 @@ def layers(tmp_path):
 
 
 def test_the_float_model_from_itself_diverges_by_nothing_and_needs_no_second_model(run):
-    verdict, out = run("float", FLOAT, instruments=Instruments(divergence=True, generations=GENERATIONS))
+    verdict, out = run("float", FLOAT, instruments=Instruments(divergence=None, generations=GENERATIONS))
     assert "baseline" not in run.jobs[0]
     names = ("kl_divergence", "kl_divergence_low", "kl_divergence_high", "nll_difference_low", "nll_difference_high")
     assert [verdict.metrics[name] for name in names] == [0.0] * 5
@@ -195,7 +195,7 @@ def test_the_float_model_from_itself_diverges_by_nothing_and_needs_no_second_mod
 def test_the_divergence_is_a_mean_over_tokens_with_an_interval_over_documents(run):
     _, baseline = run("float", FLOAT)
     kl = np.repeat(np.linspace(0, 1.1, DOCUMENTS, dtype=np.float32), LENGTH)
-    verdict, out = run("variant", FLOAT, baseline=baseline, kl=kl, instruments=Instruments(divergence=True))
+    verdict, out = run("variant", FLOAT, baseline=baseline, kl=kl, instruments=Instruments(divergence=None))
     assert verdict.metrics["kl_divergence"] == pytest.approx(0.55)
     assert 0.3 < verdict.metrics["kl_divergence_low"] < 0.55 < verdict.metrics["kl_divergence_high"] < 0.8
     section = json.loads((out / "comparison.json").read_text())["kl"]
@@ -216,13 +216,14 @@ def test_continuations_are_held_against_those_that_the_float_model_kept(run):
 
 def test_the_worst_linears_shares_are_told_and_what_cannot_be_put_back_says_why(run, layers):
     _, baseline = run("float", FLOAT)
-    verdict, out = run("variant", FLOAT, baseline=baseline, instruments=Instruments(divergence=True, layers=layers))
+    verdict, out = run("variant", FLOAT, baseline=baseline, instruments=Instruments(divergence=None, layers=layers))
     first, second = verdict.tables["restored"]
     assert (first["recovered_kl_share"], second["note"]) == (pytest.approx(0.6), "fused")
     assert second["recovered_nll"] is None
     assert len(run.jobs[-1]["layers"]["linears"]) == 2
     chosen = FLOAT.reshape(DOCUMENTS, LENGTH)[[0, 4, 7, 11], 1:].astype(np.float64)  # 40 of 108 tokens
-    assert first["recovered_nll"] == pytest.approx(-chosen.mean() - 2.0)
+    assert first["nll_difference_restored"] == pytest.approx(2.0 + chosen.mean())
+    assert (first["recovered_nll"], first["recovered_low"]) == (pytest.approx(1.0), pytest.approx(1.0))
     header = (out / "restored.csv").read_text().splitlines()[0]
     assert header.startswith("name,layer,module,output_error,nll_difference_restored,recovered_nll")
     assert [row["key"] for row in verdict.tables["layer_errors"]] == [0, 1, "mlp.up_proj"]
@@ -233,14 +234,14 @@ def test_the_worst_linears_shares_are_told_and_what_cannot_be_put_back_says_why(
 def test_a_variant_without_measured_linears_says_so(run, layers, tmp_path):
     _, baseline = run("float", FLOAT)
     bare = replace(layers, quantized=tmp_path / "elsewhere")
-    verdict, _ = run("variant", FLOAT, baseline=baseline, instruments=Instruments(divergence=True, layers=bare))
+    verdict, _ = run("variant", FLOAT, baseline=baseline, instruments=Instruments(divergence=None, layers=bare))
     assert "layers" not in run.jobs[-1]
     assert "not told apart by linear" in verdict.notes[0]
 
 
 def test_alarms_are_told_and_fail_only_where_they_should(run, layers):
     _, baseline = run("float", FLOAT)
-    tools = Instruments(divergence=True, layers=layers, limits={"kl_divergence": 0.1, "output_error_change": 0.02})
+    tools = Instruments(divergence=None, layers=layers, limits={"kl_divergence": 0.1, "output_error_change": 0.02})
     verdict, out = run("warned", FLOAT, baseline=baseline, errors=0.2, instruments=tools)
     assert [row["instrument"] for row in verdict.tables["flags"]] == ["kl_divergence", "output_error_change"]
     assert verdict.metrics["alarms"] == 2

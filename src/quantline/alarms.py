@@ -48,6 +48,9 @@ INSTRUMENTS: dict[str, _Instrument] = {
         "a linear's output error is {value:.1%} off what it was when it was quantized: these are not the weights that came "
         "out of quantization",
     ),
+    "output_error_outlier": _Instrument(
+        "output_error_outlier", True, "a linear's output error is {value:.3g} times that of its kind"
+    ),
     "restored_share": _Instrument(
         "restored_share_max", True, "one linear, put back to float, brings back {value:.1%} of the divergence"
     ),

@@ -20,6 +20,7 @@ Instrument = Literal[
     "top1_agreement",
     "first_divergence",
     "output_error_change",
+    "output_error_outlier",
     "restored_share",
 ]
 
@@ -30,6 +31,12 @@ class BootstrapConfig(Section):
     resamples: int = Field(ge=100)
     level: float = Field(gt=0.5, lt=1)
     seed: int = Field(ge=0)
+
+
+class DivergenceConfig(Section):
+    """Of how many tokens' distributions the divergence from the float model is measured; null is all, 0 none."""
+
+    tokens: int | None = Field(ge=0)
 
 
 class GenerationsConfig(Section):
@@ -56,6 +63,7 @@ class LimitsConfig(Section):
     top1_agreement: float | None = Field(gt=0, le=1)
     first_divergence: float | None = Field(gt=0)
     output_error_change: float | None = Field(gt=0)
+    output_error_outlier: float | None = Field(gt=1)
     restored_share: float | None = Field(gt=0)
 
 
@@ -79,7 +87,7 @@ class EvaluateConfig(Section):
     batch_tokens: int = Field(ge=1)
     bootstrap: BootstrapConfig
     engine_tolerance: float = Field(gt=0)
-    divergence: bool
+    divergence: DivergenceConfig
     generations: GenerationsConfig
     restore: RestoreConfig
     limits: LimitsConfig

@@ -86,9 +86,14 @@ def document_nlls(windows: Windows, logprobs: NDArray[Any]) -> list[DocumentScor
     ]
 
 
-def document_sums(windows: Windows, values: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sums of values (tokens,) over each document's scored tokens, and their number; float64 (documents,) each."""
-    scored = windows.scored
+def document_sums(
+    windows: Windows, values: NDArray[Any], only: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sums of values (tokens,) over each document's scored tokens, and their number; float64 (documents,) each.
+
+    only: bool (tokens,), of these alone.
+    """
+    scored = windows.scored if only is None else windows.scored & only
     owner = np.repeat(windows.document, np.diff(windows.offsets))[scored]
     count = len(windows.document_ids)
     sums: NDArray[np.float64] = np.bincount(owner, values[scored].astype(np.float64), minlength=count).astype(

@@ -6,14 +6,16 @@ absent is left out:
 
 `baseline`     folder of the float model, loaded beside the checkpoint; the output gets `kl` float32 (tokens,), the
                Kullback-Leibler divergence KL(float || checkpoint) of the whole next-token distributions in nats, NaN at
-               the first token of a window. Computed in float64 from float32 logits, a few rows at a time.
+               the first token of a window. Computed in float64 from float32 logits, a few rows at a time; of about
+               `divergence_tokens` tokens, null is all, and NaN at the others.
 `generate`     prompts (lists of equally many token ids), new_tokens. Result `generations`: `tokens`, the greedy
                continuations, which no token ends, and `margins`, by how much each is above the runner-up, in nats.
 `layers`       linears (names), calibration, samples and unfold, as of `coverage_worker`; wants `baseline`. Result `errors`:
                its rows, measured on this checkpoint.
 `restore`      count, windows, output; wants `layers`. The `count` linears with the largest output errors are put back to
-               float, one at a time, and the windows are scored again; the output has `logprobs` and `kl`, float32 (linears,
-               tokens). Result `restored`: a row each, `name`, `tensor` (row of the output, or null) and `note`.
+               float, one at a time, and the windows are scored again; the output has `logprobs` and `kl`, float32
+               (1 + linears, tokens), first as the checkpoint is. Result `restored`: a row each, `name`, `tensor` (row of
+               the output, or null) and `note`.
 
 A method may have folded scales of a linear into its neighbours. The float weight is put back with the same scales, as far as
 they can be found again (`coverage_unfold.folded_scales`). Activations that a checkpoint rounds stay rounded.
@@ -69,6 +71,8 @@ def kl_divergence(floats: Tensor, logits: Tensor) -> Tensor:
         terms = expected.exp() * (expected - logits[block].double().log_softmax(dim=1))
         # What the float model takes for impossible adds nothing; and rounding can leave almost nothing below zero.
         found[block] = terms.masked_fill(expected == -math.inf, 0.0).sum(dim=1).clamp(min=0)
+    if found.isnan().any():
+        raise JobError("the logits of the float model or of the checkpoint are no numbers; they overflow in float32")
     return found
 
 
@@ -148,24 +152,24 @@ def _restore(
     folded = bool(measured["unfolded"])
     known = [row for row in measured["rows"] if row["output_error"] is not None]
     worst = sorted(known, key=lambda row: -row["output_error"] if math.isfinite(row["output_error"]) else -math.inf)
+
+    def scores() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        ids, offsets, batch_tokens = windows["input_ids"], windows["offsets"], int(job["batch_tokens"])
+        logprobs, _, kl = score_windows(model, ids, offsets, batch_tokens, report, beside=divergence_from(floats))
+        return logprobs, kl
+
     found: list[dict[str, Any]] = []
-    logprobs: list[NDArray[np.float32]] = []
-    kls: list[NDArray[np.float32]] = []
+    made = [scores()]
     for row in worst[: int(job["count"])]:
         try:
             with restored(model, floats, row["name"], folded):
-                scores, _, kl = score_windows(
-                    model, windows["input_ids"], windows["offsets"], int(job["batch_tokens"]), report,
-                    beside=divergence_from(floats),
-                )  # fmt: skip
+                made.append(scores())
         except JobError as error:
             found.append({"name": row["name"], "tensor": None, "note": str(error)})
             continue
-        found.append({"name": row["name"], "tensor": len(kls), "note": ""})
-        logprobs.append(scores)
-        kls.append(kl)
-    if kls:
-        write_safetensors(Path(job["output"]), {"logprobs": np.stack(logprobs), "kl": np.stack(kls)})
+        found.append({"name": row["name"], "tensor": len(made) - 1, "note": ""})
+    logprobs, kl = (np.stack(part) for part in zip(*made, strict=True))
+    write_safetensors(Path(job["output"]), {"logprobs": logprobs, "kl": kl})
     return found
 
 

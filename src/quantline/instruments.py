@@ -43,12 +43,13 @@ class Layers:
 
 @dataclass(frozen=True)
 class Instruments:
-    """All of it; by default perplexity and likeliest tokens alone. limits, fail_on: see `quantline.alarms`.
+    """All of it; by default perplexity and likeliest tokens alone.
 
-    noise: what `stages.noise` measured of the variant, where it did.
+    divergence: from the float model, of so many tokens; None is all. limits, fail_on: see `quantline.alarms`. noise: what
+    `stages.noise` measured of the variant, where it did.
     """
 
-    divergence: bool = False
+    divergence: int | None = 0
     generations: Generations | None = None
     layers: Layers | None = None
     limits: Mapping[str, float | None] = field(default_factory=dict)
@@ -58,7 +59,11 @@ class Instruments:
 
 @dataclass(frozen=True)
 class Plan:
-    """What goes to the worker (`job`), and what is needed to read its answer."""
+    """What goes to the worker (`job`), and what is needed to read its answer.
+
+    rows: of the quantize stage's table. part: the windows that are scored again, `chosen` their documents. restored: where
+    the worker puts what came of it.
+    """
 
     job: dict[str, Any]
     prompts: generations.Prompts
@@ -80,9 +85,9 @@ def plan(instruments: Instruments, windows: Windows, *, baseline: bool, float_mo
     job: dict[str, Any] = {}
     if wish and prompts.tokens:
         job["generate"] = {"prompts": [list(tokens) for tokens in prompts.tokens], "new_tokens": wish.new_tokens}
-    if not baseline or not instruments.divergence:
+    if not baseline or instruments.divergence == 0:
         return Plan(job, prompts, [])
-    job["baseline"] = str(float_model)
+    job.update(baseline=str(float_model), divergence_tokens=instruments.divergence)
     layers = instruments.layers
     rows = layer_errors.read_layers(layers.quantized) if layers else []
     if not layers or not rows:

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ RESTORED_COLUMNS = (
     "recovered_high", "recovered_share", "kl_restored", "recovered_kl_share", "note",
 )  # fmt: skip
 _NUMBERS = ("output_error", "weight_error", "weight_error_max", "weight_error_mean")
+_PEERS = 3
 _EXPERT = re.compile(r"experts\.\d+\.")
 _LEVELS = ("low", "moderate", "high")
 Row = dict[str, Any]
@@ -91,13 +92,30 @@ def changes(rows: Sequence[Row], judged: Sequence[Mapping[str, Any]]) -> dict[st
     return found
 
 
+def outlier(rows: Sequence[Row], judged: Sequence[Mapping[str, Any]]) -> tuple[str, float] | None:
+    """The linear whose output error is the most above its peers', and how many times it is their median.
+
+    Peers are of the same kind and bits, since kinds differ by nature; kinds of fewer than `_PEERS` say nothing.
+    """
+    groups: dict[tuple[Any, Any], dict[str, float]] = {}
+    errors = {row["name"]: row["output_error"] for row in judged}
+    for row in rows:
+        if errors.get(row["name"]) is not None:
+            groups.setdefault((_kind(row["module"]), row.get("bits")), {})[row["name"]] = errors[row["name"]]
+    found = []
+    for group in groups.values():
+        middle = median(group.values())
+        if len(group) >= _PEERS and middle > 0:
+            found += [(name, error / middle) for name, error in group.items()]
+    return max(found, key=lambda pair: pair[1], default=None)
+
+
 def shares(
     windows: Windows,
     *,
     places: Sequence[Mapping[str, Any]],
     logprobs: NDArray[np.float32],
     kl: NDArray[np.float32],
-    own: tuple[NDArray[np.float64], NDArray[np.float64]],
     floats: NDArray[np.float64],
     rows: Sequence[Mapping[str, Any]],
     seed: int,
@@ -112,12 +130,13 @@ def shares(
     Args:
         windows: those that were scored again.
         places: the worker's rows, `name`, `tensor` and `note`.
-        logprobs, kl: float32 (restored linears, tokens).
-        own: by document the variant's loss and its divergence from the float model, float64 (documents,).
+        logprobs, kl: float32 (1 + restored linears, tokens), first of the variant as it is.
         floats: the float model's loss, float64 (documents,).
         rows: the judged linears' errors, with `layer` and `module`.
     """
     known = {row["name"]: row for row in rows}
+    (own, tokens), before = document_sums(windows, -logprobs[0]), document_sums(windows, kl[0])[0]
+    lost, diverged = math.fsum(own - floats), math.fsum(before)
     found = []
     for place in places:
         of = known[place["name"]]
@@ -127,14 +146,12 @@ def shares(
         found.append(row)
         if place["tensor"] is None:
             continue
-        nll, tokens = document_sums(windows, -logprobs[place["tensor"]])
-        after, before = (document_sums(windows, kl[place["tensor"]])[0], own[1])
-        back = paired_bootstrap(own[0], nll, tokens, seed=seed, resamples=resamples, level=level)
-        lost, diverged = math.fsum(own[0] - floats), math.fsum(before)
+        nll, after = (document_sums(windows, of[place["tensor"]])[0] for of in (-logprobs, kl))
+        back = paired_bootstrap(own, nll, tokens, seed=seed, resamples=resamples, level=level)
         row.update(
             nll_difference_restored=math.fsum(nll - floats) / math.fsum(tokens), recovered_nll=back.estimate,
             recovered_low=back.low, recovered_high=back.high, kl_restored=math.fsum(after) / math.fsum(tokens),
-            recovered_share=math.fsum(own[0] - nll) / lost if lost > 0 else None,
+            recovered_share=math.fsum(own - nll) / lost if lost > 0 else None,
             recovered_kl_share=1 - math.fsum(after) / diverged if diverged > 0 else None,
         )  # fmt: skip
     return found

@@ -170,6 +170,7 @@ def score_windows(
     report: Reporter,
     *,
     beside: Callable[[Any, Any], Any] | None = None,
+    beside_tokens: int | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
     """Log-probability and likeliest token at every place of every window.
 
@@ -179,10 +180,11 @@ def score_windows(
         batch_tokens: upper limit of tokens computed at once.
         beside: from a batch's ids (rows, length) and logits (rows * length, vocabulary), as many again of which it may hold,
             to another value a place.
+        beside_tokens: about how many tokens `beside` is asked for, in batches spread over all; None is all of them.
 
     Returns:
         logprobs float32 (tokens,) in nats, NaN at the start of a window; top1 int32 (tokens,), -1 there; and what `beside`
-        says, float32 (tokens,), NaN at the start of a window and without it.
+        says, float32 (tokens,), NaN at the start of a window and where it was not asked.
     """
     import torch
 
@@ -194,7 +196,8 @@ def score_windows(
     batches = plan_batches(offsets, min(batch_tokens, room))
     total = sum(int((offsets[batch + 1] - offsets[batch]).sum()) for batch in batches)
     done = 0
-    for batch in batches:
+    share = 1.0 if beside_tokens is None else min(1.0, beside_tokens / max(total, 1))
+    for number, batch in enumerate(batches):
         length = int(offsets[batch[0] + 1] - offsets[batch[0]])
         places = offsets[batch][:, None] + np.arange(length)  # (rows, length)
         ids = torch.from_numpy(input_ids[places].astype(np.int64)).to(model.device)
@@ -209,7 +212,8 @@ def score_windows(
             chosen[rows] = picked - logits[rows].logsumexp(dim=1)
         logprobs[places[:, 1:].reshape(-1)] = chosen.cpu().numpy()
         top1[places[:, 1:].reshape(-1)] = logits.argmax(dim=1).cpu().numpy()
-        if beside is not None:
+        # The first batch is among them, so that a text of one batch has its value.
+        if beside is not None and math.ceil((number + 1) * share) > math.ceil(number * share):
             values[places[:, 1:].reshape(-1)] = beside(ids[:, :-1], logits).cpu().numpy()
         done += len(batch) * length
         report(done, total, "tokens")
@@ -219,7 +223,7 @@ def score_windows(
 def score(
     model: Any, job: Mapping[str, Any], report: Reporter, beside: Callable[[Any, Any], Any] | None = None
 ) -> dict[str, Any]:
-    """Do a `score` job; with `beside` (see `score_windows`) its values are written as `kl`.
+    """Do a `score` job; with `beside`, asked for the job's `divergence_tokens`, its values are written as `kl`.
 
     Raises:
         JobError: token ids that the model does not know, log-probabilities that are no numbers.
@@ -231,7 +235,9 @@ def score(
     check_ids(model, input_ids)
     started = time.perf_counter()
     batch_tokens = int(job.get("batch_tokens", 4096))
-    logprobs, top1, values = score_windows(model, input_ids, offsets, batch_tokens, report, beside=beside)
+    logprobs, top1, values = score_windows(
+        model, input_ids, offsets, batch_tokens, report, beside=beside, beside_tokens=job.get("divergence_tokens")
+    )
     seconds = time.perf_counter() - started
     lost = int(np.isnan(logprobs).sum()) - int((np.diff(offsets) > 0).sum())
     if lost:

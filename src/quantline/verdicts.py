@@ -98,7 +98,7 @@ def evaluate(
         worker = run_worker("reference", "quantline.evaluation_worker", job, "reference engine")
         own = _scores(scores, windows)
         base = own if baseline is None else _baseline(baseline, windows)
-        restored = _restored(parts=parts, worker=worker, windows=windows, own=own, base=base, how=bootstrap)
+        restored = _restored(parts=parts, worker=worker, base=base, how=bootstrap)
     level = str(windows.protocol.get("level", "token"))
     units = (own.documents, base.documents)
     if level == "word":
@@ -121,7 +121,7 @@ def evaluate(
     tables, files, notes = _layers(metrics, parts, worker, restored, out)
     if instruments.noise:
         metrics.update({f"noise_{key}": float(instruments.noise[key]) for key in ("low", "high", "runs")})
-    if baseline is not None and instruments.divergence and not parts.rows:
+    if baseline is not None and instruments.divergence != 0 and not parts.rows:
         notes.append(
             "errors of single linears: the quantize stage's are not here, so the loss is not told apart by linear"
         )
@@ -180,9 +180,11 @@ def _divergence(
     if own.kl is None and not is_baseline:
         return None
     kl = np.zeros(len(windows.input_ids)) if own.kl is None else own.kl
-    sums, tokens = evaluation.document_sums(windows, kl)
-    scored = kl[windows.scored].astype(np.float64)
-    found = {**_interval(metrics, "kl_divergence", sums, tokens, how), "direction": "float || variant"}
+    measured = ~np.isnan(kl)
+    sums, tokens = evaluation.document_sums(windows, kl, measured)
+    scored = kl[windows.scored & measured].astype(np.float64)
+    found = {**_interval(metrics, "kl_divergence", sums[tokens > 0], tokens[tokens > 0], how), "tokens": len(scored)}
+    found["direction"] = "float || variant"
     return {**found, "unit": "nats/token", "median": float(np.median(scored)), "p99": float(np.quantile(scored, 0.99))}
 
 
@@ -211,23 +213,18 @@ def _generations(
     return {"prompt_tokens": wish.generations.prompt_tokens, **found}
 
 
-def _restored(
-    *, parts: Plan, worker: JobResult, windows: Windows, own: _Scores, base: _Scores, how: Bootstrap
-) -> list[dict[str, Any]]:
+def _restored(*, parts: Plan, worker: JobResult, base: _Scores, how: Bootstrap) -> list[dict[str, Any]]:
     """What each of the worst linears costs: read while the worker's files are there."""
     from safetensors.numpy import load_file
 
     places = worker.data.get("restored")
-    if not places or parts.part is None or parts.chosen is None or parts.restored is None or own.kl is None:
+    if not places or parts.part is None or parts.chosen is None or parts.restored is None:
         return []
-    tensors = load_file(parts.restored) if parts.restored.is_file() else {}
-    before, floats = (np.array([score.nll_sum for score in of.documents])[parts.chosen] for of in (own, base))
-    kl = evaluation.document_sums(windows, own.kl)[0][parts.chosen]
-    empty = np.empty((0, 0), np.float32)
+    tensors = load_file(parts.restored)
+    floats = np.array([score.nll_sum for score in base.documents])[parts.chosen]
     errors = {row["name"]: row["output_error"] for row in worker.data["errors"]}
     return layer_errors.shares(
-        parts.part, places=places, logprobs=tensors.get("logprobs", empty), kl=tensors.get("kl", empty),
-        own=(before, kl), floats=floats, **asdict(how),
+        parts.part, places=places, logprobs=tensors["logprobs"], kl=tensors["kl"], floats=floats, **asdict(how),
         rows=[{**row, "output_error": errors[row["name"]]} for row in parts.rows],
     )  # fmt: skip
 
@@ -245,6 +242,8 @@ def _layers(
     changed = layer_errors.changes(parts.rows, judged)
     worst = max(changed, key=lambda name: changed[name] if math.isfinite(changed[name]) else math.inf)
     metrics["output_error_change"] = changed[worst]
+    if (apart := layer_errors.outlier(parts.rows, judged)) is not None:
+        metrics["output_error_outlier"] = apart[1]
     if restored:
         layer_errors.write_table(out / layer_errors.RESTORED, restored, layer_errors.RESTORED_COLUMNS)
         tables["restored"], files = restored, [*files, layer_errors.RESTORED]
