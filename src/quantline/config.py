@@ -18,6 +18,7 @@ from quantline import capabilities
 from quantline.asking import method_faults
 from quantline.coverage_config import CoverageConfig
 from quantline.errors import ConfigError
+from quantline.evaluate_config import EvaluateConfig
 from quantline.methods import Backend, LayersConfig, Method, Section
 
 EMBEDDED_MODEL = "assets/demo/model"
@@ -112,34 +113,6 @@ class ServeConfig(Section):
     enforce_eager: bool
     smoke: SmokeConfig
     process: ProcessConfig
-
-
-class BootstrapConfig(Section):
-    """The interval of the difference from the baseline."""
-
-    resamples: int = Field(ge=100)
-    level: float = Field(gt=0.5, lt=1)
-    seed: int = Field(ge=0)
-
-
-class EvaluateConfig(Section):
-    """A flavour of perplexity, stated in full (see `windows.Protocol`), and how it is compared."""
-
-    name: str
-    path: str | None
-    format: str | None
-    text_field: str
-    mode: Literal["documents", "concatenated"]
-    window: int = Field(ge=2)
-    stride: int = Field(ge=1)
-    bos: Literal["none", "add"]
-    max_documents: int | None = Field(ge=2)
-    max_document_tokens: int | None = Field(ge=2)
-    max_tokens: int | None = Field(ge=2)
-    min_tokens: int = Field(ge=1)
-    batch_tokens: int = Field(ge=1)
-    bootstrap: BootstrapConfig
-    engine_tolerance: float = Field(gt=0)
 
 
 class NoiseConfig(Section):

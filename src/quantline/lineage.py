@@ -67,12 +67,12 @@ def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
         return {"convert": config.convert.model_dump(exclude_defaults=True), "runtime": config.serve.runtime}
     if stage not in ("serve_smoke", "evaluate", "noise"):
         raise ValueError(f"no stage named {stage}")
-    own = {"evaluate": config.evaluate.model_dump(), "text": _text_hash(config, root)}
+    own = {"evaluate": config.evaluate.windows(), "text": _text_hash(config, root)}
     if stage == "serve_smoke":
         return {**own, "serve": config.serve.model_dump(exclude={"process"}), "environment": locks["server"]}
     if stage == "noise":
-        own["noise"] = config.noise.model_dump()
-    return {**own, "environment": locks["reference"]}
+        return {**own, "noise": config.noise.model_dump(), "environment": locks["reference"]}
+    return {**own, "evaluate": config.evaluate.model_dump(), "environment": locks["reference"]}
 
 
 def stages_before(config: Config, stage: str) -> tuple[str, ...]:

@@ -191,7 +191,7 @@ class StageRun:
         """The evaluation's text and windows."""
         from quantline.windows import Protocol
 
-        return Protocol(**self.config.evaluate.model_dump(exclude={"batch_tokens", "bootstrap", "engine_tolerance"}))
+        return Protocol(**self.config.evaluate.protocol())
 
     def quantization_request(self) -> Request:
         """What the quantize stage is asked for."""
