@@ -40,7 +40,9 @@ from quantline.speed_statistics import medians, metrics_of, ratios
 
 # A process of vLLM without weights and cache: seen 1.0 GiB on a CPU; a context and graphs on a GPU.
 _OVERHEAD_BYTES = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}
-_BY_LOG, _BY_TENSORS = "as vLLM's log reports it", "the checkpoint's tensors, for this vLLM reports none"
+# vLLM's log gives 0.01 GiB; what it adds to the tensors (rotary tables, repacked scales) is less than this share.
+_LOG_STEP, _ADDED = GIB // 100, 1.15
+_BY_LOG, _BY_TENSORS = "as vLLM's log reports it, to 0.01 GiB", "the checkpoint's tensors, for this vLLM reports none"
 OFFLINE = ("latency", "throughput")
 Bench = Callable[[dict[str, Any], str], JobResult]
 
@@ -86,8 +88,20 @@ def measure(
     if "serve" in plan.tools:
         session.measure_served(document)
     document["offline"] = [row for tool in OFFLINE if tool in plan.tools for row in session.measure_offline(tool)]
-    notes = [f"the machine was busy with other work (load {busy:.1f} a core): trust the ratios, not the speeds"]
-    return _kept(Measured(document, metrics_of(document), notes if busy > 1 else []), out)
+    notes = memory_notes(document["servers"])
+    if busy > 1:
+        notes.append(f"the machine was busy with other work (load {busy:.1f} a core): trust the ratios, not the speeds")
+    return _kept(Measured(document, metrics_of(document), notes), out)
+
+
+def memory_notes(servers: Sequence[dict[str, Any]]) -> list[str]:
+    """What to say of a server that holds more weights than its checkpoint: it loaded floats in place of codes."""
+    return [
+        f"{server['model']}: vLLM holds {server['weights_memory_bytes'] / 1e9:.2f} GB of weights, the checkpoint has "
+        f"{server['checkpoint_bytes'] / 1e9:.2f} GB: it did not load what was quantized, and the speed is not the variant's"
+        for server in servers
+        if server["weights_memory_bytes"] > _ADDED * server["checkpoint_bytes"] + _LOG_STEP
+    ]
 
 
 def nothing() -> dict[str, Any]:

@@ -57,7 +57,7 @@ def render_speed_table(document: Mapping[str, Any], style: str = "simple") -> st
 def _cells(row: Mapping[str, Any]) -> list[str]:
     saved, gain = "", ""
     if row["model"] == "variant":
-        saved = f"{-100 * row['memory_reduction']:+.0f} %"
+        saved = f"{0.0 - 100 * row['memory_reduction']:+.0f} %"
         gain = f"{row['speed_up']:.2f}x [{row['speed_up_low']:.2f}, {row['speed_up_high']:.2f}]"
         gain += " slower" if row["slower_than_float"] else ""
     return [
