@@ -106,7 +106,7 @@ def uncovered(root, stage, deps):
 STAGE_ENTRIES = [
     ("download", "download"), ("calibrate", "calibrate"), ("quantize", "quantize"), ("convert", "convert"),
     ("serve_smoke", "serve_smoke"), ("serve_smoke_baseline", "serve_smoke"), ("evaluate", "evaluate"),
-    ("evaluate_baseline", "evaluate"),
+    ("evaluate_baseline", "evaluate"), ("speed", "speed"),
 ]  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def test_dvc_resolves_the_pipeline_to_the_stages_of_each_variant(root, tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     once = {"compose_baseline", "download", "serve_smoke_baseline", "evaluate_baseline"}
-    each = ("compose", "calibrate", "quantize", "convert", "serve_smoke", "evaluate")
+    each = ("compose", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "speed")
     variants = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["variants"]
     assert len(variants) >= 3
     assert set(done.stdout.rpartition("#")[2].split()) == once | {

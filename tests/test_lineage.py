@@ -9,7 +9,9 @@ from quantline.variants import STAGES
 def fingerprints(composed, root):
     def of(*overrides):
         config = parse(composed(*overrides))
-        stages = [stage for stage in STAGES if config.method.name != "float" or stage not in ("quantize", "convert")]
+        stages = [
+            stage for stage in STAGES if config.method.name != "float" or stage not in ("quantize", "convert", "speed")
+        ]
         return {stage: stage_fingerprint(config, stage, root) for stage in stages}
 
     return of
@@ -21,7 +23,7 @@ def changed(one, other):
 
 def test_bits_change_quantize_and_what_follows(fingerprints):
     assert changed(fingerprints("method=gptq"), fingerprints("method=gptq", "bits=8")) == [
-        "quantize", "convert", "serve_smoke", "evaluate"
+        "quantize", "convert", "serve_smoke", "evaluate", "speed"
     ]  # fmt: skip
 
 

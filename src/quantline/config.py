@@ -20,6 +20,7 @@ from quantline.coverage_config import CoverageConfig
 from quantline.errors import ConfigError
 from quantline.evaluate_config import EvaluateConfig
 from quantline.methods import Backend, LayersConfig, Method, Section
+from quantline.speed_config import SpeedConfig, speed_faults
 
 EMBEDDED_MODEL = "assets/demo/model"
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -164,6 +165,7 @@ class Config(Section):
     serve: ServeConfig
     evaluate: EvaluateConfig
     noise: NoiseConfig
+    speed: SpeedConfig
     tracking: TrackingConfig
     toolchains: dict[str, str | None]
     frozen: FrozenConfig | None = None
@@ -187,6 +189,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     faults.extend(_convert_faults(values))
     faults.extend(_tracking_faults(values))
     faults.extend(_toolchain_faults(values))
+    faults.extend(speed_faults(values))
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     return config
