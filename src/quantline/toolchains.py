@@ -74,6 +74,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def core_lock(root: Path) -> str | None:
+    """Hash of the lock of the environment that the stages themselves run in; None where the checkout has none."""
+    lock = root / "envs" / "core.txt"
+    return sha256_of(lock) if lock.is_file() else None
+
+
 def locks_identity(root: Path, name: str) -> str:
     """One hash over the locks of a toolchain for every platform: the environment's part of a variant's identity."""
     digest = hashlib.sha256()
