@@ -78,11 +78,14 @@ def stage_difference(stage: str, one: Chain, other: Chain) -> Difference | None:
     return identity or outcome_difference(stage, one, other)
 
 
-def outcome_difference(stage: str, one: Chain, other: Chain) -> Difference | None:
-    """The first difference of what came out of a stage that both chains have."""
+def outcome_difference(stage: str, one: Chain, other: Chain, *, exact: bool = False) -> Difference | None:
+    """The first difference of what came out of a stage that both chains have.
+
+    exact: compare the files of every stage, as those of a copy.
+    """
     ours, theirs = one.results[stage], other.results[stage]
     found = None
-    if stage in EXACT:
+    if exact or stage in EXACT:
         folders = one.folders.get(stage), other.folders.get(stage)
         found = _tensor_difference(stage, ours, theirs, folders)
         found = found or _compared(stage, "file", ours.get("outputs"), theirs.get("outputs"))

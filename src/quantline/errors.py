@@ -36,6 +36,10 @@ class DiskFullError(UserError):
     exit_code = 1
 
 
+class DifferentError(QuantlineError):
+    """What was made again is not what was recorded."""
+
+
 class WorkerError(QuantlineError):
     """A worker process failed; the message names its log."""
 

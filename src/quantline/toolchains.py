@@ -109,15 +109,16 @@ def ensure(root: Path, name: str, *, python: str | None = None, platform: str | 
     digest = sha256_of(lock)
     folder = root / ".venvs" / name
     interpreter = folder / "bin" / "python"
-    if _state_of(folder) == digest:
+    if environment_state(folder) == digest:
         return Toolchain(name, interpreter, digest)
     with _exclusive(root / ".venvs" / f".{name}.lock"):
-        if _state_of(folder) != digest:
+        if environment_state(folder) != digest:
             _build(folder, name, lock, digest)
     return Toolchain(name, interpreter, digest)
 
 
-def _state_of(folder: Path) -> str | None:
+def environment_state(folder: Path) -> str | None:
+    """Hash of the lock that an environment was built from; None where it is half built or not there."""
     state = folder / "quantline-state.json"
     try:
         return str(json.loads(state.read_text(encoding="utf-8"))["lock_sha256"])
