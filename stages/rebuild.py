@@ -27,17 +27,16 @@ def rebuild(cfg: DictConfig, own: dict[str, str]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from quantline.entry import plain
-    from quantline.errors import DifferentError, UserError
-    from quantline.own_options import chosen
+    from quantline.errors import DifferentError
+    from quantline.own_options import chosen, required
     from quantline.rebuild import rebuild as bring_back
     from quantline.tracked_runs import read_run, tracking_of
 
-    if missing := [key for key in ("run", "out") if key not in own]:
-        raise UserError(f"{missing[0]}: is not set; give run=ID out=DIR")
+    given, place = required(own, "run", "out")
     source = chosen(own, "from", ("auto", "cache", "source"))
-    run = read_run(tracking_of(plain(cfg), HydraConfig.get().overrides.task, ROOT), ROOT, own["run"])
+    run = read_run(tracking_of(plain(cfg), HydraConfig.get().overrides.task, ROOT), ROOT, given)
     print(f"{run.name}, run {run.run_id}, of {run.experiment}", file=sys.stderr, flush=True)
-    out = Path(own["out"]).expanduser().absolute()
+    out = Path(place).expanduser().absolute()
     rebuilt = bring_back(run, out, ROOT, source=source, remote=own.get("remote"))
     print(f"compared: {', '.join(rebuilt.compared)}")
     if rebuilt.difference is not None:

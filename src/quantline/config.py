@@ -19,6 +19,7 @@ from quantline.asking import method_faults
 from quantline.coverage_config import CoverageConfig
 from quantline.errors import ConfigError
 from quantline.methods import Backend, LayersConfig, Method, Section
+from quantline.promote_config import PromoteConfig
 
 EMBEDDED_MODEL = "assets/demo/model"
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -192,6 +193,7 @@ class Config(Section):
     evaluate: EvaluateConfig
     noise: NoiseConfig
     tracking: TrackingConfig
+    promote: PromoteConfig = PromoteConfig()
     toolchains: dict[str, str | None]
     frozen: FrozenConfig | None = None
 

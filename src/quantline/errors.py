@@ -40,6 +40,10 @@ class DifferentError(QuantlineError):
     """What was made again is not what was recorded."""
 
 
+class GateError(QuantlineError):
+    """A variant does not show what is asked for before it is promoted."""
+
+
 class WorkerError(QuantlineError):
     """A worker process failed; the message names its log."""
 

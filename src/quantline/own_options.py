@@ -26,6 +26,18 @@ def split_own(arguments: Sequence[str], names: Collection[str]) -> tuple[dict[st
     return own, rest
 
 
+def required(own: dict[str, str], *keys: str) -> list[str]:
+    """The values of options that have to be given.
+
+    Raises:
+        UserError: one is not.
+    """
+    missing = [key for key in keys if key not in own]
+    if missing:
+        raise UserError(f"{missing[0]}: is not set; give {' '.join(f'{key}=...' for key in keys)}")
+    return [own[key] for key in keys]
+
+
 def chosen(own: dict[str, str], key: str, allowed: Sequence[str]) -> str:
     """The value of an option that takes one of a few; the first of them where it is not given.
 

@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from quantline.chain import Chain, ordered
-from quantline.config import TrackingConfig
+from quantline.config import ModelConfig, TrackingConfig
 from quantline.errors import QuantlineError, TrackingError, UserError
+from quantline.publishing import experiment_name
 from quantline.tracking import quiet_mlflow
 from quantline.tracking_store import Scrubber, check_reachable, resolve_uri, sqlite_path
 
@@ -108,6 +109,29 @@ def read_run(tracking: TrackingConfig, root: Path, given: str) -> TrackedRun:
     """
     with connected(tracking, root) as client:
         return load_run(client, find_run(client, given))
+
+
+@dataclass(frozen=True)
+class Current:
+    """The run that says what a variant is now."""
+
+    run_id: str
+    fingerprint: str
+
+
+def current_run(tracking: TrackingConfig, root: Path, name: str, model: ModelConfig) -> Current:
+    """The run of a variant that was published a moment ago.
+
+    Raises:
+        TrackingError: it is not there.
+    """
+    with connected(tracking, root) as client:
+        experiment = client.get_experiment_by_name(experiment_name(tracking, model))
+        condition = f"tags.`quantline.variant` = {json.dumps(name)} and tags.`quantline.role` = 'variant'"
+        for run in all_runs(client, [str(experiment.experiment_id)] if experiment else [], condition):
+            if run.data.tags.get("quantline.current") == "true":
+                return Current(str(run.info.run_id), str(run.data.tags.get("quantline.fingerprint")))
+        raise TrackingError(f"{name} has no run there; publish it again with `python -m stages.publish`")
 
 
 def find_run(client: Any, given: str) -> Any:

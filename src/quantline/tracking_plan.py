@@ -21,7 +21,7 @@ from quantline.tracking_store import Scrubber
 STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate")
 COMPARED = ("quantize", "serve_smoke", "evaluate")  # their metrics are what variants are compared by
 # How a variant runs here, not what it is: no parameters, or another port would make another run of the same results.
-RUNTIME_KEYS = ("tracking", "toolchains", "device", "serve.process", "frozen.overrides")
+RUNTIME_KEYS = ("tracking", "promote", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
 PROJECTION = 1  # part of the content hash: raise it when the same results are to be shown in another way
