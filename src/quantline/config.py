@@ -20,6 +20,7 @@ from quantline.coverage_config import CoverageConfig
 from quantline.errors import ConfigError
 from quantline.evaluate_config import EvaluateConfig
 from quantline.methods import Backend, LayersConfig, Method, Section
+from quantline.promote_config import PromoteConfig
 from quantline.speed_config import SpeedConfig, speed_faults
 
 EMBEDDED_MODEL = "assets/demo/model"
@@ -167,6 +168,7 @@ class Config(Section):
     noise: NoiseConfig
     speed: SpeedConfig
     tracking: TrackingConfig
+    promote: PromoteConfig = PromoteConfig()
     toolchains: dict[str, str | None]
     frozen: FrozenConfig | None = None
 

@@ -25,6 +25,7 @@ from quantline.asking import wish_of
 from quantline.config import Config
 from quantline.early_worker import Ask, early_worker
 from quantline.errors import UserError
+from quantline.hashing import hash_folder
 from quantline.jobs import JobResult, installed_versions, write_json
 from quantline.methods import FloatMethod
 from quantline.monitor import Monitor
@@ -281,18 +282,20 @@ class StageRun:
 
     def write_result(self, started_at: float) -> dict[str, Any]:
         """Hash the output and write the result, last of all."""
-        outputs = lineage.file_hashes(self.paths.output)
+        hashes = hash_folder(self.paths.output)
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         environment = {
-            "device": self.device, "threads": self.config.threads, "toolchain": "core", "lock_sha256": None,
-            "versions": installed_versions(_CORE_VERSIONS), **self.environment,
+            "device": self.device, "threads": self.config.threads, "toolchain": "core",
+            "lock_sha256": toolchains.core_lock(self.root), "versions": installed_versions(_CORE_VERSIONS),
+            **self.environment,
         }  # fmt: skip
         here = self.paths.output.relative_to(self.root).as_posix()
         result = {
             "schema": RESULT_SCHEMA, "stage": self.stage, "variant": self.variant, "fingerprint": self.fingerprint,
+            "identity": lineage.identity(self.config, self.stage, self.root),
             "options": lineage.options_fingerprint(self.config, self.stage, self.root),
             "status": self.status, "reason": self.reason, "metrics": self.metrics, "inputs": self.inputs,
-            "outputs": outputs, "output_hash": lineage.combined(outputs),
+            "outputs": hashes.files, "output_hash": lineage.combined(hashes.files), "tensors": hashes.tensors,
             "timings": {"started_at": started_at, "total_seconds": time.time() - started_at},
             "peak_memory_bytes": max(own, self.peak_memory_bytes), "environment": environment,
             "warnings": self.warnings, "files": [f"{here}/{name}" for name in self.files], "tables": self.tables,

@@ -76,6 +76,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def core_lock(root: Path) -> str | None:
+    """Hash of the lock of the environment that the stages themselves run in; None where the checkout has none."""
+    lock = root / "envs" / "core.txt"
+    return sha256_of(lock) if lock.is_file() else None
+
+
 def locks_identity(root: Path, name: str) -> str:
     """One hash over the locks of a toolchain for every platform: the environment's part of a variant's identity."""
     digest = hashlib.sha256()
@@ -105,15 +111,16 @@ def ensure(root: Path, name: str, *, python: str | None = None, platform: str | 
     digest = sha256_of(lock)
     folder = root / ".venvs" / name
     interpreter = folder / "bin" / "python"
-    if _state_of(folder) == digest:
+    if environment_state(folder) == digest:
         return Toolchain(name, interpreter, digest)
     with _exclusive(root / ".venvs" / f".{name}.lock"):
-        if _state_of(folder) != digest:
+        if environment_state(folder) != digest:
             _build(folder, name, lock, digest)
     return Toolchain(name, interpreter, digest)
 
 
-def _state_of(folder: Path) -> str | None:
+def environment_state(folder: Path) -> str | None:
+    """Hash of the lock that an environment was built from; None where it is half built or not there."""
     state = folder / "quantline-state.json"
     try:
         return str(json.loads(state.read_text(encoding="utf-8"))["lock_sha256"])
