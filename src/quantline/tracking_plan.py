@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from quantline.tracking_inputs import DatasetUse, SystemSample, datasets_of, system_samples
 from quantline.tracking_store import Scrubber
 
 STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate")
@@ -24,7 +25,7 @@ COMPARED = ("quantize", "serve_smoke", "evaluate")  # their metrics are what var
 RUNTIME_KEYS = ("tracking", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
-PROJECTION = 1  # part of the content hash: raise it when the same results are to be shown in another way
+PROJECTION = 2  # part of the content hash: raise it when the same results are to be shown in another way
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class VariantRecord:
 
     config: its frozen configuration as plain values. overrides: the override string that made it. results: the stages'
     result files, as far as they exist. folder: what the results' `files` are relative to. commit: the code's commit,
-    where it is known; dirty: the checkout differed from it.
+    where it is known; dirty: the checkout differed from it, and patch says how.
     """
 
     name: str
@@ -43,6 +44,7 @@ class VariantRecord:
     folder: Path
     commit: str | None = None
     dirty: bool = False
+    patch: str | None = None
 
 
 @dataclass
@@ -60,6 +62,8 @@ class Plan:
     started: float | None
     seconds: float
     children: list[Plan] = field(default_factory=list)
+    datasets: tuple[DatasetUse, ...] = ()
+    samples: tuple[SystemSample, ...] = ()
 
 
 def _digest(value: object) -> str:
@@ -156,10 +160,16 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
     seconds = sum(child.seconds for child in children)
     if started is not None:
         seconds = max(start + length for start, length in known) - started
+    texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}
+    if record.patch:
+        texts["dirty.patch"] = scrubber(record.patch)
+    # A dataset that two stages read is one input of the variant.
+    datasets = {(use.name, use.digest): use for child in children for use in child.datasets}
     return Plan(
         record.name, {"quantline.role": "variant", "quantline.variant": record.name}, tags, params,
-        variant_metrics(results), {"config.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}, {},
+        variant_metrics(results), texts, {},
         _digest([PROJECTION, params, [child.complete for child in children]]), started, seconds, children,
+        tuple(datasets.values()),
     )  # fmt: skip
 
 
@@ -188,6 +198,8 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
         {"result.json": json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}, files,
         _digest([PROJECTION, identity["quantline.result"], contents]),
         timings.get("started_at"), float(timings.get("total_seconds") or 0.0),
+        datasets=datasets_of(result, record.config, record.folder),
+        samples=system_samples(result),
     )  # fmt: skip
 
 
