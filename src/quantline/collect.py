@@ -117,21 +117,22 @@ def _follows(result: dict[str, Any], config: Config, stage: str, root: Path, cur
 
 def commit_of(root: Path) -> tuple[str | None, bool]:
     """The checkout's commit, and whether tracked files differ from it; (None, False) outside git."""
-    commit = _git(root, "rev-parse", "HEAD")
-    dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
+    commit = git_output(root, "rev-parse", "HEAD")
+    dirty = git_output(root, "status", "--porcelain", "--untracked-files=no")
     return (commit.strip(), bool((dirty or "").strip())) if commit else (None, False)
 
 
 def patch_of(root: Path) -> str | None:
     """How tracked files differ from the commit, as `git apply` reads it; of one too large, the files alone."""
-    patch = _git(root, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
+    patch = git_output(root, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
     if not patch or len(patch) <= MAX_PATCH_CHARS:
         return patch or None
-    files = _git(root, "diff", "--no-ext-diff", "--stat=200", "HEAD")
+    files = git_output(root, "diff", "--no-ext-diff", "--stat=200", "HEAD")
     return f"# A patch of {len(patch)} characters is not kept, {MAX_PATCH_CHARS} is the limit. Changed were:\n{files}"
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def git_output(root: Path, *arguments: str) -> str | None:
+    """What git prints of a checkout; None where it fails or is not there."""
     command = ["git", "-C", str(root), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
