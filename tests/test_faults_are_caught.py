@@ -50,12 +50,12 @@ class Bench:
         values = {
             **options.protocol(),
             "path": str(root / options.path),
-            "max_tokens": 8000,
-            "max_document_tokens": 256,
+            "max_tokens": 4000,
+            "max_document_tokens": 128,
         }
         self.windows = build_windows(self.model, Protocol(**values))
-        text = Protocol("c", str(root / "assets/demo/calibration.jsonl"), max_tokens=1024, max_document_tokens=256)
-        samples = build_windows(self.model, text).input_ids[:1024].reshape(4, 256)
+        text = Protocol("c", str(root / "assets/demo/calibration.jsonl"), max_tokens=512, max_document_tokens=128)
+        samples = build_windows(self.model, text).input_ids[:512].reshape(4, 128)
         write_safetensors(folder / "tokens.safetensors", {"input_ids": samples})
         command = [str(ensure(root, "reference").python), "-c", SERVE]
         self.process = subprocess.Popen(
@@ -105,19 +105,19 @@ class Bench:
         write_safetensors(out / "model.safetensors", tensors)
         return out
 
-    def evaluate(self, name, checkpoint, *, quantized=None, baseline=True, seed=0, windows=None):
+    def evaluate(self, name, checkpoint, *, quantized=None, baseline=True, restore=0):
         out = self.folder / f"evaluate-{name}"
         out.mkdir()
         layers = None
         if quantized:
-            layers = Layers(quantized, self.folder / "tokens.safetensors", 4, None, restore=3, tokens=2000)
+            layers = Layers(quantized, self.folder / "tokens.safetensors", 4, None, restore, tokens=1000)
         tools = Instruments(
             divergence=None, generations=Generations(16, 32, 24, 1e-4), layers=layers,
             limits=self.options.limits.model_dump(),
         )  # fmt: skip
         return evaluate(
-            checkpoint=checkpoint, windows=windows or self.windows, served=self.folder, float_model=self.model,
-            baseline=self.folder / "evaluate-float" if baseline else None, bootstrap=Bootstrap(1000, 0.95, seed),
+            checkpoint=checkpoint, windows=self.windows, served=self.folder, float_model=self.model,
+            baseline=self.folder / "evaluate-float" if baseline else None, bootstrap=Bootstrap(1000, 0.95, 0),
             engine_tolerance=0.01, batch_tokens=2048, device="cpu", threads=2, out=out, run_worker=self.worker,
             instruments=tools,
         )  # fmt: skip
@@ -138,9 +138,10 @@ def judged(bench):
     found["itself"] = bench.evaluate("itself", bench.model)
     made = {bits: bench.quantize(bits) for bits in (8, 4, 3, 2)}
     for bits, checkpoint in made.items():
-        found[f"w{bits}"] = bench.evaluate(f"w{bits}", checkpoint, quantized=checkpoint)
+        restore = 3 if bits == 4 else 0
+        found[f"w{bits}"] = bench.evaluate(f"w{bits}", checkpoint, quantized=checkpoint, restore=restore)
     broken = bench.swap(made[4], BROKEN, SWAPPED)
-    found["broken"] = bench.evaluate("broken", broken, quantized=broken)
+    found["broken"] = bench.evaluate("broken", broken, quantized=broken, restore=3)
     return found
 
 
