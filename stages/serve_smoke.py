@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 @stage("serve_smoke")
 def serve_smoke(run: StageRun) -> None:
-    from quantline.served import Questions, serve_and_score, serving_dtype
-    from quantline.serving import ServerOptions
+    from quantline.served import Questions, serve_and_score
+    from quantline.serving import ServerOptions, serving_dtype
     from quantline.windows import build_windows
 
     serve, baseline = run.config.serve, run.is_baseline

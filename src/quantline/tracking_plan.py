@@ -18,8 +18,8 @@ import yaml
 
 from quantline.tracking_store import Scrubber
 
-STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate")
-COMPARED = ("quantize", "serve_smoke", "evaluate")  # their metrics are what variants are compared by
+STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks")
+COMPARED = ("quantize", "serve_smoke", "evaluate", "tasks")  # their metrics are what variants are compared by
 # How a variant runs here, not what it is: no parameters, or another port would make another run of the same results.
 RUNTIME_KEYS = ("tracking", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000
