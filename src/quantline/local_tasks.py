@@ -1,8 +1,9 @@
 """Two tasks made from any text, for lm-evaluation-harness: they need no network, and every model gets the same items.
 
-`last_word`        a passage without its last word, which the model must find likeliest, letter by letter, given the rest:
-                   the form of LAMBADA (Paperno et al., "The LAMBADA dataset", 2016, arXiv:1606.06031), without its choice
-                   of passages by people. Scored by accuracy of the greedy answer, and by the perplexity of the word.
+`last_word`        a passage without its last word, which the model must find likeliest, token by token, given the rest:
+                   the form of LAMBADA (Paperno et al., "The LAMBADA dataset", 2016, arXiv:1606.06031). There people chose
+                   passages whose last word can be told from all of it; here it is one that stands in it before. Scored by
+                   accuracy of the greedy answer, and by the perplexity of the word.
 `multiple_choice`  a passage, and continuations of which one is its own; the others continue other passages, of the same
                    document where it has enough of them. Scored by the likeliest one, as a whole (`acc`) and to a letter of
                    its length (`acc_norm`), in the form of HellaSwag (Zellers et al., 2019, arXiv:1905.07830).
@@ -56,14 +57,23 @@ class LastWord:
             UserError: the text has no passage long enough.
         """
         chance = random.Random(f"{seed} last_word")  # noqa: S311 (to be repeated, not to be secret)
-        found = []
+        found: list[dict[str, Any]] = []
         for passage in _spread(texts, self.context_words, _ROOM, chance):
-            starts = [at for at in passage.starts if _ASKED.fullmatch(passage.between(at, at + 1))]
+            if len(found) == limit:
+                break
+            starts = [at for at in passage.starts if self._asked(passage, at)]
             if starts:
                 at = chance.choice(starts)
                 context, target = passage.between(at - self.context_words, at), passage.between(at, at + 1)
                 found.append({"context": context, "target": f" {target}"})
-        return _first(found, limit, "last_word")
+        return _enough(found, "last_word")
+
+    def _asked(self, passage: Passage, at: int) -> bool:
+        word = passage.between(at, at + 1)
+        if not _ASKED.fullmatch(word):
+            return False
+        before = passage.between(at - self.context_words, at)
+        return re.search(rf"\b{word}\b", before) is not None
 
 
 @dataclass(frozen=True)
@@ -85,25 +95,28 @@ class MultipleChoice:
         passages = [one for one in _spread(texts, self.context_words, room, chance) if self._starts(one)]
         places = [(passage, chance.choice(self._starts(passage))) for passage in passages]
         ends = [f" {passage.between(at, at + self.continuation_words)}" for passage, at in places]
-        found = []
-        for number, (passage, at) in enumerate(places):
-            others = self._others(passages, ends, number)
+        near: dict[str, list[str]] = {}
+        for passage, end in zip(passages, ends, strict=True):
+            near.setdefault(passage.text, []).append(end)
+        everywhere = sorted(set(ends))
+        found: list[dict[str, Any]] = []
+        for (passage, at), end in zip(places, ends, strict=True):
+            if len(found) == limit:
+                break
+            others = sorted(set(near[passage.text]) - {end})
+            if len(others) < self.choices - 1:
+                others = [one for one in everywhere if one != end]
             if len(others) < self.choices - 1:
                 continue
             label = chance.randrange(self.choices)
             choices = chance.sample(others, self.choices - 1)
-            choices.insert(label, ends[number])
+            choices.insert(label, end)
             context = passage.between(at - self.context_words, at)
             found.append({"context": context, "choices": choices, "label": label})
-        return _first(found, limit, "multiple_choice")
+        return _enough(found, "multiple_choice")
 
     def _starts(self, passage: Passage) -> list[int]:
         return [at for at in passage.starts if at + self.continuation_words <= len(passage.words)]
-
-    def _others(self, passages: Sequence[Passage], ends: Sequence[str], number: int) -> list[str]:
-        own, true = passages[number].text, ends[number]
-        near = sorted({end for one, end in zip(passages, ends, strict=True) if one.text is own} - {true})
-        return near if len(near) >= self.choices - 1 else sorted(set(ends) - {true})
 
 
 TASKS: dict[str, type[LastWord] | type[MultipleChoice]] = {"last_word": LastWord, "multiple_choice": MultipleChoice}
@@ -126,8 +139,7 @@ def _spread(texts: Sequence[str], before: int, room: int, chance: random.Random)
         yield from (pile[turn] for pile in piles if turn < len(pile))
 
 
-def _first(found: list[dict[str, Any]], limit: int | None, name: str) -> list[dict[str, Any]]:
-    items = found if limit is None else found[:limit]
+def _enough(items: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     if len(items) < 2:
         raise UserError(
             f"tasks.local.{name}: the text gives {len(items)} items, which is none to measure by; give more text "
