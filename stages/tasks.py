@@ -55,7 +55,8 @@ def ask(run: StageRun, job: dict[str, Any]) -> JobResult:
     engine = job["engine"]
     log = run.paths.log.with_name(f"tasks.{engine}.log")
     result = run.worker("lm_eval", "quantline.tasks_worker", job, f"tasks, {engine}", log=log)
-    run.metrics[f"{engine}_seconds"] = result.seconds
+    if engine != "check":
+        run.metrics[f"task_seconds/{engine}"] = result.seconds
     return result
 
 

@@ -275,7 +275,7 @@ def aggregate(scores: np.ndarray[Any, np.dtype[np.float64]], aggregation: str) -
 
 
 def engine_agreement(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
-    """Of each task, the share of items whose first score both engines give alike; empty where one engine was asked."""
+    """Of each task, the share of items that are right or wrong by both engines alike; empty where one engine was asked."""
     if set(scores) < {"reference", "vllm"}:
         return []
     found = []

@@ -108,13 +108,12 @@ def load_tasks(job: Mapping[str, Any]) -> dict[str, Any]:
 def _unreachable(manager: Any, name: str, error: Exception, download: bool) -> str:
     datasets = sorted(set(_datasets_of(manager, name)))
     shown = ", ".join(datasets) if datasets else "its data set"
-    more = (
-        "it could not be downloaded either" if download else "or set tasks.download=true where the hub can be reached"
-    )
+    tried = " and could not be downloaded" if download else ""
+    other = "" if download else ", or set tasks.download=true where the hub can be reached"
     reason = " ".join(str(error).split())[:200]
     return (
-        f"{name}: {shown} is not in the local cache of data sets; fetch it where there is a network and name its folder "
-        f"by HF_HOME or HF_DATASETS_CACHE, {more} ({type(error).__name__}: {reason})"
+        f"{name}: {shown} is not in the local cache of data sets{tried}; fetch it where there is a network and name its "
+        f"folder by HF_HOME or HF_DATASETS_CACHE{other} ({type(error).__name__}: {reason})"
     )
 
 
@@ -181,6 +180,10 @@ def ask(
                 if full not in metrics:
                     better = bool(task.higher_is_better().get(metric, True))
                     metrics[full] = {"aggregation": aggregation, "higher_is_better": better, "value": None}
+    # A metric of some members of a group only is none of the group.
+    partial = {full for full in metrics if any(full not in row["scores"] for row in rows.values())}
+    left_out |= partial
+    metrics = {full: known for full, known in metrics.items() if full not in partial}
     if len(results["samples"]) == 1:
         (reported,) = (results["results"][subtask] for subtask in results["samples"])
         for full, known in metrics.items():

@@ -80,7 +80,7 @@ def test_every_stage_has_a_result_that_describes_its_output(pipeline, name):
         assert (result["stage"], result["variant"]) == (stage, name)
         assert result["outputs"] == file_hashes(folder)
         assert result["output_hash"] == combined(result["outputs"])
-        assert result["inputs"]
+        assert result["inputs"] or stage == "tasks"  # none is asked here
         assert result["timings"]["total_seconds"] > 0
         assert result["peak_memory_bytes"] > 1e7
         refused = (stage, name) == ("serve_smoke", "gptq-w8-g128") and ON_CPU
