@@ -32,7 +32,7 @@ def frozen(composed):
     """A configuration as `compose` freezes it."""
 
     def of(variant, *overrides):
-        locks = {"reference": "r", "server": "s", "quantizer": "q"}
+        locks = {"reference": "r", "server": "s", "quantizer": "q", "tasks": "t"}
         frozen = {"variant": variant, "overrides": "", "backends": [], "locks": locks}
         return parse({**composed(*overrides), "frozen": frozen})
 

@@ -19,8 +19,9 @@ import yaml
 from quantline.tracking_inputs import DatasetUse, SystemSample, datasets_of, system_samples
 from quantline.tracking_store import Scrubber
 
-STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "speed")
-COMPARED = ("quantize", "serve_smoke", "evaluate", "speed")  # their metrics are what variants are compared by
+STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks", "speed")
+# Their metrics are what variants are compared by.
+COMPARED = ("quantize", "serve_smoke", "evaluate", "tasks", "speed")
 # How a variant runs here, not what it is: no parameters, or another port would make another run of the same results.
 RUNTIME_KEYS = ("tracking", "promote", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000
