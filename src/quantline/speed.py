@@ -27,7 +27,7 @@ from quantline.jobs import JobResult, write_json
 from quantline.memory import kv_cache
 from quantline.server_log import kernels, weights_bytes
 from quantline.serving import GIB, Server, run_vllm, serve
-from quantline.serving_rules import Target, checkpoint_facts, verdict
+from quantline.serving_rules import checkpoint_facts, verdict, vllm_here
 from quantline.speed_runs import (
     Plan,
     Subject,
@@ -76,7 +76,7 @@ def measure(
     if not plan.tools:
         return _kept(Measured(nothing()), out)
     variant = subjects[1]
-    target = Target("vllm", version, variant.options.device, variant.options.dtype)
+    target = vllm_here(version, variant.options.device, variant.options.dtype)
     known = verdict(target, checkpoint_facts(variant.checkpoint))
     if not known.supported:
         return _kept(Measured(nothing(), warnings=[known.remedy] if known.remedy else [], reason=known.reason), out)
