@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from quantline.compose import freeze
+from quantline.evaluate_config import WINDOW_KEYS
 
 # What is around a stage's work: it decides where and whether something is made, not what. A change of it reruns nothing.
 PLUMBING = {
@@ -184,7 +185,11 @@ def test_what_a_fingerprint_covers_is_what_dvc_watches(pipeline):
     assert watched["quantize"] >= {"method", "bits", "group_size", "seed", "threads", "frozen.locks.quantizer"}
     assert watched["calibrate"] >= {"calibration"}
     for entry in ("serve_smoke", "serve_smoke_baseline"):
-        assert watched[entry] >= {"evaluate", "frozen.locks.server"}
+        assert watched[entry] >= {"frozen.locks.server"}
+        # Of the evaluation only what decides which tokens are scored: another limit or instrument serves nothing again.
+        assert {key for key in watched[entry] if key.startswith("evaluate")} == {
+            f"evaluate.{key}" for key in WINDOW_KEYS
+        }
         assert {key for key in watched[entry] if key.startswith("serve.")} == {
             "serve.runtime", "serve.max_model_len", "serve.dtype", "serve.enforce_eager", "serve.smoke"
         }  # fmt: skip

@@ -47,6 +47,13 @@ def test_where_and_how_it_runs_is_no_part_of_the_identity(fingerprints, override
     assert changed(fingerprints(), fingerprints(override)) == []
 
 
+def test_limits_and_instruments_change_the_evaluation_alone(fingerprints):
+    before = fingerprints()
+    for override in ("evaluate.limits.kl_divergence=0.5", "evaluate.restore.layers=2", "evaluate.bootstrap.seed=1"):
+        assert changed(before, fingerprints(override)) == ["evaluate"]
+    assert changed(before, fingerprints("evaluate.max_tokens=500")) == ["serve_smoke", "evaluate"]
+
+
 def test_the_baseline_is_the_same_whatever_bits_say(fingerprints):
     assert changed(fingerprints("method=float"), fingerprints("method=float", "bits=8")) == []
 

@@ -18,7 +18,9 @@ from quantline import capabilities
 from quantline.asking import method_faults
 from quantline.coverage_config import CoverageConfig
 from quantline.errors import ConfigError
+from quantline.evaluate_config import EvaluateConfig
 from quantline.methods import Backend, LayersConfig, Method, Section
+from quantline.promote_config import PromoteConfig
 from quantline.speed_config import SpeedConfig, speed_faults
 
 EMBEDDED_MODEL = "assets/demo/model"
@@ -115,34 +117,6 @@ class ServeConfig(Section):
     process: ProcessConfig
 
 
-class BootstrapConfig(Section):
-    """The interval of the difference from the baseline."""
-
-    resamples: int = Field(ge=100)
-    level: float = Field(gt=0.5, lt=1)
-    seed: int = Field(ge=0)
-
-
-class EvaluateConfig(Section):
-    """A flavour of perplexity, stated in full (see `windows.Protocol`), and how it is compared."""
-
-    name: str
-    path: str | None
-    format: str | None
-    text_field: str
-    mode: Literal["documents", "concatenated"]
-    window: int = Field(ge=2)
-    stride: int = Field(ge=1)
-    bos: Literal["none", "add"]
-    max_documents: int | None = Field(ge=2)
-    max_document_tokens: int | None = Field(ge=2)
-    max_tokens: int | None = Field(ge=2)
-    min_tokens: int = Field(ge=1)
-    batch_tokens: int = Field(ge=1)
-    bootstrap: BootstrapConfig
-    engine_tolerance: float = Field(gt=0)
-
-
 class NoiseConfig(Section):
     """How often `stages.noise` quantizes a variant, each time with another seed."""
 
@@ -194,6 +168,7 @@ class Config(Section):
     noise: NoiseConfig
     speed: SpeedConfig
     tracking: TrackingConfig
+    promote: PromoteConfig = PromoteConfig()
     toolchains: dict[str, str | None]
     frozen: FrozenConfig | None = None
 

@@ -21,7 +21,7 @@ from quantline.tracking_store import Scrubber
 STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "speed")
 COMPARED = ("quantize", "serve_smoke", "evaluate", "speed")  # their metrics are what variants are compared by
 # How a variant runs here, not what it is: no parameters, or another port would make another run of the same results.
-RUNTIME_KEYS = ("tracking", "toolchains", "device", "serve.process", "frozen.overrides")
+RUNTIME_KEYS = ("tracking", "promote", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
 PROJECTION = 1  # part of the content hash: raise it when the same results are to be shown in another way
@@ -43,6 +43,9 @@ class VariantRecord:
     folder: Path
     commit: str | None = None
     dirty: bool = False
+    lock: dict[str, Any] = field(
+        default_factory=dict
+    )  # its part of dvc.lock, by which its outputs are found in a cache
 
 
 @dataclass
@@ -167,10 +170,13 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
     seconds = sum(child.seconds for child in children)
     if started is not None:
         seconds = max(start + length for start, length in known) - started
+    # After the stages, so that a run that has no lock yet is completed rather than made anew.
+    held = [child.complete for child in children] + ([record.lock] if record.lock else [])
     return Plan(
         record.name, {"quantline.role": "variant", "quantline.variant": record.name}, tags, params,
-        variant_metrics(results), {"config.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}, {},
-        _digest([PROJECTION, params, [child.complete for child in children]]), started, seconds, children,
+        variant_metrics(results), {"config.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+                                   **({"dvc.lock": yaml.safe_dump(record.lock)} if record.lock else {})}, {},
+        _digest([PROJECTION, params, held]), started, seconds, children,
     )  # fmt: skip
 
 
