@@ -160,6 +160,8 @@ class _Session:
 
     def _benched(self, group: Sequence[Subject], up: dict[str, Server]) -> list[dict[str, Any]]:
         """Rounds of every level; within a round the models take turns, and who begins does so as well."""
+        # vLLM's idle processes spin for a second after their last request (SpinCondition, vllm 0.32.0), then sleep; the next
+        # model's tokenizer and warm-up take longer than that.
         turns = [
             (subject, level, number)
             for number in range(self.plan.rounds)
