@@ -123,6 +123,8 @@ def test_a_result_describes_its_output(checkout, config):
     assert result["status"] == "ok"
     assert result["environment"]["toolchain"] == "core"
     assert result["environment"]["versions"]["numpy"]
+    assert 1 <= len(result["monitor"]["samples"]) <= 200
+    assert result["monitor"]["peak"]["rss_bytes"] > 1e7
 
 
 def test_a_run_by_hand_keeps_its_configuration_and_overrides(checkout, config):
