@@ -22,8 +22,11 @@ from quantline.formats import FormatError, awq_gemm, compressed_tensors, gptq, g
 from quantline.formats.linear import Grid, sequential_groups
 from quantline.formats.streaming import StreamedFile
 
-# Codes of a band, so that it stays in the processor's last cache beside those of other threads.
-BAND = 1 << 21
+# Codes of a band, so that it stays in the processor's last cache beside those of other threads, and rows of it are long:
+# each begins on another page, and to find a page costs as much as to pack some hundred codes.
+BAND = 1 << 22
+# Words of the least memory that the system backs by large pages.
+_LARGE = 1 << 20
 # Codes of a checkpoint from which on the kernels are worth being loaded and, once a machine, compiled.
 LEAST_CODES = 1 << 28
 # Columns of a band at least, so that a row of it is a line of the cache; a multiple of the codes of a word.
@@ -89,7 +92,7 @@ def _words(
     position = 0
     for size, pack, differ in bands(layout, layer, codes):
         if words.size < size:
-            words, back = np.empty(size, dtype=np.uint32), np.empty(size, dtype=np.uint32)
+            words, back = (np.empty(max(size, _LARGE), dtype=np.uint32) for _ in range(2))
         pack(words.ctypes.data)
         yield words[:size].data.cast("B")
         file.get_part(name, position, back[:size].data.cast("B"))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from quantline.conversion import bands
 from quantline.conversion.faults import ProofError
-from quantline.conversion.plan import Plan, Shard, scale_loss
+from quantline.conversion.plan import Plan, Shard
 from quantline.conversion.proof import CarriedProof, LinearProof, same_layer
 from quantline.conversion.source import MSMODELSLIM, Source, SourceLayer
 from quantline.conversion.targets import FORMS, MSMODELSLIM_PACKED
@@ -111,7 +111,7 @@ def _linear(plan: Plan, name: str, file: StreamedFile, in_bands: bool) -> Linear
         name=name, bits=layer.bits, group_size=layer.group_size, in_features=layer.in_features,
         out_features=layer.out_features, symmetric=after.symmetric,
         scales=f"{before.scales.dtype} to {after.scales.dtype}" if cast else "equal",
-        largest_relative_difference=scale_loss(before, after) if cast else 0.0,
+        largest_relative_difference=plan.facts[name].scale_loss if cast else 0.0,
         requantized=() if report is None else tuple(report.records()),
     )  # fmt: skip
 

@@ -60,13 +60,13 @@ def differ_flat(codes: Any, size: Any, bits: Any, words: Any) -> Any:
 
 def pack_along(codes: Any, stride: Any, rows: Any, width: Any, bits: Any, words: Any, octets: Any, tile: Any) -> Any:
     """Codes at `row * stride + column` to words at `word * rows + row`; `width` codes a row, which fill whole words."""
-    per_word, lines = 32 // bits, 16 if rows > 16 else rows  # the compiler would unroll a constant number of them
-    for start in range(0, rows, 16):
-        row = start if start + 16 <= rows else rows - 16
-        for first in range(0, width // per_word, 256):
-            count = 256 if first + 256 <= width // per_word else width // per_word - first
+    per_word, lines = 32 // bits, ROWS if rows > ROWS else rows  # the compiler would unroll a constant number of them
+    for start in range(0, rows, ROWS):
+        row = start if start + ROWS <= rows else rows - ROWS
+        for first in range(0, width // per_word, COLUMNS):
+            count = COLUMNS if first + COLUMNS <= width // per_word else width // per_word - first
             for line in range(lines):
-                source, target = (row + line) * stride + first * per_word, line * 1024
+                source, target = (row + line) * stride + first * per_word, line * 4 * COLUMNS
                 if bits == 4:
                     for octet in range(4 * count):
                         low, high = codes[source + 2 * octet], codes[source + 2 * octet + 1]
@@ -76,25 +76,25 @@ def pack_along(codes: Any, stride: Any, rows: Any, width: Any, bits: Any, words:
                         octets[target + octet] = np.uint8(codes[source + octet] ^ 0x80)
             for word in range(count):
                 place = (first + word) * rows + row
-                for line in range(16):
-                    words[place + line] = tile[line * 256 + word]
+                for line in range(ROWS):
+                    words[place + line] = tile[line * COLUMNS + word]
     return 0
 
 
 def differ_along(codes: Any, stride: Any, rows: Any, width: Any, bits: Any, words: Any, octets: Any, tile: Any) -> Any:
     """Whether words of `pack_along` stand for other codes than these."""
-    per_word, lines = 32 // bits, 16 if rows > 16 else rows  # the compiler would unroll a constant number of them
+    per_word, lines = 32 // bits, ROWS if rows > ROWS else rows  # the compiler would unroll a constant number of them
     other = np.uint8(0)
-    for start in range(0, rows, 16):
-        row = start if start + 16 <= rows else rows - 16
-        for first in range(0, width // per_word, 256):
-            count = 256 if first + 256 <= width // per_word else width // per_word - first
+    for start in range(0, rows, ROWS):
+        row = start if start + ROWS <= rows else rows - ROWS
+        for first in range(0, width // per_word, COLUMNS):
+            count = COLUMNS if first + COLUMNS <= width // per_word else width // per_word - first
             for word in range(count):
                 place = (first + word) * rows + row
-                for line in range(16):
-                    tile[line * 256 + word] = words[place + line]
+                for line in range(ROWS):
+                    tile[line * COLUMNS + word] = words[place + line]
             for line in range(lines):
-                source, target = (row + line) * stride + first * per_word, line * 1024
+                source, target = (row + line) * stride + first * per_word, line * 4 * COLUMNS
                 if bits == 4:
                     for octet in range(4 * count):
                         low = np.uint8((octets[target + octet] & 15) - 8) ^ codes[source + 2 * octet]
@@ -108,12 +108,12 @@ def differ_along(codes: Any, stride: Any, rows: Any, width: Any, bits: Any, word
 
 def pack_across(codes: Any, stride: Any, rows: Any, width: Any, words: Any, octets: Any, tile: Any) -> Any:
     """Codes at `row * stride + column` to words at `column * rows / 8 + row / 8`; `rows` is a multiple of 8."""
-    for start in range(0, rows // 8, 16):
-        row = start if start + 16 <= rows // 8 else rows // 8 - 16
-        for first in range(0, width, 256):
-            count = 256 if first + 256 <= width else width - first
-            for line in range(16):
-                source, target = (row + line) * 8 * stride + first, line * 256
+    for start in range(0, rows // 8, ROWS):
+        row = start if start + ROWS <= rows // 8 else rows // 8 - ROWS
+        for first in range(0, width, COLUMNS):
+            count = COLUMNS if first + COLUMNS <= width else width - first
+            for line in range(ROWS):
+                source, target = (row + line) * 8 * stride + first, line * COLUMNS
                 for column in range(count):
                     at = source + column
                     one = np.uint8((codes[at + _A * stride] & 15) | (codes[at + _B * stride] << 4))
@@ -125,24 +125,24 @@ def pack_across(codes: Any, stride: Any, rows: Any, width: Any, words: Any, octe
                     tile[target + column] = (lower | (upper << np.uint32(16))) ^ np.uint32(0x88888888)
             for column in range(count):
                 place = (first + column) * (rows // 8) + row
-                for line in range(16):
-                    words[place + line] = tile[line * 256 + column]
+                for line in range(ROWS):
+                    words[place + line] = tile[line * COLUMNS + column]
     return 0
 
 
 def differ_across(codes: Any, stride: Any, rows: Any, width: Any, words: Any, octets: Any, tile: Any) -> Any:
     """Whether words of `pack_across` stand for other codes than these."""
-    other, lines = np.uint8(0), 16 if rows // 8 > 16 else rows // 8
-    for start in range(0, rows // 8, 16):
-        row = start if start + 16 <= rows // 8 else rows // 8 - 16
-        for first in range(0, width, 256):
-            count = 256 if first + 256 <= width else width - first
+    other, lines = np.uint8(0), ROWS if rows // 8 > ROWS else rows // 8
+    for start in range(0, rows // 8, ROWS):
+        row = start if start + ROWS <= rows // 8 else rows // 8 - ROWS
+        for first in range(0, width, COLUMNS):
+            count = COLUMNS if first + COLUMNS <= width else width - first
             for column in range(count):
                 place = (first + column) * (rows // 8) + row
-                for line in range(16):
-                    tile[line * 256 + column] = words[place + line]
+                for line in range(ROWS):
+                    tile[line * COLUMNS + column] = words[place + line]
             for line in range(lines):
-                source, target = (row + line) * 8 * stride + first, line * 1024
+                source, target = (row + line) * 8 * stride + first, line * 4 * COLUMNS
                 for octet in range(4):  # of a word: two rows' codes
                     below, above = source + ORDER[2 * octet] * stride, source + ORDER[2 * octet + 1] * stride
                     for column in range(count):
