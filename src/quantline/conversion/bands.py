@@ -24,7 +24,7 @@ from quantline.formats.streaming import StreamedFile
 
 # Codes of a band, so that it stays in the processor's last cache beside those of other threads, and rows of it are long:
 # each begins on another page, and to find a page costs as much as to pack some hundred codes.
-BAND = 1 << 22
+BAND = 1 << 23
 # Words of the least memory that the system backs by large pages.
 _LARGE = 1 << 20
 # Codes of a checkpoint from which on the kernels are worth being loaded and, once a machine, compiled.
