@@ -43,7 +43,9 @@ class Rebuilt:
     difference: Difference | None
 
 
-def rebuild(run: TrackedRun, out: Path, root: Path, *, source: str, remote: str | None = None) -> Rebuilt:
+def rebuild(
+    run: TrackedRun, out: Path, root: Path, *, source: str, remote: str | None = None, until: str = "evaluate"
+) -> Rebuilt:
     """Bring a variant back to `out`: a folder for each of its stages, `convert` being the checkpoint, and their results.
 
     Args:
@@ -52,6 +54,7 @@ def rebuild(run: TrackedRun, out: Path, root: Path, *, source: str, remote: str 
         root: the checkout.
         source: `cache`, `source`, or `auto`, which makes it again where it is not in the cache.
         remote: DVC's remote to look in; null is the default one.
+        until: the last stage to make again.
 
     Raises:
         UserError: it is not in the cache, its code or its model is not here, or `out` exists.
@@ -69,7 +72,7 @@ def rebuild(run: TrackedRun, out: Path, root: Path, *, source: str, remote: str 
             for reason in missing:
                 print(f"not from the cache: {reason}", file=sys.stderr, flush=True)
         if source == "source" or missing:
-            rebuilt = _from_source(run, folder, root)
+            rebuilt = _from_source(run, folder, root, until)
         if rebuilt.difference is None:
             os.replace(folder / "result", out)
     return rebuilt
@@ -132,8 +135,8 @@ def _said(stage: str, result: dict[str, Any]) -> str:
     return f"{stage} ({', '.join(parts)})"
 
 
-def _from_source(run: TrackedRun, folder: Path, root: Path) -> Rebuilt:
-    stages = [stage for stage in MADE_AGAIN if stage in run.results]
+def _from_source(run: TrackedRun, folder: Path, root: Path, until: str) -> Rebuilt:
+    stages = [stage for stage in MADE_AGAIN[: MADE_AGAIN.index(until) + 1] if stage in run.results]
     _check_device(run, stages)
     code = {stage: run.results[stage]["identity"]["code"] for stage in stages if "identity" in run.results[stage]}
     if not code:
