@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from quantline.code_version import CHECKOUT, code_files
 from quantline.dvc_store import hashes_of, variant_lock
@@ -37,12 +37,6 @@ PIPELINE = {
 }
 
 
-def dvc(root, *arguments):
-    command = [sys.executable, "-m", "dvc", *arguments]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def result_of(folder, stage):
     hashes = hash_folder(folder)
     return {
@@ -65,10 +59,14 @@ def made(tmp_path_factory):
         results[stage] = result_of(root / "artifacts" / "one" / stage, stage)
         write_json(root / "artifacts" / "one" / f"{stage}.json", results[stage])
     (root / "dvc.yaml").write_text(yaml.safe_dump(PIPELINE))
-    dvc(root, "init", "-q", "--no-scm")
-    dvc(root, "remote", "add", "-d", "near", str(root.parent / "remote"))
-    dvc(root, "commit", "-q", "-f")
-    dvc(root, "push", "-q")
+    with closing(Repo.init(str(root), no_scm=True)):
+        remote = root.parent / "remote"
+        (root / ".dvc" / "config").write_text(
+            f"[core]\n    no_scm = true\n    remote = near\n['remote \"near\"']\n    url = {remote}\n"
+        )
+    with closing(Repo(str(root))) as repo:
+        repo.commit(force=True)
+        assert repo.push() >= 6
     return root, TrackedRun("r1", "one", "e", {"method": {"name": "gptq"}}, results, variant_lock(root, "one"))
 
 
