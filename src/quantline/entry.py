@@ -51,7 +51,8 @@ def run_stage(
         from quantline.collect import manual_record
         from quantline.publishing import publish_records
 
-        publish_records([manual_record(root, result["variant"])], config, root)
+        limit = 2 * config.tracking.timeout_seconds  # the stage is done, and somebody waits for the prompt
+        publish_records([manual_record(root, result["variant"])], config, root, limit_seconds=limit)
 
 
 def check_caller(config: Config, overrides: Sequence[str]) -> None:
@@ -127,7 +128,11 @@ def option_names(conf: Path) -> list[str]:
                 collect(name, inner)
 
     for path in conf.rglob("*.yaml"):
-        group = path.relative_to(conf).parent.as_posix()
+        group, text = path.relative_to(conf).parent.as_posix(), path.read_text(encoding="utf-8")
+        package = re.match(r"# @package (\S+)", text)
         if not group.startswith("hydra"):
-            collect("" if group == "." else group.replace("/", "."), yaml.safe_load(path.read_text(encoding="utf-8")))
-    return sorted(name for name in names if not name.startswith(("hydra", "defaults")))
+            prefix = package[1] if package else "" if group == "." else group.replace("/", ".")
+            collect(prefix, yaml.safe_load(text))
+    return sorted(
+        name for name in names if not name.startswith(("hydra", "defaults")) and not name.endswith(".defaults")
+    )

@@ -69,14 +69,17 @@ def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
     if stage == "convert":
         # What is at its default is left out, so that an option more does not make another output of all there are.
         return {"convert": config.convert.model_dump(exclude_defaults=True), "runtime": config.serve.runtime}
+    if stage == "speed":
+        serve = config.serve.model_dump(include={"runtime", "max_model_len", "dtype", "enforce_eager"})
+        return {"speed": config.speed.model_dump(), "serve": serve, "environment": locks["server"]}
     if stage not in ("serve_smoke", "evaluate", "noise"):
         raise ValueError(f"no stage named {stage}")
-    own = {"evaluate": config.evaluate.model_dump(), "text": _text_hash(config, root)}
+    own = {"evaluate": config.evaluate.windows(), "text": _text_hash(config, root)}
     if stage == "serve_smoke":
         return {**own, "serve": config.serve.model_dump(exclude={"process"}), "environment": locks["server"]}
     if stage == "noise":
-        own["noise"] = config.noise.model_dump()
-    return {**own, "environment": locks["reference"]}
+        return {**own, "noise": config.noise.model_dump(), "environment": locks["reference"]}
+    return {**own, "evaluate": config.evaluate.model_dump(), "environment": locks["reference"]}
 
 
 def stages_before(config: Config, stage: str) -> tuple[str, ...]:
@@ -87,6 +90,7 @@ def stages_before(config: Config, stage: str) -> tuple[str, ...]:
         return ("download",) if config.method.name == "float" else ("convert",)
     return {
         "calibrate": ("download",), "convert": ("quantize",), "evaluate": ("serve_smoke",), "noise": ("quantize",),
+        "speed": ("convert",),
     }.get(stage, ())  # fmt: skip
 
 

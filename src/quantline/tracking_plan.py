@@ -16,15 +16,16 @@ from typing import Any
 
 import yaml
 
+from quantline.tracking_inputs import DatasetUse, SystemSample, datasets_of, system_samples
 from quantline.tracking_store import Scrubber
 
-STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate")
-COMPARED = ("quantize", "serve_smoke", "evaluate")  # their metrics are what variants are compared by
+STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "speed")
+COMPARED = ("quantize", "serve_smoke", "evaluate", "speed")  # their metrics are what variants are compared by
 # How a variant runs here, not what it is: no parameters, or another port would make another run of the same results.
 RUNTIME_KEYS = ("tracking", "promote", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
-PROJECTION = 1  # part of the content hash: raise it when the same results are to be shown in another way
+PROJECTION = 2  # part of the content hash: raise it when the same results are to be shown in another way
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class VariantRecord:
 
     config: its frozen configuration as plain values. overrides: the override string that made it. results: the stages'
     result files, as far as they exist. folder: what the results' `files` are relative to. commit: the code's commit,
-    where it is known; dirty: the checkout differed from it.
+    where it is known; dirty: the checkout differed from it, and patch says how. lock: its part of dvc.lock, by which its
+    outputs are found in a cache.
     """
 
     name: str
@@ -43,9 +45,8 @@ class VariantRecord:
     folder: Path
     commit: str | None = None
     dirty: bool = False
-    lock: dict[str, Any] = field(
-        default_factory=dict
-    )  # its part of dvc.lock, by which its outputs are found in a cache
+    patch: str | None = None
+    lock: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Plan:
     started: float | None
     seconds: float
     children: list[Plan] = field(default_factory=list)
+    datasets: tuple[DatasetUse, ...] = ()
+    samples: tuple[SystemSample, ...] = ()
 
 
 def _digest(value: object) -> str:
@@ -120,8 +123,19 @@ def variant_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             metrics[name], owner[name] = value, stage
         costs = {f"seconds/{stage}": (result.get("timings") or {}).get("total_seconds")}
         costs[f"peak_memory_bytes/{stage}"] = result.get("peak_memory_bytes")
+        costs.update({f"{name}/{stage}": value for name, value in monitor_peaks(result).items()})
         metrics.update(_numbers(costs))
     return metrics
+
+
+def monitor_peaks(result: Mapping[str, Any]) -> dict[str, float]:
+    """The peaks that a stage's monitor saw, GPUs taken together; those of samples, so a short one may be missed."""
+    peak = (result.get("monitor") or {}).get("peak") or {}
+    seen = {"peak_tree_memory_bytes": [peak.get("rss_bytes")]}
+    for name in ("memory_used_bytes", "power_watts"):
+        seen[f"peak_gpu_{name}"] = [peak[key] for key in peak if key.startswith("gpu") and key.endswith(f"_{name}")]
+    known = {name: [value for value in values if value is not None] for name, values in seen.items()}
+    return {name: float(sum(values)) for name, values in known.items() if values}
 
 
 def by_stage(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -159,13 +173,19 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
     seconds = sum(child.seconds for child in children)
     if started is not None:
         seconds = max(start + length for start, length in known) - started
-    # After the stages, so that a run that has no lock yet is completed rather than made anew.
+    texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}
+    if record.patch:
+        texts["dirty.patch"] = scrubber(record.patch)
+    if record.lock:
+        texts["dvc.lock"] = yaml.safe_dump(record.lock)
+    # A dataset that two stages read is one input of the variant.
+    datasets = {(use.name, use.digest): use for child in children for use in child.datasets}
+    # The lock comes after the stages, so that a run that has none yet is completed rather than made anew.
     held = [child.complete for child in children] + ([record.lock] if record.lock else [])
     return Plan(
         record.name, {"quantline.role": "variant", "quantline.variant": record.name}, tags, params,
-        variant_metrics(results), {"config.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-                                   **({"dvc.lock": yaml.safe_dump(record.lock)} if record.lock else {})}, {},
-        _digest([PROJECTION, params, held]), started, seconds, children,
+        variant_metrics(results), texts, {}, _digest([PROJECTION, params, held]), started, seconds, children,
+        tuple(datasets.values()),
     )  # fmt: skip
 
 
@@ -188,12 +208,15 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
         tags["quantline.reason"] = tags["mlflow.note.content"] = str(result.get("reason"))
     metrics = {**(result.get("metrics") or {}), "peak_memory_bytes": result.get("peak_memory_bytes")}
     metrics.update((name, value) for name, value in timings.items() if name != "started_at")
+    metrics.update(monitor_peaks(result))
     contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     return Plan(
         f"{record.name}: {stage}", identity, tags, flatten(environment), _numbers(metrics),
         {"result.json": json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}, files,
         _digest([PROJECTION, identity["quantline.result"], contents]),
         timings.get("started_at"), float(timings.get("total_seconds") or 0.0),
+        datasets=datasets_of(result, record.config, record.folder),
+        samples=system_samples(result),
     )  # fmt: skip
 
 
