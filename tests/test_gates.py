@@ -1,12 +1,14 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 
 from quantline.gates import Gates, faults_of
 
 GATES = Gates(
-    max_perplexity_increase=0.05, served=True, coverage=True, min_recovery=0.95, alarms=("slower_than_float",)
+    max_perplexity_increase=0.05, served=True, coverage=True, min_recovery=0.95, max_alarms=1, alarms=("slower_than_float",)
+)  # fmt: skip
 )
 
 
@@ -36,6 +38,7 @@ def test_a_variant_within_its_limits_may_be_promoted(results):
             {"recovery/arc_easy/vllm": 0.94},
             "recovery: recovery/arc_easy/vllm is 0.94, promote.min_recovery=0.95",
         ),
+        ("evaluate", {"alarms": 2.0}, "alarms: the evaluation raised 2, promote.max_alarms=1"),
         ("speed", {"slower_than_float": 1}, "alarms: slower_than_float is 1"),
     ],
 )
@@ -54,7 +57,7 @@ def test_what_was_measured_and_holds_is_no_fault(results):
 def test_a_variant_that_is_not_served_is_refused_with_the_reason_unless_that_is_not_asked_for(results):
     results["serve_smoke"].update(status="unsupported", reason="no kernel")
     assert faults_of(results, GATES) == ["served: it is not, no kernel"]
-    assert faults_of(results, Gates(0.05, served=False, coverage=True, min_recovery=0.95, alarms=())) == []
+    assert faults_of(results, replace(GATES, served=False)) == []
 
 
 def test_coverage_that_was_switched_off_does_not_pass(results):

@@ -14,6 +14,7 @@ from quantline.config import TrackingConfig
 from quantline.errors import TrackingError, UserError
 from quantline.lineage import file_hashes
 from quantline.registry import Promotion, check_alias, demote, fetch, promote, promoted_outputs, versions
+from quantline.retention import promoted
 from quantline.tracked_runs import read_run
 from quantline.tracking import publish
 
@@ -82,6 +83,7 @@ def test_an_alias_moves_from_version_to_version_and_a_second_promotion_uploads_n
     assert promoted_outputs(store.root, store.tracking) == {
         ("awq-w4", "f-awq-w4", ("1.dir", "2")), ("gptq-w4", "f-gptq-w4", ("1.dir", "2"))
     }  # fmt: skip
+    assert promoted(store.root) == {"1.dir", "2"}  # what `dvc gc` is told
 
 
 def test_an_alias_is_taken_from_the_variant_that_has_it_alone(store):
