@@ -9,7 +9,6 @@ from quantline.gates import Gates, faults_of
 GATES = Gates(
     max_perplexity_increase=0.05, served=True, coverage=True, min_recovery=0.95, max_alarms=1, alarms=("slower_than_float",)
 )  # fmt: skip
-)
 
 
 @pytest.fixture
