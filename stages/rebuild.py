@@ -14,6 +14,8 @@ OWN = """Options of stages.rebuild alone, the rest is the pipeline's (tracking.u
   run=ID                   a run of MLflow by its id, its fingerprint, or the beginning of one
   out=DIR                  a folder to make: DIR/convert is the checkpoint, beside it the other stages' outputs and results
   from=auto                cache (DVC's cache or a remote), source (make it again), or auto: the first that can
+  until=evaluate           the last stage to make again; until=convert makes the checkpoint and does not judge it
+  patch=apply              where the run was made from changed files: apply its patch, code that comes from MLflow
   remote=NAME              the remote of DVC to look in, else its default one
 """
 
@@ -29,15 +31,18 @@ def rebuild(cfg: DictConfig, own: dict[str, str]) -> None:
     from quantline.entry import plain
     from quantline.errors import DifferentError
     from quantline.own_options import chosen, required
+    from quantline.rebuild import MADE_AGAIN, Making
     from quantline.rebuild import rebuild as bring_back
     from quantline.tracked_runs import read_run, tracking_of
 
     given, place = required(own, "run", "out")
     source = chosen(own, "from", ("auto", "cache", "source"))
+    until, patch = chosen(own, "until", MADE_AGAIN[::-1]), chosen(own, "patch", ("refuse", "apply"))
+    making = Making(until, plain(cfg)["toolchains"], trust_patch=patch == "apply")
     run = read_run(tracking_of(plain(cfg), HydraConfig.get().overrides.task, ROOT), ROOT, given)
     print(f"{run.name}, run {run.run_id}, of {run.experiment}", file=sys.stderr, flush=True)
     out = Path(place).expanduser().absolute()
-    rebuilt = bring_back(run, out, ROOT, source=source, remote=own.get("remote"))
+    rebuilt = bring_back(run, out, ROOT, source=source, remote=own.get("remote"), making=making)
     print(f"compared: {', '.join(rebuilt.compared)}")
     if rebuilt.difference is not None:
         raise DifferentError(f"DIFFERENT, recorded | from {rebuilt.how}\n{rebuilt.difference}")
@@ -45,4 +50,4 @@ def rebuild(cfg: DictConfig, own: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    own_main(rebuild, ("run", "out", "from", "remote"), OWN, __file__, sys.argv)
+    own_main(rebuild, ("run", "out", "from", "until", "patch", "remote"), OWN, __file__, sys.argv)

@@ -84,8 +84,10 @@ def fetch_outputs(root: Path, outs: Mapping[Path, Mapping[str, Any]], remote: st
         raise UserError(f"{root}: is no DVC repository ({error}); give from=source") from error
     with contextlib.closing(repo):
         wanted = {path: HashInfo("md5", str(out["md5"])) for path, out in outs.items()}
-        faults = _pull(repo, [info for info in wanted.values() if not _complete(repo, info)], remote)
-        missing = [f"{path.name} ({info.value})" for path, info in wanted.items() if not _complete(repo, info)]
+        faults: list[str] = []
+        for _ in range(2):  # a folder's list of files first, then the files
+            faults = faults or _pull(repo, _absent(repo, list(wanted.values())), remote)
+        missing = [f"{path.name} ({info.value})" for path, info in wanted.items() if _absent(repo, [info])]
         if missing:
             return [*faults, f"neither the cache nor a remote has {', '.join(missing)}"]
         for path, info in wanted.items():
@@ -104,17 +106,17 @@ def _pull(repo: Any, wanted: list[Any], remote: str | None) -> list[str]:
     return []
 
 
-def _complete(repo: Any, info: Any) -> bool:
-    return all(repo.cache.local.exists(value) for value in _objects(repo, info))
+def _absent(repo: Any, wanted: list[Any]) -> list[Any]:
+    return [inner for info in wanted for inner in _objects(repo, info) if not repo.cache.local.exists(inner.value)]
 
 
-def _objects(repo: Any, info: Any) -> Iterator[str]:
+def _objects(repo: Any, info: Any) -> Iterator[Any]:
     from dvc_data.hashfile.tree import Tree
 
-    yield info.value
+    yield info
     if info.isdir and repo.cache.local.exists(info.value):
         for _, _, inner in Tree.load(repo.cache.local, info):
-            yield inner.value
+            yield inner
 
 
 def _write(repo: Any, path: Path, info: Any) -> None:

@@ -18,6 +18,7 @@ class Gates:
     served: bool
     coverage: bool
     min_recovery: float
+    max_alarms: int
     alarms: tuple[str, ...]
 
 
@@ -34,6 +35,9 @@ def faults_of(results: Mapping[str, Mapping[str, Any]], gates: Gates) -> list[st
     metrics = {stage: dict(result.get("metrics") or {}) for stage, result in results.items()}
     if "evaluate" in results:
         faults += _quality(metrics["evaluate"], gates.max_perplexity_increase)
+        raised = metrics["evaluate"].get("alarms", 0)
+        if not _at_least(gates.max_alarms, raised):
+            faults.append(f"alarms: the evaluation raised {_number(raised)}, promote.max_alarms={gates.max_alarms}")
     if gates.served and "serve_smoke" in results and results["serve_smoke"].get("status") != "ok":
         faults.append(f"served: it is not, {results['serve_smoke'].get('reason') or 'no reason given'}")
     if gates.coverage and "quantize" in results:

@@ -15,4 +15,5 @@ class PromoteConfig(Section):
     served: bool = True
     coverage: bool = True
     min_recovery: float = Field(default=0.95, ge=0, le=1)
-    alarms: list[str] = Field(default=["slower_than_float"])
+    max_alarms: int = Field(default=1, ge=0)
+    alarms: list[str] = Field(default=[])

@@ -38,7 +38,10 @@ def record_of(root: Path, name: str) -> VariantRecord:
 def gates_of(config: Config) -> Gates:
     """The gates that a configuration asks for."""
     asked = config.promote
-    return Gates(asked.max_perplexity_increase, asked.served, asked.coverage, asked.min_recovery, tuple(asked.alarms))
+    return Gates(
+        asked.max_perplexity_increase, asked.served, asked.coverage, asked.min_recovery, asked.max_alarms,
+        tuple(asked.alarms),
+    )  # fmt: skip
 
 
 def model_name_of(config: Config) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,22 @@ class Rebuilt:
     difference: Difference | None
 
 
-def rebuild(run: TrackedRun, out: Path, root: Path, *, source: str, remote: str | None = None) -> Rebuilt:
+@dataclass(frozen=True)
+class Making:
+    """How a variant is made again.
+
+    until: the last stage. toolchains: interpreters of this machine in place of its environments; those that the run names
+    are another machine's. trust_patch: apply the run's patch, code that comes from the tracking server.
+    """
+
+    until: str = "evaluate"
+    toolchains: Mapping[str, str | None] = field(default_factory=dict)
+    trust_patch: bool = False
+
+
+def rebuild(
+    run: TrackedRun, out: Path, root: Path, *, source: str, remote: str | None = None, making: Making | None = None
+) -> Rebuilt:
     """Bring a variant back to `out`: a folder for each of its stages, `convert` being the checkpoint, and their results.
 
     Args:
@@ -52,6 +67,7 @@ def rebuild(run: TrackedRun, out: Path, root: Path, *, source: str, remote: str 
         root: the checkout.
         source: `cache`, `source`, or `auto`, which makes it again where it is not in the cache.
         remote: DVC's remote to look in; null is the default one.
+        making: how it is made again.
 
     Raises:
         UserError: it is not in the cache, its code or its model is not here, or `out` exists.
@@ -69,7 +85,7 @@ def rebuild(run: TrackedRun, out: Path, root: Path, *, source: str, remote: str 
             for reason in missing:
                 print(f"not from the cache: {reason}", file=sys.stderr, flush=True)
         if source == "source" or missing:
-            rebuilt = _from_source(run, folder, root)
+            rebuilt = _from_source(run, folder, root, making or Making())
         if rebuilt.difference is None:
             os.replace(folder / "result", out)
     return rebuilt
@@ -132,16 +148,18 @@ def _said(stage: str, result: dict[str, Any]) -> str:
     return f"{stage} ({', '.join(parts)})"
 
 
-def _from_source(run: TrackedRun, folder: Path, root: Path) -> Rebuilt:
-    stages = [stage for stage in MADE_AGAIN if stage in run.results]
+def _from_source(run: TrackedRun, folder: Path, root: Path, making: Making) -> Rebuilt:
+    stages = [stage for stage in MADE_AGAIN[: MADE_AGAIN.index(making.until) + 1] if stage in run.results]
     _check_device(run, stages)
     code = {stage: run.results[stage]["identity"]["code"] for stage in stages if "identity" in run.results[stage]}
     if not code:
         raise UserError(f"run {run.run_id}: was published by a version that did not record its code; give from=cache")
-    area = make_area(folder / "work", root, commit=run.commit, patch=run.patch, code=code)
+    area = make_area(
+        folder / "work", root, commit=run.commit, patch=run.patch, code=code, trust_patch=making.trust_patch
+    )
     print(f"made again from {area.origin}", file=sys.stderr, flush=True)
     name = run.name.rpartition("/")[2]
-    config = runnable(run.config, run.results, stages)
+    config = runnable(run, stages, making.toolchains)
     area.freeze(name, config)
     if name != BASELINE:
         area.freeze(BASELINE, baseline_config(config))
@@ -178,13 +196,10 @@ def _check_device(run: TrackedRun, stages: list[str]) -> None:
                             "from=cache")  # fmt: skip
 
 
-def runnable(config: dict[str, Any], results: dict[str, Any], stages: list[str]) -> dict[str, Any]:
-    """A recorded configuration for this machine: the device that it was made on, and only interpreters that are here."""
-    device = next((results[stage]["environment"].get("device") for stage in stages), None)
-    named = {
-        name: path if path and Path(path).expanduser().is_file() else None
-        for name, path in (config.get("toolchains") or {}).items()
-    }
+def runnable(run: TrackedRun, stages: list[str], toolchains: Mapping[str, str | None]) -> dict[str, Any]:
+    """A recorded configuration for this machine: the device that it was made on, and the interpreters that are here."""
+    config, device = run.config, next((run.results[stage]["environment"].get("device") for stage in stages), None)
+    named = {name: toolchains.get(name) for name in config.get("toolchains") or {}}
     tracking = {**config["tracking"], "enabled": False}
     return {**config, "device": device or config["device"], "toolchains": named, "tracking": tracking}
 

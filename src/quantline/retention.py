@@ -6,8 +6,6 @@ with one `.dvc` file an object.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
 import subprocess
 import sys
@@ -21,7 +19,6 @@ from quantline import dvc_cache
 from quantline.errors import QuantlineError, UserError
 
 KEEP = {"workspace": ["-w"], "branches": ["-a"], "tags": ["-a", "-T"], "commits": ["-A"]}
-_REGISTRY = "quantline.registry"
 _MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
@@ -36,9 +33,9 @@ class Garbage:
 
 def promoted(root: Path) -> frozenset[str]:
     """MD5s of the DVC objects that promoted variants need; none where nothing can be promoted."""
-    if importlib.util.find_spec(_REGISTRY) is None:
-        return frozenset()
-    return frozenset(importlib.import_module(_REGISTRY).promoted_outputs(root))
+    from quantline.registry import promoted_outputs
+
+    return frozenset(md5 for _, _, hashes in promoted_outputs(root) for md5 in hashes)
 
 
 def collect_garbage(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,15 @@ class WorkArea:
         return self.root / "artifacts" / ("shared" if stage == "download" else name) / stage
 
 
-def make_area(folder: Path, root: Path, *, commit: str | None, patch: str | None, code: Mapping[str, Any]) -> WorkArea:
+def make_area(
+    folder: Path,
+    root: Path,
+    *,
+    commit: str | None,
+    patch: str | None,
+    code: Mapping[str, Any],
+    trust_patch: bool = False,
+) -> WorkArea:
     """Put the code that made a variant into `folder`: its commit where this repository has it, else what is checked out.
 
     Args:
@@ -86,15 +95,24 @@ def make_area(folder: Path, root: Path, *, commit: str | None, patch: str | None
         root: the checkout.
         commit, patch: of the run.
         code: stage -> source file -> SHA-256, as the run's results tell.
+        trust_patch: apply the patch, which is code that comes from the tracking server.
 
     Raises:
         UserError: neither is the code that made it; the message names the first file that differs.
     """
+
+    def patched() -> str | None:
+        return _patched(folder, root, commit, patch, trust_patch)
+
+    ways: dict[str, Callable[[], str | None]] = {f"commit {commit}": lambda: _from_commit(folder, root, commit)}
+    if patch is not None:
+        ways[f"commit {commit} and the patch of the run"] = patched
+    ways["the checkout"] = lambda: _from_checkout(folder, root)
     reasons = []
-    for fill, origin in ((_from_commit, f"commit {commit}"), (_from_checkout, "the checkout")):
+    for origin, fill in ways.items():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        fault = fill(folder, root, commit, patch) or _other_code(folder, code)
+        fault = fill() or _other_code(folder, code)
         if fault is None:
             _link_environments(folder, root)
             return WorkArea(folder, origin)
@@ -107,23 +125,33 @@ def make_area(folder: Path, root: Path, *, commit: str | None, patch: str | None
     )
 
 
-def _from_commit(folder: Path, root: Path, commit: str | None, patch: str | None) -> str | None:
-    if not commit:
+def _from_commit(folder: Path, root: Path, commit: str | None) -> str | None:
+    if not commit or not re.fullmatch(r"[0-9a-f]{7,64}", commit):
         return "the run names none"
     archive = subprocess.run(["git", "-C", str(root), "archive", commit], capture_output=True, check=False)
     if archive.returncode:
         return "this repository does not have it"
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as packed:
         packed.extractall(folder, filter="data")
-    if not patch:
-        return None
+    return None
+
+
+def _patched(folder: Path, root: Path, commit: str | None, patch: str | None, trusted: bool) -> str | None:
+    files = ", ".join(dict.fromkeys(re.findall(r"^\+\+\+ b/(.+)$", patch or "", re.MULTILINE)))
+    if not trusted:
+        return (
+            f"not applied, it is code that comes from the tracking server ({files}); if you trust it, give patch=apply"
+        )
+    fault = _from_commit(folder, root, commit)
+    if fault is not None:
+        return fault
     limits = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
     command = ["git", "apply", "--whitespace=nowarn", "-"]
     applied = subprocess.run(command, cwd=folder, env=limits, input=patch, capture_output=True, text=True, check=False)
-    return f"the patch of the run does not apply ({applied.stderr.strip()})" if applied.returncode else None
+    return f"the patch does not apply ({applied.stderr.strip()})" if applied.returncode else None
 
 
-def _from_checkout(folder: Path, root: Path, _commit: str | None, _patch: str | None) -> str | None:
+def _from_checkout(folder: Path, root: Path) -> str | None:
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in _PARTS:
         source = root / name
