@@ -115,12 +115,13 @@ def test_another_baseline_drops_the_evaluations_that_were_compared_with_the_form
     assert pipeline.stages("one") == pipeline.stages("two") == [stage for stage in EACH if stage != "evaluate"]
 
 
-def test_the_log_of_a_stage_is_among_its_files(pipeline):
+def test_the_log_of_a_stage_is_known_and_is_none_of_its_files(pipeline):
     (pipeline.folder / "artifacts" / "one" / "quantize.log").write_text("said")
     (record,) = [record for record in pipeline.records() if record.name == "one"]
-    files = {result["stage"]: result["files"] for result in record.results}
-    assert files["quantize"] == ["artifacts/one/quantize.log"]
-    assert files["convert"] == []
+    logs = {result["stage"]: result["log"] for result in record.results}
+    assert logs["quantize"] == "artifacts/one/quantize.log"
+    assert logs["convert"] is None
+    assert all(result["files"] == [] for result in record.results)
 
 
 def test_a_damaged_result_is_an_error_that_names_it(pipeline):

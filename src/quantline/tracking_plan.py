@@ -192,8 +192,9 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
 
 def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str]) -> Plan:
     stage, environment, timings = result["stage"], result.get("environment") or {}, result.get("timings") or {}
+    log = result.pop("log", None)
     files: dict[str, Path] = {}
-    for name in result.get("files") or []:
+    for name in [*(result.get("files") or []), *([log] if log else [])]:
         path = record.folder / name
         fault = _unattachable(name, path)
         if fault:
@@ -210,7 +211,7 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
     metrics = {**(result.get("metrics") or {}), "peak_memory_bytes": result.get("peak_memory_bytes")}
     metrics.update((name, value) for name, value in timings.items() if name != "started_at")
     metrics.update(monitor_peaks(result))
-    contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if name != log}
     return Plan(
         f"{record.name}: {stage}", identity, tags, flatten(environment), _numbers(metrics),
         {"result.json": json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}, files,
