@@ -19,6 +19,7 @@ from quantline.asking import method_faults
 from quantline.coverage_config import CoverageConfig
 from quantline.errors import ConfigError
 from quantline.methods import Backend, LayersConfig, Method, Section
+from quantline.report_config import ReportConfig
 
 EMBEDDED_MODEL = "assets/demo/model"
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -191,6 +192,7 @@ class Config(Section):
     serve: ServeConfig
     evaluate: EvaluateConfig
     noise: NoiseConfig
+    report: ReportConfig
     tracking: TrackingConfig
     toolchains: dict[str, str | None]
     frozen: FrozenConfig | None = None

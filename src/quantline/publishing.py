@@ -19,19 +19,19 @@ def experiment_name(tracking: TrackingConfig, model: ModelConfig) -> str:
     return tracking.experiment or f"quantline/{model.name or model_name(source)}"
 
 
-def publish_records(records: Sequence[VariantRecord], config: Config, root: Path) -> bool:
+def publish_records(records: Sequence[VariantRecord], config: Config, root: Path, report: Path | None = None) -> bool:
     """Publish and say so; whether it worked. A server that is down is reported, never raised."""
     from quantline.tracking import publish
 
     try:
-        report = publish(
+        done = publish(
             records, tracking_uri=config.tracking.uri, experiment=experiment_name(config.tracking, config.model),
-            root=root, timeout_seconds=config.tracking.timeout_seconds,
+            root=root, timeout_seconds=config.tracking.timeout_seconds, report=report,
         )  # fmt: skip
     except TrackingError as error:
         print(f"NOT PUBLISHED: {error}", file=sys.stderr)
         return False
-    print(report, file=sys.stderr)
-    for warning in report.warnings:
+    print(done, file=sys.stderr)
+    for warning in done.warnings:
         print(f"  note: {warning}", file=sys.stderr)
     return True
