@@ -1,30 +1,37 @@
-"""What the quantize stage costs beyond the library: `python -m benchmarks.overhead [--rounds 3]`.
+"""What the quantize stage costs beyond the library: `python -m benchmarks.overhead [--method gptq|awq] [--rounds 3]`.
 
-The same job, GPTQ at 4 bits on the demo model and its calibration tokens, twice:
+The same job at 4 bits on the demo model and its calibration tokens, twice:
 
-bare    a script in AutoGPTQ's environment: import, load, the library's `quantize`, the library's own `save_pretrained`
-        (with what the library needs on a machine without a GPU, or it does not run at all)
-stage   `python -m stages.quantize method=gptq`: configuration, preflight, the parity probe, the same library call, our
-        writer, the reading back of the result, the coverage gate
+bare    a script in AutoGPTQ's or AutoAWQ's environment: import, load, the library's `quantize`, the library's own way of
+        saving (with what the library needs on a machine without a GPU, or it does not run at all)
+stage   `python -m stages.quantize`: configuration, preflight, the parity probe, the same library call, our writer, the
+        reading back of the result, the coverage gate
 
-The stage starts two interpreters more, the pipeline's and the coverage gate's. What these take until their imports are
-done is measured apart and stated, as is what remains: the overhead.
+The stage starts two interpreters more. The pipeline's starts before all else; what it takes until its imports are done is
+measured apart, stated, and taken off. The coverage gate's starts beside the library's and imports on the other core, so its
+wall time is not taken off, its CPU time is. Bare and staged runs are paired, in turns; medians over the rounds are printed.
+CPU seconds are those of all processes: on a machine that others use, they say more than the wall's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.methods import ROOT, result, stage
 from quantline import toolchains
 
-BARE = """
+BARE = {
+    "gptq": """
 import sys, time
 started = time.time()
 import torch
@@ -45,65 +52,123 @@ quantized = time.time()
 gptq.model.half()
 gptq.save_pretrained(out, use_safetensors=True)
 print(imported - started, quantized - imported, time.time() - quantized)
-"""
-# Until these are done an interpreter has only been started.
-STARTS = {
-    "pipeline": ([sys.executable, "-m", "stages.quantize", "method=gptq", "--cfg", "job"], None),
-    "coverage": (None, "import torch, transformers, numpy"),
+""",
+    "awq": """
+import sys, time
+started = time.time()
+import torch
+import awq.modules.linear.gemm
+from awq import AutoAWQForCausalLM
+from safetensors.torch import load_file
+awq.modules.linear.gemm.TRITON_AVAILABLE = False
+model, tokens, out, threads = sys.argv[1:5]
+torch.set_num_threads(int(threads))
+awq = AutoAWQForCausalLM.from_pretrained(model, torch_dtype=torch.float32, device_map="cpu", use_cache=False)
+imported = time.time()
+ids = load_file(tokens)["input_ids"]
+awq.quantize(
+    quant_config={"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}, calib_data=ids.tolist(),
+    max_calib_samples=len(ids), max_calib_seq_len=ids.shape[1],
+)
+quantized = time.time()
+awq.save_quantized(out)
+print(imported - started, quantized - imported, time.time() - quantized)
+""",
 }
+BACKENDS = {"gptq": "auto_gptq", "awq": "autoawq"}
+# Until these are done an interpreter has only been started.
+PIPELINE = [sys.executable, "-m", "stages.quantize", "method=gptq", "--cfg", "job"]
+IMPORTS = "from quantline.coverage_worker import imports; imports()"
 
 
-def seconds(command: list[str]) -> float:
-    """How long a command takes."""
-    started = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return time.perf_counter() - started
+@dataclass(frozen=True)
+class Cost:
+    """Seconds by the clock and of all processors, or shares of them."""
+
+    wall: float
+    cpu: float
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.wall - other.wall, self.cpu - other.cpu)
 
 
-def bare(python: Path, model: Path, tokens: Path, threads: int) -> dict[str, float]:
-    """The library alone, by step, and the whole process."""
+@contextmanager
+def costs(found: list[Cost]) -> Iterator[None]:
+    """Note what the processes that are started inside the block cost."""
+
+    def cpu() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    started, before = time.perf_counter(), cpu()
+    yield
+    found.append(Cost(time.perf_counter() - started, cpu() - before))
+
+
+def bare(method: str, python: Path, model: Path, tokens: Path, threads: int) -> dict[str, float]:
+    """The library alone; its seconds by step."""
     with tempfile.TemporaryDirectory() as out:
-        started = time.perf_counter()
-        command = [str(python), "-c", BARE, str(model), str(tokens), out, str(threads)]
+        command = [str(python), "-c", BARE[method], str(model), str(tokens), out, str(threads)]
         # The worker's own number of threads and waiting policy: two spinning threads can take several times as long.
         variables = toolchains.worker_environment(threads)
         done = subprocess.run(command, cwd=out, env=variables, check=False, capture_output=True, text=True)
-        total = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    load, quantize, save = (float(word) for word in done.stdout.split()[-3:])
-    return {"total": total, "import and load": load, "quantize": quantize, "save": save}
+    return dict(zip(("load", "quantize", "save"), map(float, done.stdout.split()[-3:]), strict=True))
+
+
+def median(costs: list[Cost]) -> Cost:
+    return Cost(statistics.median(one.wall for one in costs), statistics.median(one.cpu for one in costs))
+
+
+def told(name: str, cost: Cost) -> str:
+    return f"{name:<28}{cost.wall:7.1f} s {cost.cpu:7.1f} s of CPU"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=BACKENDS, default="gptq")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    rounds, threads = (parser.parse_args().rounds, parser.parse_args().threads)
-    python = toolchains.ensure(ROOT, "auto_gptq").python
+    asked = parser.parse_args()
+    method, rounds, threads = asked.method, asked.rounds, asked.threads
+    python = toolchains.ensure(ROOT, BACKENDS[method]).python
     reference = toolchains.ensure(ROOT, "reference").python
-    options = ("method=gptq", "backend=auto_gptq", "bits=4", f"threads={threads}")
+    options = (f"method={method}", f"backend={BACKENDS[method]}", "bits=4", f"threads={threads}")
     stage("download", *options)
     stage("calibrate", "variant=overhead", *options)
     model, tokens = ROOT / "scratch/shared/download/model", ROOT / "scratch/overhead/calibrate/tokens.safetensors"
-    alone: list[dict[str, float]] = []
-    staged: list[float] = []
-    starts: dict[str, list[float]] = {"pipeline": [], "coverage": []}
-    # In turns, so that a busy moment of the machine does not fall on one of them alone.
-    for _ in range(rounds):
-        alone.append(bare(python, model, tokens, threads))
-        started = time.perf_counter()
-        stage("quantize", "variant=overhead", *options)
-        staged.append(time.perf_counter() - started)
-        starts["pipeline"].append(seconds(STARTS["pipeline"][0]))
-        starts["coverage"].append(seconds([str(reference), "-c", STARTS["coverage"][1]]))
-    best = min(alone, key=lambda one: one["total"])
-    begun = {name: min(times) for name, times in starts.items()}
-    overhead = min(staged) - best["total"] - sum(begun.values())
-    print(f"bare   {best['total']:.1f} s: " + ", ".join(f"{k} {v:.1f}" for k, v in best.items() if k != "total"))
-    print(f"stage  {min(staged):.1f} s, of it interpreters {', '.join(f'{k} {v:.1f}' for k, v in begun.items())}")
-    print(f"overhead {overhead:+.1f} s, {100 * overhead / best['total']:+.1f} % of the bare run")
-    print(json.dumps(result("overhead", "quantize")["metrics"]))
+    alone: list[Cost] = []
+    staged: list[Cost] = []
+    starts: dict[str, list[Cost]] = {"pipeline": [], "coverage": []}
+    steps: list[dict[str, float]] = []
+    shares: list[Cost] = []
+    for number in range(rounds):
+        with costs(starts["pipeline"]):
+            subprocess.run(PIPELINE, cwd=ROOT, check=True, capture_output=True)
+        with costs(starts["coverage"]):
+            subprocess.run(
+                [str(reference), "-c", IMPORTS], check=True, capture_output=True, env=toolchains.worker_environment(1)
+            )
+        for what in ("bare", "stage") if number % 2 == 0 else ("stage", "bare"):
+            with costs(alone if what == "bare" else staged):
+                if what == "bare":
+                    steps.append(bare(method, python, model, tokens, threads))
+                else:
+                    stage("quantize", "variant=overhead", *options)
+    print(told("bare library", median(alone)), steps[-1])
+    print(told("stage", median(staged)), result("overhead", "quantize")["metrics"])
+    print(told("start of the pipeline", median(starts["pipeline"])))
+    print(told("start of the gate's worker", median(starts["coverage"])))
+    rest: list[Cost] = []
+    for number, base in enumerate(alone):
+        first, second = starts["pipeline"][number], starts["coverage"][number]
+        over = staged[number] - first - base - Cost(0.0, second.cpu)
+        rest.append(over)
+        shares.append(Cost(100 * over.wall / base.wall, 100 * over.cpu / base.cpu))
+        print(f"round {number + 1}: {shares[-1].wall:+.1f} % by the clock, {shares[-1].cpu:+.1f} % of CPU")
+    print(told("overhead beside the starts", median(rest)))
+    print(f"{'median share':<28}{median(shares).wall:+.1f} % by the clock, {median(shares).cpu:+.1f} % of CPU")
 
 
 if __name__ == "__main__":

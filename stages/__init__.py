@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -78,6 +78,23 @@ def main(task: Callable[[DictConfig], Any], filename: str) -> None:
         sys.exit(_report(error))
     if failures:
         sys.exit(failures[0])
+
+
+def own_main(
+    task: Callable[[DictConfig, dict[str, str]], Any], names: Sequence[str], usage: str, filename: str, argv: list[str]
+) -> None:
+    """Run a task that takes options of its own, `names`, beside the configuration's."""
+    from quantline.errors import UserError
+    from quantline.own_options import split_own
+
+    if "--help" in argv or "-h" in argv:
+        print(usage)
+    try:
+        own, argv[1:] = split_own(argv[1:], names)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    main(lambda cfg: task(cfg, own), filename)
 
 
 def _report(error: Exception) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from stages import stage
 
 if TYPE_CHECKING:
+    from quantline.instruments import Instruments
     from quantline.stage import StageRun
 
 
@@ -17,18 +18,44 @@ def evaluate(run: StageRun) -> None:
 
     options = run.config.evaluate
     float_model = run.input("download") / "model"
-    windows = build_windows(float_model, run.protocol())
-    run.files += ["documents.jsonl", "comparison.json"]
+    windows, tools = build_windows(float_model, run.protocol()), instruments(run)
     with run.output() as out:
         verdict = verdicts.evaluate(
             checkpoint=run.checkpoint(), windows=windows, served=run.input("serve_smoke"), float_model=float_model,
             baseline=None if run.is_baseline else run.input("evaluate", baseline=True),
             bootstrap=verdicts.Bootstrap(**options.bootstrap.model_dump()), engine_tolerance=options.engine_tolerance,
             batch_tokens=options.batch_tokens, device=run.device, threads=run.config.threads, out=out,
-            run_worker=run.worker,
+            run_worker=run.worker, instruments=tools,
         )  # fmt: skip
         run.metrics.update(verdict.metrics)
-        run.warnings.append(f"against the float model: {verdict.verdict}")
+        run.tables.update(verdict.tables)
+        run.files += verdict.files
+        run.warnings += [f"against the float model: {verdict.verdict}", *verdict.notes]
+
+
+def instruments(run: StageRun) -> Instruments:
+    """What the options ask for, with the inputs that it needs."""
+    from quantline.errors import UserError
+    from quantline.instruments import Generations, Instruments, Layers
+    from quantline.lineage import stage_fingerprint
+    from quantline.noise_floor import noise_floor
+
+    config, options = run.config, run.config.evaluate
+    generations, limits = Generations(**options.generations.model_dump()), options.limits.model_dump()
+    if run.is_baseline:
+        return Instruments(generations=generations)
+    try:
+        layers = Layers(
+            quantized=run.input("quantize"), calibration=run.input("calibrate") / "tokens.safetensors",
+            samples=config.coverage.samples, unfold=True if config.method.name == "awq" else None,
+            restore=options.restore.layers, tokens=options.restore.tokens,
+        )  # fmt: skip
+    except UserError:  # a checkpoint by hand, of which nobody kept what it was made from
+        if run.frozen:
+            raise
+        layers = None
+    noise = noise_floor(run.root, stage_fingerprint(config, "noise", run.root))
+    return Instruments(options.divergence.tokens, generations, layers, limits, tuple(options.fail_on), noise)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ def quantize(run: StageRun) -> None:
 
     run.refuse_float()
     download, calibration = run.input("download"), run.input("calibrate") / "tokens.safetensors"
-    with run.output() as out, run.work_folder() as work:
+    early = coverage.early(run.early_side_worker, enabled=run.config.coverage.enabled)
+    with run.output() as out, run.work_folder() as work, early:
         outcome = quantization.quantize(
             run.quantization_request(), model=download / "model", probe=download / "probe.safetensors",
             calibration=calibration, out=out, work=work, run_worker=run.worker,

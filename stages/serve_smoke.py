@@ -12,17 +12,11 @@ if TYPE_CHECKING:
 
 @stage("serve_smoke")
 def serve_smoke(run: StageRun) -> None:
-    from quantline.served import Questions, serve_and_score, serving_dtype
-    from quantline.serving import ServerOptions
+    from quantline.served import Questions, serve_and_score
     from quantline.windows import build_windows
 
     serve, baseline = run.config.serve, run.is_baseline
-    process = serve.process.model_dump(exclude={"concurrency", "request_timeout_seconds", "extra_args"})
-    options = ServerOptions(
-        device=run.device, dtype=serving_dtype(serve.dtype, quantized=not baseline), max_model_len=serve.max_model_len,
-        enforce_eager=serve.enforce_eager, trust_remote_code=run.config.model.trust_remote_code,
-        extra_args=tuple(serve.process.extra_args), **process,
-    )  # fmt: skip
+    options = run.server_options(quantized=not baseline)
     windows = build_windows(run.input("download") / "model", run.protocol())
     python, version = run.server()
     run.files += ["answers.json", "verdict.json"]

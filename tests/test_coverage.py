@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -361,6 +362,10 @@ def test_an_error_above_the_limit_fails_and_names_the_worst_linears(made, gate, 
     assert str(tmp_path / "failed/coverage/layers.csv") in str(caught.value)
     with pytest.raises(WorkerError, match=r"coverage\.max_weight_error\.bits4"):
         gate("dense", max_weight_error={**SETTINGS["max_weight_error"], "bits4": 0.01})
+    # The option that is named lets it pass, and nothing much smaller does.
+    (raised,) = re.findall(r"raise the limit.*: coverage\.max_output_error\.bits4=([0-9.]+)", str(caught.value))
+    assert worst["output_error"] <= float(raised) < worst["output_error"] + 0.01
+    gate("dense", max_output_error={**SETTINGS["max_output_error"], "bits4": float(raised)})
     none = dict.fromkeys(SETTINGS["max_output_error"])
     assert gate("dense", max_output_error=none, max_weight_error=none).result.metrics["linears_high"] == 0
 
@@ -432,5 +437,7 @@ def test_what_the_backend_says_of_a_linear_joins_its_row(made):
 def test_damaged_codes_are_found_by_their_error(gate):
     with pytest.raises(
         WorkerError, match=rf"output's error is above its limit .* in 1 of 14 linears: {DAMAGED} 1\.[0-9]+"
-    ):
+    ) as caught:
         gate("dense", answer="damaged")
+    assert "something went wrong" in str(caught.value)
+    assert "raise the limit" not in str(caught.value)

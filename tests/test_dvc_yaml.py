@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from quantline.compose import freeze
+from quantline.evaluate_config import WINDOW_KEYS
 
 # What is around a stage's work: it decides where and whether something is made, not what. A change of it reruns nothing.
 PLUMBING = {
@@ -105,7 +106,7 @@ def uncovered(root, stage, deps):
 STAGE_ENTRIES = [
     ("download", "download"), ("calibrate", "calibrate"), ("quantize", "quantize"), ("convert", "convert"),
     ("serve_smoke", "serve_smoke"), ("serve_smoke_baseline", "serve_smoke"), ("evaluate", "evaluate"),
-    ("evaluate_baseline", "evaluate"), ("report", "report"),
+    ("evaluate_baseline", "evaluate"), ("speed", "speed"), ("report", "report"),
 ]  # fmt: skip
 
 
@@ -185,7 +186,11 @@ def test_what_a_fingerprint_covers_is_what_dvc_watches(pipeline):
     assert watched["quantize"] >= {"method", "bits", "group_size", "seed", "threads", "frozen.locks.quantizer"}
     assert watched["calibrate"] >= {"calibration"}
     for entry in ("serve_smoke", "serve_smoke_baseline"):
-        assert watched[entry] >= {"evaluate", "frozen.locks.server"}
+        assert watched[entry] >= {"frozen.locks.server"}
+        # Of the evaluation only what decides which tokens are scored: another limit or instrument serves nothing again.
+        assert {key for key in watched[entry] if key.startswith("evaluate")} == {
+            f"evaluate.{key}" for key in WINDOW_KEYS
+        }
         assert {key for key in watched[entry] if key.startswith("serve.")} == {
             "serve.runtime", "serve.max_model_len", "serve.dtype", "serve.enforce_eager", "serve.smoke"
         }  # fmt: skip
@@ -206,7 +211,7 @@ def test_dvc_resolves_the_pipeline_to_the_stages_of_each_variant(root, tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     once = {"compose_baseline", "download", "serve_smoke_baseline", "evaluate_baseline", "report"}
-    each = ("compose", "calibrate", "quantize", "convert", "serve_smoke", "evaluate")
+    each = ("compose", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "speed")
     variants = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["variants"]
     assert len(variants) >= 3
     assert set(done.stdout.rpartition("#")[2].split()) == once | {

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantline.checkpoint import write_safetensors
+from quantline.config import parse
 from quantline.errors import ConfigError, QuantlineError, UserError
+from quantline.evaluate_config import PROTOCOL_KEYS
 from quantline.evaluation import (
     DocumentScore,
     check_engines,
     compare,
     document_nlls,
-    engine_agreement,
     evaluation_metrics,
+    in_words,
     load_scores,
     perplexity,
     read_documents,
-    top1_agreement,
+    relative_difference,
+    top1_matches,
     weight_bytes,
     write_documents,
 )
-from quantline.windows import Protocol, Windows, build_windows, cut_documents, load_windows, save_windows, spans
+from quantline.windows import (
+    Protocol,
+    Windows,
+    build_windows,
+    cut_documents,
+    load_windows,
+    save_windows,
+    some_documents,
+    spans,
+)  # fmt: skip
 
 
 def protocol(**values: Any) -> Protocol:
@@ -230,15 +244,35 @@ def test_saved_windows_come_back_and_equal_windows_give_equal_files(model: Path,
         load_windows(tmp_path / "one")
 
 
-def test_the_evaluation_configs_are_valid_protocols(root: Path) -> None:
+def test_the_evaluation_configs_are_whole_protocols(root: Path, composed: Callable[..., dict[str, Any]]) -> None:
     files = sorted((root / "conf" / "evaluate").glob("*.yaml"))
-    assert [file.stem for file in files] == ["perplexity", "wikitext2"]
-    others = {"batch_tokens", "bootstrap", "engine_tolerance"}
+    assert [file.stem for file in files] == ["c4", "perplexity", "wikitext2", "wikitext2_word"]
+    assert set(PROTOCOL_KEYS) == set(Protocol.__dataclass_fields__)
     for file in files:
-        values = yaml.safe_load(file.read_text())
-        made = Protocol(**{key: value for key, value in values.items() if key not in others})
+        made = Protocol(**parse(composed(f"evaluate={file.stem}")).evaluate.protocol())
         assert made.name == file.stem
-        assert set(values) == {*Protocol.__dataclass_fields__, *others}
+        assert made.level == ("word" if "word" in file.stem else "token")
+        stated = set(yaml.safe_load(file.read_text()))
+        assert stated == {*Protocol.__dataclass_fields__, "batch_tokens", "bootstrap", "engine_tolerance"}
+
+
+def test_wikitext_on_the_demo_model_needs_a_shorter_window_and_says_so(
+    root: Path, composed: Callable[..., dict[str, Any]]
+) -> None:
+    text = root.parent / "shared" / "data" / "wikitext2_valid.txt"
+    if not text.is_file():
+        pytest.skip("no ../shared/data")
+    given = ["evaluate=wikitext2", f"evaluate.path={text}"]
+    demo = root / "assets" / "demo" / "model"
+    with pytest.raises(UserError, match=r"at most 1024 .*set evaluate\.window to that or less"):
+        build_windows(demo, Protocol(**parse(composed(*given)).evaluate.protocol()))
+    shorter = parse(composed(*given, "evaluate.window=512", "evaluate.max_tokens=20000")).evaluate.protocol()
+    windows = build_windows(demo, Protocol(**shorter))
+    assert set(np.diff(windows.offsets).tolist()) == {512}
+    assert len(windows.document_ids) == 20000 // 512
+    assert windows.words is not None
+    assert windows.text_bytes is not None
+    assert 3 < windows.text_bytes.sum() / windows.words.sum() < 8
 
 
 # Scores
@@ -308,13 +342,13 @@ def test_only_the_same_documents_and_tokens_are_compared(other: list[DocumentSco
     with pytest.raises(UserError, match="not of the same documents"):
         compare(other, BASE, seed=0)
     with pytest.raises(UserError, match="not of the same documents"):
-        engine_agreement(BASE, other)
+        relative_difference(BASE, other)
 
 
 def test_the_engines_difference_is_relative_signed_and_held_against_the_tolerance() -> None:
-    difference = engine_agreement(BASE, shifted(math.log(1.02)))
+    difference = relative_difference(BASE, shifted(math.log(1.02)))
     assert difference == pytest.approx(0.02)
-    assert engine_agreement(BASE, BASE) == 0.0
+    assert relative_difference(BASE, BASE) == 0.0
     check_engines(difference, 0.0201)
     for beyond in (difference, -difference, math.nan):
         with pytest.raises(QuantlineError, match="engine_tolerance"):
@@ -324,9 +358,10 @@ def test_the_engines_difference_is_relative_signed_and_held_against_the_toleranc
 def test_agreement_counts_scored_tokens_only() -> None:
     mine = np.array([9, 1, 1, 1, 9, 1, 9, 1, 1], dtype=np.int32)
     theirs = np.array([8, 1, 1, 2, 8, 1, 8, 1, 1], dtype=np.int32)
-    assert top1_agreement(TWO, mine, theirs) == 5 / 6
+    matches, places = top1_matches(TWO, mine, theirs)
+    assert (matches.tolist(), places.tolist()) == ([3.0, 2.0], [4.0, 2.0])
     with pytest.raises(UserError, match="same windows"):
-        top1_agreement(TWO, mine, theirs[:5])
+        top1_matches(TWO, mine, theirs[:5])
 
 
 def test_metrics_have_the_published_names_and_leave_out_what_was_not_measured() -> None:
@@ -342,10 +377,50 @@ def test_metrics_have_the_published_names_and_leave_out_what_was_not_measured() 
     assert (metrics["compression_ratio"], metrics["tokens_scored"], metrics["documents"]) == (4.0, 50, 3)
     assert metrics["reference_nll"] == pytest.approx(120 / 50 + 0.125)
     more = evaluation_metrics(
-        reference=shifted(0.125), comparison=comparison, **required, vllm=shifted(0.126), top1=0.9
+        reference=shifted(0.125), comparison=comparison, **required, vllm=shifted(0.126), windows=TWO
     )
-    assert set(more) - always == {"vllm_perplexity", "vllm_nll", "engine_relative_difference", "top1_agreement"}
+    assert set(more) - always == {"vllm_perplexity", "vllm_nll", "engine_relative_difference"}
     assert more["engine_relative_difference"] == pytest.approx(math.expm1(0.001))
+
+
+def test_words_and_bytes_are_those_of_the_scored_text(model: Path, tmp_path: Path) -> None:
+    # Windows "ab c", "d  e" and "a ä"; the first letter of each is not scored. "d" goes on with the word "c" began.
+    path = lines(tmp_path / "a.jsonl", {"text": "ab cd  e"}, {"text": "a ä"})
+    windows = build_windows(model, protocol(path=path, window=4, stride=4))
+    assert windows.words is not None
+    assert windows.text_bytes is not None
+    assert windows.words.tolist() == [2, 1]  # "c" and "e"; "ä"
+    assert windows.text_bytes.tolist() == [3 + 3, 3]
+    saved = load_windows(save_windows(windows, tmp_path / "saved").parent)
+    assert saved.words is not None
+    assert saved.words.tolist() == [2, 1]
+
+
+def test_by_word_and_by_byte_the_same_loss_is_over_other_units() -> None:
+    windows = replace(TWO, words=np.array([2, 3]), text_bytes=np.array([12, 8]))
+    reference = scores(("a", 6.0, 4), ("b", 4.0, 2))
+    metrics = evaluation_metrics(
+        reference=reference, comparison=compare(reference, reference, seed=0), size_bytes=1, float_size_bytes=1,
+        windows=windows,
+    )  # fmt: skip
+    assert metrics["word_perplexity"] == pytest.approx(math.exp(10 / 5))
+    assert metrics["bits_per_byte"] == pytest.approx(10 / math.log(2) / 20)
+    assert in_words(reference, windows) == scores(("a", 6.0, 2), ("b", 4.0, 3))
+    with pytest.raises(UserError, match=r"set evaluate\.level=token"):
+        in_words(reference, TWO)
+
+
+def test_some_documents_are_whole_and_spread_over_the_text() -> None:
+    many = cut_documents([(str(number), list(range(6))) for number in range(10)], protocol(), [])
+    part, chosen = some_documents(many, 24)
+    assert chosen.tolist() == [0, 3, 6, 9]
+    assert part.document_ids == ("0", "3", "6", "9")
+    assert part.input_ids.tolist() == 4 * [0, 1, 2, 3, 4, 5]
+    assert part.document.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert part.offsets.tolist() == [0, 4, 6, 10, 12, 16, 18, 22, 24]
+    whole, every = some_documents(many, 10**6)
+    assert (whole.sha256, len(every)) == (many.sha256, 10)
+    assert len(some_documents(many, 1)[1]) == 2
 
 
 def test_document_scores_survive_the_file_to_the_last_bit(tmp_path: Path) -> None:
@@ -368,8 +443,8 @@ def test_document_scores_survive_the_file_to_the_last_bit(tmp_path: Path) -> Non
 def test_scores_are_read_from_the_reference_engines_file(tmp_path: Path) -> None:
     tensors = {"logprobs": np.zeros(3, np.float32), "top1": np.arange(3, dtype=np.int32)}
     write_safetensors(tmp_path / "scores.safetensors", tensors)
-    logprobs, top1 = load_scores(tmp_path / "scores.safetensors")
-    assert (logprobs.dtype, top1.tolist()) == (np.float32, [0, 1, 2])
+    logprobs, top1, kl = load_scores(tmp_path / "scores.safetensors")
+    assert (logprobs.dtype, top1.tolist(), kl) == (np.float32, [0, 1, 2], None)
     with pytest.raises(UserError, match="cannot be read"):
         load_scores(tmp_path / "absent.safetensors")
 

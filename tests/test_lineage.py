@@ -9,7 +9,9 @@ from quantline.variants import STAGES
 def fingerprints(composed, root):
     def of(*overrides):
         config = parse(composed(*overrides))
-        stages = [stage for stage in STAGES if config.method.name != "float" or stage not in ("quantize", "convert")]
+        stages = [
+            stage for stage in STAGES if config.method.name != "float" or stage not in ("quantize", "convert", "speed")
+        ]
         return {stage: stage_fingerprint(config, stage, root) for stage in stages}
 
     return of
@@ -21,7 +23,7 @@ def changed(one, other):
 
 def test_bits_change_quantize_and_what_follows(fingerprints):
     assert changed(fingerprints("method=gptq"), fingerprints("method=gptq", "bits=8")) == [
-        "quantize", "convert", "serve_smoke", "evaluate"
+        "quantize", "convert", "serve_smoke", "evaluate", "speed"
     ]  # fmt: skip
 
 
@@ -43,6 +45,13 @@ def test_threads_are_part_of_the_identity(fingerprints):
 )
 def test_where_and_how_it_runs_is_no_part_of_the_identity(fingerprints, override):
     assert changed(fingerprints(), fingerprints(override)) == []
+
+
+def test_limits_and_instruments_change_the_evaluation_alone(fingerprints):
+    before = fingerprints()
+    for override in ("evaluate.limits.kl_divergence=0.5", "evaluate.restore.layers=2", "evaluate.bootstrap.seed=1"):
+        assert changed(before, fingerprints(override)) == ["evaluate"]
+    assert changed(before, fingerprints("evaluate.max_tokens=500")) == ["serve_smoke", "evaluate"]
 
 
 def test_the_baseline_is_the_same_whatever_bits_say(fingerprints):

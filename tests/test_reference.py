@@ -25,7 +25,7 @@ import json, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig, Qwen2Config
 
 folder = Path(sys.argv[1])
 ids = torch.tensor(json.loads(sys.argv[2]))
@@ -39,6 +39,7 @@ configs = {
     "untied": Qwen2Config(**common, tie_word_embeddings=False, rope_theta=1e6),
     "near": Qwen2Config(**common, tie_word_embeddings=False, rope_theta=1e4),
     "experts": MixtralConfig(**common, tie_word_embeddings=False, num_local_experts=4, num_experts_per_tok=2),
+    "capped": Gemma2Config(**common, head_dim=32, query_pre_attn_scalar=32, attn_logit_softcapping=1.0),
 }
 for name, config in configs.items():
     torch.manual_seed(0)
@@ -47,11 +48,15 @@ for name, config in configs.items():
         if key.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)
     (model.to(torch.bfloat16) if name == "tied" else model).save_pretrained(folder / name)
-    model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
+    attention = "eager" if name == "capped" else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, attn_implementation=attention)
     with torch.inference_mode():
         logits = model(input_ids=ids).logits
         greedy = model.generate(ids[:1, :20], attention_mask=torch.ones(1, 20), do_sample=False, max_new_tokens=12)
-    save_file({"logits": logits, "greedy": greedy[0, 20:].contiguous()}, folder / f"{name}.expected.safetensors")
+        model.set_attn_implementation("sdpa")
+        sdpa = model(input_ids=ids).logits
+    tensors = {"logits": logits, "sdpa": sdpa, "greedy": greedy[0, 20:].contiguous()}
+    save_file(tensors, folder / f"{name}.expected.safetensors")
 """
 
 # Runs many jobs in one process, since starting one takes longer than a tiny model.
@@ -189,7 +194,7 @@ def answers(folder: Path, toolchain: Toolchain) -> dict[str, dict[str, Any]]:
     """Every job's answer, from one process."""
     jobs: dict[str, dict[str, Any]] = {}
     windows = str(folder / "windows.safetensors")
-    for name in ("tied", "untied", "near", "experts", "old-config"):
+    for name in ("tied", "untied", "near", "experts", "capped", "old-config"):
         jobs[f"probe {name}"] = {"kind": "probe", "checkpoint": name, "input_ids": PROBE}
         jobs[f"generate {name}"] = {"kind": "generate", "checkpoint": name, "prompts": PROMPTS, "max_new_tokens": 12}
     scored = ["tied", "untied", "near", "experts/gptq8", "experts/gptq8-plain", *REFUSALS]
@@ -227,7 +232,7 @@ def outcome(answers: dict[str, dict[str, Any]]) -> Callable[[str], Tensors]:
     return tensors
 
 
-@pytest.mark.parametrize("name", ["tied", "untied", "near", "experts"])
+@pytest.mark.parametrize("name", ["tied", "untied", "near", "experts", "capped"])
 def test_logits_are_those_of_transformers(folder: Path, outcome: Callable[[str], Tensors], name: str) -> None:
     from safetensors.numpy import load_file
 
@@ -236,6 +241,13 @@ def test_logits_are_those_of_transformers(folder: Path, outcome: Callable[[str],
     assert (found["logits"].dtype, found["logits"].shape) == (np.float32, (2, 40, 256))
     assert (found["input_ids"].dtype, found["input_ids"].tolist()) == (np.int32, PROBE)
     np.testing.assert_allclose(found["logits"], expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_a_cap_on_attention_scores_counts(folder: Path, outcome: Callable[[str], Tensors]) -> None:
+    from safetensors.numpy import load_file
+
+    without = load_file(folder / "capped.expected.safetensors")["sdpa"]
+    assert np.abs(outcome("probe capped")["logits"] - without).max() > 0.1 * without.std()
 
 
 def test_the_rotary_base_counts_in_the_old_and_the_new_vocabulary(
@@ -328,7 +340,7 @@ def test_the_worker_scores_and_measures_across_the_process_border(
     assert result.data["tokens_per_second"] == result.data["tokens"] / result.data["scoring_seconds"]
     assert result.data["load_seconds"] > 0
     assert result.data["parameters"] > 100_000
-    logprobs, _ = load_scores(tmp_path / "scores.safetensors")
+    logprobs, _, _ = load_scores(tmp_path / "scores.safetensors")
     assert np.array_equal(logprobs, outcome("score untied")["logprobs"], equal_nan=True)
 
 

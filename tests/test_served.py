@@ -8,9 +8,9 @@ import pytest
 
 from quantline.errors import ServerError, UserError
 from quantline.evaluation import load_server_scores
-from quantline.served import Questions, checkpoint_facts, read_answers, serve_and_score, serving_dtype
+from quantline.served import Questions, read_answers, serve_and_score
 from quantline.serving import ServerOptions
-from quantline.serving_rules import facts_of
+from quantline.serving_rules import checkpoint_facts, facts_of, serving_dtype
 from quantline.windows import Windows
 
 LENGTH, COUNT = 12, 5

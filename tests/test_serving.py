@@ -246,4 +246,5 @@ def test_weights_and_kernels_are_read_from_the_log():
     )
     assert weights_bytes(text) == 2 * 1024**3
     assert weights_bytes("no such line") is None
+    assert weights_bytes("[model_runner.py:303] Model loading took 0.5 GiB and 3.100000 seconds") == 2**29
     assert kernels(text) == ["MacheteLinearKernel"]

@@ -2,19 +2,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from quantline.checkpoint import write_safetensors
 from quantline.errors import QuantlineError, UserError
 from quantline.evaluation import load_server_scores, read_documents
+from quantline.instruments import Generations, Instruments, Layers
 from quantline.jobs import JobResult, write_json
 from quantline.verdicts import Bootstrap, evaluate
 from quantline.windows import Windows
 
 DOCUMENTS, LENGTH = 12, 9
+LINEARS = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+GENERATIONS = Generations(prompts=4, prompt_tokens=3, new_tokens=2, tie_margin=0.01)
+BARE = Instruments()
 BOOTSTRAP = Bootstrap(resamples=200, level=0.95, seed=0)
 
 
@@ -57,23 +63,48 @@ def served(tmp_path):
 def run(tmp_path, model, served):
     """Evaluate with an engine that gives these log-probabilities."""
 
-    def of(name, logprobs, server="same", baseline=None, top1=None):
+    jobs = []
+
+    def of(
+        name, logprobs, *, server="same", baseline=None, top1=None, kl=None, said=1, errors=0.1, instruments=BARE,
+        windows=WINDOWS,
+    ):  # fmt: skip
         out = tmp_path / name
         out.mkdir()
         likeliest = np.zeros(len(FLOAT), np.int32) if top1 is None else top1
 
         def worker(toolchain, module, job, label):
-            assert (toolchain, module, job["kind"]) == ("reference", "quantline.reference", "score")
-            write_safetensors(Path(job["output"]), {"logprobs": logprobs, "top1": likeliest})
-            return JobResult({"tokens_per_second": 7.0}, 1.0, 0)
+            assert (toolchain, module) == ("reference", "quantline.evaluation_worker")
+            jobs.append(job)
+            tensors = {"logprobs": logprobs, "top1": likeliest}
+            if "baseline" in job:
+                tensors["kl"] = np.full(len(FLOAT), 0.5, np.float32) if kl is None else kl
+            data = {"tokens_per_second": 7.0}
+            if "generate" in job:
+                count = len(job["generate"]["prompts"])
+                data["generations"] = {"tokens": [[said, 1]] * count, "margins": [[0.5, 0.5]] * count}
+            if "restore" in job:
+                part = load_file(job["restore"]["windows"])["input_ids"]
+                back = -np.full((2, len(part)), 2.0, np.float32)
+                back[0] -= 1
+                divergence = np.stack([np.full(len(part), value, np.float32) for value in (0.5, 0.2)])
+                write_safetensors(Path(job["restore"]["output"]), {"logprobs": back, "kl": divergence})
+            if "layers" in job:
+                data["errors"] = [{"name": name, "output_error": errors, "weight_error": 0.1} for name in LINEARS]
+                data["restored"] = [
+                    {"name": LINEARS[0], "tensor": 1, "note": ""}, {"name": LINEARS[1], "tensor": None, "note": "fused"}
+                ]  # fmt: skip
+            write_safetensors(Path(job["output"]), tensors)
+            return JobResult(data, 1.0, 0)
 
         verdict = evaluate(
-            checkpoint=model, windows=WINDOWS, served=served(logprobs if isinstance(server, str) else server),
+            checkpoint=model, windows=windows, served=served(logprobs if isinstance(server, str) else server),
             baseline=baseline, float_model=model, bootstrap=BOOTSTRAP, engine_tolerance=0.01, batch_tokens=64,
-            device="cpu", threads=1, out=out, run_worker=worker,
+            device="cpu", threads=1, out=out, run_worker=worker, instruments=instruments,
         )  # fmt: skip
         return verdict, out
 
+    of.jobs = jobs
     return of
 
 
@@ -138,3 +169,104 @@ def test_a_baseline_of_other_text_is_refused(run, tmp_path):
     path.write_text(path.read_text().replace('"d0"', '"other"'))
     with pytest.raises(UserError):
         run("variant", FLOAT, baseline=baseline)
+
+
+@pytest.fixture
+def layers(tmp_path):
+    """What quantize measured, as the evaluation takes it."""
+    folder = tmp_path / "quantized" / "coverage"
+    folder.mkdir(parents=True)
+    rows = [f"{name},{number},mlp.up_proj,0.1,0.1,0.3,0.05,moderate" for number, name in enumerate(LINEARS)]
+    columns = "name,layer,module,output_error,weight_error,weight_error_max,weight_error_mean,level"
+    (folder / "layers.csv").write_text("\n".join([columns, *rows]) + "\n")
+    return Layers(folder.parent, tmp_path / "tokens.safetensors", 2, None, restore=2, tokens=40)
+
+
+def test_the_float_model_from_itself_diverges_by_nothing_and_needs_no_second_model(run):
+    verdict, out = run("float", FLOAT, instruments=Instruments(divergence=None, generations=GENERATIONS))
+    assert "baseline" not in run.jobs[0]
+    names = ("kl_divergence", "kl_divergence_low", "kl_divergence_high", "nll_difference_low", "nll_difference_high")
+    assert [verdict.metrics[name] for name in names] == [0.0] * 5
+    assert (verdict.verdict, verdict.metrics["identical_generations"]) == ("same", 1.0)
+    assert verdict.metrics["top1_agreement_low"] == verdict.metrics["top1_agreement_high"] == 1.0
+    assert json.loads((out / "comparison.json").read_text())["kl"]["estimate"] == 0.0
+
+
+def test_the_divergence_is_a_mean_over_tokens_with_an_interval_over_documents(run):
+    _, baseline = run("float", FLOAT)
+    kl = np.repeat(np.linspace(0, 1.1, DOCUMENTS, dtype=np.float32), LENGTH)
+    verdict, out = run("variant", FLOAT, baseline=baseline, kl=kl, instruments=Instruments(divergence=None))
+    assert verdict.metrics["kl_divergence"] == pytest.approx(0.55)
+    assert 0.3 < verdict.metrics["kl_divergence_low"] < 0.55 < verdict.metrics["kl_divergence_high"] < 0.8
+    section = json.loads((out / "comparison.json").read_text())["kl"]
+    assert (section["unit"], section["median"]) == ("nats/token", pytest.approx(0.55))
+
+
+def test_continuations_are_held_against_those_that_the_float_model_kept(run):
+    tools = Instruments(generations=GENERATIONS)
+    _, baseline = run("float", FLOAT, instruments=tools)
+    verdict, out = run("variant", FLOAT, baseline=baseline, said=2, instruments=tools)
+    assert (verdict.metrics["identical_generations"], verdict.metrics["first_divergence_median"]) == (0.0, 0.0)
+    section = json.loads((out / "comparison.json").read_text())["generations"]
+    assert (section["prompts"], section["new_tokens"], len(section["rows"])) == (4, 2, 4)
+    (baseline / "generations.json").unlink()
+    with pytest.raises(UserError, match="evaluate the float model again"):
+        run("again", FLOAT, baseline=baseline, instruments=tools)
+
+
+def test_the_worst_linears_shares_are_told_and_what_cannot_be_put_back_says_why(run, layers):
+    _, baseline = run("float", FLOAT)
+    verdict, out = run("variant", FLOAT, baseline=baseline, instruments=Instruments(divergence=None, layers=layers))
+    first, second = verdict.tables["restored"]
+    assert (first["recovered_kl_share"], second["note"]) == (pytest.approx(0.6), "fused")
+    assert second["recovered_nll"] is None
+    assert len(run.jobs[-1]["layers"]["linears"]) == 2
+    chosen = FLOAT.reshape(DOCUMENTS, LENGTH)[[0, 4, 7, 11], 1:].astype(np.float64)  # 40 of 108 tokens
+    assert first["nll_difference_restored"] == pytest.approx(2.0 + chosen.mean())
+    assert (first["recovered_nll"], first["recovered_low"]) == (pytest.approx(1.0), pytest.approx(1.0))
+    header = (out / "restored.csv").read_text().splitlines()[0]
+    assert header.startswith("name,layer,module,output_error,nll_difference_restored,recovered_nll")
+    assert [row["key"] for row in verdict.tables["layer_errors"]] == [0, 1, "mlp.up_proj"]
+    assert verdict.metrics["output_error_change"] == 0.0
+    assert verdict.notes[-1].startswith("worst linears: model.layers.0.mlp.up_proj (60% of the divergence)")
+
+
+def test_a_variant_without_measured_linears_says_so(run, layers, tmp_path):
+    _, baseline = run("float", FLOAT)
+    bare = replace(layers, quantized=tmp_path / "elsewhere")
+    verdict, _ = run("variant", FLOAT, baseline=baseline, instruments=Instruments(divergence=None, layers=bare))
+    assert "layers" not in run.jobs[-1]
+    assert "not told apart by linear" in verdict.notes[0]
+
+
+def test_alarms_are_told_and_fail_only_where_they_should(run, layers):
+    _, baseline = run("float", FLOAT)
+    tools = Instruments(divergence=None, layers=layers, limits={"kl_divergence": 0.1, "output_error_change": 0.02})
+    verdict, out = run("warned", FLOAT, baseline=baseline, errors=0.2, instruments=tools)
+    assert [row["instrument"] for row in verdict.tables["flags"]] == ["kl_divergence", "output_error_change"]
+    assert verdict.metrics["alarms"] == 2
+    assert json.loads((out / "comparison.json").read_text())["flags"] == verdict.tables["flags"]
+    with pytest.raises(QuantlineError, match=r"evaluate\.fail_on=kl_divergence: .* 0\.5 nats a token .*at most 0\.1"):
+        run("failed", FLOAT, baseline=baseline, instruments=replace(tools, fail_on=("kl_divergence",)))
+
+
+def test_the_noise_floor_stands_beside_the_loss(run):
+    noise = {"runs": 3, "low": 0.01, "high": 0.03, "seeds": [0, 1, 2]}
+    verdict, out = run("variant", FLOAT, instruments=Instruments(noise=noise))
+    assert (verdict.metrics["noise_low"], verdict.metrics["noise_high"], verdict.metrics["noise_runs"]) == (
+        0.01,
+        0.03,
+        3,
+    )
+    assert json.loads((out / "comparison.json").read_text())["noise"] == noise
+
+
+def test_a_protocol_by_words_compares_losses_per_word(run):
+    words = np.full(DOCUMENTS, 4)
+    windows = replace(WINDOWS, words=words, text_bytes=words * 6, protocol={"name": "test", "level": "word"})
+    _, baseline = run("float", FLOAT, windows=windows)
+    verdict, out = run("variant", FLOAT - np.float32(0.1), baseline=baseline, windows=windows)
+    assert verdict.metrics["nll_difference"] == pytest.approx(0.1 * (LENGTH - 1) / 4, rel=1e-4)
+    assert verdict.metrics["reference_nll"] == pytest.approx(-(FLOAT.reshape(DOCUMENTS, LENGTH)[:, 1:].mean()) + 0.1)
+    protocol = json.loads((out / "comparison.json").read_text())["protocol"]
+    assert (protocol["level"], protocol["words_scored"], protocol["tokens_scored"]) == ("word", 48, 96)

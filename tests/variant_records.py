@@ -50,6 +50,11 @@ def _metrics(stage: str, bits: int, worse: float) -> dict[str, float]:
                 "load_seconds": 31.4 + bits, "time_to_first_token_seconds": 0.0412, "latency_seconds": 0.38,
                 "output_tokens_per_second": 212.5 - 4 * bits, "rss_bytes": 1_610_612_736,
             }  # fmt: skip
+        case "speed":
+            return {
+                "output_tokens_per_second_c1": 240.0 - 5 * bits, "speed_up_c1": 1.4 - bits / 50, "ttft_ms_c1": 41.0,
+                "weights_memory_bytes": size, "float_weights_memory_bytes": 6_112_800, "slower_than_float": 0.0,
+            }  # fmt: skip
         case "evaluate":
             ratio = 2.718281828459045**worse
             return {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,25 +16,52 @@ class AcceleratorUse:
     utilisation_percent: float
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """One visible GPU now, used by whomever. power_watts is None where the board does not tell."""
+
+    name: str
+    memory_used_bytes: int
+    memory_total_bytes: int
+    utilisation_percent: float
+    power_watts: float | None
+
+
 def accelerator_use() -> AcceleratorUse | None:
     """The use of the visible GPUs now, by everybody; None without a driver or without the library that asks it."""
+    gpus = visible_gpus()
+    if not gpus:
+        return None
+    return AcceleratorUse(sum(gpu.memory_used_bytes for gpu in gpus), max(gpu.utilisation_percent for gpu in gpus))
+
+
+def visible_gpus() -> list[Gpu]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves; none without a driver or without the library that asks it."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except Exception:  # the library is optional, and its errors are classes made at run time
-        return None
+        return []
     try:
-        memory, busy = 0, 0.0
-        for index in _visible(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory += int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-            busy = max(busy, float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu))
-        return AcceleratorUse(memory, busy)
+        return [_gpu(pynvml, index) for index in _visible(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:
-        return None
+        return []
     finally:
         pynvml.nvmlShutdown()
+
+
+def _gpu(nvml: Any, index: int) -> Gpu:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    power = None
+    with suppress(nvml.NVMLError):
+        power = float(nvml.nvmlDeviceGetPowerUsage(handle)) / 1000
+    name = nvml.nvmlDeviceGetName(handle)
+    return Gpu(
+        name.decode() if isinstance(name, bytes) else str(name), int(memory.used), int(memory.total),
+        float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu), power,
+    )  # fmt: skip
 
 
 def _visible(count: int) -> list[int]:

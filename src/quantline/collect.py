@@ -16,6 +16,7 @@ from typing import Any
 
 from quantline.compose import read_params
 from quantline.config import Config, parse
+from quantline.dvc_store import variant_lock
 from quantline.errors import UserError
 from quantline.formats.container import read_json
 from quantline.lineage import options_fingerprint, stage_fingerprint
@@ -69,7 +70,8 @@ def _record(root: Path, home: Path, name: str, values: dict[str, Any], overrides
     config = parse(values)
     results = list(_results(root, home, name, config))
     commit, dirty = commit_of(root)
-    return VariantRecord(name, values, overrides, results, root, commit, dirty)
+    lock = variant_lock(root, name) if config.frozen is not None else {}
+    return VariantRecord(name, values, overrides, results, root, commit, dirty, lock=lock)
 
 
 def _results(root: Path, home: Path, folder: str, config: Config) -> Iterator[dict[str, Any]]:

@@ -18,8 +18,11 @@ from quantline import capabilities
 from quantline.asking import method_faults
 from quantline.coverage_config import CoverageConfig
 from quantline.errors import ConfigError
+from quantline.evaluate_config import EvaluateConfig
 from quantline.methods import Backend, LayersConfig, Method, Section
+from quantline.promote_config import PromoteConfig
 from quantline.report_config import ReportConfig
+from quantline.speed_config import SpeedConfig, speed_faults
 
 EMBEDDED_MODEL = "assets/demo/model"
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -115,34 +118,6 @@ class ServeConfig(Section):
     process: ProcessConfig
 
 
-class BootstrapConfig(Section):
-    """The interval of the difference from the baseline."""
-
-    resamples: int = Field(ge=100)
-    level: float = Field(gt=0.5, lt=1)
-    seed: int = Field(ge=0)
-
-
-class EvaluateConfig(Section):
-    """A flavour of perplexity, stated in full (see `windows.Protocol`), and how it is compared."""
-
-    name: str
-    path: str | None
-    format: str | None
-    text_field: str
-    mode: Literal["documents", "concatenated"]
-    window: int = Field(ge=2)
-    stride: int = Field(ge=1)
-    bos: Literal["none", "add"]
-    max_documents: int | None = Field(ge=2)
-    max_document_tokens: int | None = Field(ge=2)
-    max_tokens: int | None = Field(ge=2)
-    min_tokens: int = Field(ge=1)
-    batch_tokens: int = Field(ge=1)
-    bootstrap: BootstrapConfig
-    engine_tolerance: float = Field(gt=0)
-
-
 class NoiseConfig(Section):
     """How often `stages.noise` quantizes a variant, each time with another seed."""
 
@@ -192,8 +167,10 @@ class Config(Section):
     serve: ServeConfig
     evaluate: EvaluateConfig
     noise: NoiseConfig
-    report: ReportConfig
+    speed: SpeedConfig
     tracking: TrackingConfig
+    promote: PromoteConfig = PromoteConfig()
+    report: ReportConfig
     toolchains: dict[str, str | None]
     frozen: FrozenConfig | None = None
 
@@ -216,6 +193,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     faults.extend(_convert_faults(values))
     faults.extend(_tracking_faults(values))
     faults.extend(_toolchain_faults(values))
+    faults.extend(speed_faults(values))
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     return config

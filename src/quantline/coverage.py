@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from threading import Thread
 from typing import Any
 
 from quantline import coverage_plot
@@ -26,6 +28,7 @@ RunWorker = Callable[[str, str, dict[str, Any], str], JobResult]
 Row = dict[str, Any]
 
 FOLDER = "coverage"
+_WORKER = ("reference", "quantline.coverage_worker")
 _TIMES = ("seconds",)
 TABLE, PLOT = f"{FOLDER}/layers.csv", f"{FOLDER}/output_error.png"
 _MEASURED = ("output_error", "weight_error", "weight_error_max", "weight_error_mean")
@@ -49,6 +52,22 @@ class Coverage:
     warnings: list[str]
     files: list[str] = field(default_factory=list)
     worst: str = ""
+
+
+@contextmanager
+def early(start: Callable[[str, str], AbstractContextManager[None]], *, enabled: bool) -> Iterator[None]:
+    """While a quantizer computes, import what `measure` will need: its worker's part, and the picture's.
+
+    Args:
+        start: (toolchain, module) -> a context in which that worker waits for its job.
+        enabled: whether errors will be measured at all.
+    """
+    if not enabled:
+        yield
+        return
+    Thread(target=coverage_plot.imports, daemon=True).start()
+    with start(*_WORKER):
+        yield
 
 
 def measure(
@@ -94,7 +113,7 @@ def measure(
         "linears": [row["name"] for row in rows], "samples": settings["samples"],
         "unfold": True if method == "awq" else None, "device": device, "threads": threads,
     }  # fmt: skip
-    result = run_worker("reference", "quantline.coverage_worker", job, "measure every linear")
+    result = run_worker(*_WORKER, job, "measure every linear")
     for row, measured in zip(rows, result.data["rows"], strict=True):
         row.update(tokens=measured["tokens"], **{key: _rounded(measured[key]) for key in _MEASURED})
         row["level"] = _level(row["output_error"], settings["levels"])
@@ -183,9 +202,22 @@ def _error_faults(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]
             options = {f"coverage.max_{key}.bits{row['bits']}" for row in above}
             faults.append(
                 f"{whose} error is above its limit ({', '.join(sorted(options))}) in {len(above)} of {len(rows)} linears: "
-                f"{_worst(above, key)}; give these more bits or leave them float by layers.rules, or raise the limit"
+                f"{_worst(above, key)}; give these more bits or leave them float by layers.rules{_or_raise(above, key)}"
             )
     return faults
+
+
+def _or_raise(rows: Sequence[Row], key: str) -> str:
+    """The limits that these rows would pass, as options; where a weight is worse than zeros would be, no limit helps."""
+    needed: dict[str, float] = {}
+    for row in rows:
+        option = f"coverage.max_{key}.bits{row['bits']}"
+        needed[option] = max(needed.get(option, 0.0), row[key] if math.isfinite(row[key]) else math.inf)
+    if max(needed.values()) >= 1:
+        return "; weights that are all zero have an error of 1, so something went wrong with those above it"
+    # Rounded up, so that they do pass.
+    raised = " ".join(f"{option}={math.ceil(100 * value) / 100:g}" for option, value in sorted(needed.items()))
+    return f", or raise the limit, if evaluate finds the model good like this: {raised}"
 
 
 def _worst(rows: Sequence[Row], key: str) -> str:

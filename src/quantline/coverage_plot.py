@@ -15,6 +15,12 @@ _PLACE = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
 _WRITTEN = 240
 
 
+def imports() -> None:
+    """Import what `draw` needs, which takes about as long as drawing."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
+
 def place_of(name: str) -> tuple[int, str]:
     """Decoder layer and name inside it of a linear; -1 and the whole name for one outside."""
     found = _PLACE.search(name)

@@ -21,10 +21,26 @@ _TAKEN_APART = 0.9
 _NORM = re.compile(r"norm|(?:^|\.)ln_")
 
 
-def unfold(approximation: NDArray[np.float32], weight: NDArray[np.float32], rounds: int = 50) -> NDArray[np.float32]:
-    """Undo scales that were folded into neighbours: W' of which W' = diag(r) W diag(c) + error, as diag(1/r) W' diag(1/c).
+def unfold(approximation: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Undo scales that were folded into neighbours: diag(1/r) W' diag(1/c), see `folded_scales`.
 
-    r and c are fitted by turns until they stand still: by least squares, but the scale of a column that rounding took apart
+    Args:
+        approximation: (out, in), as decoded.
+        weight: (out, in), of the float model.
+
+    Returns:
+        (out, in), to be compared with `weight`.
+    """
+    rows, columns = folded_scales(approximation, weight)
+    return approximation / rows[:, None] / columns
+
+
+def folded_scales(
+    approximation: NDArray[np.float32], weight: NDArray[np.float32], rounds: int = 50
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Find r and c of W' = diag(r) W diag(c) + error.
+
+    They are fitted by turns until they stand still: by least squares, but the scale of a column that rounding took apart
     (correlation below 0.9 with the float one) by the ratio of norms. Least squares would take what was rounded to zero for
     a smaller scale, and dividing by it would blow up the rest. A row or column of which nothing is left keeps 1.
 
@@ -37,7 +53,7 @@ def unfold(approximation: NDArray[np.float32], weight: NDArray[np.float32], roun
         weight: (out, in), of the float model.
 
     Returns:
-        (out, in), to be compared with `weight`.
+        r (out,) and c (in,).
     """
     crossed, squared, energy = approximation * weight, weight * weight, np.square(approximation).sum(axis=0)
     rows, columns = np.ones(len(weight), np.float32), np.ones(weight.shape[1], np.float32)
@@ -50,7 +66,7 @@ def unfold(approximation: NDArray[np.float32], weight: NDArray[np.float32], roun
         rows = _ratio(crossed @ kept, squared @ np.square(kept))
         if all(np.allclose(new, old, rtol=1e-6, atol=0) for new, old in zip((rows, columns), before, strict=True)):
             break
-    return approximation / rows[:, None] / columns
+    return rows, columns
 
 
 def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float32]:

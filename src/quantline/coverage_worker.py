@@ -216,5 +216,12 @@ def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
     return {**result, "load_seconds": loaded - started, "pass_seconds": time.perf_counter() - loaded}
 
 
+def imports() -> None:
+    """Import what `run` will need, the usual decoder's modules too; no model is loaded."""
+    import torch  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
+    from transformers.models import qwen2  # noqa: F401
+
+
 if __name__ == "__main__":
-    worker_main(run)
+    worker_main(run, imports)

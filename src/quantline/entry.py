@@ -127,7 +127,11 @@ def option_names(conf: Path) -> list[str]:
                 collect(name, inner)
 
     for path in conf.rglob("*.yaml"):
-        group = path.relative_to(conf).parent.as_posix()
+        group, text = path.relative_to(conf).parent.as_posix(), path.read_text(encoding="utf-8")
+        package = re.match(r"# @package (\S+)", text)
         if not group.startswith("hydra"):
-            collect("" if group == "." else group.replace("/", "."), yaml.safe_load(path.read_text(encoding="utf-8")))
-    return sorted(name for name in names if not name.startswith(("hydra", "defaults")))
+            prefix = package[1] if package else "" if group == "." else group.replace("/", ".")
+            collect(prefix, yaml.safe_load(text))
+    return sorted(
+        name for name in names if not name.startswith(("hydra", "defaults")) and not name.endswith(".defaults")
+    )

@@ -36,6 +36,14 @@ class DiskFullError(UserError):
     exit_code = 1
 
 
+class DifferentError(QuantlineError):
+    """What was made again is not what was recorded."""
+
+
+class GateError(QuantlineError):
+    """A variant does not show what is asked for before it is promoted."""
+
+
 class WorkerError(QuantlineError):
     """A worker process failed; the message names its log."""
 

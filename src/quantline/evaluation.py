@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,13 +79,38 @@ def document_nlls(windows: Windows, logprobs: NDArray[Any]) -> list[DocumentScor
         raise QuantlineError(
             f"{wrong} of {len(values)} scored tokens have no valid log-probability: the scores are damaged"
         )
-    owner = np.repeat(windows.document, np.diff(windows.offsets))[scored]
-    count = len(windows.document_ids)
-    sums, tokens = np.bincount(owner, -values, minlength=count), np.bincount(owner, minlength=count)
+    sums, tokens = document_sums(windows, -logprobs)
     return [
         DocumentScore(name, float(nll), int(number))
         for name, nll, number in zip(windows.document_ids, sums, tokens, strict=True)
     ]
+
+
+def document_sums(
+    windows: Windows, values: NDArray[Any], only: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sums of values (tokens,) over each document's scored tokens, and their number; float64 (documents,) each.
+
+    only: bool (tokens,), of these alone.
+    """
+    scored = windows.scored if only is None else windows.scored & only
+    owner = np.repeat(windows.document, np.diff(windows.offsets))[scored]
+    count = len(windows.document_ids)
+    sums: NDArray[np.float64] = np.bincount(owner, values[scored].astype(np.float64), minlength=count).astype(
+        np.float64
+    )
+    return sums, np.bincount(owner, minlength=count).astype(np.float64)
+
+
+def in_words(scores: Sequence[DocumentScore], windows: Windows) -> list[DocumentScore]:
+    """The same losses over words, for a protocol of level "word".
+
+    Raises:
+        UserError: the text is not known.
+    """
+    if windows.words is None:
+        raise UserError("evaluate.level=word: the text of these windows is not known; set evaluate.level=token")
+    return [replace(score, tokens=int(words)) for score, words in zip(scores, windows.words, strict=True)]
 
 
 def perplexity(scores: Iterable[DocumentScore]) -> float:
@@ -135,7 +160,7 @@ def compare(
         perplexity=own,
         baseline_perplexity=other,
         difference=own - other,
-        ratio=math.exp(interval.estimate),
+        ratio=math.exp(interval.estimate) if interval.estimate < 700 else math.inf,
         nll_difference=interval.estimate,
         low=interval.low,
         high=interval.high,
@@ -150,44 +175,54 @@ def _same_documents(scores: Sequence[DocumentScore], others: Sequence[DocumentSc
         )
 
 
-def engine_agreement(reference_scores: Sequence[DocumentScore], vllm_scores: Sequence[DocumentScore]) -> float:
-    """`perplexity(vllm) / perplexity(reference) - 1`, signed: the effect of the kernels and of the serving dtype.
+def relative_difference(scores: Sequence[DocumentScore], others: Sequence[DocumentScore]) -> float:
+    """`perplexity(others) / perplexity(scores) - 1`, signed. Of an engine and another: the effect of kernels and dtype.
 
     Raises:
         UserError: the scores are not of the same documents and tokens.
     """
-    _same_documents(reference_scores, vllm_scores)
-    return math.expm1(_mean_nll(vllm_scores) - _mean_nll(reference_scores))
+    _same_documents(scores, others)
+    difference = _mean_nll(others) - _mean_nll(scores)
+    return math.expm1(difference) if difference < 700 else math.inf
 
 
-def check_engines(relative_difference: float, tolerance: float) -> None:
-    """Hold the result of `engine_agreement` against its limit.
+def check_engines(difference: float, tolerance: float) -> None:
+    """Hold the `relative_difference` of the two engines against its limit.
 
     Raises:
         QuantlineError: the engines differ by more than `tolerance`.
     """
-    if not abs(relative_difference) <= tolerance:
+    if not abs(difference) <= tolerance:
         raise QuantlineError(
-            f"the server's perplexity differs from the reference engine's by {relative_difference:+.2%}, allowed are "
+            f"the server's perplexity differs from the reference engine's by {difference:+.2%}, allowed are "
             f"{tolerance:.2%} (evaluate.engine_tolerance): what is served is not what was quantized. Look for a kernel, "
             "a serving dtype or a config that the server reads differently"
         )
 
 
-def top1_agreement(windows: Windows, top1: NDArray[np.int32], baseline_top1: NDArray[np.int32]) -> float:
-    """Share of the scored places where variant and baseline find the same token likeliest; arrays int32 (tokens,).
+def top1_matches(
+    windows: Windows, top1: NDArray[np.int32], baseline_top1: NDArray[np.int32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scored places where variant and baseline find the same token likeliest, by document; and all scored places.
+
+    Args:
+        top1, baseline_top1: int32 (tokens,).
+
+    Returns:
+        float64 (documents,) each.
 
     Raises:
         UserError: the arrays are not of these windows.
     """
     if not top1.shape == baseline_top1.shape == windows.input_ids.shape:
         raise UserError("the likeliest tokens of variant and baseline are not of the same windows; evaluate both again")
-    scored = windows.scored
-    return float((top1[scored] == baseline_top1[scored]).mean())
+    return document_sums(windows, top1 == baseline_top1)
 
 
-def load_scores(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """`logprobs` and `top1`, float32 and int32 (tokens,), as the reference engine wrote them.
+def load_scores(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32] | None]:
+    """`logprobs`, `top1` and `kl`, float32, int32 and float32 (tokens,), as the reference engine wrote them.
+
+    `kl` is None where no float model stood beside.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -197,7 +232,7 @@ def load_scores(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
 
     try:
         tensors = load_file(path)
-        return tensors["logprobs"], tensors["top1"]
+        return tensors["logprobs"], tensors["top1"], tensors.get("kl")
     except (OSError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: scores cannot be read ({error}); evaluate again") from error
 
@@ -242,7 +277,7 @@ def evaluation_metrics(
     size_bytes: int,
     float_size_bytes: int,
     vllm: Sequence[DocumentScore] | None = None,
-    top1: float | None = None,
+    windows: Windows | None = None,
 ) -> dict[str, float]:
     """All results of an evaluation under the names they are published by; what was not measured is left out.
 
@@ -250,7 +285,7 @@ def evaluation_metrics(
         reference, vllm: the variant's scores by either engine.
         comparison: of the reference engine's scores with the baseline's.
         size_bytes, float_size_bytes: of the weight files of the variant and of the float model.
-        top1: result of `top1_agreement`.
+        windows: what was scored; where its text is known, its perplexity per word and its bits per byte are given too.
     """
     metrics: dict[str, float] = {
         "reference_perplexity": perplexity(reference),
@@ -269,9 +304,13 @@ def evaluation_metrics(
     if vllm is not None:
         metrics["vllm_perplexity"] = perplexity(vllm)
         metrics["vllm_nll"] = _mean_nll(vllm)
-        metrics["engine_relative_difference"] = engine_agreement(reference, vllm)
-    if top1 is not None:
-        metrics["top1_agreement"] = top1
+        metrics["engine_relative_difference"] = relative_difference(reference, vllm)
+    if windows is not None and windows.words is not None and windows.text_bytes is not None:
+        nll = math.fsum(score.nll_sum for score in reference)
+        words, size = int(windows.words.sum()), int(windows.text_bytes.sum())
+        if words and size:
+            metrics.update(words_scored=words, bytes_scored=size, bits_per_byte=nll / math.log(2) / size)
+            metrics["word_perplexity"] = math.exp(nll / words) if nll / words < 700 else math.inf
     return metrics
 
 

@@ -9,6 +9,9 @@ and is started as `python -m quantline.backends.autoawq JOB.json RESULT.json`. `
 dict and returns the result's `data`. The result is written last and moved into place, so a result file that exists is
 whole; the parent asks for exit code 0 *and* a result that says ok.
 
+With `--wait` after these the worker first imports what it needs (`worker_main(run, imports)`) and then waits for a line on
+stdin that says JOB.json is there; where stdin ends without one, it is not needed and ends without a result.
+
 Progress goes to stdout as lines of the form `@progress {"done": 3, "total": 12, "label": "layer 3"}`; whatever else a
 library prints goes to the log as it is.
 """
@@ -32,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRESS_PREFIX = "@progress "
+WAIT = "--wait"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -115,12 +119,24 @@ VERSIONED = (
 )
 
 
-def worker_main(run: Callable[[dict[str, Any], Reporter], Mapping[str, Any]]) -> None:
-    """Run one job file to one result file and exit; `argv` is JOB.json RESULT.json."""
-    if len(sys.argv) != 3:
-        raise SystemExit(f"usage: {Path(sys.argv[0]).name} JOB.json RESULT.json")
+def worker_main(
+    run: Callable[[dict[str, Any], Reporter], Mapping[str, Any]], imports: Callable[[], None] | None = None
+) -> None:
+    """Run one job file to one result file and exit; `argv` is JOB.json RESULT.json, and --wait or nothing.
+
+    Args:
+        run: does the job.
+        imports: imports what `run` will need, for a worker that is started before its job is known.
+    """
+    if len(sys.argv) not in (3, 4) or sys.argv[3:] not in ([], [WAIT]):
+        raise SystemExit(f"usage: {Path(sys.argv[0]).name} JOB.json RESULT.json [{WAIT}]")
     _end_with_parent()
     job_path, result_path = Path(sys.argv[1]), Path(sys.argv[2])
+    if sys.argv[3:]:
+        if imports is not None:
+            imports()
+        if not sys.stdin.readline():
+            sys.exit(0)
     job = json.loads(job_path.read_text(encoding="utf-8"))
     started = time.perf_counter()
     try:

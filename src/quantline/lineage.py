@@ -1,22 +1,26 @@
 """Fingerprints: what a stage's output follows from, as one hash over plain values.
 
-A stage's fingerprint covers the part of the configuration that it reads, the locks of the environments it computes in, the
-project's version, and the fingerprints of the stages before it. Where and how it ran (device, ports, paths of
-interpreters) is recorded beside it and is no part of it.
+A stage's fingerprint covers the part of the configuration that it reads, the content of files that this names, the locks
+of the environments it computes in, the project's version and its source files, and the fingerprints of the stages before
+it. Where and how it ran (device, ports, paths of interpreters) is recorded beside it and is no part of it. A fingerprint is
+known before a stage runs; what is exact only afterwards (token ids, tensors, the backend that `auto` came to) is in its
+result.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from quantline import __version__, capabilities
 from quantline.asking import wish_of
+from quantline.code_version import code_files
 from quantline.config import Config
+from quantline.hashing import files_below
 from quantline.toolchains import locks_identity, sha256_of
 
 
@@ -65,14 +69,17 @@ def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
     if stage == "convert":
         # What is at its default is left out, so that an option more does not make another output of all there are.
         return {"convert": config.convert.model_dump(exclude_defaults=True), "runtime": config.serve.runtime}
+    if stage == "speed":
+        serve = config.serve.model_dump(include={"runtime", "max_model_len", "dtype", "enforce_eager"})
+        return {"speed": config.speed.model_dump(), "serve": serve, "environment": locks["server"]}
     if stage not in ("serve_smoke", "evaluate", "noise"):
         raise ValueError(f"no stage named {stage}")
-    own = {"evaluate": config.evaluate.model_dump(), "text": _text_hash(config, root)}
+    own = {"evaluate": config.evaluate.windows(), "text": _text_hash(config, root)}
     if stage == "serve_smoke":
         return {**own, "serve": config.serve.model_dump(exclude={"process"}), "environment": locks["server"]}
     if stage == "noise":
-        own["noise"] = config.noise.model_dump()
-    return {**own, "environment": locks["reference"]}
+        return {**own, "noise": config.noise.model_dump(), "environment": locks["reference"]}
+    return {**own, "evaluate": config.evaluate.model_dump(), "environment": locks["reference"]}
 
 
 def stages_before(config: Config, stage: str) -> tuple[str, ...]:
@@ -83,13 +90,17 @@ def stages_before(config: Config, stage: str) -> tuple[str, ...]:
         return ("download",) if config.method.name == "float" else ("convert",)
     return {
         "calibrate": ("download",), "convert": ("quantize",), "evaluate": ("serve_smoke",), "noise": ("quantize",),
+        "speed": ("convert",),
     }.get(stage, ())  # fmt: skip
 
 
 def identity(config: Config, stage: str, root: Path) -> dict[str, Any]:
     """The plain values that a stage's output follows from, those of the stages before it by their fingerprints."""
     before = {name: stage_fingerprint(config, name, root) for name in stages_before(config, stage)}
-    return {"stage": stage, "version": __version__, "options": options_of(config, stage, root), "before": before}
+    return {
+        "stage": stage, "version": __version__, "code": code_files(stage), "options": options_of(config, stage, root),
+        "before": before,
+    }  # fmt: skip
 
 
 def stage_fingerprint(config: Config, stage: str, root: Path) -> str:
@@ -152,11 +163,7 @@ def _content(path: Path, size: int, mtime_ns: int) -> str:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by its path relative to it, in order."""
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in _files(folder)}
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    yield from sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files_below(folder)}
 
 
 def combined(hashes: Mapping[str, str]) -> str:

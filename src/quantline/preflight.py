@@ -69,7 +69,7 @@ def check(variant: Planned, model: Model, place: Place, *, sizes_of_refused: boo
 def _target(variant: Planned, place: Place) -> Target:
     dtype = variant.serve_dtype
     if dtype == "auto":
-        dtype = "bfloat16" if variant.method == FLOAT else "float16"  # see `served.serving_dtype`
+        dtype = "bfloat16" if variant.method == FLOAT else "float16"  # see `serving_rules.serving_dtype`
     return replace(place.target, dtype=dtype, tensor_parallel_size=variant.tensor_parallel_size)
 
 

@@ -40,9 +40,19 @@ _MAX_LOGITS = 2**28
 _ROWS = 512
 
 
-def load_model(folder: Path, device: str = "cpu") -> Any:
-    """Build the transformers model of a checkpoint folder: float32, eval mode, SDPA attention, no remote code.
+def caps_attention(config: Any) -> bool:
+    """Whether a loaded transformers config has a cap on attention scores (Gemma 2's `attn_logit_softcapping`).
 
+    Of transformers' attention implementations "sdpa", its default, leaves it out without a word (5.19, 4.52); "eager" does
+    not.
+    """
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+
+
+def load_model(folder: Path, device: str = "cpu") -> Any:
+    """Build the transformers model of a checkpoint folder: float32, eval mode, no remote code.
+
+    Attention is SDPA's, and the plain one where the model caps its attention scores, which SDPA cannot.
     A head tied to the embeddings may be absent. All-zero biases that a quantizer added to linears without one are
     dropped.
 
@@ -69,7 +79,8 @@ def load_model(folder: Path, device: str = "cpu") -> Any:
         # Without a path, transformers takes the tensors given and places them as it would a file's, renaming and
         # fusing included; buffers that are no part of a checkpoint (rotary frequencies) are computed, not left empty.
         model, loaded = type(skeleton).from_pretrained(
-            None, config=skeleton.config, state_dict=dict(state), dtype=torch.float32, attn_implementation="sdpa",
+            None, config=skeleton.config, state_dict=dict(state), dtype=torch.float32,
+            attn_implementation="eager" if caps_attention(skeleton.config) else "sdpa",
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
@@ -163,27 +174,41 @@ def plan_batches(offsets: NDArray[np.int64], batch_tokens: int) -> list[NDArray[
 
 
 def score_windows(
-    model: Any, input_ids: NDArray[np.int32], offsets: NDArray[np.int64], batch_tokens: int, report: Reporter
-) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    model: Any,
+    input_ids: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    batch_tokens: int,
+    report: Reporter,
+    *,
+    beside: Callable[[Any, Any], Any] | None = None,
+    beside_tokens: int | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
     """Log-probability and likeliest token at every place of every window.
 
     Args:
         input_ids: int32 (tokens,), all windows one after the other.
         offsets: int64 (windows + 1,), where each begins; the last entry is the number of tokens.
         batch_tokens: upper limit of tokens computed at once.
+        beside: from a batch's ids (rows, length) and logits (rows * length, vocabulary), as many again of which it may hold,
+            to another value a place.
+        beside_tokens: about how many tokens `beside` is asked for, in batches spread over all; None is all of them.
 
     Returns:
-        logprobs float32 (tokens,) in nats, NaN at the start of a window; top1 int32 (tokens,), -1 there.
+        logprobs float32 (tokens,) in nats, NaN at the start of a window; top1 int32 (tokens,), -1 there; and what `beside`
+        says, float32 (tokens,), NaN at the start of a window and where it was not asked.
     """
     import torch
 
     logprobs = np.full(len(input_ids), np.nan, dtype=np.float32)
     top1 = np.full(len(input_ids), -1, dtype=np.int32)
+    values = np.full(len(input_ids), np.nan, dtype=np.float32)
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    batches = plan_batches(offsets, min(batch_tokens, _MAX_LOGITS // vocabulary))
+    room = _MAX_LOGITS // vocabulary // (1 if beside is None else 2)
+    batches = plan_batches(offsets, min(batch_tokens, room))
     total = sum(int((offsets[batch + 1] - offsets[batch]).sum()) for batch in batches)
     done = 0
-    for batch in batches:
+    share = 1.0 if beside_tokens is None else min(1.0, beside_tokens / max(total, 1))
+    for number, batch in enumerate(batches):
         length = int(offsets[batch[0] + 1] - offsets[batch[0]])
         places = offsets[batch][:, None] + np.arange(length)  # (rows, length)
         ids = torch.from_numpy(input_ids[places].astype(np.int64)).to(model.device)
@@ -198,24 +223,38 @@ def score_windows(
             chosen[rows] = picked - logits[rows].logsumexp(dim=1)
         logprobs[places[:, 1:].reshape(-1)] = chosen.cpu().numpy()
         top1[places[:, 1:].reshape(-1)] = logits.argmax(dim=1).cpu().numpy()
+        # The first batch is among them, so that a text of one batch has its value.
+        if beside is not None and math.ceil((number + 1) * share) > math.ceil(number * share):
+            values[places[:, 1:].reshape(-1)] = beside(ids[:, :-1], logits).cpu().numpy()
         done += len(batch) * length
         report(done, total, "tokens")
-    return logprobs, top1
+    return logprobs, top1, values
 
 
-def _score(model: Any, job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
+def score(
+    model: Any, job: Mapping[str, Any], report: Reporter, beside: Callable[[Any, Any], Any] | None = None
+) -> dict[str, Any]:
+    """Do a `score` job; with `beside`, asked for the job's `divergence_tokens`, its values are written as `kl`.
+
+    Raises:
+        JobError: token ids that the model does not know, log-probabilities that are no numbers.
+    """
     from safetensors.numpy import load_file
 
     windows = load_file(job["windows"])
     input_ids, offsets = windows["input_ids"], windows["offsets"]
-    _check_ids(model, input_ids)
+    check_ids(model, input_ids)
     started = time.perf_counter()
-    logprobs, top1 = score_windows(model, input_ids, offsets, int(job.get("batch_tokens", 4096)), report)
+    batch_tokens = int(job.get("batch_tokens", 4096))
+    logprobs, top1, values = score_windows(
+        model, input_ids, offsets, batch_tokens, report, beside=beside, beside_tokens=job.get("divergence_tokens")
+    )
     seconds = time.perf_counter() - started
     lost = int(np.isnan(logprobs).sum()) - int((np.diff(offsets) > 0).sum())
     if lost:
         raise JobError(f"{job['checkpoint']}: {lost} log-probabilities are no numbers; the weights overflow in float32")
-    write_safetensors(Path(job["output"]), {"logprobs": logprobs, "top1": top1})
+    kl = {} if beside is None else {"kl": values}
+    write_safetensors(Path(job["output"]), {"logprobs": logprobs, "top1": top1, **kl})
     return {"tokens": len(input_ids), "scoring_seconds": seconds, "tokens_per_second": len(input_ids) / seconds}
 
 
@@ -230,7 +269,7 @@ def _probe(model: Any, job: Mapping[str, Any], report: Reporter) -> dict[str, An
         raise JobError(f"probe: input_ids are not equally long lists of token ids ({error})") from error
     if input_ids.ndim != 2 or not input_ids.size:
         raise JobError(f"probe: input_ids have shape {input_ids.shape}, not (sequences, tokens)")
-    _check_ids(model, input_ids)
+    check_ids(model, input_ids)
     logits = []
     for number, row in enumerate(input_ids, start=1):
         ids = torch.from_numpy(row.astype(np.int64))[None].to(model.device)
@@ -250,7 +289,7 @@ def _generate(model: Any, job: Mapping[str, Any], report: Reporter) -> dict[str,
     for number, prompt in enumerate(job["prompts"], start=1):
         if not prompt:
             raise JobError(f"generate: prompt {number} has no tokens")
-        _check_ids(model, np.array(prompt))
+        check_ids(model, np.array(prompt))
         # A loop of our own: `generate` would mix in whatever the checkpoint's generation settings say.
         ids, past = torch.tensor([prompt], device=model.device), None
         tokens.append([])
@@ -268,7 +307,12 @@ def _generate(model: Any, job: Mapping[str, Any], report: Reporter) -> dict[str,
     return {"tokens": tokens, "margins": margins}
 
 
-def _check_ids(model: Any, ids: NDArray[Any]) -> None:
+def check_ids(model: Any, ids: NDArray[Any]) -> None:
+    """Refuse token ids that the model does not know.
+
+    Raises:
+        JobError: there are some.
+    """
     size = model.get_input_embeddings().weight.shape[0]
     if ids.size and (ids.min() < 0 or ids.max() >= size):
         raise JobError(
@@ -279,7 +323,7 @@ def _check_ids(model: Any, ids: NDArray[Any]) -> None:
 
 _KINDS: dict[str, Callable[[Any, Mapping[str, Any], Reporter], dict[str, Any]]] = {
     "probe": _probe,
-    "score": _score,
+    "score": score,
     "generate": _generate,
 }
 

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from quantline.checkpoint import quantization_of, write_safetensors
+from quantline.checkpoint import write_safetensors
 from quantline.errors import ServerError, UserError
-from quantline.formats.container import read_json
 from quantline.jobs import write_json
 from quantline.judging import judge_answers
 from quantline.serving import ServerOptions, serve
-from quantline.serving_rules import CheckpointFacts, Target, facts_of, verdict
+from quantline.serving_rules import Target, checkpoint_facts, verdict
 from quantline.smoke import Answer, has_chat_template, run_smoke
 from quantline.vllm_scoring import score
 from quantline.windows import Windows
@@ -42,22 +41,6 @@ class Served:
     reason: str
     metrics: dict[str, float]
     warnings: list[str]
-
-
-def serving_dtype(dtype: str, quantized: bool) -> str:
-    """The activations' dtype for vLLM; `auto` is bfloat16 for float models and float16, that of the scales, for others."""
-    if dtype != "auto":
-        return dtype
-    return "float16" if quantized else "bfloat16"
-
-
-def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
-    """What decides whether a target loads a checkpoint, from its config and its headers."""
-    settings = read_json(checkpoint / "config.json").get("quantization_config")
-    if settings is None:
-        return facts_of(None)
-    quantization_of(checkpoint)  # refuses what no layout of ours describes
-    return facts_of(settings)
 
 
 def serve_and_score(

@@ -12,10 +12,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import httpx
 import psutil
@@ -104,6 +105,19 @@ class Server:
                 continue
         return total
 
+    def peak_memory_bytes(self) -> int:
+        """The most that each of its living processes has ever held resident, summed.
+
+        The kernel keeps these, loading included. An upper bound: their peaks need not have come together, and pages that
+        they share count once for each.
+        """
+        total = 0
+        for process in self.processes():
+            with suppress(OSError):  # it ended meanwhile
+                status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii", errors="replace")
+                total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+        return total
+
     def require_alive(self, doing: str) -> None:
         """Do nothing while the server runs.
 
@@ -152,13 +166,9 @@ def serve(python: Path, model: Path, options: ServerOptions, *, log: Path) -> It
     require_free(options.host, port)
     log.parent.mkdir(parents=True, exist_ok=True)
     variables = worker_environment(options.threads or 1, {**_variables(options), **options.environment})
-    supervisor = [sys.executable, "-I", "-S", str(Path(__file__).with_name("supervisor.py")), str(GRACE_SECONDS)]
     started = time.monotonic()
     with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [*supervisor, *command_line(python, model, options, port)],
-            env=variables, stdin=subprocess.PIPE, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        process = _supervised(command_line(python, model, options, port), variables, sink)
     server = Server(model, options, port, log, process)
     try:
         _wait_until_ready(server, started)
@@ -167,6 +177,35 @@ def serve(python: Path, model: Path, options: ServerOptions, *, log: Path) -> It
         yield server
     finally:
         end(server)
+
+
+def run_vllm(python: Path, arguments: Sequence[str], options: ServerOptions, *, log: Path) -> None:
+    """Run a command of vLLM that loads a model itself, `arguments` being what follows `vllm`, to its end.
+
+    log: gets everything that it prints; overwritten.
+
+    Raises:
+        ServerError: it failed; says why, as far as its log tells.
+    """
+    variables = worker_environment(options.threads or 1, {**_variables(options), **options.environment})
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as sink:
+        process = _supervised([str(python), "-m", "vllm.entrypoints.cli.main", *arguments], variables, sink)
+    running = Server(log.parent, options, 0, log, process)
+    try:
+        code = process.wait()
+    finally:
+        end(running)
+    if code != 0:
+        raise ServerError(f"vllm {' '.join(arguments[:2])} {ending(code)}: {failure_reason(log)}; log: {log}")
+
+
+def _supervised(command: Sequence[str], variables: Mapping[str, str], sink: IO[bytes]) -> subprocess.Popen[bytes]:
+    supervisor = [sys.executable, "-I", "-S", str(Path(__file__).with_name("supervisor.py")), str(GRACE_SECONDS)]
+    return subprocess.Popen(
+        [*supervisor, *command],
+        env=variables, stdin=subprocess.PIPE, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
 
 
 def _tell_up(process: subprocess.Popen[bytes]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,6 +14,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from quantline.errors import UserError
+from quantline.formats.container import read_json
+from quantline.formats.settings import quantization_of
 
 
 @dataclass(frozen=True)
@@ -184,3 +187,19 @@ def _parse(entry: dict[str, Any]) -> Rule:
     # A remedy or reason that names no fact fails here and not in front of a user.
     entry["reason"].format(**facts), entry["remedy"].format(**facts)
     return Rule(**{**entry, "versions": SpecifierSet(entry["versions"])})
+
+
+def serving_dtype(dtype: str, quantized: bool) -> str:
+    """The activations' dtype for vLLM; `auto` is bfloat16 for float models and float16, that of the scales, for others."""
+    if dtype != "auto":
+        return dtype
+    return "float16" if quantized else "bfloat16"
+
+
+def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
+    """What decides whether a target loads a checkpoint, from its config and its headers."""
+    settings = read_json(checkpoint / "config.json").get("quantization_config")
+    if settings is None:
+        return facts_of(None)
+    quantization_of(checkpoint)  # refuses what no layout of ours describes
+    return facts_of(settings)

@@ -23,14 +23,19 @@ from typing import TYPE_CHECKING, Any
 from quantline import lineage, toolchains
 from quantline.asking import wish_of
 from quantline.config import Config
+from quantline.early_worker import Ask, early_worker
 from quantline.errors import UserError
+from quantline.hashing import hash_folder
 from quantline.jobs import JobResult, installed_versions, write_json
 from quantline.methods import FloatMethod
+from quantline.monitor import Monitor
 from quantline.results import read_result
 from quantline.variants import BASELINE, StagePaths, checked_name, derived_name, stage_paths
 
 if TYPE_CHECKING:
     from quantline.quantization import Request
+    from quantline.serving import ServerOptions
+    from quantline.speed_runs import Plan
     from quantline.windows import Protocol
 
 RESULT_SCHEMA = 1
@@ -61,6 +66,8 @@ class StageRun:
     environment: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     detached: bool = False
+    early: dict[str, Ask] = field(default_factory=dict)
+    monitor: dict[str, Any] = field(default_factory=dict)
 
     @property
     def frozen(self) -> bool:
@@ -129,9 +136,23 @@ class StageRun:
 
     def side_worker(self, toolchain: str, module: str, job: dict[str, Any], label: str) -> JobResult:
         """Run a worker that only looks at what the stage made: with a log of its own, and not as the stage's environment."""
-        chosen = self.toolchain(toolchain)
-        log = self.paths.log.with_name(f"{self.stage}.{module.rsplit('.', 1)[-1].removesuffix('_worker')}.log")
+        if ask := self.early.pop(module, None):
+            return ask(job, label)
+        chosen, log = self.toolchain(toolchain), self._side_log(module)
         return toolchains.run_worker(chosen, module, job, log=log, threads=self.config.threads, label=label)
+
+    @contextmanager
+    def early_side_worker(self, toolchain: str, module: str) -> Iterator[None]:
+        """Start the interpreter of a side worker now, so that its imports are done when `side_worker` is called."""
+        chosen, log = self.toolchain(toolchain), self._side_log(module)
+        with early_worker(chosen, module, log=log, threads=self.config.threads) as self.early[module]:
+            try:
+                yield
+            finally:
+                self.early.pop(module, None)
+
+    def _side_log(self, module: str) -> Path:
+        return self.paths.log.with_name(f"{self.stage}.{module.rsplit('.', 1)[-1].removesuffix('_worker')}.log")
 
     def input(self, stage: str, *, baseline: bool = False) -> Path:
         """The output folder of an earlier stage, or of the baseline's.
@@ -175,7 +196,7 @@ class StageRun:
         """The evaluation's text and windows."""
         from quantline.windows import Protocol
 
-        return Protocol(**self.config.evaluate.model_dump(exclude={"batch_tokens", "bootstrap", "engine_tolerance"}))
+        return Protocol(**self.config.evaluate.protocol())
 
     def quantization_request(self) -> Request:
         """What the quantize stage is asked for."""
@@ -202,6 +223,28 @@ class StageRun:
         version = toolchains.distribution_version(chosen, "vllm")
         self.environment.update(toolchain="vllm", lock_sha256=chosen.lock_sha256, versions={"vllm": version})
         return chosen.python, version
+
+    def server_options(self, *, quantized: bool) -> ServerOptions:
+        """How the server is started for a checkpoint."""
+        from quantline.serving import ServerOptions
+        from quantline.serving_rules import serving_dtype
+
+        serve = self.config.serve
+        process = serve.process.model_dump(exclude={"concurrency", "request_timeout_seconds", "extra_args"})
+        return ServerOptions(
+            device=self.device, dtype=serving_dtype(serve.dtype, quantized=quantized), max_model_len=serve.max_model_len,
+            enforce_eager=serve.enforce_eager, trust_remote_code=self.config.model.trust_remote_code,
+            extra_args=tuple(serve.process.extra_args), **process,
+        )  # fmt: skip
+
+    def speed_plan(self) -> Plan:
+        """What the speed stage measures."""
+        from quantline.speed_runs import Level, Plan
+
+        speed = self.config.speed
+        levels = tuple(Level(level.concurrency, level.prompts) for level in speed.levels)
+        own = speed.model_dump(exclude={"name", "tools", "levels"})
+        return Plan(tools=tuple(speed.tools), levels=levels, **own)
 
     @property
     def checkpoint_stage(self) -> str:
@@ -239,21 +282,24 @@ class StageRun:
 
     def write_result(self, started_at: float) -> dict[str, Any]:
         """Hash the output and write the result, last of all."""
-        outputs = lineage.file_hashes(self.paths.output)
+        hashes = hash_folder(self.paths.output)
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         environment = {
-            "device": self.device, "threads": self.config.threads, "toolchain": "core", "lock_sha256": None,
-            "versions": installed_versions(_CORE_VERSIONS), **self.environment,
+            "device": self.device, "threads": self.config.threads, "toolchain": "core",
+            "lock_sha256": toolchains.core_lock(self.root), "versions": installed_versions(_CORE_VERSIONS),
+            **self.environment,
         }  # fmt: skip
         here = self.paths.output.relative_to(self.root).as_posix()
         result = {
             "schema": RESULT_SCHEMA, "stage": self.stage, "variant": self.variant, "fingerprint": self.fingerprint,
+            "identity": lineage.identity(self.config, self.stage, self.root),
             "options": lineage.options_fingerprint(self.config, self.stage, self.root),
             "status": self.status, "reason": self.reason, "metrics": self.metrics, "inputs": self.inputs,
-            "outputs": outputs, "output_hash": lineage.combined(outputs),
+            "outputs": hashes.files, "output_hash": lineage.combined(hashes.files), "tensors": hashes.tensors,
             "timings": {"started_at": started_at, "total_seconds": time.time() - started_at},
             "peak_memory_bytes": max(own, self.peak_memory_bytes), "environment": environment,
             "warnings": self.warnings, "files": [f"{here}/{name}" for name in self.files], "tables": self.tables,
+            "monitor": self.monitor,
         }  # fmt: skip
         write_json(self.paths.result, result)
         return result
@@ -287,7 +333,9 @@ def execute(
     run = StageRun(stage, config, root, tuple(overrides))
     checked_name(run.variant)
     try:
-        work(run)
+        with Monitor() as monitor:
+            work(run)
+            run.monitor = {} if run.detached else monitor.finish()
     finally:
         # An interrupt can come between the steps that enter a `with` block, and then nobody leaves it.
         shutil.rmtree(run.partial, ignore_errors=True)

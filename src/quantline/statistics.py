@@ -28,6 +28,18 @@ class Interval:
     high: float
 
 
+def bootstrap(
+    values: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    *,
+    seed: int,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile interval of `sum(values) / sum(weights)` over resampled documents, see `paired_bootstrap`."""
+    return paired_bootstrap(values, np.zeros_like(values), weights, seed=seed, resamples=resamples, level=level)
+
+
 def paired_bootstrap(
     values: NDArray[np.float64],
     baseline: NDArray[np.float64],

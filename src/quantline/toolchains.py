@@ -39,6 +39,8 @@ HEALTH_CHECKS: dict[str, str] = {
 }
 PLATFORMS = ("cpu", "cuda")
 
+Process = subprocess.Popen[str]
+
 
 @dataclass(frozen=True)
 class Toolchain:
@@ -74,6 +76,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def core_lock(root: Path) -> str | None:
+    """Hash of the lock of the environment that the stages themselves run in; None where the checkout has none."""
+    lock = root / "envs" / "core.txt"
+    return sha256_of(lock) if lock.is_file() else None
+
+
 def locks_identity(root: Path, name: str) -> str:
     """One hash over the locks of a toolchain for every platform: the environment's part of a variant's identity."""
     digest = hashlib.sha256()
@@ -103,15 +111,16 @@ def ensure(root: Path, name: str, *, python: str | None = None, platform: str | 
     digest = sha256_of(lock)
     folder = root / ".venvs" / name
     interpreter = folder / "bin" / "python"
-    if _state_of(folder) == digest:
+    if environment_state(folder) == digest:
         return Toolchain(name, interpreter, digest)
     with _exclusive(root / ".venvs" / f".{name}.lock"):
-        if _state_of(folder) != digest:
+        if environment_state(folder) != digest:
             _build(folder, name, lock, digest)
     return Toolchain(name, interpreter, digest)
 
 
-def _state_of(folder: Path) -> str | None:
+def environment_state(folder: Path) -> str | None:
+    """Hash of the lock that an environment was built from; None where it is half built or not there."""
     state = folder / "quantline-state.json"
     try:
         return str(json.loads(state.read_text(encoding="utf-8"))["lock_sha256"])
@@ -268,35 +277,39 @@ def run_worker(
         job_path, result_path = Path(scratch, "job.json"), Path(scratch, "result.json")
         write_json(job_path, dict(job))
         command = [str(toolchain.python), "-m", module, str(job_path), str(result_path)]
-        code, step = _run_logged(command, worker_environment(threads, extra_environment), log, label)
-        return _read_result(result_path, code, log, f"{module.rsplit('.', 1)[-1]} worker", step)
+        process = start_logged(command, worker_environment(threads, extra_environment))
+        code, step = follow(process, log, label)
+        return read_result(result_path, code, log, f"{module.rsplit('.', 1)[-1]} worker", step)
 
 
-def _run_logged(command: list[str], variables: dict[str, str], log: Path, label: str) -> tuple[int, str]:
+def start_logged(command: list[str], variables: Mapping[str, str], stdin: int = subprocess.DEVNULL) -> Process:
+    """Start a worker in a process group of its own; to be given to `follow`."""
+    return subprocess.Popen(
+        command, env=variables, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
+    )  # fmt: skip
+
+
+def follow(process: Process, log: Path, label: str) -> tuple[int, str]:
     """Run to the end; the exit code and the last step that was reported, as ` at 14/35 layer 3 mlp.up_proj`."""
     last, started = "", time.monotonic()
-    with log.open("w", encoding="utf-8") as sink:
-        process = subprocess.Popen(
-            command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
-        assert process.stdout is not None
-        try:
-            with bar(label) as progress:
-                for line in process.stdout:
-                    if line.startswith(PROGRESS_PREFIX):
-                        step = json.loads(line[len(PROGRESS_PREFIX) :])
-                        progress.update(step["done"], step["total"], step["label"])
-                        last = f" at {step['done']:g}/{step['total']:g} {step['label']}".rstrip()
-                        # With the steps and their times in it, the log of a run that crashed says how far it came.
-                        sink.write(f"[{time.monotonic() - started:.1f} s]{last}\n")
-                        sink.flush()
-                    else:
-                        sink.write(line)
-                        sink.flush()
-            return process.wait(), last
-        finally:
-            end_group(process)
+    assert process.stdout is not None
+    try:
+        with log.open("w", encoding="utf-8") as sink, bar(label) as progress:
+            for line in process.stdout:
+                if line.startswith(PROGRESS_PREFIX):
+                    step = json.loads(line[len(PROGRESS_PREFIX) :])
+                    progress.update(step["done"], step["total"], step["label"])
+                    last = f" at {step['done']:g}/{step['total']:g} {step['label']}".rstrip()
+                    # With the steps and their times in it, the log of a run that crashed says how far it came.
+                    sink.write(f"[{time.monotonic() - started:.1f} s]{last}\n")
+                    sink.flush()
+                else:
+                    sink.write(line)
+                    sink.flush()
+        return process.wait(), last
+    finally:
+        end_group(process)
 
 
 def end_group(process: subprocess.Popen[Any], grace: float = 5.0) -> None:
@@ -313,7 +326,8 @@ def end_group(process: subprocess.Popen[Any], grace: float = 5.0) -> None:
     process.wait()
 
 
-def _read_result(path: Path, code: int, log: Path, who: str, step: str = "") -> JobResult:
+def read_result(path: Path, code: int, log: Path, who: str, step: str = "") -> JobResult:
+    """What a worker that ended with `code` left in its result file; errors as of `run_worker`."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

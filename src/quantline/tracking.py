@@ -74,7 +74,7 @@ def view_path(experiment_id: str) -> str:
 
 def comparison_path(uri: str, experiment: str) -> str:
     """`view_path` of an experiment in the database at `uri`, by its name; the list of experiments where it is not there."""
-    with _quiet_mlflow(uri, 10):
+    with quiet_mlflow(uri, 10):
         from mlflow import MlflowClient
 
         found = MlflowClient(tracking_uri=uri).get_experiment_by_name(experiment)
@@ -121,7 +121,7 @@ def publish(
         plans.append(plan_report(report))
     try:
         check_reachable(uri, timeout_seconds)
-        with _quiet_mlflow(uri, timeout_seconds), locked(uri, max(60.0, timeout_seconds)):
+        with quiet_mlflow(uri, timeout_seconds), locked(uri, max(60.0, timeout_seconds)):
             _ensure_database(uri)
             publisher = _Publisher(uri, experiment)
             for plan in plans:
@@ -288,7 +288,7 @@ def _same(planned: float | None, said: float) -> bool:
 
 
 @contextmanager
-def _quiet_mlflow(uri: str, timeout_seconds: float) -> Iterator[None]:
+def quiet_mlflow(uri: str, timeout_seconds: float) -> Iterator[None]:
     """Import mlflow, and for the time of the block keep it quiet and impatient.
 
     With its own defaults a first call to a server that is down blocks for four minutes.

@@ -18,10 +18,10 @@ import yaml
 
 from quantline.tracking_store import Scrubber
 
-STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate")
-COMPARED = ("quantize", "serve_smoke", "evaluate")  # their metrics are what variants are compared by
+STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "speed")
+COMPARED = ("quantize", "serve_smoke", "evaluate", "speed")  # their metrics are what variants are compared by
 # How a variant runs here, not what it is: no parameters, or another port would make another run of the same results.
-RUNTIME_KEYS = ("tracking", "report", "toolchains", "device", "serve.process", "frozen.overrides")
+RUNTIME_KEYS = ("tracking", "promote", "report", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
 REPORT_MANIFEST = "data/manifest.json"
@@ -44,6 +44,9 @@ class VariantRecord:
     folder: Path
     commit: str | None = None
     dirty: bool = False
+    lock: dict[str, Any] = field(
+        default_factory=dict
+    )  # its part of dvc.lock, by which its outputs are found in a cache
 
 
 @dataclass
@@ -118,8 +121,19 @@ def variant_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             metrics[name], owner[name] = value, stage
         costs = {f"seconds/{stage}": (result.get("timings") or {}).get("total_seconds")}
         costs[f"peak_memory_bytes/{stage}"] = result.get("peak_memory_bytes")
+        costs.update({f"{name}/{stage}": value for name, value in monitor_peaks(result).items()})
         metrics.update(_numbers(costs))
     return metrics
+
+
+def monitor_peaks(result: Mapping[str, Any]) -> dict[str, float]:
+    """The peaks that a stage's monitor saw, GPUs taken together; those of samples, so a short one may be missed."""
+    peak = (result.get("monitor") or {}).get("peak") or {}
+    seen = {"peak_tree_memory_bytes": [peak.get("rss_bytes")]}
+    for name in ("memory_used_bytes", "power_watts"):
+        seen[f"peak_gpu_{name}"] = [peak[key] for key in peak if key.startswith("gpu") and key.endswith(f"_{name}")]
+    known = {name: [value for value in values if value is not None] for name, values in seen.items()}
+    return {name: float(sum(values)) for name, values in known.items() if values}
 
 
 def by_stage(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -157,10 +171,13 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
     seconds = sum(child.seconds for child in children)
     if started is not None:
         seconds = max(start + length for start, length in known) - started
+    # After the stages, so that a run that has no lock yet is completed rather than made anew.
+    held = [child.complete for child in children] + ([record.lock] if record.lock else [])
     return Plan(
         record.name, {"quantline.role": "variant", "quantline.variant": record.name}, tags, params,
-        variant_metrics(results), {"config.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}, {},
-        _digest([PROJECTION, params, [child.complete for child in children]]), started, seconds, children,
+        variant_metrics(results), {"config.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+                                   **({"dvc.lock": yaml.safe_dump(record.lock)} if record.lock else {})}, {},
+        _digest([PROJECTION, params, held]), started, seconds, children,
     )  # fmt: skip
 
 
@@ -183,6 +200,7 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
         tags["quantline.reason"] = tags["mlflow.note.content"] = str(result.get("reason"))
     metrics = {**(result.get("metrics") or {}), "peak_memory_bytes": result.get("peak_memory_bytes")}
     metrics.update((name, value) for name, value in timings.items() if name != "started_at")
+    metrics.update(monitor_peaks(result))
     contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     return Plan(
         f"{record.name}: {stage}", identity, tags, flatten(environment), _numbers(metrics),

@@ -1,25 +1,36 @@
 """The evaluate stage's work: score a checkpoint by the reference engine, compare it with the float baseline and
-with what the server made of it.
+with what the server made of it, and look at it with the other instruments.
 
-The output folder holds the windows, `reference.safetensors` (log-probabilities and likeliest tokens), `documents.jsonl` and
-`comparison.json`.
+The output folder holds the windows, `reference.safetensors` (log-probabilities, likeliest tokens, divergences from the float
+model), `documents.jsonl`, `comparison.json` and, as far as they are measured, `generations.json`, `layer_errors.csv` and
+`restored.csv`.
 """
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantline import evaluation
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline import alarms, evaluation, generations, layer_errors, statistics
+from quantline.errors import UserError
+from quantline.evaluation import DocumentScore
+from quantline.instruments import Instruments, Plan, plan
 from quantline.jobs import JobResult, write_json
 from quantline.windows import Windows, save_windows
+
+ENGINE = "reference: weights dequantized to float32, no quantized kernels"
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How the interval of the difference is made."""
+    """How intervals are made."""
 
     resamples: int
     level: float
@@ -28,10 +39,25 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The metrics, and whether the variant is better, worse or the same as the baseline on this text."""
+    """The metrics, whether the variant is better, worse or the same as the baseline on this text, and the rest of it.
+
+    tables: rows by name, for the stage's result. files: written ones, relative to the output. notes: what is worth saying.
+    """
 
     metrics: dict[str, float]
     verdict: str
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Of one model on the windows: by document the loss, the likeliest tokens, and the divergence from the float model."""
+
+    documents: list[DocumentScore]
+    top1: NDArray[np.int32]
+    kl: NDArray[np.float32] | None
 
 
 def evaluate(
@@ -48,6 +74,7 @@ def evaluate(
     threads: int,
     out: Path,
     run_worker: Callable[[str, str, dict[str, Any], str], JobResult],
+    instruments: Instruments = Instruments(),  # noqa: B008  # frozen
 ) -> Verdict:
     """Score, compare, write.
 
@@ -55,35 +82,179 @@ def evaluate(
     itself. served: the output of serve_smoke.
 
     Raises:
-        QuantlineError: the server's perplexity is farther from the reference engine's than `engine_tolerance`.
+        QuantlineError: the server's perplexity is farther from the reference engine's than `engine_tolerance`, or an
+            instrument that should fail raised an alarm.
         UserError: the baseline was scored on other text.
     """
-    path = save_windows(windows, out)
     scores = out / "reference.safetensors"
-    job = {
-        "kind": "score", "checkpoint": str(checkpoint), "windows": str(path), "output": str(scores), "device": device,
-        "threads": threads, "batch_tokens": batch_tokens,
-    }  # fmt: skip
-    worker = run_worker("reference", "quantline.reference", job, "reference engine")
-    logprobs, top1 = evaluation.load_scores(scores)
-    reference = evaluation.document_nlls(windows, logprobs)
+    with tempfile.TemporaryDirectory(prefix="quantline-evaluate-") as work:
+        parts = plan(
+            instruments, windows, baseline=baseline is not None, float_model=float_model, work=Path(work)
+        )  # fmt: skip
+        job = {
+            "checkpoint": str(checkpoint), "windows": str(save_windows(windows, out)), "output": str(scores),
+            "device": device, "threads": threads, "batch_tokens": batch_tokens, **parts.job,
+        }  # fmt: skip
+        worker = run_worker("reference", "quantline.evaluation_worker", job, "reference engine")
+        own = _scores(scores, windows)
+        base = own if baseline is None else _baseline(baseline, windows)
+        restored = _restored(parts=parts, worker=worker, base=base, how=bootstrap)
+    level = str(windows.protocol.get("level", "token"))
+    units = (own.documents, base.documents)
+    if level == "word":
+        units = (evaluation.in_words(own.documents, windows), evaluation.in_words(base.documents, windows))
+    comparison = evaluation.compare(*units, **asdict(bootstrap))
     from_server = evaluation.load_server_scores(served, windows)
     vllm = None if from_server is None else evaluation.document_nlls(windows, from_server)
-    base, base_top1 = reference, top1
-    if baseline is not None:
-        base = evaluation.read_documents(baseline / "documents.jsonl")[0]
-        base_top1 = evaluation.load_scores(baseline / "reference.safetensors")[1]
-    comparison = evaluation.compare(
-        reference, base, seed=bootstrap.seed, resamples=bootstrap.resamples, level=bootstrap.level
-    )
-    metrics = evaluation.evaluation_metrics(
-        reference=reference, comparison=comparison, vllm=vllm, size_bytes=evaluation.weight_bytes(checkpoint),
-        float_size_bytes=evaluation.weight_bytes(float_model),
-        top1=evaluation.top1_agreement(windows, top1, base_top1),
-    )  # fmt: skip
     if vllm is not None:
-        evaluation.check_engines(evaluation.engine_agreement(reference, vllm), engine_tolerance)
-    evaluation.write_documents(out / "documents.jsonl", reference, vllm)
-    write_json(out / "comparison.json", {**asdict(comparison), "level": bootstrap.level})
+        evaluation.check_engines(evaluation.relative_difference(own.documents, vllm), engine_tolerance)
+    metrics = evaluation.evaluation_metrics(
+        reference=own.documents, comparison=comparison, vllm=vllm, size_bytes=evaluation.weight_bytes(checkpoint),
+        float_size_bytes=evaluation.weight_bytes(float_model), windows=windows,
+    )  # fmt: skip
+    sections: dict[str, Any] = {"kl": None, "generations": None, "noise": instruments.noise and dict(instruments.noise)}
+    sections["kl"] = _divergence(metrics, windows, own, bootstrap, is_baseline=baseline is None)
+    sections["top1"] = _agreement(metrics, windows, own, base, bootstrap)
+    sections["generations"] = _generations(
+        metrics, parts=parts, worker=worker, baseline=baseline, out=out, wish=instruments
+    )
+    tables, files, notes = _layers(metrics, parts, worker, restored, out)
+    if instruments.noise:
+        metrics.update({f"noise_{key}": float(instruments.noise[key]) for key in ("low", "high", "runs")})
+    if baseline is not None and instruments.divergence != 0 and not parts.rows:
+        notes.append(
+            "errors of single linears: the quantize stage's are not here, so the loss is not told apart by linear"
+        )
+    # By token, whatever the protocol's level: a limit by word would depend on how long words are.
+    increase = evaluation.relative_difference(base.documents, own.documents)
+    flags = alarms.raised({**metrics, "perplexity_increase": increase}, instruments.limits)
+    metrics["alarms"] = float(len(flags))
+    notes += [f"alarm: {flag.message}" for flag in flags]
+    alarms.refuse(flags, instruments.fail_on)
+    evaluation.write_documents(out / "documents.jsonl", own.documents, vllm)
+    document = {
+        **asdict(comparison), "level": bootstrap.level, "seed": bootstrap.seed, "resamples": bootstrap.resamples,
+        "protocol": _protocol(windows, level), **sections, "flags": alarms.rows(flags),
+    }  # fmt: skip
+    write_json(out / "comparison.json", document)
     metrics["reference_tokens_per_second"] = float(worker.data["tokens_per_second"])
-    return Verdict(metrics, comparison.verdict)
+    tables["flags"] = alarms.rows(flags)
+    return Verdict(metrics, comparison.verdict, tables, ["documents.jsonl", "comparison.json", *files], notes)
+
+
+def _scores(path: Path, windows: Windows) -> _Scores:
+    logprobs, top1, kl = evaluation.load_scores(path)
+    return _Scores(evaluation.document_nlls(windows, logprobs), top1, kl)
+
+
+def _baseline(folder: Path, windows: Windows) -> _Scores:
+    documents = evaluation.read_documents(folder / "documents.jsonl")[0]
+    if [score.id for score in documents] != list(windows.document_ids):
+        raise UserError(f"{folder}: the float model was scored on other documents; evaluate it again")
+    return _Scores(documents, evaluation.load_scores(folder / "reference.safetensors")[1], None)
+
+
+def _protocol(windows: Windows, level: str) -> dict[str, Any]:
+    """The flavour of perplexity in full, with what it came to on this text."""
+    return {
+        **windows.protocol, "level": level, "engine": ENGINE, "windows_sha256": windows.sha256,
+        "documents": len(windows.document_ids), "windows": len(windows.document),
+        "tokens_scored": int(windows.scored.sum()),
+        "words_scored": None if windows.words is None else int(windows.words.sum()),
+        "bytes_scored": None if windows.text_bytes is None else int(windows.text_bytes.sum()),
+    }  # fmt: skip
+
+
+def _interval(
+    metrics: dict[str, float], name: str, sums: NDArray[Any], tokens: NDArray[Any], how: Bootstrap
+) -> dict[str, Any]:
+    found = statistics.bootstrap(sums, tokens, **asdict(how))
+    metrics.update({name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high})
+    return asdict(found)
+
+
+def _divergence(
+    metrics: dict[str, float], windows: Windows, own: _Scores, how: Bootstrap, *, is_baseline: bool
+) -> dict[str, Any] | None:
+    """KL(float || variant); of the float model from itself it is 0, and needs no second model to say so."""
+    if own.kl is None and not is_baseline:
+        return None
+    kl = np.zeros(len(windows.input_ids)) if own.kl is None else own.kl
+    measured = ~np.isnan(kl)
+    sums, tokens = evaluation.document_sums(windows, kl, measured)
+    scored = kl[windows.scored & measured].astype(np.float64)
+    found = {**_interval(metrics, "kl_divergence", sums[tokens > 0], tokens[tokens > 0], how), "tokens": len(scored)}
+    found["direction"] = "float || variant"
+    return {**found, "unit": "nats/token", "median": float(np.median(scored)), "p99": float(np.quantile(scored, 0.99))}
+
+
+def _agreement(
+    metrics: dict[str, float], windows: Windows, own: _Scores, base: _Scores, how: Bootstrap
+) -> dict[str, Any]:
+    sums, tokens = evaluation.top1_matches(windows, own.top1, base.top1)
+    return _interval(metrics, "top1_agreement", sums, tokens, how)
+
+
+def _generations(
+    metrics: dict[str, float], *, parts: Plan, worker: JobResult, baseline: Path | None, out: Path, wish: Instruments
+) -> dict[str, Any] | None:
+    own = worker.data.get("generations")
+    if own is None or wish.generations is None:
+        return None
+    prompts = [list(tokens) for tokens in parts.prompts.tokens]
+    write_json(out / generations.FILE, {"documents": list(parts.prompts.documents), "prompts": prompts, **own})
+    floats = own if baseline is None else generations.load_generations(baseline, parts.prompts)
+    found = generations.compare_generations(
+        parts.prompts.documents, own, floats, wish.generations.tie_margin
+    )  # fmt: skip
+    if found["identical"] is not None:
+        metrics["identical_generations"] = float(found["identical"])
+        metrics["first_divergence_median"] = float(found["first_divergence_median"])
+    return {"prompt_tokens": wish.generations.prompt_tokens, **found}
+
+
+def _restored(*, parts: Plan, worker: JobResult, base: _Scores, how: Bootstrap) -> list[dict[str, Any]]:
+    """What each of the worst linears costs: read while the worker's files are there."""
+    from safetensors.numpy import load_file
+
+    places = worker.data.get("restored")
+    if not places or parts.part is None or parts.chosen is None or parts.restored is None:
+        return []
+    tensors = load_file(parts.restored)
+    floats = np.array([score.nll_sum for score in base.documents])[parts.chosen]
+    errors = {row["name"]: row["output_error"] for row in worker.data["errors"]}
+    return layer_errors.shares(
+        parts.part, places=places, logprobs=tensors["logprobs"], kl=tensors["kl"], floats=floats, **asdict(how),
+        rows=[{**row, "output_error": errors[row["name"]]} for row in parts.rows],
+    )  # fmt: skip
+
+
+def _layers(
+    metrics: dict[str, float], parts: Plan, worker: JobResult, restored: list[dict[str, Any]], out: Path
+) -> tuple[dict[str, list[dict[str, Any]]], list[str], list[str]]:
+    """Tables, files and notes on single linears."""
+    judged = worker.data.get("errors")
+    if not judged:
+        return {}, [], []
+    summary = layer_errors.summarize(parts.rows)
+    layer_errors.write_table(out / layer_errors.SUMMARY, summary, list(summary[0]))
+    tables, files, notes = {"layer_errors": summary}, [layer_errors.SUMMARY], []
+    changed = layer_errors.changes(parts.rows, judged)
+    worst = max(changed, key=lambda name: changed[name] if math.isfinite(changed[name]) else math.inf)
+    metrics["output_error_change"] = changed[worst]
+    if (apart := layer_errors.outlier(parts.rows, judged)) is not None:
+        metrics["output_error_outlier"] = apart[1]
+    if restored:
+        layer_errors.write_table(out / layer_errors.RESTORED, restored, layer_errors.RESTORED_COLUMNS)
+        tables["restored"], files = restored, [*files, layer_errors.RESTORED]
+        told = [row["recovered_kl_share"] for row in restored if row["recovered_kl_share"] is not None]
+        if told:
+            metrics["restored_share_max"], metrics["restored_share_sum"] = max(told), sum(told)
+        notes.append("worst linears: " + ", ".join(_share(row) for row in restored))
+    return tables, files, notes
+
+
+def _share(row: dict[str, Any]) -> str:
+    if row["recovered_kl_share"] is None:
+        return f"{row['name']} ({row['note'] or 'nothing to recover'})"
+    return f"{row['name']} ({row['recovered_kl_share']:.0%} of the divergence)"

@@ -4,8 +4,8 @@ A perplexity means nothing without its protocol: how documents are cut, how much
 beginning-of-sequence token is there. `Protocol` states all of it, and the tokens that were scored are kept with a hash.
 
 `documents`     every document is cut by itself, and is a unit of the statistics.
-`concatenated`  all rows joined by a blank line and cut into full windows, the rest left out; every window is a unit.
-                With window = stride = 2048 this is the protocol of the GPTQ paper (Frantar et al., arXiv:2210.17323),
+`concatenated`  all rows joined by a separator and cut into full windows, the rest left out; every window is a unit.
+                With blank lines and window = stride = 2048 this is the protocol of the GPTQ paper (arXiv:2210.17323),
                 which the weight-only quantization papers after it share.
 """
 
@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from numpy.typing import NDArray
 from quantline.errors import ConfigError, UserError
 from quantline.formats.container import read_json, write_safetensors
 from quantline.jobs import write_json
+from quantline.text_units import count_units
 from quantline.texts import Document, format_of, read_documents
 from quantline.tokenizing import TextEncoder
 
+LEVELS = ("token", "word")
 MODES = ("documents", "concatenated")
 BOS = ("none", "add")
 
@@ -39,10 +41,13 @@ class Protocol:
 
     Attributes:
         name: what results are called by.
+        level: what the compared loss is per: "token" of the model's, or "word" of the text (see `quantline.text_units`), by
+            which models of different tokenizers compare. Which tokens are scored does not depend on it.
         path: the text, in a format of `quantline.texts`.
         format: one of `texts.FORMATS`; None goes by the file's name.
         text_field: key or column of the text; an `id` beside it in JSON lines names the document.
         mode: "documents" or "concatenated", see the module.
+        separator: what joins the rows in mode "concatenated".
         window: tokens in a window, at most.
         stride: tokens from one window's beginning to the next one's. Equal to `window`: no overlap, and the first token
             of a window is not scored, having no context. Smaller: windows overlap, and only tokens that no window
@@ -59,6 +64,7 @@ class Protocol:
     format: str | None = None
     text_field: str = "text"
     mode: str = "documents"
+    separator: str = "\n\n"
     window: int = 512
     stride: int = 512
     bos: str = "none"
@@ -66,10 +72,13 @@ class Protocol:
     max_document_tokens: int | None = None
     max_tokens: int | None = None
     min_tokens: int = 2
+    level: str = "token"
 
     def __post_init__(self) -> None:
         """Check all values together."""
         faults = []
+        if self.level not in LEVELS:
+            faults.append(f"evaluate.level={self.level}: allowed are {', '.join(LEVELS)}")
         if self.mode not in MODES:
             faults.append(f"evaluate.mode={self.mode}: allowed are {', '.join(MODES)}")
         if self.bos not in BOS:
@@ -99,6 +108,7 @@ class Windows:
         context: int32 (windows,), leading tokens that are not scored; at least 1, less than the window's length.
         document_ids: names of the units of the statistics.
         protocol: the protocol's values.
+        words, text_bytes: int64 (documents,), of the scored text; None where windows were made of tokens without text.
     """
 
     input_ids: NDArray[np.int32]
@@ -107,6 +117,8 @@ class Windows:
     context: NDArray[np.int32]
     document_ids: tuple[str, ...]
     protocol: Mapping[str, Any]
+    words: NDArray[np.int64] | None = None
+    text_bytes: NDArray[np.int64] | None = None
 
     @property
     def scored(self) -> NDArray[np.bool_]:
@@ -123,6 +135,28 @@ class Windows:
         for array in (self.input_ids, self.offsets, self.document, self.context):
             digest.update(f"{array.dtype.str} {len(array)}\n".encode() + array.tobytes())
         return digest.hexdigest()
+
+
+def some_documents(windows: Windows, tokens: int) -> tuple[Windows, NDArray[np.int64]]:
+    """Whole documents, evenly spaced, of about `tokens` tokens in all and two at least; and their numbers, int64."""
+    count = len(windows.document_ids)
+    kept = min(count, max(2, round(count * tokens / len(windows.input_ids))))
+    chosen = np.unique(np.linspace(0, count - 1, kept).round().astype(np.int64))
+    number_of = {int(document): number for number, document in enumerate(chosen)}
+    members = np.flatnonzero(np.isin(windows.document, chosen))
+    lengths = np.diff(windows.offsets)[members]
+    pieces = [windows.input_ids[windows.offsets[index] : windows.offsets[index + 1]] for index in members]
+    part = Windows(
+        input_ids=np.concatenate(pieces),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        document=np.array([number_of[int(windows.document[index])] for index in members], dtype=np.int32),
+        context=windows.context[members],
+        document_ids=tuple(windows.document_ids[document] for document in chosen),
+        protocol=windows.protocol,
+        words=None if windows.words is None else windows.words[chosen],
+        text_bytes=None if windows.text_bytes is None else windows.text_bytes[chosen],
+    )
+    return part, chosen
 
 
 def spans(tokens: int, capacity: int, stride: int) -> list[tuple[int, int, int]]:
@@ -151,12 +185,15 @@ def build_windows(model_dir: Path, protocol: Protocol) -> Windows:
     encoder = TextEncoder.load(model_dir, chat=False)
     if encoder.max_length is not None and protocol.window > encoder.max_length:
         raise UserError(
-            f"evaluate.window={protocol.window}: the model takes at most {encoder.max_length} (max_position_embeddings)"
+            f"evaluate.window={protocol.window}: the model takes at most {encoder.max_length} (max_position_embeddings); "
+            "set evaluate.window to that or less, which is another protocol: its numbers compare with no published ones"
         )
     prefix = [encoder.tokenizer.bos_token_id] if protocol.bos == "add" else []
     if prefix == [None]:
         raise UserError("evaluate.bos=add: the model's tokenizer has no beginning-of-sequence token; set bos=none")
-    return cut_documents(_tokenized(encoder, protocol), protocol, prefix)
+    windows = cut_documents(_tokenized(encoder, protocol), protocol, prefix)
+    words, text_bytes = count_units(encoder.tokenizer, windows)
+    return replace(windows, words=words, text_bytes=text_bytes)
 
 
 def cut_documents(documents: list[tuple[str, list[int]]], protocol: Protocol, prefix: list[int]) -> Windows:
@@ -200,7 +237,9 @@ def _tokenized(encoder: TextEncoder, protocol: Protocol) -> list[tuple[str, list
     documents, names = _documents(protocol)
     path = Path(str(protocol.path))
     if protocol.mode == "concatenated":
-        ids = encoder.encode([Document(1, "\n\n".join(document.text or "" for document in documents))], path)[0]
+        ids = encoder.encode(
+            [Document(1, protocol.separator.join(document.text or "" for document in documents))], path
+        )[0]
         return [("", ids[: protocol.max_tokens])]
     encoded = encoder.encode(documents, path)
     left = protocol.max_tokens if protocol.max_tokens is not None else sum(map(len, encoded))
@@ -250,6 +289,7 @@ def save_windows(windows: Windows, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: getattr(windows, name) for name in ("input_ids", "offsets", "document", "context")}
+    tensors |= {name: units for name in ("words", "text_bytes") if (units := getattr(windows, name)) is not None}
     write_safetensors(folder / "windows.safetensors", tensors)
     manifest = {
         "protocol": dict(windows.protocol),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from quantline import toolchains
-from quantline.backends import _resume, autoround
+from quantline.backends import autoround
 from quantline.checkpoint import Checkpoint, iter_dequantized, quantization_of, quantized_layers
 from quantline.formats import LAYOUTS
 from quantline.jobs import JobError
@@ -175,17 +175,6 @@ def test_equal_jobs_give_equal_bytes_interrupted_or_not(crashed):
 
 def test_nothing_is_kept_after_success(crashed):
     assert list(crashed["work"].iterdir()) == []
-
-
-def test_jobs_with_another_result_have_another_folder(tmp_path):
-    for name in ("tokens", "probe", "other"):
-        (tmp_path / name).write_text(name)
-    job = {"calibration": str(tmp_path / "tokens"), "probe": str(tmp_path / "probe"), "work": str(tmp_path), "seed": 0}
-    base = _resume.folder_of(job, "")
-    assert _resume.folder_of({**job, "output": "elsewhere", "model": "elsewhere"}, "") == base
-    others = [{"seed": 1}, {"calibration": str(tmp_path / "other")}, {"probe": str(tmp_path / "other")}]
-    assert base not in [_resume.folder_of({**job, **change}, "") for change in others]
-    assert base != _resume.folder_of(job, "another version")
 
 
 def test_float_weights_that_were_skipped_stay_as_they_were(batch, models):

@@ -57,7 +57,7 @@ def partial(copy: Checkout, stage: str):
 
 
 def test_ctrl_c_in_download(bare, untouched):
-    interrupt(bare, "download", when=computing("quantline.reference"))
+    interrupt(bare, "download", when=computing("quantline.evaluation_worker"))
 
 
 def test_ctrl_c_in_calibrate(pipeline, untouched, tmp_path):
@@ -105,4 +105,4 @@ def test_a_stage_that_is_killed_takes_its_worker_along_and_the_next_run_clears_u
 
 
 def test_ctrl_c_in_evaluate(pipeline, untouched):
-    interrupt(pipeline, "evaluate", "method=gptq", when=computing("quantline.reference"))
+    interrupt(pipeline, "evaluate", "method=gptq", when=computing("quantline.evaluation_worker"))

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sqlite3
+from pathlib import Path
 
 import psutil
 import pytest
@@ -139,6 +140,21 @@ def test_perplexities_are_finite_and_of_the_same_tokens(pipeline):
         assert measured[name]["nll_difference_low"] < measured[name]["nll_difference_high"]
     assert abs(measured["gptq-w8-g128"]["perplexity_ratio"] - 1) < 0.005
     assert measured["gptq-w4-g128"]["size_bytes"] < measured["gptq-w8-g128"]["size_bytes"]
+
+
+def test_every_instrument_looked_at_every_variant_and_only_the_float_model_is_without_loss(pipeline):
+    metrics = {name: pipeline.result(name, "evaluate")["metrics"] for name in NAMES}
+    assert (metrics["float"]["kl_divergence_high"], metrics["float"]["identical_generations"]) == (0.0, 1.0)
+    for name in VARIANTS:
+        own = metrics[name]
+        assert 0 < own["kl_divergence_low"] <= own["kl_divergence"] <= own["kl_divergence_high"] < 0.1
+        assert 0.8 < own["top1_agreement_low"] <= own["top1_agreement"] <= own["top1_agreement_high"] <= 1
+        assert own["output_error_change"] < 0.001
+        assert 0 < own["restored_share_max"] < 1
+        assert own["alarms"] == len(pipeline.result(name, "evaluate")["tables"]["flags"]) == 0
+        files = {Path(file).name for file in pipeline.result(name, "evaluate")["files"]}
+        assert files >= {"comparison.json", "documents.jsonl", "layer_errors.csv", "restored.csv"}
+    assert metrics["gptq-w8-g128"]["kl_divergence"] < metrics["gptq-w4-g128"]["kl_divergence"] / 10
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,17 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.backends import _output
+from quantline.backends._selection import width_of
 from quantline.formats import QuantizedLinear
 from quantline.formats.linear import sequential_groups
 from quantline.jobs import JobError
 from quantline.model_config import legacy_copy, misread_values
-
-# What a model's modules are called in memory -> in its files, where transformers 5 renames them.
-_RENAMED = {
-    "mixtral": (
-        (r"\.mlp\.", ".block_sparse_moe."), (r"\.gate_proj\b", ".w1"), (r"\.down_proj\b", ".w2"), (r"\.up_proj\b", ".w3"),
-    ),
-}  # fmt: skip
+from quantline.reference import caps_attention
 
 
 @dataclass
@@ -63,42 +57,35 @@ class Work:
         return width_of(self.job, layer)
 
 
-def file_name(name: str, kind: str) -> str:
-    """What the files of a model type call a module that transformers 5 knows as `name`."""
-    renames = _RENAMED.get(kind, ())
-    if renames and re.search(renames[0][0], name):
-        for pattern, other in renames:
-            name = re.sub(pattern, other, name)
-    return name
+def samples(work: Work) -> list[dict[str, Any]]:
+    """The calibration as the libraries take it: `input_ids` and `attention_mask` int64 (1, length) a sample."""
+    import torch
+
+    ids = torch.from_numpy(work.calibration.astype("int64"))
+    return [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
 
 
-def width_of(job: Mapping[str, Any], layer: str) -> tuple[int, int]:
-    """Bits and group size that a job asks for a linear."""
-    own = (job.get("linears") or {}).get(layer) or job
-    return int(own["bits"]), int(own["group_size"])
+@contextmanager
+def replaced(values: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Attributes, given as (owner, name, value), of modules and classes are others inside the block."""
+    values = list(values)
+    originals = [(owner, name, vars(owner)[name]) for owner, name, _ in values]
+    try:
+        for owner, name, value in values:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
 
 
-def chosen(job: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the linears that a library finds, those that the job asks for; all of them where it does not say.
-
-    Raises:
-        JobError: the job asks for one that the library does not quantize.
-    """
-    if "linears" not in job:
-        return dict(found)
-    lost = [name for name in job["linears"] if name not in found]
-    if lost:
-        raise JobError(
-            f"{lost[0]} and {len(lost) - 1} other linears are not among those that this library quantizes in this model; "
-            "skip them (layers.rules), or use another backend or method=rtn"
+def note_unmasked(work: Work, groups: int) -> None:
+    """Warn of so many groups with the zero point 0 in a layout that stores it minus 1."""
+    if groups:
+        work.warnings.append(
+            f"{groups} groups have the zero point 0, stored masked; readers that add 1 without masking read them "
+            "wrong (convert to gptq_v2 for those)"
         )
-    return {name: module for name, module in found.items() if name in job["linears"]}
-
-
-def chosen_in(job: Mapping[str, Any], prefix: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the linears of one decoder layer, by name within it, those that the job asks for."""
-    asked = job.get("linears")
-    return {name: module for name, module in found.items() if asked is None or f"{prefix}.{name}" in asked}
 
 
 def start(job: Mapping[str, Any]) -> None:
@@ -164,9 +151,12 @@ def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = Tr
         dtype = getattr(torch, job["dtype"])
     with tempfile.TemporaryDirectory(prefix="quantline-model-") as scratch, _output.refusals():
         folder = legacy_copy(job["model"], Path(scratch)) if translate else Path(job["model"])
+        settings: dict[str, Any] = {"torch_dtype" if translate else "dtype": dtype}
+        if caps_attention(transformers.AutoConfig.from_pretrained(folder, local_files_only=True)):
+            settings["attn_implementation"] = "eager"
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, **{"torch_dtype" if translate else "dtype": dtype}, trust_remote_code=False, use_safetensors=True,
-            local_files_only=True, output_loading_info=True,
+            folder, **settings, trust_remote_code=False, use_safetensors=True, local_files_only=True,
+            output_loading_info=True,
         )  # fmt: skip
     model.eval()
     model.config.use_cache = False  # AutoAWQ would pass one growing cache from forward to forward
@@ -258,18 +248,6 @@ def _tensors(path: str) -> dict[str, NDArray[Any]]:
 
     tensors: dict[str, NDArray[Any]] = load_file(path)
     return tensors
-
-
-def linears_inside(layers: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Every nn.Linear inside the decoder layers given as (name, module), by full name."""
-    from torch import nn
-
-    return {
-        f"{prefix}.{name}": module
-        for prefix, layer in layers
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    }
 
 
 def add_layer(

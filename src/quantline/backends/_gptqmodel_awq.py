@@ -8,8 +8,7 @@
   zero is cut off. Here it does; groups with both signs are the same as before.
 - Scales are rounded to float16, as they are stored, before they are searched and computed with.
 - `_compute_best_clip` multiplies element by element through temporaries of (out, tokens, groups), and asserts an output
-  width that is a multiple of 64. Here the same error of the same candidates over the same tokens comes from one Gram
-  matrix a group, in float32.
+  width that is a multiple of 64: `_rounding.awq_clip` in its place.
 """
 
 from __future__ import annotations
@@ -18,30 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Tokens that the clipping range is judged on, at least, as in the library.
-_CLIP_TOKENS = 512
-
-
-def codes_of(weight: Any, group_size: int, symmetric: bool) -> tuple[Any, Any, Any]:
-    """Round to 4 bits.
-
-    Args:
-        weight: (out, in), floating. group_size: -1 is one group per row.
-
-    Returns:
-        float32 codes (rows*groups, g), scales (rows*groups, 1) of float16 values, zero points (rows*groups, 1).
-    """
-    import torch
-
-    groups = weight.reshape(-1, group_size if group_size > 0 else weight.shape[-1]).float()
-    if symmetric:
-        scales = (groups.abs().amax(dim=1, keepdim=True).clamp(min=1e-5) / 7).half().float()
-        zeros = torch.full_like(scales, 8)
-    else:
-        low, high = groups.amin(dim=1, keepdim=True).clamp(max=0), groups.amax(dim=1, keepdim=True).clamp(min=0)
-        scales = ((high - low).clamp(min=1e-5) / 15).half().float()
-        zeros = (-torch.round(low / scales)).clamp(0, 15)
-    return torch.clamp(torch.round(groups / scales) + zeros, 0, 15), scales, zeros
+from quantline.backends import _rounding
 
 
 @contextmanager
@@ -71,9 +47,7 @@ def processor_class(base: Any, state: Any) -> Any:
             self.apply_clip = bool(state.options["clip"])
 
         def pseudo_quantize_tensor(self, w: Any) -> tuple[Any, Any, Any]:
-            codes, scales, zeros = codes_of(w, self.qcfg.group_size, symmetric)
-            rounded = ((codes - zeros) * scales).reshape(w.shape).to(w.dtype)
-            return rounded, scales.view(w.shape[0], -1), zeros.view(w.shape[0], -1)
+            return _rounding.awq_rounded(w, self.qcfg.group_size, symmetric)
 
         def _pseudo_quantize_tensor_into(self, src: Any, dst: Any) -> None:
             dst.copy_(self.pseudo_quantize_tensor(src)[0])
@@ -91,24 +65,7 @@ def processor_class(base: Any, state: Any) -> Any:
             return super()._search_best_clip(layer, wanted, input_feat)
 
         def _compute_best_clip(self, w: Any, input_feat: Any, *_: Any, **__: Any) -> Any:
-            """The largest absolute value to keep, (out, groups, 1): the best of ten, from the maximum down to 11/20."""
-            size = self.qcfg.group_size if self.qcfg.group_size > 0 else w.shape[1]
-            tokens = input_feat.reshape(-1, input_feat.shape[-1])
-            tokens = tokens[:: max(1, tokens.shape[0] // _CLIP_TOKENS)].to(w.device).float()
-            by_group = tokens.reshape(tokens.shape[0], -1, size).transpose(0, 1)  # (groups, tokens, g)
-            gram = by_group.transpose(1, 2) @ by_group  # (groups, g, g)
-            weight = w.float().reshape(w.shape[0], -1, size).transpose(0, 1)  # (groups, out, g)
-            limit = weight.abs().amax(dim=2, keepdim=True)
-            best, least = limit.clone(), torch.full_like(limit, float("inf"))
-            for step in range(10):
-                kept = limit * (1 - step / 20)
-                clipped = torch.clamp(weight, -kept, kept).contiguous()
-                codes, scales, zeros = codes_of(clipped, size, symmetric)
-                change = ((codes - zeros) * scales).view_as(weight) - weight
-                error = ((change @ gram) * change).sum(dim=2, keepdim=True)  # |X change|^2 of every row and group
-                better = error < least
-                least, best = torch.where(better, error, least), torch.where(better, kept, best)
-            return best.transpose(0, 1).to(w.dtype)
+            return _rounding.awq_clip(w, input_feat, self.qcfg.group_size, symmetric)
 
         def _should_fallback_group(self, layer_names: list[str], input_feat: Any) -> bool:
             short = bool(super()._should_fallback_group(layer_names, input_feat))
@@ -123,7 +80,7 @@ def processor_class(base: Any, state: Any) -> Any:
                     continue
                 linear = self.resolve_quant_source_module(named)
                 weight = linear.weight.data
-                codes, scales, zeros = codes_of(weight, self.qcfg.group_size, symmetric)
+                codes, scales, zeros = _rounding.awq_codes(weight, self.qcfg.group_size, symmetric)
                 linear.weight.data = ((codes - zeros) * scales).reshape(weight.shape).to(weight.dtype)
                 losses = [entry[3] for entry in scales_list if any(layer.endswith(f".{short}") for layer in entry[1])]
                 row: dict[str, Any] = {"loss": float(losses[0])} if losses else {}

@@ -1,7 +1,6 @@
 """GPTQ by GPTQModel: its classes with what was seen to be wrong or missing mended, for `gptqmodel`.
 
-- `Quantizer`: scales are rounded to float16, as they are stored, before anything is rounded with them. With sym=True a
-  group without negative weights is cut off at 7/15 of its largest weight: its scale is doubled.
+- `Quantizer`: see `_rounding.gptq_quantizer`.
 - `GPTQ`: weights are rounded in float32 whatever the model's dtype, so that the codes are known exactly. Where the
   library raises the damping, lifts the Hessian's diagonal, or rounds to nearest since no Hessian can be used, that
   becomes a warning with the layer's name. A linear that an earlier run finished is taken from the store.
@@ -15,26 +14,6 @@ from quantline.jobs import JobError
 
 # What is kept of a linear: (out, in) uint8, (out, groups) float16, (out, groups) uint8, (in,) int32.
 ARRAYS = ("codes", "scales", "zeros", "index")
-
-
-def quantizer_class(base: Any) -> Any:
-    """The library's quantizer `base`, with scales as they are stored."""
-    import torch
-
-    class Quantizer(base):  # type: ignore[misc]
-        scale: Any
-
-        def find_params(self, x: Any, weight: bool = False) -> None:
-            super().find_params(x, weight=weight)
-            scale: Any = self.scale
-            if self.qcfg.sym:
-                flat = x.flatten(1)
-                one_sided = (flat.amin(dim=1) >= 0) & (flat.amax(dim=1) > 0)
-                scale = torch.where(one_sided.view_as(scale), scale * 2, scale)
-            # 2**-24 is the smallest float16: a scale of zero would divide by it.
-            self.scale = torch.clamp(scale.half().to(scale.dtype), min=2.0**-24)
-
-    return Quantizer
 
 
 def gptq_class(base: Any, state: Any) -> Any:

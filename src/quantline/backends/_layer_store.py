@@ -1,14 +1,11 @@
 """Layers that are done, kept on disk, so that a job that was killed need not do them again. NumPy only.
 
-A folder belongs to one job: what decides the result is in its name, so another job finds nothing there. A layer's file is
-moved into place when it is whole; one that cannot be read counts as missing.
+A folder belongs to one job, see `_kept`. A layer's file that cannot be read counts as missing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -18,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# What may change without changing the result: where things are, and how far the proof may be off.
-_PLACES = ("model", "output", "work", "calibration", "probe", "probe_tolerance")
+from quantline.backends import _kept
+
+KIND = "layers"
 
 
 class LayerStore:
@@ -39,12 +37,8 @@ class LayerStore:
         """
         if not job.get("work"):
             return cls(None)
-        model = Path(job["model"])
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model.iterdir())]
-        values = {key: value for key, value in job.items() if key not in _PLACES}
-        digest = hashlib.sha256(Path(job["calibration"]).read_bytes())
-        digest.update(json.dumps([values, files, versions], sort_keys=True).encode())
-        folder = Path(job["work"]) / f"layers-{digest.hexdigest()[:24]}"
+        folder = _kept.folder_of(job, KIND, versions)
+        _kept.forget(job, KIND, but=folder)  # of another job: its options were changed since
         folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
 
@@ -65,12 +59,8 @@ class LayerStore:
         """Keep a finished layer."""
         if self.folder is None:
             return
-        temporary = self.folder / f"{name}.tmp"
-        with temporary.open("wb") as file:
+        with _kept.whole(self.folder / f"{name}.npz") as file:
             np.savez(file, allow_pickle=False, **arrays, __facts__=np.frombuffer(json.dumps(facts).encode(), np.uint8))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / f"{name}.npz")
 
     def clear(self) -> None:
         """Forget everything: the job is done."""

@@ -22,8 +22,9 @@ from quantline.errors import UserError
 from quantline.formats import LAYOUTS, QuantizedLinear, compressed_tensors
 from quantline.formats.awq_gemv import zeros_width
 from quantline.formats.packing import values_per_run
-from quantline.formats.settings import describe, quantization_of
+from quantline.formats.settings import LayerSettings, describe, quantization_of
 from quantline.jobs import JobError
+from quantline.linears import LM_HEAD
 from quantline.model_config import read_config, restore_config, write_config
 
 SHARD_BYTES = 4_000_000_000
@@ -180,6 +181,32 @@ def left_float(skipped: Sequence[str]) -> dict[str, Any]:
         return {}
     described = describe("gptq", bits=4, group_size=-1, symmetric=True, modules_to_not_convert=skipped)
     return {"dynamic": described["dynamic"], "modules_to_not_convert": list(skipped)}
+
+
+def described(
+    job: Mapping[str, Any],
+    layout: str,
+    widths: Mapping[str, tuple[int, int]],
+    skipped: Sequence[str],
+    *,
+    symmetric: bool,
+    desc_act: bool = False,
+) -> dict[str, Any]:
+    """The `quantization_config` of a result; linears that differ from the job's bits and groups are named one by one.
+
+    Args:
+        widths: quantized linear -> bits, group size. skipped: linears left in float.
+
+    Raises:
+        JobError: the layout has no way to say this.
+    """
+    main = (int(job["bits"]), int(job["group_size"]))
+    with refusals():
+        return describe(
+            layout, bits=main[0], group_size=main[1], symmetric=symmetric, desc_act=desc_act,
+            modules_to_not_convert=skipped, quantized_head=LM_HEAD in widths,
+            overrides={name: LayerSettings(*own, symmetric) for name, own in widths.items() if own != main},
+        )  # fmt: skip
 
 
 def write_configs(

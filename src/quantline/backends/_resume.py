@@ -8,44 +8,21 @@ next block's inputs are written over the last ones before the block is noted as 
 inputs and blocks wrongly. So its class is replaced, at the same hook.
 
 A folder holds one file a finished block with codes, scales and zero points as the library left them, and one, replaced at
-once and last, with the next block's inputs and the state of the random numbers. It is named by everything that
-decides the result, the reference engine's logits of the float model among it: other weights have another folder.
+once and last, with the next block's inputs and the state of the random numbers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import random
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantline.backends import _common
+from quantline.backends import _common, _kept
 
-# What says where a job runs and not what it makes.
-_PLACES = ("model", "output", "calibration", "probe", "work", "probe_tolerance")
+KIND = "autoround"
 _NEXT = "next.pt"
-
-
-def folder_of(job: Mapping[str, Any], identity: str) -> Path:
-    """Where the finished blocks of a job are kept: the same folder only for jobs with the same result."""
-    digest = hashlib.sha256(identity.encode())
-    plain = {key: value for key, value in job.items() if key not in _PLACES}
-    digest.update(json.dumps(plain, sort_keys=True).encode())
-    for file in (job["calibration"], job["probe"]):
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return Path(job["work"]) / f"autoround-{digest.hexdigest()[:16]}"
-
-
-def forget(job: Mapping[str, Any]) -> None:
-    """Remove what was kept, of this job and of others in its folder."""
-    if job.get("work"):
-        for folder in Path(job["work"]).glob("autoround-*"):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def blocks_class(work: _common.Work, root: Path, done: list[str]) -> type:
@@ -91,7 +68,7 @@ def blocks_class(work: _common.Work, root: Path, done: list[str]) -> type:
             self.completed.append(file)
 
         def clear(self) -> None:
-            """The library is through; what was kept is kept until the result is written, see `forget`."""
+            """The library is through; what was kept is kept until the result is written, see `_kept.forget`."""
 
         def _read(self) -> list[Path]:
             if not (self.folder / _NEXT).exists():
@@ -99,9 +76,6 @@ def blocks_class(work: _common.Work, root: Path, done: list[str]) -> type:
             self._next = _load(self.folder / _NEXT)
             return [self.folder / f"block-{count:05d}.pt" for count in range(1, self._next["count"] + 1)]
 
-    for other in root.parent.glob("autoround-*"):
-        if other != root:  # of another job: its options were changed since
-            shutil.rmtree(other, ignore_errors=True)
     return Blocks
 
 
@@ -141,12 +115,8 @@ def _set_random(state: Mapping[str, Any]) -> None:
 def _save(path: Path, value: Any) -> None:
     import torch
 
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with _kept.whole(path) as file:
         torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _load(path: Path) -> Any:

@@ -6,9 +6,7 @@ The model is loaded without the library's `from_pretrained`, which asks for a GP
 - `pack_model`: the library packs `z - 1` unmasked, so that with sym=False the zero point 0 of a group without negative
   weights turns into 0xFFFFFFFF and overwrites the rows beside it. It also gives every layer an all-zero bias. Codes,
   scales, zero points and group index are caught before that and packed by `quantline.formats`, which masks.
-- `Quantizer`: scales are rounded to float16, as they are stored, before anything is rounded with them. With sym=True a
-  group without negative weights gets half the range it needs and is cut off at 7/15 of its largest weight: its scale is
-  doubled, as for groups with both signs.
+- `Quantizer`: see `_rounding.gptq_quantizer`.
 - `GPTQ`: a layer that no calibration token reached (an expert) comes out as all zeros: refused here. A Hessian that
   cannot be inverted is tried again with ten times the damping, up to `_MOST_DAMPING`, and the damping is reported.
 - On a CPU only: `CUDA_0`, the device that layers are moved to, and `torch.cuda.synchronize`.
@@ -23,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from quantline.backends import _common, _output
+from quantline.backends import _common, _output, _rounding, _selection
 from quantline.jobs import JobError, Reporter, worker_main
 
 # Those that were run and beat plain rounding; the library lists more.
@@ -84,31 +82,27 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     config = _output.float_config(job["model"])
     options = check(job, config)
     _common.start(job)
-    import torch
     from auto_gptq import BaseQuantizeConfig
     from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
 
     work = _common.load(job, config)
     family = GPTQ_CAUSAL_LM_MODEL_MAP[config["model_type"]]
     layers = work.model.get_submodule(family.layers_block_name)
-    linears = _common.linears_inside((f"{family.layers_block_name}.{i}", layer) for i, layer in enumerate(layers))
+    linears = _selection.linears_inside((f"{family.layers_block_name}.{i}", layer) for i, layer in enumerate(layers))
     known = {name for names in family.inside_layer_modules for name in names}
     found = {name: module for name, module in linears.items() if _inside(name, family.layers_block_name) in known}
-    wanted = _common.chosen(job, found)
+    wanted = _selection.chosen(job, found)
     skipped = [name for name in found if name not in wanted]
-    widths = {name: (module.in_features, module.out_features) for name, module in wanted.items()}
-    _output.check_widths(widths, LAYOUT, job["bits"], job["group_size"])
+    _selection.check_widths(job, wanted, LAYOUT)
 
     settings = {"bits": job["bits"], "group_size": job["group_size"], **options}
     gptq = family(work.model, False, BaseQuantizeConfig(**settings))
-    samples = torch.from_numpy(work.calibration.astype("int64"))
-    examples = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])} for ids in samples]
     # With one length and one sample a batch nothing is padded, but the library wants a number to pad with.
     work.model.config.pad_token_id = 1
     losses = Losses(len(wanted), report)
     started = time.perf_counter()
     with library(work, losses, {id(found[name]) for name in skipped}):
-        gptq.quantize(examples, batch_size=1, use_triton=False)
+        gptq.quantize(_common.samples(work), batch_size=1, use_triton=False)
     work.metrics["quantize_seconds"] = time.perf_counter() - started
     work.warnings.extend(losses.warnings)
     quantization = {"quant_method": "gptq", "checkpoint_format": "gptq", **settings, **_output.left_float(skipped)}
@@ -142,43 +136,20 @@ def library(work: _common.Work, losses: Losses, skipped: set[int] = frozenset())
         (_base, "find_layers", found),
         (_base, "pack_model", lambda **arguments: _catch(work, arguments["model"], arguments["quantizers"])),
         (_base, "GPTQ", _gptq_class(gptq.GPTQ, losses)),
-        (gptq, "Quantizer", _quantizer_class(gptq.Quantizer)),
+        (gptq, "Quantizer", _rounding.gptq_quantizer(gptq.Quantizer, lambda own: own.sym)),
     ]
     if work.device == "cpu":
         replaced += [(_base, "CUDA_0", torch.device("cpu")), (torch.cuda, "synchronize", lambda *_: None)]
-    originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     try:
-        for module, name, value in replaced:
-            setattr(module, name, value)
         for logger in loggers:
             logger.setLevel(logging.INFO)
             logger.addHandler(losses)
-        yield
+        with _common.replaced(replaced):
+            yield
     finally:
-        for module, name, value in originals:
-            setattr(module, name, value)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
             logger.removeHandler(losses)
-
-
-def _quantizer_class(base: Any) -> Any:
-    import torch
-
-    class Quantizer(base):  # type: ignore[misc]
-        scale: Any
-
-        def find_params(self, x: Any, weight: bool = False) -> None:
-            super().find_params(x, weight=weight)
-            scale: Any = self.scale
-            if self.sym:
-                flat = x.flatten(1)
-                one_sided = (flat.amin(dim=1) >= 0) & (flat.amax(dim=1) > 0)
-                scale = torch.where(one_sided.view_as(scale), scale * 2, scale)
-            # 2**-24 is the smallest float16: a scale of zero would divide by it.
-            self.scale = torch.clamp(scale.half().to(scale.dtype), min=2.0**-24)
-
-    return Quantizer
 
 
 def _gptq_class(base: Any, losses: Losses) -> Any:
@@ -228,11 +199,7 @@ def _catch(work: _common.Work, model: Any, quantizers: dict[str, Any]) -> None:
             work, name, LAYOUT, codes=codes, scales=scales, zeros=zeros, bias=linear.bias, group_index=of_column
         )
         unmasked += int((zeros == 0).sum())
-    if unmasked:
-        work.warnings.append(
-            f"{unmasked} groups have the zero point 0, stored masked; readers that add 1 without masking read them "
-            "wrong (convert to gptq_v2 for those)"
-        )
+    _common.note_unmasked(work, unmasked)
 
 
 if __name__ == "__main__":

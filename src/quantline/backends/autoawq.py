@@ -12,8 +12,8 @@ The library is driven through its own `quantize(quantizer_cls=...)`. The class b
   symmetrically, and every zero point is the middle one, 8, which every reader takes.
 - Its packers want float16 tensors, and one of them a GPU. The codes are packed here instead, for both layouts.
 - `_compute_best_clip` multiplies element by element through temporaries of (out, tokens, in), in the model's dtype, and
-  asserts an output width that is a multiple of 64. Here the same error of the same candidates over the same tokens comes
-  from one Gram matrix a group, in float32: most of the time on a CPU went there.
+  asserts an output width that is a multiple of 64. `_rounding.awq_clip` needs a Gram matrix a group: most of the time on
+  a CPU went there.
 
 Calibration ids go in as they are. The library drops samples longer than `max_calib_seq_len` and re-cuts the rest, which
 changes nothing when all have exactly that length; the number that arrived is checked.
@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from quantline.backends import _common, _output
+from quantline.backends import _common, _output, _rounding, _selection
 from quantline.jobs import JobError, Reporter, worker_main
 
 # Those that were run and beat plain rounding; the library lists more.
@@ -38,8 +38,6 @@ DEFAULTS = {"zero_point": True, "version": "gemm", "clip": True}
 # Calibration samples that go through a module at a time; bounds the memory for activations.
 _PARALLEL = 8
 _PARALLEL_TOKENS = 4096
-# Tokens that the clipping range is judged on, at least, as in the library.
-_CLIP_TOKENS = 512
 
 
 def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -82,14 +80,13 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     awq = family(work.model, config["model_type"], False, work.model.config, None, None)
     layers = list(family.get_model_layers(work.model))
     names = {id(module): name for name, module in work.model.named_modules()}
-    linears = _common.linears_inside((names[id(layer)], layer) for layer in layers)
+    linears = _selection.linears_inside((names[id(layer)], layer) for layer in layers)
     excluded = getattr(awq, "modules_to_not_convert", None) or []
     found = {name: module for name, module in linears.items() if not any(part in name for part in excluded)}
-    wanted = _common.chosen(job, found)
+    wanted = _selection.chosen(job, found)
     skipped = [name for name in found if name not in wanted]
     layout = LAYOUTS[options["version"]]
-    widths = {name: (module.in_features, module.out_features) for name, module in wanted.items()}
-    _output.check_widths(widths, layout, 4, job["group_size"])
+    _selection.check_widths(job, wanted, layout)
 
     started = time.perf_counter()
     samples, length = work.calibration.shape
@@ -137,24 +134,8 @@ def quantizer_class(work: _common.Work, layout: str, report: Reporter, *, symmet
                 raise RuntimeError(f"calibration arrived as {tuple(inputs.shape[:2])}, not {work.calibration.shape}")
             return modules, kwargs, inputs
 
-        def codes_of(self, weight: Any) -> tuple[Any, Any, Any]:
-            """float32 (rows*groups, g) codes, (rows*groups, 1) scales of float16 values, (rows*groups, 1) zeros."""
-            groups = weight.reshape(-1, self.group_size).float()
-            if symmetric:
-                scales = (groups.abs().amax(dim=1, keepdim=True).clamp(min=1e-5) / 7).half().float()
-                zeros = torch.full_like(scales, 8)
-                return torch.clamp(torch.round(groups / scales) + zeros, 0, 15), scales, zeros
-            low = groups.amin(dim=1, keepdim=True).clamp(max=0)
-            high = groups.amax(dim=1, keepdim=True).clamp(min=0)
-            scales = ((high - low).clamp(min=1e-5) / 15).half().float()
-            zeros = (-torch.round(low / scales)).clamp(0, 15)
-            codes = torch.clamp(torch.round(groups / scales) + zeros, 0, 15)
-            return codes, scales, zeros
-
         def pseudo_quantize_tensor(self, w: Any) -> tuple[Any, Any, Any]:
-            codes, scales, zeros = self.codes_of(w)
-            rounded = ((codes - zeros) * scales).reshape(w.shape).to(w.dtype)
-            return rounded, scales.view(w.shape[0], -1), zeros.view(w.shape[0], -1)
+            return _rounding.awq_rounded(w, self.group_size, symmetric)
 
         def _module_forward(self, x: Any, module: Any, module_kwargs: dict[str, Any]) -> Any:
             # The library's own partition keeps per-sample arguments, such as masks, whole.
@@ -175,27 +156,12 @@ def quantizer_class(work: _common.Work, layout: str, report: Reporter, *, symmet
                 return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *rest)
 
         def _compute_best_clip(self, w: Any, input_feat: Any) -> Any:
-            """The largest absolute value to keep, (out, groups, 1): the best of ten, from the maximum down to 11/20."""
-            size = self.group_size
-            tokens = input_feat.reshape(-1, input_feat.shape[-1])
-            tokens = tokens[:: max(1, tokens.shape[0] // _CLIP_TOKENS)].to(w.device).float()
-            by_group = tokens.reshape(tokens.shape[0], -1, size).transpose(0, 1)  # (groups, tokens, g)
-            gram = by_group.transpose(1, 2) @ by_group  # (groups, g, g)
-            weight = w.float().reshape(w.shape[0], -1, size).transpose(0, 1)  # (groups, out, g)
-            limit = weight.abs().amax(dim=2, keepdim=True)
-            best, least = limit.clone(), torch.full_like(limit, float("inf"))
-            for step in range(10):
-                kept = limit * (1 - step / 20)
-                change = self.pseudo_quantize_tensor(torch.clamp(weight, -kept, kept).contiguous())[0] - weight
-                error = ((change @ gram) * change).sum(dim=2, keepdim=True)  # |X change|^2 of every row and group
-                better = error < least
-                least, best = torch.where(better, error, least), torch.where(better, kept, best)
-            return best.transpose(0, 1).to(w.dtype)
+            return _rounding.awq_clip(w, input_feat, self.group_size, symmetric)
 
         def asked_for(self, module: Any, named_linears: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             """The full name of a decoder layer, and those of its linears that are not skipped."""
             prefix = next(name for name, candidate in self.model.named_modules() if candidate is module)
-            wanted = _common.chosen_in(work.job, prefix, named_linears)
+            wanted = _selection.chosen_in(work.job, prefix, named_linears)
             return prefix, wanted
 
         def _search_best_clip(self, layer: Any, named_linears: dict[str, Any], input_feat: Any) -> Any:
@@ -205,7 +171,7 @@ def quantizer_class(work: _common.Work, layout: str, report: Reporter, *, symmet
             prefix, wanted = self.asked_for(module, named_linears)
             for name, linear in wanted.items():
                 weight = linear.weight.data
-                codes, scales, zeros = self.codes_of(weight)
+                codes, scales, zeros = _rounding.awq_codes(weight, self.group_size, symmetric)
                 linear.weight.data = ((codes - zeros) * scales).reshape(weight.shape).to(weight.dtype)
                 grid = (weight.shape[0], -1)
                 _common.add_layer(

@@ -26,11 +26,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from quantline.backends import _common, _output, _resume
+from quantline.backends import _common, _kept, _output, _resume, _selection
 from quantline.formats.packing import BITS
-from quantline.formats.settings import LayerSettings, describe
 from quantline.jobs import JobError, Reporter, worker_main
-from quantline.linears import LM_HEAD, Width
+from quantline.linears import LM_HEAD
 
 # lr: null is 1 / iters.
 DEFAULTS = {"sym": True, "iters": 200, "batch_size": 8, "lr": None, "gradient_accumulate_steps": 1}
@@ -126,16 +125,12 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     if not work.calibration.size:
         raise JobError("calibration: autoround needs token ids; run the calibrate stage")
     blocks = [name for group in get_block_names(work.model) for name in group]
-    found = _common.linears_inside((name, work.model.get_submodule(name)) for name in blocks)
+    found = _selection.linears_inside((name, work.model.get_submodule(name)) for name in blocks)
     if LM_HEAD in (job.get("linears") or {}):
         found[LM_HEAD] = work.model.get_submodule(LM_HEAD)
-    wanted = _common.chosen(job, found)
+    wanted = _selection.chosen(job, found)
     skipped = [name for name in found if name not in wanted]
-    for width in {work.width(name) for name in wanted}:
-        own = {
-            name: (layer.in_features, layer.out_features) for name, layer in wanted.items() if work.width(name) == width
-        }
-        _output.check_widths(own, LAYOUT, *width)
+    _selection.check_widths(job, wanted, LAYOUT)
     if job.get("low_memory") and work.device == "cpu":
         work.warnings.append("low_memory=true keeps activations off a GPU; on a CPU it changes nothing")
 
@@ -155,41 +150,20 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
             raise RuntimeError(f"{watch.current}: {type(error).__name__}: {error}") from error
     work.metrics["quantize_seconds"] = time.perf_counter() - started
     work.metrics["blocks_resumed"] = len(done_before)
-    unmasked = sum(_catch(work, name, bool(options["sym"])) for name in wanted)
-    if unmasked:
-        work.warnings.append(
-            f"{unmasked} groups have the zero point 0, stored masked; readers that add 1 without masking read them "
-            "wrong (convert to gptq_v2 for those)"
-        )
+    _common.note_unmasked(work, sum(_catch(work, name, bool(options["sym"])) for name in wanted))
     expected = {name: layer for name, layer in found.items() if name not in skipped}
-    result = _common.finish(
-        work, expected, settings_of(job, {name: work.width(name) for name in wanted}, skipped, options)
-    )
-    _resume.forget(job)
+    widths = {name: work.width(name) for name in wanted}
+    settings = _output.described(job, LAYOUT, widths, skipped, symmetric=bool(options["sym"]))
+    result = _common.finish(work, expected, settings)
+    _kept.forget(job, _resume.KIND)
     return {**result, "layers": watch.rows}
-
-
-def settings_of(
-    job: Mapping[str, Any], widths: Mapping[str, tuple[int, int]], skipped: list[str], options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The result's `quantization_config`; linears that differ from the job's bits and groups are named one by one."""
-    main, symmetric = Width(int(job["bits"]), int(job["group_size"])), bool(options["sym"])
-    overrides = {
-        name: LayerSettings(*width, symmetric) for name, width in widths.items() if Width(*width) != main
-    }  # fmt: skip
-    with _output.refusals():
-        return describe(
-            LAYOUT, bits=main.bits, group_size=main.group_size, symmetric=symmetric, overrides=overrides,
-            modules_to_not_convert=skipped, quantized_head=LM_HEAD in widths,
-        )  # fmt: skip
 
 
 def _compressor(work: _common.Work, options: Mapping[str, Any], wanted: Mapping[str, Any], skipped: list[str]) -> Any:
     import torch
     from auto_round import AutoRound
 
-    ids = torch.from_numpy(work.calibration.astype("int64"))
-    samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+    samples = _common.samples(work)
     layers: dict[str, dict[str, Any]] = {name: {"bits": 16, "data_type": "float"} for name in skipped}
     for name in wanted:
         bits, group_size = work.width(name)
@@ -198,7 +172,7 @@ def _compressor(work: _common.Work, options: Mapping[str, Any], wanted: Mapping[
     return AutoRound(
         work.model, NoTokenizer(), scheme="W4A16", bits=int(work.job["bits"]), group_size=int(work.job["group_size"]),
         sym=bool(options["sym"]), iters=options["iters"], **learned, layer_config=layers, dataset=samples,
-        nsamples=len(samples), seqlen=int(ids.shape[1]), batch_size=min(options["batch_size"], len(samples)),
+        nsamples=len(samples), seqlen=work.calibration.shape[1], batch_size=min(options["batch_size"], len(samples)),
         gradient_accumulate_steps=options["gradient_accumulate_steps"], seed=int(work.job["seed"]),
         device_map="cpu" if work.device == "cpu" else 0, enable_torch_compile=False, low_cpu_mem_usage=False,
         low_gpu_mem_usage=bool(work.job.get("low_memory")), amp=work.model.dtype != torch.float32,
@@ -219,18 +193,15 @@ def library(work: _common.Work, watch: Watch, options: Mapping[str, Any]) -> Ite
     replaced: list[tuple[Any, str, Any]] = [(orchestrator, "tqdm", watch)]
     if options["iters"] and work.job.get("work"):
         identity = {"options": dict(options), "versions": [m.__version__ for m in (auto_round, torch, transformers)]}
-        folder = _resume.folder_of(work.job, json.dumps(identity, sort_keys=True))
+        folder = _kept.folder_of(work.job, _resume.KIND, json.dumps(identity, sort_keys=True))
+        _kept.forget(work.job, _resume.KIND, but=folder)  # of another job: its options were changed since
         replaced.append((resume, "ResumeState", _resume.blocks_class(work, folder, done)))
         os.environ["AR_RESUME_DIR"] = str(folder)
-    originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     logger.addHandler(watch)
     try:
-        for module, name, value in replaced:
-            setattr(module, name, value)
-        yield done
+        with _common.replaced(replaced):
+            yield done
     finally:
-        for module, name, value in originals:
-            setattr(module, name, value)
         logger.removeHandler(watch)
         os.environ.pop("AR_RESUME_DIR", None)
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from quantline.backends import _common, _output
+from quantline.backends import _common, _output, _selection
 from quantline.formats import bitsandbytes as layout
 from quantline.jobs import JobError, Reporter, worker_main
 from quantline.linears import LM_HEAD
@@ -60,7 +60,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
 
     linears = {name: module for name, module in work.model.named_modules() if isinstance(module, nn.Linear)}
     inside = {name: module for name, module in linears.items() if name != LM_HEAD}
-    wanted = _common.chosen(job, linears if LM_HEAD in (job.get("linears") or {}) else inside)
+    wanted = _selection.chosen(job, linears if LM_HEAD in (job.get("linears") or {}) else inside)
     if not wanted:
         raise JobError("no linear layer was found: nothing would be quantized; check the model")
     skipped = [name for name in linears if name not in wanted]

@@ -25,9 +25,8 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
-from quantline.backends import _common, _output
+from quantline.backends import _common, _output, _rounding, _selection
 from quantline.backends._layer_store import LayerStore
-from quantline.formats.settings import LayerSettings, describe
 from quantline.jobs import JobError, Reporter, worker_main
 
 # Those that were run and beat plain rounding, and with awq those where scaling alone changes nothing; the library lists 187.
@@ -171,7 +170,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         # Experts as separate linears, from the first: so the probe also proves that taking them apart changes nothing.
         defuser.replace_fused_blocks(config["model_type"])
         work = _common.load(job, config, translate=False)
-        work.renamed = lambda name: _common.file_name(name, config["model_type"])
+        work.renamed = lambda name: _selection.file_name(name, config["model_type"])
         layout = AWQ_LAYOUTS[options["version"]] if method == "awq" else "gptq"
         versions = " ".join(f"{name} {metadata.version(name)}" for name in ("gptqmodel", "torch", "transformers"))
         state = Run(work, report, options, layout, LayerStore.of(job, versions))
@@ -179,15 +178,9 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
             work.model, quantized=False, quantize_config=settings(job, options), model_local_path=job["model"]
         )
         found, linears = linears_of(model, work)
-        state.wanted = _common.chosen(job, found)
+        state.wanted = _selection.chosen(job, found)
         skipped = [name for name in found if name not in state.wanted]
-        for width in dict.fromkeys(map(work.width, state.wanted)):
-            sizes = {
-                name: (module.in_features, module.out_features)
-                for name, module in state.wanted.items()
-                if work.width(name) == width
-            }
-            _output.check_widths(sizes, layout, *width)
+        _selection.check_widths(job, state.wanted, layout)
         started = time.perf_counter()
         names = {work.renamed(name): name for name, _ in work.model.named_modules()}
         model.quantize_config.lm_head = "lm_head" in state.wanted
@@ -201,11 +194,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
             )
         work.metrics["quantize_seconds"] = time.perf_counter() - started
     work.warnings += [f"{name}: {note}" for name, note in sorted(state.notes.items())]
-    if state.unmasked:
-        work.warnings.append(
-            f"{state.unmasked} groups have the zero point 0, stored masked; readers that add 1 without masking read them "
-            "wrong (convert to gptq_v2 for those)"
-        )
+    _common.note_unmasked(work, state.unmasked)
     quantization = _quantization(job, options, state, skipped)
     if state.store.found:
         work.warnings.append(
@@ -239,7 +228,7 @@ def linears_of(model: Any, work: _common.Work) -> tuple[dict[str, Any], dict[str
 
     modules = dict(work.model.named_modules())
     prefixes = [name for name in model.extract_layers_node() if name in modules]
-    linears = _common.linears_inside(
+    linears = _selection.linears_inside(
         (f"{prefix}.{number}", layer) for prefix in prefixes for number, layer in enumerate(modules[prefix])
     )
     groups = model.full_layer_modules(model_config=work.model.config, is_awq_quantize=False)
@@ -282,12 +271,10 @@ def dynamic(state: Run, found: Mapping[str, Any], names: Mapping[str, str]) -> d
 
 
 def _quantize(state: Run, model: Any) -> None:
-    import torch
     from gptqmodel import BACKEND
 
     awq = state.work.job.get("method") == "awq"
-    samples = torch.from_numpy(state.work.calibration.astype("int64"))
-    examples = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])} for ids in samples]
+    examples = _common.samples(state.work)
     model.prepare_dataset = lambda **_: examples
     try:
         model.quantize(
@@ -312,7 +299,7 @@ def library(state: Run, scratch: Path) -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (threadx._DeviceWorker, "_abort_process", _abort_warmup_only),
         (loop_processor, "_PROJECT_LOG_DIR", scratch / "logs"),
-        (gptq, "Quantizer", _gptqmodel_gptq.quantizer_class(gptq.Quantizer)),
+        (gptq, "Quantizer", _rounding.gptq_quantizer(gptq.Quantizer, lambda own: own.qcfg.sym)),
         (gptq_processor, "GPTQ", _gptqmodel_gptq.gptq_class(gptq.GPTQ, state)),
         (gptq_processor, "GPTQProcessor", _kept_as_linears(gptq_processor.GPTQProcessor)),
         (
@@ -324,14 +311,8 @@ def library(state: Run, scratch: Path) -> Iterator[None]:
     if "lm_head" in state.wanted:
         # Where the last decoder layers are skipped, the library stops before it comes to the output layer.
         replaced.append((stage_layer, "find_last_quantized_layer_index", lambda *_, **__: None))
-    originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    try:
-        for module, name, value in replaced:
-            setattr(module, name, value)
+    with _common.replaced(replaced):
         yield
-    finally:
-        for module, name, value in originals:
-            setattr(module, name, value)
 
 
 def _abort_warmup_only(worker: Any, error: BaseException) -> None:
@@ -352,17 +333,13 @@ def _kept_as_linears(base: Any) -> Any:
 
 def _quantization(job: Mapping[str, Any], options: Mapping[str, Any], state: Run, skipped: list[str]) -> dict[str, Any]:
     """The `quantization_config` of the result."""
-    main = (job["bits"], job["group_size"])
-    symmetric = options["sym"] if job.get("method", "gptq") == "gptq" else not options["zero_point"]
-    own = {name: state.work.width(name) for name in state.wanted}
-    overrides = {name: LayerSettings(*width, symmetric) for name, width in own.items() if width != main}
-    described = describe(
-        state.layout, bits=main[0], group_size=main[1], symmetric=symmetric, desc_act=options.get("desc_act", False),
-        modules_to_not_convert=skipped, overrides=overrides,
+    awq = job.get("method") == "awq"
+    described = _output.described(
+        job, state.layout, {name: state.work.width(name) for name in state.wanted}, skipped,
+        symmetric=not options["zero_point"] if awq else options["sym"], desc_act=options.get("desc_act", False),
     )  # fmt: skip
-    if job.get("method") == "awq":
+    if awq:
         return {**described, "version": options["version"]}
-    described["lm_head"] = "lm_head" in state.wanted
     return {**described, **{key: options[key] for key in ("damp_percent", "true_sequential", "static_groups")}}
 
 

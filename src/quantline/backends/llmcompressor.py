@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantline.backends import _common, _output
+from quantline.backends import _common, _output, _selection
 from quantline.formats.settings import LayerSettings, describe
 from quantline.jobs import JobError, Reporter, worker_main
 
@@ -187,7 +187,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     from quantline.backends import _llmcompressor_modifiers as modifiers
 
     work = _common.load(job, config, translate=False)
-    work.renamed = lambda path: _common.file_name(path, config["model_type"])
+    work.renamed = lambda path: _selection.file_name(path, config["model_type"])
     linearize_moe(work.model)  # experts as separate linears, which is what they are in the files
     symmetric = not options["zero_point"] if method == "awq" else bool(options["sym"])
     layout = "compressed_tensors_int" if options.get("activation_bits") else "compressed_tensors"
@@ -216,13 +216,9 @@ def _survey(state: Run) -> None:
     linears = {name: module for name, module in found.items() if isinstance(module, nn.Linear)}
     if "linears" not in work.job:
         linears = {name: module for name, module in linears.items() if re.search(r"\.\d+\.", name)}
-    state.wanted = _common.chosen(work.job, linears)
+    state.wanted = _selection.chosen(work.job, linears)
     state.floats = [name for name in found if name not in state.wanted]
-    shapes: dict[tuple[int, int], dict[str, tuple[int, int]]] = {}
-    for name, module in state.wanted.items():
-        shapes.setdefault(work.width(name), {})[name] = (module.in_features, module.out_features)
-    for (bits, size), named in shapes.items():
-        _output.check_widths(named, state.layout, bits, size)
+    _selection.check_widths(work.job, state.wanted, state.layout)
 
 
 @contextmanager
@@ -256,18 +252,14 @@ def library(state: Run) -> Iterator[None]:
     ]
     if state.work.device == "cpu":
         replaced.append((IntermediatesCache, "pin_memory", lambda *_: None))
-    originals = [(owner, name, owner.__dict__[name]) for owner, name, _ in replaced]
     try:
-        for owner, name, value in replaced:
-            setattr(owner, name, value)
-        yield
+        with _common.replaced(replaced):
+            yield
     except (JobError, MemoryError):
         raise
     except Exception as error:
         raise RuntimeError(f"{state.current}: {type(error).__name__}: {error}") from error
     finally:
-        for owner, name, value in originals:
-            setattr(owner, name, value)
         reset_session()
 
 

@@ -21,7 +21,6 @@ from quantline.checkpoint import Checkpoint, to_float32
 from quantline.errors import UserError
 from quantline.formats import dequantize, quantize_rtn
 from quantline.formats.packing import BITS
-from quantline.formats.settings import LayerSettings, describe
 from quantline.jobs import JobError, Reporter, worker_main
 from quantline.linears import LM_HEAD, Width, linear_shapes
 
@@ -36,22 +35,6 @@ def layout_of(widths: set[Width], symmetric: bool) -> str:
     if symmetric:
         return "gptq"
     return "awq_gemm" if len(widths) == 1 and next(iter(widths)).bits == 4 else "gptq_v2"
-
-
-def quantization_config(
-    layout: str, job: dict[str, Any], widths: dict[str, Width], skipped: list[str], symmetric: bool
-) -> dict[str, Any]:
-    """The `quantization_config` of a result; linears that differ from the job's bits and groups are named one by one."""
-    main = Width(int(job["bits"]), int(job["group_size"]))
-    overrides = {
-        name: LayerSettings(width.bits, width.group_size, symmetric)
-        for name, width in widths.items() if width != main
-    }  # fmt: skip
-    with _output.refusals():
-        return describe(
-            layout, bits=main.bits, group_size=main.group_size, symmetric=symmetric, overrides=overrides,
-            modules_to_not_convert=skipped, quantized_head=LM_HEAD in widths,
-        )  # fmt: skip
 
 
 def check(widths: dict[str, Width]) -> None:
@@ -93,8 +76,8 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         rows, columns = checkpoint.info(f"{LM_HEAD}.weight").shape
         shapes[LM_HEAD] = (columns, rows)
     for width in set(widths.values()):
-        own = {name: shapes[name] for name in widths if widths[name] == width}
-        _output.check_widths(own, layout, width.bits, width.group_size)
+        sized = {name: shapes[name] for name in widths if widths[name] == width}
+        _output.check_widths(sized, layout, width.bits, width.group_size)
     skipped = [name for name in shapes if name not in widths]
     output = Path(job["output"])
     stacked = [name for name in checkpoint.names if re.search(r"\.experts\.\w+$", name) and _is_stack(checkpoint, name)]
@@ -118,9 +101,9 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
 
     with _output.refusals():
         _output.write_weights(output, tensors())
-        _output.write_configs(
-            Path(job["model"]), output, config, quantization_config(layout, job, widths, skipped, symmetric)
-        )
+        own = {name: (width.bits, width.group_size) for name, width in widths.items()}
+        settings = _output.described(job, layout, own, skipped, symmetric=symmetric)
+        _output.write_configs(Path(job["model"]), output, config, settings)
         for _ in _output.verify(output, widths):
             pass
     metrics = {

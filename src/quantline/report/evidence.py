@@ -82,8 +82,11 @@ class Evidence:
     @property
     def flags(self) -> list[Row] | None:
         """The alarms that evaluate raised; None where its instruments did not look."""
-        flags = self.results.get("evaluate", {}).get("flags")
-        return None if flags is None else list(flags)
+        result = self.results.get("evaluate", {})
+        for place in (result, result.get("tables") or {}, self.comparison):
+            if place.get("flags") is not None:
+                return list(place["flags"])
+        return None
 
     def monitor(self, stage: str) -> Row:
         """What was sampled while a stage ran."""

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from quantline.backends import _common, auto_gptq
+from quantline.backends import _common, _rounding, auto_gptq
 from quantline.formats import dequantize, gptq
 from quantline.jobs import Reporter, worker_main
 from quantline.model_config import read_config
@@ -52,7 +52,7 @@ def one_sided_groups():
         quantizer.find_params(weight, weight=True)
         return float((quantizer.quantize(weight) - weight).abs().max())
 
-    return {"plain": error(Quantizer), "ours": error(auto_gptq._quantizer_class(Quantizer))}
+    return {"plain": error(Quantizer), "ours": error(_rounding.gptq_quantizer(Quantizer, lambda own: own.sym))}
 
 
 def replaced():

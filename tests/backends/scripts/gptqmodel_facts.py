@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from quantline.backends import _common, _gptqmodel_awq, _gptqmodel_gptq, gptqmodel
+from quantline.backends import _common, _gptqmodel_awq, _rounding, gptqmodel
 from quantline.jobs import Reporter, worker_main
 
 
@@ -63,7 +63,7 @@ def one_sided_groups():
         quantizer.find_params(weight, weight=True)
         return float((quantizer.quantize(weight) - weight).abs().max())
 
-    return {"plain": error(Quantizer), "ours": error(_gptqmodel_gptq.quantizer_class(Quantizer))}
+    return {"plain": error(Quantizer), "ours": error(_rounding.gptq_quantizer(Quantizer, lambda own: own.qcfg.sym))}
 
 
 def failure(job):

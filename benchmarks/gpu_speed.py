@@ -1,0 +1,135 @@
+"""Speed of float, AWQ and GPTQ at 4 bits on a GPU, by `stages.speed` itself, of the demo model and of larger shapes.
+
+    python -m benchmarks.gpu_speed MODEL [OVERRIDE ...]     # MODEL: demo, 1b, 7b
+
+The larger models are Llamas with random weights, made here: nothing is downloaded, and a speed does not depend on what the
+weights say. Their quantized checkpoints are real ones, rounded to nearest and written in the AWQ and GPTQ layouts by the
+pipeline, so that vLLM loads codes; a dummy load of `quant_method: gptq` loads floats (its memory tells).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "assets" / "demo" / "model"
+# hidden, layers, inner, heads, key-value heads; those of TinyLlama-1.1B and Llama-2-7B.
+SHAPES = {"1b": (2048, 22, 5632, 32, 4), "7b": (4096, 32, 11008, 32, 32)}
+VOCABULARY = 32000
+VARIANTS = {"awq-w4-g128": ["method=rtn", "method.sym=false"], "gptq-w4-g128": ["method=rtn", "method.sym=true"]}
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def make_model(shape: str) -> Path:
+    """A Llama checkpoint of the shape with normal weights of deviation 0.02, bfloat16, a file a layer, and a tokenizer."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, layers, inner, heads, key_heads = SHAPES[shape]
+    folder = ROOT / "scratch" / "models" / f"llama-{shape}"
+    if (folder / "model.safetensors.index.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+
+    def normal(rows: int, columns: int) -> Any:
+        return (torch.randn(rows, columns, device=device) * 0.02).to(torch.bfloat16).cpu()
+
+    def ones() -> Any:
+        return torch.ones(hidden, dtype=torch.bfloat16)
+
+    narrow = hidden * key_heads // heads
+    places: dict[str, str] = {}
+    total = 0
+
+    def write(name: str, tensors: dict[str, Any]) -> None:
+        nonlocal total
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        places.update(dict.fromkeys(tensors, name))
+        total += sum(tensor.numel() * 2 for tensor in tensors.values())
+
+    files = layers + 1
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        write(f"model-{layer + 1:05}-of-{files:05}.safetensors", {
+            f"{at}.self_attn.q_proj.weight": normal(hidden, hidden),
+            f"{at}.self_attn.k_proj.weight": normal(narrow, hidden),
+            f"{at}.self_attn.v_proj.weight": normal(narrow, hidden),
+            f"{at}.self_attn.o_proj.weight": normal(hidden, hidden),
+            f"{at}.mlp.gate_proj.weight": normal(inner, hidden), f"{at}.mlp.up_proj.weight": normal(inner, hidden),
+            f"{at}.mlp.down_proj.weight": normal(hidden, inner),
+            f"{at}.input_layernorm.weight": ones(), f"{at}.post_attention_layernorm.weight": ones(),
+        })  # fmt: skip
+    write(f"model-{files:05}-of-{files:05}.safetensors", {
+        "model.embed_tokens.weight": normal(VOCABULARY, hidden), "model.norm.weight": ones(),
+        "lm_head.weight": normal(VOCABULARY, hidden),
+    })  # fmt: skip
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers,
+        "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": key_heads,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1,
+        "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for name in TOKENIZER:
+        if (DEMO / name).is_file():
+            shutil.copyfile(DEMO / name, folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def run_stage(stage: str, overrides: list[str]) -> None:
+    """One stage by hand, with its time."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", f"stages.{stage}", *overrides], cwd=ROOT, check=True)
+    print(f"[{stage}: {time.perf_counter() - began:.0f} s]", flush=True)
+
+
+def main(model: str, overrides: list[str]) -> None:
+    """Both variants of a model, and their tables once more at the end."""
+    sys.path.insert(0, str(ROOT / "src"))
+    from quantline.speed_table import render_speed_table
+
+    out = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "scratch"
+    path = DEMO if model == "demo" else make_model(model)
+    python = sys.executable
+    common = [
+        f"model.path={path}", "device=cuda", "tracking.enabled=false", "speed=sweep", "coverage.enabled=false",
+        "calibration.n_samples=1", "serve.process.kv_cache_gib=1", "serve.process.gpu_memory_utilization=0.4",
+        f"toolchains.vllm={python}", f"toolchains.reference={python}", *overrides,
+    ]  # fmt: skip
+    for stage in ("download", "calibrate"):
+        run_stage(stage, [*VARIANTS["awq-w4-g128"], *common])
+    tables = []
+    for name, own in VARIANTS.items():
+        variant = f"{model}-{name}"
+        for stage in ("quantize", "convert", "speed"):
+            run_stage(stage, [*own, *common, f"variant={variant}"])
+        folder = ROOT / "scratch" / variant
+        document = json.loads((folder / "speed" / "speed.json").read_text(encoding="utf-8"))
+        for suffix in (".json", ".log", ".float.log", ".variant.log"):
+            if (folder / f"speed{suffix}").is_file():
+                shutil.copyfile(folder / f"speed{suffix}", out / f"{variant}-speed{suffix}")
+        shutil.copyfile(folder / "speed" / "speed.json", out / f"{variant}-measured.json")
+        kernels = ", ".join(document["servers"][-1]["kernels"]) if document["servers"] else "not served"
+        tables.append(f"{variant} ({kernels})\n\n{render_speed_table(document, 'github')}")
+        for stage in ("quantize", "convert"):  # of a large model both are large
+            shutil.rmtree(folder / stage, ignore_errors=True)
+            (folder / f"{stage}.json").unlink(missing_ok=True)
+    text = "\n\n".join(tables) + "\n"
+    (out / f"{model}-speed.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "demo", sys.argv[2:])

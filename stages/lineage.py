@@ -1,0 +1,69 @@
+"""Show where a variant came from, stage by stage, or the first difference between two:
+`python -m stages.lineage variant=awq-w4-g128`, `python -m stages.lineage variant=awq-w4-g128 against=gptq-w4-g128`.
+
+Either side is the name of a variant, a folder of results, or a run of MLflow by its id, fingerprint or the beginning of one.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from stages import ROOT, own_main
+
+OWN = """Options of stages.lineage alone, the rest is the pipeline's:
+  variant=NAME             a variant of params.yaml or one run by hand, a folder of results, or a run of MLflow
+  against=NAME             another: name the first value in which the two differ
+  lineage.format=json      the same as JSON
+"""
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from omegaconf import DictConfig
+
+    from quantline.chain import Chain
+
+
+def lineage(cfg: DictConfig, own: dict[str, str]) -> None:
+    import json
+    from dataclasses import asdict
+
+    from quantline.chain import as_values
+    from quantline.differences import first_difference
+    from quantline.errors import UserError
+    from quantline.lineage_report import as_text, difference_text
+    from quantline.own_options import chosen
+
+    as_json = chosen(own, "lineage.format", ("text", "json")) == "json"
+    if "variant" not in own:
+        raise UserError("variant: is not set; give variant=NAME, a variant's, or a run's id")
+    one = chain_of(cfg, own["variant"], ROOT)
+    if "against" not in own:
+        print(json.dumps(as_values(one), indent=2) if as_json else as_text(one))
+        return
+    other = chain_of(cfg, own["against"], ROOT)
+    found = first_difference(one, other)
+    values = {"one": one.name, "other": other.name, "difference": asdict(found) if found else None}
+    print(json.dumps(values, indent=2) if as_json else difference_text(one, other, found))
+
+
+def chain_of(cfg: DictConfig, given: str, root: Path) -> Chain:
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+
+    from quantline.chain import folder_chain, local_chain, require_chain
+    from quantline.entry import plain
+
+    found = local_chain(root, given.removeprefix("by-hand/")) or folder_chain(Path(given).expanduser().absolute(), root)
+    if found is None and len(given) >= 6 and set(given) <= set("0123456789abcdef"):
+        from quantline.tracked_runs import read_run, tracking_of
+
+        tracking = tracking_of(plain(cfg), HydraConfig.get().overrides.task, root)
+        found = read_run(tracking, root, given).chain
+    return require_chain(found, given, root)
+
+
+if __name__ == "__main__":
+    own_main(lineage, ("variant", "against", "lineage.format"), OWN, __file__, sys.argv)

@@ -1,0 +1,53 @@
+"""Register a variant in MLflow's model registry and give it an alias, if its gates hold:
+`python -m stages.promote variant=awq-w4-g128 alias=production`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from stages import ROOT, own_main
+
+OWN = """Options of stages.promote alone, the rest is the pipeline's (promote.max_perplexity_increase=0.03):
+  variant=NAME             a variant of params.yaml, or one run by hand
+  alias=NAME               such as production
+"""
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def promote(cfg: DictConfig, own: dict[str, str]) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from quantline import promotion, registry
+    from quantline.config import parse
+    from quantline.entry import plain
+    from quantline.errors import GateError, TrackingError
+    from quantline.gates import faults_of
+    from quantline.own_options import required
+    from quantline.publishing import publish_records
+    from quantline.tracked_runs import current_run, tracking_of
+
+    name, alias = required(own, "variant", "alias")
+    registry.check_alias(alias)
+    values = plain(cfg)
+    record = promotion.record_of(ROOT, name)
+    tracking = tracking_of(values, HydraConfig.get().overrides.task, ROOT)
+    config = parse({**record.config, "tracking": tracking.model_dump(), "promote": values["promote"]})
+    faults = faults_of({result["stage"]: result for result in record.results}, promotion.gates_of(config))
+    if faults:
+        raise GateError(f"{record.name} is not promoted:\n  " + "\n  ".join(faults))
+    if not publish_records([record], config, ROOT):
+        raise TrackingError("a variant is promoted from its run, and MLflow has not got it; see NOT PUBLISHED above")
+    run = current_run(tracking, ROOT, record.name, config.model)
+    what = promotion.promotion_of(record, promotion.model_name_of(config), run.run_id, run.fingerprint, ROOT)
+    done = registry.promote(tracking, ROOT, what, alias)
+    came = f"{done.uploaded / 1e6:.1f} MB uploaded" if done.uploaded else "its files were there"
+    moved = f", which version {done.before} had before" if done.before else ""
+    print(f"{done.model} version {done.version} ({record.name}, {came}) is {alias} now{moved}")
+
+
+if __name__ == "__main__":
+    own_main(promote, ("variant", "alias"), OWN, __file__, sys.argv)

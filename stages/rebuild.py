@@ -1,0 +1,48 @@
+"""Bring a variant back from its MLflow run alone: `python -m stages.rebuild run=ID out=DIR`.
+
+Exit code 0 and IDENTICAL only if every file, tensor and metric is what the run recorded; DIR is made only then.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from stages import ROOT, own_main
+
+OWN = """Options of stages.rebuild alone, the rest is the pipeline's (tracking.uri=...):
+  run=ID                   a run of MLflow by its id, its fingerprint, or the beginning of one
+  out=DIR                  a folder to make: DIR/convert is the checkpoint, beside it the other stages' outputs and results
+  from=auto                cache (DVC's cache or a remote), source (make it again), or auto: the first that can
+  remote=NAME              the remote of DVC to look in, else its default one
+"""
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def rebuild(cfg: DictConfig, own: dict[str, str]) -> None:
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+
+    from quantline.entry import plain
+    from quantline.errors import DifferentError
+    from quantline.own_options import chosen, required
+    from quantline.rebuild import rebuild as bring_back
+    from quantline.tracked_runs import read_run, tracking_of
+
+    given, place = required(own, "run", "out")
+    source = chosen(own, "from", ("auto", "cache", "source"))
+    run = read_run(tracking_of(plain(cfg), HydraConfig.get().overrides.task, ROOT), ROOT, given)
+    print(f"{run.name}, run {run.run_id}, of {run.experiment}", file=sys.stderr, flush=True)
+    out = Path(place).expanduser().absolute()
+    rebuilt = bring_back(run, out, ROOT, source=source, remote=own.get("remote"))
+    print(f"compared: {', '.join(rebuilt.compared)}")
+    if rebuilt.difference is not None:
+        raise DifferentError(f"DIFFERENT, recorded | from {rebuilt.how}\n{rebuilt.difference}")
+    print(f"IDENTICAL, from {rebuilt.how} -> {out}")
+
+
+if __name__ == "__main__":
+    own_main(rebuild, ("run", "out", "from", "remote"), OWN, __file__, sys.argv)

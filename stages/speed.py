@@ -1,0 +1,41 @@
+"""Measure how fast the variant is served, beside the float model in the same session, by vLLM's benchmark tools."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from stages import ROOT, stage
+
+if TYPE_CHECKING:
+    from quantline.stage import StageRun
+
+
+@stage("speed")
+def speed(run: StageRun) -> None:
+    from quantline.speed import Subject, measure
+    from quantline.speed_table import render_speed_table
+
+    run.refuse_float()
+    plan, float_model = run.speed_plan(), run.input("download") / "model"
+    subjects = (
+        Subject("float", float_model, run.server_options(quantized=False)),
+        Subject("variant", run.checkpoint(), run.server_options(quantized=True)),
+    )
+    python, version = run.server() if plan.tools else (ROOT, "")
+    run.files.append("speed.json")
+    with run.output() as out:
+        measured = measure(
+            python=python, version=version, subjects=subjects, plan=plan, out=out, log=run.paths.log,
+            bench=partial(run.worker, "vllm", "quantline.bench_worker"),
+        )  # fmt: skip
+    run.metrics.update(measured.metrics)
+    run.warnings.extend(measured.warnings)
+    if measured.reason:
+        run.status, run.reason = "unsupported", measured.reason
+    if measured.document["rows"]:
+        print(render_speed_table(measured.document))
+
+
+if __name__ == "__main__":
+    speed()
