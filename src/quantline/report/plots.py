@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from quantline.report import svg
@@ -69,7 +70,7 @@ def quality_size(rows: Sequence[Row], order: Mapping[str, int], limit: float | N
             _plain_ticks(axes, max(tops))
         axes.set_xlabel("weights on disk, MB (left is smaller)")
         axes.set_ylabel("growth of the perplexity, %" + (" (logarithmic above 1)" if wide else ""))
-        _name_points(figure, axes, known, chosen)
+        _name_points(figure, axes, known, chosen, steps)
         about = "; ".join(f"{row['variant']} {row['size_bytes'] / 1e6:.3g} MB, {row['difference_percent']:+.2f} %"
                           for row in known)  # fmt: skip
         return svg.finish(
@@ -94,13 +95,16 @@ def _point(
     svg.gid(point, tips, f"{row['variant']}: {x:.3g} MB, {y:+.3g} %")
 
 
-def _name_points(figure: Any, axes: Any, rows: Sequence[Row], chosen: str | None) -> None:
+def _name_points(figure: Any, axes: Any, rows: Sequence[Row], chosen: str | None, steps: Sequence[Row]) -> None:
     """Write each variant's name beside its point, at the first of several places where it covers nothing."""
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()
     dots = axes.transData.transform([(row["size_bytes"] / 1e6, row["difference_percent"]) for row in rows])
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in dots]
+    corners = axes.transData.transform([(row["size_bytes"] / 1e6, row["difference_percent"]) for row in steps])
+    for (x, y), (right, below) in pairwise(corners):
+        taken += [Bbox.from_extents(x, y - 1, right, y + 1), Bbox.from_extents(right - 1, below, right + 1, y)]
     frame = axes.get_window_extent()
     places = [(12, -3, "left"), (-12, -3, "right"), (0, 12, "center"), (0, -19, "center"), (10, 12, "left"),
               (-10, 12, "right"), (10, -19, "left"), (-10, -19, "right"), (0, 26, "center"), (0, -33, "center")]  # fmt: skip
@@ -173,7 +177,7 @@ def forest(rows: Sequence[Row], order: Mapping[str, int]) -> Plot | None:
                     axes.minorticks_off()
                 axes.axvline(0, color=ink("muted"), linewidth=1.2)
             elif key == "kl_divergence":
-                axes.set_xlim(left=0)
+                _positive(axes, [row[key] for row in kept if _finite(row.get(key))])
             axes.set_ylim(len(kept) - 0.5, -0.5)
             axes.set_yticks(range(len(kept)), [row["variant"] for row in kept] if at == 0 else [""] * len(kept))
             axes.tick_params(axis="y", length=0)
@@ -186,6 +190,20 @@ def forest(rows: Sequence[Row], order: Mapping[str, int]) -> Plot | None:
             caption="Points with the interval of each. A difference is real, at the stated level, where its interval leaves "
             "out zero; intervals of two variants that overlap do not tell them apart.", tips=tips,
         )  # fmt: skip
+
+
+def _positive(axes: Any, values: Sequence[float]) -> None:
+    """A scale for divergences: from zero, or logarithmic where they differ by orders of magnitude."""
+    above = [value for value in values if value > 0]
+    if len(above) == len(values) and max(above) > 30 * min(above):
+        axes.set_xscale("log")
+        axes.set_xlim(min(above) / 2, max(above) * 2)
+        axes.xaxis.set_minor_formatter("")
+        ticks = [10.0**power for power in range(-8, 3) if min(above) / 2 <= 10.0**power <= max(above) * 2]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    else:
+        axes.set_xlim(left=0)
 
 
 def memory(table: Table, order: Mapping[str, int]) -> Plot | None:

@@ -47,7 +47,7 @@ _OWN_WORDS = {
     ("difference_high_percent", False): "By the upper end of its interval, the perplexity grows by {value} ({allowed})",
     ("served", True): "vLLM serves it here",
     ("served", False): "vLLM does not serve it here{refusal}",
-    ("alarms", True): "The evaluation's instruments raised {value} alarm{s} ({allowed})",
+    ("alarms", True): "The evaluation's instruments raised {value} alarm{s}",
     ("alarms", False): "The evaluation's instruments raised {value} alarm{s} ({allowed})",
     ("tasks_passed", True): "It keeps enough of the float model's score on every task",
     ("tasks_passed", False): "It keeps too little of the float model's score on a task",
@@ -149,9 +149,11 @@ def _check(name: str, rule: Rule, row: Row) -> Check:
     shown = abs(value) if rule.column == "difference_high_percent" and value > 0 else value
     text = written(shown, kind).lstrip("+") if own else written(value, kind)
     sentence = own or "{what}: {value} ({allowed})"
+    if rule.column == "alarms" and value == 0:
+        text = "no"
     refusal = f": {row['refusal']}" if row.get("refusal") else ""
     sentence = sentence.format(
-        what=_capital(what), value=text, allowed=_allowed(rule, kind), refusal=refusal, s="" if value == 1 else "s"
+        what=_capital(what), value=text, allowed=_allowed(rule, kind), refusal=refusal, s="" if value in (0, 1) else "s"
     )
     return Check(name, passed, True, sentence)
 

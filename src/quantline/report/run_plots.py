@@ -86,9 +86,12 @@ def ratios(evidence: Sequence[Evidence], order: Mapping[str, int]) -> Plot | Non
                     (dot,) = axes.plot([row["speed_up"]], [y], marker=svg.marker(order[item.name]), markersize=7,
                                        color=colour)  # fmt: skip
                     svg.gid(dot, tips, f"{item.name}, {step} at once: {row['speed_up']:.3g} times float")
-                    edge = max(row["speed_up"], row.get("high") or 0)
-                    axes.annotate(f"{row['speed_up']:.2f}x" + ("  slower" if slower else ""), (edge, y), xytext=(8, 0),
-                                  textcoords="offset points", va="center", fontsize=8.4,
+                    # On the side away from the line.
+                    ends = [row["speed_up"], row.get("low") or row["speed_up"], row.get("high") or row["speed_up"]]
+                    left = max(ends) < 1
+                    axes.annotate(f"slower {row['speed_up']:.2f}x" if slower else f"{row['speed_up']:.2f}x",
+                                  (min(ends) if left else max(ends), y), xytext=(-8 if left else 8, 0),
+                                  ha="right" if left else "left", textcoords="offset points", va="center", fontsize=8.4,
                                   color=ink("bad") if slower else ink("fg"))  # fmt: skip
                     ticks.append(y)
                     names.append(item.name)
@@ -97,7 +100,8 @@ def ratios(evidence: Sequence[Evidence], order: Mapping[str, int]) -> Plot | Non
         axes.annotate("as fast as float", (1, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
                       textcoords="offset points", color=ink("muted"), fontsize=8.2)  # fmt: skip
         low, high = axes.get_xlim()
-        axes.set_xlim(min(low, 0.95), max(high, 1.05) + 0.16 * (max(high, 1.05) - min(low, 0.95)))
+        low, high = min(low, 0.95), max(high, 1.05)
+        axes.set_xlim(low - 0.16 * (high - low), high + 0.12 * (high - low))
         axes.set_ylim(y - 0.4, -0.9)
         axes.set_yticks(ticks, names)
         for tick, name in zip(axes.get_yticklabels(), names, strict=True):
@@ -123,14 +127,17 @@ def tasks(rows: Sequence[Row], order: Mapping[str, int], limit: float | None) ->
         axes = figure.add_subplot()
         ticks: list[float] = []
         names: list[str] = []
-        y = 0.0
+        left, y = _from(kept, limit), 0.0
         for name in dict.fromkeys(map(_task, kept)):
             ticks.append(y)
             names.append(name)
             y += 1
             for row in (row for row in kept if _task(row) == name):
                 place = order[row["variant"]]
-                if row.get("recovery_low") is not None and row.get("recovery_high") is not None:
+                if 100 * row["recovery"] < left:
+                    axes.annotate(f"◂ {100 * row['recovery']:.1f} %", (left, y), xytext=(3, 0), textcoords="offset points",
+                                  va="center", color=svg.colour(place), fontsize=8.4)  # fmt: skip
+                elif row.get("recovery_low") is not None and row.get("recovery_high") is not None:
                     ends = 100 * row["recovery_low"], 100 * row["recovery_high"]
                     axes.hlines(y, *ends, color=svg.colour(place), linewidth=2.6)
                 (dot,) = axes.plot([100 * row["recovery"]], [y], marker=svg.marker(place), markersize=6.5,
@@ -145,6 +152,8 @@ def tasks(rows: Sequence[Row], order: Mapping[str, int], limit: float | None) ->
             axes.annotate("limit", (100 * limit, 1), xycoords=("data", "axes fraction"), xytext=(-3, -9), ha="right",
                           textcoords="offset points", color=ink("bad"), fontsize=8.2)  # fmt: skip
         axes.set_ylim(y - 0.4, -0.9)
+        right = max([100.0, *(100 * (row.get("recovery_high") or row["recovery"]) for row in kept)])
+        axes.set_xlim(left, right + 0.04 * (right - left))
         axes.set_yticks(ticks, names)
         for tick, name in zip(axes.get_yticklabels(), names, strict=True):
             tick.set_fontweight("normal" if name in order else "bold")
@@ -156,6 +165,13 @@ def tasks(rows: Sequence[Row], order: Mapping[str, int], limit: float | None) ->
             description="; ".join(f"{row['variant']} {_task(row)} {100 * row['recovery']:.1f} %" for row in kept),
             caption="100 % is the float model. Where an interval holds 100 %, the task did not tell the two apart.",
         )  # fmt: skip
+
+
+def _from(rows: Sequence[Row], limit: float | None) -> float:
+    """Where the axis begins: a variant that lost nearly all must not press the others together."""
+    lows = [100 * (row.get("recovery_low") or row["recovery"]) for row in rows]
+    floor = 100 * (limit if limit is not None else 0.95) - 20
+    return min(99.0, max(min(lows), floor) - 1)
 
 
 def _task(row: Row) -> str:
@@ -178,7 +194,7 @@ def monitor(item: Evidence) -> Plot | None:
             labelled: set[str] = set()
             for stage, begin, end in zip(stages, begins, begins[1:], strict=False):
                 axes.axvline(begin, color=ink("line"), linewidth=0.8)
-                if row == 0 and end - begin > 0.012 * total * len(stage):
+                if row == 0 and end - begin > 0.009 * total * len(stage):
                     axes.annotate(stage, (begin, 1), xycoords=("data", "axes fraction"), xytext=(2, 2), fontsize=8.2,
                                   textcoords="offset points", color=ink("muted"))  # fmt: skip
                 seconds = [begin + second for second in _series(item.monitor(stage), "seconds") or []]
