@@ -101,7 +101,7 @@ def ratios(evidence: Sequence[Evidence], order: Mapping[str, int]) -> Plot | Non
                       textcoords="offset points", color=ink("muted"), fontsize=8.2)  # fmt: skip
         low, high = axes.get_xlim()
         low, high = min(low, 0.95), max(high, 1.05)
-        axes.set_xlim(low - 0.16 * (high - low), high + 0.12 * (high - low))
+        axes.set_xlim(low - (0.25 if low < 0.95 else 0.05) * (high - low), high + 0.12 * (high - low))
         axes.set_ylim(y - 0.4, -0.9)
         axes.set_yticks(ticks, names)
         for tick, name in zip(axes.get_yticklabels(), names, strict=True):

@@ -57,7 +57,7 @@ def variants(evidence: Sequence[Evidence]) -> Table:
         Column("difference_percent", "perplexity growth", "growth", "difference_low_percent", "difference_high_percent",
                "baseline"),
         Column("verdict", "against float", missing="baseline"),
-        Column("alarms", "alarms", "count"), Column("served", "served", "yes"),
+        Column("alarms", "alarms", "count", missing="-"), Column("served", "served", "yes"),
         Column("size_bytes", "weights on disk", "bytes"), Column("compression_ratio", "smaller by", "ratio"),
         Column("speed_up", "speed-up", "ratio"), Column("recovery_lowest", "worst task kept", "share"),
     )  # fmt: skip
@@ -156,8 +156,8 @@ def tasks(evidence: Sequence[Evidence]) -> Table:
 
 _LAYER_COLUMNS = (
     Column("variant", "variant", "code"), Column("name", "linear", "code"),
-    Column("output_error", "output error", "number"), Column("weight_error", "weight error", "number"),
-    Column("weight_error_max", "largest", "number"), Column("weight_error_mean", "mean", "number"),
+    Column("output_error", "output error", "nats"), Column("weight_error", "weight error", "nats"),
+    Column("weight_error_max", "largest", "nats"), Column("weight_error_mean", "mean", "nats"),
     Column("level", "level"), Column("bits", "bits", "count"),
 )  # fmt: skip
 
@@ -185,9 +185,11 @@ def restored(evidence: Sequence[Evidence]) -> Table:
     columns = (
         _variant(), Column("name", "linear put back to float", "code"), Column("output_error", "its output error", "number"),
         Column("nll_difference_restored", "loss left, nats/token", "nats"),
-        Column("recovered_nll", "loss undone, nats/token", "nats"),
+        Column("recovered_nll", "loss undone, nats/token", "nats", "recovered_low", "recovered_high"),
         Column("recovered_share", "share of the loss undone", "share"),
     )  # fmt: skip
+    if any(row.get("recovered_kl_share") is not None for row in rows):
+        columns = (*columns, Column("recovered_kl_share", "share of the KL undone", "share"))
     return Table(
         "restored",
         "How much of the loss is undone by putting one linear back into float, one at a time.",
