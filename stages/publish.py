@@ -29,7 +29,7 @@ def publish(cfg: DictConfig) -> None:
     tracking = plain(cfg)["tracking"] if given else kept["tracking"]
     config = parse({**kept, "tracking": tracking})
     report = current_report(ROOT, records)
-    done = not config.tracking.enabled or publish_records(records, config, ROOT, report)
+    done = not config.tracking.enabled or publish_records(records, config, ROOT, report=report)
     print(render_table(variant_table(records)))
     print("\nCompare them in MLflow: make ui")
     print(f"Which one to ship: {report / 'index.html' if report else 'not reported on yet, run `dvc repro`'}")

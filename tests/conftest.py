@@ -36,3 +36,17 @@ def composed(root):
             return plain(compose("config", overrides=list(overrides)))
 
     return values
+
+
+@pytest.fixture(scope="session")
+def built_project(root, tmp_path_factory):
+    """A small DVC project with two variants of one stage, built; see `dvc_project`."""
+    from dvc_project import build
+
+    return build(root, tmp_path_factory.mktemp("dvc") / "project")
+
+
+@pytest.fixture
+def project(built_project, tmp_path):
+    """A copy of it that may be spoilt."""
+    return built_project.copy(tmp_path / "project")

@@ -105,7 +105,7 @@ def test_what_was_not_measured_is_said(bare: Path) -> None:
     assert {path.stem for path in (bare / "plots").iterdir()} == {
         "quality-size", "distances", "errors-gptq-w4-g128", "memory"
     }  # fmt: skip
-    assert "Tasks' recovery gate passed: not measured, so it was not judged by that." in text
+    assert "Recovery on tasks: not measured, so it was not judged by that." in text
 
 
 def test_plots_are_drawings_with_titles_and_ids_of_their_own(whole: Path) -> None:

@@ -27,6 +27,7 @@ from quantline.variants import BASELINE, STAGES, stage_paths
 # Keys of a frozen file that are Hydra's and no part of the configuration.
 _HYDRA_KEYS = ("defaults", "hydra")
 BY_HAND = "by-hand/"
+MAX_PATCH_CHARS = 1_000_000
 
 
 def pipeline_records(root: Path) -> list[VariantRecord]:
@@ -71,7 +72,8 @@ def _record(root: Path, home: Path, name: str, values: dict[str, Any], overrides
     results = list(_results(root, home, name, config))
     commit, dirty = commit_of(root)
     lock = variant_lock(root, name) if config.frozen is not None else {}
-    return VariantRecord(name, values, overrides, results, root, commit, dirty, lock=lock)
+    patch = patch_of(root) if dirty else None
+    return VariantRecord(name, values, overrides, results, root, commit, dirty, patch, lock)
 
 
 def _results(root: Path, home: Path, folder: str, config: Config) -> Iterator[dict[str, Any]]:
@@ -118,13 +120,25 @@ def _follows(result: dict[str, Any], config: Config, stage: str, root: Path, cur
 
 def commit_of(root: Path) -> tuple[str | None, bool]:
     """The checkout's commit, and whether tracked files differ from it; (None, False) outside git."""
+    commit = git_output(root, "rev-parse", "HEAD")
+    dirty = git_output(root, "status", "--porcelain", "--untracked-files=no")
+    return (commit.strip(), bool((dirty or "").strip())) if commit else (None, False)
 
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
-    return (commit, bool(git("status", "--porcelain", "--untracked-files=no"))) if commit else (None, False)
+def patch_of(root: Path) -> str | None:
+    """How tracked files differ from the commit, as `git apply` reads it; of one too large, the files alone."""
+    patch = git_output(root, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
+    if not patch or len(patch) <= MAX_PATCH_CHARS:
+        return patch or None
+    files = git_output(root, "diff", "--no-ext-diff", "--stat=200", "HEAD")
+    return f"# A patch of {len(patch)} characters is not kept, {MAX_PATCH_CHARS} is the limit. Changed were:\n{files}"
+
+
+def git_output(root: Path, *arguments: str) -> str | None:
+    """What git prints of a checkout; None where it fails or is not there."""
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -51,7 +51,8 @@ def run_stage(
         from quantline.collect import manual_record
         from quantline.publishing import publish_records
 
-        publish_records([manual_record(root, result["variant"])], config, root)
+        limit = 2 * config.tracking.timeout_seconds  # the stage is done, and somebody waits for the prompt
+        publish_records([manual_record(root, result["variant"])], config, root, limit_seconds=limit)
 
 
 def check_caller(config: Config, overrides: Sequence[str]) -> None:

@@ -100,6 +100,7 @@ def publish(
     root: Path,
     timeout_seconds: float = 10,
     report: Path | None = None,
+    limit_seconds: float | None = None,
 ) -> PublishReport:
     """Bring the experiment in line with `records`; other variants in it are left alone.
 
@@ -107,6 +108,7 @@ def publish(
 
     tracking_uri: null means MLFLOW_TRACKING_URI where it is set, else `mlflow.db` in `root`, with artifacts in
     `mlartifacts` beside it. timeout_seconds: for one request; a server that does not answer is given up after two.
+    limit_seconds: for all of them, where somebody waits for the end of a stage; null means as long as it takes.
 
     Raises:
         TrackingError: the server is down, slow or refuses; the message has no credentials in it. What was published
@@ -121,9 +123,9 @@ def publish(
         plans.append(plan_report(report))
     try:
         check_reachable(uri, timeout_seconds)
-        with quiet_mlflow(uri, timeout_seconds), locked(uri, max(60.0, timeout_seconds)):
+        with quiet_mlflow(uri, timeout_seconds), locked(uri, limit_seconds or max(60.0, timeout_seconds)):
             _ensure_database(uri)
-            publisher = _Publisher(uri, experiment)
+            publisher = _Publisher(uri, experiment, limit_seconds)
             for plan in plans:
                 publisher.upsert(plan)
     except Exception as error:  # the border: a server, a proxy or a database can raise anything
@@ -150,11 +152,23 @@ def _ensure_database(uri: str) -> None:
     os.replace(temporary, database)
 
 
+class _Timed:
+    """A client that does not begin a request when the time is up: a slow server answers each one in time, and never ends."""
+
+    def __init__(self, client: Any, limit_seconds: float | None) -> None:
+        self._client, self._limit, self._begun = client, limit_seconds, time.monotonic()
+
+    def __getattr__(self, name: str) -> Any:
+        if self._limit is not None and time.monotonic() - self._begun > self._limit:
+            raise TrackingError(f"it is slow, not done after {self._limit:g} s; nobody waits longer for it")
+        return getattr(self._client, name)
+
+
 class _Publisher:
-    def __init__(self, uri: str, experiment: str) -> None:
+    def __init__(self, uri: str, experiment: str, limit_seconds: float | None) -> None:
         from mlflow import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self._client = _Timed(MlflowClient(tracking_uri=uri, registry_uri=uri), limit_seconds)
         self.experiment_id = self._ensure_experiment(uri, experiment)
         self._describe_experiment()
         self.created: list[str] = []
@@ -209,6 +223,7 @@ class _Publisher:
         run_id = str(run.info.run_id)
         end = run.info.start_time + int(plan.seconds * 1000)
         self._log(run, plan, end)
+        self._log_inputs(run, plan)
         if plan.children:
             children = self._search({"mlflow.parentRunId": run_id})
             for child in plan.children:
@@ -236,6 +251,24 @@ class _Publisher:
         for at in range(0, max(len(params), len(tags), 1), 100):
             batch = metrics if at == 0 else []
             self._client.log_batch(run.info.run_id, batch, params[at : at + 100], tags[at : at + 100])
+
+    def _log_inputs(self, run: Any, plan: Plan) -> None:
+        """Datasets and system metrics; a store keeps each once, however often it is told."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+
+        if plan.datasets:
+            uses = [
+                DatasetInput(
+                    Dataset(use.name, use.digest, "code", use.source, profile=use.profile),
+                    [InputTag("mlflow.data.context", use.context)],
+                )
+                for use in plan.datasets
+            ]
+            self._client.log_inputs(run.info.run_id, uses)
+        began = run.info.start_time
+        for at in range(0, len(plan.samples), 1000):  # a server takes as many metrics in one request
+            batch = plan.samples[at : at + 1000]
+            self._client.log_batch(run.info.run_id, [Metric(s.key, s.value, began + s.after, s.step) for s in batch])
 
     def _attach(self, run_id: str, plan: Plan) -> None:
         with tempfile.TemporaryDirectory(prefix="quantline-artifacts-") as scratch:

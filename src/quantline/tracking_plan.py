@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from quantline.tracking_inputs import DatasetUse, SystemSample, datasets_of, system_samples
 from quantline.tracking_store import Scrubber
 
 STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "speed")
@@ -25,7 +26,7 @@ RUNTIME_KEYS = ("tracking", "promote", "report", "toolchains", "device", "serve.
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
 REPORT_MANIFEST = "data/manifest.json"
-PROJECTION = 1  # part of the content hash: raise it when the same results are to be shown in another way
+PROJECTION = 2  # part of the content hash: raise it when the same results are to be shown in another way
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class VariantRecord:
 
     config: its frozen configuration as plain values. overrides: the override string that made it. results: the stages'
     result files, as far as they exist. folder: what the results' `files` are relative to. commit: the code's commit,
-    where it is known; dirty: the checkout differed from it.
+    where it is known; dirty: the checkout differed from it, and patch says how. lock: its part of dvc.lock, by which its
+    outputs are found in a cache.
     """
 
     name: str
@@ -44,9 +46,8 @@ class VariantRecord:
     folder: Path
     commit: str | None = None
     dirty: bool = False
-    lock: dict[str, Any] = field(
-        default_factory=dict
-    )  # its part of dvc.lock, by which its outputs are found in a cache
+    patch: str | None = None
+    lock: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,6 +65,8 @@ class Plan:
     started: float | None
     seconds: float
     children: list[Plan] = field(default_factory=list)
+    datasets: tuple[DatasetUse, ...] = ()
+    samples: tuple[SystemSample, ...] = ()
 
 
 def _digest(value: object) -> str:
@@ -171,13 +174,19 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
     seconds = sum(child.seconds for child in children)
     if started is not None:
         seconds = max(start + length for start, length in known) - started
-    # After the stages, so that a run that has no lock yet is completed rather than made anew.
+    texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}
+    if record.patch:
+        texts["dirty.patch"] = scrubber(record.patch)
+    if record.lock:
+        texts["dvc.lock"] = yaml.safe_dump(record.lock)
+    # A dataset that two stages read is one input of the variant.
+    datasets = {(use.name, use.digest): use for child in children for use in child.datasets}
+    # The lock comes after the stages, so that a run that has none yet is completed rather than made anew.
     held = [child.complete for child in children] + ([record.lock] if record.lock else [])
     return Plan(
         record.name, {"quantline.role": "variant", "quantline.variant": record.name}, tags, params,
-        variant_metrics(results), {"config.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-                                   **({"dvc.lock": yaml.safe_dump(record.lock)} if record.lock else {})}, {},
-        _digest([PROJECTION, params, held]), started, seconds, children,
+        variant_metrics(results), texts, {}, _digest([PROJECTION, params, held]), started, seconds, children,
+        tuple(datasets.values()),
     )  # fmt: skip
 
 
@@ -207,6 +216,8 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
         {"result.json": json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}, files,
         _digest([PROJECTION, identity["quantline.result"], contents]),
         timings.get("started_at"), float(timings.get("total_seconds") or 0.0),
+        datasets=datasets_of(result, record.config, record.folder),
+        samples=system_samples(result),
     )  # fmt: skip
 
 

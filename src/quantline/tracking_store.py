@@ -19,7 +19,10 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from quantline.errors import TrackingError
 
-SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+SECRET_VARIABLES = (
+    "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+)  # fmt: skip
 SECRET_KEY = re.compile(r"(^|_)(password|secret|api_key|access_key)$|^token$|(hf|auth|access)_token$", re.IGNORECASE)
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 SQLITE = "sqlite:///"

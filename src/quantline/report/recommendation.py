@@ -27,7 +27,7 @@ SPOKEN: dict[str, tuple[str, Kind]] = {
     "identical_generations": ("share of identical generations", "share"),
     "recovery_lowest": ("lowest share of float's score kept on a task", "share"),
     "recovery_lowest_low": ("lower end of the interval of the lowest share kept on a task", "share"),
-    "tasks_passed": ("tasks' recovery gate passed", "yes"),
+    "tasks_passed": ("recovery on tasks", "yes"),
     "alarms": ("number of alarms", "count"),
     "served": ("served by vLLM here", "yes"),
     "size_bytes": ("size of the weights on disk", "bytes"),

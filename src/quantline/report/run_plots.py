@@ -169,7 +169,7 @@ def tasks(rows: Sequence[Row], order: Mapping[str, int], limit: float | None) ->
 
 def _from(rows: Sequence[Row], limit: float | None) -> float:
     """Where the axis begins: a variant that lost nearly all must not press the others together."""
-    lows = [100 * (row.get("recovery_low") or row["recovery"]) for row in rows]
+    lows: list[float] = [100 * (row.get("recovery_low") or row["recovery"]) for row in rows]
     floor = 100 * (limit if limit is not None else 0.95) - 20
     return min(99.0, max(min(lows), floor) - 1)
 

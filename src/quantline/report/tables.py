@@ -70,7 +70,9 @@ def _variant_row(item: Evidence) -> Row:
     kept = [row for row in item.tasks.get("rows") or [] if row.get("recovery") is not None]
     lowest: Row = min(kept, key=lambda row: row["recovery"], default={})
     slower = item.metric("slower_than_float", "speed")
-    gate = (item.tasks.get("gate") or {}).get("passed")
+    gate = item.tasks.get("gate") or {}
+    # A gate without a limit, or over no task, passes whatever the variant does.
+    judged = bool(kept) and gate.get("limit") is not None and gate.get("passed") is not None
     summary = {key: value for key, value in item.summary.items() if key != "reasons"}
     reasons = item.summary["reasons"]
     refusal = reasons.get("serve_smoke") or next(iter(reasons.values()), None)
@@ -89,7 +91,7 @@ def _variant_row(item: Evidence) -> Row:
         "quantize_peak_bytes": item.results.get("quantize", {}).get("peak_memory_bytes"),
         "recovery_lowest": lowest.get("recovery"),
         "recovery_lowest_low": lowest.get("recovery_low"),
-        "tasks_passed": None if gate is None else bool(gate),
+        "tasks_passed": bool(gate["passed"]) if judged else None,
         "output_error_max": max((row["output_error"] for row in item.layers if row.get("output_error") is not None),
                                 default=None),
         "alarms": None if item.flags is None or item.is_baseline else len(item.flags),
@@ -182,7 +184,7 @@ def worst(evidence: Sequence[Evidence], count: int) -> Table:
 def restored(evidence: Sequence[Evidence]) -> Table:
     """What putting single linears back into float gives."""
     rows = [{"variant": item.name, **row} for item in evidence for row in item.restored]
-    columns = (
+    columns: tuple[Column, ...] = (
         _variant(), Column("name", "linear put back to float", "code"), Column("output_error", "its output error", "number"),
         Column("nll_difference_restored", "loss left, nats/token", "nats"),
         Column("recovered_nll", "loss undone, nats/token", "nats", "recovered_low", "recovered_high"),

@@ -1,0 +1,121 @@
+"""DVC's lock and cache, read as files: which outputs there are, and which objects hold their content.
+
+An object's name is the MD5 of its content; that of a folder ends with `.dir` and is a JSON list of `md5` and `relpath` of
+its files. Nothing here writes, and nothing imports dvc, which takes a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantline.errors import UserError
+
+DIR = ".dir"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of dvc.lock. stage: the stage's name there. path: relative to the checkout. md5: of its object."""
+
+    stage: str
+    path: str
+    md5: str
+
+    @property
+    def variant(self) -> str:
+        """The variant that it belongs to, by its place."""
+        parts = Path(self.path).parts
+        return parts[1].removesuffix(".yaml") if len(parts) > 1 else self.path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of an output: where it lies in the checkout, and the MD5 of its content."""
+
+    path: str
+    md5: str
+
+
+def read_lock(root: Path) -> list[Output]:
+    """The outputs of dvc.lock, in its order.
+
+    Raises:
+        UserError: dvc.lock is missing or malformed.
+    """
+    import yaml
+
+    path = root / "dvc.lock"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return [
+            Output(str(stage), str(out["path"]), str(out["md5"]))
+            for stage, entry in (content.get("stages") or {}).items()
+            for out in entry.get("outs") or []
+        ]
+    except OSError as error:
+        raise UserError(f"dvc.lock: {error.strerror}; `dvc repro` makes it") from error
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise UserError("dvc.lock is damaged; take it from git (`git checkout dvc.lock`) or run `dvc repro`") from error
+
+
+def cache_folder(root: Path) -> Path:
+    """Where DVC keeps this checkout's objects, whatever its configuration says.
+
+    Raises:
+        UserError: dvc does not know, because the folder is no checkout of it.
+    """
+    command = [sys.executable, "-m", "dvc", "cache", "dir"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{root}: dvc does not find its cache: {(done.stderr or done.stdout).strip()}")
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+def object_path(cache: Path, md5: str) -> Path:
+    """The file of an object."""
+    return cache / "files" / "md5" / md5[:2] / md5[2:]
+
+
+def all_objects(cache: Path) -> Iterator[str]:
+    """The names of all objects in a cache, in order."""
+    for path in sorted((cache / "files" / "md5").glob("??/*")):
+        name = path.parent.name + path.name
+        if len(name.removesuffix(DIR)) == 32 and path.is_file():
+            yield name
+
+
+def md5_of(path: Path) -> str:
+    """MD5 of a file's content, as DVC names it."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def entries_of(cache: Path, path: str, md5: str) -> list[Entry] | None:
+    """The files of an object that stands for `path`; None where its list is missing or damaged."""
+    if not md5.endswith(DIR):
+        return [Entry(path, md5)]
+    try:
+        text = object_path(cache, md5).read_bytes()
+        if hashlib.md5(text, usedforsecurity=False).hexdigest() != md5.removesuffix(DIR):
+            return None
+        return [Entry(f"{path}/{item['relpath']}", str(item["md5"])) for item in json.loads(text)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def objects_of(cache: Path, md5s: Iterable[str]) -> set[str]:
+    """The given objects with the files of the folders among them, as far as they are there."""
+    found: set[str] = set()
+    for md5 in md5s:
+        found.add(md5)
+        found.update(entry.md5 for entry in entries_of(cache, "", md5) or [])
+    return found

@@ -1,0 +1,35 @@
+"""Remove from DVC's cache what no variant needs any more; what promoted variants need is never removed:
+
+python -m stages.retention [keep=workspace|branches|tags|commits] [remote=NAME] [apply=true]
+
+Without apply=true it only lists what would go and how many bytes that is. See docs/guide/storage.md.
+"""
+
+from __future__ import annotations
+
+from stages import ROOT
+
+SHOWN = 20
+
+
+def retention(words: dict[str, str | None]) -> int:
+    from quantline.retention import collect_garbage, promoted
+    from quantline.words import is_true
+
+    apply = is_true("apply", words["apply"])
+    kept = promoted(ROOT)
+    garbage = collect_garbage(ROOT, kept, keep=str(words["keep"]), remote=words["remote"], apply=apply)
+    for name in garbage.objects[:SHOWN]:
+        print(f"  {name}")
+    if len(garbage.objects) > SHOWN:
+        print(f"  and {len(garbage.objects) - SHOWN} more")
+    what = f"{len(garbage.objects)} objects, {garbage.bytes / 1e6:.1f} MB"
+    print(f"removed {what}" if apply else f"would remove {what}; apply=true does it")
+    print(f"kept for promoted variants: {garbage.protected} objects")
+    return 0
+
+
+if __name__ == "__main__":
+    from quantline.words import run_words
+
+    run_words(retention, __doc__, {"keep": "workspace", "remote": None, "apply": "false"})

@@ -1,0 +1,32 @@
+"""Check every file of the pipeline's outputs and of DVC's cache against dvc.lock and the results:
+
+python -m stages.verify
+
+Names what is damaged or missing, the variant it belongs to and the remedy; exit code 1 where there is anything.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from stages import ROOT
+
+
+def verify(_words: dict[str, str | None]) -> int:
+    from quantline.dvc_cache import cache_folder
+    from quantline.integrity import verify as check
+
+    report = check(ROOT, cache_folder(ROOT))
+    for fault in report.faults:
+        print(fault, file=sys.stderr)
+    looked = (
+        f"{report.files} files of the workspace, {report.objects} objects of the cache ({report.bytes / 1e6:.1f} MB)"
+    )
+    print(f"{looked}: {len(report.faults)} faults" if report.faults else f"{looked}: all are what dvc.lock records")
+    return 1 if report.faults else 0
+
+
+if __name__ == "__main__":
+    from quantline.words import run_words
+
+    run_words(verify, __doc__, {})
