@@ -12,7 +12,7 @@ import report_records
 import yaml
 
 from quantline.errors import UserError
-from quantline.report import layer_plots, plots, svg, tables
+from quantline.report import layer_plots, plots, run_tables, svg, tables
 from quantline.report.build import build, compile_report
 from quantline.report.evidence import current_report, gather, made_of
 from quantline.report_config import ReportConfig
@@ -153,7 +153,7 @@ def test_a_model_of_many_layers_is_drawn_without_numbers(tmp_path: Path) -> None
 def test_options_that_differ_are_told_by_variant(tmp_path: Path) -> None:
     records = report_records.records(tmp_path, whole=False, names=["gptq-w4-g128", "awq-w4-g128"])
     records[1].config["calibration"]["n_samples"] = 8
-    found = [row for row in tables.protocol(gather(records, tmp_path)).rows if row["option"] == "n_samples"]
+    found = [row for row in run_tables.protocol(gather(records, tmp_path)).rows if row["option"] == "n_samples"]
     assert [(row["value"], row["variants"]) for row in found] == [("32", "float, awq-w4-g128"), ("8", "gptq-w4-g128")]
 
 
@@ -176,3 +176,16 @@ def test_the_baseline_alone_is_reported_on(rules: ReportConfig, tmp_path: Path) 
     records = report_records.records(tmp_path, whole=False, names=[])
     report = compile_report(gather(records, tmp_path / "artifacts"), rules)
     assert report.recommendation.headline == "None: no variant has been built yet."
+
+
+def test_a_gate_that_judges_nothing_is_no_praise(tmp_path: Path) -> None:
+    def passed(rows: int, limit: float | None) -> object:
+        (record,) = report_records.records(tmp_path, names=["gptq-w4-g128"])[1:]
+        path = tmp_path / "artifacts" / "gptq-w4-g128" / "tasks" / "tasks.json"
+        known = json.loads(path.read_text())
+        report_records.write(
+            path, {"rows": known["rows"][:rows], "gate": {"passed": True, "limit": limit, "failed": []}}
+        )
+        return tables.variants(gather([record], tmp_path / "artifacts")).rows[0]["tasks_passed"]
+
+    assert [passed(2, 0.9), passed(2, None), passed(0, 0.9)] == [True, None, None]

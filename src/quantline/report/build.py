@@ -19,7 +19,7 @@ from quantline.report import layer_plots, plots, run_plots, tables
 from quantline.report.evidence import Evidence, Row, gather, made_of
 from quantline.report.recommendation import Recommendation, recommend
 from quantline.report.svg import Plot
-from quantline.report.tables import Table
+from quantline.report.table import Table
 from quantline.report_config import ReportConfig
 from quantline.tracking_plan import REPORT_MANIFEST, VariantRecord
 from quantline.tracking_store import Scrubber
@@ -131,8 +131,8 @@ def _summary(evidence: Sequence[Evidence], config: Row) -> list[tuple[str, str]]
         str((result.get("environment") or {}).get("device")) for item in evidence for result in item.results.values()
     }
     where = ", ".join(sorted(device for device in devices if device != "None")) or "not recorded"
-    if session.get("host"):
-        where += f" ({session['host']})"
+    if session.get("device_name") or session.get("host"):
+        where += f" ({session.get('device_name') or session['host']})"
     return [("Model", _model(config.get("model") or {})), ("Variants", str(sum(not item.is_baseline for item in evidence))),
             ("Judged on", text), ("Measured on", where)]  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from quantline.report.tables import Table
+from quantline.report.table import Table
 
 if TYPE_CHECKING:
     from quantline.report.build import Report

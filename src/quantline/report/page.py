@@ -6,7 +6,7 @@ import base64
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantline.report.tables import Table
+from quantline.report.table import Table
 
 if TYPE_CHECKING:
     from quantline.report.build import Report

@@ -10,7 +10,7 @@ from typing import Any
 from quantline.report import svg
 from quantline.report.evidence import Evidence, Row
 from quantline.report.svg import Plot, ink
-from quantline.report.tables import Table
+from quantline.report.table import Table
 from quantline.report.words import listed, written
 
 

@@ -1,4 +1,4 @@
-"""Every table of the report: rows of plain values in base units, with what is needed to show them.
+"""Every table of the report; here those of quality, see `run_tables` for the others.
 
 The same rows become CSV and JSON files, HTML and Markdown. A value that was not measured is None.
 """
@@ -6,54 +6,29 @@ The same rows become CSV and JSON files, HTML and Markdown. A value that was not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from quantline.report.evidence import Evidence, Row, first
+from quantline.report import run_tables
+from quantline.report.evidence import Evidence, Row
+from quantline.report.table import Table, variant_column
 from quantline.report.words import Column
-
-
-@dataclass(frozen=True)
-class Table:
-    """caption: what it says, in a sentence. shown: how many rows a page shows, the first ones; None is all of them."""
-
-    name: str
-    caption: str
-    columns: tuple[Column, ...]
-    rows: list[Row]
-    shown: int | None = None
-
-    @property
-    def page_rows(self) -> list[Row]:
-        """The rows that a page shows."""
-        return self.rows if self.shown is None else self.rows[: self.shown]
-
-    @property
-    def keys(self) -> list[str]:
-        """What the files hold: the columns with the ends of their intervals, then whatever else the rows have."""
-        named = [key for column in self.columns for key in (column.key, column.low, column.high) if key]
-        return list(dict.fromkeys([*named, *(key for row in self.rows for key in row)]))
 
 
 def all_tables(evidence: Sequence[Evidence], worst_layers: int) -> dict[str, Table]:
     """Every table by its name, in the order of the report."""
     makers: list[Callable[[Sequence[Evidence]], Table]] = [
-        variants, quality, generations, tasks, lambda found: worst(found, worst_layers), layers, restored, speed,
-        speed_ratios, servers, memory, alarms, notes, costs, environment, fingerprints, commands, protocol,
+        variants, quality, generations, tasks, lambda found: worst(found, worst_layers), layers, restored,
+        run_tables.speed, run_tables.speed_ratios, run_tables.servers, run_tables.memory, alarms, notes,
+        run_tables.costs, run_tables.environment, run_tables.fingerprints, run_tables.commands, run_tables.protocol,
     ]  # fmt: skip
     return {table.name: table for table in (make(evidence) for make in makers)}
-
-
-def _variant(label: str = "variant") -> Column:
-    return Column("variant", label, "code")
 
 
 def variants(evidence: Sequence[Evidence]) -> Table:
     """One row a variant: quality, size, speed, memory; the columns that rules and preferences name."""
     rows = [_variant_row(item) for item in evidence]
     columns = (
-        _variant(), Column("bits", "bits", "count", missing="float"), Column("perplexity", "perplexity", "number"),
+        variant_column(), Column("bits", "bits", "count", missing="float"), Column("perplexity", "perplexity", "number"),
         Column("difference_percent", "perplexity growth", "growth", "difference_low_percent", "difference_high_percent",
                "baseline"),
         Column("verdict", "against float", missing="baseline"),
@@ -115,7 +90,7 @@ def quality(evidence: Sequence[Evidence]) -> Table:
         rows.append({"variant": item.name, "verdict": None if item.is_baseline else item.comparison.get("verdict"),
                      **summary, **values, "engine_difference_percent": None if gap is None else 100 * gap})  # fmt: skip
     columns = (
-        _variant(),
+        variant_column(),
         Column("verdict", "against float", missing="baseline"),
         Column("difference_percent", "perplexity growth", "growth", "difference_low_percent", "difference_high_percent",
                "baseline"),
@@ -138,7 +113,7 @@ def generations(evidence: Sequence[Evidence]) -> Table:
         if not item.is_baseline
     ]
     columns = (
-        _variant(), Column("identical_generations", "identical to the end", "share"),
+        variant_column(), Column("identical_generations", "identical to the end", "share"),
         Column("first_divergence_median", "tokens until they part, median", "number"),
     )  # fmt: skip
     return Table("generations", "Greedy answers to the same prompts, beside the float model's.", columns, rows)
@@ -149,7 +124,7 @@ def tasks(evidence: Sequence[Evidence]) -> Table:
     rows = [{"variant": item.name, **row} for item in evidence if not item.is_baseline
             for row in item.tasks.get("rows") or []]  # fmt: skip
     columns = (
-        _variant(), Column("task", "task"), Column("metric", "metric"), Column("engine", "engine"),
+        variant_column(), Column("task", "task"), Column("metric", "metric"), Column("engine", "engine"),
         Column("value", "score", "number"), Column("float_value", "float's score", "number"),
         Column("recovery", "kept", "share", "recovery_low", "recovery_high"), Column("n", "items", "count"),
     )  # fmt: skip
@@ -185,7 +160,8 @@ def restored(evidence: Sequence[Evidence]) -> Table:
     """What putting single linears back into float gives."""
     rows = [{"variant": item.name, **row} for item in evidence for row in item.restored]
     columns: tuple[Column, ...] = (
-        _variant(), Column("name", "linear put back to float", "code"), Column("output_error", "its output error", "number"),
+        variant_column(), Column("name", "linear put back to float", "code"),
+        Column("output_error", "its output error", "nats"),
         Column("nll_difference_restored", "loss left, nats/token", "nats"),
         Column("recovered_nll", "loss undone, nats/token", "nats", "recovered_low", "recovered_high"),
         Column("recovered_share", "share of the loss undone", "share"),
@@ -200,78 +176,11 @@ def restored(evidence: Sequence[Evidence]) -> Table:
     )
 
 
-def speed(evidence: Sequence[Evidence]) -> Table:
-    """Throughput and latency by concurrency, float of the same session beside."""
-    rows = [
-        {"variant": item.name, **row} for item in evidence if not item.is_baseline
-        for row in sorted(item.speed.get("rows") or [], key=lambda row: (row["concurrency"], row["model"] != "float"))
-    ]  # fmt: skip
-    columns = (
-        Column("variant", "session of", "code"), Column("model", "model"),
-        Column("concurrency", "requests at once", "count"), Column("output_tokens_per_second", "tokens/s", "number"),
-        Column("request_throughput", "requests/s", "number"),
-        Column("ttft_ms_median", "first token, median", "ms"), Column("ttft_ms_p99", "p99", "ms"),
-        Column("itl_ms_median", "between tokens, median", "ms"), Column("itl_ms_p99", "p99", "ms"),
-    )  # fmt: skip
-    return Table(
-        "speed",
-        "Throughput and latency by requests at once, the float model of the same session beside.",
-        columns,
-        rows,
-    )
-
-
-def speed_ratios(evidence: Sequence[Evidence]) -> Table:
-    """Speed-up over float by concurrency."""
-    rows = [{"variant": item.name, **row} for item in evidence for row in item.speed.get("ratios") or []]
-    columns = (
-        _variant(), Column("concurrency", "requests at once", "count"),
-        Column("speed_up", "times as fast as float", "ratio", "low", "high"),
-        Column("slower_than_float", "slower than float", "yes"),
-    )  # fmt: skip
-    return Table("speed_ratios", "Throughput over that of the float model in the same session.", columns, rows)
-
-
-def servers(evidence: Sequence[Evidence]) -> Table:
-    """Load times and memory of the servers."""
-    rows = [{"variant": item.name, **row} for item in evidence for row in item.speed.get("servers") or []]
-    columns = (
-        Column("variant", "session of", "code"), Column("model", "model"), Column("load_seconds", "load time", "seconds"),
-        Column("weights_memory_bytes", "weights in memory", "bytes"), Column("peak_memory_bytes", "peak memory", "bytes"),
-    )  # fmt: skip
-    return Table("servers", "What it takes to start each server.", columns, rows)
-
-
-def memory(evidence: Sequence[Evidence]) -> Table:
-    """Weights on disk, weights in vLLM's memory, peaks of serving and quantizing."""
-    float_memory = next(
-        (found for item in evidence if (found := item.metric("float_weights_memory_bytes", "speed"))), None
-    )
-    rows = []
-    for item in evidence:
-        of_server = first(item.speed.get("servers") or [], model="variant")
-        own = item.metric("weights_memory_bytes", "speed", "serve_smoke")
-        rows.append({
-            "variant": item.name,
-            "size_bytes": item.summary["size_bytes"],
-            "compression_ratio": item.summary["compression_ratio"],
-            "weights_memory_bytes": float_memory if own is None and item.is_baseline else own,
-            "server_peak_bytes": of_server.get("peak_memory_bytes") or item.metric("rss_bytes", "serve_smoke"),
-            "quantize_peak_bytes": item.results.get("quantize", {}).get("peak_memory_bytes"),
-        })  # fmt: skip
-    columns = (
-        _variant(), Column("size_bytes", "weights on disk", "bytes"), Column("compression_ratio", "smaller by", "ratio"),
-        Column("weights_memory_bytes", "weights in vLLM", "bytes"), Column("server_peak_bytes", "server, peak", "bytes"),
-        Column("quantize_peak_bytes", "quantizing, peak", "bytes"),
-    )  # fmt: skip
-    return Table("memory", "Memory: of the weights, of the server, and of making them.", columns, rows)
-
-
 def alarms(evidence: Sequence[Evidence]) -> Table:
     """What the evaluation's instruments raised."""
     rows = [{"variant": item.name, **flag} for item in evidence for flag in item.flags or []]
     columns = (
-        _variant(), Column("instrument", "instrument"), Column("value", "value", "number"),
+        variant_column(), Column("instrument", "instrument"), Column("value", "value", "number"),
         Column("limit", "limit", "number"), Column("message", "what it says"),
     )  # fmt: skip
     return Table("alarms", "Alarms of the evaluation: values beyond their limits.", columns, rows)
@@ -285,117 +194,5 @@ def notes(evidence: Sequence[Evidence]) -> Table:
         for kind, found in (("refused", [result.get("reason")]), ("note", result.get("warnings") or []))
         for note in found if note
     ]  # fmt: skip
-    columns = (_variant(), Column("stage", "stage"), Column("kind", "kind"), Column("note", "what it says"))
+    columns = (variant_column(), Column("stage", "stage"), Column("kind", "kind"), Column("note", "what it says"))
     return Table("notes", "What the stages refused, and what they noted.", columns, rows)
-
-
-def costs(evidence: Sequence[Evidence]) -> Table:
-    """Time and peak memory of every stage."""
-    rows = [
-        {
-            "variant": item.name, "stage": stage, "seconds": (result.get("timings") or {}).get("total_seconds"),
-            "peak_memory_bytes": result.get("peak_memory_bytes"), **_peaks(result.get("monitor") or {}),
-        }
-        for item, stage, result in _each_stage(evidence)
-    ]  # fmt: skip
-    columns = (
-        _variant(), Column("stage", "stage"), Column("seconds", "time", "seconds"),
-        Column("peak_memory_bytes", "peak of a process", "bytes"),
-        Column("peak_rss_bytes", "peak of all processes", "bytes"),
-        Column("peak_cpu_percent", "peak CPU", "percent"),
-    )  # fmt: skip
-    return Table("costs", "Time and memory that each stage took.", columns, rows)
-
-
-def _peaks(monitor: Row) -> Row:
-    return {f"peak_{name}": value for name, value in (monitor.get("peak") or {}).items() if name != "seconds"}
-
-
-def _each_stage(evidence: Sequence[Evidence]) -> Iterator[tuple[Evidence, str, Row]]:
-    # The download is shared by all variants and shown once.
-    shared = False
-    for item in evidence:
-        for stage, result in item.results.items():
-            if stage == "download" and shared:
-                continue
-            shared = shared or stage == "download"
-            yield item, stage, result
-
-
-def environment(evidence: Sequence[Evidence]) -> Table:
-    """What each stage ran in."""
-    rows = []
-    for item, stage, result in _each_stage(evidence):
-        found = result.get("environment") or {}
-        versions = found.get("versions") or {}
-        rows.append({
-            "variant": item.name, "stage": stage,
-            "toolchain": " / ".join(dict.fromkeys(str(found[key]) for key in ("backend", "toolchain") if found.get(key))),
-            "device": found.get("device"), "threads": found.get("threads"),
-            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-            "lock_sha256": found.get("lock_sha256"),
-        })  # fmt: skip
-    columns = (
-        _variant(), Column("stage", "stage"), Column("toolchain", "environment"), Column("device", "device"),
-        Column("threads", "threads", "count"), Column("versions", "versions"),
-        Column("lock_sha256", "lock", "hash", missing="-"),
-    )  # fmt: skip
-    return Table("environment", "The environment in which each stage ran.", columns, rows)
-
-
-def fingerprints(evidence: Sequence[Evidence]) -> Table:
-    """What each output follows from, and what it holds."""
-    rows = [
-        {"variant": item.name, "stage": stage, "fingerprint": result.get("fingerprint"),
-         "output_hash": result.get("output_hash")}
-        for item, stage, result in _each_stage(evidence)
-    ]  # fmt: skip
-    columns = (
-        _variant(), Column("stage", "stage"), Column("fingerprint", "follows from", "hash"),
-        Column("output_hash", "holds", "hash"),
-    )  # fmt: skip
-    return Table("fingerprints", "SHA-256 of what each output follows from, and of what it holds.", columns, rows)
-
-
-def commands(evidence: Sequence[Evidence]) -> Table:
-    """How each variant is made again."""
-    rows = [
-        {"variant": item.name, "overrides": item.record.overrides,
-         "command": f"dvc repro evaluate@{item.name}" if not item.is_baseline else "dvc repro evaluate_baseline"}
-        for item in evidence
-    ]  # fmt: skip
-    columns = (_variant(), Column("overrides", "overrides of conf/", "code"), Column("command", "command", "code"))
-    return Table("commands", "The commands that make each variant again.", columns, rows)
-
-
-def protocol(evidence: Sequence[Evidence]) -> Table:
-    """Every option under which quality and speed were measured; from the baseline, and by variant where one differs."""
-    values: dict[tuple[str, str], dict[str, str]] = {}
-    for item in evidence:
-        for section in ("model", "calibration", "evaluate", "serve", "tasks", "speed"):
-            skipped = ("process", "smoke") if section == "serve" else ()
-            for key, value in _flat(item.record.config.get(section) or {}, skipped):
-                values.setdefault((section, key), {})[item.name] = value
-    rows = []
-    for (section, key), by_variant in values.items():
-        groups: dict[str, list[str]] = {}
-        for name, value in by_variant.items():
-            groups.setdefault(value, []).append(name)
-        for value, names in groups.items():
-            whose = "all" if len(names) == len(evidence) else ", ".join(names)
-            rows.append({"section": section, "option": key, "value": value, "variants": whose})
-    columns = (
-        Column("section", "section"), Column("option", "option", "code"), Column("value", "value"),
-        Column("variants", "of", "text"),
-    )  # fmt: skip
-    return Table("protocol", "Every option under which quality and speed were measured.", columns, rows)
-
-
-def _flat(values: Any, skipped: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(values, dict):
-        for key, value in values.items():
-            if key not in skipped:
-                yield from _flat(value, (), f"{prefix}.{key}" if prefix else str(key))
-    else:
-        shown = "null" if values is None else str(values).lower() if isinstance(values, bool) else str(values)
-        yield prefix, shown
