@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # dvc asks the network whether there is a newer dvc, and reports usage, unless told not to
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup repro test lint format ui push pull verify gc lock clean
+.PHONY: help setup repro report test lint format ui push pull verify gc lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,6 +32,11 @@ repro: setup  ## run the pipeline: every stage of every variant that is out of d
 	@python -m stages.check
 	@dvc repro
 	@$(PUBLISH)
+
+report: setup  ## bring the report up to date and open it, or print where it is
+	@dvc repro
+	@echo "$(CURDIR)/report/index.html"
+	@if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && command -v xdg-open >/dev/null; then xdg-open report/index.html; fi
 
 test: setup  ## the whole test suite, in two processes
 	@python -m pytest -n 2 --dist loadgroup

@@ -21,6 +21,7 @@ from quantline.errors import ConfigError
 from quantline.evaluate_config import EvaluateConfig
 from quantline.methods import Backend, LayersConfig, Method, Section
 from quantline.promote_config import PromoteConfig
+from quantline.report_config import ReportConfig
 from quantline.speed_config import SpeedConfig, speed_faults
 from quantline.tasks_config import TasksConfig
 
@@ -171,6 +172,7 @@ class Config(Section):
     speed: SpeedConfig
     tracking: TrackingConfig
     promote: PromoteConfig = PromoteConfig()
+    report: ReportConfig
     toolchains: dict[str, str | None]
     frozen: FrozenConfig | None = None
 

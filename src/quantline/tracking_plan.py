@@ -23,9 +23,10 @@ STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evalua
 # Their metrics are what variants are compared by.
 COMPARED = ("quantize", "serve_smoke", "evaluate", "tasks", "speed")
 # How a variant runs here, not what it is: no parameters, or another port would make another run of the same results.
-RUNTIME_KEYS = ("tracking", "promote", "toolchains", "device", "serve.process", "frozen.overrides")
+RUNTIME_KEYS = ("tracking", "promote", "report", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
+REPORT_MANIFEST = "data/manifest.json"
 PROJECTION = 2  # part of the content hash: raise it when the same results are to be shown in another way
 
 
@@ -219,6 +220,27 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
         timings.get("started_at"), float(timings.get("total_seconds") or 0.0),
         datasets=datasets_of(result, record.config, record.folder),
         samples=system_samples(result),
+    )  # fmt: skip
+
+
+def plan_report(folder: Path) -> Plan:
+    """The run that holds the report: its recommendation as description, its files as they are.
+
+    What it says is in its parameters, so another report makes another run and this one stays as it was.
+    """
+    manifest = json.loads((folder / REPORT_MANIFEST).read_text(encoding="utf-8"))
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    content = _digest({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()})
+    note = f"{manifest['headline']} Open `index.html` among the artifacts for the reasons."
+    params = {
+        "report": content[:16],
+        "recommended": str(manifest["chosen"]),
+        "variants": " ".join(manifest["variants"]),
+    }
+    return Plan(
+        "report", {"quantline.role": "report"},
+        {"mlflow.note.content": note, "quantline.recommended": params["recommended"]}, params, {}, {}, files,
+        _digest([PROJECTION, content]), None, 0.0,
     )  # fmt: skip
 
 

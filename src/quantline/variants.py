@@ -25,7 +25,18 @@ BASELINE = "float"
 SHARED = "shared"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 # Options that change how a stage runs here but nothing that it makes.
-_RUNTIME = ("device", "toolchains", "tracking", "promote", "serve.process", "variant", "hydra", "noise", "speed")
+_RUNTIME = (
+    "device",
+    "toolchains",
+    "tracking",
+    "promote",
+    "serve.process",
+    "variant",
+    "hydra",
+    "noise",
+    "speed",
+    "report",
+)
 
 
 @dataclass(frozen=True)
