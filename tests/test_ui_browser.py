@@ -24,6 +24,15 @@ NAMES = ("float", "awq-w4-g128", "gptq-w4-g128", "gptq-w8-g128")
 METRICS = ("reference_perplexity", "perplexity_difference", "size_bytes", "compression_ratio", "quantize_seconds")
 MILLISECONDS = 240_000  # a page may take as long on a busy machine
 
+# Finds what scrolls around an element, and brings it into sight.
+SCROLLER = """element => {
+    let box = element.parentElement;
+    while (box.parentElement && !(box.scrollHeight > box.clientHeight + 1
+                                  && /auto|scroll/.test(getComputedStyle(box).overflowY))) box = box.parentElement;
+    box.scrollIntoView({block: "center"});
+    window.scroller = box;
+}"""
+
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(1200),
@@ -78,10 +87,17 @@ def compare(address: str, experiment: str, pictures: Path) -> tuple[str, str]:
             page.get_by_role("checkbox", name="Select all runs").click()
             page.get_by_role("button", name="Compare", exact=True).click()
             page.get_by_text(f"Comparing {len(NAMES)} Runs from 1 Experiment").wait_for()
-            row = page.get_by_text("reference_perplexity", exact=True).last
-            row.wait_for()
-            row.scroll_into_view_if_needed()
+            # The table of metrics makes only the rows that are in sight: scroll through it until all of them were.
+            first = page.get_by_text("compression_ratio", exact=True).last
+            first.wait_for()
+            first.evaluate(SCROLLER)
             comparison = page.inner_text("body")
+            for _ in range(60):
+                if all(metric in comparison for metric in METRICS):
+                    break
+                page.evaluate("window.scroller.scrollTop += 150")
+                page.wait_for_timeout(250)
+                comparison += page.inner_text("body")
             page.screenshot(path=pictures / "mlflow-comparison.png")
         finally:
             browser.close()
