@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # dvc asks the network whether there is a newer dvc, and reports usage, unless told not to
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup repro test lint format ui lock clean
+.PHONY: help setup repro report test lint format ui push pull verify gc lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,8 +29,14 @@ setup: .venv/ready  ## the core environment in .venv; the toolchains in .venvs f
 PUBLISH := python -m stages.publish || [ $$? -eq 75 ]
 
 repro: setup  ## run the pipeline: every stage of every variant that is out of date, then publish and print the table
+	@python -m stages.check
 	@dvc repro
 	@$(PUBLISH)
+
+report: setup  ## bring the report up to date and open it, or print where it is
+	@dvc repro
+	@echo "$(CURDIR)/report/index.html"
+	@if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && command -v xdg-open >/dev/null; then xdg-open report/index.html; fi
 
 test: setup  ## the whole test suite, in two processes
 	@python -m pytest -n 2 --dist loadgroup
@@ -47,6 +53,18 @@ format: setup  ## let ruff fix what it can
 ui: setup  ## publish what is new and open the MLflow UI
 	@$(PUBLISH)
 	@python -m stages.ui
+
+push: setup  ## send every output, and what ran before, to the DVC remote (docs/guide/storage.md)
+	@dvc push --run-cache
+
+pull: setup  ## get every output from the DVC remote; `make repro` has nothing to do then
+	@dvc pull --run-cache
+
+verify: setup  ## read every output and DVC's cache, and name what is damaged
+	@python -m stages.verify
+
+gc: setup  ## list what DVC's cache holds for nobody; `python -m stages.retention apply=true` removes it
+	@python -m stages.retention
 
 lock: setup  ## resolve envs/*.in into envs/*.txt again
 	@tools/lock_envs.sh

@@ -1,6 +1,9 @@
 """Speed of float, AWQ and GPTQ at 4 bits on a GPU, by `stages.speed` itself, of the demo model and of larger shapes.
 
-    python -m benchmarks.gpu_speed MODEL [OVERRIDE ...]     # MODEL: demo, 1b, 7b
+    python -m benchmarks.gpu_speed MODEL [STEP ...] [OVERRIDE ...]
+
+MODEL is demo, 1b or 7b; the steps are `prepare`, which makes the checkpoints, and the variants' names, which measure; all by
+default. What was made before is used again.
 
 The larger models are Llamas with random weights, made here: nothing is downloaded, and a speed does not depend on what the
 weights say. Their quantized checkpoints are real ones, rounded to nearest and written in the AWQ and GPTQ layouts by the
@@ -15,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,47 +92,58 @@ def make_model(shape: str) -> Path:
     return folder
 
 
-def run_stage(stage: str, overrides: list[str]) -> None:
-    """One stage by hand, with its time."""
+def run_stage(stage: str, overrides: list[str], result: Path | None = None) -> None:
+    """One stage by hand, with its time; not where its result is there already."""
+    if result is not None and result.is_file():
+        return
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", f"stages.{stage}", *overrides], cwd=ROOT, check=True)
     print(f"[{stage}: {time.perf_counter() - began:.0f} s]", flush=True)
 
 
-def main(model: str, overrides: list[str]) -> None:
-    """Both variants of a model, and their tables once more at the end."""
+def main(model: str, words: list[str]) -> None:
+    """Make what is asked for, measure it, and print the tables once more at the end."""
     sys.path.insert(0, str(ROOT / "src"))
     from quantline.speed_table import render_speed_table
 
+    overrides = [word for word in words if "=" in word]
+    wanted = [word for word in words if "=" not in word] or list(VARIANTS)
     out = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "scratch"
+    scratch, python = ROOT / "scratch", sys.executable
     path = DEMO if model == "demo" else make_model(model)
-    python = sys.executable
     common = [
         f"model.path={path}", "device=cuda", "tracking.enabled=false", "speed=sweep", "coverage.enabled=false",
         "calibration.n_samples=1", "serve.process.kv_cache_gib=1", "serve.process.gpu_memory_utilization=0.4",
         f"toolchains.vllm={python}", f"toolchains.reference={python}", *overrides,
     ]  # fmt: skip
-    for stage in ("download", "calibrate"):
-        run_stage(stage, [*VARIANTS["awq-w4-g128"], *common])
     tables = []
     for name, own in VARIANTS.items():
+        if name not in wanted and "prepare" not in wanted:
+            continue
         variant = f"{model}-{name}"
-        for stage in ("quantize", "convert", "speed"):
-            run_stage(stage, [*own, *common, f"variant={variant}"])
-        folder = ROOT / "scratch" / variant
-        document = json.loads((folder / "speed" / "speed.json").read_text(encoding="utf-8"))
-        for suffix in (".json", ".log", ".float.log", ".variant.log"):
-            if (folder / f"speed{suffix}").is_file():
-                shutil.copyfile(folder / f"speed{suffix}", out / f"{variant}-speed{suffix}")
-        shutil.copyfile(folder / "speed" / "speed.json", out / f"{variant}-measured.json")
-        kernels = ", ".join(document["servers"][-1]["kernels"]) if document["servers"] else "not served"
-        tables.append(f"{variant} ({kernels})\n\n{render_speed_table(document, 'github')}")
-        for stage in ("quantize", "convert"):  # of a large model both are large
-            shutil.rmtree(folder / stage, ignore_errors=True)
-            (folder / f"{stage}.json").unlink(missing_ok=True)
+        options = [*own, *common, f"variant={variant}"]
+        for stage in ("download", "calibrate"):  # both variants start from the same; the stages see that
+            run_stage(stage, options, scratch / f"{model}-{stage}.done")
+            (scratch / f"{model}-{stage}.done").touch()
+        for stage in ("quantize", "convert"):
+            run_stage(stage, options, scratch / variant / f"{stage}.json")
+        if name in wanted:
+            run_stage("speed", options)
+            tables.append(_kept(scratch / variant, variant, out, render_speed_table))
     text = "\n\n".join(tables) + "\n"
-    (out / f"{model}-speed.md").write_text(text, encoding="utf-8")
+    (out / f"{model}-{'-'.join(wanted)}.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def _kept(folder: Path, variant: str, out: Path, render: Callable[[dict[str, Any], str], str]) -> str:
+    """Copy what was measured to `out`, and give the table."""
+    document = json.loads((folder / "speed" / "speed.json").read_text(encoding="utf-8"))
+    shutil.copyfile(folder / "speed" / "speed.json", out / f"{variant}-measured.json")
+    for suffix in (".json", ".log", ".float.log", ".variant.log"):
+        if (folder / f"speed{suffix}").is_file():
+            shutil.copyfile(folder / f"speed{suffix}", out / f"{variant}-speed{suffix}")
+    kernels = ", ".join(document["servers"][-1]["kernels"]) if document["servers"] else "not served"
+    return f"{variant} ({kernels})\n\n{render(document, 'github')}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# gpu_speed.sh MODEL [OVERRIDE ...]: float against AWQ and GPTQ at 4 bits on a GPU machine without a network, by the stages
-# themselves. MODEL is demo, 1b or 7b. Beside the checkout it needs packed wheels in .gpu/ (core.part-*, vllm.part-*; see
-# gpu_speed.py), and a python3 that has torch and transformers. Results go to $OUT where that is set.
+# gpu_speed.sh MODEL [STEP ...] [OVERRIDE ...]: float against AWQ and GPTQ at 4 bits on a GPU machine without a network, by the stages
+# themselves; see gpu_speed.py. Beside the checkout it needs wheels packed in .gpu/: core.part-* of gpu_core.txt, and
+# vllm.part-* of vLLM without its torch; and a python3 that has torch and transformers. Results go to $OUT where that is set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for name in core vllm; do

@@ -54,7 +54,12 @@ def instruments(run: StageRun) -> Instruments:
         if run.frozen:
             raise
         layers = None
-    noise = noise_floor(run.root, stage_fingerprint(config, "noise", run.root))
+
+    def noise_of(runs: int) -> str:
+        times = config.noise.model_copy(update={"runs": runs})
+        return stage_fingerprint(config.model_copy(update={"noise": times}), "noise", run.root)
+
+    noise = noise_floor(run.root, noise_of)
     return Instruments(options.divergence.tokens, generations, layers, limits, tuple(options.fail_on), noise)
 
 

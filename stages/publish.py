@@ -18,6 +18,7 @@ def publish(cfg: DictConfig) -> None:
     from quantline.entry import plain
     from quantline.errors import TrackingError, UserError
     from quantline.publishing import publish_records
+    from quantline.report.evidence import current_report
     from quantline.summary import render_table, variant_table
 
     records = pipeline_records(ROOT)
@@ -27,9 +28,11 @@ def publish(cfg: DictConfig) -> None:
     kept = records[0].config
     tracking = plain(cfg)["tracking"] if given else kept["tracking"]
     config = parse({**kept, "tracking": tracking})
-    done = not config.tracking.enabled or publish_records(records, config, ROOT)
+    report = current_report(ROOT, records)
+    done = not config.tracking.enabled or publish_records(records, config, ROOT, report=report)
     print(render_table(variant_table(records)))
     print("\nCompare them in MLflow: make ui")
+    print(f"Which one to ship: {report / 'index.html' if report else 'not reported on yet, run `dvc repro`'}")
     if not done:
         raise TrackingError("the table above is complete, but MLflow has not got it; see NOT PUBLISHED above")
 

@@ -12,7 +12,7 @@ from quantline.errors import UserError
 from quantline.stage import execute
 
 LINES = {"one": "method=gptq bits=8", "two": "method=awq"}
-EACH = ["download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate"]
+EACH = ["download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks"]
 
 
 class Pipeline:
@@ -36,13 +36,14 @@ class Pipeline:
         before = {
             "calibrate": ["download"], "quantize": ["download", "calibrate"], "convert": ["quantize"],
             "serve_smoke": ["download"] if name == "float" else ["convert"], "evaluate": ["serve_smoke"],
+            "tasks": ["serve_smoke"],
         }  # fmt: skip
 
         def work(run):
             for earlier in before.get(stage, []):
                 run.input(earlier)
-            if stage == "evaluate" and name != "float":
-                run.input("evaluate", baseline=True)
+            if stage in ("evaluate", "tasks") and name != "float":
+                run.input(stage, baseline=True)
             with run.output() as out:
                 (out / "file").write_text(text)
 
@@ -58,7 +59,7 @@ class Pipeline:
 @pytest.fixture
 def pipeline(root, tmp_path):
     made = Pipeline(root, tmp_path)
-    for stage in ("download", "serve_smoke", "evaluate"):
+    for stage in ("download", "serve_smoke", "evaluate", "tasks"):
         made.run(stage, "float")
     for name in LINES:
         for stage in EACH[1:]:
@@ -69,7 +70,7 @@ def pipeline(root, tmp_path):
 def test_every_variant_comes_with_all_its_stages_the_baseline_first(pipeline):
     records = pipeline.records()
     assert [record.name for record in records] == ["float", "one", "two"]
-    assert pipeline.stages("float") == ["download", "serve_smoke", "evaluate"]
+    assert pipeline.stages("float") == ["download", "serve_smoke", "evaluate", "tasks"]
     assert pipeline.stages("one") == pipeline.stages("two") == EACH
     assert records[1].overrides == "model=demo method=gptq bits=8"
     assert records[1].config["bits"] == 8
@@ -111,15 +112,16 @@ def test_a_stage_that_came_out_otherwise_drops_those_after_it(pipeline):
 
 def test_another_baseline_drops_the_evaluations_that_were_compared_with_the_former(pipeline):
     pipeline.run("evaluate", "float", "another")
-    assert pipeline.stages("one") == pipeline.stages("two") == EACH[:-1]
+    assert pipeline.stages("one") == pipeline.stages("two") == [stage for stage in EACH if stage != "evaluate"]
 
 
-def test_the_log_of_a_stage_is_among_its_files(pipeline):
+def test_the_log_of_a_stage_is_known_and_is_none_of_its_files(pipeline):
     (pipeline.folder / "artifacts" / "one" / "quantize.log").write_text("said")
     (record,) = [record for record in pipeline.records() if record.name == "one"]
-    files = {result["stage"]: result["files"] for result in record.results}
-    assert files["quantize"] == ["artifacts/one/quantize.log"]
-    assert files["convert"] == []
+    logs = {result["stage"]: result["log"] for result in record.results}
+    assert logs["quantize"] == "artifacts/one/quantize.log"
+    assert logs["convert"] is None
+    assert all(result["files"] == [] for result in record.results)
 
 
 def test_a_damaged_result_is_an_error_that_names_it(pipeline):

@@ -49,7 +49,7 @@ def test_a_frozen_variant_is_the_whole_configuration_with_the_locks(checkout):
     assert config.frozen.variant == "one"
     assert config.frozen.overrides == "model=demo calibration=demo method=gptq bits=8"
     assert config.frozen.locks == locks_of(config, checkout)
-    assert set(config.frozen.locks) == {"reference", "server", "quantizer"}
+    assert set(config.frozen.locks) == {"reference", "server", "quantizer", "tasks"}
 
 
 def test_freezing_twice_gives_the_same_bytes(checkout):

@@ -20,11 +20,11 @@ PLUMBING = {
 }  # fmt: skip
 # What results are told apart by: after a change of it `publish` would take none for current.
 IDENTITY = "src/quantline/lineage.py"
-# Imports for the names of files alone.
-FOR_CONSTANTS = {("tokenizing", "download")}
+# Imports for the names of files alone, and a tag of MLflow that reads like a module.
+FOR_CONSTANTS = {("tokenizing", "download"), ("tracking_plan", "served")}
 # What a stage starts by a name that it puts together.
 WORKERS = {"quantize": ["backends"]}
-STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate")
+STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,8 @@ def uncovered(root, stage, deps):
 STAGE_ENTRIES = [
     ("download", "download"), ("calibrate", "calibrate"), ("quantize", "quantize"), ("convert", "convert"),
     ("serve_smoke", "serve_smoke"), ("serve_smoke_baseline", "serve_smoke"), ("evaluate", "evaluate"),
-    ("evaluate_baseline", "evaluate"), ("speed", "speed"),
+    ("evaluate_baseline", "evaluate"), ("tasks", "tasks"), ("tasks_baseline", "tasks"), ("speed", "speed"),
+    ("report", "report"),
 ]  # fmt: skip
 
 
@@ -138,11 +139,12 @@ def test_every_stage_depends_on_what_results_are_told_apart_by(pipeline):
 def test_every_dependency_in_the_repository_exists(root, pipeline):
     for stage in pipeline.values():
         for dep in body(stage)["deps"]:
-            assert dep.startswith("artifacts/") or (root / dep).exists(), dep
+            made = dep.split("/")[0] in ("artifacts", "variants")
+            assert made or (root / dep).exists(), dep
 
 
 def test_every_baseline_entry_depends_on_the_same_modules_as_the_variants(pipeline):
-    for name in ("serve_smoke", "evaluate"):
+    for name in ("serve_smoke", "evaluate", "tasks"):
         one, other = (
             {dep for dep in body(pipeline[entry])["deps"] if dep.startswith(("src/", "stages/"))}
             for entry in (name, f"{name}_baseline")
@@ -195,6 +197,9 @@ def test_what_a_fingerprint_covers_is_what_dvc_watches(pipeline):
         }  # fmt: skip
     for entry in ("evaluate", "evaluate_baseline"):
         assert watched[entry] >= {"evaluate", "frozen.locks.reference"}
+    for entry in ("tasks", "tasks_baseline"):
+        assert watched[entry] >= {"tasks", "serve.max_model_len", "serve.dtype", "serve.enforce_eager", "serve.runtime"}
+        assert watched[entry] >= {"frozen.locks.tasks", "frozen.locks.server"}
 
 
 def test_the_serving_options_that_dvc_watches_are_all_but_those_of_the_process(frozen, pipeline):
@@ -209,8 +214,10 @@ def test_dvc_resolves_the_pipeline_to_the_stages_of_each_variant(root, tmp_path)
     code = "from dvc.repo import Repo\nRepo.init(no_scm=True)\nprint('#', *(s.addressing for s in Repo().index.stages))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    once = {"compose_baseline", "download", "serve_smoke_baseline", "evaluate_baseline"}
-    each = ("compose", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "speed")
+    once = {
+        "compose_baseline", "download", "serve_smoke_baseline", "evaluate_baseline", "tasks_baseline", "report"
+    }  # fmt: skip
+    each = ("compose", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks", "speed")
     variants = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["variants"]
     assert len(variants) >= 3
     assert set(done.stdout.rpartition("#")[2].split()) == once | {

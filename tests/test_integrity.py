@@ -21,6 +21,8 @@ def spoil(path):
 
 def test_the_cache_is_found_where_dvc_has_it(project):
     assert cache_folder(project.root) == project.cache
+    (project.root / ".dvc" / "config.local").write_text("[cache]\n    dir = ../elsewhere\n")
+    assert cache_folder(project.root).resolve() == project.root / "elsewhere"
 
 
 def test_a_whole_project_has_no_fault(project):

@@ -23,7 +23,7 @@ def changed(one, other):
 
 def test_bits_change_quantize_and_what_follows(fingerprints):
     assert changed(fingerprints("method=gptq"), fingerprints("method=gptq", "bits=8")) == [
-        "quantize", "convert", "serve_smoke", "evaluate", "speed"
+        "quantize", "convert", "serve_smoke", "evaluate", "tasks", "speed"
     ]  # fmt: skip
 
 

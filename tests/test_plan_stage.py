@@ -10,8 +10,9 @@ import pytest
 
 from quantline.config import parse
 from quantline.errors import ConfigError
-from quantline.planning import cpu_instructions, machine_memory, preflight, split_options
+from quantline.planning import machine_memory, preflight, split_options
 from quantline.plans import RefusedError
+from quantline.serving_rules import cpu_instructions
 from quantline.stage import StageRun
 from tests.tiny_quantized import write_float
 

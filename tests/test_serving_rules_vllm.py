@@ -17,9 +17,8 @@ import pytest
 from packaging.version import Version
 
 from quantline.formats.settings import LayerSettings
-from quantline.planning import cpu_instructions
 from quantline.serving_facts import facts_of_layers
-from quantline.serving_rules import Target, rules, verdicts
+from quantline.serving_rules import Target, cpu_instructions, rules, verdicts
 from quantline.toolchains import worker_environment
 from tests.tiny_quantized import LAYER, shapes_of, write_quantized
 

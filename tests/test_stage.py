@@ -32,7 +32,7 @@ def frozen(composed):
     """A configuration as `compose` freezes it."""
 
     def of(variant, *overrides):
-        locks = {"reference": "r", "server": "s", "quantizer": "q"}
+        locks = {"reference": "r", "server": "s", "quantizer": "q", "tasks": "t"}
         frozen = {"variant": variant, "overrides": "", "backends": [], "locks": locks}
         return parse({**composed(*overrides), "frozen": frozen})
 
@@ -123,6 +123,8 @@ def test_a_result_describes_its_output(checkout, config):
     assert result["status"] == "ok"
     assert result["environment"]["toolchain"] == "core"
     assert result["environment"]["versions"]["numpy"]
+    assert 1 <= len(result["monitor"]["samples"]) <= 200
+    assert result["monitor"]["peak"]["rss_bytes"] > 1e7
 
 
 def test_a_run_by_hand_keeps_its_configuration_and_overrides(checkout, config):

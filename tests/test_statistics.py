@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from quantline.errors import UserError
-from quantline.statistics import paired_bootstrap
+from quantline.statistics import paired_bootstrap, paired_recovery
 
 WEIGHTS = np.array([100.0, 200.0, 300.0])
 
@@ -85,3 +85,47 @@ def test_what_has_no_interval_is_refused(values: list[float], weights: list[floa
     array = np.array(values)
     with pytest.raises(UserError, match=fact):
         paired_bootstrap(array, array, np.array(weights), seed=0, **options)
+
+
+def test_recovery_of_itself_is_one_without_width() -> None:
+    values = np.array([1.0, 0.0, 1.0, 1.0] * 10)
+    recovery = paired_recovery(values, values, aggregation="mean", higher_is_better=True, seed=0)
+    assert (recovery.estimate, recovery.low, recovery.high) == (1.0, 1.0, 1.0)
+
+
+def test_recovery_is_below_one_for_the_worse_model_whichever_way_the_score_goes() -> None:
+    right, fewer = np.array([1.0] * 30 + [0.0] * 10), np.array([1.0] * 15 + [0.0] * 25)
+    up = paired_recovery(fewer, right, aggregation="mean", higher_is_better=True, seed=0)
+    down = paired_recovery(right, fewer, aggregation="mean", higher_is_better=False, seed=0)
+    assert up.estimate == down.estimate == 0.5
+    nats = paired_recovery(fewer - 2.0, right - 2.0, aggregation="perplexity", higher_is_better=False, seed=0)
+    assert nats.estimate == pytest.approx(np.exp(-15 / 40))
+    for recovery in (up, down, nats):
+        assert recovery.low is not None
+        assert recovery.high is not None
+        assert recovery.low < recovery.estimate < recovery.high < 1.0
+
+
+def test_pairing_makes_the_interval_of_a_recovery_narrower() -> None:
+    generator = np.random.default_rng(0)
+    baseline = (generator.random(200) < 0.6).astype(float)
+    same = baseline.copy()
+    same[np.flatnonzero(baseline)[:6]] = 0.0
+    shuffled = generator.permutation(same)
+    paired, unpaired = (
+        paired_recovery(each, baseline, aggregation="mean", higher_is_better=True, seed=0) for each in (same, shuffled)
+    )
+    assert paired.estimate == unpaired.estimate
+    assert paired.high - paired.low < 0.5 * (unpaired.high - unpaired.low)
+
+
+def test_a_baseline_that_scored_nothing_has_no_recovery() -> None:
+    recovery = paired_recovery(np.ones(4), np.zeros(4), aggregation="mean", higher_is_better=True, seed=0)
+    assert (recovery.estimate, recovery.low, recovery.high) == (None, None, None)
+
+
+def test_recovery_of_other_items_or_of_one_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot be paired"):
+        paired_recovery(np.ones(3), np.ones(2), aggregation="mean", higher_is_better=True, seed=0)
+    with pytest.raises(UserError, match="has no spread"):
+        paired_recovery(np.ones(1), np.ones(1), aggregation="mean", higher_is_better=True, seed=0)

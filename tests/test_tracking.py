@@ -25,7 +25,7 @@ from variant_records import COMMIT, REFUSED, four, record
 from quantline.errors import TrackingError
 from quantline.toolchains import end_group
 from quantline.tracking import publish, view_path
-from quantline.tracking_plan import VariantRecord, flatten, variant_metrics
+from quantline.tracking_plan import STAGES, VariantRecord, flatten, variant_metrics
 from quantline.tracking_store import Scrubber, locked, resolve_uri
 
 EXPERIMENT = "quantline/demo"
@@ -99,7 +99,28 @@ def test_publishing_twice_changes_no_row(root: Path) -> None:
     assert dump(root) == before
     assert set(first.created) == set(second.unchanged) == {"float", "awq-w4-g128", "gptq-w4-g128", "gptq-w8-g128"}
     assert first.run_ids == second.run_ids
-    assert Counter(status for _, status, *_ in told(root)) == {"FINISHED": 4 + 3 + 3 * 6}
+    assert Counter(status for _, status, *_ in told(root)) == {"FINISHED": 4 + 3 + 3 * len(STAGES)}
+
+
+def test_report_is_one_run_that_only_another_report_replaces(root: Path) -> None:
+    folder = root / "report"
+    (folder / "data").mkdir(parents=True)
+    manifest = {"chosen": "awq-w4-g128", "headline": "Ship awq-w4-g128.", "variants": ["float", "awq-w4-g128"]}
+    (folder / "data" / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "index.html").write_text("<h1>one</h1>")
+    assert to(root, [], report=folder).created == ("report",)
+    before = dump(root)
+    assert to(root, [], report=folder).unchanged == ("report",)
+    assert dump(root) == before
+    run = runs_of(root)["report"]
+    assert run.data.params["recommended"] == "awq-w4-g128"
+    assert run.data.tags["mlflow.note.content"].startswith("Ship awq-w4-g128.")
+    attached = root / "mlartifacts" / EXPERIMENT / run.info.run_id / "artifacts"
+    assert (attached / "index.html").read_text() == "<h1>one</h1>"
+    assert (attached / "data" / "manifest.json").is_file()
+    (folder / "index.html").write_text("<h1>two</h1>")
+    assert to(root, [], report=folder).created == ("report",)
+    assert (attached / "index.html").read_text() == "<h1>one</h1>"
 
 
 def test_parent_run_has_the_columns_that_variants_are_compared_by(root: Path) -> None:

@@ -105,6 +105,21 @@ def test_datasets_and_system_metrics_are_logged_once_however_often_a_publish_is_
     assert len(runs_of(store)["one"].inputs.dataset_inputs) == 2
 
 
+def test_a_log_is_attached_and_a_publish_from_a_machine_without_it_changes_nothing(store):
+    here = baseline(store)
+    for result in here.results:
+        log = here.folder / f"{result['stage']}.log"
+        log.write_text("said")
+        result["log"] = log.name
+    to(store, [here])
+    folder = Path(runs_of(store)["float: evaluate"].info.artifact_uri.removeprefix("file://"))
+    assert (folder / "evaluate.log").read_text() == "said"
+    before = dump(store)
+    there = replace(here, results=[{**result, "log": None} for result in here.results])
+    assert to(store, [there]).unchanged == ("float",)
+    assert dump(store) == before
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"input_ids_sha256": 3}'])
 def test_a_manifest_that_is_no_manifest_gives_no_dataset(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
@@ -151,9 +166,10 @@ class Answers(BaseHTTPRequestHandler):
     def answer(self):
         time.sleep(0 if self.path == "/health" else self.wait)
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = (
-            b'{"experiment": {"experiment_id": "1", "name": "x", "lifecycle_stage": "active", "tags": []}, "runs": []}'
-        )
+        body = b"You are not authenticated."
+        if self.code == 200:
+            experiment = {"experiment_id": "1", "name": "x", "lifecycle_stage": "active", "tags": []}
+            body = json.dumps({"experiment": experiment, "runs": []}).encode()
         self.send_response(200 if self.path == "/health" else self.code)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

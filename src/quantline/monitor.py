@@ -22,7 +22,7 @@ from typing import Any
 INTERVAL_SECONDS = 1.0
 MOST_ROWS = 200
 # It answers at once; on a busy machine it may have to wait for a processor.
-PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = 15.0
 
 
 class Monitor:

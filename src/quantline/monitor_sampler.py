@@ -22,12 +22,28 @@ import psutil  # noqa: E402
 
 from quantline.accelerators import visible_gpus  # noqa: E402
 
+_PAGE, _TICKS = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
+
+
+def _stat(pid: str) -> list[bytes]:
+    """What /proc/PID/stat says after the process's name: state, parent, ...; empty where it has ended."""
+    try:
+        file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
+    except OSError:
+        return []
+    try:
+        return os.read(file, 4096).rpartition(b")")[2].split()
+    except OSError:
+        return []
+    finally:
+        os.close(file)
+
 
 class Sampler:
     """Rows of equal columns: seconds since the first, and what `columns` names."""
 
     def __init__(self, pid: int, most: int) -> None:
-        self.root = psutil.Process(pid)
+        self.root = pid
         self.most = most
         self.gpus = len(visible_gpus())
         self.columns = [
@@ -62,21 +78,21 @@ class Sampler:
 
     def _tree(self) -> tuple[int, dict[int, float]]:
         """Resident bytes of the tree, and processor seconds of each of its processes."""
-        resident, busy = 0, {}
-        try:
-            members = [self.root, *self.root.children(recursive=True)]
-        except psutil.Error:
-            members = []
-        for process in members:
-            if process.pid == os.getpid():
-                continue
-            try:
-                with process.oneshot():
-                    times = process.cpu_times()
-                    busy[process.pid] = times.user + times.system
-                    resident += process.memory_info().rss
-            except psutil.Error:
-                continue
+        # psutil would find the tree by the same pass over /proc and then read each member's files again.
+        children: dict[int, list[int]] = {}
+        used: dict[int, tuple[int, float]] = {}
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                fields = _stat(name)
+                if fields:
+                    children.setdefault(int(fields[1]), []).append(int(name))
+                    used[int(name)] = int(fields[21]) * _PAGE, (int(fields[11]) + int(fields[12])) / _TICKS
+        resident, busy, ahead = 0, {}, [self.root]
+        while ahead:
+            pid = ahead.pop()
+            if pid in used and pid != os.getpid():
+                resident, busy[pid] = resident + used[pid][0], used[pid][1]
+                ahead += children.get(pid, [])
         return resident, busy
 
     def _keep(self, row: list[float | None]) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from quantline.results import read_result
 
 
-def noise_floor(root: Path, fingerprint: str) -> dict[str, Any] | None:
+def noise_floor(root: Path, fingerprint_of: Callable[[int], str]) -> dict[str, Any] | None:
     """How much of the loss is chance: over runs with other seeds, what the variant lost in nats a token of the same text.
 
     Args:
         root: the checkout; runs by hand are in its scratch/.
-        fingerprint: that a noise result must have, to be of this variant and text.
+        fingerprint_of: from a number of runs, what a noise result of this variant and text has.
 
     Returns:
         runs, low and high (smallest and largest nll_difference), seeds, and the result's output_hash; None where it was not
@@ -22,7 +23,7 @@ def noise_floor(root: Path, fingerprint: str) -> dict[str, Any] | None:
     for path in sorted((root / "scratch").glob("*/noise.json")):
         result = read_result(path)
         rows = result.get("tables", {}).get("runs", [])
-        if result.get("fingerprint") == fingerprint and rows:
+        if rows and result.get("fingerprint") == fingerprint_of(len(rows)):
             lost = [float(row["nll_difference"]) for row in rows]
             return {
                 "runs": len(rows), "low": min(lost), "high": max(lost), "seeds": [row["seed"] for row in rows],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +20,11 @@ from quantline.nearest import nearest
 from quantline.plans import Model, Place, Planned
 from quantline.preflight import before_quantize
 from quantline.results import read_result
-from quantline.serving_rules import Target
+from quantline.serving_rules import Target, cpu_instructions
 from quantline.toolchains import detect_platform, distribution_version, ensure
 
 if TYPE_CHECKING:
     from quantline.stage import StageRun
-
-_CPU_INFO = Path("/proc/cpuinfo")
-# What torch asks for before it calls a CPU one with AVX-512; vLLM chooses its library by that.
-_AVX512 = {"avx512f", "avx512vl", "avx512bw", "avx512dq"}
 
 
 class PlanOptions(Section):
@@ -109,18 +104,6 @@ def place_of(config: Config, root: Path, options: PlanOptions | None = None) -> 
         quantizer_bytes=memory if device == "cuda" else machine_memory(),
         calibration_tokens=config.calibration.n_samples * config.calibration.seq_len,
     )  # fmt: skip
-
-
-def cpu_instructions(info: Path = _CPU_INFO) -> str | None:
-    """The best instruction set of this x86 CPU that vLLM has kernels for: avx512, avx2 or none; None for other CPUs."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return None
-    try:
-        lines = info.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    flags = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
-    return "avx512" if flags >= _AVX512 else "avx2" if "avx2" in flags else "none" if flags else None
 
 
 def this_gpu() -> tuple[int | None, int | None]:

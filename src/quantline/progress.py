@@ -23,7 +23,7 @@ class _Bar:
     def __init__(self, label: str, milestones: bool) -> None:
         from tqdm import tqdm
 
-        tqdm.monitor_interval = 0  # no thread of its own: conversions fork
+        tqdm.monitor_interval = 0  # every update draws it, so no thread need watch over that
         self._label = label
         self._milestones = milestones
         self._started = self._told = time.monotonic()

@@ -20,23 +20,29 @@ def experiment_name(tracking: TrackingConfig, model: ModelConfig) -> str:
 
 
 def publish_records(
-    records: Sequence[VariantRecord], config: Config, root: Path, *, limit_seconds: float | None = None
+    records: Sequence[VariantRecord],
+    config: Config,
+    root: Path,
+    *,
+    report: Path | None = None,
+    limit_seconds: float | None = None,
 ) -> bool:
     """Publish and say so; whether it worked. A server that is down is reported, never raised.
 
-    limit_seconds: how long it may take in all; null is as long as it takes.
+    report: folder of the report of these records. limit_seconds: how long it may take in all; null is as long as it takes.
     """
     from quantline.tracking import publish
 
     try:
-        report = publish(
+        done = publish(
             records, tracking_uri=config.tracking.uri, experiment=experiment_name(config.tracking, config.model),
-            root=root, timeout_seconds=config.tracking.timeout_seconds, limit_seconds=limit_seconds,
+            root=root, timeout_seconds=config.tracking.timeout_seconds, report=report,
+            limit_seconds=limit_seconds,
         )  # fmt: skip
     except TrackingError as error:
         print(f"NOT PUBLISHED: {error}", file=sys.stderr)
         return False
-    print(report, file=sys.stderr)
-    for warning in report.warnings:
+    print(done, file=sys.stderr)
+    for warning in done.warnings:
         print(f"  note: {warning}", file=sys.stderr)
     return True

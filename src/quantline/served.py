@@ -19,7 +19,7 @@ from quantline.errors import ServerError, UserError
 from quantline.jobs import write_json
 from quantline.judging import judge_answers
 from quantline.serving import ServerOptions, serve
-from quantline.serving_rules import Target, checkpoint_facts, verdict
+from quantline.serving_rules import checkpoint_facts, verdict, vllm_here
 from quantline.smoke import Answer, has_chat_template, run_smoke
 from quantline.vllm_scoring import score
 from quantline.windows import Windows
@@ -66,7 +66,7 @@ def serve_and_score(
         UserError: a window does not fit the server's max_model_len.
     """
     facts = checkpoint_facts(checkpoint)
-    known = verdict(Target("vllm", version, options.device, options.dtype), facts)
+    known = verdict(vllm_here(version, options.device, options.dtype), facts)
     document: dict[str, Any] = {"supported": known.supported, "reason": known.reason, "rule": known.rule_id}
     if not known.supported:
         write_json(out / "verdict.json", document)

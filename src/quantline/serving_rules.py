@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,6 +17,10 @@ from packaging.version import InvalidVersion, Version
 from quantline.errors import UserError
 from quantline.formats.container import read_json
 from quantline.formats.settings import quantization_of
+
+_CPU_INFO = Path("/proc/cpuinfo")
+# What torch asks for before it calls a CPU one with AVX-512; vLLM chooses its library by that.
+_AVX512 = {"avx512f", "avx512vl", "avx512bw", "avx512dq"}
 
 
 @dataclass(frozen=True)
@@ -203,3 +208,20 @@ def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
         return facts_of(None)
     quantization_of(checkpoint)  # refuses what no layout of ours describes
     return facts_of(settings)
+
+
+def vllm_here(version: str, device: str, dtype: str) -> Target:
+    """The vLLM of this machine."""
+    return Target("vllm", version, device, dtype, instructions=cpu_instructions() if device == "cpu" else None)
+
+
+def cpu_instructions(info: Path = _CPU_INFO) -> str | None:
+    """The best instruction set of this x86 CPU that vLLM has kernels for: avx512, avx2 or none; None for other CPUs."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    try:
+        lines = info.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    flags = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+    return "avx512" if flags >= _AVX512 else "avx2" if "avx2" in flags else "none" if flags else None

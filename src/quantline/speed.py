@@ -27,7 +27,7 @@ from quantline.jobs import JobResult, write_json
 from quantline.memory import kv_cache
 from quantline.server_log import kernels, weights_bytes
 from quantline.serving import GIB, Server, run_vllm, serve
-from quantline.serving_rules import Target, checkpoint_facts, verdict
+from quantline.serving_rules import checkpoint_facts, verdict, vllm_here
 from quantline.speed_runs import (
     Plan,
     Subject,
@@ -76,7 +76,7 @@ def measure(
     if not plan.tools:
         return _kept(Measured(nothing()), out)
     variant = subjects[1]
-    target = Target("vllm", version, variant.options.device, variant.options.dtype)
+    target = vllm_here(version, variant.options.device, variant.options.dtype)
     known = verdict(target, checkpoint_facts(variant.checkpoint))
     if not known.supported:
         return _kept(Measured(nothing(), warnings=[known.remedy] if known.remedy else [], reason=known.reason), out)
@@ -160,6 +160,8 @@ class _Session:
 
     def _benched(self, group: Sequence[Subject], up: dict[str, Server]) -> list[dict[str, Any]]:
         """Rounds of every level; within a round the models take turns, and who begins does so as well."""
+        # vLLM's idle processes spin for a second after their last request (SpinCondition, vllm 0.32.0), then sleep; the next
+        # model's tokenizer and warm-up take longer than that.
         turns = [
             (subject, level, number)
             for number in range(self.plan.rounds)

@@ -125,10 +125,12 @@ class StageRun:
         """The named environment, ready to use."""
         return toolchains.ensure(self.root, name, python=self.config.toolchains.get(name), platform=self.device)
 
-    def worker(self, toolchain: str, module: str, job: dict[str, Any], label: str) -> JobResult:
-        """Run a worker and take over its versions and its peak memory."""
+    def worker(
+        self, toolchain: str, module: str, job: dict[str, Any], label: str, *, log: Path | None = None
+    ) -> JobResult:
+        """Run a worker and take over its versions and its peak memory; `log` is the stage's where it is not given."""
         chosen = self.toolchain(toolchain)
-        log = self.paths.log
+        log = log or self.paths.log
         result = toolchains.run_worker(chosen, module, job, log=log, threads=self.config.threads, label=label)
         self.peak_memory_bytes = max(self.peak_memory_bytes, result.peak_memory_bytes)
         self.environment.update(toolchain=toolchain, lock_sha256=chosen.lock_sha256, versions=result.versions)

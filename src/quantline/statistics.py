@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,3 +87,63 @@ def paired_bootstrap(
     tail = (1 - level) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return Interval(math.fsum(differences) / math.fsum(weights), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A variant's score over the baseline's and its interval; None where the baseline scored nothing to be divided by."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+
+
+def paired_recovery(
+    values: NDArray[np.float64],
+    baseline: NDArray[np.float64],
+    *,
+    aggregation: Literal["mean", "perplexity"],
+    higher_is_better: bool,
+    seed: int,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Recovery:
+    """Percentile interval of how much of the baseline's score a variant keeps, over resampled items.
+
+    1 is all of it, and less is worse whichever way the score goes: the ratio is variant over baseline where higher is
+    better, and baseline over variant where it is not.
+
+    Args:
+        values, baseline: float64 (items,), scores of the same items; for `perplexity` their log-likelihoods.
+        aggregation: how scores become one: their mean, or exp(-mean).
+        higher_is_better: of the aggregated score.
+        seed, resamples, level: see `paired_bootstrap`.
+
+    Raises:
+        UserError: fewer than two items, or other shapes.
+    """
+    if values.shape != baseline.shape:
+        raise UserError(f"recovery: {len(values)} and {len(baseline)} items cannot be paired")
+    if len(values) < 2:
+        raise UserError(f"recovery: {len(values)} item has no spread; ask two or more, better two hundred")
+
+    def ratio(own: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+        if aggregation == "perplexity":
+            own, other = np.exp(-own), np.exp(-other)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return own / other if higher_is_better else other / own
+
+    generator = np.random.default_rng(seed)
+    ratios = np.empty(resamples)
+    step = max(1, _DRAWS // len(values))
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        drawn = generator.integers(0, len(values), size=(rows, len(values)))
+        ratios[start : start + rows] = ratio(values[drawn].mean(axis=1), baseline[drawn].mean(axis=1))
+    (estimate,) = ratio(values.mean(keepdims=True), baseline.mean(keepdims=True))
+    if not math.isfinite(estimate):
+        return Recovery(None, None, None)
+    tail = (1 - level) / 2
+    # A resample in which the baseline scored nothing says nothing where the variant did not either, else "more".
+    low, high = np.quantile(ratios[~np.isnan(ratios)], [tail, 1 - tail], method="nearest")
+    return Recovery(float(estimate), *(float(end) if math.isfinite(end) else None for end in (low, high)))

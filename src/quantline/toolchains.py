@@ -35,6 +35,7 @@ from quantline.progress import bar
 HEALTH_CHECKS: dict[str, str] = {
     "reference": "import torch, transformers, safetensors",
     "vllm": "import importlib.metadata as m; m.version('vllm'); import torch, vllm._version",
+    "lm_eval": "import torch, transformers, lm_eval.models.huggingface, lm_eval.models.openai_completions",
     **capabilities.health_checks(),
 }
 PLATFORMS = ("cpu", "cuda")

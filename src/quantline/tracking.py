@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.errors import TrackingError
-from quantline.tracking_plan import Plan, VariantRecord, plan_variant
+from quantline.tracking_plan import Plan, VariantRecord, plan_report, plan_variant
 from quantline.tracking_store import Scrubber, check_reachable, locked, resolve_uri, sqlite_path
 
 MAX_TAG_CHARS = 5000
@@ -45,7 +45,7 @@ REMEDY = "Nothing is lost: the result files hold every measurement. Publish them
 
 @dataclass(frozen=True)
 class PublishReport:
-    """What a publish did; created, completed and unchanged are names of variants.
+    """What a publish did; created, completed and unchanged are names of variants, and `report`.
 
     uri: the tracking server without credentials. run_ids: variant -> its parent run. seconds: wall time.
     """
@@ -99,9 +99,12 @@ def publish(
     experiment: str,
     root: Path,
     timeout_seconds: float = 10,
+    report: Path | None = None,
     limit_seconds: float | None = None,
 ) -> PublishReport:
     """Bring the experiment in line with `records`; other variants in it are left alone.
+
+    report: folder of the report of these records, which becomes a run of its own.
 
     tracking_uri: null means MLFLOW_TRACKING_URI where it is set, else `mlflow.db` in `root`, with artifacts in
     `mlartifacts` beside it. timeout_seconds: for one request; a server that does not answer is given up after two.
@@ -116,13 +119,15 @@ def publish(
     scrubber = Scrubber(uri)
     notes: list[str] = []
     plans = [plan_variant(record, scrubber, notes) for record in records]
+    if report is not None:
+        plans.append(plan_report(report))
     try:
         check_reachable(uri, timeout_seconds)
         with quiet_mlflow(uri, timeout_seconds), locked(uri, limit_seconds or max(60.0, timeout_seconds)):
             _ensure_database(uri)
             publisher = _Publisher(uri, experiment, limit_seconds)
             for plan in plans:
-                publisher.upsert_variant(plan)
+                publisher.upsert(plan)
     except Exception as error:  # the border: a server, a proxy or a database can raise anything
         cause = str(error) if isinstance(error, TrackingError) else f"{type(error).__name__}: {error}"
         # `from None`: the original message may hold credentials, and a traceback would print it.
@@ -196,8 +201,8 @@ class _Publisher:
             if key not in said:
                 self._client.set_experiment_tag(self.experiment_id, key, value)
 
-    def upsert_variant(self, plan: Plan) -> None:
-        runs = self._search({"quantline.role": "variant", "quantline.variant": plan.name})
+    def upsert(self, plan: Plan) -> None:
+        runs = self._search(plan.identity)
         complete = [run for run in runs if run.data.tags.get("quantline.complete") == plan.complete]
         if complete:
             chosen = max(complete, key=lambda run: run.data.tags.get("quantline.current") == "true").info.run_id

@@ -19,12 +19,14 @@ import yaml
 from quantline.tracking_inputs import DatasetUse, SystemSample, datasets_of, system_samples
 from quantline.tracking_store import Scrubber
 
-STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "speed")
-COMPARED = ("quantize", "serve_smoke", "evaluate", "speed")  # their metrics are what variants are compared by
+STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks", "speed")
+# Their metrics are what variants are compared by.
+COMPARED = ("quantize", "serve_smoke", "evaluate", "tasks", "speed")
 # How a variant runs here, not what it is: no parameters, or another port would make another run of the same results.
-RUNTIME_KEYS = ("tracking", "promote", "toolchains", "device", "serve.process", "frozen.overrides")
+RUNTIME_KEYS = ("tracking", "promote", "report", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
+REPORT_MANIFEST = "data/manifest.json"
 PROJECTION = 2  # part of the content hash: raise it when the same results are to be shown in another way
 
 
@@ -191,8 +193,9 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
 
 def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str]) -> Plan:
     stage, environment, timings = result["stage"], result.get("environment") or {}, result.get("timings") or {}
+    log = result.pop("log", None)
     files: dict[str, Path] = {}
-    for name in result.get("files") or []:
+    for name in [*(result.get("files") or []), *([log] if log else [])]:
         path = record.folder / name
         fault = _unattachable(name, path)
         if fault:
@@ -209,7 +212,7 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
     metrics = {**(result.get("metrics") or {}), "peak_memory_bytes": result.get("peak_memory_bytes")}
     metrics.update((name, value) for name, value in timings.items() if name != "started_at")
     metrics.update(monitor_peaks(result))
-    contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if name != log}
     return Plan(
         f"{record.name}: {stage}", identity, tags, flatten(environment), _numbers(metrics),
         {"result.json": json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}, files,
@@ -217,6 +220,27 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
         timings.get("started_at"), float(timings.get("total_seconds") or 0.0),
         datasets=datasets_of(result, record.config, record.folder),
         samples=system_samples(result),
+    )  # fmt: skip
+
+
+def plan_report(folder: Path) -> Plan:
+    """The run that holds the report: its recommendation as description, its files as they are.
+
+    What it says is in its parameters, so another report makes another run and this one stays as it was.
+    """
+    manifest = json.loads((folder / REPORT_MANIFEST).read_text(encoding="utf-8"))
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    content = _digest({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()})
+    note = f"{manifest['headline']} Open `index.html` among the artifacts for the reasons."
+    params = {
+        "report": content[:16],
+        "recommended": str(manifest["chosen"]),
+        "variants": " ".join(manifest["variants"]),
+    }
+    return Plan(
+        "report", {"quantline.role": "report"},
+        {"mlflow.note.content": note, "quantline.recommended": params["recommended"]}, params, {}, {}, files,
+        _digest([PROJECTION, content]), None, 0.0,
     )  # fmt: skip
 
 

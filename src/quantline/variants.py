@@ -20,12 +20,23 @@ from pathlib import Path
 from quantline.config import Config
 from quantline.errors import UserError
 
-STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "speed")
+STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks", "speed")
 BASELINE = "float"
 SHARED = "shared"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 # Options that change how a stage runs here but nothing that it makes.
-_RUNTIME = ("device", "toolchains", "tracking", "promote", "serve.process", "variant", "hydra", "noise", "speed")
+_RUNTIME = (
+    "device",
+    "toolchains",
+    "tracking",
+    "promote",
+    "serve.process",
+    "variant",
+    "hydra",
+    "noise",
+    "speed",
+    "report",
+)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ SHARED = [
     "model=demo", "calibration=demo", "calibration.n_samples=4", "calibration.seq_len=256", "evaluate.max_tokens=6000",
     "evaluate.max_document_tokens=256", "evaluate.bootstrap.resamples=500", "serve.smoke.max_tokens=12",
     "evaluate.generations.prompts=4", "evaluate.generations.new_tokens=8", "evaluate.restore.layers=1",
-    "evaluate.restore.tokens=1000",
-    "serve.process.kv_cache_gib=0.25", "speed=none",
+    "evaluate.restore.tokens=1000", "serve.process.kv_cache_gib=0.25", "tasks=none", "speed=none",
 ]  # fmt: skip
 VARIANTS = {
     "awq-w4-g128": "method=awq bits=4 group_size=128",

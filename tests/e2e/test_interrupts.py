@@ -83,7 +83,7 @@ def test_ctrl_c_in_convert(pipeline, untouched):
 
 
 def test_ctrl_c_in_serve_smoke_while_the_server_loads(pipeline, untouched):
-    interrupt(pipeline, "serve_smoke", "method=float", when=lambda pid: len(below(pid)) >= 4)
+    interrupt(pipeline, "serve_smoke", "method=float", when=lambda pid: len(below(pid)) >= 5)
 
 
 def test_a_stage_that_is_killed_takes_its_worker_along_and_the_next_run_clears_up(pipeline):

@@ -183,21 +183,6 @@ def test_a_file_that_is_cut_off_is_no_tensor(tmp_path: Path) -> None:
             list(file.chunks(last))
 
 
-def test_tensors_of_a_forked_process_count_once_they_are_noted(tmp_path: Path) -> None:
-    with streamed(tmp_path / "file", SPECS) as file:
-        child = os.fork()
-        if not child:
-            for name, array in tensors().items():
-                file.put(name, array)
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
-        file.came(SPECS)
-        for name in ("a.weight", "unknown"):
-            with pytest.raises(CheckpointError, match=f"{name} comes"):
-                file.came([name])
-    assert (tmp_path / "file").read_bytes() == write(tmp_path / "other", list(SPECS))
-
-
 def test_a_thread_flushes_while_tensors_come(tmp_path: Path) -> None:
     with streamed(tmp_path / "file", SPECS) as file, flushed(file) as news:
         for name, array in tensors().items():

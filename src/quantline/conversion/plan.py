@@ -27,8 +27,9 @@ from quantline.conversion.targets import (
     weights_stem,
 )
 from quantline.errors import UserError
-from quantline.formats import FormatError, QuantizedLinear, bitsandbytes, round_scales
+from quantline.formats import FormatError, bitsandbytes, round_scales
 from quantline.formats.half import widened
+from quantline.formats.linear import Gridded
 from quantline.formats.settings import LayerSettings, describe
 from quantline.formats.streaming import TensorSpec
 from quantline.linears import LM_HEAD
@@ -116,7 +117,7 @@ def _examine(source: Source, layer: SourceLayer, half: bool, requantize: bool) -
     return faults or LayerFacts(linear.symmetric, linear.sequential, int(linear.zeros.min()), loss, dtype, outliers)
 
 
-def scale_loss(before: QuantizedLinear, after: QuantizedLinear) -> float:
+def scale_loss(before: Gridded, after: Gridded) -> float:
     """The largest relative change of a scale, and so of any weight, since ``w = (u - z) * s``."""
     old, new = widened(before.scales), widened(after.scales)
     # A float16 neighbour is within a factor of two, so the difference is exact in float32. Only where the quotient may be

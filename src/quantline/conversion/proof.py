@@ -20,6 +20,7 @@ from quantline.conversion.faults import ProofError
 from quantline.conversion.source import MSMODELSLIM
 from quantline.conversion.targets import family
 from quantline.formats import QuantizedLinear, msmodelslim_files
+from quantline.formats.linear import Grid
 from quantline.jobs import write_json
 
 PROOF_NAME = "conversion_proof.json"
@@ -141,8 +142,12 @@ class Proof:
 
 def same_layer(one: QuantizedLinear, other: QuantizedLinear) -> list[str]:
     """What of two layers differs: codes, zero points, scales, group index."""
+    return [*([] if _equal(one.codes, other.codes) else ["codes"]), *same_grid(one.grid, other.grid)]
+
+
+def same_grid(one: Grid, other: Grid) -> list[str]:
+    """What of two layers differs beside their codes: zero points, scales, group index."""
     pairs: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
-        "codes": (one.codes, other.codes),
         "zero points": (one.zeros, other.zeros),
         "scales": (one.scales, other.scales),
         "group index": (one.group_index, other.group_index),

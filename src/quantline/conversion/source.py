@@ -6,7 +6,7 @@ no codes on a grid: its linears are listed and can be kept, not converted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from quantline.formats.settings import QuantizationInfo
 MSMODELSLIM = "msmodelslim"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _FLOATS = ("F16", "BF16", "F32")
-# Codes of a piece, and the output channels that fill whole words in every layout.
-_PIECE, _WORD_RUN = 1 << 22, 32
 
 
 @dataclass(frozen=True)
@@ -87,27 +85,6 @@ class Source:
         """
         stored = {suffix: _plain(self.tensors.read(name)) for suffix, name in layer.tensors.items()}
         return self._decode(layer, stored, requantize, layer.group_size, layer.packed)
-
-    def pieces(self, layer: SourceLayer, requantize: bool) -> Iterator[tuple[QuantizedLinear, OutlierReport | None]]:
-        """A linear as consecutive runs of its output channels, small enough for the processor's cache.
-
-        Only unpacked msModelSlim linears come in pieces; others, and those whose groups may have to be quantized again, come
-        whole.
-
-        Raises:
-            FormatError: as `read`.
-        """
-        rows = max(_WORD_RUN, _PIECE // layer.in_features // _WORD_RUN * _WORD_RUN)
-        if self.layout != MSMODELSLIM or layer.packed or requantize or rows >= layer.out_features:
-            yield self.read(layer, requantize)
-            return
-        for start in range(0, layer.out_features, rows):
-            part = (start, min(start + rows, layer.out_features))
-            stored = {
-                suffix: _plain(self.tensors.read(name, part, layer.out_features))
-                for suffix, name in layer.tensors.items()
-            }
-            yield self._decode(layer, stored, False, layer.group_size, False)
 
     def check_codes(self, layer: SourceLayer) -> None:
         """Read the codes once where their bytes could hold more than their bits: 4-bit msModelSlim linears, one a byte.

@@ -1,10 +1,12 @@
 """The tensors of a folder, by name, read by several threads.
 
-They are read into memory of their own, not mapped, so that what a conversion holds is what it works on.
+They are read into memory of their own, so that what a conversion holds is what it works on; the codes of large linears
+alone are mapped, one linear a thread, since every byte that need not be copied counts there.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.formats.container import TensorInfo, numpy_dtype
+from quantline.formats.container import CheckpointError, TensorInfo, numpy_dtype
 from quantline.formats.streaming import CHUNK, read_into
 
-# Bytes that pass at a time where nothing is kept of them: they stay in the processor's cache.
-_PASS = 1 << 20
+# Bytes that are looked through at a time: they stay in the processor's cache between the one look and the other.
+_PASS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,26 @@ class TensorFiles:
     _open: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def read(self, name: str, part: tuple[int, int] = (0, 1), parts: int = 1) -> NDArray[Any]:
-        """A tensor, or the given ones of equal parts along its first axis, in memory of its own."""
+    def read(self, name: str) -> NDArray[Any]:
+        """A tensor in memory of its own."""
         info = self.infos[name]
-        size = info.nbytes // parts
-        data = np.empty(size * (part[1] - part[0]), dtype=np.uint8)
-        read_into(self._descriptor(name), data.data, info.offset + size * part[0])
-        return data.view(numpy_dtype(info.dtype)).reshape(-1, *info.shape[1:])
+        data = np.empty(info.nbytes, dtype=np.uint8)
+        read_into(self._descriptor(name), data.data, info.offset)
+        return data.view(numpy_dtype(info.dtype)).reshape(info.shape)
+
+    def mapped(self, name: str) -> NDArray[Any]:
+        """A tensor as it lies in its file, not to be written to; it is unmapped with the last reference to the array.
+
+        Raises:
+            CheckpointError: the file ends inside it.
+        """
+        info, descriptor = self.infos[name], self._descriptor(name)
+        if os.fstat(descriptor).st_size < info.offset + info.nbytes:
+            raise CheckpointError(f"{self.files[name]}: ends inside {name}: fetch or write it again")
+        start = info.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        pages = mmap.mmap(descriptor, info.offset + info.nbytes - start, prot=mmap.PROT_READ, offset=start)
+        data = np.frombuffer(pages, dtype=np.uint8, offset=info.offset - start)
+        return data.view(numpy_dtype(info.dtype)).reshape(info.shape)
 
     def chunks(self, name: str) -> Iterator[bytearray]:
         """The bytes of a tensor, piece by piece."""
@@ -49,13 +64,11 @@ class TensorFiles:
             yield piece
 
     def extremes(self, name: str) -> tuple[int, int]:
-        """The least and the largest value of an int8 tensor that is not empty, read a piece at a time."""
-        info, descriptor = self.infos[name], self._descriptor(name)
-        buffer = np.empty(min(_PASS, info.nbytes), dtype=np.int8)
+        """The least and the largest value of an int8 tensor that is not empty."""
         low, high = 127, -128
-        for start in range(0, info.nbytes, _PASS):
-            part = buffer[: info.nbytes - start]
-            read_into(descriptor, part.data.cast("B"), info.offset + start)
+        values = self.mapped(name).reshape(-1)
+        for start in range(0, values.size, _PASS):
+            part = values[start : start + _PASS]
             low, high = min(low, int(part.min())), max(high, int(part.max()))
         return low, high
 

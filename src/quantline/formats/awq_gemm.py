@@ -21,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.formats.errors import FormatError
-from quantline.formats.linear import QuantizedLinear, group_count, sequential_groups
+from quantline.formats.linear import Grid, QuantizedLinear, group_count, sequential_groups
 from quantline.formats.packing import pack, unpack
 from quantline.formats.parts import Tensors, as_float, bias_of, check_awq, check_shape, check_suffixes, to_half
 
 NAME = "awq_gemm"
+CODES = "qweight"
 
 # suffix -> required
 TENSORS: Mapping[str, bool] = {"qweight": True, "qzeros": True, "scales": True, "bias": False}
@@ -43,18 +44,26 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
     if bits != 4:
         raise FormatError(f"bits={bits}: awq_gemm holds 4 bits only; check the checkpoint's config")
     codes = unpack(tensors["qweight"], bits, axis=1, order=ORDER)  # (in, out)
-    in_features, out_features = codes.shape
+    grid = read_grid(tensors, codes.shape, bits=bits, group_size=group_size)
+    return QuantizedLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
+
+
+def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
+    """All but the codes of a layer of ``shape`` (in, out).
+
+    Raises:
+        FormatError: shapes that disagree.
+    """
+    in_features, out_features = shape
     groups = group_count(in_features, group_size)
     check_shape("qzeros", tensors["qzeros"], (groups, out_features // 8))
     check_shape("scales", tensors["scales"], (groups, out_features))
-    return QuantizedLinear(
-        codes=codes,
+    return Grid(
         scales=as_float("scales", tensors["scales"]),
         zeros=unpack(tensors["qzeros"], bits, axis=1, order=ORDER).astype(np.int16),
         group_index=sequential_groups(in_features, group_size),
         bits=bits,
         group_size=group_size,
-        bias=bias_of(tensors),
     )
 
 
@@ -64,12 +73,17 @@ def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
     Raises:
         FormatError: other than 4 bits, reordered groups, widths not multiples of 8, scales or bias not float16 values.
     """
-    check_awq(linear)
-    tensors: dict[str, NDArray[Any]] = {
-        "qweight": pack(linear.codes, 4, axis=1, order=ORDER),
-        "qzeros": pack(linear.zeros.astype(np.uint8), 4, axis=1, order=ORDER),
-        "scales": to_half("scales", linear.scales, "round them first (round_scales), or use gptq"),
-    }
+    partners = write_grid(linear.grid)
+    tensors: dict[str, NDArray[Any]] = {CODES: pack(linear.codes, 4, axis=1, order=ORDER), **partners}
     if linear.bias is not None:
         tensors["bias"] = to_half("bias", linear.bias, "round it first, or use gptq")
     return tensors
+
+
+def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
+    """All but the codes of a layer; raises what `write` raises."""
+    check_awq(grid)
+    return {
+        "qzeros": pack(grid.zeros.astype(np.uint8), 4, axis=1, order=ORDER),
+        "scales": to_half("scales", grid.scales, "round them first (round_scales), or use gptq"),
+    }

@@ -85,7 +85,7 @@ def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
         FormatError: other than 4 bits, reordered groups, widths not multiples of 8, a group size without a padding
             rule, scales or bias not float16 values.
     """
-    check_awq(linear)
+    check_awq(linear.grid)
     columns = 8 * zeros_width(linear.in_features, linear.group_size)
     zeros = np.zeros((linear.out_features, columns), dtype=np.uint8)
     zeros[:, : linear.groups] = linear.zeros.T

@@ -25,11 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.formats.errors import FormatError
-from quantline.formats.linear import QuantizedLinear, group_count, sequential_groups
+from quantline.formats.linear import Grid, QuantizedLinear, group_count, sequential_groups
 from quantline.formats.packing import pack, unpack
 from quantline.formats.parts import Tensors, as_float, bias_of, check_shape, check_suffixes
 
 NAME = "compressed_tensors"
+CODES = "weight_packed"
 
 # suffix -> required
 TENSORS: Mapping[str, bool] = {
@@ -53,8 +54,25 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
     if shape.dtype not in (np.int64, np.int32) or shape.shape != (2,) or (shape < 1).any():
         raise FormatError(f"weight_shape is {shape.dtype} {shape.tolist()}: it must be two sizes (out, in)")
     out_features, in_features = (int(size) for size in shape)
+    check_shape(CODES, tensors[CODES], (out_features, _words(in_features, bits)))
+    codes = _unpack(tensors[CODES], bits, in_features).T  # by columns, as it lies
+    grid = read_grid(tensors, codes.shape, bits=bits, group_size=group_size)
+    return QuantizedLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
+
+
+def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
+    """All but the codes of a layer of ``shape`` (in, out).
+
+    Raises:
+        FormatError: shapes that disagree.
+    """
+    in_features, out_features = shape
+    check_shape("weight_shape", tensors["weight_shape"], (2,))
+    if tuple(tensors["weight_shape"]) != (out_features, in_features):
+        raise FormatError(
+            f"weight_shape is {tensors['weight_shape'].tolist()}, the layer is {out_features, in_features}"
+        )
     groups = group_count(in_features, group_size)
-    check_shape("weight_packed", tensors["weight_packed"], (out_features, _words(in_features, bits)))
     check_shape("weight_scale", tensors["weight_scale"], (out_features, groups))
     zeros = np.full((groups, out_features), 2 ** (bits - 1), dtype=np.int16)
     if "weight_zero_point" in tensors:
@@ -68,14 +86,12 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
             raise FormatError(f"weight_g_idx is {stored.dtype}: this layout stores int32; the checkpoint is corrupt")
         if not (stored == -1).any():
             group_index = stored.astype(np.int32)
-    return QuantizedLinear(
-        codes=_unpack(tensors["weight_packed"], bits, in_features).T,  # by columns, as it lies
+    return Grid(
         scales=np.ascontiguousarray(as_float("weight_scale", tensors["weight_scale"]).T),
         zeros=zeros,
         group_index=group_index,
         bits=bits,
         group_size=group_size,
-        bias=bias_of(tensors),
     )
 
 
@@ -90,21 +106,27 @@ def write(linear: QuantizedLinear, *, zero_points: bool | None = None) -> dict[s
     Raises:
         FormatError: zero points left out that are not 2**(b-1).
     """
-    if zero_points is None:
-        zero_points = not linear.symmetric
-    if not zero_points and not linear.symmetric:
-        raise FormatError("zero points differ from the middle one: write them, or call the checkpoint asymmetric")
-    tensors: dict[str, NDArray[Any]] = {
-        "weight_packed": _pack(linear.codes.T, linear.bits),
-        "weight_scale": np.ascontiguousarray(linear.scales.T),
-        "weight_shape": np.array([linear.out_features, linear.in_features], dtype=np.int64),
-    }
-    if zero_points:
-        tensors["weight_zero_point"] = np.ascontiguousarray(_pack(linear.zeros.astype(np.uint8), linear.bits).T)
-    if not linear.sequential:
-        tensors["weight_g_idx"] = linear.group_index.copy()
+    partners = write_grid(linear.grid, zero_points=zero_points)
+    tensors: dict[str, NDArray[Any]] = {CODES: _pack(linear.codes.T, linear.bits), **partners}
     if linear.bias is not None:
         tensors["bias"] = linear.bias.copy()
+    return tensors
+
+
+def write_grid(grid: Grid, *, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
+    """All but the codes of a layer; arguments and exceptions are those of `write`."""
+    if zero_points is None:
+        zero_points = not grid.symmetric
+    if not zero_points and not grid.symmetric:
+        raise FormatError("zero points differ from the middle one: write them, or call the checkpoint asymmetric")
+    tensors: dict[str, NDArray[Any]] = {
+        "weight_scale": np.ascontiguousarray(grid.scales.T),
+        "weight_shape": np.array([grid.out_features, grid.in_features], dtype=np.int64),
+    }
+    if zero_points:
+        tensors["weight_zero_point"] = np.ascontiguousarray(_pack(grid.zeros.astype(np.uint8), grid.bits).T)
+    if not grid.sequential:
+        tensors["weight_g_idx"] = grid.group_index.copy()
     return tensors
 
 

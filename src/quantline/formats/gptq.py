@@ -25,11 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.formats.errors import FormatError
-from quantline.formats.linear import QuantizedLinear, group_count, sequential_groups
+from quantline.formats.linear import Grid, QuantizedLinear, group_count, sequential_groups
 from quantline.formats.packing import pack, unpack, values_per_run
 from quantline.formats.parts import Tensors, as_float, bias_of, check_shape, check_suffixes
 
 NAME = "gptq"
+CODES = "qweight"
 
 # suffix -> required
 TENSORS: Mapping[str, bool] = {"qweight": True, "qzeros": True, "scales": True, "g_idx": False, "bias": False}
@@ -53,11 +54,27 @@ def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
     return write_stored(linear, subtracted=1)
 
 
+def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
+    """All but the codes of a layer of ``shape`` (in, out); raises what `read` raises."""
+    return read_stored_grid(tensors, shape, bits=bits, group_size=group_size, subtracted=1)
+
+
+def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
+    """All but the codes of a layer; raises what `write` raises."""
+    return write_stored_grid(grid, subtracted=1)
+
+
 def read_stored(tensors: Tensors, *, bits: int, group_size: int, subtracted: int) -> QuantizedLinear:
     """Read a layer whose qzeros hold ``(z - subtracted) & mask``."""
     check_suffixes(tensors, TENSORS)
-    codes = unpack(tensors["qweight"], bits, axis=0)  # (in, out)
-    in_features, out_features = codes.shape
+    codes = unpack(tensors[CODES], bits, axis=0)  # (in, out)
+    grid = read_stored_grid(tensors, codes.shape, bits=bits, group_size=group_size, subtracted=subtracted)
+    return QuantizedLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
+
+
+def read_stored_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int, subtracted: int) -> Grid:
+    """All but the codes of such a layer of ``shape`` (in, out)."""
+    in_features, out_features = shape
     groups = group_count(in_features, group_size)
     _check_widths(in_features, out_features, bits)
     check_shape("qzeros", tensors["qzeros"], (groups, out_features * bits // 32))
@@ -69,30 +86,33 @@ def read_stored(tensors: Tensors, *, bits: int, group_size: int, subtracted: int
             raise FormatError(f"g_idx is {tensors['g_idx'].dtype}: this layout stores int32; the checkpoint is corrupt")
         group_index = tensors["g_idx"].astype(np.int32)
     stored = unpack(tensors["qzeros"], bits, axis=1).astype(np.int16)  # (groups, out)
-    return QuantizedLinear(
-        codes=codes,
+    return Grid(
         scales=as_float("scales", tensors["scales"]),
         zeros=(stored + np.int16(subtracted)) & np.int16(2**bits - 1),
         group_index=group_index,
         bits=bits,
         group_size=group_size,
-        bias=bias_of(tensors),
     )
 
 
 def write_stored(linear: QuantizedLinear, *, subtracted: int) -> dict[str, NDArray[Any]]:
     """Write a layer with ``(z - subtracted) & mask`` in qzeros."""
-    _check_widths(linear.in_features, linear.out_features, linear.bits)
-    stored = (linear.zeros - np.int16(subtracted)) & np.int16(2**linear.bits - 1)
-    tensors: dict[str, NDArray[Any]] = {
-        "qweight": pack(linear.codes, linear.bits, axis=0),
-        "qzeros": pack(stored.astype(np.uint8), linear.bits, axis=1),
-        "scales": linear.scales.copy(),
-        "g_idx": linear.group_index.copy(),
-    }
+    partners = write_stored_grid(linear.grid, subtracted=subtracted)
+    tensors: dict[str, NDArray[Any]] = {CODES: pack(linear.codes, linear.bits, axis=0), **partners}
     if linear.bias is not None:
         tensors["bias"] = linear.bias.copy()
     return tensors
+
+
+def write_stored_grid(grid: Grid, *, subtracted: int) -> dict[str, NDArray[Any]]:
+    """All but the codes of such a layer."""
+    _check_widths(grid.in_features, grid.out_features, grid.bits)
+    stored = (grid.zeros - np.int16(subtracted)) & np.int16(2**grid.bits - 1)
+    return {
+        "qzeros": pack(stored.astype(np.uint8), grid.bits, axis=1),
+        "scales": grid.scales.copy(),
+        "g_idx": grid.group_index.copy(),
+    }
 
 
 def suspect_zero_fields(qzeros: NDArray[Any], bits: int) -> NDArray[np.bool_]:

@@ -9,11 +9,18 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from quantline.formats.gptq import TENSORS, read_stored, write_stored
-from quantline.formats.linear import QuantizedLinear
+from quantline.formats.gptq import (
+    CODES,
+    TENSORS,
+    read_stored,
+    read_stored_grid,
+    write_stored,
+    write_stored_grid,
+)
+from quantline.formats.linear import Grid, QuantizedLinear
 from quantline.formats.parts import Tensors
 
-__all__ = ["NAME", "TENSORS", "read", "write"]
+__all__ = ["CODES", "NAME", "TENSORS", "read", "read_grid", "write", "write_grid"]
 
 NAME = "gptq_v2"
 
@@ -34,3 +41,13 @@ def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
         FormatError: in or out does not fill whole 32-bit words.
     """
     return write_stored(linear, subtracted=0)
+
+
+def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
+    """All but the codes of a layer of ``shape`` (in, out); raises what `read` raises."""
+    return read_stored_grid(tensors, shape, bits=bits, group_size=group_size, subtracted=0)
+
+
+def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
+    """All but the codes of a layer; raises what `write` raises."""
+    return write_stored_grid(grid, subtracted=0)

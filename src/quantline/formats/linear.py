@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,49 @@ from quantline.formats.errors import FormatError
 from quantline.formats.half import all_finite, narrowed
 from quantline.formats.packing import BITS
 
+Gridded = TypeVar("Gridded", "Grid", "QuantizedLinear")
+
 # Rows of the float weight dequantized at a time: bounds the float32 temporaries.
 _BLOCK = 256
 
 # The smallest positive float16; a smaller scale would round to zero and lose the group.
 _TINY = np.float16(2.0**-24)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """What the codes of a linear layer stand for: all of `QuantizedLinear` but its codes and its bias, not checked again."""
+
+    scales: NDArray[Any]
+    zeros: NDArray[np.int16]
+    group_index: NDArray[np.int32]
+    bits: int
+    group_size: int
+
+    @property
+    def in_features(self) -> int:
+        """Input width of the layer."""
+        return int(self.group_index.shape[0])
+
+    @property
+    def out_features(self) -> int:
+        """Output width of the layer."""
+        return int(self.scales.shape[1])
+
+    @property
+    def groups(self) -> int:
+        """Number of groups along the input."""
+        return int(self.scales.shape[0])
+
+    @property
+    def symmetric(self) -> bool:
+        """Every zero point is the middle, ``2**(bits-1)``; only then may a config say so, kernels then ignore them."""
+        return bool((self.zeros == 2 ** (self.bits - 1)).all())
+
+    @property
+    def sequential(self) -> bool:
+        """Groups are runs of consecutive input columns (no reordering by activation)."""
+        return bool(np.array_equal(self.group_index, sequential_groups(self.in_features, self.group_size)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,17 +128,22 @@ class QuantizedLinear:
     @property
     def groups(self) -> int:
         """Number of groups along the input."""
-        return int(self.scales.shape[0])
+        return self.grid.groups
 
     @property
     def symmetric(self) -> bool:
-        """Every zero point is the middle, ``2**(bits-1)``; only then may a config say so, kernels then ignore them."""
-        return bool((self.zeros == 2 ** (self.bits - 1)).all())
+        """See `Grid`."""
+        return self.grid.symmetric
 
     @property
     def sequential(self) -> bool:
-        """Groups are runs of consecutive input columns (no reordering by activation)."""
-        return bool(np.array_equal(self.group_index, sequential_groups(self.in_features, self.group_size)))
+        """See `Grid`."""
+        return self.grid.sequential
+
+    @property
+    def grid(self) -> Grid:
+        """The layer without its codes; shares the arrays."""
+        return Grid(self.scales, self.zeros, self.group_index, self.bits, self.group_size)
 
 
 def group_count(in_features: int, group_size: int) -> int:
@@ -159,7 +202,7 @@ def dequantize(linear: QuantizedLinear, dtype: Any = np.float32) -> NDArray[Any]
     return weight
 
 
-def round_scales(linear: QuantizedLinear) -> QuantizedLinear:
+def round_scales(linear: Gridded) -> Gridded:
     """The same layer with float16 scales, for layouts that store nothing wider.
 
     This changes the weights (relative error up to 2**-11), which is why no writer does it by itself.

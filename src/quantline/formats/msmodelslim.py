@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from quantline.formats.errors import FormatError
 from quantline.formats.linear import QuantizedLinear, group_count, sequential_groups, transposed
 from quantline.formats.outliers import OutlierReport, requantize
+from quantline.formats.packing import turned
 from quantline.formats.parts import Tensors, as_float, bias_of, check_shape, check_suffixes
 
 __all__ = [
@@ -225,7 +226,7 @@ def _parts(tensors: Tensors, bits: int, group_size: int, packed: bool) -> _Parts
     if bits == 4 and not packed and int(codes.max()) > 15:
         check_range(int(weight.min()), int(weight.max()))
     shape = (out_features, groups)
-    return _Parts(codes, scales.reshape(shape), offsets.astype(np.float32).reshape(shape), bias_of(tensors))
+    return _Parts(codes, scales.reshape(shape), offsets.astype(np.float32, copy=False).reshape(shape), bias_of(tensors))
 
 
 def _unpacked(weight: NDArray[np.int8], along_in: bool) -> NDArray[np.uint8]:
@@ -277,11 +278,11 @@ def _describe(parts: _Parts, bits: int, bad: NDArray[np.bool_]) -> str:
 
 
 def _linear(parts: _Parts, bits: int, group_size: int) -> QuantizedLinear:
-    zeros = parts.offsets.T.astype(np.int16) + np.int16(2 ** (bits - 1))
+    zeros = parts.offsets.astype(np.int16) + np.int16(2 ** (bits - 1))
     return QuantizedLinear(
         codes=parts.codes.T,  # by columns, as it lies
-        scales=np.ascontiguousarray(parts.scales.T),
-        zeros=np.ascontiguousarray(zeros),
+        scales=turned(parts.scales),
+        zeros=turned(zeros),
         group_index=sequential_groups(parts.codes.shape[1], group_size),
         bits=bits,
         group_size=group_size,

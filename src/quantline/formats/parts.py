@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from quantline.formats.errors import FormatError
 from quantline.formats.half import narrowed, widened
-from quantline.formats.linear import QuantizedLinear
+from quantline.formats.linear import Grid
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -66,7 +66,7 @@ def to_half(name: str, array: NDArray[Any], remedy: str) -> NDArray[np.float16]:
     return half
 
 
-def check_awq(linear: QuantizedLinear) -> None:
+def check_awq(linear: Grid) -> None:
     """What neither AWQ layout can hold: other than 4 bits, reordered groups, widths that do not fill words."""
     if linear.bits != 4:
         raise FormatError(f"bits={linear.bits}: AWQ layouts hold 4 bits only; use gptq or gptq_v2")

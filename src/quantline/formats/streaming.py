@@ -1,6 +1,6 @@
 """Safetensors files written tensor by tensor: the header first, from dtypes and shapes alone, then each tensor at its place.
 
-Tensors may come in any order, from threads and from forked processes; equal tensors give equal bytes whatever the order.
+Tensors may come in any order and from several threads; equal tensors give equal bytes whatever the order.
 What has come can be read back from the file while the rest is still on its way.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,22 +71,16 @@ class StreamedFile:
         if position != info.offset + info.nbytes:
             raise CheckpointError(f"{self.path}: {name} came with {position - info.offset} of {info.nbytes} bytes")
 
-    def came(self, names: Iterable[str]) -> None:
-        """Note what a forked process has put.
-
-        Raises:
-            CheckpointError: one of them was not announced, or has come before.
-        """
-        for name in names:
-            info = self.infos.get(name)
-            self._expected(name, info.dtype if info else "?", info.shape if info else ())
-
     def get(self, name: str) -> NDArray[Any]:
         """Read a tensor from the file into memory of its own."""
         info = self.infos[name]
         array = np.empty(info.nbytes, dtype=np.uint8)
         read_into(self.descriptor, array.data, info.offset)
         return array.view(numpy_dtype(info.dtype)).reshape(info.shape)
+
+    def get_part(self, name: str, start: int, target: memoryview) -> None:
+        """Read the bytes of a tensor from `start` on, as many as `target` holds."""
+        read_into(self.descriptor, target, self.infos[name].offset + start)
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of a tensor, piece by piece."""

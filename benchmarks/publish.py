@@ -1,0 +1,48 @@
+"""How long publishing takes: `python -m benchmarks.publish [variants=10]`, against a fresh SQLite store.
+
+The results are those of the tests, every stage of every variant with a file, two datasets and 100 samples of system metrics
+for each stage. Printed are the making of the database, the first publish, one that finds nothing new, and one where
+a single stage of each variant was measured again.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+
+def main(variants: int) -> None:
+    from variant_records import record
+
+    from quantline.tracking import publish
+
+    monitor = {
+        "interval_seconds": 1.0, "columns": ["seconds", "cpu_percent", "rss_bytes", "memory_used_bytes"],
+        "samples": [[float(at), 150.0 + at % 7, 1e9 + at, 2e9 + at] for at in range(100)],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="quantline-benchmark-") as scratch:
+        root = Path(scratch)
+        records = [record(f"gptq-w4-{at}", "gptq", 4, 0.01 + at / 1000, root / "work") for at in range(variants)]
+        for variant in records:
+            for result in variant.results:
+                result["monitor"] = monitor
+        again = [replace(variant, results=deepcopy(variant.results)) for variant in records]
+        for variant in again:
+            variant.results[-1]["metrics"]["reference_perplexity"] += 1
+        for what, given in (("database", []), ("first", records), ("unchanged", records), ("one stage new", again)):
+            begun = time.monotonic()
+            report = publish(given, tracking_uri=f"sqlite:///{root}/mlflow.db", experiment="benchmark", root=root)
+            counts = f"{len(report.created)} new, {len(report.unchanged)} unchanged"
+            print(f"{what:14} {time.monotonic() - begun:6.2f} s   {counts}")
+
+
+if __name__ == "__main__":
+    words = dict(word.split("=", 1) for word in sys.argv[1:])
+    main(int(words.get("variants", "10")))

@@ -1,0 +1,119 @@
+"""Machine code of `kernels`, made once by numba and kept; later runs load it without importing numba.
+
+Importing numba and having it load its own cache takes as long as converting a gigabyte. The kernels need nothing of its
+runtime, so their object code alone is kept, and LLVM's loader, which numba brings along, takes 0.1 s for it.
+
+It is kept beside the module in `__pycache__`, as Python's own compiled code is, or where that cannot be written in
+`NUMBA_CACHE_DIR` or below the user's cache folder, under a name that stands for the source, the versions and the processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from quantline.conversion import kernels
+
+_LOCK = threading.Lock()
+_TYPES: dict[str, Any] = {"b": ctypes.c_void_p, "w": ctypes.c_void_p, "n": ctypes.c_int64}
+
+
+def kernel(name: str) -> Callable[..., int]:
+    """A function of `kernels`; takes addresses and whole numbers, and lets other threads run meanwhile."""
+    with _LOCK:
+        address = _engine().get_function_address(name)
+    arguments = [_TYPES[kind] for kind in kernels.SIGNATURES[name]]
+    # numba's convention: places for the result and for an exception, of which there are none, then the arguments.
+    called = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *arguments)(address)
+
+    def call(*values: int) -> int:
+        result, raised = ctypes.c_int64(0), ctypes.c_void_p()
+        called(ctypes.addressof(result), ctypes.addressof(raised), *values)
+        return result.value
+
+    return call
+
+
+@cache
+def _engine() -> Any:
+    """All kernels, loaded; it must live as long as their addresses are in use."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
+    )
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(_object_code(llvm, machine)))
+    engine.finalize_object()
+    return engine
+
+
+def _object_code(llvm: Any, machine: Any) -> bytes:
+    name = _name(llvm)
+    for folder in _folders():
+        kept = folder / name
+        data = kept.read_bytes() if kept.is_file() else b""
+        code = data[32:]
+        if code and hashlib.sha256(code).digest() == data[:32]:
+            return code
+    code = _compile(llvm, machine)
+    for folder in _folders():
+        try:
+            _keep(folder / name, hashlib.sha256(code).digest() + code)
+            break
+        except OSError:
+            continue
+    return code
+
+
+def _name(llvm: Any) -> str:
+    source = Path(kernels.__file__).read_bytes() + Path(__file__).read_bytes()
+    processor = f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()} {llvm.llvm_version_info}"
+    return f"kernels.{hashlib.sha256(source + processor.encode()).hexdigest()[:16]}.o"
+
+
+def _folders() -> Iterator[Path]:
+    yield Path(__file__).parent / "__pycache__"
+    if "NUMBA_CACHE_DIR" in os.environ:
+        yield Path(os.environ["NUMBA_CACHE_DIR"])
+    yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantline"
+
+
+def _keep(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _compile(llvm: Any, machine: Any) -> bytes:
+    """One object file of all kernels, each under its own name."""
+    from numba import jit, types
+
+    pointer: Any = types.CPointer
+    kinds = {"b": pointer(types.uint8), "w": pointer(types.uint32), "n": types.int64}
+    # No wrappers, which need numba's runtime; and what cannot fail needs no way to say so.
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "error_model": "numpy"}
+    whole = llvm.parse_assembly("")
+    for name, signature in kernels.SIGNATURES.items():
+        arguments = types.int64(*(kinds[kind] for kind in signature))
+        made: Any = jit(arguments, nopython=True, **options)(getattr(kernels, name))
+        module = llvm.parse_assembly(made.inspect_llvm(made.signatures[0]))
+        (function,) = [function for function in module.functions if not function.is_declaration]
+        function.name = name
+        whole.link_in(module)
+    return bytes(machine.emit_object(whole))

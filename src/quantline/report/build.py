@@ -1,0 +1,163 @@
+"""Make the report's folder: index.html, report.md, plots/ and data/."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantline import __version__
+from quantline.errors import UserError
+from quantline.report import layer_plots, plots, run_plots, tables
+from quantline.report.evidence import Evidence, Row, gather, made_of
+from quantline.report.recommendation import Recommendation, recommend
+from quantline.report.svg import Plot
+from quantline.report.table import Table
+from quantline.report_config import ReportConfig
+from quantline.tracking_plan import REPORT_MANIFEST, VariantRecord
+from quantline.tracking_store import Scrubber
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the documents show. plots: by name; those that a variant has one of are named `<kind>-<variant>`."""
+
+    model: str
+    summary: list[tuple[str, str]]
+    recommendation: Recommendation
+    tables: dict[str, Table]
+    plots: dict[str, Plot]
+    glossary: dict[str, str]
+    level: float
+    alarms: dict[str, list[Row]]
+    unwatched: list[str]
+
+    def plots_of(self, kind: str) -> list[Plot]:
+        """The plots that each variant has one of."""
+        return [plot for name, plot in self.plots.items() if name.startswith(f"{kind}-")]
+
+
+def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, out: Path) -> Recommendation:
+    """Write the report of these results into `out`, an empty folder. Equal results give equal bytes.
+
+    Args:
+        records: the variants, the baseline among them.
+        home: artifacts/, where their stages' outputs lie.
+        options: rules and preferences of the recommendation.
+        out: where to.
+
+    Raises:
+        UserError: there is no result to report on, or a file of a stage cannot be read.
+    """
+    from quantline.report.markdown import as_markdown
+    from quantline.report.page import as_html
+
+    if not records:
+        raise UserError("there is nothing to report on yet; run `dvc repro` first")
+    scrubber = Scrubber("")
+    clean = [
+        VariantRecord(record.name, scrubber.value(record.config), scrubber(record.overrides),
+                      scrubber.value(record.results), record.folder)
+        for record in records
+    ]  # fmt: skip
+    report = compile_report(gather(clean, home), options)
+    files = {f"data/{table.name}.csv": as_csv(table) for table in report.tables.values()}
+    files |= {f"data/{table.name}.json": as_json(table.rows) for table in report.tables.values()}
+    files["data/recommendation.json"] = as_json(asdict(report.recommendation))
+    chosen, headline = report.recommendation.chosen, report.recommendation.headline
+    manifest = {"version": __version__, "made_of": made_of(records), "chosen": chosen, "headline": headline}
+    files[REPORT_MANIFEST] = as_json({**manifest, "variants": [record.name for record in records]})
+    files |= {f"plots/{name}.svg": plot.file for name, plot in report.plots.items()}
+    files["report.md"] = as_markdown(report)
+    files["index.html"] = as_html(report)
+    for name, text in files.items():
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return report.recommendation
+
+
+def compile_report(evidence: Sequence[Evidence], options: ReportConfig) -> Report:
+    """All tables, pictures and words."""
+    made = tables.all_tables(evidence, options.worst_layers)
+    rows, order = made["variants"].rows, plots.order_of(evidence)
+    recommendation = recommend(rows, options)
+    limit = next((rule.at_most for rule in options.rules.values() if rule.column == "difference_high_percent"), None)
+    gates = [(item.tasks.get("gate") or {}).get("limit") for item in evidence]
+    gate = next((value for value in gates if isinstance(value, int | float)), None)
+    drawn = [
+        plots.quality_size(rows, order, limit, recommendation.chosen),
+        plots.forest(made["quality"].rows, order),
+        run_plots.tasks(made["tasks"].rows, order, gate),
+        *layer_plots.heat_maps(evidence),
+        layer_plots.restored(made["restored"].rows, order),
+        run_plots.speed(evidence, order),
+        run_plots.ratios(evidence, order),
+        plots.memory(made["memory"], order),
+        *(run_plots.monitor(item) for item in evidence),
+    ]
+    glossary = yaml.safe_load((Path(__file__).parent / "glossary.yaml").read_text(encoding="utf-8"))
+    config: dict[str, Any] = evidence[0].record.config
+    level = ((config.get("evaluate") or {}).get("bootstrap") or {}).get("level", 0.95)
+    return Report(
+        model=_model(config.get("model") or {}), summary=_summary(evidence, config), recommendation=recommendation,
+        tables=made, plots={plot.name: plot for plot in drawn if plot}, glossary=glossary, level=float(level),
+        alarms={item.name: item.flags for item in evidence if item.flags and not item.is_baseline},
+        unwatched=[item.name for item in evidence if item.flags is None and not item.is_baseline],
+    )  # fmt: skip
+
+
+def _model(model: Row) -> str:
+    return str(model.get("repo") or model.get("name") or model.get("path") or "the model")
+
+
+def _summary(evidence: Sequence[Evidence], config: Row) -> list[tuple[str, str]]:
+    """The conditions of measurement, in a few words."""
+    evaluate = config.get("evaluate") or {}
+    found = evidence[0].metrics("evaluate")
+    tokens, documents = found.get("tokens_scored"), found.get("documents")
+    text = f"{evaluate.get('name', 'evaluation text')}"
+    if tokens and documents:
+        text += f": {tokens:,.0f} tokens of {documents:,.0f} documents".replace(",", " ")
+    session: Row = next((item.speed["session"] for item in evidence if item.speed.get("session")), {})
+    devices = {
+        str((result.get("environment") or {}).get("device")) for item in evidence for result in item.results.values()
+    }
+    where = ", ".join(sorted(device for device in devices if device != "None")) or "not recorded"
+    if session.get("device_name") or session.get("host"):
+        where += f" ({session.get('device_name') or session['host']})"
+    return [("Model", _model(config.get("model") or {})), ("Variants", str(sum(not item.is_baseline for item in evidence))),
+            ("Judged on", text), ("Measured on", where)]  # fmt: skip
+
+
+def as_csv(table: Table) -> str:
+    """A table as CSV with a header; an empty cell is a value that was not measured."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(table.keys)
+    for row in table.rows:
+        cells = (row.get(key) for key in table.keys)
+        writer.writerow([json.dumps(cell, sort_keys=True) if isinstance(cell, dict | list) else cell for cell in cells])
+    return stream.getvalue()
+
+
+def as_json(value: Any) -> str:
+    """JSON that any reader takes: what is no finite number is null."""
+    return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value

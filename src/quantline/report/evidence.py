@@ -1,0 +1,161 @@
+"""What the stages left behind of one variant, read once; whatever was not measured is empty."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from quantline import tracking_plan
+from quantline.errors import UserError
+from quantline.summary import variant_table
+from quantline.tracking_plan import VariantRecord
+from quantline.variants import BASELINE, stage_paths
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A variant's results and the files of them that the report shows.
+
+    home: artifacts/ or scratch/. summary: its row of `summary.variant_table`.
+    """
+
+    record: VariantRecord
+    home: Path
+    summary: Row
+
+    @property
+    def name(self) -> str:
+        """The variant's name."""
+        return self.record.name
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is the float model."""
+        return bool(self.summary["baseline"])
+
+    @cached_property
+    def results(self) -> dict[str, Row]:
+        """The stages' results by stage, in the order in which they ran."""
+        return {str(result["stage"]): result for result in self.record.results}
+
+    def metrics(self, stage: str) -> Row:
+        """A stage's metrics; empty where it did not run."""
+        return dict(self.results.get(stage, {}).get("metrics") or {})
+
+    def metric(self, name: str, *stages: str) -> float | None:
+        """The first of the stages' metrics of that name."""
+        return next((found for stage in stages if (found := self.metrics(stage).get(name)) is not None), None)
+
+    @cached_property
+    def comparison(self) -> Row:
+        """comparison.json of evaluate."""
+        return self._json("evaluate", "comparison.json")
+
+    @cached_property
+    def layers(self) -> list[Row]:
+        """coverage/layers.csv of quantize."""
+        return self._csv("quantize", "coverage/layers.csv")
+
+    @cached_property
+    def restored(self) -> list[Row]:
+        """restored.csv of evaluate: what each of the worst linears contributes."""
+        return self._csv("evaluate", "restored.csv")
+
+    @cached_property
+    def tasks(self) -> Row:
+        """tasks.json of tasks."""
+        return self._json("tasks", "tasks.json")
+
+    @cached_property
+    def speed(self) -> Row:
+        """speed.json of speed."""
+        return self._json("speed", "speed.json")
+
+    @property
+    def flags(self) -> list[Row] | None:
+        """The alarms that evaluate raised; None where its instruments did not look."""
+        result = self.results.get("evaluate", {})
+        for place in (result, result.get("tables") or {}, self.comparison):
+            if place.get("flags") is not None:
+                return list(place["flags"])
+        return None
+
+    def monitor(self, stage: str) -> Row:
+        """What was sampled while a stage ran."""
+        return dict(self.results.get(stage, {}).get("monitor") or {})
+
+    def _file(self, stage: str, name: str) -> Path | None:
+        # A folder without a current result is of something else, or half made.
+        path = stage_paths(self.home, self.name, stage).output / name
+        return path if stage in self.results and path.is_file() else None
+
+    def _json(self, stage: str, name: str) -> Row:
+        path = self._file(stage, name)
+        if path is None:
+            return {}
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is no JSON ({error}); run {stage} again") from error
+        return value if isinstance(value, dict) else {}
+
+    def _csv(self, stage: str, name: str) -> list[Row]:
+        path = self._file(stage, name)
+        if path is None:
+            return []
+        with path.open(encoding="utf-8", newline="") as file:
+            return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def gather(records: Sequence[VariantRecord], home: Path) -> list[Evidence]:
+    """The evidence on every variant, the baseline first, the others in the order of `records`."""
+    known = [
+        replace(record, results=[result for result in record.results if result["stage"] in tracking_plan.STAGES])
+        for record in records
+    ]
+    rows = {row["variant"]: row for row in variant_table(known)}
+    ordered = sorted(records, key=lambda record: record.name != BASELINE)
+    return [Evidence(record, home, rows[record.name]) for record in ordered]
+
+
+def made_of(records: Iterable[VariantRecord]) -> str:
+    """One hash over all results: a report is of these results where it names the same."""
+    contents = [
+        [record.name, record.overrides, [{**result, "files": None} for result in record.results]]
+        for record in sorted(records, key=lambda record: record.name)
+    ]
+    return hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def current_report(root: Path, records: Iterable[VariantRecord]) -> Path | None:
+    """The pipeline's report where it is of these very results; None where there is none or it has yet to follow them."""
+    try:
+        manifest = json.loads((root / "report" / tracking_plan.REPORT_MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return root / "report" if manifest.get("made_of") == made_of(records) else None
+
+
+def _value(text: str | None) -> Any:
+    """A cell of a CSV file: a number where it is one, None where it is empty."""
+    if text is None or text == "":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def first(rows: Iterable[Mapping[str, Any]], **wanted: Any) -> Mapping[str, Any]:
+    """The first row with these values; an empty one where there is none."""
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), {})

@@ -1,0 +1,81 @@
+"""The report as Markdown: the same words and tables, pictures as files beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from quantline.report.table import Table
+
+if TYPE_CHECKING:
+    from quantline.report.build import Report
+
+_SECTIONS = (
+    ("At a glance", ("quality-size",), ("variants",)),
+    ("Quality", ("distances",), ("quality", "generations")),
+    ("Tasks", ("tasks",), ("tasks",)),
+    ("Where the error comes from", ("errors-", "restored"), ("worst_layers", "restored")),
+    ("Speed", ("speed-up", "speed"), ("speed_ratios", "speed", "servers")),
+    ("Memory", ("memory",), ("memory",)),
+    ("What the stages noted", (), ("notes",)),
+    ("Cost and load of the stages", ("monitor-",), ("costs",)),
+    ("Protocol", (), ("protocol",)),
+    ("Make it again", (), ("commands", "environment", "fingerprints")),
+)
+
+
+def as_markdown(report: Report) -> str:
+    """The whole report; links are relative to its folder."""
+    return "\n".join(_lines(report)).rstrip() + "\n"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    found = report.recommendation
+    yield from (f"# Which variant of {report.model} to ship", "", f"**{found.headline}**", "")
+    yield from (f"- {reason}" for reason in found.reasons)
+    if found.caveats:
+        yield from ("", "What to keep in mind:", "", *(f"- {caveat}" for caveat in found.caveats))
+    if found.ruled_out:
+        yield from ("", "Ruled out:", "")
+        yield from (f"- `{name}`: {'; '.join(reasons)}" for name, reasons in found.ruled_out.items())
+    if found.passed_over:
+        yield from ("", "Fit, but not preferred:", "")
+        yield from (f"- `{name}`: {reason}" for name, reason in found.passed_over.items())
+    yield from ("", "## Alarms", "", _watched(report), "")
+    for name, flags in report.alarms.items():
+        yield from (f"- **`{name}`**, {flag.get('instrument')}: {flag.get('message')}" for flag in flags)
+    yield from ("", *(f"- {label}: {text}" for label, text in report.summary))
+    for heading, plots, tables in _SECTIONS:
+        yield from ("", f"## {heading}")
+        for wanted in plots:
+            for name, plot in report.plots.items():
+                if name == wanted or (wanted.endswith("-") and name.startswith(wanted)):
+                    yield from ("", f"![{plot.title}](plots/{name}.svg)", "", plot.caption)
+        for name in tables:
+            yield from ("", *_table(report.tables[name]))
+    yield from ("", "## Words", "", *(f"- **{term}**: {meaning}" for term, meaning in report.glossary.items()))
+
+
+def _watched(report: Report) -> str:
+    if report.alarms:
+        return f"{sum(map(len, report.alarms.values()))} alarms, of {', '.join(f'`{name}`' for name in report.alarms)}:"
+    if report.unwatched:
+        return f"Not looked for: the evaluation of {', '.join(f'`{name}`' for name in report.unwatched)} has no alarms."
+    return "None."
+
+
+def _table(table: Table) -> Iterator[str]:
+    import tabulate
+
+    yield from (f"{table.caption} [CSV](data/{table.name}.csv), [JSON](data/{table.name}.json)", "")
+    if not table.page_rows:
+        yield "Not measured."
+        return
+    cells = [[_escaped(column.text(row)) for column in table.columns] for row in table.page_rows]
+    align = ["right" if column.numeric else "left" for column in table.columns]
+    headers = [column.label for column in table.columns]
+    yield tabulate.tabulate(cells, headers, tablefmt="github", colalign=align, disable_numparse=True)
+
+
+def _escaped(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

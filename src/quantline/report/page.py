@@ -1,0 +1,42 @@
+"""The report as one HTML page: no script, no request to anywhere, every table also as a file inside it."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantline.report.table import Table
+
+if TYPE_CHECKING:
+    from quantline.report.build import Report
+
+_TEMPLATES = Path(__file__).parent / "templates"
+# A larger table is linked to as a file beside the page alone.
+_EMBEDDED_BYTES = 200_000
+
+
+def as_html(report: Report) -> str:
+    """The page; data files are linked to as data/<table>.json, and held inside as CSV where they are not too large."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    style = (_TEMPLATES / "style.css").read_text(encoding="utf-8")
+    page = environment.get_template("page.html.j2")
+    return page.render(
+        report=report, rec=report.recommendation, tables=report.tables, plots=report.plots, style=Markup(style),  # noqa: S704
+        svg=lambda plot: Markup(plot.inline), csv_link=_csv_link,  # noqa: S704 - our own drawing, its texts are escaped
+    )  # fmt: skip
+
+
+def _csv_link(table: Table) -> str:
+    from quantline.report.build import as_csv
+
+    content = as_csv(table).encode()
+    if len(content) > _EMBEDDED_BYTES:
+        return f"data/{table.name}.csv"
+    return f"data:text/csv;charset=utf-8;base64,{base64.b64encode(content).decode()}"

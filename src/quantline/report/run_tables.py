@@ -1,0 +1,209 @@
+"""Tables of how variants run and were made: speed, memory, costs, environments, commands, protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from quantline.report.evidence import Evidence, Row, first
+from quantline.report.table import Table, variant_column
+from quantline.report.words import Column
+
+
+def speed(evidence: Sequence[Evidence]) -> Table:
+    """Throughput and latency by concurrency, float of the same session beside."""
+    rows = [
+        {"variant": item.name, **row} for item in evidence if not item.is_baseline
+        for row in sorted(item.speed.get("rows") or [], key=lambda row: (row["concurrency"], row["model"] != "float"))
+    ]  # fmt: skip
+    columns = (
+        Column("variant", "session of", "code"), Column("model", "model"),
+        Column("concurrency", "requests at once", "count"), Column("output_tokens_per_second", "tokens/s", "number"),
+        Column("request_throughput", "requests/s", "number"),
+        Column("ttft_ms_median", "first token, median", "ms"), Column("ttft_ms_p99", "p99", "ms"),
+        Column("itl_ms_median", "between tokens, median", "ms"), Column("itl_ms_p99", "p99", "ms"),
+    )  # fmt: skip
+    return Table(
+        "speed",
+        "Throughput and latency by requests at once, the float model of the same session beside.",
+        columns,
+        rows,
+    )
+
+
+def speed_ratios(evidence: Sequence[Evidence]) -> Table:
+    """Speed-up over float by concurrency."""
+    rows = [{"variant": item.name, **row} for item in evidence for row in item.speed.get("ratios") or []]
+    columns = (
+        variant_column(), Column("concurrency", "requests at once", "count"),
+        Column("speed_up", "times as fast as float", "ratio", "low", "high"),
+        Column("slower_than_float", "slower than float", "yes"),
+    )  # fmt: skip
+    return Table("speed_ratios", "Throughput over that of the float model in the same session.", columns, rows)
+
+
+def servers(evidence: Sequence[Evidence]) -> Table:
+    """Load times and memory of the servers."""
+    rows = [{"variant": item.name, **row} for item in evidence for row in item.speed.get("servers") or []]
+    columns = (
+        Column("variant", "session of", "code"), Column("model", "model"), Column("load_seconds", "load time", "seconds"),
+        Column("weights_memory_bytes", "weights in memory", "bytes"), Column("peak_memory_bytes", "peak memory", "bytes"),
+    )  # fmt: skip
+    return Table("servers", "What it takes to start each server.", columns, rows)
+
+
+def memory(evidence: Sequence[Evidence]) -> Table:
+    """Weights on disk, weights in vLLM's memory, peaks of serving and quantizing."""
+    float_memory = next(
+        (found for item in evidence if (found := item.metric("float_weights_memory_bytes", "speed"))), None
+    )
+    rows = []
+    for item in evidence:
+        of_server = first(item.speed.get("servers") or [], model="variant")
+        own = item.metric("weights_memory_bytes", "speed", "serve_smoke")
+        rows.append({
+            "variant": item.name,
+            "size_bytes": item.summary["size_bytes"],
+            "compression_ratio": item.summary["compression_ratio"],
+            "weights_memory_bytes": float_memory if own is None and item.is_baseline else own,
+            "server_peak_bytes": of_server.get("peak_memory_bytes") or item.metric("rss_bytes", "serve_smoke"),
+            "quantize_peak_bytes": item.results.get("quantize", {}).get("peak_memory_bytes"),
+        })  # fmt: skip
+    columns = (
+        variant_column(), Column("size_bytes", "weights on disk", "bytes"),
+        Column("compression_ratio", "smaller by", "ratio"),
+        Column("weights_memory_bytes", "weights in vLLM", "bytes"), Column("server_peak_bytes", "server, peak", "bytes"),
+        Column("quantize_peak_bytes", "quantizing, peak", "bytes"),
+    )  # fmt: skip
+    said = next(
+        (found for item in evidence if (found := (item.speed.get("session") or {}).get("weights_memory_is"))), ""
+    )
+    note = f" In vLLM: {said}." if said else ""
+    return Table("memory", f"Memory: of the weights, of the server, and of making them.{note}", columns, rows)
+
+
+def costs(evidence: Sequence[Evidence]) -> Table:
+    """Time and peak memory of every stage."""
+    rows = [
+        {
+            "variant": item.name, "stage": stage, "seconds": (result.get("timings") or {}).get("total_seconds"),
+            "peak_memory_bytes": result.get("peak_memory_bytes"), **_peaks(result.get("monitor") or {}),
+        }
+        for item, stage, result in _each_stage(evidence)
+    ]  # fmt: skip
+    columns = (
+        variant_column(), Column("stage", "stage"), Column("seconds", "time", "seconds"),
+        Column("peak_memory_bytes", "peak of a process", "bytes"),
+        Column("peak_rss_bytes", "peak of all processes", "bytes"),
+        Column("peak_cpu_percent", "peak CPU", "percent"),
+    )  # fmt: skip
+    return Table("costs", "Time and memory that each stage took.", columns, rows)
+
+
+def _peaks(monitor: Row) -> Row:
+    return {f"peak_{name}": value for name, value in (monitor.get("peak") or {}).items() if name != "seconds"}
+
+
+def _each_stage(evidence: Sequence[Evidence]) -> Iterator[tuple[Evidence, str, Row]]:
+    # The download is shared by all variants and shown once.
+    shared = False
+    for item in evidence:
+        for stage, result in item.results.items():
+            if stage == "download" and shared:
+                continue
+            shared = shared or stage == "download"
+            yield item, stage, result
+
+
+def environment(evidence: Sequence[Evidence]) -> Table:
+    """What each stage ran in."""
+    rows = []
+    for item, stage, result in _each_stage(evidence):
+        found = result.get("environment") or {}
+        versions = found.get("versions") or {}
+        rows.append({
+            "variant": item.name, "stage": stage,
+            "toolchain": " / ".join(dict.fromkeys(str(found[key]) for key in ("backend", "toolchain") if found.get(key))),
+            "device": found.get("device"), "threads": found.get("threads"),
+            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+            "lock_sha256": found.get("lock_sha256"),
+        })  # fmt: skip
+    columns = (
+        variant_column(), Column("stage", "stage"), Column("toolchain", "environment"), Column("device", "device"),
+        Column("threads", "threads", "count"), Column("versions", "versions"),
+        Column("lock_sha256", "lock", "hash", missing="-"),
+    )  # fmt: skip
+    return Table("environment", "The environment in which each stage ran.", columns, rows)
+
+
+def fingerprints(evidence: Sequence[Evidence]) -> Table:
+    """What each output follows from, and what it holds."""
+    rows = [
+        {"variant": item.name, "stage": stage, "fingerprint": result.get("fingerprint"),
+         "output_hash": result.get("output_hash")}
+        for item, stage, result in _each_stage(evidence)
+    ]  # fmt: skip
+    columns = (
+        variant_column(), Column("stage", "stage"), Column("fingerprint", "follows from", "hash"),
+        Column("output_hash", "holds", "hash"),
+    )  # fmt: skip
+    return Table("fingerprints", "SHA-256 of what each output follows from, and of what it holds.", columns, rows)
+
+
+def commands(evidence: Sequence[Evidence]) -> Table:
+    """How each variant is made again."""
+    rows = [
+        {"variant": item.name, "overrides": item.record.overrides,
+         "command": f"dvc repro {' '.join(_last_stages(item))}"}
+        for item in evidence
+    ]  # fmt: skip
+    columns = (
+        variant_column(),
+        Column("overrides", "overrides of conf/", "code"),
+        Column("command", "command", "code"),
+    )
+    return Table("commands", "The commands that make each variant again.", columns, rows)
+
+
+def _last_stages(item: Evidence) -> list[str]:
+    """The stages that bring all others of a variant with them, as DVC calls them."""
+    last = [stage for stage in ("evaluate", "tasks", "speed") if stage == "evaluate" or stage in item.results]
+    return [f"{stage}_baseline" if item.is_baseline else f"{stage}@{item.name}" for stage in last]
+
+
+def protocol(evidence: Sequence[Evidence]) -> Table:
+    """Every option under which quality and speed were measured; from the baseline, and by variant where one differs."""
+    values: dict[tuple[str, str], dict[str, str]] = {}
+    for item in evidence:
+        for section in ("model", "calibration", "evaluate", "serve", "tasks", "speed"):
+            skipped = ("process", "smoke") if section == "serve" else ()
+            for key, value in _flat(item.record.config.get(section) or {}, skipped):
+                values.setdefault((section, key), {})[item.name] = value
+        # What came of the options: the text that was scored, and the session in which speed was measured.
+        found = {"evaluated": item.comparison.get("protocol"), "speed session": item.speed.get("session")}
+        for section, known in found.items():
+            for key, value in _flat(known or {}, ()):
+                values.setdefault((section, key), {})[item.name] = value
+    rows = []
+    for (section, key), by_variant in values.items():
+        groups: dict[str, list[str]] = {}
+        for name, value in by_variant.items():
+            groups.setdefault(value, []).append(name)
+        for value, names in groups.items():
+            whose = "all" if len(names) == len(evidence) else ", ".join(names)
+            rows.append({"section": section, "option": key, "value": value, "variants": whose})
+    columns = (
+        Column("section", "section"), Column("option", "option", "code"), Column("value", "value"),
+        Column("variants", "of", "text"),
+    )  # fmt: skip
+    return Table("protocol", "Every option under which quality and speed were measured.", columns, rows)
+
+
+def _flat(values: Any, skipped: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if key not in skipped:
+                yield from _flat(value, (), f"{prefix}.{key}" if prefix else str(key))
+    else:
+        shown = "null" if values is None else str(values).lower() if isinstance(values, bool) else str(values)
+        yield prefix, shown

@@ -1,0 +1,35 @@
+"""A table of the report: rows of plain values in base units, with what is needed to show them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quantline.report.evidence import Row
+from quantline.report.words import Column
+
+
+@dataclass(frozen=True)
+class Table:
+    """caption: what it says, in a sentence. shown: how many rows a page shows, the first ones; None is all of them."""
+
+    name: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: list[Row]
+    shown: int | None = None
+
+    @property
+    def page_rows(self) -> list[Row]:
+        """The rows that a page shows."""
+        return self.rows if self.shown is None else self.rows[: self.shown]
+
+    @property
+    def keys(self) -> list[str]:
+        """What the files hold: the columns with the ends of their intervals, then whatever else the rows have."""
+        named = [key for column in self.columns for key in (column.key, column.low, column.high) if key]
+        return list(dict.fromkeys([*named, *(key for row in self.rows for key in row)]))
+
+
+def variant_column() -> Column:
+    """The column of the variants' names."""
+    return Column("variant", "variant", "code")

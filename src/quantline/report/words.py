@@ -1,0 +1,113 @@
+"""Values as people read them: units, signs, as many digits as they deserve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MISSING = "not measured"
+Kind = Literal[
+    "text", "code", "hash", "number", "count", "bytes", "growth", "share", "percent", "seconds", "ms", "ratio", "yes",
+    "nats",
+]  # fmt: skip
+_NUMERIC = frozenset({"number", "count", "bytes", "growth", "share", "percent", "seconds", "ms", "ratio", "nats"})
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: the key of its values, its heading, how they are written, and the keys of an interval's ends."""
+
+    key: str
+    label: str
+    kind: Kind = "text"
+    low: str | None = None
+    high: str | None = None
+    missing: str = MISSING
+
+    @property
+    def numeric(self) -> bool:
+        """Whether it is set to the right."""
+        return self.kind in _NUMERIC
+
+    def text(self, row: Mapping[str, Any]) -> str:
+        """The cell of a row."""
+        value = row.get(self.key)
+        if value is None:
+            return self.missing
+        shown = written(value, self.kind)
+        low, high = (row.get(end) if end else None for end in (self.low, self.high))
+        if low is None or high is None:
+            return shown
+        if self.kind == "growth":
+            digits = _growth_digits(value, low, high)
+            return f"{value:+.{digits}f} % [{low:+.{digits}f}, {high:+.{digits}f}]"
+        return f"{shown} [{written(low, self.kind)}, {written(high, self.kind)}]"
+
+
+def written(value: Any, kind: Kind) -> str:
+    """One value.
+
+    bytes: powers of ten. growth: per cent, with its sign. share: of 1, as per cent. percent: as it is. ratio: times.
+    yes: a truth value. hash: its beginning.
+    """
+    if value is None:
+        return MISSING
+    if kind in ("text", "code"):
+        return "yes" if value is True else "no" if value is False else str(value)
+    if kind == "hash":
+        return f"{str(value)[:12]}…"
+    if kind == "yes":
+        return "yes" if value else "no"
+    number = float(value)
+    if not math.isfinite(number):
+        return "unbounded" if number > 0 else "none" if math.isnan(number) else "-unbounded"
+    match kind:
+        case "count":
+            return f"{number:,.0f}".replace(",", " ")
+        case "bytes":
+            return amount(number)
+        case "growth":
+            return f"{number:+.{_growth_digits(number)}f} %"
+        case "share":
+            return f"{100 * number:.{2 if number != 1 and abs(number - 1) < 0.0005 else 1}f} %"
+        case "percent":
+            return f"{digits(number, 3)} %"
+        case "seconds":
+            return f"{digits(number, 3)} s"
+        case "ms":
+            return f"{digits(number, 3)} ms"
+        case "ratio":
+            return f"{number:.2f}x"
+        case "nats":
+            return digits(number, 3)
+        case _:
+            return digits(number, 4)
+
+
+def amount(number: float) -> str:
+    """Bytes in the unit that leaves one to three digits before the point."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(number) >= size:
+            return f"{digits(number / size, 3)} {unit}"
+    return f"{number:.0f} B"
+
+
+def digits(number: float, significant: int) -> str:
+    """A number with so many significant digits, without an exponent where a reader can do without."""
+    if number == 0:
+        return "0"
+    if abs(number) >= 1e6 or abs(number) < 1e-4:
+        return f"{number:.{significant - 1}e}"
+    return f"{number:.{max(0, significant - 1 - math.floor(math.log10(abs(number))))}f}"
+
+
+def _growth_digits(*values: float) -> int:
+    widest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return 0 if widest >= 100 else 1 if widest >= 10 else 2 if widest >= 0.1 else 3
+
+
+def listed(words: list[str]) -> str:
+    """`a, b and c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""

@@ -1,0 +1,20 @@
+"""Read params.yaml and say what is wrong with it, in fewer words than DVC would: python -m stages.check"""
+
+from __future__ import annotations
+
+from stages import ROOT
+
+
+def check(_words: dict[str, str | None]) -> int:
+    from quantline.compose import read_params, variant_overrides
+
+    params = ROOT / "params.yaml"
+    for name in read_params(params)["variants"]:
+        variant_overrides(params, name)
+    return 0
+
+
+if __name__ == "__main__":
+    from quantline.words import run_words
+
+    run_words(check, __doc__, {})

@@ -1,0 +1,32 @@
+"""Write report/: which variant to ship, with what each one costs and gives, as one HTML page, Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stages import ROOT, main
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def report(cfg: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from quantline.collect import pipeline_records
+    from quantline.config import parse
+    from quantline.entry import check_caller, plain
+    from quantline.folders import building
+    from quantline.report.build import build
+
+    config = parse(plain(cfg))
+    check_caller(config, HydraConfig.get().overrides.task)
+    # By hand, with other rules say, it goes elsewhere: report/ is DVC's.
+    out = ROOT / "report" if config.frozen else ROOT / "scratch" / "report"
+    with building(out) as folder:
+        found = build(pipeline_records(ROOT), ROOT / "artifacts", config.report, folder)
+    print(f"{found.headline} -> {out.relative_to(ROOT)}/index.html")
+
+
+if __name__ == "__main__":
+    main(report, __file__)

@@ -1,0 +1,72 @@
+"""Ask the variant tasks by lm-evaluation-harness: the served model and the exact weights, each beside the float model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stages import stage
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from quantline.jobs import JobResult
+    from quantline.serving import Server
+    from quantline.stage import StageRun
+
+
+@stage("tasks")
+def tasks(run: StageRun) -> None:
+    from quantline import tasks
+
+    options = run.config.tasks
+    with run.output() as out:
+        run.files.append("tasks.json")
+        if not options.any:
+            tasks.write_nothing(out)
+            return
+        checkpoint, local = run.checkpoint(), options.local.model_dump(exclude_none=True)
+        items = tasks.local_items(
+            local, root=run.root, path=options.path, format_name=options.format, text_field=options.text_field,
+            seed=options.seed, limit=options.limit,
+        )  # fmt: skip
+        standard = {name: task.model_dump() for name, task in options.standard.items()}
+        refused = tasks.refusal(run.input("serve_smoke")) if "vllm" in options.engines else ""
+        report = tasks.evaluate(
+            asked=tasks.asked(items, standard, options.limit), items=items, engines=options.engines, refused=refused,
+            job={
+                "checkpoint": str(checkpoint), "device": run.device, "threads": run.config.threads, "seed": options.seed,
+                "batch_size": options.batch_size, "concurrency": run.config.serve.process.concurrency,
+                "timeout_seconds": run.config.serve.process.request_timeout_seconds, "download": options.download,
+                "max_length": run.config.serve.max_model_len,
+            },
+            run_worker=lambda job: ask(run, job), server=lambda: server(run, checkpoint),
+            baseline=None if run.is_baseline else run.input("tasks", baseline=True),
+            bootstrap=tasks.Bootstrap(**options.bootstrap.model_dump()), gate=tasks.Gate(**options.gate.model_dump()),
+            out=out,
+        )  # fmt: skip
+        run.files += sorted(path.name for path in out.glob("samples-*.jsonl"))
+        run.metrics.update(report.metrics)
+        run.warnings.extend(report.warnings)
+
+
+def ask(run: StageRun, job: dict[str, Any]) -> JobResult:
+    """Run the harness on one engine, with a log for each, and note what it took."""
+    engine = job["engine"]
+    log = run.paths.log.with_name(f"tasks.{engine}.log")
+    result = run.worker("lm_eval", "quantline.tasks_worker", job, f"tasks, {engine}", log=log)
+    if engine != "check":
+        run.metrics[f"task_seconds/{engine}"] = result.seconds
+    return result
+
+
+def server(run: StageRun, checkpoint: Path) -> AbstractContextManager[Server]:
+    """The variant's server, as serve_smoke starts it."""
+    from quantline.serving import serve
+
+    options = run.server_options(quantized=not run.is_baseline)
+    return serve(run.server()[0], checkpoint, options, log=run.paths.log)
+
+
+if __name__ == "__main__":
+    tasks()
