@@ -18,7 +18,7 @@ from quantline.formats.container import write_safetensors
 from quantline.hashing import hash_folder
 from quantline.jobs import write_json
 from quantline.lineage import combined
-from quantline.rebuild import rebuild
+from quantline.rebuild import _other_input, _stages, rebuild
 from quantline.tracked_runs import TrackedRun
 from quantline.work_area import make_area
 
@@ -140,3 +140,14 @@ def test_code_that_is_not_what_made_it_is_refused_and_the_file_is_named(tmp_path
     with pytest.raises(UserError, match=rf"0{{40}}: this repository does not have it\n  the checkout: {name} differs"):
         make_area(tmp_path / "other", CHECKOUT, commit="0" * 40, patch=None, code={"convert": {**here, name: "0"}})
     assert not (tmp_path / "other").exists()
+
+
+def test_what_a_run_by_hand_took_from_elsewhere_is_made_too_and_known_by_what_was_taken():
+    results = {"calibrate": {"inputs": {"download": "d"}}, "convert": {"inputs": {"quantize": "q"}}}
+    run = TrackedRun("r1", "by-hand/one", "e", {"method": {"name": "gptq"}}, results)
+    assert _stages(run, "evaluate") == ["download", "calibrate", "quantize", "convert"]
+    assert _stages(run, "calibrate") == ["download", "calibrate"]
+    assert _other_input(run, "download", "d") is None
+    assert str(_other_input(run, "quantize", "x")) == "quantize, output hash: q | x"
+    baseline = TrackedRun("r1", "float", "e", {"method": {"name": "float"}}, {"evaluate": {"inputs": {}}})
+    assert _stages(baseline, "evaluate") == ["download", "serve_smoke", "evaluate"]

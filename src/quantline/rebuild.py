@@ -149,9 +149,11 @@ def _said(stage: str, result: dict[str, Any]) -> str:
 
 
 def _from_source(run: TrackedRun, folder: Path, root: Path, making: Making) -> Rebuilt:
-    stages = [stage for stage in MADE_AGAIN[: MADE_AGAIN.index(making.until) + 1] if stage in run.results]
+    stages = _stages(run, making.until)
     _check_device(run, stages)
-    code = {stage: run.results[stage]["identity"]["code"] for stage in stages if "identity" in run.results[stage]}
+    code = {
+        stage: run.results[stage]["identity"]["code"] for stage in stages if "identity" in run.results.get(stage, {})
+    }
     if not code:
         raise UserError(f"run {run.run_id}: was published by a version that did not record its code; give from=cache")
     area = make_area(
@@ -170,12 +172,29 @@ def _from_source(run: TrackedRun, folder: Path, root: Path, making: Making) -> R
             continue
         output = area.output(stage, of)
         chain = Chain(run.name, area.origin, {stage: read_result(output.with_suffix(".json"))}, {stage: output})
-        rebuilt.compared.append(_said(stage, run.results[stage]))
-        found = stage_difference(stage, run.chain, chain)
+        if stage in run.results:
+            rebuilt.compared.append(_said(stage, run.results[stage]))
+            found = stage_difference(stage, run.chain, chain)
+        else:
+            found = _other_input(run, stage, str(chain.results[stage]["output_hash"]))
         if found is not None:
             return replace(rebuilt, difference=found)
     _collect(area, run, name, folder / "result")
     return rebuilt
+
+
+def _stages(run: TrackedRun, until: str) -> list[str]:
+    """What is to be made: up to the last recorded stage, those between too that a run by hand took from elsewhere."""
+    asked = MADE_AGAIN[: MADE_AGAIN.index(until) + 1]
+    last = max((asked.index(stage) for stage in run.results if stage in asked), default=-1)
+    baseline = (run.config.get("method") or {}).get("name") == BASELINE
+    return [stage for stage in asked[: last + 1] if not baseline or stage not in ("calibrate", "quantize", "convert")]
+
+
+def _other_input(run: TrackedRun, stage: str, made: str) -> Difference | None:
+    """A stage that the run has no result of is known by what the stages after it took from it."""
+    taken = {str(result["inputs"][stage]) for result in run.results.values() if stage in (result.get("inputs") or {})}
+    return Difference(stage, "output", "hash", ", ".join(sorted(taken)), made) if taken - {made} else None
 
 
 def _order(stages: list[str], name: str) -> list[tuple[str, str]]:
@@ -190,7 +209,7 @@ def _order(stages: list[str], name: str) -> list[tuple[str, str]]:
 
 def _check_device(run: TrackedRun, stages: list[str]) -> None:
     for stage in stages:
-        device = (run.results[stage].get("environment") or {}).get("device")
+        device = (run.results.get(stage, {}).get("environment") or {}).get("device")
         if device == "cuda" and detect_platform() != "cuda":
             raise UserError(f"{stage} was made on a GPU, and there is none here: another device gives other weights; give "
                             "from=cache")  # fmt: skip
@@ -198,7 +217,10 @@ def _check_device(run: TrackedRun, stages: list[str]) -> None:
 
 def runnable(run: TrackedRun, stages: list[str], toolchains: Mapping[str, str | None]) -> dict[str, Any]:
     """A recorded configuration for this machine: the device that it was made on, and the interpreters that are here."""
-    config, device = run.config, next((run.results[stage]["environment"].get("device") for stage in stages), None)
+    config, device = (
+        run.config,
+        next((run.results[stage]["environment"].get("device") for stage in stages if stage in run.results), None),
+    )
     named = {name: toolchains.get(name) for name in config.get("toolchains") or {}}
     tracking = {**config["tracking"], "enabled": False}
     return {**config, "device": device or config["device"], "toolchains": named, "tracking": tracking}
