@@ -108,7 +108,7 @@ def _staging(out: Path) -> Iterator[Path]:
 
 def _wanted(run: TrackedRun) -> list[str]:
     baseline = (run.config.get("method") or {}).get("name") == BASELINE
-    return [stage for stage in run.results if baseline or stage not in _LEFT_OUT]
+    return [stage for stage in run.results if stage in MADE_AGAIN and (baseline or stage not in _LEFT_OUT)]
 
 
 def _from_cache(run: TrackedRun, folder: Path, root: Path, remote: str | None) -> tuple[list[str], Rebuilt]:
