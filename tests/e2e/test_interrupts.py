@@ -57,7 +57,7 @@ def partial(copy: Checkout, stage: str):
 
 
 def test_ctrl_c_in_download(bare, untouched):
-    interrupt(bare, "download", when=computing("quantline.evaluation_worker"))
+    interrupt(bare, "download", when=computing("quantline.reference"))
 
 
 def test_ctrl_c_in_calibrate(pipeline, untouched, tmp_path):
