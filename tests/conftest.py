@@ -51,3 +51,13 @@ def built_project(root, tmp_path_factory):
 def project(built_project, tmp_path):
     """A copy of it that may be spoilt."""
     return built_project.copy(tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
+def serves_4_bits():
+    """Skips where this machine's vLLM has no kernels for 4-bit weights."""
+    from quantline.serving_rules import cpu_instructions
+    from quantline.toolchains import detect_platform
+
+    if detect_platform() == "cpu" and cpu_instructions() in ("avx2", "none"):
+        pytest.skip("vLLM's kernels for 4-bit weights on CPUs are of AVX-512")

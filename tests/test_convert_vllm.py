@@ -25,7 +25,7 @@ NEAR_TIE = 0.005
 MAX_TOKENS = 24
 OPTIONS = ServerOptions(dtype="float16", max_model_len=128, kv_cache_gib=0.25, threads=1)
 
-pytestmark = [pytest.mark.toolchain("vllm"), needs_fixtures]
+pytestmark = [pytest.mark.usefixtures("serves_4_bits"), pytest.mark.toolchain("vllm"), needs_fixtures]
 
 
 def write_float(source_folder, out):

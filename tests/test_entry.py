@@ -118,7 +118,7 @@ def checkout(root, tmp_path):
 def test_a_stage_by_hand_is_published_under_a_name_of_its_own(root, checkout, monkeypatch, overrides, published):
     seen = []
     monkeypatch.setattr(
-        "quantline.publishing.publish_records", lambda records, _config, _root: seen.extend(r.name for r in records)
+        "quantline.publishing.publish_records", lambda records, *_, **__: seen.extend(r.name for r in records)
     )
 
     def work(run):

@@ -51,7 +51,7 @@ def test_limits_and_instruments_change_the_evaluation_alone(fingerprints):
     before = fingerprints()
     for override in ("evaluate.limits.kl_divergence=0.5", "evaluate.restore.layers=2", "evaluate.bootstrap.seed=1"):
         assert changed(before, fingerprints(override)) == ["evaluate"]
-    assert changed(before, fingerprints("evaluate.max_tokens=500")) == ["serve_smoke", "evaluate"]
+    assert changed(before, fingerprints("evaluate.max_tokens=500")) == ["serve_smoke", "evaluate", "tasks"]
 
 
 def test_the_baseline_is_the_same_whatever_bits_say(fingerprints):

@@ -31,6 +31,7 @@ def on(model, *arguments):
     return ["model=custom", f"model.path={model}", "device=cpu", *arguments]
 
 
+@pytest.mark.usefixtures("serves_4_bits")  # another variant is the nearest elsewhere
 def test_a_good_variant_is_ok_and_its_json_holds_its_sizes(root, model):
     done = plan(root, *on(model, "json=true", "context=64", "batch=2"))
     assert (done.returncode, done.stderr) == (0, "")
@@ -42,6 +43,7 @@ def test_a_good_variant_is_ok_and_its_json_holds_its_sizes(root, model):
     assert found["recommendation"] is None
 
 
+@pytest.mark.usefixtures("serves_4_bits")  # another variant is the nearest elsewhere
 def test_a_wrong_combination_is_refused_with_its_rule_and_the_nearest_that_works(root, model):
     done = plan(root, *on(model, "method=gptq", "bits=8"))
     assert done.returncode == 2
@@ -52,6 +54,7 @@ def test_a_wrong_combination_is_refused_with_its_rule_and_the_nearest_that_works
     assert plan(root, *on(model, "method=gptq", "bits=4", "group_size=128")).returncode == 0
 
 
+@pytest.mark.usefixtures("serves_4_bits")  # another variant is the nearest elsewhere
 def test_what_no_configuration_allows_gets_a_nearest_variant_too(root, model):
     done = plan(root, *on(model, "method=awq", "bits=8"))
     assert done.returncode == 2
@@ -75,6 +78,7 @@ def run_of(composed, root, *overrides):
     return StageRun("quantize", parse(composed(*overrides)), root, overrides)
 
 
+@pytest.mark.usefixtures("serves_4_bits")  # another variant is the nearest elsewhere
 def test_the_quantize_stage_is_told_before_it_computes(root, composed, model):
     own = on(model)
     assert preflight(run_of(composed, root, *own)) == []

@@ -17,7 +17,11 @@ from quantline.vllm_scoring import score
 OPTIONS = ServerOptions(dtype="bfloat16", max_model_len=257, kv_cache_gib=0.25, threads=1)
 WINDOWS, LENGTH = 8, 256
 
-pytestmark = [pytest.mark.toolchain("llmcompressor"), pytest.mark.toolchain("vllm")]
+pytestmark = [
+    pytest.mark.usefixtures("serves_4_bits"),
+    pytest.mark.toolchain("llmcompressor"),
+    pytest.mark.toolchain("vllm"),
+]
 
 
 def widths():
