@@ -12,7 +12,10 @@ from checkout import VARIANTS, Checkout, wait_for
 from test_interrupts import below, computing
 
 # Whichever of these tests comes first builds the pipeline, and the environments where they are not there.
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
+pytestmark = [
+    pytest.mark.e2e, pytest.mark.timeout(2400),
+    pytest.mark.skipif(not os.environ.get("QUANTLINE_LONG_TESTS"), reason="takes minutes: set QUANTLINE_LONG_TESTS=1"),
+]  # fmt: skip
 
 LINE = "method=rtn bits=4 group_size=64 coverage.enabled=false"
 CHAIN = ("calibrate", "quantize", "convert")
