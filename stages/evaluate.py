@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 @stage("evaluate")
 def evaluate(run: StageRun) -> None:
     from quantline import verdicts
+    from quantline.statistics import Bootstrap
     from quantline.windows import build_windows
 
     options = run.config.evaluate
@@ -23,7 +24,7 @@ def evaluate(run: StageRun) -> None:
         verdict = verdicts.evaluate(
             checkpoint=run.checkpoint(), windows=windows, served=run.input("serve_smoke"), float_model=float_model,
             baseline=None if run.is_baseline else run.input("evaluate", baseline=True),
-            bootstrap=verdicts.Bootstrap(**options.bootstrap.model_dump()), engine_tolerance=options.engine_tolerance,
+            bootstrap=Bootstrap(**options.bootstrap.model_dump()), engine_tolerance=options.engine_tolerance,
             batch_tokens=options.batch_tokens, device=run.device, threads=run.config.threads, out=out,
             run_worker=run.worker, instruments=tools,
         )  # fmt: skip

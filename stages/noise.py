@@ -22,6 +22,7 @@ def noise(run: StageRun) -> None:
     from quantline import noise, verdicts
     from quantline.jobs import write_json
     from quantline.stage import made
+    from quantline.statistics import Bootstrap
     from quantline.windows import build_windows
 
     run.refuse_float()
@@ -39,7 +40,7 @@ def noise(run: StageRun) -> None:
             folder.mkdir()
             return verdicts.evaluate(
                 checkpoint=checkpoint, windows=windows, served=folder, float_model=float_model, baseline=baseline,
-                bootstrap=verdicts.Bootstrap(**options.bootstrap.model_dump()), device=run.device, out=folder,
+                bootstrap=Bootstrap(**options.bootstrap.model_dump()), device=run.device, out=folder,
                 engine_tolerance=options.engine_tolerance, batch_tokens=options.batch_tokens,
                 threads=run.config.threads, run_worker=run.worker,
             )  # fmt: skip

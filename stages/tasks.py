@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @stage("tasks")
 def tasks(run: StageRun) -> None:
     from quantline import tasks
+    from quantline.statistics import Bootstrap
 
     options = run.config.tasks
     with run.output() as out:
@@ -42,7 +43,7 @@ def tasks(run: StageRun) -> None:
             },
             run_worker=lambda job: ask(run, job), server=lambda: server(run, checkpoint),
             baseline=None if run.is_baseline else run.input("tasks", baseline=True),
-            bootstrap=tasks.Bootstrap(**options.bootstrap.model_dump()), gate=tasks.Gate(**options.gate.model_dump()),
+            bootstrap=Bootstrap(**options.bootstrap.model_dump()), gate=tasks.Gate(**options.gate.model_dump()),
             out=out,
         )  # fmt: skip
         run.files += sorted(path.name for path in out.glob("samples-*.jsonl"))

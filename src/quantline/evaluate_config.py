@@ -26,7 +26,7 @@ Instrument = Literal[
 
 
 class BootstrapConfig(Section):
-    """The interval of the difference from the baseline."""
+    """The interval of what is compared with the baseline."""
 
     resamples: int = Field(ge=100)
     level: float = Field(gt=0.5, lt=1)

@@ -21,6 +21,15 @@ _DRAWS = 2_000_000
 
 
 @dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are made."""
+
+    resamples: int
+    level: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class Interval:
     """An estimate and its confidence interval, in the unit of the values."""
 

@@ -23,7 +23,7 @@ from quantline.formats.container import read_json
 from quantline.jobs import JobResult, write_json
 from quantline.local_tasks import TASKS, write_tasks
 from quantline.serving import Server
-from quantline.statistics import paired_recovery
+from quantline.statistics import Bootstrap, paired_recovery
 from quantline.texts import format_of, read_documents
 from quantline.toolchains import sha256_of
 
@@ -48,15 +48,6 @@ class Gate:
     min_recovery: float | None
     judged_by: Literal["low", "estimate", "high"]
     on_failure: Literal["warn", "fail"]
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How the interval of the recovery is made."""
-
-    resamples: int
-    level: float
-    seed: int
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from quantline.evaluate_config import BootstrapConfig
 from quantline.methods import Section
 
 
@@ -41,14 +42,6 @@ class StandardTaskConfig(Section):
     metric: str | None = None
 
 
-class TasksBootstrapConfig(Section):
-    """The interval of the recovery."""
-
-    resamples: int = Field(ge=100)
-    level: float = Field(gt=0.5, lt=1)
-    seed: int = Field(ge=0)
-
-
 class GateConfig(Section):
     """The recovery that a variant must reach in every task, by every engine."""
 
@@ -71,7 +64,7 @@ class TasksConfig(Section):
     standard: dict[str, StandardTaskConfig]
     download: bool
     batch_size: int = Field(ge=1)
-    bootstrap: TasksBootstrapConfig
+    bootstrap: BootstrapConfig
     gate: GateConfig
 
     @property

@@ -23,18 +23,10 @@ from quantline.errors import UserError
 from quantline.evaluation import DocumentScore
 from quantline.instruments import Instruments, Plan, plan
 from quantline.jobs import JobResult, write_json
+from quantline.statistics import Bootstrap
 from quantline.windows import Windows, save_windows
 
 ENGINE = "reference: weights dequantized to float32, no quantized kernels"
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How intervals are made."""
-
-    resamples: int
-    level: float
-    seed: int
 
 
 @dataclass(frozen=True)
