@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from quantline.dvc_cache import cache_folder, entries_of, object_path, read_lock
@@ -31,6 +33,19 @@ def test_a_whole_project_has_no_fault(project):
     assert report.files == 6
     assert report.objects == 7  # of each variant: two lists, two results, two weights; the configurations are equal
     assert report.bytes > 2000
+
+
+def test_a_variant_that_params_yaml_has_no_more_is_not_missed(project):
+    import yaml
+
+    path = project.root / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    del params["variants"]["two"]
+    path.write_text(yaml.safe_dump(params))
+    assert "two" in (project.root / "dvc.lock").read_text()
+    shutil.rmtree(project.root / "artifacts" / "two")
+    assert verify(project.root, project.cache).faults == ()
+    assert {output.variant for output in read_lock(project.root)} == {"one"}
 
 
 def test_a_damaged_cache_file_is_named_with_its_variant_and_the_remedy_mends_it(project):

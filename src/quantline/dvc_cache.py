@@ -41,7 +41,7 @@ class Entry:
 
 
 def read_lock(root: Path) -> list[Output]:
-    """The outputs of dvc.lock, in its order.
+    """The outputs of dvc.lock, in its order, without those of variants that params.yaml has no more: DVC leaves them there.
 
     Raises:
         UserError: dvc.lock is missing or malformed.
@@ -51,7 +51,7 @@ def read_lock(root: Path) -> list[Output]:
     path = root / "dvc.lock"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return [
+        outputs = [
             Output(str(stage), str(out["path"]), str(out["md5"]))
             for stage, entry in (content.get("stages") or {}).items()
             for out in entry.get("outs") or []
@@ -60,6 +60,19 @@ def read_lock(root: Path) -> list[Output]:
         raise UserError(f"dvc.lock: {error.strerror}; `dvc repro` makes it") from error
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise UserError("dvc.lock is damaged; take it from git (`git checkout dvc.lock`) or run `dvc repro`") from error
+    known = _variants(root)
+    return [output for output in outputs if known is None or output.stage.partition("@")[2] in known]
+
+
+def _variants(root: Path) -> set[str] | None:
+    """What may follow the `@` of a stage's name, nothing included; None where params.yaml does not tell."""
+    import yaml
+
+    try:
+        named = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["variants"]
+        return {"", *map(str, named)}
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
 
 
 def cache_folder(root: Path) -> Path:
