@@ -9,10 +9,9 @@ import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,10 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow_server import running
 from variant_records import COMMIT, REFUSED, four, record
 
 from quantline.errors import TrackingError
-from quantline.toolchains import end_group
 from quantline.tracking import publish, view_path
 from quantline.tracking_plan import STAGES, VariantRecord, flatten, variant_metrics
 from quantline.tracking_store import Scrubber, locked, resolve_uri
@@ -439,28 +438,9 @@ def test_long_parameter_is_cut_with_the_hash_of_the_whole() -> None:
     assert "sha256" in flat["long"]
 
 
-@contextmanager
-def server(root: Path, port: int) -> Iterator[subprocess.Popen[Any]]:
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{root}/mlflow.db", "--workers", "1",
-        "--artifacts-destination", str(root / "served"), "--host", "127.0.0.1", "--port", str(port),
-    ]  # fmt: skip
-    variables = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with (root / "server.log").open("a") as log:
-        process = subprocess.Popen(command, env=variables, cwd=root, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, (root / "server.log").read_text()
-                assert time.monotonic() < deadline, (root / "server.log").read_text()
-                time.sleep(0.1)
-        yield process
-    finally:
-        end_group(process)
+def server(root: Path, port: int) -> AbstractContextManager[subprocess.Popen[Any]]:
+    """A server that keeps artifacts itself."""
+    return running(root, port, "server", "--artifacts-destination", str(root / "served"))
 
 
 @pytest.mark.e2e

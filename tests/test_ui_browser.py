@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 import test_tracking
+from mlflow_server import running
 from test_tracking import to, view_path
 from variant_records import four
-
-from quantline.toolchains import end_group
 
 database, store = test_tracking.database, test_tracking.root  # fixtures
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -38,27 +32,8 @@ def served(store):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{store}/mlflow.db", "--host", "127.0.0.1",
-        "--port", str(port), "--workers", "1",
-    ]  # fmt: skip
-    variables = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    log = (store / "ui.log").open("w")
-    process = subprocess.Popen(command, cwd=store, env=variables, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, (store / "ui.log").read_text()
-                assert time.monotonic() < deadline, (store / "ui.log").read_text()
-                time.sleep(0.2)
+    with running(store, port, "ui"):
         yield f"http://127.0.0.1:{port}", experiment
-    finally:
-        end_group(process)
-        log.close()
 
 
 def compare(address: str, experiment: str, pictures: Path) -> tuple[str, str]:

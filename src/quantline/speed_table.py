@@ -1,4 +1,4 @@
-"""The guides' comparison table: memory, latency and tokens a second, and what the variant saves and gains."""
+"""The table of a comparison: memory, latency and tokens a second, and what the variant saves and gains."""
 
 from __future__ import annotations
 
