@@ -6,11 +6,11 @@ is wrong is named by file, variant and remedy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantline.dvc_cache import Output, all_objects, entries_of, md5_of, object_path, read_lock
+from quantline.dvc_cache import Entry, Output, all_objects, entries_of, md5_of, object_path, read_lock
 from quantline.errors import UserError
 from quantline.lineage import combined, file_hashes
 from quantline.results import read_result
@@ -80,9 +80,7 @@ def _again(output: Output) -> str:
     return f"`rm -r {output.path}`, then `make pull`, or `dvc repro --force --single-item {output.stage}`"
 
 
-def _check_workspace(
-    root: Path, output: Output, entries: Iterable[object] | None, faults: list[Fault]
-) -> int:  # fmt: skip
+def _check_workspace(root: Path, output: Output, entries: Sequence[Entry] | None, faults: list[Fault]) -> int:
     place = root / output.path
     if not place.exists():
         faults.append(
@@ -96,7 +94,7 @@ def _check_workspace(
         return 0
     if entries is None:
         return 0
-    wanted = {entry.path: entry.md5 for entry in entries}  # type: ignore[attr-defined]
+    wanted = {entry.path: entry.md5 for entry in entries}
     there = (
         {path.relative_to(root).as_posix(): path for path in place.rglob("*") if path.is_file()}
         if place.is_dir()

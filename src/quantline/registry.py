@@ -218,10 +218,9 @@ def _upload(client: Any, what: Promotion) -> int:
             client.log_artifact(what.run_id, str(what.checkpoint / name), folder)
             uploaded += (what.checkpoint / name).stat().st_size
     with tempfile.TemporaryDirectory(prefix="quantline-registry-") as scratch:
-        documents = {**{f"registry/{name}": text for name, text in what.documents.items()}}
-        documents[FILES] = json.dumps(
-            dict(what.files), indent=2, sort_keys=True
-        )  # last: it says that the upload is whole
+        documents = {f"registry/{name}": text for name, text in what.documents.items()}
+        # Last: it says that the upload is whole.
+        documents[FILES] = json.dumps(dict(what.files), indent=2, sort_keys=True)
         for name, text in documents.items():
             if artifact(client, what.run_id, name) != text:
                 path = Path(scratch, name.rpartition("/")[2])
