@@ -68,14 +68,14 @@ def plan(cfg: DictConfig, options: PlanOptions) -> None:
 
 
 def entry() -> None:
-    from quantline.errors import ConfigError
+    from quantline.errors import QuantlineError
     from quantline.planning import split_options
 
     if "--help" in sys.argv or "-h" in sys.argv:
         print(OWN)
     try:
         options, sys.argv[1:] = split_options(sys.argv[1:])
-    except ConfigError as error:
+    except QuantlineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     main(lambda cfg: plan(cfg, options), __file__)

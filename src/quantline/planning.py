@@ -17,6 +17,7 @@ from quantline.lineage import located
 from quantline.memory import GIB
 from quantline.methods import Section
 from quantline.nearest import nearest
+from quantline.own_options import split_own
 from quantline.plans import Model, Place, Planned
 from quantline.preflight import before_quantize
 from quantline.results import read_result
@@ -46,16 +47,11 @@ def split_options(arguments: Sequence[str]) -> tuple[PlanOptions, list[str]]:
 
     Raises:
         ConfigError: a value that an option does not take.
+        UserError: an option is given twice, or without a value.
     """
-    own, rest = {}, []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key in OPTION_NAMES:
-            own[key] = yaml.safe_load(value)
-        else:
-            rest.append(argument)
+    own, rest = split_own(arguments, OPTION_NAMES)
     try:
-        return PlanOptions.model_validate(own), rest
+        return PlanOptions.model_validate({key: yaml.safe_load(value) for key, value in own.items()}), rest
     except ValidationError as error:
         faults = error.errors(include_url=False)
         raise ConfigError([f"{fault['loc'][0]}={fault['input']}: {fault['msg'].lower()}" for fault in faults]) from None
