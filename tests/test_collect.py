@@ -20,6 +20,7 @@ class Pipeline:
 
     def __init__(self, root, folder):
         self.folder = folder
+        self.composed = {}  # by name and what params.yaml said: composing takes most of a test's time
         for name in ("conf", "envs", "assets"):
             (folder / name).symlink_to(root / name)
         self.params(**LINES)
@@ -29,8 +30,13 @@ class Pipeline:
         (self.folder / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
     def compose(self, name):
-        values = yaml.safe_load(freeze(self.folder, name).read_text())
-        return parse({key: value for key, value in values.items() if key not in ("defaults", "hydra")})
+        key = name, (self.folder / "params.yaml").read_text()
+        if key not in self.composed:
+            values = yaml.safe_load(freeze(self.folder, name).read_text())
+            self.composed[key] = parse(
+                {key: value for key, value in values.items() if key not in ("defaults", "hydra")}
+            )
+        return self.composed[key]
 
     def run(self, stage, name, text="same"):
         before = {
