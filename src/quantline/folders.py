@@ -15,6 +15,25 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
+def passing(folder: Path) -> Iterator[Path]:
+    """An empty `folder` for the time of the block; what is in it afterwards, or was before, is gone.
+
+    Raises:
+        DiskFullError: that.
+    """
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise disk_full(folder.parent) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def building(out: Path) -> Iterator[Path]:
     """An empty folder `<out>.tmp` that becomes `out` when the block ends well, and vanishes when it does not.
 
@@ -23,25 +42,16 @@ def building(out: Path) -> Iterator[Path]:
     Raises:
         DiskFullError: that.
     """
-    temporary, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    old = out.with_name(out.name + ".old")
+    with passing(out.with_name(out.name + ".tmp")) as temporary:
         if old.exists() and not out.exists():  # an earlier run was killed between the two renames below
             os.replace(old, out)
-        for stale in (temporary, old):
-            shutil.rmtree(stale, ignore_errors=True)
-        temporary.mkdir()
+        shutil.rmtree(old, ignore_errors=True)
         yield temporary
         if out.exists():
             os.replace(out, old)
         os.replace(temporary, out)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise disk_full(out.parent) from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def disk_full(folder: Path) -> DiskFullError:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from quantline.chain import Chain
 from quantline.differences import EXACT, Difference, outcome_difference, stage_difference
 from quantline.dvc_store import fetch_outputs, outputs_of
 from quantline.errors import UserError
-from quantline.folders import DISK_FULL, disk_full
+from quantline.folders import passing
 from quantline.hashing import hash_folder
 from quantline.jobs import write_json
 from quantline.lineage import combined
@@ -74,7 +73,7 @@ def rebuild(
     """
     if out.exists():
         raise UserError(f"out={out}: is there already; give a folder that is not")
-    with _staging(out) as folder:
+    with passing(out.with_name(f".{out.name}.partial")) as folder:
         missing: list[str] = []
         if source != "source":
             missing, rebuilt = _from_cache(run, folder, root, remote)
@@ -89,21 +88,6 @@ def rebuild(
         if rebuilt.difference is None:
             os.replace(folder / "result", out)
     return rebuilt
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    folder = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise disk_full(out.parent) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wanted(run: TrackedRun) -> list[str]:
