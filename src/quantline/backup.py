@@ -18,8 +18,8 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Collection, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Collection
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from typing import Any
 from quantline import dvc_cache
 from quantline.collect import commit_of, patch_of
 from quantline.errors import UserError
-from quantline.folders import DISK_FULL, disk_full
+from quantline.folders import room
 from quantline.jobs import write_json
+from quantline.toolchains import sha256_of
 
 SCHEMA = 1
 FILES = ("params.yaml", "dvc.yaml", "dvc.lock")
@@ -60,7 +61,8 @@ def backup(root: Path, to: Path, *, also: Collection[str] = ()) -> Saved:
     cache = dvc_cache.cache_folder(root)
     needed = [*(output.md5 for output in dvc_cache.read_lock(root)), *also]
     store = _Store(to)
-    with _room(to):
+    with room(to):
+        to.mkdir(parents=True, exist_ok=True)
         for md5 in sorted(dvc_cache.objects_of(cache, needed)):
             store.keep_md5(dvc_cache.object_path(cache, md5), md5)
         files = {name: store.keep(root / name) for name in FILES if (root / name).is_file()}
@@ -121,7 +123,7 @@ class _Store:
         self.bytes += self.md5[md5]
 
     def keep(self, path: Path) -> dict[str, Any]:
-        sha256, size = _sha256(path), path.stat().st_size
+        sha256, size = sha256_of(path), path.stat().st_size
         target = self._folder / "objects" / "sha256" / sha256[:2] / sha256[2:]
         if not target.is_file():
             if copy_hashed(path, target, "sha256", sha256) is not None:
@@ -155,22 +157,6 @@ def copy_hashed(source: Path, target: Path, kind: str, wanted: str) -> str | Non
     finally:
         temporary.unlink(missing_ok=True)
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _room(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise disk_full(folder) from error
-        raise
 
 
 def read_snapshot(folder: Path, name: str | None) -> tuple[Path, dict[str, Any]]:
@@ -214,7 +200,7 @@ def check_objects(folder: Path, manifest: dict[str, Any]) -> int:
             faults.append(f"{path} is missing")
             continue
         size += path.stat().st_size
-        found = dvc_cache.md5_of(path) if kind == "md5" else _sha256(path)
+        found = dvc_cache.md5_of(path) if kind == "md5" else sha256_of(path)
         if found != name.removesuffix(dvc_cache.DIR):
             faults.append(f"{path} is damaged")
     if faults:

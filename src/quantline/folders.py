@@ -15,6 +15,21 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Where the disk of `folder` has no room for what the block writes, that is said.
+
+    Raises:
+        DiskFullError: that.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise disk_full(folder) from error
+        raise
+
+
+@contextmanager
 def passing(folder: Path) -> Iterator[Path]:
     """An empty `folder` for the time of the block; what is in it afterwards, or was before, is gone.
 
@@ -22,13 +37,10 @@ def passing(folder: Path) -> Iterator[Path]:
         DiskFullError: that.
     """
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-        folder.mkdir(parents=True)
-        yield folder
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise disk_full(folder.parent) from error
-        raise
+        with room(folder.parent):
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            folder.mkdir(parents=True)
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

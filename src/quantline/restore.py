@@ -14,7 +14,7 @@ from quantline import dvc_cache
 from quantline.backup import ARTIFACTS, DATABASE, check_objects, copy_hashed, object_file, read_snapshot
 from quantline.collect import commit_of
 from quantline.errors import UserError
-from quantline.folders import DISK_FULL, disk_full
+from quantline.folders import room
 
 STAGING = ".restore.tmp"
 READY = "ready"  # a file in the staging folder: all of it is there and checked, and may be moved
@@ -50,12 +50,8 @@ def restore(root: Path, folder: Path, *, name: str | None = None) -> Restored:
         check_objects(folder, manifest)
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            _stage(folder, manifest, staging, cache, root)
-        except OSError as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            if error.errno in DISK_FULL:
-                raise disk_full(root) from error
-            raise
+            with room(root):
+                _stage(folder, manifest, staging, cache, root)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
