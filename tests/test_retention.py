@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from quantline.dvc_cache import all_objects, objects_of, read_lock
+from quantline.dvc_cache import all_objects, former_variants, objects_of, read_lock
 from quantline.errors import UserError
-from quantline.retention import collect_garbage, promoted
+from quantline.retention import collect_garbage, former_outputs, promoted, remove_former
 
 
 @pytest.fixture
@@ -62,3 +62,29 @@ def test_commits_may_be_kept_too(changed):
 
 def test_without_a_registry_nothing_is_promoted(tmp_path):
     assert isinstance(promoted(tmp_path), frozenset)
+
+
+def test_what_a_variant_left_that_params_yaml_has_no_more_is_named_and_removed(project):
+    (project.root / "variants").mkdir()
+    for name in ("one", "two"):
+        (project.root / "variants" / f"{name}.yaml").write_text("bits: 4\n")
+    (project.root / "artifacts" / "mine").mkdir()
+    assert (former_variants(project.root), former_outputs(project.root)) == ([], [])
+    project.variants(one="a")
+    left = former_outputs(project.root)
+    assert [str(place.relative_to(project.root)) for place in left] == ["artifacts/two", "variants/two.yaml"]
+    remove_former(left)
+    assert former_outputs(project.root) == []
+    assert sorted(path.name for path in (project.root / "artifacts").iterdir()) == ["mine", "one"]
+    assert [path.name for path in (project.root / "variants").iterdir()] == ["one.yaml"]
+    project.variants(one="a", two="b")
+    assert "Running stage" not in project.dvc("repro")
+    assert (project.root / "artifacts" / "two" / "quantize" / "config.json").is_file()
+
+
+def test_a_lock_whose_variants_could_lead_elsewhere_is_refused(project):
+    lock = project.root / "dvc.lock"
+    lock.write_text(lock.read_text().replace("quantize@two:", "quantize@../../two:"))
+    project.variants(one="a")
+    with pytest.raises(UserError, match="a variant's name takes letters"):
+        former_outputs(project.root)

@@ -46,12 +46,27 @@ def read_lock(root: Path) -> list[Output]:
     Raises:
         UserError: dvc.lock is missing or malformed.
     """
+    known = _variants(root)
+    return [output for output in _locked(root) if known is None or output.stage.partition("@")[2] in known]
+
+
+def former_variants(root: Path) -> list[str]:
+    """The variants that dvc.lock has and params.yaml has no more, sorted; what DVC made for them may still lie here.
+
+    Raises:
+        UserError: dvc.lock is missing or malformed.
+    """
+    known = _variants(root)
+    return sorted({output.stage.partition("@")[2] for output in _locked(root)} - known) if known is not None else []
+
+
+def _locked(root: Path) -> list[Output]:
     import yaml
 
     path = root / "dvc.lock"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        outputs = [
+        return [
             Output(str(stage), str(out["path"]), str(out["md5"]))
             for stage, entry in (content.get("stages") or {}).items()
             for out in entry.get("outs") or []
@@ -60,8 +75,6 @@ def read_lock(root: Path) -> list[Output]:
         raise UserError(f"dvc.lock: {error.strerror}; `dvc repro` makes it") from error
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise UserError("dvc.lock is damaged; take it from git (`git checkout dvc.lock`) or run `dvc repro`") from error
-    known = _variants(root)
-    return [output for output in outputs if known is None or output.stage.partition("@")[2] in known]
 
 
 def _variants(root: Path) -> set[str] | None:

@@ -7,6 +7,7 @@ with one `.dvc` file an object.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from quantline import dvc_cache
 from quantline.errors import QuantlineError, UserError
+from quantline.variants import checked_name
 
 KEEP = {"workspace": ["-w"], "branches": ["-a"], "tags": ["-a", "-T"], "commits": ["-A"]}
 _MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
@@ -36,6 +38,28 @@ def promoted(root: Path) -> frozenset[str]:
     from quantline.registry import promoted_outputs
 
     return frozenset(md5 for _, _, hashes in promoted_outputs(root) for md5 in hashes)
+
+
+def former_outputs(root: Path) -> list[Path]:
+    """What lies here of variants that params.yaml has no more: their folder in artifacts/, their frozen configuration.
+
+    `report` depends on both folders, so a clone that lacks them would make it again.
+
+    Raises:
+        UserError: dvc.lock is missing or malformed, or names what cannot be a variant.
+    """
+    names = [checked_name(name) for name in dvc_cache.former_variants(root)]
+    places = [place for name in names for place in (root / "artifacts" / name, root / "variants" / f"{name}.yaml")]
+    return [place for place in places if place.exists()]
+
+
+def remove_former(places: Sequence[Path]) -> None:
+    """Remove what `former_outputs` names; a link goes, not what it leads to."""
+    for place in places:
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
 
 
 def collect_garbage(
