@@ -29,7 +29,9 @@ def retention(words: dict[str, str | None]) -> int:
         print(f"  {name}")
     if len(garbage.objects) > SHOWN:
         print(f"  and {len(garbage.objects) - SHOWN} more")
-    what = f"{len(garbage.objects)} objects, {garbage.bytes / 1e6:.1f} MB, and {len(former)} leftovers of former variants"
+    what = (
+        f"{len(garbage.objects)} objects, {garbage.bytes / 1e6:.1f} MB, and {len(former)} leftovers of former variants"
+    )
     print(f"removed {what}" if apply else f"would remove {what}; apply=true does it")
     print(f"kept for promoted variants: {garbage.protected} objects")
     return 0
