@@ -1,4 +1,4 @@
-"""What the quantize stage costs beyond the library: `python -m benchmarks.overhead [--method gptq|awq] [--rounds 3]`.
+"""What the quantize stage costs beyond the library: `python -m benchmarks.overhead [--method gptq|awq] [--samples 32]`.
 
 The same job at 4 bits on the demo model and its calibration tokens, twice:
 
@@ -130,11 +130,15 @@ def main() -> None:
     parser.add_argument("--method", choices=BACKENDS, default="gptq")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--samples", type=int, default=32, help="calibration samples of 512 tokens; the field takes 128"
+    )
     asked = parser.parse_args()
     method, rounds, threads = asked.method, asked.rounds, asked.threads
     python = toolchains.ensure(ROOT, BACKENDS[method]).python
     reference = toolchains.ensure(ROOT, "reference").python
     options = (f"method={method}", f"backend={BACKENDS[method]}", "bits=4", f"threads={threads}")
+    options += (f"calibration.n_samples={asked.samples}",)
     stage("download", *options)
     stage("calibrate", "variant=overhead", *options)
     model, tokens = ROOT / "scratch/shared/download/model", ROOT / "scratch/overhead/calibrate/tokens.safetensors"

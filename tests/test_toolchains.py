@@ -71,7 +71,7 @@ def test_a_killed_worker_is_not_a_success(worker):
 
 
 def test_a_result_without_exit_code_zero_is_not_a_success(worker):
-    body = "import atexit, os\ndef run(job, report):\n    atexit.register(os._exit, 5)\n    return {}"
+    body = "import os\ndef run(job, report):\n    os._exit = lambda code: exit(5)\n    return {}"
     with pytest.raises(WorkerError, match="exited with 5"):
         worker(body)
 

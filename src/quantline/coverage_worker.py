@@ -220,7 +220,9 @@ def imports() -> None:
     """Import what `run` will need, the usual decoder's modules too; no model is loaded."""
     import torch  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401
-    from transformers.models import qwen2  # noqa: F401
+
+    # `transformers.models.qwen2` alone is a name whose modules come when they are asked for.
+    from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -160,3 +160,7 @@ def worker_main(
         "versions": installed_versions(VERSIONED),
     }
     write_json(result_path, result)
+    # Nothing is left to do, and an interpreter that has imported torch takes a second to take itself apart.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
