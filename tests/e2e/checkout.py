@@ -116,6 +116,13 @@ class Checkout:
                 found.append(process)
         return found
 
+    def staying(self, seconds: float = 10) -> list[list[str]]:
+        """Commands of processes that do not end by themselves; one that was just being started ends a moment later."""
+        deadline = time.monotonic() + seconds
+        while self.processes() and time.monotonic() < deadline:
+            psutil.wait_procs(self.processes(), timeout=1)
+        return [process.cmdline() for process in self.processes()]
+
     def leftovers(self) -> list[str]:
         """Half-written outputs, and temporary files of workers and servers."""
         halves = [path for home in ("scratch", "artifacts", "variants") for path in (self.root / home).rglob("*")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
-import psutil
 import pytest
 from checkout import Checkout, Done, copy_checkout
 
@@ -46,9 +43,6 @@ def untouched(bare):
     """Whatever happens in the test, no output is made, changed or lost, and no process or temporary file is left."""
     before = bare.files()
     yield
-    deadline = time.monotonic() + 10
-    while bare.processes() and time.monotonic() < deadline:
-        psutil.wait_procs(bare.processes(), timeout=1)
-    assert [process.cmdline() for process in bare.processes()] == []
+    assert bare.staying() == []
     assert bare.files() == before
     assert bare.leftovers() == []

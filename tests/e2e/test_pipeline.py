@@ -75,7 +75,7 @@ def test_a_second_repro_runs_nothing(pipeline):
 
 
 def test_nothing_is_left_of_a_run(pipeline):
-    assert pipeline.processes() == []
+    assert pipeline.staying() == []
     assert pipeline.leftovers() == []
 
 
@@ -255,7 +255,7 @@ def test_another_line_of_a_variant_runs_its_stages_alone_and_going_back_runs_not
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "interrupted; nothing half written was left" in err, out + err
-    assert pipeline.processes() == []
+    assert pipeline.staying() == []
     assert pipeline.leftovers() == []
     assert not (pipeline.root / "artifacts" / name / "quantize").exists()
 
