@@ -32,7 +32,9 @@ def test_an_alarm_says_what_was_found_what_is_allowed_and_where_to_change_it():
     (flag,) = raised({"top1_agreement": 0.5}, LIMITS)
     assert (flag.value, flag.limit) == (0.5, 0.9)
     assert "50.0%" in flag.message
-    assert "at least 0.9 (evaluate.limits.top1_agreement)" in flag.message
+    assert "at least 90% (evaluate.limits.top1_agreement=0.9)" in flag.message
+    (flag,) = raised({"kl_divergence": 0.25}, {"kl_divergence": 0.1})
+    assert "0.25 nats a token from the float model's; at most 0.1 (evaluate.limits.kl_divergence=0.1)" in flag.message
 
 
 def test_only_the_named_instruments_fail():

@@ -48,6 +48,23 @@ def test_sizes_within_five_per_cent_are_told_apart_by_speed_and_then_by_quality(
     assert recommend([row("a"), row("b")], rules).chosen == "a"
 
 
+def test_speeds_whose_ranges_overlap_are_not_told_apart(rules: ReportConfig) -> None:
+    slow = row("slow", speed_up=0.9, speed_up_low=0.8, speed_up_high=1.15, difference_percent=1.5)
+    fast = row("fast", speed_up=1.3, speed_up_low=1.1, speed_up_high=1.5)
+    found = recommend([fast, slow], rules)
+    assert found.chosen == "slow"
+    assert any("overlap with its range: no difference to choose by." in reason for reason in found.reasons)
+    assert recommend([fast, {**slow, "speed_up_high": 1.09}], rules).chosen == "fast"
+
+
+def test_tasks_that_were_measured_without_a_limit_are_told_as_such(rules: ReportConfig) -> None:
+    found = recommend([row("a", tasks_passed=None, recovery_lowest=0.985)], rules)
+    assert found.chosen == "a"
+    assert found.caveats == [
+        "No limit is set for tasks (tasks.gate.min_recovery): the worst one keeps 98.5 % of the float model's score."
+    ]
+
+
 def test_the_whole_interval_must_be_below_the_limit(rules: ReportConfig) -> None:
     found = recommend([row("a", difference_percent=2.9, difference_high_percent=3.1)], rules)
     assert found.chosen is None

@@ -79,6 +79,15 @@ def test_refusal_is_short_in_the_table_and_full_below(rows: list[dict[str, Any]]
     text = render_table(rows)
     assert "no: vLLM 0.32.0... [1]" in text
     assert text.splitlines()[-1] == f"[1] gptq-w8-g128, serve_smoke: {REFUSED}"
+
+
+def test_stages_with_one_reason_share_a_footnote(rows: list[dict[str, Any]]) -> None:
+    refused = next(row for row in rows if row["variant"] == "gptq-w8-g128")
+    refused["reasons"] = {"serve_smoke": REFUSED, "speed": REFUSED, "tasks": "another"}
+    assert render_table([refused]).splitlines()[-2:] == [
+        f"[1] gptq-w8-g128, serve_smoke and speed: {REFUSED}",
+        "[2] gptq-w8-g128, tasks: another",
+    ]
     refused = next(row for row in rows if row["variant"] == "gptq-w8-g128")
     assert refused["vllm_perplexity"] is None
     assert refused["perplexity"] is not None

@@ -72,7 +72,9 @@ def raised(measured: Mapping[str, float], limits: Mapping[str, float | None]) ->
         sound = not math.isnan(value) and (value <= limit if instrument.above else value >= limit)
         if not sound:
             side = "most" if instrument.above else "least"
-            message = f"{instrument.says.format(value=value)}; at {side} {limit:g} (evaluate.limits.{name})"
+            allowed = f"{100 * limit:g}%" if "%}" in instrument.says else f"{limit:g}"
+            option = f"evaluate.limits.{name}={limit:g}"
+            message = f"{instrument.says.format(value=value)}; at {side} {allowed} ({option})"
             flags.append(Flag(name, float(value), float(limit), message))
     return flags
 

@@ -143,15 +143,18 @@ def _difference(row: Mapping[str, Any]) -> str:
 
 def _served(row: Mapping[str, Any], notes: list[str]) -> str:
     marks = []
+    stages_of: dict[str, list[str]] = {}
     for stage, reason in row["reasons"].items():
-        notes.append(f"{row['variant']}, {stage}: {' '.join(reason.split())}")
+        stages_of.setdefault(" ".join(reason.split()), []).append(stage)
+    for reason, stages in stages_of.items():
+        notes.append(f"{row['variant']}, {' and '.join(stages)}: {reason}")
         marks.append(f"[{len(notes)}]")
     if row["served"] is None:
         return MISSING
     if row["served"]:
         return " ".join(["yes", *marks])
-    stages = row["reasons"]
-    short = " ".join(str(stages.get("serve_smoke") or next(iter(stages.values()), "")).split())
+    told = row["reasons"]
+    short = " ".join(str(told.get("serve_smoke") or next(iter(told.values()), "")).split())
     if len(short) > REASON_CHARS:
         short = short[:REASON_CHARS].rsplit(" ", 1)[0].rstrip(",;:.") + "..."
     return " ".join([f"no: {short}", *marks])

@@ -141,6 +141,13 @@ def _bargain(row: Row) -> str:
 def _check(name: str, rule: Rule, row: Row) -> Check:
     what, kind = SPOKEN[rule.column]
     value = row.get(rule.column)
+    if value is None and rule.column == "tasks_passed" and row.get("recovery_lowest") is not None:
+        kept = written(row["recovery_lowest"], "share")
+        sentence = (
+            "No limit is set for tasks (tasks.gate.min_recovery): the worst one keeps "
+            f"{kept} of the float model's score"
+        )
+        return Check(name, rule.missing == "pass", False, sentence)
     if value is None:
         end = "which the rules ask for" if rule.missing == "fail" else "so it was not judged by that"
         return Check(name, rule.missing == "pass", False, f"{_capital(what)}: not measured, {end}")
@@ -194,7 +201,10 @@ def _prefer(fit: list[Row], order: Sequence[Preference]) -> tuple[Row, list[str]
             continue
         best = (min if wish.best == "lowest" else max)(known, key=lambda row: row[wish.column])
         limit = abs(best[wish.column]) * wish.within_percent / 100
-        near = [row for row in known if abs(row[wish.column] - best[wish.column]) <= limit]
+        near = [
+            row for row in known
+            if abs(row[wish.column] - best[wish.column]) <= limit or _overlap(row, best, wish.column)
+        ]  # fmt: skip
         praise = _SUPERLATIVES.get((wish.column, wish.best), f"the one with the {wish.best} {what}")
         shown = written(best[wish.column], kind)
         for row in known:
@@ -206,8 +216,19 @@ def _prefer(fit: list[Row], order: Sequence[Preference]) -> tuple[Row, list[str]
             steps.append(f"Of these {best['variant']} is {praise} ({shown}).")
         else:
             margin = f"within {wish.within_percent:g} % of {praise} ({shown})"
+            if any(_overlap(row, best, wish.column) for row in near if row is not best):
+                margin += " or overlap with its range"
             steps.append(f"{listed([row['variant'] for row in near])} are {margin}: no difference to choose by.")
         left = near
     for row in left[1:]:
         passed_over[row["variant"]] = f"as good as {left[0]['variant']} by every criterion, and later in params.yaml"
     return left[0], steps, passed_over, caveats
+
+
+def _overlap(row: Row, other: Row, column: str) -> bool:
+    """Whether the ranges of two measurements have a value in common; where there are none, they are not known to."""
+    low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
+    other_low, other_high = other.get(f"{column}_low"), other.get(f"{column}_high")
+    if low is None or high is None or other_low is None or other_high is None:
+        return False
+    return bool(low <= other_high and other_low <= high)

@@ -6,7 +6,7 @@ The same rows become CSV and JSON files, HTML and Markdown. A value that was not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from quantline.report import run_tables
 from quantline.report.evidence import Evidence, Row
@@ -29,19 +29,18 @@ def variants(evidence: Sequence[Evidence]) -> Table:
     rows = [_variant_row(item) for item in evidence]
     columns = (
         variant_column(), Column("bits", "bits", "count", missing="float"), Column("perplexity", "perplexity", "number"),
-        Column("difference_percent", "perplexity growth", "growth", "difference_low_percent", "difference_high_percent",
-               "baseline"),
-        Column("verdict", "against float", missing="baseline"),
+        Column("difference_percent", "perplexity growth", "growth", "difference_low_percent", "difference_high_percent"),
+        Column("verdict", "against float"),
         Column("alarms", "alarms", "count", missing="-"), Column("served", "served", "yes"),
         Column("size_bytes", "weights on disk", "bytes"), Column("compression_ratio", "smaller by", "ratio"),
-        Column("speed_up", "speed-up", "ratio"), Column("recovery_lowest", "worst task kept", "share"),
+        Column("speed_up", "speed-up", "ratio", "speed_up_low", "speed_up_high"),
+        Column("recovery_lowest", "worst task kept", "share"),
     )  # fmt: skip
     return Table("variants", "What each variant costs in quality, and what it gives in size and speed.", columns, rows)
 
 
 def _variant_row(item: Evidence) -> Row:
-    ratios = [row.get("speed_up") for row in item.speed.get("ratios") or []]
-    known = [ratio for ratio in ratios if ratio]
+    ratios = [row for row in item.speed.get("ratios") or [] if row.get("speed_up")]
     kept = [row for row in item.tasks.get("rows") or [] if row.get("recovery") is not None]
     lowest: Row = min(kept, key=lambda row: row["recovery"], default={})
     slower = item.metric("slower_than_float", "speed")
@@ -60,7 +59,9 @@ def _variant_row(item: Evidence) -> Row:
         "top1_agreement": item.metric("top1_agreement", "evaluate"),
         "top1_agreement_low": item.metric("top1_agreement_low", "evaluate"),
         "identical_generations": item.metric("identical_generations", "evaluate"),
-        "speed_up": math.exp(math.fsum(map(math.log, known)) / len(known)) if known else None,
+        "speed_up": _mean_ratio(row["speed_up"] for row in ratios),
+        "speed_up_low": _mean_ratio(row["low"] for row in ratios),
+        "speed_up_high": _mean_ratio(row["high"] for row in ratios),
         "slower_than_float": None if slower is None else bool(slower),
         "weights_memory_bytes": item.metric("weights_memory_bytes", "speed", "serve_smoke"),
         "quantize_peak_bytes": item.results.get("quantize", {}).get("peak_memory_bytes"),
@@ -71,6 +72,12 @@ def _variant_row(item: Evidence) -> Row:
                                 default=None),
         "alarms": None if item.flags is None or item.is_baseline else len(item.flags),
     }  # fmt: skip
+
+
+def _mean_ratio(ratios: Iterable[float]) -> float | None:
+    """The geometric mean; None of none."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return math.exp(math.fsum(logs) / len(logs)) if logs else None
 
 
 def quality(evidence: Sequence[Evidence]) -> Table:
@@ -87,13 +94,13 @@ def quality(evidence: Sequence[Evidence]) -> Table:
         if item.is_baseline:  # compared with itself: zeros that say nothing
             values.update((name, None) for name in names if name.startswith(("nll", "kl", "top1", "noise")))
         gap = values.pop("engine_relative_difference")
-        rows.append({"variant": item.name, "verdict": None if item.is_baseline else item.comparison.get("verdict"),
+        rows.append({"variant": item.name, "baseline": item.is_baseline,
+                     "verdict": None if item.is_baseline else item.comparison.get("verdict"),
                      **summary, **values, "engine_difference_percent": None if gap is None else 100 * gap})  # fmt: skip
     columns = (
         variant_column(),
-        Column("verdict", "against float", missing="baseline"),
-        Column("difference_percent", "perplexity growth", "growth", "difference_low_percent", "difference_high_percent",
-               "baseline"),
+        Column("verdict", "against float"),
+        Column("difference_percent", "perplexity growth", "growth", "difference_low_percent", "difference_high_percent"),
         Column("kl_divergence", "KL from float, nats/token", "nats", "kl_divergence_low", "kl_divergence_high"),
         Column("top1_agreement", "same likeliest token", "share", "top1_agreement_low", "top1_agreement_high"),
         Column("engine_difference_percent", "vLLM against reference", "growth"),
@@ -164,7 +171,7 @@ def restored(evidence: Sequence[Evidence]) -> Table:
         Column("output_error", "its output error", "nats"),
         Column("nll_difference_restored", "loss left, nats/token", "nats"),
         Column("recovered_nll", "loss undone, nats/token", "nats", "recovered_low", "recovered_high"),
-        Column("recovered_share", "share of the loss undone", "share"),
+        Column("recovered_share", "share of the loss undone", "share", missing="no loss"),
     )  # fmt: skip
     if any(row.get("recovered_kl_share") is not None for row in rows):
         columns = (*columns, Column("recovered_kl_share", "share of the KL undone", "share"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 MISSING = "not measured"
+BASELINE = "baseline"
 Kind = Literal[
     "text", "code", "hash", "number", "count", "bytes", "growth", "share", "percent", "seconds", "ms", "ratio", "yes",
     "nats",
@@ -35,7 +36,7 @@ class Column:
         """The cell of a row."""
         value = row.get(self.key)
         if value is None:
-            return self.missing
+            return BASELINE if row.get("baseline") and self.missing == MISSING else self.missing
         shown = written(value, self.kind)
         low, high = (row.get(end) if end else None for end in (self.low, self.high))
         if low is None or high is None:
