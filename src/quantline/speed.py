@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +42,8 @@ from quantline.speed_statistics import medians, metrics_of, ratios
 _OVERHEAD_BYTES = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}
 # vLLM's log gives 0.01 GiB; what it adds to the tensors (rotary tables, repacked scales) is less than this share.
 _LOG_STEP, _ADDED = GIB // 100, 1.15
+# Of the mean time of a token; the median was seen at 0.5 to 1 of it, and at 0.003 where chunks had piled up.
+_BUNCHED = 0.2
 _BY_LOG, _BY_TENSORS = "as vLLM's log reports it, to 0.01 GiB", "the checkpoint's tensors, for this vLLM reports none"
 OFFLINE = ("latency", "throughput")
 Bench = Callable[[dict[str, Any], str], JobResult]
@@ -88,7 +90,7 @@ def measure(
     if "serve" in plan.tools:
         session.measure_served(document)
     document["offline"] = [row for tool in OFFLINE if tool in plan.tools for row in session.measure_offline(tool)]
-    notes = memory_notes(document["servers"])
+    notes = memory_notes(document["servers"]) + bunch_notes(document["rows"])
     if busy > 1:
         notes.append(f"the machine was busy with other work (load {busy:.1f} a core): trust the ratios, not the speeds")
     return _kept(Measured(document, metrics_of(document), notes), out)
@@ -101,6 +103,17 @@ def memory_notes(servers: Sequence[dict[str, Any]]) -> list[str]:
         f"{server['checkpoint_bytes'] / 1e9:.2f} GB: it did not load what was quantized, and the speed is not the variant's"
         for server in servers
         if server["weights_memory_bytes"] > _ADDED * server["checkpoint_bytes"] + _LOG_STEP
+    ]
+
+
+def bunch_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say where the tokens of an answer arrived together: their times say when they were sent, not when made."""
+    return [
+        f"{row['model']}, {row['concurrency']} at a time: tokens arrived in bunches, half of them within "
+        f"{row['itl_ms_median']:.2g} ms of the one before, where {row['tpot_ms_median']:.2g} ms is the mean; the machine is "
+        "too small for server and client, so trust tokens/s and the time of a request alone"
+        for row in rows
+        if row["itl_ms_median"] < _BUNCHED * row["tpot_ms_median"]
     ]
 
 
