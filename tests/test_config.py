@@ -30,6 +30,14 @@ def test_five_bits_are_refused_with_the_allowed_ones(composed):
     assert "bits=5: gptq takes 2, 3, 4 or 8" in faults_of(composed("method=gptq", "bits=5"))
 
 
+def test_rounded_activations_name_what_they_go_with(composed):
+    fault = faults_of(composed("method=gptq", "method.activation_bits=8"))
+    assert "method.activation_bits=8: goes with int8 weights, one scale a channel; give bits=8 group_size=-1" in fault
+    whole = ("method=rtn", "method.activation_bits=8", "bits=8", "group_size=-1")
+    assert parse(composed(*whole)).method.activation_bits == 8
+    assert faults_of(composed(*whole, "method.sym=false")).endswith("give method.sym=true")
+
+
 def test_eight_bit_awq_is_refused_and_gptq_is_named_as_the_remedy(composed):
     assert "bits=8: awq takes 4; method=gptq takes bits=8" in faults_of(composed("method=awq", "bits=8"))
 

@@ -44,6 +44,7 @@ def frozen(composed):
         ("method=gptqq", "method=gptqq: allowed are autoround, awq, bnb, float, gptq, rtn (did you mean gptq?)"),
         ("calibration=wikitext", "calibration=wikitext: allowed are c4, demo, domain, jsonl, pileval, wikitext2"),
         ("bitss=8", "bitss: no such option (did you mean bits?)"),
+        ("method.quant_type=nf4", "method.quant_type: this method has no such option, method=bnb has it; see --help"),
         ("calibration.nsamples=8", "calibration.nsamples: no such option (did you mean calibration.n_samples?)"),
         ("bits", "bits: is no override; give KEY=VALUE"),
         ("model.name=[a", "model.name=[a: is no override"),

@@ -35,6 +35,8 @@ def method_faults(values: Mapping[str, Any]) -> list[str]:
     unknown = [name for names in backends.values() for name in names if name not in capabilities.table()]
     if unknown:
         return [f"backends: {unknown[0]} is none; there are {', '.join(capabilities.table())}"]
+    if wish.options.get("activation_bits") and (alike := _activation_faults(wish)):
+        return alike
     if backend != "auto":
         return capabilities.faults(backend, wish) if backend in capabilities.table() else []
     if capabilities.candidates("auto", order, wish):
@@ -44,6 +46,20 @@ def method_faults(values: Mapping[str, Any]) -> list[str]:
         tried = (fault for name in order for fault in capabilities.faults(name, wish))
         faults = list(dict.fromkeys(tried)) or [f"backends.{wish.method}: names no backend"]
     return faults
+
+
+def _activation_faults(wish: capabilities.Wish) -> list[str]:
+    """What does not go with rounded activations: the one layout for them holds int8 weights with a scale a channel."""
+    given = f"method.activation_bits={wish.options['activation_bits']}"
+    wanted = [
+        f"{key}={shown}" for key, shown, asked in (
+            ("bits", "8", (wish.bits, *wish.rule_bits) == (8,)),
+            ("group_size", "-1", (wish.group_size, *wish.rule_groups) == (-1,)),
+            ("method.sym", "true", wish.options.get("sym", True)),
+            ("layers", "uniform", wish.layers != "widths"),
+        ) if not asked
+    ]  # fmt: skip
+    return [f"{given}: goes with int8 weights, one scale a channel; give {' '.join(wanted)}"] if wanted else []
 
 
 def _bits_faults(wish: capabilities.Wish, backends: Mapping[str, list[str]]) -> list[str]:

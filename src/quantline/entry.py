@@ -99,6 +99,9 @@ def _explain_composition(error: Exception, conf: Path) -> str:
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         key = unknown.group(1)
+        if owners := _owners(conf, key):
+            group = key.partition(".")[0]
+            return f"{key}: this {group} has no such option, {group}={' or '.join(owners)} has it; see --help"
         return f"{key}: no such option{nearest(key, option_names(conf))}; see the allowed ones with --help"
     group = re.search(r"Could not find '([^']+)/([^'/]*)'", text)
     if group:
@@ -112,6 +115,23 @@ def _explain_composition(error: Exception, conf: Path) -> str:
     if folder:
         return f"{folder.group(1)}: no such folder of configurations; the pipeline's are made by `dvc repro`"
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _owners(conf: Path, key: str) -> list[str]:
+    """The choices of a group that have an option: `method.desc_act` is one of `gptq`."""
+    import yaml
+
+    group, *path = key.split(".")
+    if not path:
+        return []
+    found = []
+    for choice in sorted((conf / group).glob("*.yaml")):
+        value = yaml.safe_load(choice.read_text(encoding="utf-8"))
+        for word in path[:-1]:
+            value = value.get(word) if isinstance(value, dict) else None
+        if isinstance(value, dict) and path[-1] in value:
+            found.append(choice.stem)
+    return found
 
 
 def option_names(conf: Path) -> list[str]:
