@@ -27,8 +27,11 @@ pytestmark = [
 
 @pytest.fixture
 def served(store):
-    """The address of the UI as `make ui` starts it, and the experiment's id, of a store with four variants."""
-    experiment = to(store, four(store / "work")).experiment_id
+    """The address of the UI as `make ui` starts it, and the experiment's id, of a store with four variants and a report."""
+    folder = store / "report"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "manifest.json").write_text('{"chosen": "float", "headline": "Ship it.", "variants": ["float"]}')
+    experiment = to(store, four(store / "work"), report=folder).experiment_id
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

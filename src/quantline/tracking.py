@@ -32,7 +32,8 @@ from quantline.tracking_plan import Plan, VariantRecord, plan_report, plan_varia
 from quantline.tracking_store import Scrubber, check_reachable, locked, resolve_uri, sqlite_path
 
 MAX_TAG_CHARS = 5000
-CURRENT_FILTER = "tags.\"quantline.current\" = 'true'"
+# The run that holds the report is current too, and no variant.
+CURRENT_FILTER = "tags.\"quantline.current\" = 'true' and tags.\"quantline.role\" = 'variant'"
 VIEW = "quantline"
 COLUMNS = (
     "params.`method.name`", "params.`bits`", "params.`group_size`",
@@ -193,7 +194,8 @@ class _Publisher:
         said = self._client.get_experiment(self.experiment_id).tags
         link = f"[Compare the variants](#{view_path(self.experiment_id)})"
         wanted = {
-            "mlflow.note.content": f"{link}: one run per variant, one child per stage. The latest: `{CURRENT_FILTER}`",
+            "mlflow.note.content": f"{link}: one run per variant, one child per stage. The latest: `{CURRENT_FILTER}`. "
+            "Which one to ship: the run `report`.",
             "mlflow.experimentKind": "custom_model_development",
             f"mlflow.sharedViewState.{VIEW}": json.dumps(_view_state()),
         }

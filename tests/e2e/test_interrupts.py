@@ -51,9 +51,9 @@ def computing(module: str):
     return holds
 
 
-def partial(copy: Checkout, stage: str):
+def partial(copy: Checkout, stage: str, home: str = "scratch"):
     """Whether a half-written output is there."""
-    return lambda _pid: any((copy.root / "scratch").glob(f"*/.{stage}.partial-*"))
+    return lambda _pid: any((copy.root / home).glob(f"*/.{stage}.partial-*"))
 
 
 def test_ctrl_c_in_download(bare, untouched):
