@@ -51,12 +51,16 @@ def compare(address: str, experiment: str, pictures: Path) -> tuple[str, str]:
             page.goto(f"{address}/#{view_path(experiment)}")
             for name in NAMES:
                 page.get_by_role("link", name=name, exact=True).wait_for()
+            if (assistant := page.get_by_role("button", name="Close", exact=True)).count():
+                assistant.click()  # MLflow's, which takes a quarter of the page
             table = page.inner_text("body")
             page.screenshot(path=pictures / "mlflow-variants.png")
             page.get_by_role("checkbox", name="Select all runs").click()
             page.get_by_role("button", name="Compare", exact=True).click()
             page.get_by_text(f"Comparing {len(NAMES)} Runs from 1 Experiment").wait_for()
             page.get_by_text("compression_ratio", exact=True).last.wait_for()
+            for part in ("Visualizations", "Parameters"):
+                page.get_by_text(part, exact=True).first.click()  # folds it up: the metrics move into sight
             comparison = page.inner_text("body")
             page.screenshot(path=pictures / "mlflow-comparison.png")
         finally:
