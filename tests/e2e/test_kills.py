@@ -64,16 +64,20 @@ def test_kill_9_while_tokens_weights_and_layouts_are_made(twins):
 
 
 @pytest.mark.parametrize(
-    ("stage", "when"),
-    [("serve_smoke", lambda pid: len(below(pid)) >= 6), ("evaluate", computing("quantline.evaluation_worker"))],
+    ("stage", "name", "when"),
+    [
+        # Not every processor serves variants of 4 bits.
+        ("serve_smoke", "float", lambda pid: len(below(pid)) >= 6),
+        ("evaluate", "gptq-w4-g128", computing("quantline.evaluation_worker")),
+    ],
 )
-def test_kill_9_while_a_variant_is_served_or_scored(pipeline, stage, when):
-    name = "gptq-w4-g128"
+def test_kill_9_while_a_model_is_served_or_scored(pipeline, stage, name, when):
+    target = f"{stage}_baseline" if name == "float" else f"{stage}@{name}"
     before = hashes(pipeline, name, ("serve_smoke", "evaluate"))
     lock = (pipeline.root / "dvc.lock").read_bytes()
-    kill(pipeline, "--force", "--single-item", f"{stage}@{name}", when=when)
+    kill(pipeline, "--force", "--single-item", target, when=when)
     assert not (pipeline.root / "artifacts" / name / f"{stage}.json").exists(), "it had ended before"
-    done = pipeline.dvc("repro", f"{stage}@{name}")
+    done = pipeline.dvc("repro", target)
     assert done.code == 0, done.text
     assert hashes(pipeline, name, ("serve_smoke", "evaluate")) == before
     assert (pipeline.root / "dvc.lock").read_bytes() == lock
