@@ -61,7 +61,9 @@ def instruments(run: StageRun) -> Instruments:
         return stage_fingerprint(config.model_copy(update={"noise": times}), "noise", run.root)
 
     noise = noise_floor(run.root, noise_of)
-    return Instruments(options.divergence.tokens, generations, layers, limits, tuple(options.fail_on), noise)
+    return Instruments(
+        options.divergence.tokens, generations, layers, limits, tuple(options.fail_on), noise, run.changed_files()
+    )
 
 
 if __name__ == "__main__":

@@ -44,13 +44,14 @@ def test_experts_are_one_kind(tmp_path):
     assert [(row["key"], row["linears"]) for row in summarize(rows)] == [(0, 3), ("mlp.experts.*.w1", 3)]
 
 
-def test_a_change_is_of_the_output_error_or_of_the_weights_where_no_token_came(rows):
+def test_a_change_is_of_one_kind_of_error_and_of_the_linears_that_have_it(rows):
     judged = [
         {"name": "l0.up", "output_error": 0.1, "weight_error": 9.0},
         {"name": "l0.down", "output_error": 0.33, "weight_error": 0.4},
         {"name": "l1.up", "output_error": None, "weight_error": 0.3},
     ]
-    assert changes(rows, judged) == {"l0.up": 0.0, "l0.down": pytest.approx(0.1), "l1.up": 0.5}
+    assert changes(rows, judged, "output_error") == {"l0.up": 0.0, "l0.down": pytest.approx(0.1)}
+    assert changes(rows, judged, "weight_error")["l1.up"] == 0.5
 
 
 def test_a_restored_linears_share_is_what_the_loss_and_the_divergence_fall_by(rows):

@@ -245,6 +245,11 @@ def test_alarms_are_told_and_fail_only_where_they_should(run, layers):
     verdict, out = run("warned", FLOAT, baseline=baseline, errors=0.2, instruments=tools)
     assert [row["instrument"] for row in verdict.tables["flags"]] == ["kl_divergence", "output_error_change"]
     assert verdict.metrics["alarms"] == 2
+    spoilt = Instruments(divergence=None, layers=layers, limits={"changed_files": 0}, changed_files=1)
+    told, _ = run("spoilt", FLOAT, baseline=baseline, instruments=spoilt)
+    assert [row["message"] for row in told.tables["flags"]] == [
+        "1 files of the checkpoint are not those that its conversion recorded; at most 0 (evaluate.limits.changed_files=0)"
+    ]
     assert json.loads((out / "comparison.json").read_text())["flags"] == verdict.tables["flags"]
     with pytest.raises(QuantlineError, match=r"evaluate\.fail_on=kl_divergence: .* 0\.5 nats a token .*at most 0\.1"):
         run("failed", FLOAT, baseline=baseline, instruments=replace(tools, fail_on=("kl_divergence",)))

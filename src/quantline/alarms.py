@@ -48,6 +48,13 @@ INSTRUMENTS: dict[str, _Instrument] = {
         "a linear's output error is {value:.1%} off what it was when it was quantized: these are not the weights that came "
         "out of quantization",
     ),
+    "weight_error_change": _Instrument(
+        "weight_error_change", True,
+        "the error of a linear's weights is {value:.1%} off what it was when it was quantized",
+    ),
+    "changed_files": _Instrument(
+        "changed_files", True, "{value:g} files of the checkpoint are not those that its conversion recorded"
+    ),
     "output_error_outlier": _Instrument(
         "output_error_outlier", True, "a linear's output error is {value:.3g} times that of its kind"
     ),

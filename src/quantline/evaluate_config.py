@@ -20,6 +20,8 @@ Instrument = Literal[
     "top1_agreement",
     "first_divergence",
     "output_error_change",
+    "weight_error_change",
+    "changed_files",
     "output_error_outlier",
     "restored_share",
 ]
@@ -63,6 +65,8 @@ class LimitsConfig(Section):
     top1_agreement: float | None = Field(gt=0, le=1)
     first_divergence: float | None = Field(gt=0)
     output_error_change: float | None = Field(gt=0)
+    weight_error_change: float | None = Field(gt=0)
+    changed_files: int | None = Field(ge=0)
     output_error_outlier: float | None = Field(gt=1)
     restored_share: float | None = Field(gt=0)
 

@@ -46,7 +46,8 @@ class Instruments:
     """All of it; by default perplexity and likeliest tokens alone.
 
     divergence: from the float model, of so many tokens; None is all. limits, fail_on: see `quantline.alarms`. noise: what
-    `stages.noise` measured of the variant, where it did.
+    `stages.noise` measured of the variant, where it did. changed_files: how many files of the checkpoint are not what they
+    were, where that is known.
     """
 
     divergence: int | None = 0
@@ -55,6 +56,7 @@ class Instruments:
     limits: Mapping[str, float | None] = field(default_factory=dict)
     fail_on: tuple[str, ...] = ()
     noise: Mapping[str, Any] | None = None
+    changed_files: int | None = None
 
 
 @dataclass(frozen=True)

@@ -77,18 +77,18 @@ def _kind(place: Any) -> Any:
     return _EXPERT.sub("experts.*.", place) if isinstance(place, str) else place
 
 
-def changes(rows: Sequence[Row], judged: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """How far each linear's output error (weight error, where no token reached it) is from what the table says, relative.
+def changes(rows: Sequence[Row], judged: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
+    """How far each linear's error is from what the table says, relative; empty where no linear has that error.
 
     Equal checkpoints on equal samples differ by rounding alone. rows: of the table. judged: measured on the checkpoint.
+    key: `output_error`, which a linear that no token reached has not, or `weight_error`.
     """
     before = {row["name"]: row for row in rows}
     found = {}
     for row in judged:
-        key = "output_error" if row["output_error"] is not None else "weight_error"
-        then = before[row["name"]][key]
-        if then is not None:
-            found[str(row["name"])] = abs(row[key] - then) / then if then else float(row[key] != 0)
+        then, now = before[row["name"]][key], row[key]
+        if then is not None and now is not None:
+            found[str(row["name"])] = abs(now - then) / then if then else float(now != 0)
     return found
 
 

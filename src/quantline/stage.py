@@ -258,6 +258,13 @@ class StageRun:
         folder = self.input(self.checkpoint_stage)
         return folder / "model" if self.checkpoint_stage == "download" else folder
 
+    def changed_files(self) -> int:
+        """How many files of the checkpoint's folder are not what its result recorded: changed, added or lost."""
+        folder = self.input(self.checkpoint_stage)
+        recorded = read_result(stage_paths_of(folder).result)["outputs"]
+        found = lineage.file_hashes(folder)
+        return sum(recorded.get(name) != found.get(name) for name in {*recorded, *found})
+
     @property
     def partial(self) -> Path:
         """Where this process makes its output."""

@@ -117,6 +117,8 @@ def evaluate(
         notes.append(
             "errors of single linears: the quantize stage's are not here, so the loss is not told apart by linear"
         )
+    if instruments.changed_files is not None:
+        metrics["changed_files"] = float(instruments.changed_files)
     # By token, whatever the protocol's level: a limit by word would depend on how long words are.
     increase = evaluation.relative_difference(base.documents, own.documents)
     flags = alarms.raised({**metrics, "perplexity_increase": increase}, instruments.limits)
@@ -231,9 +233,10 @@ def _layers(
     summary = layer_errors.summarize(parts.rows)
     layer_errors.write_table(out / layer_errors.SUMMARY, summary, list(summary[0]))
     tables, files, notes = {"layer_errors": summary}, [layer_errors.SUMMARY], []
-    changed = layer_errors.changes(parts.rows, judged)
-    worst = max(changed, key=lambda name: changed[name] if math.isfinite(changed[name]) else math.inf)
-    metrics["output_error_change"] = changed[worst]
+    for key in ("output_error", "weight_error"):
+        changed = layer_errors.changes(parts.rows, judged, key).values()
+        if changed:  # no number is worse than any
+            metrics[f"{key}_change"] = max(changed, key=lambda change: change if math.isfinite(change) else math.inf)
     if (apart := layer_errors.outlier(parts.rows, judged)) is not None:
         metrics["output_error_outlier"] = apart[1]
     if restored:

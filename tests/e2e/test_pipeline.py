@@ -154,12 +154,13 @@ def test_every_instrument_looked_at_every_variant_and_only_the_float_model_is_wi
         own = metrics[name]
         assert 0 < own["kl_divergence_low"] <= own["kl_divergence"] <= own["kl_divergence_high"] < 0.1
         assert 0.75 < own["top1_agreement_low"] <= own["top1_agreement"] <= own["top1_agreement_high"] <= 1
-        assert own["output_error_change"] < 0.001
+        assert max(own["output_error_change"], own["weight_error_change"]) < 0.001
+        assert own["changed_files"] == 0
         assert -0.5 < own["restored_share_max"] < 1
         flags = pipeline.result(name, "evaluate")["tables"]["flags"]
         assert own["alarms"] == len(flags)
         # The other instruments need more text and prompts than this pipeline has.
-        lost = {"perplexity_increase", "kl_divergence", "top1_agreement", "output_error_change"}
+        lost = {"perplexity_increase", "kl_divergence", "top1_agreement", "output_error_change", "weight_error_change"}
         assert not lost & {flag["instrument"] for flag in flags}
         files = {Path(file).name for file in pipeline.result(name, "evaluate")["files"]}
         assert files >= {"comparison.json", "documents.jsonl", "layer_errors.csv", "restored.csv"}
