@@ -215,6 +215,17 @@ def test_the_float_model_is_served_as_downloaded_and_a_variant_as_converted(chec
     assert served == checkout / "scratch" / "gptq-w4-g128" / "convert"
 
 
+def test_a_checkpoint_that_changed_since_it_was_made_is_told_by_its_files(checkout, config):
+    execute("convert", write(), config("method=gptq"), checkout, ())
+    run = StageRun("evaluate", config("method=gptq"), checkout, ())
+    assert run.changed_files() == 0
+    folder = run.checkpoint()
+    first = next(path for path in sorted(folder.rglob("*")) if path.is_file())
+    first.write_bytes(first.read_bytes() + b" ")
+    (folder / "added").write_text("")
+    assert run.changed_files() == 2
+
+
 def test_what_was_measured_is_said(checkout, config, capsys):
     def work(run):
         write()(run)
