@@ -1,4 +1,4 @@
-"""What the quantize stage costs beyond the library: `python -m benchmarks.overhead [--method gptq|awq] [--samples 32]`.
+"""What the quantize stage costs beyond the library: `python -m benchmarks.overhead [--method gptq|awq] [--rounds 3]`.
 
 The same job at 4 bits on the demo model and its calibration tokens, twice:
 

@@ -30,6 +30,11 @@ class _Instrument:
     above: bool  # whether too much is bad, or too little
     says: str
 
+    @property
+    def percent(self) -> bool:
+        """Whether the value is told as a percentage; its limit is then told as one too."""
+        return "%}" in self.says
+
 
 # The instruments by the names of their limits.
 INSTRUMENTS: dict[str, _Instrument] = {
@@ -79,7 +84,7 @@ def raised(measured: Mapping[str, float], limits: Mapping[str, float | None]) ->
         sound = not math.isnan(value) and (value <= limit if instrument.above else value >= limit)
         if not sound:
             side = "most" if instrument.above else "least"
-            allowed = f"{100 * limit:g}%" if "%}" in instrument.says else f"{limit:g}"
+            allowed = f"{100 * limit:g}%" if instrument.percent else f"{limit:g}"
             option = f"evaluate.limits.{name}={limit:g}"
             message = f"{instrument.says.format(value=value)}; at {side} {allowed} ({option})"
             flags.append(Flag(name, float(value), float(limit), message))

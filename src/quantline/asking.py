@@ -53,8 +53,8 @@ def _activation_faults(wish: capabilities.Wish) -> list[str]:
     given = f"method.activation_bits={wish.options['activation_bits']}"
     wanted = [
         f"{key}={shown}" for key, shown, asked in (
-            ("bits", "8", (wish.bits, *wish.rule_bits) == (8,)),
-            ("group_size", "-1", (wish.group_size, *wish.rule_groups) == (-1,)),
+            ("bits", "8", wish.bits == 8),
+            ("group_size", "-1", wish.group_size == -1),
             ("method.sym", "true", wish.options.get("sym", True)),
             ("layers", "uniform", wish.layers != "widths"),
         ) if not asked

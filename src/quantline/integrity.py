@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quantline.dvc_cache import Entry, Output, all_objects, entries_of, md5_of, object_path, read_lock
 from quantline.errors import UserError
-from quantline.lineage import combined, file_hashes
+from quantline.lineage import combined, differing, file_hashes
 from quantline.results import read_result
 
 
@@ -149,9 +149,7 @@ def _check_result(root: Path, output: Output, faults: list[Fault]) -> None:
         faults.append(Fault(name, output.variant, f"is no result: {error}", f"`dvc checkout --force {name}`"))
         return
     now = file_hashes(folder)
-    for file in sorted(outputs.keys() | now.keys()):
-        if outputs.get(file) != now.get(file):
-            what = f"is not what {name} describes (SHA-256)"
-            faults.append(Fault(f"{output.path}/{file}", output.variant, what, _again(output)))
+    what = f"is not what {name} describes (SHA-256)"
+    faults += [Fault(f"{output.path}/{file}", output.variant, what, _again(output)) for file in differing(outputs, now)]
     if outputs == now and whole != combined(now):
         faults.append(Fault(name, output.variant, "its output_hash is not that of its outputs", _again(output)))

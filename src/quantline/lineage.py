@@ -184,6 +184,11 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files_below(folder)}
 
 
+def differing(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """The files whose hashes differ, and those that only one of the two has, sorted."""
+    return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+
+
 def combined(hashes: Mapping[str, str]) -> str:
     """One hash over a folder's file hashes."""
     return fingerprint(dict(hashes))

@@ -262,8 +262,7 @@ class StageRun:
         """How many files of the checkpoint's folder are not what its result recorded: changed, added or lost."""
         folder = self.input(self.checkpoint_stage)
         recorded = read_result(stage_paths_of(folder).result)["outputs"]
-        found = lineage.file_hashes(folder)
-        return sum(recorded.get(name) != found.get(name) for name in {*recorded, *found})
+        return len(lineage.differing(recorded, lineage.file_hashes(folder)))
 
     @property
     def partial(self) -> Path:
