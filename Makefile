@@ -41,10 +41,11 @@ report: setup  ## bring the report up to date and open it, or print where it is
 test: setup  ## the whole test suite, in two processes
 	@python -m pytest -n 2 --dist loadgroup
 
-lint: setup  ## ruff, its formatter, and mypy
+lint: setup  ## ruff, its formatter, mypy, and which package may import which
 	@ruff check .
 	@ruff format --check .
 	@mypy
+	@PYTHONPATH=src:. lint-imports --no-logo
 
 format: setup  ## let ruff fix what it can
 	@ruff check --fix .

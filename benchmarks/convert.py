@@ -53,7 +53,7 @@ def peak():
 before = peak()
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from quantline.convert import Options, convert
+from quantline.conversion.convert import Options, convert
 options = Options(target=sys.argv[4])
 used, started = sum(os.times()[:4]), time.perf_counter()
 convert(Path(sys.argv[2]), Path(sys.argv[3]), options)
@@ -64,7 +64,7 @@ print(json.dumps({"seconds": seconds, "cpu": sum(os.times()[:4]) - used, "bytes"
 
 def write_checkpoint(folder: Path, size: float) -> tuple[int, int]:
     """A checkpoint of about `size` bytes; returns the bytes and the codes."""
-    from quantline.formats.streaming import TensorSpec, streamed
+    from quantline.checkpoints.safetensors_stream import TensorSpec, streamed
 
     random = np.random.default_rng(0)
     layer_bytes = sum(rows * columns for rows, columns in LINEARS.values())
@@ -147,7 +147,7 @@ def copy(source: Path, out: Path, fsync: bool) -> None:
 
 def compile_kernels() -> float:
     """Seconds until the kernels are there; next to nothing where they have been compiled before."""
-    command = [sys.executable, "-c", "from quantline.conversion.compiled import kernel; kernel('pack_flat')"]
+    command = [sys.executable, "-c", "from quantline.conversion.kernels_jit import kernel; kernel('pack_flat')"]
     started = time.perf_counter()
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
     return time.perf_counter() - started

@@ -104,7 +104,7 @@ def run_stage(stage: str, overrides: list[str], result: Path | None = None) -> N
 def main(model: str, words: list[str]) -> None:
     """Make what is asked for, measure it, and print the tables once more at the end."""
     sys.path.insert(0, str(ROOT / "src"))
-    from quantline.speed_table import render_speed_table
+    from quantline.evaluation.speed.table import render_speed_table
 
     overrides = [word for word in words if "=" in word]
     wanted = [word for word in words if "=" not in word] or list(VARIANTS)

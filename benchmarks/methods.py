@@ -47,7 +47,7 @@ def variants() -> Iterator[Variant]:
     """What capabilities.yaml says can be made, at the default options."""
     import yaml
 
-    from quantline import capabilities
+    from quantline.quantization import capabilities
 
     for backend, entry in capabilities.table().items():
         for method, able in entry["methods"].items():

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.methods import ROOT, result, stage
-from quantline import toolchains
+from quantline.toolchains import environments, toolchain
 
 BARE = {
     "gptq": """
@@ -78,7 +78,7 @@ print(imported - started, quantized - imported, time.time() - quantized)
 BACKENDS = {"gptq": "auto_gptq", "awq": "autoawq"}
 # Until these are done an interpreter has only been started.
 PIPELINE = [sys.executable, "-m", "stages.quantize", "method=gptq", "--cfg", "job"]
-IMPORTS = "from quantline.coverage_worker import imports; imports()"
+IMPORTS = "from quantline.toolchains.workers.reference.layer_errors import imports; imports()"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def bare(method: str, python: Path, model: Path, tokens: Path, threads: int) -> 
     with tempfile.TemporaryDirectory() as out:
         command = [str(python), "-c", BARE[method], str(model), str(tokens), out, str(threads)]
         # The worker's own number of threads and waiting policy: two spinning threads can take several times as long.
-        variables = toolchains.worker_environment(threads)
+        variables = toolchain.worker_environment(threads)
         done = subprocess.run(command, cwd=out, env=variables, check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
@@ -135,8 +135,8 @@ def main() -> None:
     )
     asked = parser.parse_args()
     method, rounds, threads = asked.method, asked.rounds, asked.threads
-    python = toolchains.ensure(ROOT, BACKENDS[method]).python
-    reference = toolchains.ensure(ROOT, "reference").python
+    python = environments.ensure(ROOT, BACKENDS[method]).python
+    reference = environments.ensure(ROOT, "reference").python
     options = (f"method={method}", f"backend={BACKENDS[method]}", "bits=4", f"threads={threads}")
     options += (f"calibration.n_samples={asked.samples}",)
     stage("download", *options)
@@ -152,7 +152,7 @@ def main() -> None:
             subprocess.run(PIPELINE, cwd=ROOT, check=True, capture_output=True)
         with costs(starts["coverage"]):
             subprocess.run(
-                [str(reference), "-c", IMPORTS], check=True, capture_output=True, env=toolchains.worker_environment(1)
+                [str(reference), "-c", IMPORTS], check=True, capture_output=True, env=toolchain.worker_environment(1)
             )
         for what in ("bare", "stage") if number % 2 == 0 else ("stage", "bare"):
             with costs(alone if what == "bare" else staged):

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 def main(variants: int) -> None:
     from variant_records import record
 
-    from quantline.tracking import publish
+    from quantline.lifecycle.tracking.writer import publish
 
     monitor = {
         "interval_seconds": 1.0, "columns": ["seconds", "cpu_percent", "rss_bytes", "memory_used_bytes"],

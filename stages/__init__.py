@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "src"))
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from quantline.stage import StageRun
+    from quantline.pipeline.run import StageRun
 
 
 # What each imported stage does, for stages that run others.
@@ -35,9 +35,7 @@ def stage(name: str) -> Callable[[Callable[[StageRun], None]], Callable[[], None
         def task(cfg: DictConfig) -> None:
             from hydra.core.hydra_config import HydraConfig
 
-            from quantline.entry import run_stage
-
-            run_stage(name, work, cfg, ROOT, list(HydraConfig.get().overrides.task))
+            run_and_publish(name, work, cfg, ROOT, list(HydraConfig.get().overrides.task))
 
         def entry() -> None:
             main(task, work.__code__.co_filename)
@@ -46,6 +44,19 @@ def stage(name: str) -> Callable[[Callable[[StageRun], None]], Callable[[], None
         return entry
 
     return decorate
+
+
+def run_and_publish(
+    name: str, work: Callable[[StageRun], None], cfg: DictConfig, root: Path, overrides: Sequence[str]
+) -> None:
+    """Run a stage, and publish what it measured when it was run by hand."""
+    from quantline.pipeline.execute import run_stage
+
+    config, result = run_stage(name, work, cfg, root, overrides)
+    if result and config.frozen is None and config.tracking.enabled:
+        from quantline.lifecycle.publish import publish_by_hand
+
+        publish_by_hand(config, result["variant"], root)
 
 
 def main(task: Callable[[DictConfig], Any], filename: str) -> None:
@@ -84,8 +95,8 @@ def own_main(
     task: Callable[[DictConfig, dict[str, str]], Any], names: Sequence[str], usage: str, filename: str, argv: list[str]
 ) -> None:
     """Run a task that takes options of its own, `names`, beside the configuration's."""
-    from quantline.errors import UserError
-    from quantline.own_options import split_own
+    from quantline.core.errors import UserError
+    from quantline.pipeline.command_line import split_own
 
     if "--help" in argv or "-h" in argv:
         print(usage)
@@ -99,7 +110,7 @@ def own_main(
 
 def _report(error: Exception) -> int:
     """Print what a user should read of a failure; a fault of ours keeps its traceback."""
-    from quantline.entry import explain
+    from quantline.pipeline.user_messages import explain
 
     explained = explain(error, ROOT / "conf")
     if explained is None:

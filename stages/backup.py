@@ -13,10 +13,10 @@ from stages import ROOT
 
 
 def backup(words: dict[str, str | None]) -> int:
-    from quantline.backup import backup as save
-    from quantline.backup import remove_stale
-    from quantline.errors import UserError
-    from quantline.retention import promoted
+    from quantline.core.errors import UserError
+    from quantline.lifecycle.backup import backup as save
+    from quantline.lifecycle.backup import remove_stale
+    from quantline.lifecycle.retention import promoted
 
     if not words["to"]:
         raise UserError("to: is not set; give the folder of the backup, to=DIR")
@@ -28,6 +28,6 @@ def backup(words: dict[str, str | None]) -> int:
 
 
 if __name__ == "__main__":
-    from quantline.words import run_words
+    from quantline.pipeline.command_line import run_words
 
     run_words(backup, __doc__, {"to": None})

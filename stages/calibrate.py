@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from stages import stage
 
 if TYPE_CHECKING:
-    from quantline.stage import StageRun
+    from quantline.pipeline.run import StageRun
 
 
 @stage("calibrate")
 def calibrate(run: StageRun) -> None:
-    from quantline.calibration import CalibrationSpec, SourceSpec, build
+    from quantline.data.calibration import CalibrationSpec, SourceSpec, build
 
     options = run.config.calibration.model_dump(exclude={"name", "path"})
     sources = [SourceSpec(name=name, **source) for name, source in options.pop("sources").items()]

@@ -6,7 +6,7 @@ from stages import ROOT
 
 
 def check(_words: dict[str, str | None]) -> int:
-    from quantline.compose import read_params, variant_overrides
+    from quantline.pipeline.compose import read_params, variant_overrides
 
     params = ROOT / "params.yaml"
     for name in read_params(params)["variants"]:
@@ -15,6 +15,6 @@ def check(_words: dict[str, str | None]) -> int:
 
 
 if __name__ == "__main__":
-    from quantline.words import run_words
+    from quantline.pipeline.command_line import run_words
 
     run_words(check, __doc__, {})

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def compose(cfg: DictConfig) -> None:
-    from quantline.compose import freeze
-    from quantline.errors import UserError
+    from quantline.core.errors import UserError
+    from quantline.pipeline.compose import freeze
 
     if not cfg.variant:
         raise UserError("variant: is not set; give variant=NAME, a name from params.yaml")

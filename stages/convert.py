@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from stages import stage
 
 if TYPE_CHECKING:
-    from quantline.stage import StageRun
+    from quantline.pipeline.run import StageRun
 
 
 @stage("convert")
 def convert(run: StageRun) -> None:
-    from quantline.conversion.by_hand import convert_folder, options_of
-    from quantline.convert import convert as write_converted
+    from quantline.conversion.convert import convert as write_converted
+    from quantline.pipeline.convert_folder import convert_folder, options_of
 
     options = options_of(run.config, run.root, run.device)
     if run.config.source.kind != "pipeline":

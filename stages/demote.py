@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def demote(cfg: DictConfig, own: dict[str, str]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from quantline import registry
-    from quantline.entry import plain
-    from quantline.own_options import required
-    from quantline.tracked_runs import tracking_of
+    from quantline.lifecycle.tracking import registry
+    from quantline.lifecycle.tracking.reader import tracking_of
+    from quantline.pipeline.command_line import required
+    from quantline.pipeline.hydra_values import plain
 
     name, alias = required(own, "variant", "alias")
     tracking = tracking_of(plain(cfg), HydraConfig.get().overrides.task, ROOT)

@@ -7,20 +7,25 @@ from typing import TYPE_CHECKING
 from stages import stage
 
 if TYPE_CHECKING:
-    from quantline.stage import StageRun
+    from quantline.pipeline.run import StageRun
 
 
 @stage("download")
 def download(run: StageRun) -> None:
-    from quantline.download import ModelSource, fetch
-    from quantline.probe import record_probe
+    from quantline.data.download import ModelSource, fetch
+    from quantline.data.parity_probe import record_probe
 
     model = run.config.model
     source = ModelSource(model.repo, model.revision, model.path, model.allow_pickle, model.trust_remote_code)
     with run.output() as out:
         report = fetch(source, out / "model")
         if report["weights"] == "pickle":
-            run.worker("reference", "quantline.unpickle", {"folder": str(out / "model")}, "pickles to safetensors")
+            run.worker(
+                "reference",
+                "quantline.toolchains.workers.reference.unpickle",
+                {"folder": str(out / "model")},
+                "pickles to safetensors",
+            )
         run.metrics.update(size_bytes=report["bytes"], files=len(report["files"]))
         run.metrics.update(record_probe(run.worker, out / "model", out / "probe.safetensors"))
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from stages import stage
 
 if TYPE_CHECKING:
-    from quantline.instruments import Instruments
-    from quantline.stage import StageRun
+    from quantline.evaluation.measurements import Instruments
+    from quantline.pipeline.run import StageRun
 
 
 @stage("evaluate")
 def evaluate(run: StageRun) -> None:
-    from quantline import verdicts
-    from quantline.statistics import Bootstrap
-    from quantline.windows import build_windows
+    from quantline.data.windows import build_windows
+    from quantline.evaluation import evaluate as verdicts
+    from quantline.evaluation.bootstrap import Bootstrap
 
     options = run.config.evaluate
     float_model = run.input("download") / "model"
@@ -36,10 +36,10 @@ def evaluate(run: StageRun) -> None:
 
 def instruments(run: StageRun) -> Instruments:
     """What the options ask for, with the inputs that it needs."""
-    from quantline.errors import UserError
-    from quantline.instruments import Generations, Instruments, Layers
-    from quantline.lineage import stage_fingerprint
-    from quantline.noise_floor import noise_floor
+    from quantline.core.errors import UserError
+    from quantline.evaluation.measurements import Generations, Instruments, Layers
+    from quantline.pipeline.identity import stage_fingerprint
+    from quantline.pipeline.records import noise_floor
 
     config, options = run.config, run.config.evaluate
     generations, limits = Generations(**options.generations.model_dump()), options.limits.model_dump()

@@ -21,10 +21,10 @@ def fetch(cfg: DictConfig, own: dict[str, str]) -> None:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from quantline import registry
-    from quantline.entry import plain
-    from quantline.own_options import required
-    from quantline.tracked_runs import tracking_of
+    from quantline.lifecycle.tracking import registry
+    from quantline.lifecycle.tracking.reader import tracking_of
+    from quantline.pipeline.command_line import required
+    from quantline.pipeline.hydra_values import plain
 
     model, alias, out = required(own, "model", "alias", "out")
     place = Path(out).expanduser().absolute()

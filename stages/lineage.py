@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from quantline.chain import Chain
+    from quantline.pipeline.lineage.chain import Chain
 
 
 def lineage(cfg: DictConfig, own: dict[str, str]) -> None:
     import json
     from dataclasses import asdict
 
-    from quantline.chain import as_values
-    from quantline.differences import first_difference
-    from quantline.errors import UserError
-    from quantline.lineage_report import as_text, difference_text
-    from quantline.own_options import chosen
+    from quantline.core.errors import UserError
+    from quantline.pipeline.command_line import chosen
+    from quantline.pipeline.lineage.chain import as_values
+    from quantline.pipeline.lineage.diff import first_difference
+    from quantline.pipeline.lineage.report import as_text, difference_text
 
     as_json = chosen(own, "lineage.format", ("text", "json")) == "json"
     if "variant" not in own:
@@ -53,12 +53,12 @@ def chain_of(cfg: DictConfig, given: str, root: Path) -> Chain:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from quantline.chain import folder_chain, local_chain, require_chain
-    from quantline.entry import plain
+    from quantline.pipeline.hydra_values import plain
+    from quantline.pipeline.lineage.chain import folder_chain, local_chain, require_chain
 
     found = local_chain(root, given.removeprefix("by-hand/")) or folder_chain(Path(given).expanduser().absolute(), root)
     if found is None and len(given) >= 6 and set(given) <= set("0123456789abcdef"):
-        from quantline.tracked_runs import read_run, tracking_of
+        from quantline.lifecycle.tracking.reader import read_run, tracking_of
 
         tracking = tracking_of(plain(cfg), HydraConfig.get().overrides.task, root)
         found = read_run(tracking, root, given).chain

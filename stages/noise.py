@@ -9,9 +9,8 @@ from stages import ROOT, WORK, stage
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from quantline.config import Config
-    from quantline.stage import StageRun
-    from quantline.verdicts import Verdict
+    from quantline.evaluation.evaluate import Verdict
+    from quantline.pipeline.run import StageRun
 
 
 @stage("noise")
@@ -19,26 +18,26 @@ def noise(run: StageRun) -> None:
     import stages.calibrate
     import stages.convert
     import stages.quantize  # noqa: F401
-    from quantline import noise, verdicts
-    from quantline.jobs import write_json
-    from quantline.stage import made
-    from quantline.statistics import Bootstrap
-    from quantline.windows import build_windows
+    from quantline.core.files import write_json
+    from quantline.data.windows import build_windows
+    from quantline.evaluation import evaluate, seed_noise
+    from quantline.evaluation.bootstrap import Bootstrap
+    from quantline.pipeline.execute import made, seeded
 
     run.refuse_float()
     run.refuse_frozen()
     options, float_model = run.config.evaluate, run.input("download") / "model"
     windows, baseline = build_windows(float_model, run.protocol()), run.input("evaluate", baseline=True)
 
-    def make(config: Config) -> tuple[Path, str]:
-        return made(config, f"{run.variant}-seed{config.seed}", WORK, ROOT)
+    def make(seed: int) -> tuple[Path, str]:
+        return made(seeded(run.config, seed), f"{run.variant}-seed{seed}", WORK, ROOT)
 
     with run.output() as out:
 
         def judge(checkpoint: Path) -> Verdict:
             folder = out / checkpoint.parent.name
             folder.mkdir()
-            return verdicts.evaluate(
+            return evaluate.evaluate(
                 checkpoint=checkpoint, windows=windows, served=folder, float_model=float_model, baseline=baseline,
                 bootstrap=Bootstrap(**options.bootstrap.model_dump()), device=run.device, out=folder,
                 engine_tolerance=options.engine_tolerance, batch_tokens=options.batch_tokens,
@@ -46,7 +45,7 @@ def noise(run: StageRun) -> None:
             )  # fmt: skip
 
         seeds = range(run.config.seed, run.config.seed + run.config.noise.runs)
-        spread = noise.measure(run.config, seeds, make, judge)
+        spread = seed_noise.measure(seeds, make, judge)
         write_json(out / "runs.json", {"runs": spread.rows})
         run.files.append("runs.json")
         run.metrics.update(spread.metrics)

@@ -21,7 +21,7 @@ OWN = """Options of stages.plan alone, the rest is the pipeline's:
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from quantline.planning import PlanOptions
+    from quantline.pipeline.preflight import PlanOptions
 
 
 def plan(cfg: DictConfig, options: PlanOptions) -> None:
@@ -29,34 +29,34 @@ def plan(cfg: DictConfig, options: PlanOptions) -> None:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from quantline import planning
-    from quantline.config import parse
-    from quantline.entry import plain
-    from quantline.errors import ConfigError, UserError
-    from quantline.nearest import nearest
-    from quantline.plan_report import as_json, as_text
-    from quantline.preflight import check
-    from quantline.recommend import recommend
-    from quantline.stage import StageRun
+    from quantline.core.errors import ConfigError, UserError
+    from quantline.pipeline import preflight
+    from quantline.pipeline.config import parse
+    from quantline.pipeline.hydra_values import plain
+    from quantline.pipeline.run import StageRun
+    from quantline.planning.nearest import nearest
+    from quantline.planning.preflight import check
+    from quantline.planning.recommend import recommend
+    from quantline.planning.report import as_json, as_text
 
     values = plain(cfg)
     try:
         config = parse(values)
     except ConfigError as error:
-        near = planning.hint(values, ROOT, options)
+        near = preflight.hint(values, ROOT, options)
         raise UserError(f"{error}\n  the nearest that works: {near}" if near else str(error)) from None
     run = StageRun("plan", config, ROOT, tuple(HydraConfig.get().overrides.task))
     model, place, defaults = (
-        planning.model_of(run),
-        planning.place_of(config, ROOT, options),
-        planning.method_defaults(ROOT),
+        preflight.model_of(run),
+        preflight.place_of(config, ROOT, options),
+        preflight.method_defaults(ROOT),
     )
-    variant = planning.planned_of(config.model_dump())
+    variant = preflight.planned_of(config.model_dump())
     found = check(variant, model, place)
     near = None if found.passes() else nearest(variant, model, place, defaults)
     choice = None
     if options.gpu_memory_gb is not None or options.critical:
-        measured = planning.measured_losses(ROOT, config)
+        measured = preflight.measured_losses(ROOT, config)
         choice = recommend(variant, model, place, critical=options.critical, defaults=defaults, measured=measured)
     if options.as_json:
         print(json.dumps(as_json(found, model, place, near, choice), indent=2))
@@ -68,8 +68,8 @@ def plan(cfg: DictConfig, options: PlanOptions) -> None:
 
 
 def entry() -> None:
-    from quantline.errors import QuantlineError
-    from quantline.planning import split_options
+    from quantline.core.errors import QuantlineError
+    from quantline.pipeline.preflight import split_options
 
     if "--help" in sys.argv or "-h" in sys.argv:
         print(OWN)

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 def promote(cfg: DictConfig, own: dict[str, str]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from quantline import promotion, registry
-    from quantline.config import parse
-    from quantline.entry import plain
-    from quantline.errors import GateError, TrackingError
-    from quantline.gates import faults_of
-    from quantline.own_options import required
-    from quantline.publishing import publish_records
-    from quantline.tracked_runs import current_run, tracking_of
+    from quantline.core.errors import GateError, TrackingError
+    from quantline.lifecycle import promotion
+    from quantline.lifecycle.promotion_gates import faults_of
+    from quantline.lifecycle.publish import publish_records
+    from quantline.lifecycle.tracking import registry
+    from quantline.lifecycle.tracking.reader import current_run, tracking_of
+    from quantline.pipeline.command_line import required
+    from quantline.pipeline.config import parse
+    from quantline.pipeline.hydra_values import plain
 
     name, alias = required(own, "variant", "alias")
     registry.check_alias(alias)

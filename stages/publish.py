@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 def publish(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from quantline.collect import pipeline_records
-    from quantline.config import parse
-    from quantline.entry import plain
-    from quantline.errors import TrackingError, UserError
-    from quantline.publishing import publish_records
+    from quantline.core.errors import TrackingError, UserError
+    from quantline.lifecycle.publish import publish_records
+    from quantline.pipeline.config import parse
+    from quantline.pipeline.hydra_values import plain
+    from quantline.pipeline.records import pipeline_records
     from quantline.report.evidence import current_report
-    from quantline.summary import render_table, variant_table
+    from quantline.report.summary import render_table, variant_table
 
     records = pipeline_records(ROOT)
     if not records:

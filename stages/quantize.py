@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 from stages import stage
 
 if TYPE_CHECKING:
-    from quantline.stage import StageRun
+    from quantline.pipeline.run import StageRun
 
 
 @stage("quantize")
 def quantize(run: StageRun) -> None:
-    from quantline import coverage, quantization
+    from quantline.quantization import layer_errors
+    from quantline.quantization import quantize as quantization
 
     run.refuse_float()
     download, calibration = run.input("download"), run.input("calibrate") / "tokens.safetensors"
-    early = coverage.early(run.early_side_worker, enabled=run.config.coverage.enabled)
+    early = layer_errors.early(run.early_side_worker, enabled=run.config.coverage.enabled)
     with run.output() as out, run.work_folder() as work, early:
         outcome = quantization.quantize(
             run.quantization_request(), model=download / "model", probe=download / "probe.safetensors",
@@ -24,7 +25,7 @@ def quantize(run: StageRun) -> None:
         )  # fmt: skip
         run.environment["backend"] = outcome.backend
         config = run.config
-        covered = coverage.measure(
+        covered = layer_errors.measure(
             model=download / "model", output=out, calibration=calibration, linears=outcome.linears,
             method=config.method.name, settings=config.coverage.model_dump(), run_worker=run.side_worker,
             threads=config.threads, device=run.device, backend_rows=outcome.layers, failed=work,

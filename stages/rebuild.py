@@ -28,12 +28,12 @@ def rebuild(cfg: DictConfig, own: dict[str, str]) -> None:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from quantline.entry import plain
-    from quantline.errors import DifferentError
-    from quantline.own_options import chosen, required
-    from quantline.rebuild import MADE_AGAIN, Making
-    from quantline.rebuild import rebuild as bring_back
-    from quantline.tracked_runs import read_run, tracking_of
+    from quantline.core.errors import DifferentError
+    from quantline.lifecycle.rebuild import MADE_AGAIN, Making
+    from quantline.lifecycle.rebuild import rebuild as bring_back
+    from quantline.lifecycle.tracking.reader import read_run, tracking_of
+    from quantline.pipeline.command_line import chosen, required
+    from quantline.pipeline.hydra_values import plain
 
     given, place = required(own, "run", "out")
     source = chosen(own, "from", ("auto", "cache", "source"))

@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 def registry(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from quantline.entry import plain
-    from quantline.registry import versions
-    from quantline.registry_table import render
-    from quantline.tracked_runs import tracking_of
+    from quantline.lifecycle.tracking.reader import tracking_of
+    from quantline.lifecycle.tracking.registry import render, versions
+    from quantline.pipeline.hydra_values import plain
 
     print(render(versions(tracking_of(plain(cfg), HydraConfig.get().overrides.task, ROOT), ROOT)))
 

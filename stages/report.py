@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 def report(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from quantline.collect import pipeline_records
-    from quantline.config import parse
-    from quantline.entry import check_caller, plain
-    from quantline.folders import building
+    from quantline.core.files import building
+    from quantline.pipeline.config import parse
+    from quantline.pipeline.execute import check_caller
+    from quantline.pipeline.hydra_values import plain
+    from quantline.pipeline.records import pipeline_records
     from quantline.report.build import build
 
     config = parse(plain(cfg))

@@ -15,8 +15,8 @@ from stages import ROOT
 
 
 def restore(words: dict[str, str | None]) -> int:
-    from quantline.errors import UserError
-    from quantline.restore import restore as bring_back
+    from quantline.core.errors import UserError
+    from quantline.lifecycle.restore import restore as bring_back
     from stages.verify import verify
 
     if not words["from"]:
@@ -30,6 +30,6 @@ def restore(words: dict[str, str | None]) -> int:
 
 
 if __name__ == "__main__":
-    from quantline.words import run_words
+    from quantline.pipeline.command_line import run_words
 
     run_words(restore, __doc__, {"from": None, "snapshot": None})

@@ -14,8 +14,8 @@ SHOWN = 20
 
 
 def retention(words: dict[str, str | None]) -> int:
-    from quantline.retention import collect_garbage, former_outputs, promoted, remove_former
-    from quantline.words import is_true
+    from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former
+    from quantline.pipeline.command_line import is_true
 
     apply = is_true("apply", words["apply"])
     kept = promoted(ROOT)
@@ -38,6 +38,6 @@ def retention(words: dict[str, str | None]) -> int:
 
 
 if __name__ == "__main__":
-    from quantline.words import run_words
+    from quantline.pipeline.command_line import run_words
 
     run_words(retention, __doc__, {"keep": "workspace", "remote": None, "apply": "false"})

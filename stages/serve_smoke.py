@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from stages import stage
 
 if TYPE_CHECKING:
-    from quantline.stage import StageRun
+    from quantline.pipeline.run import StageRun
 
 
 @stage("serve_smoke")
 def serve_smoke(run: StageRun) -> None:
-    from quantline.served import Questions, serve_and_score
-    from quantline.windows import build_windows
+    from quantline.data.windows import build_windows
+    from quantline.serving.serve_smoke import Questions, serve_and_score
 
     serve, baseline = run.config.serve, run.is_baseline
     options = run.server_options(quantized=not baseline)

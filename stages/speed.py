@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from stages import ROOT, stage
 
 if TYPE_CHECKING:
-    from quantline.stage import StageRun
+    from quantline.pipeline.run import StageRun
 
 
 @stage("speed")
 def speed(run: StageRun) -> None:
-    from quantline.speed import Subject, measure
-    from quantline.speed_table import render_speed_table
+    from quantline.evaluation.speed.run import Subject, measure
+    from quantline.evaluation.speed.table import render_speed_table
 
     run.refuse_float()
     plan, float_model = run.speed_plan(), run.input("download") / "model"
@@ -27,7 +27,7 @@ def speed(run: StageRun) -> None:
     with run.output() as out:
         measured = measure(
             python=python, version=version, subjects=subjects, plan=plan, out=out, log=run.paths.log,
-            bench=partial(run.worker, "vllm", "quantline.bench_worker"),
+            bench=partial(run.worker, "vllm", "quantline.toolchains.workers.vllm_bench"),
         )  # fmt: skip
     run.metrics.update(measured.metrics)
     run.warnings.extend(measured.warnings)

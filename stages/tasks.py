@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from quantline.jobs import JobResult
-    from quantline.serving import Server
-    from quantline.stage import StageRun
+    from quantline.pipeline.run import StageRun
+    from quantline.serving.server import Server
+    from quantline.toolchains.protocol import JobResult
 
 
 @stage("tasks")
 def tasks(run: StageRun) -> None:
-    from quantline import tasks
-    from quantline.statistics import Bootstrap
+    from quantline.evaluation.bootstrap import Bootstrap
+    from quantline.evaluation.tasks import run as tasks
 
     options = run.config.tasks
     with run.output() as out:
@@ -55,7 +55,7 @@ def ask(run: StageRun, job: dict[str, Any]) -> JobResult:
     """Run the harness on one engine, with a log for each, and note what it took."""
     engine = job["engine"]
     log = run.paths.log.with_name(f"tasks.{engine}.log")
-    result = run.worker("lm_eval", "quantline.tasks_worker", job, f"tasks, {engine}", log=log)
+    result = run.worker("lm_eval", "quantline.toolchains.workers.lm_eval", job, f"tasks, {engine}", log=log)
     if engine != "check":
         run.metrics[f"task_seconds/{engine}"] = result.seconds
     return result
@@ -63,7 +63,7 @@ def ask(run: StageRun, job: dict[str, Any]) -> JobResult:
 
 def server(run: StageRun, checkpoint: Path) -> AbstractContextManager[Server]:
     """The variant's server, as serve_smoke starts it."""
-    from quantline.serving import serve
+    from quantline.serving.server import serve
 
     options = run.server_options(quantized=not run.is_baseline)
     return serve(run.server()[0], checkpoint, options, log=run.paths.log)

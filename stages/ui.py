@@ -9,13 +9,13 @@ from stages import ROOT
 
 
 def ui(given: str) -> None:
-    from quantline.collect import pipeline_records
-    from quantline.config import parse
-    from quantline.errors import QuantlineError
-    from quantline.ports import require_free
-    from quantline.publishing import experiment_name
-    from quantline.tracking import comparison_path
-    from quantline.tracking_store import Scrubber, resolve_uri
+    from quantline.core.errors import QuantlineError
+    from quantline.core.secrets import Scrubber
+    from quantline.lifecycle.tracking.store import experiment_name, resolve_uri
+    from quantline.lifecycle.tracking.writer import comparison_path
+    from quantline.pipeline.config import parse
+    from quantline.pipeline.records import pipeline_records
+    from quantline.serving.ports import require_free
 
     if not given.isdecimal() or not 0 < int(given) < 65536:
         sys.exit(f"error: {given}: is no port; give a number from 1 to 65535")

@@ -13,8 +13,8 @@ from stages import ROOT
 
 
 def verify(_words: dict[str, str | None]) -> int:
-    from quantline.dvc_cache import cache_folder
-    from quantline.integrity import verify as check
+    from quantline.lifecycle.storage.dvc_cache import cache_folder
+    from quantline.lifecycle.verify import verify as check
 
     report = check(ROOT, cache_folder(ROOT))
     for fault in report.faults:
@@ -27,6 +27,6 @@ def verify(_words: dict[str, str | None]) -> int:
 
 
 if __name__ == "__main__":
-    from quantline.words import run_words
+    from quantline.pipeline.command_line import run_words
 
     run_words(verify, __doc__, {})

@@ -29,7 +29,7 @@ def composed(root):
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from quantline.entry import plain
+    from quantline.pipeline.hydra_values import plain
 
     def values(*overrides: str):
         GlobalHydra.instance().clear()
@@ -56,8 +56,8 @@ def project(built_project, tmp_path):
 @pytest.fixture(scope="session")
 def serves_4_bits():
     """Skips where this machine's vLLM has no kernels for 4-bit weights."""
-    from quantline.serving_rules import cpu_instructions
-    from quantline.toolchains import detect_platform
+    from quantline.serving.rules import cpu_instructions
+    from quantline.toolchains.environments import detect_platform
 
     if detect_platform() == "cpu" and cpu_instructions() in ("avx2", "none"):
         pytest.skip("vLLM's kernels for 4-bit weights on CPUs are of AVX-512")

@@ -13,18 +13,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from quantline import coverage
-from quantline.backends import native
-from quantline.checkpoint import Checkpoint, write_safetensors
-from quantline.config import parse
-from quantline.evaluation import document_sums
-from quantline.instruments import Generations, Instruments, Layers
-from quantline.jobs import JobResult
-from quantline.linears import Width, linear_shapes
-from quantline.statistics import bootstrap
-from quantline.toolchains import ensure, worker_environment
-from quantline.verdicts import Bootstrap, evaluate
-from quantline.windows import Protocol, build_windows
+from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
+from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.linears import linear_shapes
+from quantline.data.windows import Protocol, build_windows
+from quantline.evaluation.bootstrap import bootstrap
+from quantline.evaluation.evaluate import Bootstrap, evaluate
+from quantline.evaluation.measurements import Generations, Instruments, Layers
+from quantline.evaluation.perplexity import document_sums
+from quantline.pipeline.config import parse
+from quantline.quantization import layer_errors
+from quantline.toolchains.environments import ensure
+from quantline.toolchains.protocol import JobResult
+from quantline.toolchains.toolchain import worker_environment
+from quantline.toolchains.workers.quantizers import native
 
 pytestmark = pytest.mark.toolchain("reference")
 
@@ -83,7 +85,7 @@ class Bench:
 
     def measure(self, checkpoint, bits):
         """Measure every linear, as the quantize stage does."""
-        coverage.measure(
+        layer_errors.measure(
             model=self.model, output=checkpoint, calibration=self.folder / "tokens.safetensors", method="rtn",
             linears={name: Width(bits, 128) for name in linear_shapes(Checkpoint.open(self.model))},
             settings=self.settings, run_worker=self.worker,

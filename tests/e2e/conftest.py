@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from checkout import Checkout, Done, copy_checkout
 
-from quantline import toolchains
+from quantline.toolchains import environments
 
 # In the environment of the whole pipeline, and to be found in nothing that it writes.
 PLANTED = {
@@ -18,7 +18,7 @@ PLANTED = {
 def bare(root, tmp_path_factory) -> Checkout:
     """The copy, before anything ran in it."""
     for name in ("reference", "autoawq", "auto_gptq", "vllm"):
-        toolchains.ensure(root, name)
+        environments.ensure(root, name)
     return copy_checkout(root, tmp_path_factory.mktemp("e2e") / "checkout")
 
 

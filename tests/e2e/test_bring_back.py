@@ -8,7 +8,7 @@ import sqlite3
 import pytest
 from checkout import Checkout
 
-from quantline.lineage import file_hashes
+from quantline.pipeline.identity import file_hashes
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 

@@ -13,7 +13,7 @@ import subprocess
 import pytest
 from checkout import Done
 
-from quantline.toolchains import detect_platform
+from quantline.toolchains.environments import detect_platform
 
 # Whichever of these tests comes first builds the pipeline, and the environments where they are not there.
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]

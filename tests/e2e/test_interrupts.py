@@ -57,7 +57,7 @@ def partial(copy: Checkout, stage: str, home: str = "scratch"):
 
 
 def test_ctrl_c_in_download(bare, untouched):
-    interrupt(bare, "download", when=computing("quantline.reference"))
+    interrupt(bare, "download", when=computing("quantline.toolchains.workers.reference.engine"))
 
 
 def test_ctrl_c_in_calibrate(pipeline, untouched, tmp_path):
@@ -70,7 +70,9 @@ def test_ctrl_c_in_calibrate(pipeline, untouched, tmp_path):
 
 @pytest.mark.parametrize(("method", "worker"), [("awq", "autoawq"), ("gptq", "auto_gptq")])
 def test_ctrl_c_in_quantize(pipeline, untouched, method, worker):
-    interrupt(pipeline, "quantize", f"method={method}", when=computing(f"quantline.backends.{worker}"))
+    interrupt(
+        pipeline, "quantize", f"method={method}", when=computing(f"quantline.toolchains.workers.quantizers.{worker}")
+    )
 
 
 def test_ctrl_c_in_quantize_without_a_worker(pipeline, untouched):
@@ -90,13 +92,13 @@ def test_a_stage_that_is_killed_takes_its_worker_along_and_the_next_run_clears_u
     options = ["method=gptq", "variant=killed"]
     process = pipeline.start(*pipeline.stage_command("quantize", *options))
     with process:
-        wait_for(lambda: computing("quantline.backends.auto_gptq")(process.pid), process)
+        wait_for(lambda: computing("quantline.toolchains.workers.quantizers.auto_gptq")(process.pid), process)
         workers = below(process.pid)
         process.kill()
     assert psutil.wait_procs(workers, timeout=10)[1] == []
     assert any("killed/.quantize.partial-" in path for path in pipeline.leftovers())
     try:
-        interrupt(pipeline, "quantize", *options, when=computing("quantline.backends.auto_gptq"))
+        interrupt(pipeline, "quantize", *options, when=computing("quantline.toolchains.workers.quantizers.auto_gptq"))
         assert not [path for path in pipeline.leftovers() if ".partial-" in path]
     finally:
         shutil.rmtree(pipeline.root / "scratch" / "killed", ignore_errors=True)
@@ -105,4 +107,4 @@ def test_a_stage_that_is_killed_takes_its_worker_along_and_the_next_run_clears_u
 
 
 def test_ctrl_c_in_evaluate(pipeline, untouched):
-    interrupt(pipeline, "evaluate", "method=gptq", when=computing("quantline.evaluation_worker"))
+    interrupt(pipeline, "evaluate", "method=gptq", when=computing("quantline.toolchains.workers.reference.evaluate"))

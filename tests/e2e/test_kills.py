@@ -9,7 +9,8 @@ import signal
 import psutil
 import pytest
 from checkout import VARIANTS, Checkout, wait_for
-from test_interrupts import below, computing, partial
+
+from tests.e2e.test_interrupts import below, computing, partial
 
 # Whichever of these tests comes first builds the pipeline, and the environments where they are not there.
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
@@ -48,7 +49,8 @@ def test_kill_9_while_tokens_weights_and_layouts_are_made(twins):
     done = twins.dvc("repro", "convert@calm")
     assert done.code == 0, done.text
     moments = {
-        "calibrate": partial(twins, "calibrate", "artifacts"), "quantize": computing("quantline.backends.auto_gptq"),
+        "calibrate": partial(twins, "calibrate", "artifacts"), 
+        "quantize": computing("quantline.toolchains.workers.quantizers.auto_gptq"),
         "convert": partial(twins, "convert", "artifacts"),
     }  # fmt: skip
     for stage, when in moments.items():
@@ -68,7 +70,7 @@ def test_kill_9_while_tokens_weights_and_layouts_are_made(twins):
     [
         # Not every processor serves variants of 4 bits.
         ("serve_smoke", "float", lambda pid: len(below(pid)) >= 6),
-        ("evaluate", "gptq-w4-g128", computing("quantline.evaluation_worker")),
+        ("evaluate", "gptq-w4-g128", computing("quantline.toolchains.workers.reference.evaluate")),
     ],
 )
 def test_kill_9_while_a_model_is_served_or_scored(pipeline, stage, name, when):

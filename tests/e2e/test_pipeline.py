@@ -15,10 +15,11 @@ import pytest
 import yaml
 from checkout import SHARED, VARIANTS, wait_for
 
-from quantline.collect import pipeline_records
-from quantline.lineage import combined, file_hashes
-from quantline.serving_rules import cpu_instructions
-from quantline.toolchains import HEALTH_CHECKS, detect_platform, lock_file, sha256_of
+from quantline.core.files import sha256_of
+from quantline.pipeline.identity import combined, file_hashes
+from quantline.pipeline.records import pipeline_records
+from quantline.serving.rules import cpu_instructions
+from quantline.toolchains.environments import HEALTH_CHECKS, detect_platform, lock_file
 
 # The first of these tests builds the pipeline, and the environments where they are not there.
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
@@ -277,7 +278,7 @@ def test_another_line_of_a_variant_runs_its_stages_alone_and_going_back_runs_not
 def quantizing(pid: int) -> bool:
     try:
         below = psutil.Process(pid).children(recursive=True)
-        return any("quantline.backends.auto_gptq" in process.cmdline() for process in below)
+        return any("quantline.toolchains.workers.quantizers.auto_gptq" in process.cmdline() for process in below)
     except psutil.NoSuchProcess:
         return False
 

@@ -13,14 +13,16 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.checkpoints.layouts import FormatError, awq_gemm, gptq, gptq_v2, round_scales
+from quantline.checkpoints.layouts.affine import Grid, sequential_groups
+from quantline.checkpoints.layouts.compressed_tensors import pack_quantized
+from quantline.checkpoints.layouts.registry import MSMODELSLIM
+from quantline.checkpoints.safetensors_stream import StreamedFile
 from quantline.conversion import kernels
-from quantline.conversion.faults import ProofError
+from quantline.conversion.errors import ProofError
 from quantline.conversion.plan import Plan
 from quantline.conversion.proof import same_grid
-from quantline.conversion.source import MSMODELSLIM, SourceLayer
-from quantline.formats import FormatError, awq_gemm, compressed_tensors, gptq, gptq_v2, round_scales
-from quantline.formats.linear import Grid, sequential_groups
-from quantline.formats.streaming import StreamedFile
+from quantline.conversion.source import SourceLayer
 
 # Codes of a band, so that it stays in the processor's last cache beside those of other threads, and rows of it are long:
 # each begins on another page, and to find a page costs as much as to pack some hundred codes.
@@ -32,7 +34,7 @@ LEAST_CODES = 1 << 28
 # Columns of a band at least, so that a row of it is a line of the cache; a multiple of the codes of a word.
 _LEAST_COLUMNS = 64
 _MODULES: dict[str, ModuleType] = {
-    "awq_gemm": awq_gemm, "gptq": gptq, "gptq_v2": gptq_v2, "compressed_tensors": compressed_tensors,
+    "awq_gemm": awq_gemm, "gptq": gptq, "gptq_v2": gptq_v2, "compressed_tensors": pack_quantized,
 }  # fmt: skip
 
 
@@ -105,7 +107,7 @@ def bands(
     layout: str, layer: SourceLayer, codes: NDArray[np.int8]
 ) -> Iterator[tuple[int, Callable[[int], int], Callable[[int], int]]]:
     """Of every band the number of its words, and how to pack it to an address and to compare what lies at one."""
-    from quantline.conversion.compiled import kernel
+    from quantline.conversion.kernels_jit import kernel
 
     rows, columns, bits = layer.out_features, layer.in_features, layer.bits
     tile = np.empty((kernels.ROWS, kernels.COLUMNS), dtype=np.uint32)

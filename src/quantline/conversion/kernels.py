@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from quantline.formats.awq_gemm import ORDER
+from quantline.checkpoints.layouts.awq_gemm import ORDER
 
 # Rows of words, and words of a row, that the scratch holds.
 ROWS, COLUMNS = 16, 256

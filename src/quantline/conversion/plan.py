@@ -13,45 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from quantline.conversion.faults import ConversionError
-from quantline.conversion.source import MSMODELSLIM, Source, SourceLayer
-from quantline.conversion.targets import (
-    casts_scales,
-    checkpoint_faults,
-    family,
-    holds_mixed,
-    target_faults,
-    tensor_specs,
-    weights_stem,
-)
-from quantline.errors import UserError
-from quantline.formats import FormatError, bitsandbytes, round_scales
-from quantline.formats.half import widened
-from quantline.formats.linear import Gridded
-from quantline.formats.settings import LayerSettings, describe
-from quantline.formats.streaming import TensorSpec
-from quantline.linears import LM_HEAD
+from quantline.checkpoints.layouts import FormatError, bitsandbytes, round_scales
+from quantline.checkpoints.layouts.registry import MSMODELSLIM, family, holds_mixed
+from quantline.checkpoints.linears import LM_HEAD
+from quantline.checkpoints.quantization_config import LayerSettings, describe
+from quantline.checkpoints.safetensors_stream import TensorSpec
+from quantline.conversion.errors import ConversionError
+from quantline.conversion.facts import LayerFacts, scale_loss
+from quantline.conversion.source import Source, SourceLayer
+from quantline.conversion.targets import casts_scales, checkpoint_faults, target_faults, tensor_specs, weights_stem
+from quantline.core.errors import UserError
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """What a linear's scales and zero points say.
-
-    symmetric: every zero point is the middle one. sequential: groups are consecutive columns. least_zero: its smallest
-    zero point. scale_loss: the largest relative change of a scale by the cast to float16. outliers: groups that have to
-    be quantized again.
-    """
-
-    symmetric: bool
-    sequential: bool
-    least_zero: int
-    scale_loss: float
-    scale_dtype: str
-    outliers: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,20 +88,6 @@ def _examine(source: Source, layer: SourceLayer, half: bool, requantize: bool) -
             return [*faults, f"{layer.name}.{source.scale_suffix}: {error}; compressed_tensors keeps float32"]
         dtype = "F16"
     return faults or LayerFacts(linear.symmetric, linear.sequential, int(linear.zeros.min()), loss, dtype, outliers)
-
-
-def scale_loss(before: Gridded, after: Gridded) -> float:
-    """The largest relative change of a scale, and so of any weight, since ``w = (u - z) * s``."""
-    old, new = widened(before.scales), widened(after.scales)
-    # A float16 neighbour is within a factor of two, so the difference is exact in float32. Only where the quotient may be
-    # the largest is it taken in float64.
-    change, size = np.abs(new - old), np.abs(old)
-    rough = np.divide(change, size, out=np.zeros_like(size), where=size != 0)
-    if not rough.any():
-        return 0.0
-    near = rough >= rough.max() * np.float32(1 - 2.0**-20)
-    exact, whole = change[near].astype(np.float64), size[near].astype(np.float64)
-    return float((exact / whole).max())
 
 
 def make_plan(source: Source, layout: str, *, requantize: bool = False, shard_bytes: int = 4 * 10**9) -> Plan:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.checkpoint import Checkpoint, quantization_of, quantized_layers
-from quantline.conversion.faults import ProofError
-from quantline.conversion.source import MSMODELSLIM
-from quantline.conversion.targets import family
-from quantline.formats import QuantizedLinear, msmodelslim_files
-from quantline.formats.linear import Grid
-from quantline.jobs import write_json
+from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers
+from quantline.checkpoints.layouts import QuantizedLinear
+from quantline.checkpoints.layouts.affine import Grid
+from quantline.checkpoints.layouts.msmodelslim import files as msmodelslim_files
+from quantline.checkpoints.layouts.registry import MSMODELSLIM, family
+from quantline.conversion.errors import ProofError
+from quantline.core.files import write_json
 
 PROOF_NAME = "conversion_proof.json"
 SCHEMA = 1

@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.checkpoint import Checkpoint, quantization_of
-from quantline.conversion.faults import ConversionError
-from quantline.conversion.tensor_files import TensorFiles
-from quantline.errors import UserError
-from quantline.formats import LAYOUTS, QuantizedLinear, bitsandbytes, msmodelslim, msmodelslim_files
-from quantline.formats.container import read_json, to_float32
-from quantline.formats.msmodelslim import OutlierReport
-from quantline.formats.settings import QuantizationInfo
+from quantline.checkpoints.checkpoint import Checkpoint, quantization_of
+from quantline.checkpoints.layouts import LAYOUTS, QuantizedLinear, bitsandbytes
+from quantline.checkpoints.layouts.msmodelslim import codec, files
+from quantline.checkpoints.layouts.msmodelslim.codec import OutlierReport
+from quantline.checkpoints.layouts.registry import MSMODELSLIM
+from quantline.checkpoints.quantization_config import QuantizationInfo
+from quantline.checkpoints.safetensors_file import to_float32
+from quantline.conversion.errors import ConversionError
+from quantline.conversion.tensor_reader import TensorFiles
+from quantline.core.errors import UserError
+from quantline.core.files import read_json
 
-MSMODELSLIM = "msmodelslim"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _FLOATS = ("F16", "BF16", "F32")
 
@@ -96,7 +98,7 @@ class Source:
             FormatError: they are wider than described.
         """
         if self.layout == MSMODELSLIM and layer.bits == 4 and not layer.packed:
-            msmodelslim.check_range(*self.tensors.extremes(layer.tensors["weight"]))
+            codec.check_range(*self.tensors.extremes(layer.tensors["weight"]))
 
     def outline(self, layer: SourceLayer, requantize: bool) -> tuple[QuantizedLinear, int]:
         """Scales and zero points of a linear, as a linear of fewer columns where that is cheaper; and its outliers.
@@ -121,8 +123,8 @@ class Source:
         if self.layout != MSMODELSLIM:
             return LAYOUTS[self.layout].read(stored, bits=layer.bits, group_size=group_size), None
         if requantize:
-            return msmodelslim.read_with_outliers(stored, bits=layer.bits, group_size=group_size, packed=packed)
-        return msmodelslim.read(stored, bits=layer.bits, group_size=group_size, packed=packed), None
+            return codec.read_with_outliers(stored, bits=layer.bits, group_size=group_size, packed=packed)
+        return codec.read(stored, bits=layer.bits, group_size=group_size, packed=packed), None
 
     def order(self) -> list[tuple[str, str | None]]:
         """Output linears (name, None) and carried tensors (name, source name), as they lie in the source's files."""
@@ -147,7 +149,7 @@ def open_source(folder: Path, kind: str = "auto") -> Source:
         raise ConversionError([f"{folder}: is not a folder; check source.path"])
     config, faults = _config(folder)
     try:
-        if kind == MSMODELSLIM or msmodelslim_files.recognises(folder):
+        if kind == MSMODELSLIM or files.recognises(folder):
             return _msmodelslim(folder, config, faults)
         return _described(folder, config, faults)
     except ConversionError:
@@ -166,7 +168,7 @@ def _config(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _msmodelslim(folder: Path, config: dict[str, Any], faults: list[str]) -> Source:
-    plan = msmodelslim_files.plan(folder)
+    plan = files.plan(folder)
     layers = {
         name: SourceLayer(
             name, layer.bits, layer.group_size, layer.in_features, layer.out_features, layer.tensors, layer.packed

@@ -2,48 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from quantline.conversion.source import MSMODELSLIM, Source, SourceLayer
-from quantline.formats import LAYOUTS, Layout, QuantizedLinear, Tensors, msmodelslim, msmodelslim_files
-from quantline.formats.streaming import TensorSpec
+from quantline.checkpoints.layouts import LAYOUTS, Layout
+from quantline.checkpoints.layouts.msmodelslim import codec, files
+from quantline.checkpoints.layouts.registry import HALF_SCALES, MSMODELSLIM, MSMODELSLIM_PACKED, _MsModelSlim, family
+from quantline.checkpoints.safetensors_stream import TensorSpec
+from quantline.conversion.source import Source, SourceLayer
 
 if TYPE_CHECKING:
-    from quantline.conversion.plan import LayerFacts
+    from quantline.conversion.facts import LayerFacts
 
-MSMODELSLIM_PACKED = "msmodelslim_ascend_v1"
 # convert.target -> layout
 TARGETS = {
     "awq": "awq_gemm", "gptq": "gptq", "gptq_v2": "gptq_v2", "compressed_tensors": "compressed_tensors",
     MSMODELSLIM: MSMODELSLIM, MSMODELSLIM_PACKED: MSMODELSLIM_PACKED,
 }  # fmt: skip
-# Layouts whose readers keep scales in float16; compressed-tensors and msModelSlim hold them as they are.
-HALF_SCALES = ("awq_gemm", "awq_gemv", "gptq", "gptq_v2")
-# Layouts that know linears of several kinds in one checkpoint.
-_MIXED = ("compressed_tensors", MSMODELSLIM, MSMODELSLIM_PACKED)
-
-
-class _MsModelSlim:
-    """msModelSlim in one save mode, whose tensors alone do not say whether they are packed."""
-
-    def __init__(self, name: str, packed: bool) -> None:
-        self.NAME, self.packed = name, packed
-        self.TENSORS: Mapping[str, bool] = msmodelslim.TENSORS
-
-    def read(self, tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
-        """Raises what `msmodelslim.read` raises."""
-        own = -1 if tensors["weight_scale"].shape[-1] == 1 else group_size
-        return msmodelslim.read(tensors, bits=bits, group_size=own, packed=self.packed and bits == 4)
-
-    def write(self, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
-        """One group over the whole input is told by its one scale a channel; raises what `msmodelslim.write` raises."""
-        own = replace(linear, group_size=-1) if linear.groups == 1 else linear
-        return msmodelslim.write(own, packed=self.packed and linear.bits == 4)
 
 
 # Everything that can be written, and read back.
@@ -54,30 +31,20 @@ FORMS: dict[str, Layout] = {
 }
 
 
-def family(layout: str) -> str:
-    """awq, gptq, compressed or msmodelslim."""
-    return layout.split("_", maxsplit=1)[0]
-
-
 def casts_scales(source: Source, layout: str) -> bool:
     """Whether scales become float16: where the layout's readers want that and the source is not already theirs."""
     return layout in HALF_SCALES and family(source.layout) != family(layout)
 
 
-def holds_mixed(layout: str) -> bool:
-    """Whether linears of one checkpoint may differ in bits and group size."""
-    return layout in _MIXED
-
-
 def save_mode(layout: str) -> str:
     """The save mode of a msModelSlim layout."""
-    return msmodelslim_files.ASCEND_V1 if layout == MSMODELSLIM_PACKED else msmodelslim_files.SAFE_TENSOR
+    return files.ASCEND_V1 if layout == MSMODELSLIM_PACKED else files.SAFE_TENSOR
 
 
 def weights_stem(layout: str, source: Source) -> str:
     """The name of the weights, without what shards and indexes add to it."""
     if family(layout) == MSMODELSLIM:
-        return msmodelslim_files.stem_of((layer.bits for layer in source.layers.values()), save_mode(layout))
+        return files.stem_of((layer.bits for layer in source.layers.values()), save_mode(layout))
     return "model"
 
 
@@ -98,7 +65,7 @@ def target_faults(layout: str, layer: SourceLayer, facts: LayerFacts | None) -> 
     """What a layout cannot hold of one linear."""
     faults = []
     kind = family(layout)
-    holds = {"awq": ("AWQ", (4,)), MSMODELSLIM: ("msModelSlim", msmodelslim.BITS)}.get(kind)
+    holds = {"awq": ("AWQ", (4,)), MSMODELSLIM: ("msModelSlim", codec.BITS)}.get(kind)
     if holds is not None:
         called, bits = holds
         others = "gptq or compressed_tensors"

@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from quantline import __version__
-from quantline.errors import UserError
+from quantline.config.report import ReportConfig
+from quantline.core.errors import UserError
+from quantline.core.secrets import Scrubber
+from quantline.pipeline.paths import REPORT_MANIFEST
+from quantline.pipeline.records import VariantRecord
 from quantline.report import layer_plots, plots, run_plots, tables
+from quantline.report.document import Report
 from quantline.report.evidence import Evidence, Row, gather, made_of
 from quantline.report.recommendation import Recommendation, recommend
-from quantline.report.svg import Plot
-from quantline.report.table import Table
-from quantline.report_config import ReportConfig
-from quantline.tracking_plan import REPORT_MANIFEST, VariantRecord
-from quantline.tracking_store import Scrubber
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that the documents show. plots: by name; those that a variant has one of are named `<kind>-<variant>`."""
-
-    model: str
-    summary: list[tuple[str, str]]
-    recommendation: Recommendation
-    tables: dict[str, Table]
-    plots: dict[str, Plot]
-    glossary: dict[str, str]
-    level: float
-    alarms: dict[str, list[Row]]
-    unwatched: list[str]
-
-    def plots_of(self, kind: str) -> list[Plot]:
-        """The plots that each variant has one of."""
-        return [plot for name, plot in self.plots.items() if name.startswith(f"{kind}-")]
+from quantline.report.table import as_csv
 
 
 def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, out: Path) -> Recommendation:
@@ -135,17 +115,6 @@ def _summary(evidence: Sequence[Evidence], config: Row) -> list[tuple[str, str]]
         where += f" ({session.get('device_name') or session['host']})"
     return [("Model", _model(config.get("model") or {})), ("Variants", str(sum(not item.is_baseline for item in evidence))),
             ("Judged on", text), ("Measured on", where)]  # fmt: skip
-
-
-def as_csv(table: Table) -> str:
-    """A table as CSV with a header; an empty cell is a value that was not measured."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(table.keys)
-    for row in table.rows:
-        cells = (row.get(key) for key in table.keys)
-        writer.writerow([json.dumps(cell, sort_keys=True) if isinstance(cell, dict | list) else cell for cell in cells])
-    return stream.getvalue()
 
 
 def as_json(value: Any) -> str:

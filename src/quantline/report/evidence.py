@@ -11,11 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quantline import tracking_plan
-from quantline.errors import UserError
-from quantline.summary import variant_table
-from quantline.tracking_plan import VariantRecord
-from quantline.variants import BASELINE, stage_paths
+from quantline.core.errors import UserError
+from quantline.pipeline.paths import BASELINE, REPORT_MANIFEST, STAGES, stage_paths
+from quantline.pipeline.records import VariantRecord
+from quantline.report.summary import variant_table
 
 Row = dict[str, Any]
 
@@ -118,7 +117,7 @@ class Evidence:
 def gather(records: Sequence[VariantRecord], home: Path) -> list[Evidence]:
     """The evidence on every variant, the baseline first, the others in the order of `records`."""
     known = [
-        replace(record, results=[result for result in record.results if result["stage"] in tracking_plan.STAGES])
+        replace(record, results=[result for result in record.results if result["stage"] in STAGES])
         for record in records
     ]
     rows = {row["variant"]: row for row in variant_table(known)}
@@ -138,7 +137,7 @@ def made_of(records: Iterable[VariantRecord]) -> str:
 def current_report(root: Path, records: Iterable[VariantRecord]) -> Path | None:
     """The pipeline's report where it is of these very results; None where there is none or it has yet to follow them."""
     try:
-        manifest = json.loads((root / "report" / tracking_plan.REPORT_MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((root / "report" / REPORT_MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return root / "report" if manifest.get("made_of") == made_of(records) else None

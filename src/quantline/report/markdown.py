@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from quantline.report.table import Table
 
 if TYPE_CHECKING:
-    from quantline.report.build import Report
+    from quantline.report.document import Report
 
 _SECTIONS = (
     ("At a glance", ("quality-size",), ("variants",)),

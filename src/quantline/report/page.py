@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from quantline.report.table import Table
 
 if TYPE_CHECKING:
-    from quantline.report.build import Report
+    from quantline.report.document import Report
 
 _TEMPLATES = Path(__file__).parent / "templates"
 # A larger table is linked to as a file beside the page alone.
@@ -34,7 +34,7 @@ def as_html(report: Report) -> str:
 
 
 def _csv_link(table: Table) -> str:
-    from quantline.report.build import as_csv
+    from quantline.report.table import as_csv
 
     content = as_csv(table).encode()
     if len(content) > _EMBEDDED_BYTES:

@@ -11,7 +11,7 @@ from quantline.report import svg
 from quantline.report.evidence import Evidence, Row
 from quantline.report.svg import Plot, ink
 from quantline.report.table import Table
-from quantline.report.words import listed, written
+from quantline.report.units import listed, written
 
 
 def order_of(evidence: Sequence[Evidence]) -> dict[str, int]:

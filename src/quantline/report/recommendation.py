@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from quantline.config.report import Preference, ReportConfig, Rule
 from quantline.report.evidence import Row
-from quantline.report.words import Column, Kind, listed, written
-from quantline.report_config import Preference, ReportConfig, Rule
+from quantline.report.units import Column, Kind, listed, written
 
 # How a column is called in a sentence, and how its values are written.
 SPOKEN: dict[str, tuple[str, Kind]] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from quantline.report.evidence import Evidence, Row, first
 from quantline.report.table import Table, variant_column
-from quantline.report.words import Column
+from quantline.report.units import Column
 
 
 def speed(evidence: Sequence[Evidence]) -> Table:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from dataclasses import dataclass
 
 from quantline.report.evidence import Row
-from quantline.report.words import Column
+from quantline.report.units import Column
 
 
 @dataclass(frozen=True)
@@ -33,3 +36,14 @@ class Table:
 def variant_column() -> Column:
     """The column of the variants' names."""
     return Column("variant", "variant", "code")
+
+
+def as_csv(table: Table) -> str:
+    """A table as CSV with a header; an empty cell is a value that was not measured."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(table.keys)
+    for row in table.rows:
+        cells = (row.get(key) for key in table.keys)
+        writer.writerow([json.dumps(cell, sort_keys=True) if isinstance(cell, dict | list) else cell for cell in cells])
+    return stream.getvalue()

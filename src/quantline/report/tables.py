@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from quantline.report import run_tables
 from quantline.report.evidence import Evidence, Row
 from quantline.report.table import Table, variant_column
-from quantline.report.words import Column
+from quantline.report.units import Column
 
 
 def all_tables(evidence: Sequence[Evidence], worst_layers: int) -> dict[str, Table]:

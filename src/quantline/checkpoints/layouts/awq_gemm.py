@@ -1,0 +1,97 @@
+"""AWQ GEMM: the layout of AutoAWQ's ``version: gemm`` (also of its exllama versions, which repack at load).
+
+``w = (u - z) * s``, 4 bits, groups of consecutive input columns, zero points stored as they are.
+
+Tensors of a layer:
+    qweight  int32 (in, out/8)       codes, packed along out
+    qzeros   int32 (in/g, out/8)     zero points, packed along out
+    scales   float16 (in/g, out)
+    bias     float16 (out,)          optional
+
+Bit order: nibble k (bits 4k .. 4k+3) of a word holds column [0, 2, 4, 6, 1, 3, 5, 7][k] of its eight columns. The
+interleaving lets the GEMM kernel of AWQ (Lin et al. 2023, arXiv:2306.00978) unpack pairs into half2 registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.checkpoints.errors import FormatError
+from quantline.checkpoints.layouts.affine import Grid, QuantizedLinear, group_count, sequential_groups
+from quantline.checkpoints.layouts.checks import (
+    Tensors,
+    as_float,
+    bias_of,
+    check_awq,
+    check_shape,
+    check_suffixes,
+    to_half,
+)
+from quantline.checkpoints.layouts.packing import pack, unpack
+
+NAME = "awq_gemm"
+CODES = "qweight"
+
+# suffix -> required
+TENSORS: Mapping[str, bool] = {"qweight": True, "qzeros": True, "scales": True, "bias": False}
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
+    """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
+
+    Raises:
+        FormatError: tensors missing or unknown, shapes that disagree, bits other than 4.
+    """
+    check_suffixes(tensors, TENSORS)
+    if bits != 4:
+        raise FormatError(f"bits={bits}: awq_gemm holds 4 bits only; check the checkpoint's config")
+    codes = unpack(tensors["qweight"], bits, axis=1, order=ORDER)  # (in, out)
+    grid = read_grid(tensors, codes.shape, bits=bits, group_size=group_size)
+    return QuantizedLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
+
+
+def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
+    """All but the codes of a layer of ``shape`` (in, out).
+
+    Raises:
+        FormatError: shapes that disagree.
+    """
+    in_features, out_features = shape
+    groups = group_count(in_features, group_size)
+    check_shape("qzeros", tensors["qzeros"], (groups, out_features // 8))
+    check_shape("scales", tensors["scales"], (groups, out_features))
+    return Grid(
+        scales=as_float("scales", tensors["scales"]),
+        zeros=unpack(tensors["qzeros"], bits, axis=1, order=ORDER).astype(np.int16),
+        group_index=sequential_groups(in_features, group_size),
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+    """Write one layer, keyed by suffix.
+
+    Raises:
+        FormatError: other than 4 bits, reordered groups, widths not multiples of 8, scales or bias not float16 values.
+    """
+    partners = write_grid(linear.grid)
+    tensors: dict[str, NDArray[Any]] = {CODES: pack(linear.codes, 4, axis=1, order=ORDER), **partners}
+    if linear.bias is not None:
+        tensors["bias"] = to_half("bias", linear.bias, "round it first, or use gptq")
+    return tensors
+
+
+def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
+    """All but the codes of a layer; raises what `write` raises."""
+    check_awq(grid)
+    return {
+        "qzeros": pack(grid.zeros.astype(np.uint8), 4, axis=1, order=ORDER),
+        "scales": to_half("scales", grid.scales, "round them first (round_scales), or use gptq"),
+    }

@@ -1,0 +1,1 @@
+"""The integer formats of compressed-tensors."""

@@ -1,0 +1,190 @@
+"""The config section of compressed-tensors: groups of modules, each with a scheme; integer weights here.
+
+Keys are those of the package's `QuantizationConfig`: config_groups (targets, weights), format, ignore and others. A
+target or an ignored name is a module class ("Linear"), a module name, or a pattern "re:...". The format `pack-quantized`
+is weight-only; in `int-quantized` the runtime also rounds activations to 8 bits (W8A8), and all linears are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from quantline.checkpoints.layouts.packing import BITS
+from quantline.core.errors import CheckpointError
+
+_FORMAT = "pack-quantized"
+_INT_FORMAT = "int-quantized"
+# How activations are rounded in it: to int8, symmetrically, with one scale a token that the runtime finds.
+_ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """How one quantized linear is stored: bits, group size (-1 per output channel), and whether zeros are middle."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+
+_INT_WEIGHTS = LayerSettings(8, -1, True)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A parsed section: settings of all linears and of those that differ, reordered groups, what stays in float."""
+
+    main: LayerSettings
+    overrides: Mapping[str, LayerSettings]
+    desc_act: bool
+    ignored: tuple[str, ...]
+    activation_bits: int | None = None
+
+
+def describe(
+    main: LayerSettings,
+    overrides: Mapping[str, LayerSettings],
+    desc_act: bool,
+    ignored: Sequence[str],
+    *,
+    activations: bool = False,
+) -> dict[str, Any]:
+    """The section: the main settings for "Linear", then one group of module names for each other setting.
+
+    activations: write `int-quantized`, whose readers round activations too.
+
+    Raises:
+        CheckpointError: int-quantized of other than symmetric 8-bit weights by channel, all alike.
+    """
+    if activations and (main != _INT_WEIGHTS or any(own != main for own in overrides.values())):
+        raise CheckpointError(
+            "compressed_tensors_int: holds symmetric weights of 8 bits with one scale an output channel, all linears alike; "
+            "use compressed_tensors"
+        )
+    if desc_act and main.group_size == -1:
+        desc_act = False  # one group has no order, and the package refuses actorder there
+    targets: dict[LayerSettings, list[str]] = {main: ["Linear"]}
+    for name, settings in overrides.items():
+        # Readers that know linears by their class do not know the output layer by it, so it is always named.
+        if settings != main or name == "lm_head":
+            targets.setdefault(settings, []).append(name)
+    groups = {
+        f"group_{index}": {
+            "targets": names,
+            "weights": {
+                "num_bits": settings.bits,
+                "type": "int",
+                "symmetric": settings.symmetric,
+                "strategy": "channel" if settings.group_size == -1 else "group",
+                "group_size": None if settings.group_size == -1 else settings.group_size,
+                "dynamic": False,
+                "actorder": "group" if desc_act and settings.group_size != -1 else None,
+            },
+            "input_activations": dict(_ACTIVATIONS) if activations else None,
+            "output_activations": None,
+        }
+        for index, (settings, names) in enumerate(targets.items())
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": _INT_FORMAT if activations else _FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(ignored),
+        "kv_cache_scheme": None,
+    }
+
+
+def parse(path: Path, config: Mapping[str, Any]) -> Scheme:
+    """Read a section.
+
+    Raises:
+        CheckpointError: other formats than pack-quantized and int-quantized, activations quantized otherwise than there,
+            quantized caches, sparsity, transforms, float weights, other strategies than group and channel, or groups
+            that are not named module by module.
+    """
+
+    def refuse(fact: str, remedy: str = "use a weight-only pack-quantized checkpoint") -> NoReturn:
+        raise CheckpointError(f"{path}: compressed-tensors {fact}: {remedy}")
+
+    form = config.get("format")
+    if form not in (_FORMAT, _INT_FORMAT):
+        refuse(f"stored as {form!r}")
+    for key in ("kv_cache_scheme", "transform_config"):
+        if config.get(key):
+            refuse(f"with {key}")
+    sparsity = config.get("sparsity_config")
+    if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"):
+        refuse("with sparsity_config")
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        refuse("without config_groups", "restore the config")
+    main: list[LayerSettings] = []
+    overrides: dict[str, LayerSettings] = {}
+    orders = set()
+    for name, group in groups.items():
+        if not isinstance(group, dict):
+            refuse(f"group {name} is {group!r}, a preset", "write its settings out")
+        activations = group.get("input_activations")
+        if group.get("output_activations") or (activations and form == _FORMAT):
+            refuse(f"group {name} has {'input' if activations else 'output'}_activations")
+        if form == _INT_FORMAT and not _rounded_by_token(activations):
+            refuse(f"stored as 'int-quantized' with input_activations {activations!r}", "8-bit dynamic ones by token")
+        if group.get("format") not in (None, form):
+            refuse(f"group {name} is stored as {group['format']!r}")
+        weights: Any = group.get("weights")
+        settings = _settings(weights)
+        if form == _INT_FORMAT and settings != _INT_WEIGHTS:
+            refuse(f"stored as 'int-quantized' with weights {weights!r}", "symmetric ones of 8 bits by channel")
+        if settings is None:
+            refuse(f"group {name} has weights {weights!r}", "int weights by group or channel of 2, 3, 4 or 8 bits")
+        orders.add(_reordered(weights["actorder"]) if weights.get("actorder") else False)
+        targets = group.get("targets")
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            refuse(f"group {name} has targets {targets!r}", "restore the config")
+        if "Linear" in targets:
+            main.append(settings)
+        elif all(target == "lm_head" or ("." in target and not target.startswith("re:")) for target in targets):
+            overrides.update(dict.fromkeys(targets, settings))
+        else:
+            refuse(f"group {name} has targets {targets}", "one group for Linear, others by whole module names")
+    if len(main) != 1 or (overrides and form == _INT_FORMAT):
+        refuse(f"has {len(main)} groups for Linear", "one group for Linear, others by whole module names")
+    if None in orders:
+        refuse("has an unknown actorder", "known are group and weight")
+    ignored = config.get("ignore") or []
+    if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
+        refuse(f"ignore is {ignored!r}", "restore the config")
+    return Scheme(main[0], overrides, True in orders, tuple(ignored), 8 if form == _INT_FORMAT else None)
+
+
+def _rounded_by_token(activations: Any) -> bool:
+    if not isinstance(activations, dict):
+        return False
+    defaults = {"num_bits": 8, "type": "int", "symmetric": True}
+    return all(activations.get(key, defaults.get(key)) == value for key, value in _ACTIVATIONS.items())
+
+
+def _settings(weights: Any) -> LayerSettings | None:
+    if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("dynamic"):
+        return None
+    bits, size, strategy = weights.get("num_bits", 8), weights.get("group_size"), weights.get("strategy")
+    if strategy is None and type(size) is int:
+        strategy = "channel" if size == -1 else "group"
+    if type(bits) is not int or bits not in BITS or strategy not in ("group", "channel"):
+        return None
+    if strategy == "channel":
+        return LayerSettings(bits, -1, bool(weights.get("symmetric", True))) if size in (None, -1) else None
+    if type(size) is not int or size < 1:
+        return None
+    return LayerSettings(bits, size, bool(weights.get("symmetric", True)))
+
+
+def _reordered(actorder: Any) -> bool | None:
+    """Whether groups follow g_idx; "weight" only changed the calibration. None for an unknown word."""
+    if actorder in (True, "group", "dynamic"):
+        return True
+    return False if actorder in ("weight", "static") else None

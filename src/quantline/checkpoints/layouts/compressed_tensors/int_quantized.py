@@ -1,0 +1,83 @@
+"""compressed-tensors ``int-quantized``: 8-bit weights for kernels that round activations to 8 bits too (W8A8).
+
+``w = q * s`` with signed codes ``q`` in [-128, 127], one scale an output channel; in the middle form ``u = q + 128`` and
+every zero point is 128. What goes into such a linear is rounded by the runtime, token by token, with a scale of its own
+that no tensor holds; the config says so (`compressed_tensors_config`).
+
+Tensors of a layer, output rows first:
+    weight        int8 (out, in)          codes
+    weight_scale  float16/32 (out, 1)     in the dtype of the model
+    bias          float16/32 (out,)       optional
+
+Source: the compressed-tensors package 0.19 (Apache-2.0), whose own reading the tests compare with this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.checkpoints.errors import FormatError
+from quantline.checkpoints.layouts.affine import QuantizedLinear, sequential_groups
+from quantline.checkpoints.layouts.checks import Tensors, as_float, bias_of, check_shape, check_suffixes
+
+NAME = "compressed_tensors_int"
+BITS = 8
+_MIDDLE = 128
+
+# suffix -> required
+TENSORS: Mapping[str, bool] = {"weight": True, "weight_scale": True, "bias": False}
+
+
+def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
+    """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
+
+    Raises:
+        FormatError: tensors missing or unknown, codes that are not int8, other scales than one an output channel.
+    """
+    check_suffixes(tensors, TENSORS)
+    _check(bits, group_size)
+    weight = tensors["weight"]
+    if weight.dtype != np.int8 or weight.ndim != 2 or not weight.size:
+        raise FormatError(f"weight is {weight.dtype} {weight.shape}: this layout stores a non-empty int8 (out, in)")
+    out_features, in_features = weight.shape
+    check_shape("weight_scale", tensors["weight_scale"], (out_features, 1))
+    return QuantizedLinear(
+        codes=(weight.view(np.uint8) ^ np.uint8(_MIDDLE)).T,  # adds 128 to two's complement; by columns, as it lies
+        scales=np.ascontiguousarray(as_float("weight_scale", tensors["weight_scale"]).T),
+        zeros=np.full((1, out_features), _MIDDLE, dtype=np.int16),
+        group_index=sequential_groups(in_features, group_size),
+        bits=bits,
+        group_size=group_size,
+        bias=bias_of(tensors),
+    )
+
+
+def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+    """Write one layer, keyed by suffix.
+
+    Raises:
+        FormatError: other than 8 bits, groups, or zero points other than 128.
+    """
+    _check(linear.bits, linear.group_size)
+    if not linear.symmetric:
+        raise FormatError("zero points differ from 128, which this layout cannot hold: use compressed_tensors")
+    codes = np.ascontiguousarray(linear.codes.T)
+    tensors: dict[str, NDArray[Any]] = {
+        "weight": (codes ^ np.uint8(_MIDDLE)).view(np.int8),
+        "weight_scale": np.ascontiguousarray(linear.scales.T),
+    }
+    if linear.bias is not None:
+        tensors["bias"] = linear.bias.copy()
+    return tensors
+
+
+def _check(bits: int, group_size: int) -> None:
+    if bits != BITS or group_size != -1:
+        raise FormatError(
+            f"bits={bits} group_size={group_size}: this layout holds 8 bits and one scale an output channel (-1); "
+            "use compressed_tensors"
+        )

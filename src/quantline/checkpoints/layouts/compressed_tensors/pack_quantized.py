@@ -1,0 +1,163 @@
+"""compressed-tensors ``pack-quantized``: the weight-only integer layout of llm-compressor, which vLLM serves.
+
+``w = (u - z) * s`` at 2, 3, 4 or 8 bits; the library's signed codes are ``q = u - 2**(b-1)``, and it packs ``u``.
+
+Tensors of a layer, output rows first, with P = 32 // b values a word:
+    weight_packed      int32 (out, ceil(in/P))     codes, packed along in
+    weight_scale       float16/32 (out, in/g)      (out, 1) per output channel; in the dtype of the model
+    weight_shape       int64 (2,)                  (out, in): widths need not fill words
+    weight_zero_point  int32 (ceil(out/P), in/g)   zero points, packed along out; absent where all are 2**(b-1)
+    weight_g_idx       int32 (in,)                 group of every input column; only with reordered groups
+    bias               float16/32 (out,)           optional
+
+Bit order: sequential, low bits first, every word on its own: at 3 bits a word holds 10 values and its two top bits
+stay 0 (GPTQ's straddling runs are another layout). The unused fields of a last word are 0. A g_idx that holds -1 was
+never filled in and means consecutive groups. Source: the compressed-tensors package 0.17 (Apache-2.0),
+whose own packing the tests compare with this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.checkpoints.errors import FormatError
+from quantline.checkpoints.layouts.affine import Grid, QuantizedLinear, group_count, sequential_groups
+from quantline.checkpoints.layouts.checks import Tensors, as_float, bias_of, check_shape, check_suffixes
+from quantline.checkpoints.layouts.packing import pack, unpack
+
+NAME = "compressed_tensors"
+CODES = "weight_packed"
+
+# suffix -> required
+TENSORS: Mapping[str, bool] = {
+    "weight_packed": True,
+    "weight_scale": True,
+    "weight_shape": True,
+    "weight_zero_point": False,
+    "weight_g_idx": False,
+    "bias": False,
+}
+
+
+def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
+    """Read one layer; ``tensors`` is keyed by suffix and stays unchanged. Without zero points they are 2**(b-1).
+
+    Raises:
+        FormatError: tensors missing or unknown, shapes that disagree, bits that the words do not hold.
+    """
+    check_suffixes(tensors, TENSORS)
+    shape = tensors["weight_shape"]
+    if shape.dtype not in (np.int64, np.int32) or shape.shape != (2,) or (shape < 1).any():
+        raise FormatError(f"weight_shape is {shape.dtype} {shape.tolist()}: it must be two sizes (out, in)")
+    out_features, in_features = (int(size) for size in shape)
+    check_shape(CODES, tensors[CODES], (out_features, _words(in_features, bits)))
+    codes = _unpack(tensors[CODES], bits, in_features).T  # by columns, as it lies
+    grid = read_grid(tensors, codes.shape, bits=bits, group_size=group_size)
+    return QuantizedLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
+
+
+def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
+    """All but the codes of a layer of ``shape`` (in, out).
+
+    Raises:
+        FormatError: shapes that disagree.
+    """
+    in_features, out_features = shape
+    check_shape("weight_shape", tensors["weight_shape"], (2,))
+    if tuple(tensors["weight_shape"]) != (out_features, in_features):
+        raise FormatError(
+            f"weight_shape is {tensors['weight_shape'].tolist()}, the layer is {out_features, in_features}"
+        )
+    groups = group_count(in_features, group_size)
+    check_shape("weight_scale", tensors["weight_scale"], (out_features, groups))
+    zeros = np.full((groups, out_features), 2 ** (bits - 1), dtype=np.int16)
+    if "weight_zero_point" in tensors:
+        check_shape("weight_zero_point", tensors["weight_zero_point"], (_words(out_features, bits), groups))
+        zeros = _unpack(np.ascontiguousarray(tensors["weight_zero_point"].T), bits, out_features).astype(np.int16)
+    group_index = sequential_groups(in_features, group_size)
+    if "weight_g_idx" in tensors:
+        stored = tensors["weight_g_idx"]
+        check_shape("weight_g_idx", stored, (in_features,))
+        if stored.dtype not in (np.int32, np.int64):
+            raise FormatError(f"weight_g_idx is {stored.dtype}: this layout stores int32; the checkpoint is corrupt")
+        if not (stored == -1).any():
+            group_index = stored.astype(np.int32)
+    return Grid(
+        scales=np.ascontiguousarray(as_float("weight_scale", tensors["weight_scale"]).T),
+        zeros=zeros,
+        group_index=group_index,
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+def write(linear: QuantizedLinear, *, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
+    """Write one layer, keyed by suffix; weight_g_idx only where groups are reordered.
+
+    Args:
+        linear: the layer.
+        zero_points: whether to write weight_zero_point. The config's ``symmetric`` holds for all layers of a group,
+            so a checkpoint with one asymmetric layer needs them in every layer; None decides by this layer alone.
+
+    Raises:
+        FormatError: zero points left out that are not 2**(b-1).
+    """
+    partners = write_grid(linear.grid, zero_points=zero_points)
+    tensors: dict[str, NDArray[Any]] = {CODES: _pack(linear.codes.T, linear.bits), **partners}
+    if linear.bias is not None:
+        tensors["bias"] = linear.bias.copy()
+    return tensors
+
+
+def write_grid(grid: Grid, *, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
+    """All but the codes of a layer; arguments and exceptions are those of `write`."""
+    if zero_points is None:
+        zero_points = not grid.symmetric
+    if not zero_points and not grid.symmetric:
+        raise FormatError("zero points differ from the middle one: write them, or call the checkpoint asymmetric")
+    tensors: dict[str, NDArray[Any]] = {
+        "weight_scale": np.ascontiguousarray(grid.scales.T),
+        "weight_shape": np.array([grid.out_features, grid.in_features], dtype=np.int64),
+    }
+    if zero_points:
+        tensors["weight_zero_point"] = np.ascontiguousarray(_pack(grid.zeros.astype(np.uint8), grid.bits).T)
+    if not grid.sequential:
+        tensors["weight_g_idx"] = grid.group_index.copy()
+    return tensors
+
+
+def _words(width: int, bits: int) -> int:
+    if bits not in (2, 3, 4, 8):
+        raise FormatError(f"bits={bits}: codes are packed at 2, 3, 4 or 8 bits")
+    return -(-width // (32 // bits))
+
+
+def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+    """uint8 (rows, width) -> int32 (rows, ceil(width/P))."""
+    per_word = 32 // bits
+    short = -codes.shape[1] % per_word
+    if short:
+        codes = np.pad(codes, ((0, 0), (0, short)))
+    if bits != 3:
+        return pack(codes, bits, axis=1)
+    fields = codes.reshape(codes.shape[0], -1, per_word).astype(np.uint32)
+    fields <<= np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
+    words: NDArray[np.uint32] = np.bitwise_or.reduce(fields, axis=2)
+    return words.view(np.int32)
+
+
+def _unpack(words: NDArray[Any], bits: int, width: int) -> NDArray[np.uint8]:
+    """int32 (rows, ceil(width/P)) -> uint8 (rows, width)."""
+    if bits != 3:
+        codes = unpack(words, bits, axis=1)
+    else:
+        if words.dtype not in (np.int32, np.uint32):
+            raise FormatError(f"packed words are {words.dtype} {words.shape}: this layout stores an int32 matrix")
+        shifts = np.arange(10, dtype=np.uint32) * np.uint32(bits)
+        fields = np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts
+        codes = (fields & np.uint32(7)).astype(np.uint8).reshape(words.shape[0], -1)
+    return codes if codes.shape[1] == width else np.ascontiguousarray(codes[:, :width])

@@ -1,0 +1,157 @@
+"""GPTQ v1: the layout of AutoGPTQ (``checkpoint_format: gptq``), Frantar et al. 2022, arXiv:2210.17323.
+
+``w = (u - z) * s`` at 2, 3, 4 or 8 bits, the group of every input column given by g_idx.
+
+Tensors of a layer:
+    qweight  int32 (in*b/32, out)      codes, packed along in
+    qzeros   int32 (in/g, out*b/32)    z - 1, packed along out
+    scales   float16/32 (in/g, out)    in the dtype of the model
+    g_idx    int32 (in,)               group of every input column; i // g where it is absent
+    bias     float16/32 (out,)         optional
+
+Bit order: sequential, low bits first; at 3 bits 32 values fill 3 words and values 10 and 21 straddle (see `packing`),
+in qweight and in qzeros alike.
+
+z = 0 is stored as ``(0 - 1) & mask``, all ones, and read back as 0. Readers differ there: some add 1 and do not
+mask, so that they see 2**b. Prefer gptq_v2 for layers with a zero point of 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.checkpoints.errors import FormatError
+from quantline.checkpoints.layouts.affine import Grid, QuantizedLinear, group_count, sequential_groups
+from quantline.checkpoints.layouts.checks import Tensors, as_float, bias_of, check_shape, check_suffixes
+from quantline.checkpoints.layouts.packing import pack, unpack, values_per_run
+
+NAME = "gptq"
+CODES = "qweight"
+
+# suffix -> required
+TENSORS: Mapping[str, bool] = {"qweight": True, "qzeros": True, "scales": True, "g_idx": False, "bias": False}
+
+
+def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
+    """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
+
+    Raises:
+        FormatError: tensors missing or unknown, shapes that disagree, bits that the words do not hold.
+    """
+    return read_stored(tensors, bits=bits, group_size=group_size, subtracted=1)
+
+
+def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+    """Write one layer, keyed by suffix; g_idx is always written.
+
+    Raises:
+        FormatError: in or out does not fill whole 32-bit words.
+    """
+    return write_stored(linear, subtracted=1)
+
+
+def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
+    """All but the codes of a layer of ``shape`` (in, out); raises what `read` raises."""
+    return read_stored_grid(tensors, shape, bits=bits, group_size=group_size, subtracted=1)
+
+
+def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
+    """All but the codes of a layer; raises what `write` raises."""
+    return write_stored_grid(grid, subtracted=1)
+
+
+def read_stored(tensors: Tensors, *, bits: int, group_size: int, subtracted: int) -> QuantizedLinear:
+    """Read a layer whose qzeros hold ``(z - subtracted) & mask``."""
+    check_suffixes(tensors, TENSORS)
+    codes = unpack(tensors[CODES], bits, axis=0)  # (in, out)
+    grid = read_stored_grid(tensors, codes.shape, bits=bits, group_size=group_size, subtracted=subtracted)
+    return QuantizedLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
+
+
+def read_stored_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int, subtracted: int) -> Grid:
+    """All but the codes of such a layer of ``shape`` (in, out)."""
+    in_features, out_features = shape
+    groups = group_count(in_features, group_size)
+    _check_widths(in_features, out_features, bits)
+    check_shape("qzeros", tensors["qzeros"], (groups, out_features * bits // 32))
+    check_shape("scales", tensors["scales"], (groups, out_features))
+    group_index = sequential_groups(in_features, group_size)
+    if "g_idx" in tensors:
+        check_shape("g_idx", tensors["g_idx"], (in_features,))
+        if tensors["g_idx"].dtype not in (np.int32, np.int64):
+            raise FormatError(f"g_idx is {tensors['g_idx'].dtype}: this layout stores int32; the checkpoint is corrupt")
+        group_index = tensors["g_idx"].astype(np.int32)
+    stored = unpack(tensors["qzeros"], bits, axis=1).astype(np.int16)  # (groups, out)
+    return Grid(
+        scales=as_float("scales", tensors["scales"]),
+        zeros=(stored + np.int16(subtracted)) & np.int16(2**bits - 1),
+        group_index=group_index,
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+def write_stored(linear: QuantizedLinear, *, subtracted: int) -> dict[str, NDArray[Any]]:
+    """Write a layer with ``(z - subtracted) & mask`` in qzeros."""
+    partners = write_stored_grid(linear.grid, subtracted=subtracted)
+    tensors: dict[str, NDArray[Any]] = {CODES: pack(linear.codes, linear.bits, axis=0), **partners}
+    if linear.bias is not None:
+        tensors["bias"] = linear.bias.copy()
+    return tensors
+
+
+def write_stored_grid(grid: Grid, *, subtracted: int) -> dict[str, NDArray[Any]]:
+    """All but the codes of such a layer."""
+    _check_widths(grid.in_features, grid.out_features, grid.bits)
+    stored = (grid.zeros - np.int16(subtracted)) & np.int16(2**grid.bits - 1)
+    return {
+        "qzeros": pack(stored.astype(np.uint8), grid.bits, axis=1),
+        "scales": grid.scales.copy(),
+        "g_idx": grid.group_index.copy(),
+    }
+
+
+def suspect_zero_fields(qzeros: NDArray[Any], bits: int) -> NDArray[np.bool_]:
+    """Zero points that a faulty v1 writer may have overwritten.
+
+    AutoGPTQ 0.7.1 packs z - 1 without masking it: with z = 0 it ORs 0xFFFFFFFF shifted to the field's place, which
+    turns that field and everything above it in the word into ones. So every field is flagged that lies above another
+    one from whose start upwards the word is all ones; no damage escapes. A single all-ones field with anything else
+    above it proves a writer that masks, and then nothing is flagged. Without such a proof, a sound writer's zero points
+    of 0 at the end of a word look the same as damage: compare with the float weight, or quantize again.
+
+    Args:
+        qzeros: int32 (groups, words), as stored.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        bool (groups, out), True where a zero point cannot be trusted; always all False for symmetric layers.
+    """
+    run = values_per_run(bits)
+    step = run * bits // 32
+    words = qzeros.view(np.uint32)
+    suspect = np.zeros((words.shape[0], words.shape[1] * 32 // bits), dtype=bool)
+    for position in range(run):  # the places inside a run; the data is handled whole
+        word, start = divmod(position * bits, 32)
+        upwards = words[:, word::step] >> np.uint32(start)  # this field and everything above it
+        to_the_end = upwards == np.uint32(0xFFFFFFFF >> start)
+        if start + bits <= 32 and (((upwards & np.uint32(2**bits - 1)) == 2**bits - 1) & ~to_the_end).any():
+            return np.zeros_like(suspect)
+        for above in range(position + 1, run):
+            if above * bits // 32 != word:
+                break
+            suspect[:, above::run] |= to_the_end
+    return suspect
+
+
+def _check_widths(in_features: int, out_features: int, bits: int) -> None:
+    for name, width in (("in_features", in_features), ("out_features", out_features)):
+        if width * bits % 32:
+            raise FormatError(
+                f"{name}={width} does not fill whole 32-bit words at {bits} bits: it must be a multiple of "
+                f"{values_per_run(bits)}; leave the layer unquantized"
+            )

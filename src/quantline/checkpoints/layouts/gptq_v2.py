@@ -1,0 +1,53 @@
+"""GPTQ v2 (``checkpoint_format: gptq_v2``): GPTQ v1 with z itself in qzeros instead of z - 1.
+
+Shapes, dtypes, bit order and formula are those of `gptq`; a zero point of 0 needs no special case here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+from quantline.checkpoints.layouts.affine import Grid, QuantizedLinear
+from quantline.checkpoints.layouts.checks import Tensors
+from quantline.checkpoints.layouts.gptq import (
+    CODES,
+    TENSORS,
+    read_stored,
+    read_stored_grid,
+    write_stored,
+    write_stored_grid,
+)
+
+__all__ = ["CODES", "NAME", "TENSORS", "read", "read_grid", "write", "write_grid"]
+
+NAME = "gptq_v2"
+
+
+def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
+    """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
+
+    Raises:
+        FormatError: tensors missing or unknown, shapes that disagree, bits that the words do not hold.
+    """
+    return read_stored(tensors, bits=bits, group_size=group_size, subtracted=0)
+
+
+def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+    """Write one layer, keyed by suffix; g_idx is always written.
+
+    Raises:
+        FormatError: in or out does not fill whole 32-bit words.
+    """
+    return write_stored(linear, subtracted=0)
+
+
+def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
+    """All but the codes of a layer of ``shape`` (in, out); raises what `read` raises."""
+    return read_stored_grid(tensors, shape, bits=bits, group_size=group_size, subtracted=0)
+
+
+def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
+    """All but the codes of a layer; raises what `write` raises."""
+    return write_stored_grid(grid, subtracted=0)

@@ -1,0 +1,1 @@
+"""The three save formats of Ascend msModelSlim."""

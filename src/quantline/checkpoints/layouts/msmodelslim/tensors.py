@@ -1,0 +1,252 @@
+"""What the tensors of a msModelSlim folder are: quantized linears, tensors to carry over, copies, faults.
+
+Decided from names, headers and the description (see `msmodelslim_files`); only biases of norms are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantline.checkpoints.errors import FormatError
+from quantline.checkpoints.layouts.msmodelslim.codec import geometry
+from quantline.checkpoints.safetensors_file import TensorInfo, numpy_dtype, to_float32
+
+SAFE_TENSOR, ASCEND_V1, V1 = "safe_tensor", "ascendV1", "v1"
+SCHEMES = {"W4A16": 4, "W8A16": 8}
+FLOAT = "FLOAT"
+
+_PARTNERS = ("weight_scale", "weight_offset")
+_AGAIN = "save the model again"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a checkpoint cannot be read: the tensor (or module), the fact, the remedy."""
+
+    tensor: str
+    fact: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor}: {self.fact}: {self.remedy}"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One quantized linear.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: input columns per group; -1 per output channel.
+        packed: two codes a byte.
+        out_features, in_features: of the linear.
+        tensors: suffix ("weight", "weight_scale", "weight_offset") -> tensor name. Its bias, which stays float, is
+            among the carried tensors.
+    """
+
+    bits: int
+    group_size: int
+    packed: bool
+    out_features: int
+    in_features: int
+    tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a folder holds; nothing but headers and the biases of norms was read.
+
+    Attributes:
+        folder: where it is.
+        variant: "safe_tensor", "ascendV1" or "v1".
+        description: file name of the description.
+        files: tensor name -> file name, all tensors of the folder.
+        infos: tensor name -> dtype, shape and place in its file.
+        layers: module name -> quantized linear.
+        carried: output name -> source tensor, for everything that stays as it is.
+        dropped: source tensors that are neither: second copies and zero biases that anti-outlier m3 adds to norms.
+        float_linears: modules with a float weight matrix, embeddings left out (by "embed" or "wte" in the name).
+        refusals: everything that stands against reading it; only without any may `layers` be used.
+    """
+
+    folder: Path
+    variant: str
+    description: str
+    files: Mapping[str, str]
+    infos: Mapping[str, TensorInfo]
+    layers: Mapping[str, LayerPlan]
+    carried: Mapping[str, str]
+    dropped: tuple[str, ...]
+    float_linears: tuple[str, ...]
+    refusals: tuple[Fault, ...]
+
+
+@dataclass(eq=False)
+class Planner:
+    """One pass over the tensors of a folder; faults are collected, not raised."""
+
+    folder: Path
+    variant: str
+    description: str
+    files: Mapping[str, str]
+    infos: Mapping[str, TensorInfo]
+    schemes: Mapping[str, Any]
+    faults: list[Fault] = field(default_factory=list)
+    layers: dict[str, LayerPlan] = field(default_factory=dict)
+    carried: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)  # modules that have had their fault
+
+    def plan(self) -> Plan:
+        """Decide about every tensor."""
+        names = sorted(self.files)
+        for name in names:
+            module, _, suffix = name.rpartition(".")
+            if suffix in ("weight", *_PARTNERS):
+                self._linear(module)
+        used = {name for layer in self.layers.values() for name in layer.tensors.values()}
+        for name in names:
+            if name not in used and name.rpartition(".")[0] not in self.refused:
+                self._keep(name)
+        self._described_only()
+        floats = [
+            name.removesuffix(".weight")
+            for name in sorted(self.carried)
+            if name.endswith(".weight") and len(self.infos[self.carried[name]].shape) == 2
+        ]
+        return Plan(
+            folder=self.folder,
+            variant=self.variant,
+            description=self.description,
+            files=self.files,
+            infos=self.infos,
+            layers=self.layers,
+            carried=dict(sorted(self.carried.items())),
+            dropped=tuple(self.dropped),
+            float_linears=tuple(name for name in floats if "embed" not in name and not name.endswith("wte")),
+            refusals=tuple(self.faults),
+        )
+
+    def _linear(self, module: str) -> None:
+        """Decide whether a module is a quantized linear, and what stands against it."""
+        if module in self.layers or module in self.refused:
+            return
+        names = {suffix: f"{module}.{suffix}" for suffix in ("weight", *_PARTNERS)}
+        weight = self.infos.get(names["weight"])
+        present = [suffix for suffix in names if names[suffix] in self.infos]
+        scheme = self.schemes.get(names["weight"])
+        integer = weight is not None and weight.dtype in ("I8", "U8") and len(weight.shape) == 2
+        # m3 describes the vectors of wrapped norms by the scheme of the model; they are float all the same.
+        vector = weight is not None and len(weight.shape) == 1
+        if not integer and present == ["weight"] and (vector or scheme in (None, FLOAT)):
+            return
+        missing = [names[suffix] for suffix in names if suffix not in present]
+        if weight is not None and not integer:
+            fact = f"is described as {scheme!r} but stored as {weight.dtype} {weight.shape}"
+            found: Fault | LayerPlan = Fault(names["weight"], fact, _AGAIN)
+        elif missing and integer and scheme not in (*SCHEMES, FLOAT, None):
+            found = _unknown(names["weight"], scheme)
+        elif weight is None or missing:
+            found = Fault(module, f"is quantized, but lacks {', '.join(missing)}", "fetch all tensors, or " + _AGAIN)
+        else:
+            found = self._quantized(module, names, weight)
+        if isinstance(found, Fault):
+            self.refused.add(module)
+            self.faults.append(found)
+        else:
+            self.layers[module] = found
+
+    def _quantized(self, module: str, names: Mapping[str, str], weight: TensorInfo) -> Fault | LayerPlan:
+        """An int8 matrix with both partners."""
+        scale, offset = (self.infos[names[suffix]] for suffix in _PARTNERS)
+        described = [self.schemes[name] for name in names.values() if name in self.schemes]
+        schemes = described or [self.schemes.get("model_quant_type")]
+        scheme = next((other for other in schemes if other not in [*SCHEMES]), schemes[0])
+        if not isinstance(scheme, str) or scheme not in SCHEMES:
+            return _unknown(names["weight"], scheme)
+        if any(other != scheme for other in schemes):
+            return Fault(names["weight"], f"and its partners are described as {schemes}", "correct the description")
+        if scale.shape != offset.shape or {scale.dtype, offset.dtype} - {"F16", "BF16", "F32"} or weight.dtype != "I8":
+            fact = ", ".join(f"{names[s]} is {self.infos[names[s]].dtype} {self.infos[names[s]].shape}" for s in names)
+            return Fault(module, fact + "; expected int8 and two equal float shapes", _AGAIN)
+        bits = SCHEMES[scheme]
+        try:
+            shape = geometry(weight.shape, scale.shape, bits == 4 and self.variant == ASCEND_V1)
+        except FormatError as error:
+            return Fault(names["weight"], str(error), _AGAIN)
+        if shape.packed and bits != 4:
+            return Fault(names["weight"], f"holds two codes a byte, described as {scheme}", "correct the description")
+        if shape.packed and not described:
+            fact = "holds two codes a byte, and the description does not name it"
+            return Fault(names["weight"], fact, f"add it to {self.description}")
+        return LayerPlan(bits, shape.group_size, shape.packed, shape.out_features, shape.in_features, dict(names))
+
+    def _keep(self, name: str) -> None:
+        """A tensor outside quantized weights: carried over, dropped as a copy, or a fault."""
+        module, _, suffix = name.rpartition(".")
+        outer = module.removesuffix(".module")
+        if outer != module and self._is_vector(f"{module}.weight") and f"{outer}.weight" in self.infos:
+            if suffix == "weight":
+                self.carried[f"{outer}.weight"] = name
+                self.dropped.append(f"{outer}.weight")
+            elif suffix == "bias":
+                self._norm_bias(name)
+            else:
+                self.carried[name] = name
+            return
+        if suffix == "weight" and f"{module}.module.weight" in self.infos and self._is_vector(name):
+            return  # taken from X.module.weight
+        if suffix == "bias" and self._is_vector(f"{module}.weight"):
+            self._norm_bias(name)
+            return
+        scheme = self.schemes.get(name, FLOAT)
+        if scheme != FLOAT and (scheme not in SCHEMES or self.infos[name].dtype in ("I8", "U8")):
+            self.refused.add(module)
+            self.faults.append(_unknown(name, scheme))
+            return
+        self.carried[name] = name
+
+    def _is_vector(self, name: str) -> bool:
+        return name in self.infos and len(self.infos[name].shape) == 1
+
+    def _norm_bias(self, name: str) -> None:
+        info = self.infos[name]
+        raw = np.fromfile(self.folder / self.files[name], np.uint8, count=info.nbytes, offset=info.offset)
+        values = to_float32(raw.view(numpy_dtype(info.dtype)))
+        if values.any():
+            largest = float(np.abs(values).max())
+            fact = f"is the bias of a norm and not zero (largest magnitude {largest:.3g}); an RMSNorm cannot load it"
+            remedy = "quantize without the anti-outlier method that made it (m3 leaves zeros)"
+            self.faults.append(Fault(name, fact, remedy))
+        else:
+            self.dropped.append(name)
+
+    def _described_only(self) -> None:
+        """Tensors that the description promises and no file holds."""
+        for name, scheme in self.schemes.items():
+            module, _, suffix = name.rpartition(".")
+            if name in self.infos or not module or suffix not in ("weight", "bias", *_PARTNERS):
+                continue
+            if module in self.refused or not isinstance(scheme, str):
+                continue  # its module has a fault already, or this is no tensor
+            if suffix in _PARTNERS and module in self.layers:
+                continue
+            copied = module.removesuffix(".module")
+            if copied != module and f"{copied}.{suffix}" in self.infos:
+                continue  # ascendV1 leaves out the second copies of norms
+            if name == "lm_head.weight" and any("embed_tokens.weight" in other for other in self.infos):
+                continue  # tied to the embeddings
+            if suffix == "bias" and self._is_vector(f"{module}.weight"):
+                continue  # a zero bias that m3 would have added to a norm
+            fact = f"is described as {scheme} in {self.description}, and no weights file holds it"
+            self.faults.append(Fault(name, fact, "fetch all weights files, or " + _AGAIN))
+
+
+def _unknown(tensor: str, scheme: Any) -> Fault:
+    known = f"known are {', '.join(SCHEMES)} and {FLOAT}"
+    return Fault(tensor, f"has the scheme {scheme!r}; {known}", "quantize it with one of them, or leave it in float")

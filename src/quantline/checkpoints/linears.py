@@ -1,0 +1,88 @@
+"""The linears of a model, from its headers: which are quantized, at how many bits and in what groups.
+
+Quantized are the 2-D weights inside the decoder's layers but for embeddings, norms and routers, and the output layer where
+that is asked for. Rules by name make exceptions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from quantline.checkpoints.checkpoint import Checkpoint
+from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.core.errors import UserError
+
+LM_HEAD = "lm_head"
+_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.(.+)\.weight$")
+_NOT_LINEAR = re.compile(r"norm|embed|ln_|(?:^|\.)(?:gate|router|shared_expert_gate)$")
+
+
+def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of every linear of the decoder's layers, by name without `.weight`."""
+    found = {}
+    for name in checkpoint.names:
+        inside, shape = _IN_LAYER.search(name), checkpoint.info(name).shape
+        if inside and len(shape) == 2 and not _NOT_LINEAR.search(inside[1]):
+            found[name.removesuffix(".weight")] = (int(shape[1]), int(shape[0]))
+    return found
+
+
+def planned(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    *,
+    bits: int,
+    group_size: int,
+    rules: Sequence[Mapping[str, Any]] = (),
+    lm_head: bool = False,
+) -> dict[str, Width]:
+    """What to quantize and how, by name in the order of the checkpoint; linears that are not named stay float.
+
+    Args:
+        checkpoint: of the float model.
+        config: its config.json.
+        bits, group_size: of linears that no rule matches.
+        rules: mappings with `match` (a pattern of the full name, * and ? as in a shell) and `skip`, `bits` or
+            `group_size`; of those that match, the first one counts.
+        lm_head: whether the output layer is quantized too.
+
+    Raises:
+        UserError: a rule that matches nothing, rules that leave nothing, or an output layer that cannot be quantized.
+    """
+    names = list(linear_shapes(checkpoint))
+    if lm_head:
+        if config.get("tie_word_embeddings") or f"{LM_HEAD}.weight" not in checkpoint.names:
+            raise UserError(
+                "lm_head=quantized: the model's output layer is its embedding table (tied), which stays float; give "
+                "lm_head=float"
+            )
+        names.append(LM_HEAD)
+    unmatched = [rule["match"] for rule in rules if not any(fnmatchcase(name, rule["match"]) for name in names)]
+    if unmatched:
+        example = names[0] if names else "no linear"
+        raise UserError(
+            f"layers.rules: {', '.join(unmatched)} matches no linear of this model; names look like {example}"
+        )
+    widths = {}
+    for name in names:
+        rule = next((rule for rule in rules if fnmatchcase(name, rule["match"])), {})
+        if not rule.get("skip"):
+            own_bits, own_group = rule.get("bits"), rule.get("group_size")
+            widths[name] = Width(bits if own_bits is None else own_bits, group_size if own_group is None else own_group)
+    if names and not widths:
+        raise UserError(
+            "layers.rules: every linear is skipped, so nothing would be quantized; use method=float for that"
+        )
+    return widths
+
+
+def place_of(name: str) -> tuple[int, str]:
+    """Decoder layer and name inside it of a linear; -1 and the whole name for one outside."""
+    found = _PLACE.search(name)
+    return (int(found[1]), found[2]) if found else (-1, name)
+
+
+_PLACE = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")

@@ -1,0 +1,143 @@
+"""A model's config.json across the change of vocabulary from transformers 4 to 5.
+
+transformers 5 writes `rope_parameters` and `dtype` where 4.x reads `rope_theta`, `rope_scaling` and `torch_dtype`. The
+old library ignores what it does not know and takes its defaults: a model saved with a rotary base of 1e6 is read with
+10000 (seen with 4.52.4), without a word. So a toolchain on transformers 4 gets a translated copy of the config, never
+the file itself, and a result gets the source's own config back. Standard library only.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantline.core.errors import UserError
+
+# Values that say nothing about how a model computes.
+_NOT_COMPARED = frozenset(
+    {"architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"}
+)
+
+
+class ConfigTranslationError(UserError, ValueError):
+    """The older vocabulary cannot express this config."""
+
+
+def to_transformers4(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json in the vocabulary of transformers 4.52; one that is in it already comes back as an equal copy.
+
+    `rope_parameters` becomes `rope_theta`, `partial_rotary_factor` where given, and `rope_scaling` unless the type is
+    "default"; GPT-NeoX's own names are used for GPT-NeoX. `dtype` becomes `torch_dtype`. All else stays as it is.
+
+    Raises:
+        ConfigTranslationError: rotary parameters per layer type, which transformers 4.52 has no common form for.
+    """
+    result: dict[str, Any] = copy.deepcopy(dict(config))
+    if "dtype" in result:
+        result["torch_dtype"] = result.pop("dtype")
+    rope = result.pop("rope_parameters", None)
+    if rope is None:
+        return result
+    nested = sorted(key for key, value in rope.items() if isinstance(value, dict))
+    if nested:
+        raise ConfigTranslationError(
+            f"rope_parameters differ by layer type ({', '.join(nested)}), which toolchains on transformers 4 "
+            "cannot read: use a backend that needs no old toolchain, such as method=rtn"
+        )
+    neox = result.get("model_type") == "gpt_neox"
+    theta, fraction = rope.pop("rope_theta", None), rope.pop("partial_rotary_factor", None)
+    if theta is not None:
+        result["rotary_emb_base" if neox else "rope_theta"] = theta
+    if fraction is not None:
+        result["rotary_pct" if neox else "partial_rotary_factor"] = fraction
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    result.pop("rope_scaling", None)
+    if kind != "default":
+        result["rope_scaling"] = _rope_scaling(kind, rope, result)
+    return result
+
+
+def _rope_scaling(kind: str, rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    if config.get("model_type") != "phi3":
+        return {"rope_type": kind, **rope}
+    # Phi3's own check of 4.52 wants exactly these three keys, and the original length beside them.
+    if "original_max_position_embeddings" in rope:
+        config.setdefault("original_max_position_embeddings", rope["original_max_position_embeddings"])
+    return {"type": kind, **{key: rope[key] for key in ("short_factor", "long_factor") if key in rope}}
+
+
+def legacy_copy(model_dir: str | Path, into: Path) -> Path:
+    """Fill the folder `into` with links to all files of a model and a translated config.json; returns `into`.
+
+    Raises:
+        ConfigTranslationError: see `to_transformers4`.
+        OSError: no config.json, or `into` holds files of these names already.
+    """
+    model_dir = Path(model_dir).resolve()
+    config = to_transformers4(read_config(model_dir))
+    into.mkdir(parents=True, exist_ok=True)
+    for path in sorted(model_dir.iterdir()):
+        if path.name != "config.json":
+            (into / path.name).symlink_to(path)
+    write_config(into / "config.json", config)
+    return into
+
+
+def restore_config(source_config: Mapping[str, Any], saved_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a result: the source's own, plus what the toolchain's says about quantization and dtype.
+
+    Args:
+        source_config: of the float model, in whichever vocabulary.
+        saved_config: as saved by the toolchain; `quantization_config` and `torch_dtype` or `dtype` are taken from it.
+    """
+    result: dict[str, Any] = copy.deepcopy(dict(source_config))
+    if "quantization_config" in saved_config:
+        result["quantization_config"] = copy.deepcopy(saved_config["quantization_config"])
+    dtype = saved_config.get("dtype", saved_config.get("torch_dtype"))
+    if dtype is not None:
+        key = "dtype" if "dtype" in result else "torch_dtype"
+        result[key] = dtype
+        if "dtype" in result and "torch_dtype" in result:
+            result["torch_dtype"] = dtype
+    return result
+
+
+def misread_values(source_config: Mapping[str, Any], loaded_config: Mapping[str, Any]) -> list[str]:
+    """What a library on transformers 4 read otherwise than config.json says, rotary values first; for error messages.
+
+    Args:
+        source_config: of the model, in whichever vocabulary.
+        loaded_config: the library's config object as a dict.
+    """
+    expected = to_transformers4(source_config)
+    faults = [
+        f"{key} is {value!r} in config.json and was read as {loaded_config.get(key)!r}"
+        for key, value in expected.items()
+        if key not in _NOT_COMPARED and value is not None and loaded_config.get(key) != value
+    ]
+    return sorted(faults, key=lambda fault: (not fault.startswith(("rope", "rotary", "partial_rotary")), fault))
+
+
+def read_config(model_dir: str | Path) -> dict[str, Any]:
+    """The config.json of a model folder.
+
+    Raises:
+        UserError: there is none, or it is not a JSON object.
+    """
+    path = Path(model_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not readable JSON ({error}); download the model again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: is not a JSON object; download the model again")
+    return config
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Write JSON the way model folders hold it: indented by 2, keys in their order, a newline at the end."""
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

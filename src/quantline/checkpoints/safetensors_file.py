@@ -1,0 +1,264 @@
+"""The safetensors container: header, dtypes, atomic writing.
+
+A file is an unsigned 64-bit little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}`` with an
+optional ``__metadata__`` of strings, and the tensors' little-endian bytes without gaps (the safetensors format, v1).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.core.errors import CheckpointError
+from quantline.core.files import _unique_keys, read_json
+
+# The format itself limits headers to this, so that a corrupt length cannot ask for terabytes.
+MAX_HEADER_BYTES = 100_000_000
+
+_REMEDY = "the file is truncated or corrupt; fetch or write it again"
+
+# safetensors dtype -> (NumPy storage, name of the ml_dtypes type that gives it arithmetic)
+_DTYPES: dict[str, tuple[str, str | None]] = {
+    "BOOL": ("|b1", None),
+    "U8": ("|u1", None),
+    "I8": ("|i1", None),
+    "F8_E4M3": ("|u1", "float8_e4m3fn"),
+    "F8_E5M2": ("|u1", "float8_e5m2"),
+    "U16": ("<u2", None),
+    "I16": ("<i2", None),
+    "F16": ("<f2", None),
+    "BF16": ("<u2", "bfloat16"),
+    "U32": ("<u4", None),
+    "I32": ("<i4", None),
+    "F32": ("<f4", None),
+    "U64": ("<u8", None),
+    "I64": ("<i8", None),
+    "F64": ("<f8", None),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in its file.
+
+    Attributes:
+        dtype: safetensors name, such as "F16" or "BF16".
+        shape: its dimensions; () for a scalar.
+        offset: first byte, from the start of the file.
+        nbytes: number of bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@cache
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of a safetensors dtype.
+
+    bfloat16 and the float8 types are those of ml_dtypes. Where that package is missing they are one-field structured
+    dtypes over the raw bits (``[("BF16", "<u2")]``): arithmetic on them fails instead of treating bits as integers,
+    `to_float32` decodes bfloat16, and `write_safetensors` writes them back as what they are.
+    """
+    storage, extension = _DTYPES[name]
+    if extension is None:
+        return np.dtype(storage)
+    try:
+        extended: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), extension))
+        return extended
+    except ImportError:
+        return np.dtype([(name, storage)])
+
+
+@cache
+def safetensors_dtype(dtype: np.dtype[Any]) -> str:
+    """The safetensors name of a NumPy dtype.
+
+    Raises:
+        CheckpointError: the container has no such dtype.
+    """
+    for name in _DTYPES:
+        if numpy_dtype(name) == dtype:
+            return name
+    raise CheckpointError(f"dtype {dtype}: safetensors has no such dtype; convert the tensor first")
+
+
+def to_float32(array: NDArray[Any]) -> NDArray[np.float32]:
+    """The values as float32: exact for bfloat16, float16, float8 and booleans; 64-bit types may round.
+
+    Raises:
+        CheckpointError: float8 bits without the ml_dtypes package.
+    """
+    if safetensors_dtype(array.dtype) == "BF16":
+        # bfloat16 is the upper half of a float32; shifting bits is also faster than ml_dtypes' own conversion.
+        bits = array.view(np.uint16).astype(np.uint32)
+        np.left_shift(bits, np.uint32(16), out=bits)
+        return bits.view(np.float32)
+    if array.dtype.names is not None:
+        raise CheckpointError(f"{array.dtype.names[0]} tensors need the ml_dtypes package to be decoded: install it")
+    return array.astype(np.float32, copy=False)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check a safetensors header; the tensors themselves are not read.
+
+    Returns:
+        tensor name -> `TensorInfo`, in the order of the data.
+
+    Raises:
+        CheckpointError: anything about the file is inconsistent.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise CheckpointError(f"{path}: {size} bytes cannot hold a safetensors header: {_REMEDY}")
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{path}: a header of {length} bytes in a file of {size} bytes: {_REMEDY}")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}): check the path and its permissions"
+        ) from error
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is not valid JSON ({error}): {_REMEDY}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is not a JSON object: {_REMEDY}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ is not a mapping of strings: {_REMEDY}")
+    start = 8 + length
+    infos = {name: _tensor_info(path, name, entry, start) for name, entry in header.items()}
+    ordered = dict(sorted(infos.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    position = start
+    for name, info in ordered.items():
+        if info.offset != position:
+            raise CheckpointError(
+                f"{path}: tensor {name} starts at byte {info.offset}, the data before it ends at {position}: {_REMEDY}"
+            )
+        position += info.nbytes
+    if position != size:
+        raise CheckpointError(f"{path}: the header describes {position} bytes, the file has {size}: {_REMEDY}")
+    return ordered
+
+
+def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise CheckpointError(f"{path}: tensor {name} has dtype {dtype!r}: known are {', '.join(_DTYPES)}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{path}: tensor {name} has shape {shape!r} and data_offsets {offsets!r}: {_REMEDY}")
+    nbytes = math.prod(shape) * np.dtype(_DTYPES[dtype][0]).itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        raise CheckpointError(
+            f"{path}: tensor {name} of {dtype} {tuple(shape)} needs {nbytes} bytes, "
+            f"its data_offsets {offsets} give {offsets[1] - offsets[0]}: {_REMEDY}"
+        )
+    return TensorInfo(dtype, tuple(shape), start + offsets[0], nbytes)
+
+
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a file completely or not at all; equal tensors give equal bytes.
+
+    The data goes to ``<path>.tmp`` beside the target, is flushed to disk and renamed into place, so that a reader never
+    sees half a file and a hard link to an older version keeps its content.
+
+    Args:
+        path: the file; its folder exists.
+        tensors: name -> array. Taken one at a time, widest items first and then by name: every tensor is aligned.
+        metadata: strings for ``__metadata__``, in addition to ``format: pt`` that loaders ask for.
+
+    Raises:
+        CheckpointError: a dtype or a name that the container does not have.
+        OSError: the disk; nothing is left behind.
+    """
+    if "__metadata__" in tensors:
+        raise CheckpointError(f"{path}: __metadata__ is no tensor name: rename the tensor")
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    position = 0
+    for name in names:
+        array = tensors[name]
+        header[name] = {
+            "dtype": safetensors_dtype(array.dtype),
+            "shape": list(array.shape),
+            "data_offsets": [position, position + array.nbytes],
+        }
+        position += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for name in names:
+                little = np.ascontiguousarray(tensors[name])
+                file.write(little.reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself reaches the disk only with its folder.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_index(index: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """Every tensor's file and place, both sorted by file or name.
+
+    Returns:
+        tensor name -> file name; tensor name -> `TensorInfo`.
+
+    Raises:
+        CheckpointError: an index that does not agree with its shards or names files outside its folder, a missing or
+            damaged shard.
+    """
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index}: has no weight_map of tensor to file names: fetch or write it again")
+    infos: dict[str, TensorInfo] = {}
+    for shard in sorted(set(shards.values())):
+        # A plain name only: an index must not reach files outside its own folder.
+        if shard in ("", ".", "..") or any(char in shard for char in "/\\\0"):
+            raise CheckpointError(f"{index}: {shard!r} is not a plain file name: do not use this checkpoint")
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index}: shard {shard} is missing: fetch it again")
+        header = read_header(index.parent / shard)
+        listed = {name for name, file in shards.items() if file == shard}
+        for name in sorted(listed ^ set(header)):
+            fact = "lists {} in {}, which does not hold it" if name in listed else "does not list {} of {}"
+            raise CheckpointError(f"{index}: {fact.format(name, shard)}: index and shards are of different versions")
+        infos.update(header)
+    return {name: shards[name] for name in sorted(shards)}, infos

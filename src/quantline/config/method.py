@@ -1,0 +1,82 @@
+"""The quantization methods and their options, under the names that their libraries and papers use."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from quantline.config.section import Section
+
+
+class AwqMethod(Section):
+    """Activation-aware weight quantization (arXiv:2306.00978)."""
+
+    name: Literal["awq"]
+    zero_point: bool
+    version: Literal["gemm", "gemv", "exllama"]
+    clip: bool
+
+
+class GptqMethod(Section):
+    """GPTQ (arXiv:2210.17323); activation_bits=8 also quantizes what goes into each linear, per token."""
+
+    name: Literal["gptq"]
+    damp_percent: float = Field(gt=0.0, lt=1.0)
+    desc_act: bool
+    sym: bool
+    true_sequential: bool
+    static_groups: bool
+    activation_bits: Literal[8] | None = None
+
+
+class RtnMethod(Section):
+    """Round to nearest; activation_bits as for GPTQ."""
+
+    name: Literal["rtn"]
+    sym: bool
+    activation_bits: Literal[8] | None = None
+
+
+class BnbMethod(Section):
+    """NF4 and FP4 (arXiv:2305.14314) and LLM.int8 (arXiv:2208.07339): a type for quick loading, no calibration."""
+
+    name: Literal["bnb"]
+    quant_type: Literal["nf4", "fp4"]
+    double_quant: bool
+
+
+class AutoRoundMethod(Section):
+    """Rounding learned by signed gradient descent (arXiv:2309.05516)."""
+
+    name: Literal["autoround"]
+    sym: bool
+    iters: int = Field(ge=0)
+    batch_size: int = Field(ge=1)
+
+
+class FloatMethod(Section):
+    """No quantization: the baseline."""
+
+    name: Literal["float"]
+
+
+Method = Annotated[
+    AwqMethod | GptqMethod | RtnMethod | BnbMethod | AutoRoundMethod | FloatMethod, Field(discriminator="name")
+]
+Backend = Literal["auto", "autoawq", "auto_gptq", "gptqmodel", "llmcompressor", "bitsandbytes", "autoround", "native"]
+
+
+class LayerRule(Section):
+    """What holds for the linears whose full name matches: left in float, or other bits or groups than the rest."""
+
+    match: str = Field(min_length=1)
+    skip: bool = False
+    bits: int | None = None
+    group_size: int | None = None
+
+
+class LayersConfig(Section):
+    """Rules by name; of those that match a linear the first one counts."""
+
+    rules: list[LayerRule]

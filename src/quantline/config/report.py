@@ -1,0 +1,50 @@
+"""The options of the report: which variant it recommends, and why."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from quantline.config.section import Section
+
+# Columns of the variants' table by which a variant can be judged; see `report.tables`.
+Judged = Literal[
+    "perplexity", "difference_percent", "difference_low_percent", "difference_high_percent", "kl_divergence",
+    "kl_divergence_high", "top1_agreement", "top1_agreement_low", "identical_generations", "recovery_lowest",
+    "recovery_lowest_low", "tasks_passed", "alarms", "served", "size_bytes", "compression_ratio",
+    "weights_memory_bytes", "output_tokens_per_second", "speed_up", "slower_than_float", "load_seconds",
+    "quantize_seconds", "quantize_peak_bytes", "output_error_max",
+]  # fmt: skip
+
+
+class Rule(Section):
+    """What a column must be; `missing` says what becomes of a variant for which it was not measured."""
+
+    column: Judged
+    at_most: float | None = None
+    at_least: float | None = None
+    equals: bool | None = None
+    missing: Literal["fail", "pass"]
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Rule:
+        if sum(limit is not None for limit in (self.at_most, self.at_least, self.equals)) != 1:
+            raise ValueError("give exactly one of at_most, at_least and equals")
+        return self
+
+
+class Preference(Section):
+    """A criterion among variants that meet every rule."""
+
+    column: Judged
+    best: Literal["lowest", "highest"]
+    within_percent: float = Field(ge=0)
+
+
+class ReportConfig(Section):
+    """See `report.recommendation`."""
+
+    rules: dict[str, Rule]
+    prefer: list[Preference]
+    worst_layers: int = Field(ge=1)

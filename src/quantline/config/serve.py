@@ -1,0 +1,42 @@
+"""Options of the serving target."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from quantline.config.section import Section
+
+
+class SmokeConfig(Section):
+    """The fixed greedy questions of the serving check."""
+
+    max_tokens: int = Field(ge=1)
+    prompts: list[str] = Field(min_length=1)
+    chat_prompts: list[str]
+
+
+class ProcessConfig(Section):
+    """How the server runs here; no part of a variant's identity."""
+
+    host: str
+    port: int | None = Field(ge=1, le=65535)
+    startup_timeout_seconds: float = Field(gt=0)
+    request_timeout_seconds: float = Field(gt=0)
+    kv_cache_gib: float | None = Field(gt=0)
+    gpu_memory_utilization: float = Field(gt=0, le=1)
+    tensor_parallel_size: int = Field(ge=1)
+    concurrency: int = Field(ge=1)
+    extra_args: list[str]
+
+
+class ServeConfig(Section):
+    """The serving target."""
+
+    runtime: Literal["vllm"]
+    max_model_len: int = Field(ge=16)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    enforce_eager: bool
+    smoke: SmokeConfig
+    process: ProcessConfig

@@ -1,0 +1,92 @@
+"""A checkpoint whose layout already is the wanted one: its files are carried over, and hashed in one reading."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from quantline.checkpoints.safetensors_file import TensorInfo, read_header
+from quantline.conversion.config_files import carry_file
+from quantline.conversion.errors import ConversionError
+from quantline.conversion.facts import LayerFacts
+from quantline.conversion.plan import examine
+from quantline.conversion.proof import CarriedProof, LinearProof, Proof
+from quantline.conversion.source import Source
+from quantline.core.errors import UserError
+from quantline.core.files import sha256_of
+
+_CHUNK = 1 << 22
+
+
+def facts_of_kept(source: Source, threads: int) -> Mapping[str, LayerFacts]:
+    """What the linears' scales and zero points say.
+
+    Raises:
+        ConversionError: all that is amiss with the checkpoint.
+    """
+    facts, faults = examine(source, source.layout, requantize=False, threads=threads)
+    if source.faults or faults or not facts:
+        raise ConversionError(
+            [*source.faults, *faults] or ["it holds no quantized linear; give a quantized checkpoint"]
+        )
+    return facts
+
+
+def keep(source: Source, facts: Mapping[str, LayerFacts], out: Path, notes: list[str]) -> Proof:
+    """Carry every file over.
+
+    Raises:
+        UserError: a file changed meanwhile.
+    """
+    weights = set(source.tensors.files.values())
+    files: dict[str, str] = {}
+    tensors: dict[str, str] = {}
+    for path in sorted(path for path in source.folder.iterdir() if path.is_file()):
+        target = out / path.name
+        carry_file(path, target)
+        infos = read_header(target) if path.name in weights else {}
+        files[path.name], own = hashes_of(target, infos)
+        tensors.update(own)
+        # A second name for the same file has its bytes.
+        if not target.samefile(path) and sha256_of(path) != files[path.name]:
+            raise UserError(f"{path.name}: changed while it was carried over; run it again")
+    linears = [_kept(source, name, fact, tensors) for name, fact in sorted(facts.items())]
+    carried = [
+        CarriedProof(name, old, tensors[old], source.tensors.infos[old].nbytes) for name, old in source.carried.items()
+    ]
+    return Proof(source.kind, source.layout, False, linears, carried, {}, {}, notes, files)
+
+
+def _kept(source: Source, name: str, fact: LayerFacts, tensors: Mapping[str, str]) -> LinearProof:
+    layer = source.layers[name]
+    return LinearProof(
+        name, layer.bits, layer.group_size, layer.in_features, layer.out_features, fact.symmetric, "equal", 0.0,
+        sha256={suffix: tensors[old] for suffix, old in layer.tensors.items()},
+    )  # fmt: skip
+
+
+def hashes_of(path: Path, infos: Mapping[str, TensorInfo]) -> tuple[str, dict[str, str]]:
+    """SHA-256 of a file and of the bytes of each of its tensors, from one reading.
+
+    The file's own is computed in a second thread.
+    """
+    whole = hashlib.sha256()
+    digests: dict[str, Any] = {name: hashlib.sha256() for name in infos}
+    places = sorted((info.offset, info.offset + info.nbytes, name) for name, info in infos.items())
+    first, position = 0, 0
+    with path.open("rb") as file, ThreadPoolExecutor(1) as pool:
+        while chunk := file.read(_CHUNK):
+            job = pool.submit(whole.update, chunk)
+            end, view = position + len(chunk), memoryview(chunk)
+            while first < len(places) and places[first][1] <= position:
+                first += 1
+            for start, stop, name in places[first:]:
+                if start >= end:
+                    break
+                digests[name].update(view[max(0, start - position) : stop - position])
+            job.result()
+            position = end
+    return whole.hexdigest(), {name: digest.hexdigest() for name, digest in digests.items()}

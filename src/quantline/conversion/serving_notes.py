@@ -1,0 +1,80 @@
+"""What is known against serving a converted checkpoint, told before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quantline.checkpoints.layouts.registry import MSMODELSLIM, family
+from quantline.checkpoints.quantization_config import LayerSettings
+from quantline.conversion.errors import ConversionError
+from quantline.conversion.facts import LayerFacts
+from quantline.conversion.source import Source
+from quantline.serving.checkpoint_facts import facts_of_layers, fused_apart
+from quantline.serving.rules import CheckpointFacts, Target, Verdict, verdicts
+
+# Linears named in a note; a model has hundreds.
+_NAMED = 8
+
+
+def serving_notes(
+    target: Target,
+    source: Source,
+    layout: str,
+    settings: Mapping[str, Any],
+    facts: Mapping[str, LayerFacts],
+    *,
+    must_serve: bool,
+) -> list[str]:
+    """What the target will not load of the result, and what it makes of it otherwise than stored.
+
+    Args:
+        target: what is to serve it.
+        source: the checkpoint.
+        layout: of the result.
+        settings: its quantization_config.
+        facts: of its linears.
+        must_serve: raise the former.
+
+    Raises:
+        ConversionError: something is known against it, and it must serve.
+    """
+    linears = _settings_of(source, layout, facts)
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in source.layers.items()}
+    for name in source.float_linears:
+        out_features, in_features = source.tensors.infos[source.carried[f"{name}.weight"]].shape
+        shapes[name] = (in_features, out_features)
+    if family(layout) == MSMODELSLIM:
+        known = [CheckpointFacts(MSMODELSLIM)]
+    else:
+        known = facts_of_layers(
+            settings, linears, shapes, heads=source.config.get("num_attention_heads"),
+            tensor_parallel_size=target.tensor_parallel_size,
+        )  # fmt: skip
+    apart = [name for names in fused_apart(linears, shapes) for name in names]
+    where = f"{target.runtime} {target.version} on {target.device}"
+    against = [
+        f"{where} will not serve it: {found.reason}{_named(found, apart)}; {found.remedy}"
+        for one in known for found in verdicts(target, one)
+    ]  # fmt: skip
+    against = list(dict.fromkeys(against))
+    if against and must_serve:
+        raise ConversionError([f"convert.for={target.runtime}: {note}" for note in against])
+    wide = sum(fact.scale_dtype == "F32" for fact in facts.values())
+    if wide and layout == "compressed_tensors":
+        against.append(f"{where} rounds scales to the dtype that it computes in; {wide} linears have float32 scales")
+    return against
+
+
+def _settings_of(source: Source, layout: str, facts: Mapping[str, LayerFacts]) -> dict[str, LayerSettings]:
+    if layout == source.layout and source.info is not None:
+        return {name: source.info.of(name) for name in source.layers}
+    symmetric = all(fact.symmetric for fact in facts.values())
+    return {name: LayerSettings(one.bits, one.group_size, symmetric) for name, one in source.layers.items()}
+
+
+def _named(found: Verdict, apart: Sequence[str]) -> str:
+    if found.rule_id != "fused-layers-differ":
+        return ""
+    more = f" and {len(apart) - _NAMED} more" if len(apart) > _NAMED else ""
+    return f" ({', '.join(apart[:_NAMED])}{more})"

@@ -1,0 +1,1 @@
+"""Errors, files, progress, GPUs, secrets, words for messages. Imported by anybody; imports nothing of ours."""

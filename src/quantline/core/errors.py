@@ -1,0 +1,62 @@
+"""Errors that a user can mend.
+
+Every message says what was given, what is allowed and what to do. The stage entrypoints print it without a traceback and
+exit with `exit_code`; anything else that escapes is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class QuantlineError(Exception):
+    """A failure with a message meant for the user."""
+
+    exit_code = 1
+
+
+class UserError(QuantlineError):
+    """Something the user gave cannot work: a value, a file, a combination."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """One or more faults of a configuration, all of them found before it is raised."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        head = "the configuration has a fault" if len(faults) == 1 else f"the configuration has {len(faults)} faults"
+        super().__init__("\n".join([f"{head}:", *(f"  {fault}" for fault in faults)]))
+
+
+class DiskFullError(UserError):
+    """There is no room for what was to be written."""
+
+    exit_code = 1
+
+
+class DifferentError(QuantlineError):
+    """What was made again is not what was recorded."""
+
+
+class GateError(QuantlineError):
+    """A variant does not show what is asked for before it is promoted."""
+
+
+class WorkerError(QuantlineError):
+    """A worker process failed; the message names its log."""
+
+
+class ServerError(QuantlineError):
+    """The inference server could not be started, died or gave an answer that cannot be accepted."""
+
+
+class TrackingError(QuantlineError):
+    """The tracking server could not be reached; never fatal to a stage."""
+
+    exit_code = 75  # EX_TEMPFAIL: the same command works later
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint is not what it should be. The message names the file, the fact and the remedy."""

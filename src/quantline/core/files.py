@@ -1,0 +1,116 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantline.core.errors import CheckpointError, DiskFullError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Where the disk of `folder` has no room for what the block writes, that is said.
+
+    Raises:
+        DiskFullError: that.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise disk_full(folder) from error
+        raise
+
+
+@contextmanager
+def passing(folder: Path) -> Iterator[Path]:
+    """An empty `folder` for the time of the block; what is in it afterwards, or was before, is gone.
+
+    Raises:
+        DiskFullError: that.
+    """
+    try:
+        with room(folder.parent):
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            folder.mkdir(parents=True)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """An empty folder `<out>.tmp` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    An `out` that exists already stays as it is until then.
+
+    Raises:
+        DiskFullError: that.
+    """
+    old = out.with_name(out.name + ".old")
+    with passing(out.with_name(out.name + ".tmp")) as temporary:
+        if old.exists() and not out.exists():  # an earlier run was killed between the two renames below
+            os.replace(old, out)
+        shutil.rmtree(old, ignore_errors=True)
+        yield temporary
+        if out.exists():
+            os.replace(out, old)
+        os.replace(temporary, out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def disk_full(folder: Path) -> DiskFullError:
+    """The error for a disk without room for what goes to `folder`."""
+    free = shutil.disk_usage(folder).free if folder.exists() else 0
+    return DiskFullError(f"{folder}: the disk is full ({free / 2**30:.2f} GiB free); make room and run it again")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not readable JSON ({error}): fetch or write it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: is not a JSON object: fetch or write it again")
+    return content
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return keys
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON under a temporary name and move it into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=True)
+            file.write("\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

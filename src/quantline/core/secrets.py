@@ -1,0 +1,52 @@
+"""Secrets are taken out of everything that is kept or shown."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+from urllib.parse import unquote
+
+SECRET_KEY = re.compile(r"(^|_)(password|secret|api_key|access_key)$|^token$|(hf|auth|access)_token$", re.IGNORECASE)
+SECRET_VARIABLES = (
+    "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+)  # fmt: skip
+
+
+class Scrubber:
+    """Takes credentials out of text: those of `uri`, of the environment, and whatever looks like user:password@."""
+
+    def __init__(self, uri: str) -> None:
+        _, mark, rest = uri.partition("://")
+        userinfo, at, _ = ("", "", rest) if uri.startswith("sqlite:///") else rest.rpartition("@")
+        secrets = [os.environ.get(name, "") for name in SECRET_VARIABLES]
+        self._userinfo = f"{mark}{userinfo}{at}" if at else ""
+        if at:
+            password = userinfo.partition(":")[2]
+            secrets += [password, unquote(password)]
+        # Shorter ones would blank out half of every message, and are no secret.
+        self._secrets = [secret for secret in secrets if len(secret) >= 4]
+
+    def __call__(self, text: str) -> str:
+        """`text` with `***` in the place of credentials."""
+        if self._userinfo:
+            text = text.replace(self._userinfo, "://***@")
+        text = re.sub(r"://[^/\s'\"@]+@", "://***@", text)
+        text = re.sub(r"(?i)\b(password|passwd|token|secret)=[^&\s'\"]+", r"\1=***", text)
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def value(self, value: Any) -> Any:
+        """The same for nested plain values; a string under a key such as `password` goes altogether."""
+        if isinstance(value, str):
+            return self(value)
+        if isinstance(value, list):
+            return [self.value(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self._entry(str(key), item) for key, item in value.items()}
+        return value
+
+    def _entry(self, key: str, item: Any) -> Any:
+        return "***" if isinstance(item, str) and item and SECRET_KEY.search(key) else self.value(item)

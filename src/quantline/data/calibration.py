@@ -1,0 +1,184 @@
+"""Calibration data: texts become token ids once, and every method and backend calibrates on exactly those ids.
+
+`sampling` fixes which documents are taken and how they are cut; here they are read, tokenized and written down.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.checkpoints.checkpoint import read_header, write_safetensors
+from quantline.core.errors import ConfigError, UserError
+from quantline.core.files import building, sha256_of, write_json
+from quantline.core.progress import Progress, bar
+from quantline.data import hub
+from quantline.data.documents import Document, format_of, read_documents
+from quantline.data.sampling import PACKINGS, CalibrationSpec, Quota, SourceSpec, draw, shares
+from quantline.data.tokenizer import TextEncoder
+
+TOKENS_NAME = "tokens.safetensors"
+MANIFEST_NAME = "manifest.json"
+_BATCH = 64  # documents tokenized at once: large enough for the tokenizer's threads, small enough to stop early
+
+
+def tokens_sha256(input_ids: NDArray[np.int32]) -> str:
+    """SHA-256 over ``"int32 <n>x<seq_len>\\n"`` and the ids' little-endian bytes."""
+    digest = hashlib.sha256(f"int32 {'x'.join(map(str, input_ids.shape))}\n".encode())
+    digest.update(np.ascontiguousarray(input_ids, dtype="<i4").tobytes())
+    return digest.hexdigest()
+
+
+def load(folder: Path) -> tuple[NDArray[np.int32], dict[str, Any]]:
+    """The ids, int32 (n_samples, seq_len), and the manifest that `build` wrote.
+
+    Raises:
+        UserError: something is missing, or the ids are not those of the manifest.
+    """
+    path = folder / TOKENS_NAME
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        info = read_header(path)["input_ids"]
+        ids = np.fromfile(path, dtype="<i4", offset=info.offset, count=info.nbytes // 4).reshape(info.shape)
+        tokens = ids.astype(np.int32, copy=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder}: holds no complete calibration data ({error}); run the stage calibrate again"
+        ) from error
+    if tokens_sha256(tokens) != manifest.get("input_ids_sha256"):
+        raise UserError(f"{folder}: {TOKENS_NAME} is not what {MANIFEST_NAME} describes; run the stage calibrate again")
+    return tokens, manifest
+
+
+def build(model_dir: Path, spec: CalibrationSpec, out: Path) -> dict[str, Any]:
+    """Write `tokens.safetensors` (`input_ids`, int32, (n_samples, seq_len)) and `manifest.json` to `out`.
+
+    Equal inputs give equal bytes: neither file holds a time or an absolute path. `out` appears complete or not at all.
+
+    Returns:
+        the manifest, and `seconds`.
+
+    Raises:
+        ConfigError: options out of range, all of them at once.
+        UserError: a source, a row or the tokenizer cannot be used, or there is too little text; nothing is written.
+    """
+    started = time.perf_counter()
+    _check(spec)
+    encoder = TextEncoder.load(model_dir, chat=spec.chat_template)
+    if encoder.max_length is not None and spec.seq_len > encoder.max_length:
+        raise UserError(f"calibration.seq_len={spec.seq_len}: the model takes {encoder.max_length} tokens at most")
+    counts = shares({source.name: source.weight for source in spec.sources}, spec.n_samples)
+    separator = None if spec.chat_template or spec.packing == "document" else encoder.separator
+    quotas = [Quota(source, spec, counts[source.name], separator) for source in spec.sources if counts[source.name]]
+    with bar("tokenizing") as progress:
+        for quota in quotas:
+            _fill(quota, encoder, progress, sum(len(other.samples) for other in quotas))
+    samples = {(quota.source.name, index): row for quota in quotas for index, row in enumerate(quota.samples)}
+    order = sorted(samples, key=lambda sample: draw(spec.seed, "sample", *sample))
+    ids = np.array([samples[sample] for sample in order], dtype=np.int64)
+    if ids.max() >= encoder.vocab_size:
+        known = f"the model's vocabulary has {encoder.vocab_size}"
+        raise UserError(f"{model_dir}: the tokenizer gives id {ids.max()}, {known}: use the tokenizer of this model")
+    tokens = ids.astype(np.int32)
+    manifest = {
+        "schema": 1,
+        "input_ids_sha256": tokens_sha256(tokens),
+        "total_tokens": int(tokens.size),
+        "options": {key: value for key, value in asdict(spec).items() if key != "sources"},
+        "separator_id": separator,
+        "tokenizer_sha256": encoder.sha256,
+        "sources": {quota.source.name: quota.summary() for quota in quotas},
+    }
+    with building(out) as folder:
+        write_safetensors(folder / TOKENS_NAME, {"input_ids": tokens})
+        write_json(folder / MANIFEST_NAME, manifest)
+    return {**manifest, "seconds": time.perf_counter() - started}
+
+
+def _check(spec: CalibrationSpec) -> None:
+    faults = [
+        f"calibration.{name}={value}: must be at least 1"
+        for name, value in (("n_samples", spec.n_samples), ("seq_len", spec.seq_len))
+        if value < 1
+    ]
+    if spec.packing not in PACKINGS:
+        faults.append(f"calibration.packing={spec.packing}: allowed are {' and '.join(PACKINGS)}")
+    names = [source.name for source in spec.sources]
+    if not names or len(set(names)) < len(names):
+        faults.append(f"calibration.sources: needs at least one source, each with its own name, got {names}")
+    for source in spec.sources:
+        key = f"calibration.sources.{source.name}"
+        if not math.isfinite(source.weight) or source.weight < 0:
+            faults.append(f"{key}.weight={source.weight}: must be a finite number, zero or more")
+        if source.path is None and (source.repo is None or source.file is None):
+            remedy = "calibration.path=FILE" if len(spec.sources) == 1 else f"{key}.path=FILE"
+            faults.append(f"{key}: names neither a path nor a repo with a file; give {remedy}")
+    if names and not sum(source.weight for source in spec.sources) > 0:
+        faults.append("calibration.sources: all weights are zero; give one source a weight above zero")
+    if faults:
+        raise ConfigError(faults)
+
+
+def _locate(source: SourceSpec) -> tuple[Path, str, tuple[str, ...], dict[str, Any]]:
+    """File, format, text fields and, for the manifest, the origin of a source."""
+    key = f"calibration.sources.{source.name}"
+    if source.path is not None:
+        path = Path(source.path).expanduser()
+        if not path.is_file():
+            fact = "is no file" if path.exists() else "does not exist"
+            raise UserError(f"{key}.path={source.path}: {fact} (looked in {Path.cwd()}); give an existing file")
+        fields = (source.text_field, "text") if source.repo else (source.text_field,)
+        origin: dict[str, Any] = {"file": path.name}
+    else:
+        repo = hub.HubRepo(
+            str(source.repo), source.revision, "dataset", key, f"or give a local file with {key}.path=FILE"
+        )
+        path = hub.fetch_file(repo, str(source.file))
+        fields = (source.text_field,)
+        origin = {"repo": source.repo, "revision": source.revision, "file": source.file}
+    return (
+        path,
+        format_of(path, source.format),
+        tuple(dict.fromkeys(fields)),
+        {**origin, "file_sha256": sha256_of(path)},
+    )
+
+
+def _fill(quota: Quota, encoder: TextEncoder, progress: Progress, done: int) -> None:
+    source, spec = quota.source, quota.spec
+    path, format_name, fields, quota.origin = _locate(source)
+    documents: list[Document] = []
+    empty: list[int] = []
+    for document in islice(read_documents(path, format_name, fields), spec.max_documents):
+        quota.read += 1
+        if document.empty:
+            empty.append(document.line)
+        else:
+            documents.append(document)
+    quota.empty = len(empty)
+    if empty and not spec.skip_empty:
+        lines = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        remedy = "remove them or set calibration.skip_empty=true"
+        raise UserError(f"{path}: {len(empty)} of {quota.read} rows are empty (lines {lines}); {remedy}")
+    if not documents:
+        raise UserError(f"{path}: has no text ({quota.read} rows, {quota.empty} of them empty); give a file with text")
+    documents.sort(key=lambda document: draw(spec.seed, source.name, document.line))
+    for start in range(0, len(documents), _BATCH):
+        batch = documents[start : start + _BATCH]
+        for document, ids in zip(batch, encoder.encode(batch, path), strict=True):
+            quota.add(document, ids)
+        progress.update(done + len(quota.samples), spec.n_samples, source.name)
+        if quota.full:
+            return
+    quota.add_later_pieces()
+    if not quota.full:
+        raise quota.too_little(path)

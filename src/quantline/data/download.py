@@ -1,0 +1,216 @@
+"""The float model: a pinned commit of a hub's repository, or a folder, brought to one folder of checked plain files."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantline.checkpoints.checkpoint import Checkpoint
+from quantline.checkpoints.companions import TOKENIZER, VOCABULARIES
+from quantline.core.errors import UserError
+from quantline.core.files import building, sha256_of
+from quantline.core.progress import bar
+from quantline.data import hub
+
+WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+OTHERS = ("config.json", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+CODE = ("*.py",)
+_REMEDY = "or give a folder with model.path=DIR"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a float model comes from: exactly one of `repo` and `path`.
+
+    repo: `owner/name` on the hub. revision: its commit, 40 hex digits. path: a folder; a relative one starts at the
+    working directory. allow_pickle: take pickled weights where there are no safetensors; loading them can run code.
+    trust_remote_code: accept a model that brings its own Python code, and take that code along.
+    """
+
+    repo: str | None
+    revision: str | None
+    path: str | None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+def model_name(source: ModelSource) -> str:
+    """A name for a model: the last part of the repository or of the path, `model` itself being too common to be one."""
+    parts = [part for part in (source.repo or source.path or "").replace("\\", "/").split("/") if part not in ("", ".")]
+    named = [part for part in parts if part not in ("..", "model")] or parts
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", named[-1]).strip("-.") if named else "model"
+
+
+def fetch(source: ModelSource, out: Path) -> dict[str, Any]:
+    """Bring a model to `out` and check it. `out` appears complete or not at all and holds plain files, no links.
+
+    Safetensors weights, configuration, tokenizer, chat template and licence are taken, nothing else.
+
+    Returns:
+        `repo`, `revision` (both None for a folder), `weights` ("safetensors" or "pickle"), `architecture`,
+        `model_type`, `files` (name -> `sha256` in hexadecimal and `bytes`), `bytes` (their sum), `sha256` (one hash
+        over the files' names and hashes) and `seconds`.
+
+    Raises:
+        UserError: the source cannot be had, or what came is not a complete, safe model.
+    """
+    started = time.perf_counter()
+    if (source.repo is None) == (source.path is None):
+        given = "both model.repo and model.path are set" if source.repo else "neither model.repo nor model.path is set"
+        raise UserError(f"{given}: give model.path=DIR, or model.repo=OWNER/NAME and model.revision=COMMIT")
+    label = f"{source.repo}@{source.revision}" if source.repo else str(source.path)
+    with building(out) as folder:
+        if source.path is not None:
+            hashes = _from_folder(source, Path(source.path), folder, out)
+        else:
+            hashes = _from_hub(source, str(source.repo), folder)
+        try:
+            config, weights = _checked(source, folder, label)
+        except UserError as error:
+            raise UserError(str(error).replace(f"{folder}/", f"{label}: ").replace(str(folder), label)) from None
+    sizes = {name: (out / name).stat().st_size for name in sorted(hashes)}
+    whole = hashlib.sha256("".join(f"{hashes[name]} {name}\n" for name in sizes).encode())
+    return {
+        "repo": source.repo,
+        "revision": source.revision if source.repo else None,
+        "weights": weights,
+        "architecture": next(iter(config.get("architectures") or []), None),
+        "model_type": config.get("model_type"),
+        "files": {name: {"sha256": hashes[name], "bytes": size} for name, size in sizes.items()},
+        "bytes": sum(sizes.values()),
+        "sha256": whole.hexdigest(),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _patterns(source: ModelSource) -> list[str]:
+    return [*WEIGHTS, *TOKENIZER, *OTHERS, *(CODE if source.trust_remote_code else ())]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _wanted(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and _matches(path.name, patterns))
+
+
+def _has_weights(files: Sequence[Path]) -> bool:
+    return any(path.suffix == ".safetensors" for path in files)
+
+
+def _from_hub(source: ModelSource, repo: str, folder: Path) -> dict[str, str]:
+    origin = hub.HubRepo(repo, source.revision, "model", "model", _REMEDY)
+    patterns = _patterns(source)
+    cached = hub.fetch_snapshot(origin, patterns, ["*/*"])
+    files = _wanted(cached, patterns)
+    if not _has_weights(files):
+        if not source.allow_pickle:
+            pickled = [name for name in hub.list_files(origin) if _matches(name, PICKLED)]
+            raise UserError(_no_weights(f"{repo}@{source.revision}", pickled))
+        cached = hub.fetch_snapshot(origin, [*patterns, *PICKLED], ["*/*"])
+        files = _wanted(cached, [*patterns, *PICKLED])
+    return _transfer(files, folder, lambda path: hub.hash_checked(path, f"{repo}: {path.name}"), link=True)
+
+
+def _from_folder(source: ModelSource, given: Path, folder: Path, out: Path) -> dict[str, str]:
+    path = given.expanduser().resolve()
+    if not path.is_dir():
+        fact = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"model.path={given}: {path} {fact}; give the folder that holds config.json")
+    if path == out.resolve():
+        raise UserError(f"model.path={given}: this is the folder that the model would be copied to; give another one")
+    patterns = _patterns(source)
+    files = _wanted(path, patterns)
+    if not _has_weights(files):
+        pickled = [entry.name for entry in _wanted(path, PICKLED)]
+        if not source.allow_pickle:
+            raise UserError(_no_weights(str(given), pickled))
+        files = _wanted(path, [*patterns, *PICKLED])
+    return _transfer(files, folder, sha256_of, link=False)
+
+
+def _transfer(files: Sequence[Path], folder: Path, hash_of: Callable[[Path], str], *, link: bool) -> dict[str, str]:
+    """Place `files` in `folder` as plain files; with `link`, weights share the cache's bytes where the disk can."""
+    total = sum(path.stat().st_size for path in files)
+    hashes: dict[str, str] = {}
+    done = 0
+    with bar("checking files") as progress:
+        for path in files:
+            progress.update(done, total, path.name)
+            hashes[path.name] = hash_of(path)
+            done += path.stat().st_size
+            target = folder / path.name
+            if link and path.suffix == ".safetensors":
+                try:
+                    os.link(path.resolve(), target)
+                    continue
+                except OSError:
+                    pass  # another file system, or one without hard links
+            shutil.copyfile(path, target)
+        progress.update(total, total)
+    return hashes
+
+
+def _no_weights(label: str, pickled: Sequence[str]) -> str:
+    if not pickled:
+        return f"{label}: has no model.safetensors and no model.safetensors.index.json; give a model with weights"
+    return (
+        f"{label}: holds pickled weights only ({pickled[0]}), and loading those can run any code; take a repository or "
+        "a commit with safetensors, or have them loaded and converted with model.allow_pickle=true"
+    )
+
+
+def _checked(source: ModelSource, folder: Path, label: str) -> tuple[dict[str, Any], str]:
+    config = _config(folder, label)
+    if config.get("auto_map") and not source.trust_remote_code:
+        code = ", ".join(sorted({str(value) for value in config["auto_map"].values()}))
+        raise UserError(
+            f"{label}: config.json wants Python code from the repository (auto_map: {code}); read that code and set "
+            "model.trust_remote_code=true, or take a model that transformers knows by itself"
+        )
+    if not any(_matches(path.name, VOCABULARIES) for path in folder.iterdir()):
+        raise UserError(f"{label}: has no tokenizer; one of {', '.join(VOCABULARIES)} is needed: add it to the model")
+    for path in sorted(folder.glob("*.json")):
+        _json(path, f"{label}: {path.name}")
+    pickled = _wanted(folder, PICKLED)
+    if source.allow_pickle and pickled and not _has_weights(_wanted(folder, WEIGHTS)):
+        return config, "pickle"
+    Checkpoint.open(folder)
+    return config, "safetensors"
+
+
+def _config(folder: Path, label: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{label}: has no config.json; give a complete model as transformers saves it")
+    config = _json(path, f"{label}: config.json")
+    if (
+        not isinstance(config, dict)
+        or not config.get("model_type")
+        or not isinstance(config.get("architectures"), list)
+    ):
+        raise UserError(f"{label}: config.json names no model_type and architectures; it is not that of a causal LM")
+    if not isinstance(config.get("auto_map") or {}, dict):
+        raise UserError(f"{label}: config.json has an auto_map that is no mapping; fetch it again")
+    return config
+
+
+def _json(path: Path, label: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        size = path.stat().st_size
+        raise UserError(
+            f"{label} is no valid JSON ({error}; {size} bytes): truncated or damaged, fetch it again"
+        ) from None

@@ -1,0 +1,226 @@
+"""The Hugging Face hub, or a mirror of it: pinned commits, verified files, and errors that say what to do.
+
+Files go to the hub's ordinary cache. A transfer that breaks off goes on at the byte where it stopped; a run that was
+ended goes on with the files that it does not have yet. The endpoint is that of HF_ENDPOINT and the access token that of
+HF_TOKEN (or of `hf auth login`); the token is taken out of every message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from quantline.core.errors import UserError
+from quantline.core.files import DISK_FULL, disk_full
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_TIMEOUT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class HubRepo:
+    """A repository at a commit. For messages: `key` is the option that named it, `remedy` the way around the hub."""
+
+    repo: str
+    revision: str | None
+    kind: str  # model or dataset
+    key: str
+    remedy: str
+
+    @property
+    def commit(self) -> str:
+        """The pinned commit.
+
+        Raises:
+            UserError: the revision is missing or can move; the message names the commit to pin where the hub tells it.
+        """
+        if self.revision is not None and COMMIT.fullmatch(self.revision):
+            return self.revision
+        given = "is not set" if self.revision is None else f"{self.revision} can move"
+        try:
+            now = _api().repo_info(
+                self.repo, revision=self.revision, repo_type=self.kind, timeout=_TIMEOUT_SECONDS
+            ).sha  # fmt: skip
+        except Exception:  # only a hint is lost: the refusal below stands whatever the hub answers
+            now = None
+        pin = f"for its present state set {self.key}.revision={now}" if now else f"set {self.key}.revision to one"
+        raise UserError(f"{self.key}.revision {given}: {scrub(self.repo)} is taken at a commit of 40 hex digits; {pin}")
+
+
+def endpoint() -> str | None:
+    """The hub's address from HF_ENDPOINT; None is the public hub."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+
+
+def _shown_endpoint() -> str:
+    address = urlsplit(endpoint() or "https://huggingface.co")
+    return f"{address.scheme}://{address.netloc.rpartition('@')[2]}"  # an address can carry a password
+
+
+def _cache() -> str | None:
+    home = os.environ.get("HF_HOME")
+    return os.environ.get("HF_HUB_CACHE") or (str(Path(home) / "hub") if home else None)
+
+
+def _api() -> HfApi:
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=endpoint())
+
+
+def scrub(text: str) -> str:
+    """`text` without any access token of this environment."""
+    from huggingface_hub import get_token
+
+    secrets = [os.environ.get(name) for name in _TOKEN_VARIABLES]
+    with suppress(Exception):  # no token is stored: nothing to hide
+        secrets.append(get_token())
+    for secret in secrets:
+        if secret and secret.strip():
+            text = text.replace(secret.strip(), "***")
+    return text
+
+
+def fetch_snapshot(source: HubRepo, allow: Sequence[str], ignore: Sequence[str]) -> Path:
+    """Download the files that match `allow` and not `ignore`; return the cache's folder for that commit.
+
+    Raises:
+        UserError: no such repository or commit, no access, no network, a broken transfer, a full disk.
+    """
+    from huggingface_hub import snapshot_download
+
+    commit = source.commit
+    try:
+        return Path(
+            snapshot_download(
+                source.repo, revision=commit, repo_type=source.kind, endpoint=endpoint(), cache_dir=_cache(),
+                allow_patterns=list(allow), ignore_patterns=list(ignore),
+            )
+        )  # fmt: skip
+    except Exception as error:
+        raise _explained(error, source) from None  # the chain could show request headers
+
+
+def fetch_file(source: HubRepo, file: str) -> Path:
+    """Download one file, check it, and return its place in the cache.
+
+    Raises:
+        UserError: as `fetch_snapshot`, and where the file is not in the repository or was damaged.
+    """
+    from huggingface_hub import hf_hub_download
+
+    commit = source.commit
+    try:
+        path = Path(
+            hf_hub_download(
+                source.repo, file, revision=commit, repo_type=source.kind, endpoint=endpoint(), cache_dir=_cache()
+            )
+        )
+    except Exception as error:
+        raise _explained(error, source, file) from None
+    hash_checked(path, f"{source.repo}: {file}")
+    return path
+
+
+def list_files(source: HubRepo) -> list[str]:
+    """Names of all files of a repository; nothing where the hub does not answer."""
+    try:
+        return list(_api().list_repo_files(source.repo, revision=source.revision, repo_type=source.kind))
+    except Exception:  # the caller only wants to word a message better
+        return []
+
+
+def hash_checked(path: Path, label: str) -> str:
+    """SHA-256 of a cached file, after comparing its content with what the hub says it should be.
+
+    The cache names a file's content by the hub's own hash: SHA-256 for large files, git's SHA-1 for others. A damaged
+    one is removed from the cache, so that the next run fetches it again.
+
+    Raises:
+        UserError: the content is not what the hub has.
+    """
+    blob = Path(path.parent, os.readlink(path)) if path.is_symlink() else path
+    size = path.stat().st_size
+    sha256 = hashlib.sha256()
+    git = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    hashes = {64: (sha256,), 40: (sha256, git)}.get(len(blob.name), (sha256,))
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            for digest in hashes:
+                digest.update(chunk)
+    expected = blob.name if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name) and path.is_symlink() else None
+    actual = git.hexdigest() if expected and len(expected) == 40 else sha256.hexdigest()
+    if expected and expected != actual:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise UserError(
+            f"{label}: the cached file is damaged: {size} bytes with hash {actual}, the hub's has {expected}; "
+            "it was removed from the cache, run it again to fetch it anew"
+        )
+    return sha256.hexdigest()
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _explained(error: Exception, source: HubRepo, file: str | None = None) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    what = f"{source.kind} {source.repo} at {source.revision}" + (f", file {file}" if file else "")
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            return disk_full(Path(cause.filename or _cache() or Path.home()).parent)
+        fact = _fact(cause, source)
+        if fact:
+            return UserError(scrub(f"{what}: {fact}; {source.remedy}"))
+    line = next(iter(str(error).strip().splitlines()), "")
+    return UserError(scrub(f"{what}: {type(error).__name__}: {line}; run it again, or {source.remedy}"))
+
+
+def _fact(error: BaseException, source: HubRepo) -> str | None:
+    from huggingface_hub import errors
+
+    where = _shown_endpoint()
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    facts: tuple[tuple[type[BaseException], str], ...] = (
+        (errors.GatedRepoError, f"is gated: accept its licence at {where}/{source.repo} and set HF_TOKEN"),
+        (errors.RepositoryNotFoundError, f"is not at {where}, or is private: check {source.key}.repo or set HF_TOKEN"),
+        (errors.RevisionNotFoundError, f"{where} has no such commit: check {source.key}.revision"),
+        (errors.RemoteEntryNotFoundError, f"{where} has no such file: check {source.key}.file"),
+        (errors.HFValidationError, f"is no repository name; {source.key}.repo is like owner/name"),
+        (errors.OfflineModeIsEnabled, "is not in the cache and HF_HUB_OFFLINE is set: unset it"),
+    )
+    for kind, fact in facts:
+        if isinstance(error, kind):
+            return fact
+    if status in (401, 403):
+        return f"{where} refuses access ({status}): set HF_TOKEN to a token that may read it"
+    if status is not None:
+        return f"{where} answered with HTTP status {status}: try again later"
+    network = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+    if network and type(error).__name__ in ("RemoteProtocolError", "ReadError", "ReadTimeout"):
+        return f"the transfer from {where} broke off ({type(error).__name__}): run it again"
+    if network or isinstance(error, (ConnectionError, TimeoutError)):
+        return f"{where} cannot be reached ({type(error).__name__}): check the network, set HF_ENDPOINT to a mirror"
+    if "Consistency check failed" in str(error):
+        sizes = re.search(r"of size (\d+) but has size (\d+) \((.*)\)", str(error))
+        if sizes:
+            expected, actual, name = sizes.groups()
+            return f"the transfer of {name} ended at {actual} of {expected} bytes: run it again"
+    return None

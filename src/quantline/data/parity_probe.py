@@ -1,0 +1,42 @@
+"""The parity probe: the float model's logits on fixed token ids, against which every toolchain proves that it reads the
+same model before it quantizes. An old toolchain misreads a new config silently (a rope_theta of 1e6 became 1e4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from quantline.checkpoints.checkpoint import Checkpoint
+from quantline.core.errors import UserError
+from quantline.toolchains.protocol import JobResult
+
+TOKENS = 192
+
+
+def probe_ids(vocab_size: int) -> list[list[int]]:
+    """Two rows of token ids that depend on the vocabulary's size alone, spread over it by a fixed stride."""
+    # Long rows: a wrong rotary base shows in positions far apart, not in the first few.
+    return [[(17 + row * 7919 + 104729 * position) % vocab_size for position in range(TOKENS)] for row in range(2)]
+
+
+def vocab_size_of(model: Path) -> int:
+    """Rows of the embedding, from the checkpoint's headers.
+
+    Raises:
+        UserError: no tensor looks like a token embedding.
+    """
+    checkpoint = Checkpoint.open(model)
+    for name in checkpoint.names:
+        if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")):
+            return int(checkpoint.info(name).shape[0])
+    raise UserError(f"{model}: no tensor in it is a token embedding; is it a causal language model?")
+
+
+def record_probe(
+    run_worker: Callable[[str, str, dict[str, Any], str], JobResult], model: Path, out: Path
+) -> dict[str, float]:
+    """Write the reference engine's logits for `model` to `out` (safetensors: input_ids int32, logits float32)."""
+    job = {"kind": "probe", "checkpoint": str(model), "input_ids": probe_ids(vocab_size_of(model)), "output": str(out)}
+    result = run_worker("reference", "quantline.toolchains.workers.reference.engine", job, "reference logits")
+    return {"probe_seconds": result.seconds}

@@ -1,0 +1,164 @@
+"""Which documents are taken for calibration, in which order, and how their ids are cut into samples.
+
+All of it follows from the seed alone. Every choice is a number drawn by hashing: `draw(seed, *what)` is the first 8
+bytes, big-endian, of SHA-256 over its arguments joined by "/".
+
+* A source's documents are its first `max_documents` rows, ordered by draw(seed, source, row).
+* Packing `concat` cuts each document into pieces of at most `seq_len` tokens and joins pieces, each of plain text
+  followed by the end-of-sequence token, to a stream that is cut into samples. First comes one piece of every document,
+  number draw(seed, source, row, "piece") modulo the number of pieces, then the piece after it of every document, and
+  so on, round the end: few long documents do not crowd out the others.
+* Packing `document` takes one window from each document of at least `seq_len` tokens, beginning at
+  draw(seed, source, row, "window") modulo the number of places; shorter documents are skipped and counted.
+* Sources share the samples by weight (largest remainder). All samples are ordered by draw(seed, "sample", source, i).
+
+No special tokens are added to plain text but that separator. With a chat template, rows with `messages` are rendered
+as they are, rows with text as a single turn of the user; a rendered chat brings its own special tokens and gets no
+separator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.core.errors import UserError
+from quantline.data.documents import Document
+
+PACKINGS = ("concat", "document")
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One source of text: a local file, or a file of a hub's data set at a pinned commit.
+
+    path: a local file; a relative one starts at the working directory. Where it is set, repo, revision and file are not
+    used. format: one of `texts.FORMATS`, needed where the file's name does not tell it. text_field: the field or column
+    with the text, dots for nested ones; a local file put in the place of a hub's may also have `text`.
+    """
+
+    name: str
+    weight: float = 1.0
+    path: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    file: str | None = None
+    format: str | None = None
+    text_field: str = "text"
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """How many samples of how many tokens, from which sources, and how they are cut.
+
+    max_documents: rows read of a source at most, which bounds time and memory with the large data sets.
+    """
+
+    sources: tuple[SourceSpec, ...]
+    n_samples: int
+    seq_len: int
+    seed: int = 0
+    chat_template: bool = False
+    packing: str = "concat"
+    skip_empty: bool = False
+    max_documents: int = 20_000
+
+
+@dataclass
+class Quota:
+    """A source's share of the samples while it is filled: `samples` has `wanted` rows of `seq_len` ids in the end."""
+
+    source: SourceSpec
+    spec: CalibrationSpec
+    wanted: int
+    separator: int | None
+    origin: dict[str, Any] = field(default_factory=dict)
+    samples: list[list[int]] = field(default_factory=list)
+    stream: list[int] = field(default_factory=list)  # joined, not yet cut
+    later: list[list[NDArray[np.int32]]] = field(default_factory=list)  # of each document, pieces not yet joined
+    read: int = 0
+    used: int = 0
+    empty: int = 0
+    short: int = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether all wanted samples are there."""
+        return len(self.samples) == self.wanted
+
+    def add(self, document: Document, ids: Sequence[int]) -> None:
+        """Take what a document has to give; nothing more once full."""
+        length = self.spec.seq_len
+        if self.full:
+            return
+        if self.spec.packing == "document":
+            if len(ids) < length:
+                self.short += 1
+                return
+            start = draw(self.spec.seed, self.source.name, document.line, "window") % (len(ids) - length + 1)
+            self.samples.append(list(ids[start : start + length]))
+        else:
+            pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+            first = draw(self.spec.seed, self.source.name, document.line, "piece") % max(1, len(pieces))
+            self._join(pieces[first] if pieces else [])
+            self.later.append([np.array(piece, dtype=np.int32) for piece in pieces[first + 1 :] + pieces[:first]])
+        self.used += 1
+
+    def add_later_pieces(self) -> None:
+        """Once every document gave its first piece: their second ones, their third ones, until full."""
+        for rank in range(max(map(len, self.later), default=0)):
+            for pieces in self.later:
+                if rank < len(pieces) and not self.full:
+                    self._join(pieces[rank].tolist())
+
+    def _join(self, piece: Sequence[int]) -> None:
+        length = self.spec.seq_len
+        self.stream.extend(piece)
+        if self.separator is not None:
+            self.stream.append(self.separator)
+        count = min(len(self.stream) // length, self.wanted - len(self.samples))
+        self.samples.extend(self.stream[index * length : (index + 1) * length] for index in range(count))
+        del self.stream[: count * length]
+
+    def too_little(self, path: Path) -> UserError:
+        """The refusal of a source that gave fewer samples than are wanted of it."""
+        spec, possible = self.spec, len(self.samples)
+        what = f"{path}: {self.wanted} samples of {spec.seq_len} tokens are wanted of source {self.source.name}"
+        if spec.packing == "document":
+            fact = f"{possible} of its {self.read} documents are that long, {self.short} are shorter"
+            remedy = "set calibration.packing=concat, which joins short documents, lower calibration.seq_len"
+        else:
+            fact = f"its {self.used} documents give {possible}"
+            remedy = "lower calibration.n_samples or calibration.seq_len"
+        return UserError(f"{what}; {fact}; {remedy}, or give more text")
+
+    def summary(self) -> dict[str, Any]:
+        """The source's entry of the manifest."""
+        return {
+            **self.origin, "weight": self.source.weight, "samples": len(self.samples), "documents_read": self.read,
+            "documents_used": self.used, "documents_empty": self.empty, "documents_short": self.short,
+            "tokens": len(self.samples) * self.spec.seq_len,
+        }  # fmt: skip
+
+
+def draw(seed: int, *what: object) -> int:
+    """An unsigned 64-bit number that follows from the arguments alone."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, (seed, *what))).encode()).digest()[:8], "big")
+
+
+def shares(weights: Mapping[str, float], n_samples: int) -> dict[str, int]:
+    """Samples of each source: proportional to the weights, by largest remainder, ties to the first by name."""
+    total = sum(weights.values())
+    exact = {name: n_samples * weight / total for name, weight in weights.items()}
+    counts = {name: math.floor(value) for name, value in exact.items()}
+    order = sorted(exact, key=lambda name: (counts[name] - exact[name], name))
+    for name in order[: n_samples - sum(counts.values())]:
+        counts[name] += 1
+    return counts

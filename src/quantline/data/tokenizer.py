@@ -1,0 +1,129 @@
+"""A model's own tokenizer, loaded from its folder without network and without running code of the model."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantline.checkpoints.companions import TOKENIZER, VOCABULARIES
+from quantline.core.errors import UserError
+from quantline.core.files import sha256_of
+from quantline.data.documents import Document
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Turns documents into ids.
+
+    separator: the end-of-sequence id, None where there is none. vocab_size: rows of the model's embedding. max_length:
+    tokens that the model takes, None where its configuration does not say. sha256: of the tokenizer's files.
+    """
+
+    tokenizer: Any
+    chat: bool
+    separator: int | None
+    vocab_size: int
+    max_length: int | None
+    sha256: str
+
+    @classmethod
+    def load(cls, model_dir: Path, *, chat: bool) -> TextEncoder:
+        """Load the tokenizer of a model.
+
+        Raises:
+            UserError: it is missing or damaged, wants code of its own, or has no chat template although `chat` is set.
+        """
+        config = _config(model_dir)
+        tokenizer = _load(model_dir)
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                f"calibration.chat_template=true: the tokenizer in {model_dir} has no chat template; "
+                "set calibration.chat_template=false or take a model tuned for chat"
+            )
+        text = config.get("text_config")
+        inner = {**config, **text} if isinstance(text, dict) else config
+        vocab_size = inner.get("vocab_size")
+        if type(vocab_size) is not int or vocab_size < 1:
+            raise UserError(f"{model_dir}: config.json has vocab_size {vocab_size!r}; a number of tokens is needed")
+        max_length = next((inner[key] for key in _LENGTHS if type(inner.get(key)) is int), None)
+        return cls(tokenizer, chat, tokenizer.eos_token_id, vocab_size, max_length, tokenizer_sha256(model_dir))
+
+    def encode(self, documents: Sequence[Document], path: Path) -> list[list[int]]:
+        """Ids of each document, of any length. `path` is for messages.
+
+        Raises:
+            UserError: a row holds messages without `chat`, or the chat template refuses a row.
+        """
+        texts = [self._text(document, path) for document in documents]
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return ids
+
+    def _text(self, document: Document, path: Path) -> str:
+        if not self.chat:
+            if document.text is None:
+                raise UserError(
+                    f"{path}:{document.line}: holds messages; set calibration.chat_template=true to render them"
+                )
+            return document.text
+        messages = (
+            [{"role": "user", "content": document.text}] if document.messages is None else list(document.messages)
+        )
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+        except Exception as error:  # a template is a program of the model's; whatever it raises is about this row
+            raise UserError(
+                f"{path}:{document.line}: the chat template refuses it ({error}); change the row"
+            ) from error
+
+
+def tokenizer_sha256(model_dir: Path) -> str:
+    """One hash over the names and the content of a tokenizer's files."""
+    digest = hashlib.sha256()
+    for path in _matching(model_dir, TOKENIZER):
+        digest.update(f"{sha256_of(path)} {path.name}\n".encode())
+    return digest.hexdigest()
+
+
+def _config(model_dir: Path) -> dict[str, Any]:
+    path = model_dir / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); run the stage download again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: is no JSON object; run the stage download again")
+    return config
+
+
+def _load(model_dir: Path) -> Any:
+    if not _matching(model_dir, VOCABULARIES):  # without this transformers would make up an empty tokenizer
+        raise UserError(f"{model_dir}: has no tokenizer; run the stage download again")
+    # Nothing here needs torch, so transformers' advice to install it would only alarm.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # Where there is a tokenizer.json it is taken as it stands: the class that AutoTokenizer picks by model type takes only
+    # its vocabulary and merges, and puts that family's usual splitting and normalization in the place of the file's own.
+    loader = PreTrainedTokenizerFast if (model_dir / "tokenizer.json").is_file() else AutoTokenizer
+    try:
+        tokenizer = loader.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a folder that it cannot use
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(
+            f"{model_dir}: its tokenizer cannot be loaded ({type(error).__name__}: {first}); "
+            "tokenizers that need code of their own are not taken"
+        ) from error
+    tokenizer.model_max_length = 10**9  # texts are cut here, so a warning about long ones would be wrong
+    return tokenizer
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if any(fnmatch.fnmatchcase(path.name, one) for one in patterns)]

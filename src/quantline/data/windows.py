@@ -1,0 +1,342 @@
+"""Words and bytes of the text that was scored: perplexity per token means nothing between models of different tokenizers,
+per word and per byte it does.
+
+A word is what white space parts, and belongs to where it begins; bytes are UTF-8. Both are counted as what a window's text
+has beyond its context's, so that a space which a tokenizer drops at the beginning of a text is not lost. A character cut
+in two by a window's border counts as what the tokenizer shows in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.checkpoints.safetensors_file import write_safetensors
+from quantline.core.errors import ConfigError, UserError
+from quantline.core.files import read_json, write_json
+from quantline.data.documents import Document, format_of, read_documents
+from quantline.data.tokenizer import TextEncoder
+
+if TYPE_CHECKING:
+    pass
+
+
+def count_units(tokenizer: Any, windows: Windows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Words and bytes of each document's scored text, int64 (documents,) each.
+
+    tokenizer: of the transformers library, the one that made the windows.
+    """
+    words = np.zeros(len(windows.document_ids), dtype=np.int64)
+    size = np.zeros_like(words)
+    bounds = zip(windows.offsets[:-1], windows.offsets[1:], windows.context, windows.document, strict=True)
+    for begin, end, context, document in bounds:
+        whole, before = (_text(tokenizer, windows.input_ids[begin:stop]) for stop in (end, begin + context))
+        words[document] += len(whole.split()) - len(before.split())
+        size[document] += len(whole.encode()) - len(before.encode())
+    return words, size
+
+
+def _text(tokenizer: Any, ids: NDArray[np.int32]) -> str:
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+LEVELS = ("token", "word")
+MODES = ("documents", "concatenated")
+BOS = ("none", "add")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A flavour of perplexity, stated in full.
+
+    Attributes:
+        name: what results are called by.
+        level: what the compared loss is per: "token" of the model's, or "word" of the text (see `data.windows`), by
+            which models of different tokenizers compare. Which tokens are scored does not depend on it.
+        path: the text, in a format of `quantline.data.documents`.
+        format: one of `texts.FORMATS`; None goes by the file's name.
+        text_field: key or column of the text; an `id` beside it in JSON lines names the document.
+        mode: "documents" or "concatenated", see the module.
+        separator: what joins the rows in mode "concatenated".
+        window: tokens in a window, at most.
+        stride: tokens from one window's beginning to the next one's. Equal to `window`: no overlap, and the first token
+            of a window is not scored, having no context. Smaller: windows overlap, and only tokens that no window
+            before has scored are; each then has at least `window - stride` tokens of context, once that many exist.
+        bos: "add" begins every window with the tokenizer's beginning-of-sequence token, which takes a place in the
+            window and is not scored, so that every token of the text is. "none" adds no special token.
+        max_documents, max_tokens: limits on the rows read and on the tokens of text; the last document is cut to fit.
+        max_document_tokens: only so many tokens of each document: more documents for the same number of tokens.
+        min_tokens: shorter documents are left out.
+    """
+
+    name: str
+    path: str | None
+    format: str | None = None
+    text_field: str = "text"
+    mode: str = "documents"
+    separator: str = "\n\n"
+    window: int = 512
+    stride: int = 512
+    bos: str = "none"
+    max_documents: int | None = None
+    max_document_tokens: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 2
+    level: str = "token"
+
+    def __post_init__(self) -> None:
+        """Check all values together."""
+        faults = []
+        if self.level not in LEVELS:
+            faults.append(f"evaluate.level={self.level}: allowed are {', '.join(LEVELS)}")
+        if self.mode not in MODES:
+            faults.append(f"evaluate.mode={self.mode}: allowed are {', '.join(MODES)}")
+        if self.bos not in BOS:
+            faults.append(f"evaluate.bos={self.bos}: allowed are {', '.join(BOS)}")
+        if self.window < 2:
+            faults.append(f"evaluate.window={self.window}: a window has 2 tokens or more")
+        if not 1 <= self.stride <= self.window:
+            faults.append(f"evaluate.stride={self.stride}: give 1 to {self.window}, the window")
+        if self.min_tokens < 1:
+            faults.append(f"evaluate.min_tokens={self.min_tokens}: give 1 or more")
+        for name in ("max_documents", "max_document_tokens", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                faults.append(f"evaluate.{name}={value}: give 1 or more, or null for no limit")
+        if faults:
+            raise ConfigError(faults)
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Token windows, one after the other.
+
+    Attributes:
+        input_ids: int32 (tokens,).
+        offsets: int64 (windows + 1,), where each window begins; the last entry is the number of tokens.
+        document: int32 (windows,), index into `document_ids`.
+        context: int32 (windows,), leading tokens that are not scored; at least 1, less than the window's length.
+        document_ids: names of the units of the statistics.
+        protocol: the protocol's values.
+        words, text_bytes: int64 (documents,), of the scored text; None where windows were made of tokens without text.
+    """
+
+    input_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    document: NDArray[np.int32]
+    context: NDArray[np.int32]
+    document_ids: tuple[str, ...]
+    protocol: Mapping[str, Any]
+    words: NDArray[np.int64] | None = None
+    text_bytes: NDArray[np.int64] | None = None
+
+    @property
+    def scored(self) -> NDArray[np.bool_]:
+        """bool (tokens,), the tokens that count."""
+        lengths = np.diff(self.offsets)
+        place = np.arange(len(self.input_ids)) - np.repeat(self.offsets[:-1], lengths)
+        mask: NDArray[np.bool_] = place >= np.repeat(self.context, lengths)
+        return mask
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tokens, where windows begin, what is scored and which document it belongs to."""
+        digest = hashlib.sha256()
+        for array in (self.input_ids, self.offsets, self.document, self.context):
+            digest.update(f"{array.dtype.str} {len(array)}\n".encode() + array.tobytes())
+        return digest.hexdigest()
+
+
+def some_documents(windows: Windows, tokens: int) -> tuple[Windows, NDArray[np.int64]]:
+    """Whole documents, evenly spaced, of about `tokens` tokens in all and two at least; and their numbers, int64."""
+    count = len(windows.document_ids)
+    kept = min(count, max(2, round(count * tokens / len(windows.input_ids))))
+    chosen = np.unique(np.linspace(0, count - 1, kept).round().astype(np.int64))
+    number_of = {int(document): number for number, document in enumerate(chosen)}
+    members = np.flatnonzero(np.isin(windows.document, chosen))
+    lengths = np.diff(windows.offsets)[members]
+    pieces = [windows.input_ids[windows.offsets[index] : windows.offsets[index + 1]] for index in members]
+    part = Windows(
+        input_ids=np.concatenate(pieces),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        document=np.array([number_of[int(windows.document[index])] for index in members], dtype=np.int32),
+        context=windows.context[members],
+        document_ids=tuple(windows.document_ids[document] for document in chosen),
+        protocol=windows.protocol,
+        words=None if windows.words is None else windows.words[chosen],
+        text_bytes=None if windows.text_bytes is None else windows.text_bytes[chosen],
+    )
+    return part, chosen
+
+
+def spans(tokens: int, capacity: int, stride: int) -> list[tuple[int, int, int]]:
+    """Cut `tokens` tokens into windows: (begin, end, overlap with the window before).
+
+    Args:
+        capacity: tokens of text that a window has room for.
+        stride: at most `capacity`.
+    """
+    found: list[tuple[int, int, int]] = []
+    begin, previous = 0, 0
+    while previous < tokens:
+        end = min(begin + capacity, tokens)
+        found.append((begin, end, previous - begin if found else 0))
+        begin, previous = begin + stride, end
+    return found
+
+
+def build_windows(model_dir: Path, protocol: Protocol) -> Windows:
+    """Read the text, tokenize it with the model's tokenizer and cut it.
+
+    Raises:
+        UserError: the text is missing, damaged or gives fewer than two documents; the window is longer than what the
+            model was made for; `bos=add` with a tokenizer that has no such token.
+    """
+    encoder = TextEncoder.load(model_dir, chat=False)
+    if encoder.max_length is not None and protocol.window > encoder.max_length:
+        raise UserError(
+            f"evaluate.window={protocol.window}: the model takes at most {encoder.max_length} (max_position_embeddings); "
+            "set evaluate.window to that or less, which is another protocol: its numbers compare with no published ones"
+        )
+    prefix = [encoder.tokenizer.bos_token_id] if protocol.bos == "add" else []
+    if prefix == [None]:
+        raise UserError("evaluate.bos=add: the model's tokenizer has no beginning-of-sequence token; set bos=none")
+    windows = cut_documents(_tokenized(encoder, protocol), protocol, prefix)
+    words, text_bytes = count_units(encoder.tokenizer, windows)
+    return replace(windows, words=words, text_bytes=text_bytes)
+
+
+def cut_documents(documents: list[tuple[str, list[int]]], protocol: Protocol, prefix: list[int]) -> Windows:
+    """Cut documents, (name, token ids) each, into a protocol's windows; `prefix` begins every window, [] or [bos].
+
+    Raises:
+        UserError: fewer than two units remain.
+    """
+    capacity = protocol.window - len(prefix)
+    stride = min(protocol.stride, capacity)
+    pieces: list[tuple[str, list[int], tuple[int, int, int]]] = []
+    for name, ids in documents:
+        cuts = spans(len(ids), capacity, stride)
+        if protocol.mode == "concatenated":
+            full = (cut for cut in cuts if cut[1] - cut[0] == capacity)
+            pieces += [(f"window-{number:06d}", ids, cut) for number, cut in enumerate(full)]
+        else:
+            # A lone token without a prefix predicts nothing and is predicted by nothing.
+            pieces += [(name, ids, cut) for cut in cuts if len(prefix) + cut[1] - cut[0] > 1]
+    names = tuple(dict.fromkeys(name for name, _, _ in pieces))
+    if len(names) < 2:
+        unit = "full windows" if protocol.mode == "concatenated" else "documents with enough tokens"
+        raise UserError(
+            f"{protocol.path}: gives {len(names)} {unit}, an interval needs 2 or more; "
+            "give more text, a smaller evaluate.window, or evaluate.mode=concatenated for one long document"
+        )
+    number_of = {name: number for number, name in enumerate(names)}
+    lengths = [len(prefix) + end - begin for _, _, (begin, end, _) in pieces]
+    return Windows(
+        input_ids=np.array([i for _, ids, (begin, end, _) in pieces for i in prefix + ids[begin:end]], dtype=np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        document=np.array([number_of[name] for name, _, _ in pieces], dtype=np.int32),
+        context=np.array([max(1, len(prefix) + overlap) for _, _, (_, _, overlap) in pieces], dtype=np.int32),
+        document_ids=names,
+        protocol=asdict(protocol),
+    )
+
+
+def _tokenized(encoder: TextEncoder, protocol: Protocol) -> list[tuple[str, list[int]]]:
+    """The documents' names and ids within the protocol's limits; a single one in mode `concatenated`."""
+    documents, names = _documents(protocol)
+    path = Path(str(protocol.path))
+    if protocol.mode == "concatenated":
+        ids = encoder.encode(
+            [Document(1, protocol.separator.join(document.text or "" for document in documents))], path
+        )[0]
+        return [("", ids[: protocol.max_tokens])]
+    encoded = encoder.encode(documents, path)
+    left = protocol.max_tokens if protocol.max_tokens is not None else sum(map(len, encoded))
+    kept = []
+    for name, ids in zip(names, encoded, strict=True):
+        cut = ids[: protocol.max_document_tokens][:left]
+        if len(cut) >= protocol.min_tokens:
+            kept.append((name, cut))
+            left -= len(cut)
+    return kept
+
+
+def _documents(protocol: Protocol) -> tuple[list[Document], list[str]]:
+    if protocol.path is None:
+        raise UserError("evaluate.path is null: fetch the text and set evaluate.path=FILE")
+    path = Path(protocol.path)
+    form = format_of(path, protocol.format)
+    # Empty rows are part of the joined text, as the protocol of the GPTQ paper has them.
+    documents = [
+        document
+        for document in islice(read_documents(path, form, (protocol.text_field,)), protocol.max_documents)
+        if protocol.mode == "concatenated" or not document.empty
+    ]
+    if not any(document.text and document.text.strip() for document in documents):
+        raise UserError(f"{path}: has no text; evaluation needs some")
+    for document in documents:
+        if document.text is None:
+            raise UserError(f"{path}:{document.line}: holds messages; perplexity is measured on text, see text_field")
+    given = _given_ids(path) if form == "jsonl" else {}
+    names = [given.get(document.line, f"line-{document.line:06d}") for document in documents]
+    if len(set(names)) < len(names):
+        twice = next(name for name, times in Counter(names).items() if times > 1)
+        raise UserError(f"{path}: id {twice!r} occurs twice; ids must differ")
+    return documents, names
+
+
+def _given_ids(path: Path) -> dict[int, str]:
+    with path.open("rb") as file:
+        rows = {line: json.loads(raw) for line, raw in enumerate(file, 1) if raw.strip()}
+    return {line: str(row["id"]) for line, row in rows.items() if row.get("id") is not None}
+
+
+def save_windows(windows: Windows, folder: Path) -> Path:
+    """Write `windows.safetensors` and, last, `windows.json`; returns the path of the former, which is a `score` job's.
+
+    Equal windows give equal bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: getattr(windows, name) for name in ("input_ids", "offsets", "document", "context")}
+    tensors |= {name: units for name in ("words", "text_bytes") if (units := getattr(windows, name)) is not None}
+    write_safetensors(folder / "windows.safetensors", tensors)
+    manifest = {
+        "protocol": dict(windows.protocol),
+        "sha256": windows.sha256,
+        "windows": len(windows.document),
+        "tokens": len(windows.input_ids),
+        "scored_tokens": int(windows.scored.sum()),
+        "document_ids": list(windows.document_ids),
+    }
+    write_json(folder / "windows.json", manifest)
+    return folder / "windows.safetensors"
+
+
+def load_windows(folder: Path) -> Windows:
+    """Read what `save_windows` wrote.
+
+    Raises:
+        UserError: a file is missing or damaged, or the two are not of the same windows.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    manifest = read_json(folder / "windows.json")
+    try:
+        tensors = load_file(folder / "windows.safetensors")
+        windows = Windows(**tensors, document_ids=tuple(manifest["document_ids"]), protocol=manifest["protocol"])
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: the evaluation windows are damaged ({error}); build them again") from error
+    if windows.sha256 != manifest["sha256"]:
+        raise UserError(f"{folder}: windows.safetensors is not what windows.json describes; build them again")
+    return windows

@@ -1,0 +1,1 @@
+"""What quantizing costs: perplexity, divergence, tasks and speed beside the float model."""

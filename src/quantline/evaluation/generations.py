@@ -1,0 +1,97 @@
+"""Greedy continuations of a variant beside the float model's: how soon they part.
+
+The prompts are the beginnings of evaluation documents. Two likeliest tokens that are as good as equal part two models that
+are as good as equal: where they part at a margin of `tie_margin` nats or less in either, nothing is said of that prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from quantline.core.errors import UserError
+from quantline.core.files import read_json
+from quantline.data.windows import Windows
+
+FILE = "generations.json"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Beginnings of documents, `tokens` of equal length, and by which documents they are called."""
+
+    documents: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+
+def choose_prompts(windows: Windows, count: int, length: int) -> Prompts:
+    """The first `length` tokens of `count` documents, evenly spaced among those that have so many; fewer if there are."""
+    first: dict[int, int] = {}
+    for number, document in enumerate(windows.document):
+        first.setdefault(int(document), number)
+    begins = {document: int(windows.offsets[number]) for document, number in first.items()}
+    long_enough = [document for document, number in first.items() if np.diff(windows.offsets)[number] >= length]
+    if not long_enough or not count:
+        return Prompts((), ())
+    places = np.unique(np.linspace(0, len(long_enough) - 1, min(count, len(long_enough))).round().astype(int))
+    chosen = [long_enough[place] for place in places]
+    return Prompts(
+        tuple(windows.document_ids[document] for document in chosen),
+        tuple(tuple(windows.input_ids[begins[d] : begins[d] + length].tolist()) for d in chosen),
+    )
+
+
+def load_generations(folder: Path, prompts: Prompts) -> dict[str, Any]:
+    """The float model's continuations, as its evaluation kept them.
+
+    Raises:
+        UserError: they are not there, or of other prompts.
+    """
+    path = folder / FILE
+    found = read_json(path) if path.is_file() else {}
+    if found.get("prompts") != [list(tokens) for tokens in prompts.tokens]:
+        raise UserError(f"{path}: holds no continuations of these prompts; evaluate the float model again")
+    return found
+
+
+def compare_generations(
+    documents: Sequence[str], own: Mapping[str, Any], floats: Mapping[str, Any], tie_margin: float
+) -> dict[str, Any]:
+    """Where the continuations part.
+
+    Args:
+        documents: names of the prompts.
+        own, floats: `tokens` and `margins`, lists (prompts, new_tokens).
+        tie_margin: nats.
+
+    Returns:
+        prompts, new_tokens, ties, identical (share of the prompts without ties; None where all are), first_divergence_median
+        (tokens before they part, all of them where they do not), and rows: document, first_divergence (None where the
+        continuations are identical), float_margin and margin (there, in nats), tie.
+    """
+    rows: list[dict[str, Any]] = []
+    for document, mine, theirs, margins, float_margins in zip(
+        documents, own["tokens"], floats["tokens"], own["margins"], floats["margins"], strict=True
+    ):
+        parted = next((place for place, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), None)
+        at = None if parted is None else (float_margins[parted], margins[parted])
+        rows.append({
+            "document": document, "first_divergence": parted, "float_margin": at[0] if at else None,
+            "margin": at[1] if at else None, "tie": at is not None and min(at) <= tie_margin,
+        })  # fmt: skip
+    length = len(own["tokens"][0])
+    told: list[int | None] = [row["first_divergence"] for row in rows if not row["tie"]]
+    return {
+        "prompts": len(rows),
+        "new_tokens": length,
+        "ties": len(rows) - len(told),
+        "tie_margin": tie_margin,
+        "identical": sum(place is None for place in told) / len(told) if told else None,
+        "first_divergence_median": median(length if place is None else place for place in told) if told else None,
+        "rows": rows,
+    }

@@ -1,0 +1,353 @@
+"""Perplexity, the comparison with the float model, and the agreement of the two engines.
+
+Two engines score the same windows (`quantline.data.windows`): `reference` computes the dequantized weights without kernels,
+`vllm` is the server that will serve them. The variant is judged by the reference engine against the float baseline on
+the same documents; the engines are held against each other, and a difference beyond a tolerance is a failure.
+All log-probabilities are natural logarithms, all losses sums of `-log p` in nats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.core.errors import QuantlineError, UserError
+from quantline.data.windows import Windows
+from quantline.evaluation.bootstrap import paired_bootstrap
+
+
+@dataclass(frozen=True)
+class DocumentScore:
+    """A document under one model: the sum of `-log p` over its scored tokens, in nats, and their number."""
+
+    id: str
+    nll_sum: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant against the baseline on the same documents.
+
+    Attributes:
+        perplexity, baseline_perplexity: of all tokens.
+        difference, ratio: of the two perplexities, variant minus (over) baseline.
+        nll_difference: nats per token, variant minus baseline; the logarithm of `ratio`.
+        low, high: confidence interval of `nll_difference`.
+        verdict: "worse" or "better" where the interval leaves out zero, else "same": not told apart by this text.
+    """
+
+    perplexity: float
+    baseline_perplexity: float
+    difference: float
+    ratio: float
+    nll_difference: float
+    low: float
+    high: float
+    verdict: Literal["better", "same", "worse"]
+
+
+def document_nlls(windows: Windows, logprobs: NDArray[Any]) -> list[DocumentScore]:
+    """Sum an engine's log-probabilities over each document's scored tokens.
+
+    Args:
+        logprobs: floating point (tokens,), aligned with `windows.input_ids`; only scored places are read.
+
+    Returns:
+        One score for each of `windows.document_ids`, in their order; summed in float64.
+
+    Raises:
+        QuantlineError: another number of tokens, or a log-probability that is none (NaN, infinite, above 0).
+    """
+    if logprobs.shape != windows.input_ids.shape:
+        raise QuantlineError(
+            f"log-probabilities of shape {logprobs.shape} for {len(windows.input_ids)} tokens: they are of other windows"
+        )
+    scored = windows.scored
+    values = logprobs[scored].astype(np.float64)
+    # A certain token can come out a rounding error above 0.
+    wrong = int((~np.isfinite(values) | (values > 1e-3)).sum())
+    if wrong:
+        raise QuantlineError(
+            f"{wrong} of {len(values)} scored tokens have no valid log-probability: the scores are damaged"
+        )
+    sums, tokens = document_sums(windows, -logprobs)
+    return [
+        DocumentScore(name, float(nll), int(number))
+        for name, nll, number in zip(windows.document_ids, sums, tokens, strict=True)
+    ]
+
+
+def document_sums(
+    windows: Windows, values: NDArray[Any], only: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sums of values (tokens,) over each document's scored tokens, and their number; float64 (documents,) each.
+
+    only: bool (tokens,), of these alone.
+    """
+    scored = windows.scored if only is None else windows.scored & only
+    owner = np.repeat(windows.document, np.diff(windows.offsets))[scored]
+    count = len(windows.document_ids)
+    sums: NDArray[np.float64] = np.bincount(owner, values[scored].astype(np.float64), minlength=count).astype(
+        np.float64
+    )
+    return sums, np.bincount(owner, minlength=count).astype(np.float64)
+
+
+def in_words(scores: Sequence[DocumentScore], windows: Windows) -> list[DocumentScore]:
+    """The same losses over words, for a protocol of level "word".
+
+    Raises:
+        UserError: the text is not known.
+    """
+    if windows.words is None:
+        raise UserError("evaluate.level=word: the text of these windows is not known; set evaluate.level=token")
+    return [replace(score, tokens=int(words)) for score, words in zip(scores, windows.words, strict=True)]
+
+
+def perplexity(scores: Iterable[DocumentScore]) -> float:
+    """`exp(sum of nll / sum of tokens)`: every token counts the same. Infinite beyond the range of a float."""
+    mean = _mean_nll(scores)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _mean_nll(scores: Iterable[DocumentScore]) -> float:
+    listed = list(scores)
+    tokens = sum(score.tokens for score in listed)
+    if not tokens:
+        raise UserError("no token was scored; give more text")
+    return math.fsum(score.nll_sum for score in listed) / tokens
+
+
+def compare(
+    scores: Sequence[DocumentScore],
+    baseline_scores: Sequence[DocumentScore],
+    *,
+    seed: int,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Comparison:
+    """Compare a variant with the baseline, document by document; see `statistics.paired_bootstrap`.
+
+    Raises:
+        UserError: the scores are not of the same documents and tokens, or of fewer than two documents.
+    """
+    _same_documents(scores, baseline_scores)
+    values, baseline, tokens = (
+        np.array(column, dtype=np.float64)
+        for column in (
+            [score.nll_sum for score in scores],
+            [score.nll_sum for score in baseline_scores],
+            [score.tokens for score in scores],
+        )
+    )
+    interval = paired_bootstrap(values, baseline, tokens, seed=seed, resamples=resamples, level=level)
+    own, other = perplexity(scores), perplexity(baseline_scores)
+    verdict: Literal["better", "same", "worse"] = "same"
+    if interval.low > 0:
+        verdict = "worse"
+    elif interval.high < 0:
+        verdict = "better"
+    return Comparison(
+        perplexity=own,
+        baseline_perplexity=other,
+        difference=own - other,
+        ratio=math.exp(interval.estimate) if interval.estimate < 700 else math.inf,
+        nll_difference=interval.estimate,
+        low=interval.low,
+        high=interval.high,
+        verdict=verdict,
+    )
+
+
+def _same_documents(scores: Sequence[DocumentScore], others: Sequence[DocumentScore]) -> None:
+    if [(score.id, score.tokens) for score in scores] != [(other.id, other.tokens) for other in others]:
+        raise UserError(
+            "the two evaluations are not of the same documents and tokens; evaluate both with the same text and protocol"
+        )
+
+
+def relative_difference(scores: Sequence[DocumentScore], others: Sequence[DocumentScore]) -> float:
+    """`perplexity(others) / perplexity(scores) - 1`, signed. Of an engine and another: the effect of kernels and dtype.
+
+    Raises:
+        UserError: the scores are not of the same documents and tokens.
+    """
+    _same_documents(scores, others)
+    difference = _mean_nll(others) - _mean_nll(scores)
+    return math.expm1(difference) if difference < 700 else math.inf
+
+
+def check_engines(difference: float, tolerance: float) -> None:
+    """Hold the `relative_difference` of the two engines against its limit.
+
+    Raises:
+        QuantlineError: the engines differ by more than `tolerance`.
+    """
+    if not abs(difference) <= tolerance:
+        raise QuantlineError(
+            f"the server's perplexity differs from the reference engine's by {difference:+.2%}, allowed are "
+            f"{tolerance:.2%} (evaluate.engine_tolerance): what is served is not what was quantized. Look for a kernel, "
+            "a serving dtype or a config that the server reads differently"
+        )
+
+
+def top1_matches(
+    windows: Windows, top1: NDArray[np.int32], baseline_top1: NDArray[np.int32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scored places where variant and baseline find the same token likeliest, by document; and all scored places.
+
+    Args:
+        top1, baseline_top1: int32 (tokens,).
+
+    Returns:
+        float64 (documents,) each.
+
+    Raises:
+        UserError: the arrays are not of these windows.
+    """
+    if not top1.shape == baseline_top1.shape == windows.input_ids.shape:
+        raise UserError("the likeliest tokens of variant and baseline are not of the same windows; evaluate both again")
+    return document_sums(windows, top1 == baseline_top1)
+
+
+def load_scores(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32] | None]:
+    """`logprobs`, `top1` and `kl`, float32, int32 and float32 (tokens,), as the reference engine wrote them.
+
+    `kl` is None where no float model stood beside.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+        return tensors["logprobs"], tensors["top1"], tensors.get("kl")
+    except (OSError, KeyError, SafetensorError) as error:
+        raise UserError(f"{path}: scores cannot be read ({error}); evaluate again") from error
+
+
+def load_server_scores(folder: Path, windows: Windows) -> NDArray[np.float32] | None:
+    """The server's log-probabilities, float32 (tokens,), from an output of serve_smoke; None where it did not serve.
+
+    Raises:
+        UserError: they are of other windows, or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not (folder / "scores.json").exists():
+        return None
+    try:
+        sha256 = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["windows_sha256"]
+        logprobs: NDArray[np.float32] = load_file(folder / "scores.safetensors")["logprobs"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{folder}: scores cannot be read ({error}); run serve_smoke again") from error
+    if sha256 != windows.sha256:
+        raise UserError(f"{folder}: scored other windows than this evaluation's; run serve_smoke again")
+    return logprobs
+
+
+def weight_bytes(checkpoint: Path) -> int:
+    """Bytes of a checkpoint's weight files on disk.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    sizes = [path.stat().st_size for path in checkpoint.glob("*.safetensors")]
+    if not sizes:
+        raise UserError(f"{checkpoint}: has no *.safetensors")
+    return sum(sizes)
+
+
+def evaluation_metrics(
+    *,
+    reference: Sequence[DocumentScore],
+    comparison: Comparison,
+    size_bytes: int,
+    float_size_bytes: int,
+    vllm: Sequence[DocumentScore] | None = None,
+    windows: Windows | None = None,
+) -> dict[str, float]:
+    """All results of an evaluation under the names they are published by; what was not measured is left out.
+
+    Args:
+        reference, vllm: the variant's scores by either engine.
+        comparison: of the reference engine's scores with the baseline's.
+        size_bytes, float_size_bytes: of the weight files of the variant and of the float model.
+        windows: what was scored; where its text is known, its perplexity per word and its bits per byte are given too.
+    """
+    metrics: dict[str, float] = {
+        "reference_perplexity": perplexity(reference),
+        "reference_nll": _mean_nll(reference),
+        "perplexity_difference": comparison.difference,
+        "perplexity_ratio": comparison.ratio,
+        "nll_difference": comparison.nll_difference,
+        "nll_difference_low": comparison.low,
+        "nll_difference_high": comparison.high,
+        "size_bytes": size_bytes,
+        "float_size_bytes": float_size_bytes,
+        "compression_ratio": float_size_bytes / size_bytes,
+        "tokens_scored": sum(score.tokens for score in reference),
+        "documents": len(reference),
+    }
+    if vllm is not None:
+        metrics["vllm_perplexity"] = perplexity(vllm)
+        metrics["vllm_nll"] = _mean_nll(vllm)
+        metrics["engine_relative_difference"] = relative_difference(reference, vllm)
+    if windows is not None and windows.words is not None and windows.text_bytes is not None:
+        nll = math.fsum(score.nll_sum for score in reference)
+        words, size = int(windows.words.sum()), int(windows.text_bytes.sum())
+        if words and size:
+            metrics.update(words_scored=words, bytes_scored=size, bits_per_byte=nll / math.log(2) / size)
+            metrics["word_perplexity"] = math.exp(nll / words) if nll / words < 700 else math.inf
+    return metrics
+
+
+def write_documents(path: Path, reference: Sequence[DocumentScore], vllm: Sequence[DocumentScore] | None) -> None:
+    """Write a JSON line for every document, whole or not at all: id, tokens, nll_reference, nll_vllm (or null).
+
+    Losses are sums in nats, written with all their digits; equal scores give equal bytes.
+
+    Raises:
+        UserError: the scores are not of the same documents and tokens.
+    """
+    if vllm is not None:
+        _same_documents(reference, vllm)
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for number, score in enumerate(reference):
+                row = {"id": score.id, "tokens": score.tokens, "nll_reference": score.nll_sum}
+                row["nll_vllm"] = vllm[number].nll_sum if vllm is not None else None
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_documents(path: Path) -> tuple[list[DocumentScore], list[DocumentScore] | None]:
+    """What `write_documents` wrote: the reference engine's scores, and vLLM's or None.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        reference = [DocumentScore(row["id"], row["nll_reference"], row["tokens"]) for row in rows]
+        vllm = [DocumentScore(row["id"], row["nll_vllm"], row["tokens"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: document scores cannot be read ({error}); evaluate again") from error
+    return reference, None if any(score.nll_sum is None for score in vllm) else vllm

@@ -1,0 +1,1 @@
+"""vLLM's benchmark tools, beside the float model."""

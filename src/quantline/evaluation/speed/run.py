@@ -1,0 +1,266 @@
+"""How fast a variant is served, beside the float model in the same session, by vLLM's own benchmark tools.
+
+Both models are served in turn, or where memory allows both at once with one of them busy, and measured in rounds, float
+then variant, then the other way round: what another process does to the machine meanwhile then hits both. A speed is
+given with the weights' memory, without which it proves nothing: a server may have loaded floats where codes were meant.
+
+The output folder holds `speed.json` (session, rows, servers, ratios, rounds, offline; `speed_table` makes it readable) and
+in `bench/` what each of vLLM's tools saved.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from quantline.checkpoints.checkpoint import Checkpoint
+from quantline.core.files import read_json, write_json
+from quantline.core.gpu import accelerator_use, visible_gpus
+from quantline.evaluation.speed.ratios import medians, metrics_of, ratios
+from quantline.evaluation.speed.vllm_bench import (
+    Plan,
+    Subject,
+    offline_arguments,
+    offline_row,
+    serve_arguments,
+    serve_row,
+)
+from quantline.serving.memory import kv_cache
+from quantline.serving.rules import checkpoint_facts, verdict, vllm_here
+from quantline.serving.server import GIB, Server, run_vllm, serve
+from quantline.serving.server_log import kernels, weights_bytes
+from quantline.toolchains.protocol import JobResult
+
+# A process of vLLM without weights and cache: seen 1.0 GiB on a CPU; a context and graphs on a GPU.
+_OVERHEAD_BYTES = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}
+# vLLM's log gives 0.01 GiB; what it adds to the tensors (rotary tables, repacked scales) is less than this share.
+_LOG_STEP, _ADDED = GIB // 100, 1.15
+# Of the mean time of a token; the median was seen at 0.5 to 1 of it, and at 0.003 where chunks had piled up.
+_BUNCHED = 0.2
+_BY_LOG, _BY_TENSORS = "as vLLM's log reports it, to 0.01 GiB", "the checkpoint's tensors, for this vLLM reports none"
+OFFLINE = ("latency", "throughput")
+Bench = Callable[[dict[str, Any], str], JobResult]
+
+
+@dataclass
+class Measured:
+    """What the stage reports. `reason` is empty where the target serves the checkpoint."""
+
+    document: dict[str, Any]
+    metrics: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    reason: str = ""
+
+
+def measure(
+    *, python: Path, version: str, subjects: tuple[Subject, Subject], plan: Plan, bench: Bench, out: Path, log: Path
+) -> Measured:
+    """Measure the float model and the variant and write `speed.json` to `out`.
+
+    Args:
+        python, version: of vLLM.
+        subjects: float, then the variant.
+        plan: what to measure.
+        bench: runs a job of `bench_worker` under a label.
+        out: an empty folder.
+        log: beside it the servers' own logs are put, with the model in their name.
+
+    Raises:
+        ServerError: a server could not be started or died, or requests failed.
+    """
+    if not plan.tools:
+        return _kept(Measured(nothing()), out)
+    variant = subjects[1]
+    target = vllm_here(version, variant.options.device, variant.options.dtype)
+    known = verdict(target, checkpoint_facts(variant.checkpoint))
+    if not known.supported:
+        return _kept(Measured(nothing(), warnings=[known.remedy] if known.remedy else [], reason=known.reason), out)
+    prepared = (_prepared(subjects[0], plan), _prepared(variant, plan))
+    session = _Session(python, prepared, plan, bench, out, log)
+    document: dict[str, Any] = {**nothing(), "session": _described(version, prepared, plan)}
+    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
+    (out / "bench").mkdir()
+    if "serve" in plan.tools:
+        session.measure_served(document)
+    document["offline"] = [row for tool in OFFLINE if tool in plan.tools for row in session.measure_offline(tool)]
+    notes = memory_notes(document["servers"]) + bunch_notes(document["rows"])
+    if busy > 1:
+        notes.append(f"the machine was busy with other work (load {busy:.1f} a core): trust the ratios, not the speeds")
+    return _kept(Measured(document, metrics_of(document), notes), out)
+
+
+def memory_notes(servers: Sequence[dict[str, Any]]) -> list[str]:
+    """What to say of a server that holds more weights than its checkpoint: it loaded floats in place of codes."""
+    return [
+        f"{server['model']}: vLLM holds {server['weights_memory_bytes'] / 1e9:.2f} GB of weights, the checkpoint has "
+        f"{server['checkpoint_bytes'] / 1e9:.2f} GB: it did not load what was quantized, and the speed is not the variant's"
+        for server in servers
+        if server["weights_memory_bytes"] > _ADDED * server["checkpoint_bytes"] + _LOG_STEP
+    ]
+
+
+def bunch_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say where the tokens of an answer arrived together: their times say when they were sent, not when made."""
+    return [
+        f"{row['model']}, {row['concurrency']} at a time: tokens arrived in bunches, half of them within "
+        f"{row['itl_ms_median']:.2g} ms of the one before, where {row['tpot_ms_median']:.2g} ms is the mean; the machine is "
+        "too small for server and client, so trust tokens/s and the time of a request alone"
+        for row in rows
+        if row["itl_ms_median"] < _BUNCHED * row["tpot_ms_median"]
+    ]
+
+
+def nothing() -> dict[str, Any]:
+    """The document of a session in which nothing was measured."""
+    return {"session": {}, "rows": [], "servers": [], "ratios": [], "rounds": [], "offline": []}
+
+
+def _kept(measured: Measured, out: Path) -> Measured:
+    write_json(out / "speed.json", measured.document)
+    return measured
+
+
+@dataclass(frozen=True)
+class _Session:
+    python: Path
+    subjects: tuple[Subject, Subject]
+    plan: Plan
+    bench: Bench
+    out: Path
+    log: Path
+
+    def measure_served(self, document: dict[str, Any]) -> None:
+        """Fill in what `vllm bench serve` says of both models."""
+        together = _together(self.subjects, self.plan)
+        groups: Sequence[Sequence[Subject]] = [self.subjects] if together else [[each] for each in self.subjects]
+        rounds: list[dict[str, Any]] = []
+        servers: list[dict[str, Any]] = []
+        for group in groups:
+            with ExitStack() as stack:
+                up = {subject.model: stack.enter_context(self._served(subject, servers)) for subject in group}
+                rounds += self._benched(group, up)
+        by_log = all(server["weights_memory_logged"] for server in servers)
+        document["session"].update(side_by_side=together, weights_memory_is=_BY_LOG if by_log else _BY_TENSORS)
+        document.update(
+            servers=sorted(servers, key=lambda server: str(server["model"])), rounds=rounds, rows=medians(rounds),
+            ratios=ratios(rounds),
+        )  # fmt: skip
+
+    @contextmanager
+    def _served(self, subject: Subject, servers: list[dict[str, Any]]) -> Iterator[Server]:
+        """A server for the block; what it cost is put down when the block has ended well."""
+        before = accelerator_use()
+        own = self.log.with_name(f"{self.log.stem}.{subject.model}.log")
+        with serve(self.python, subject.checkpoint, subject.options, log=own) as server:
+            loaded = accelerator_use()
+            yield server
+            text, stored = server.log_text(), tensor_bytes(subject.checkpoint)
+            logged = weights_bytes(text)
+            servers.append({
+                "model": subject.model, "load_seconds": server.load_seconds,
+                "weights_memory_bytes": stored if logged is None else logged,
+                "weights_memory_logged": logged is not None, "checkpoint_bytes": stored,
+                "peak_memory_bytes": server.peak_memory_bytes(), "kernels": kernels(text),
+                "gpu_memory_bytes": loaded.memory_bytes - before.memory_bytes if loaded and before else None,
+            })  # fmt: skip
+
+    def _benched(self, group: Sequence[Subject], up: dict[str, Server]) -> list[dict[str, Any]]:
+        """Rounds of every level; within a round the models take turns, and who begins does so as well."""
+        # vLLM's idle processes spin for a second after their last request (SpinCondition, vllm 0.32.0), then sleep; the next
+        # model's tokenizer and warm-up take longer than that.
+        turns = [
+            (subject, level, number)
+            for number in range(self.plan.rounds)
+            for level in self.plan.levels
+            for subject in (group if number % 2 == 0 else tuple(reversed(group)))
+        ]
+        runs = []
+        for subject, level, number in turns:
+            result = self.out / "bench" / f"serve-{subject.model}-c{level.concurrency}-round{number + 1}.json"
+            arguments = serve_arguments(subject, up[subject.model].url, level, self.plan, result)
+            label = f"{subject.model}, {level.concurrency} at a time, round {number + 1}"
+            runs.append({"arguments": arguments, "result": str(result), "label": label})
+        results = self.bench({"runs": runs}, "measuring").data["results"]
+        return [
+            {**serve_row(result, subject.model, level, self.plan), "round": number}
+            for (subject, level, number), result in zip(turns, results, strict=True)
+        ]
+
+    def measure_offline(self, tool: str) -> Iterator[dict[str, Any]]:
+        """The rows of `vllm bench latency` or `throughput`, an engine's start each."""
+        for level in self.plan.levels:
+            for subject in self.subjects:
+                result = self.out / "bench" / f"{tool}-{subject.model}-c{level.concurrency}.json"
+                own = self.log.with_name(f"{self.log.stem}.{tool}.{subject.model}.log")
+                arguments = offline_arguments(tool, subject, level, self.plan, result)
+                run_vllm(self.python, arguments, subject.options, log=own)
+                yield offline_row(tool, read_json(result), subject.model, level, self.plan)
+
+
+def tensor_bytes(checkpoint: Path) -> int:
+    """Bytes of all tensors of a checkpoint."""
+    opened = Checkpoint.open(checkpoint)
+    return sum(opened.info(name).nbytes for name in opened.names)
+
+
+def _prepared(subject: Subject, plan: Plan) -> Subject:
+    """The subject as it is measured: its cache holds every request of the largest level, so that none has to wait for it."""
+    options, cache = subject.options, kv_cache(read_json(subject.checkpoint / "config.json"))
+    length = plan.input_tokens + plan.output_tokens + 32
+    most = cache.bytes(length, max(level.concurrency for level in plan.levels))
+    needed = 1.1 * max(most, cache.bytes(options.max_model_len or length, 1)) / GIB
+    eager = options.device == "cpu" if plan.enforce_eager == "auto" else bool(plan.enforce_eager)
+    kv_cache_gib = max(options.kv_cache_gib or 0, round(needed, 3))
+    return replace(subject, options=replace(options, kv_cache_gib=kv_cache_gib, enforce_eager=eager))
+
+
+def _together(subjects: tuple[Subject, Subject], plan: Plan) -> bool:
+    """Whether both servers are to be up at once."""
+    if plan.side_by_side != "auto":
+        return plan.side_by_side == "always"
+    device = subjects[0].options.device
+    needed = sum(
+        1.2 * tensor_bytes(subject.checkpoint) + (subject.options.kv_cache_gib or 0) * GIB + _OVERHEAD_BYTES[device]
+        for subject in subjects
+    )
+    gpus = visible_gpus()
+    if device == "cuda":
+        # Each asks for its share of the memory to be free when it starts.
+        share = sum(subject.options.gpu_memory_utilization for subject in subjects)
+        return bool(gpus) and share < 0.95 and needed < gpus[0].memory_total_bytes - gpus[0].memory_used_bytes
+    return bool(needed < 0.8 * psutil.virtual_memory().available)
+
+
+def _described(version: str, subjects: tuple[Subject, Subject], plan: Plan) -> dict[str, Any]:
+    options = subjects[1].options
+    return {
+        "host": platform.node(), "device": options.device, "device_name": _device_name(options.device),
+        "threads": os.cpu_count(), "load_average": os.getloadavg()[0], "vllm_version": version,
+        "tools": list(plan.tools), "input_tokens": plan.input_tokens, "output_tokens": plan.output_tokens,
+        "rounds": plan.rounds, "seed": plan.seed, "enforce_eager": options.enforce_eager,
+        "levels": [[level.concurrency, level.prompts] for level in plan.levels],
+        "dtypes": {subject.model: subject.options.dtype for subject in subjects},
+        "kv_cache_gib": {subject.model: subject.options.kv_cache_gib for subject in subjects},
+        "side_by_side": None, "weights_memory_is": None,
+    }  # fmt: skip
+
+
+def _device_name(device: str) -> str:
+    gpus = visible_gpus() if device == "cuda" else []
+    if gpus:
+        return gpus[0].name
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    return f"{named}, {os.cpu_count()} cores"

@@ -1,0 +1,1 @@
+"""Tasks by lm-evaluation-harness."""

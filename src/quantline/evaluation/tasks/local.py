@@ -1,0 +1,186 @@
+"""Two tasks made from any text, for lm-evaluation-harness: they need no network, and every model gets the same items.
+
+`last_word`        a passage without its last word, which the model must find likeliest, token by token, given the rest:
+                   the form of LAMBADA (Paperno et al., "The LAMBADA dataset", 2016, arXiv:1606.06031). There people chose
+                   passages whose last word can be told from all of it; here it is one that stands in it before. Scored by
+                   accuracy of the greedy answer, and by the perplexity of the word.
+`multiple_choice`  a passage, and continuations of which one is its own; the others continue other passages, of the same
+                   document where it has enough of them. Scored by the likeliest one, as a whole (`acc`) and to a letter of
+                   its length (`acc_norm`), in the form of HellaSwag (Zellers et al., 2019, arXiv:1905.07830).
+
+Passages are pieces of documents that do not overlap. Every document gives one before any gives a second, in an order that
+follows from the seed alone, so fewer items are the first ones of more. An item begins at a word, and its answer begins
+after a single blank, which belongs to the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantline.core.errors import UserError
+
+# A word that can be asked for: nothing but letters, and enough of them to be no mere particle.
+_ASKED = re.compile(r"[A-Za-z]{4,}")
+# An answer is looked for among so many words behind a passage's context.
+_ROOM = 24
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a document: its words as (begin, end) in the text, in characters, and where an answer may begin."""
+
+    text: str
+    words: tuple[tuple[int, int], ...]
+    starts: tuple[int, ...]
+
+    def between(self, first: int, last: int) -> str:
+        """The text from word `first` up to and without word `last`."""
+        return self.text[self.words[first][0] : self.words[last - 1][1]]
+
+
+@dataclass(frozen=True)
+class LastWord:
+    """context_words: words before the one that is asked for."""
+
+    context_words: int
+
+    def items(self, texts: Sequence[str], seed: int, limit: int | None) -> list[dict[str, Any]]:
+        """The items, `context` and `target` each.
+
+        Raises:
+            UserError: the text has no passage long enough.
+        """
+        chance = random.Random(f"{seed} last_word")  # noqa: S311 (to be repeated, not to be secret)
+        found: list[dict[str, Any]] = []
+        for passage in _spread(texts, self.context_words, _ROOM, chance):
+            if len(found) == limit:
+                break
+            starts = [at for at in passage.starts if self._asked(passage, at)]
+            if starts:
+                at = chance.choice(starts)
+                context, target = passage.between(at - self.context_words, at), passage.between(at, at + 1)
+                found.append({"context": context, "target": f" {target}"})
+        return _enough(found, "last_word")
+
+    def _asked(self, passage: Passage, at: int) -> bool:
+        word = passage.between(at, at + 1)
+        if not _ASKED.fullmatch(word):
+            return False
+        before = passage.between(at - self.context_words, at)
+        return re.search(rf"\b{word}\b", before) is not None
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """context_words: words before the choice. choices: continuations. continuation_words: words of each."""
+
+    context_words: int
+    choices: int
+    continuation_words: int
+
+    def items(self, texts: Sequence[str], seed: int, limit: int | None) -> list[dict[str, Any]]:
+        """The items, `context`, `choices` and `label`, the number of the true one, each.
+
+        Raises:
+            UserError: the text has no passage long enough, or too few of them.
+        """
+        chance = random.Random(f"{seed} multiple_choice")  # noqa: S311
+        room = _ROOM + self.continuation_words
+        passages = [one for one in _spread(texts, self.context_words, room, chance) if self._starts(one)]
+        places = [(passage, chance.choice(self._starts(passage))) for passage in passages]
+        ends = [f" {passage.between(at, at + self.continuation_words)}" for passage, at in places]
+        near: dict[str, list[str]] = {}
+        for passage, end in zip(passages, ends, strict=True):
+            near.setdefault(passage.text, []).append(end)
+        everywhere = sorted(set(ends))
+        found: list[dict[str, Any]] = []
+        for (passage, at), end in zip(places, ends, strict=True):
+            if len(found) == limit:
+                break
+            others = sorted(set(near[passage.text]) - {end})
+            if len(others) < self.choices - 1:
+                others = [one for one in everywhere if one != end]
+            if len(others) < self.choices - 1:
+                continue
+            label = chance.randrange(self.choices)
+            choices = chance.sample(others, self.choices - 1)
+            choices.insert(label, end)
+            context = passage.between(at - self.context_words, at)
+            found.append({"context": context, "choices": choices, "label": label})
+        return _enough(found, "multiple_choice")
+
+    def _starts(self, passage: Passage) -> list[int]:
+        return [at for at in passage.starts if at + self.continuation_words <= len(passage.words)]
+
+
+TASKS: dict[str, type[LastWord] | type[MultipleChoice]] = {"last_word": LastWord, "multiple_choice": MultipleChoice}
+
+
+def _spread(texts: Sequence[str], before: int, room: int, chance: random.Random) -> Iterator[Passage]:
+    """Passages of `before` + `room` words, one of every document, then the second ones, and so on."""
+    piles = []
+    for text in texts:
+        words = [match.span() for match in re.finditer(r"\S+", text)]
+        pile = []
+        for first in range(0, len(words) - before - room + 1, before + room):
+            own = tuple(words[first : first + before + room])
+            starts = [at for at in range(before, len(own)) if text[own[at - 1][1] : own[at][0]] == " "]
+            pile.append(Passage(text, own, tuple(starts)))
+        chance.shuffle(pile)
+        piles.append(pile)
+    chance.shuffle(piles)
+    for turn in range(max(map(len, piles), default=0)):
+        yield from (pile[turn] for pile in piles if turn < len(pile))
+
+
+def _enough(items: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    if len(items) < 2:
+        raise UserError(
+            f"tasks.local.{name}: the text gives {len(items)} items, which is none to measure by; give more text "
+            "(tasks.path), or set fewer words"
+        )
+    return items
+
+
+def write_tasks(items: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:
+    """Write each task's items and its definition, `<name>.jsonl` and `<name>.yaml`, for lm-evaluation-harness.
+
+    The definitions name the items by their absolute path, and a cache beside them, so that the user's is left alone.
+    """
+    import yaml
+
+    for name, rows in items.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(lines), encoding="utf-8")
+        definition = {
+            "task": name, "dataset_path": "json", "test_split": "test", "num_fewshot": 0, "target_delimiter": "",
+            "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(folder / "cache")},
+            "doc_to_text": "context", "metadata": {"version": 1.0}, **_DEFINITIONS[name],
+        }  # fmt: skip
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition, sort_keys=False), encoding="utf-8")
+
+
+def _metric(name: str, aggregation: str, higher: bool) -> dict[str, Any]:
+    return {"metric": name, "aggregation": aggregation, "higher_is_better": higher}
+
+
+_DEFINITIONS: dict[str, dict[str, Any]] = {
+    "last_word": {
+        "output_type": "loglikelihood",
+        "doc_to_target": "target",
+        "metric_list": [_metric("acc", "mean", True), _metric("perplexity", "perplexity", False)],
+    },
+    "multiple_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_target": "label",
+        "doc_to_choice": "choices",
+        "metric_list": [_metric("acc", "mean", True), _metric("acc_norm", "mean", True)],
+    },
+}

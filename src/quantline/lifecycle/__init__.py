@@ -1,0 +1,1 @@
+"""What becomes of a variant afterwards: published, promoted, rebuilt, backed up, verified."""

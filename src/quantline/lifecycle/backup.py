@@ -1,0 +1,219 @@
+"""Backup of what a checkout has measured and made, and its restore into an empty clone.
+
+    DIR/objects/md5/ab/cdef...        DVC's objects, by their MD5
+    DIR/objects/sha256/ab/cdef...     everything else, by its SHA-256
+    DIR/snapshots/<time>.json         what belongs together: names, hashes, sizes
+
+An object is written under a temporary name, hashed on its way and moved into place, and the snapshot's file comes last, so a
+snapshot that is there is whole; one more backup into the same folder copies only what is new. A restore checks and stages
+everything first and moves it afterwards, dvc.lock last; a restore that was killed while moving is finished by the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import Collection
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantline.core.errors import UserError
+from quantline.core.files import room, sha256_of, write_json
+from quantline.lifecycle.storage import dvc_cache
+from quantline.pipeline.git import commit_of, patch_of
+
+SCHEMA = 1
+FILES = ("params.yaml", "dvc.yaml", "dvc.lock")
+DATABASE, ARTIFACTS, PATCH = "mlflow.db", "mlartifacts", "backup.patch"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A backup that was made. copied: objects that were not there before."""
+
+    snapshot: Path
+    objects: int
+    bytes: int
+    copied: int
+
+
+def backup(root: Path, to: Path, *, also: Collection[str] = ()) -> Saved:
+    """Save dvc.lock's outputs, params.yaml, and MLflow's embedded store; `to` may hold earlier backups.
+
+    also: MD5s of further DVC objects, those of promoted variants.
+
+    Raises:
+        UserError: an object is missing or damaged (`stages.verify` says more), or `to` lies in the checkout.
+        DiskFullError: that.
+    """
+    root, to = root.resolve(), to.expanduser().resolve()
+    if to == root or root in to.parents:
+        raise UserError(f"to={to}: lies in the checkout itself; give a folder elsewhere, best on another disk")
+    cache = dvc_cache.cache_folder(root)
+    needed = [*(output.md5 for output in dvc_cache.read_lock(root)), *also]
+    store = _Store(to)
+    with room(to):
+        to.mkdir(parents=True, exist_ok=True)
+        for md5 in sorted(dvc_cache.objects_of(cache, needed)):
+            store.keep_md5(dvc_cache.object_path(cache, md5), md5)
+        files = {name: store.keep(root / name) for name in FILES if (root / name).is_file()}
+        files.update(_tracking_files(root, store))
+        commit, dirty = commit_of(root)
+        patch = patch_of(root) if dirty else None
+        if patch:
+            files[PATCH] = store.keep_text(patch)
+        manifest = {
+            "schema": SCHEMA, "root": str(root), "commit": commit, "md5": store.md5, "files": files,
+            "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }  # fmt: skip
+        snapshot = to / "snapshots" / f"{_stamp(to)}.json"
+        write_json(snapshot, manifest)
+    return Saved(snapshot, len(store.md5) + len(files), store.bytes, store.copied)
+
+
+def _stamp(to: Path) -> str:
+    now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    taken = len(list((to / "snapshots").glob(f"{now}*.json")))
+    return f"{now}-{taken}" if taken else now
+
+
+def _tracking_files(root: Path, store: _Store) -> dict[str, dict[str, Any]]:
+    database = root / DATABASE
+    if not database.is_file():
+        return {}
+    files = {}
+    with tempfile.TemporaryDirectory(prefix="quantline-backup-") as scratch:
+        copy = Path(scratch) / DATABASE
+        # SQLite's own online backup: whole, also while somebody publishes.
+        with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+        files[DATABASE] = store.keep(copy)
+    for path in sorted(path for path in (root / ARTIFACTS).rglob("*") if path.is_file()):
+        files[path.relative_to(root).as_posix()] = store.keep(path)
+    return files
+
+
+class _Store:
+    """The objects of a backup folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.md5: dict[str, int] = {}
+        self.bytes = self.copied = 0
+
+    def keep_md5(self, path: Path, md5: str) -> None:
+        if not path.is_file():
+            raise UserError(f"{path}: is missing, dvc.lock needs it; see `python -m stages.verify`")
+        target = self._folder / "objects" / "md5" / md5[:2] / md5[2:]
+        if not target.is_file():
+            found = copy_hashed(path, target, "md5", md5.removesuffix(dvc_cache.DIR))
+            if found is not None:
+                raise UserError(f"{path}: is damaged, its content is {found}; see `python -m stages.verify`")
+            self.copied += 1
+        self.md5[md5] = target.stat().st_size
+        self.bytes += self.md5[md5]
+
+    def keep(self, path: Path) -> dict[str, Any]:
+        sha256, size = sha256_of(path), path.stat().st_size
+        target = self._folder / "objects" / "sha256" / sha256[:2] / sha256[2:]
+        if not target.is_file():
+            if copy_hashed(path, target, "sha256", sha256) is not None:
+                raise UserError(f"{path}: changed while it was copied; run the backup again")
+            self.copied += 1
+        self.bytes += size
+        return {"sha256": sha256, "size": size}
+
+    def keep_text(self, text: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="quantline-backup-") as scratch:
+            path = Path(scratch) / "text"
+            path.write_text(text, encoding="utf-8", errors="surrogateescape")
+            return self.keep(path)
+
+
+def copy_hashed(source: Path, target: Path, kind: str, wanted: str) -> str | None:
+    """Copy under a temporary name, hash what was written, move into place; returns the hash where it is another."""
+    digest = hashlib.new(kind, usedforsecurity=False)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        with source.open("rb") as read, temporary.open("wb") as write:
+            while block := read.read(2**20):
+                digest.update(block)
+                write.write(block)
+            write.flush()
+            os.fsync(write.fileno())
+        if digest.hexdigest() != wanted:
+            return digest.hexdigest()
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return None
+
+
+def read_snapshot(folder: Path, name: str | None) -> tuple[Path, dict[str, Any]]:
+    """A snapshot's file and content; the latest where no name is given.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    there = sorted((folder / "snapshots").glob("*.json"))
+    if not there:
+        raise UserError(f"from={folder}: holds no backup; `python -m stages.backup to={folder}` makes one")
+    path = folder / "snapshots" / f"{name}.json" if name else there[-1]
+    if not path.is_file():
+        raise UserError(f"snapshot={name}: is not there; there are {', '.join(path.stem for path in there)}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["schema"] != SCHEMA:
+            raise UserError(f"{path}: is of schema {manifest['schema']}, this version reads {SCHEMA}")
+        return path, {**manifest, "md5": dict(manifest["md5"]), "files": dict(manifest["files"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error}); give another snapshot=NAME") from error
+
+
+def object_file(folder: Path, kind: str, name: str) -> Path:
+    """The file of an object of a backup."""
+    return folder / "objects" / kind / name[:2] / name[2:]
+
+
+def check_objects(folder: Path, manifest: dict[str, Any]) -> int:
+    """Read and hash everything that a snapshot needs; returns how many bytes that is.
+
+    Raises:
+        UserError: something is missing or damaged, all of it named.
+    """
+    faults, size = [], 0
+    wanted = [("md5", md5) for md5 in manifest["md5"]]
+    wanted += sorted({("sha256", str(entry["sha256"])) for entry in manifest["files"].values()})
+    for kind, name in wanted:
+        path = object_file(folder, kind, name)
+        if not path.is_file():
+            faults.append(f"{path} is missing")
+            continue
+        size += path.stat().st_size
+        found = dvc_cache.md5_of(path) if kind == "md5" else sha256_of(path)
+        if found != name.removesuffix(dvc_cache.DIR):
+            faults.append(f"{path} is damaged")
+    if faults:
+        shown = "\n  ".join(faults)
+        raise UserError(
+            f"from={folder}: the backup is not whole, nothing was restored:\n  {shown}\nGive another snapshot=NAME, or "
+            "remove the damaged files and run the backup again where the originals are"
+        )
+    return size
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what a killed backup or restore left below a folder."""
+    for path in folder.rglob("*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""What `stages.promote` registers of a variant: its record in words and tags, gathered from results and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quantline.core.errors import UserError
+from quantline.lifecycle.promotion_gates import Gates, perplexity_increase_high
+from quantline.lifecycle.storage.dvc_outputs import hashes_of
+from quantline.lifecycle.tracking.registry import Promotion
+from quantline.lifecycle.tracking.store import experiment_name
+from quantline.pipeline.config import Config
+from quantline.pipeline.lineage.chain import as_values, local_chain, require_chain
+from quantline.pipeline.lineage.report import as_text
+from quantline.pipeline.paths import stage_paths
+from quantline.pipeline.records import VariantRecord, manual_record, pipeline_records
+
+_DOCUMENTS = (("convert", "conversion_proof.json"), ("evaluate", "comparison.json"))
+
+
+def record_of(root: Path, name: str) -> VariantRecord:
+    """The record of a variant of params.yaml, else of one run by hand under that name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    records = {record.name: record for record in pipeline_records(root)}
+    if name in records:
+        return records[name]
+    if (root / "scratch" / name.removeprefix("by-hand/") / "config.json").is_file():
+        return manual_record(root, name.removeprefix("by-hand/"))
+    raise UserError(f"variant={name}: there are {', '.join(records) or 'none yet, run `dvc repro`'}, and none by hand")
+
+
+def gates_of(config: Config) -> Gates:
+    """The gates that a configuration asks for."""
+    asked = config.promote
+    return Gates(
+        asked.max_perplexity_increase, asked.served, asked.coverage, asked.min_recovery, asked.max_alarms,
+        tuple(asked.alarms),
+    )  # fmt: skip
+
+
+def model_name_of(config: Config) -> str:
+    """The registered model's name: the configured one, else one for the float model."""
+    own = config.tracking.model_copy(update={"experiment": None})
+    return config.promote.name or experiment_name(own, config.model).replace("/", "-")
+
+
+def promotion_of(record: VariantRecord, model: str, run_id: str, fingerprint: str, root: Path) -> Promotion:
+    """What to register of a variant whose gates hold.
+
+    Args:
+        record: the variant's.
+        model: name of the registered model.
+        run_id: its run.
+        fingerprint: of the variant, as its run has it.
+        root: the checkout.
+    """
+    results = {str(result["stage"]): result for result in record.results}
+    name, by_hand = record.name.rpartition("/")[2], "/" in record.name
+    home = root / ("scratch" if by_hand else "artifacts")
+    chain = require_chain(local_chain(root, name), name, root)
+    documents = {
+        "lineage.json": json.dumps(as_values(chain), indent=2, sort_keys=True), "lineage.txt": as_text(chain) + "\n",
+        "evaluation.json": json.dumps(results["evaluate"]["metrics"], indent=2, sort_keys=True),
+    }  # fmt: skip
+    for stage, file in _DOCUMENTS:
+        path = stage_paths(home, name, stage).output / file
+        if path.is_file():
+            documents[file] = path.read_text(encoding="utf-8")
+    return Promotion(
+        model, record.name, run_id, stage_paths(home, name, "convert").output, results["convert"]["outputs"],
+        _tags(record, results, fingerprint), documents, as_text(chain).rpartition("\n\n")[2],
+    )  # fmt: skip
+
+
+def _tags(record: VariantRecord, results: dict[str, Any], fingerprint: str) -> dict[str, str]:
+    metrics = results["evaluate"]["metrics"]
+    high = perplexity_increase_high(metrics)
+    tags = {
+        "quantline.variant": record.name, "quantline.fingerprint": fingerprint,
+        "quantline.output_hash": str(results["convert"]["output_hash"]),
+        "quantline.overrides": record.overrides, "quantline.served": "yes" if results["serve_smoke"]["status"] == "ok" else
+        "no", "quantline.perplexity": repr(metrics.get("reference_perplexity")),
+        "quantline.perplexity_increase_high": repr(high), "quantline.size_bytes": str(metrics.get("size_bytes")),
+        "quantline.dvc": " ".join(sorted(hashes_of(record.lock))), "quantline.commit": record.commit or "",
+    }  # fmt: skip
+    return {key: value for key, value in tags.items() if value}

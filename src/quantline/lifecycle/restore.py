@@ -1,0 +1,150 @@
+"""Restore of a backup into an empty clone: everything is checked and staged first, then moved, dvc.lock last."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantline.core.errors import UserError
+from quantline.core.files import room
+from quantline.lifecycle.backup import ARTIFACTS, DATABASE, check_objects, copy_hashed, object_file, read_snapshot
+from quantline.lifecycle.storage import dvc_cache
+from quantline.pipeline.git import commit_of
+
+STAGING = ".restore.tmp"
+READY = "ready"  # a file in the staging folder: all of it is there and checked, and may be moved
+# Where MLflow keeps absolute addresses of artifacts, which are others in another folder.
+ADDRESSES = {
+    "experiments": ("artifact_location",), "runs": ("artifact_uri",), "model_versions": ("source", "storage_location"),
+    "logged_models": ("artifact_location",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was brought back. notes: what the user should know."""
+
+    snapshot: str
+    objects: int
+    files: int
+    notes: tuple[str, ...]
+
+
+def restore(root: Path, folder: Path, *, name: str | None = None) -> Restored:
+    """Bring a snapshot back into a clone that has nothing of its own yet; the workspace follows by `dvc checkout`.
+
+    Raises:
+        UserError: the backup is not whole, or the clone already has results; nothing was changed then.
+        DiskFullError: that; nothing was changed.
+    """
+    root, folder = root.resolve(), folder.expanduser().resolve()
+    path, manifest = read_snapshot(folder, name)
+    staging, cache = root / STAGING, dvc_cache.cache_folder(root)
+    if not (staging / READY).is_file() or (staging / READY).read_text(encoding="utf-8") != path.stem:
+        _refuse_occupied(root, folder, manifest)
+        check_objects(folder, manifest)
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            with room(root):
+                _stage(folder, manifest, staging, cache, root)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        (staging / READY).write_text(path.stem, encoding="utf-8")
+    _move(staging, root, list(manifest["files"]))
+    return Restored(path.stem, len(manifest["md5"]), len(manifest["files"]), tuple(_notes(root, manifest)))
+
+
+def _refuse_occupied(root: Path, folder: Path, manifest: dict[str, Any]) -> None:
+    taken = [name for name in ("artifacts", "variants", DATABASE, ARTIFACTS) if _holds_something(root / name)]
+    if taken:
+        raise UserError(
+            f"{root}: already has {', '.join(taken)}; a backup is restored into a fresh clone, where nothing can be lost: "
+            "`git clone`, then `python -m stages.restore` there"
+        )
+    for name, entry in manifest["files"].items():
+        own = root / name
+        if own.is_file() and _changed(root, name):
+            same = own.read_bytes() == object_file(folder, "sha256", entry["sha256"]).read_bytes()
+            if not same:
+                raise UserError(f"{name}: has changes that are not in git, and would be replaced; commit or undo them")
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def _changed(root: Path, name: str) -> bool:
+    from quantline.pipeline.git import git_output
+
+    # A file that git does not know counts as changed; outside git there is nobody to ask.
+    said = git_output(root, "status", "--porcelain", "--ignored", "--", name)
+    return said is None or bool(said.strip())
+
+
+def _stage(folder: Path, manifest: dict[str, Any], staging: Path, cache: Path, root: Path) -> None:
+    # Objects go to the cache at once: each is whole, and until dvc.lock is there nothing refers to it.
+    for md5 in manifest["md5"]:
+        target = dvc_cache.object_path(cache, md5)
+        if not (target.is_file() and dvc_cache.md5_of(target) == md5.removesuffix(dvc_cache.DIR)):
+            target.unlink(missing_ok=True)
+            _copy(object_file(folder, "md5", md5), target, "md5", md5.removesuffix(dvc_cache.DIR))
+            target.chmod(0o444)  # as DVC does: an object is never written again
+    for name, entry in manifest["files"].items():
+        inside = staging / "files" / name
+        if not inside.resolve().is_relative_to(staging.resolve()):
+            raise UserError(f"{name}: lies outside the checkout; the snapshot was not made by stages.backup")
+        _copy(object_file(folder, "sha256", entry["sha256"]), inside, "sha256", entry["sha256"])
+    database = staging / "files" / DATABASE
+    if database.is_file():
+        move_addresses(database, Path(manifest["root"]), root)
+
+
+def _copy(source: Path, target: Path, kind: str, wanted: str) -> None:
+    if copy_hashed(source, target, kind, wanted) is not None:
+        raise UserError(f"{source}: changed while it was restored; nothing was restored, run it again")
+
+
+def move_addresses(database: Path, old: Path, new: Path) -> None:
+    """Make the addresses of artifacts below `old` such below `new`, in all rows or in none."""
+    before, after = f"{old.as_uri()}/", f"{new.as_uri()}/"
+    with closing(sqlite3.connect(database)) as store, store:
+        for table, columns in ADDRESSES.items():
+            known = {row[1] for row in store.execute(f"pragma table_info({table})")}
+            for column in known.intersection(columns):
+                store.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",  # noqa: S608
+                    [after, len(before) + 1, len(before), before],
+                )
+
+
+def _move(staging: Path, root: Path, names: list[str]) -> None:
+    files = staging / "files"
+    if (files / ARTIFACTS).is_dir():
+        shutil.rmtree(
+            root / ARTIFACTS, ignore_errors=True
+        )  # empty, or moved by a restore that was killed at once after
+        os.replace(files / ARTIFACTS, root / ARTIFACTS)
+    single = [name for name in names if not name.startswith(f"{ARTIFACTS}/")]
+    for name in sorted(single, key=lambda name: name == "dvc.lock"):
+        if (files / name).is_file():
+            os.replace(files / name, root / name)
+    shutil.rmtree(staging)
+
+
+def _notes(root: Path, manifest: dict[str, Any]) -> list[str]:
+    notes = []
+    commit = commit_of(root)[0]
+    if manifest.get("commit") and commit != manifest["commit"]:
+        notes.append(
+            f"the backup was made at commit {manifest['commit'][:12]}, this clone is at {(commit or 'none')[:12]}; with "
+            "other code `dvc repro` may have something to do"
+        )
+    if "backup.patch" in manifest["files"]:
+        notes.append("there were changes beyond that commit: backup.patch holds them (`git apply` reads it)")
+    return notes

@@ -1,0 +1,1 @@
+"""DVC's cache and outputs."""

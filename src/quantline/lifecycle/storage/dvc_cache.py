@@ -1,0 +1,150 @@
+"""DVC's lock and cache, read as files: which outputs there are, and which objects hold their content.
+
+An object's name is the MD5 of its content; that of a folder ends with `.dir` and is a JSON list of `md5` and `relpath` of
+its files. Nothing here writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantline.core.errors import UserError
+
+DIR = ".dir"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of dvc.lock. stage: the stage's name there. path: relative to the checkout. md5: of its object."""
+
+    stage: str
+    path: str
+    md5: str
+
+    @property
+    def variant(self) -> str:
+        """The variant that it belongs to, by its place."""
+        parts = Path(self.path).parts
+        return parts[1].removesuffix(".yaml") if len(parts) > 1 else self.path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of an output: where it lies in the checkout, and the MD5 of its content."""
+
+    path: str
+    md5: str
+
+
+def read_lock(root: Path) -> list[Output]:
+    """The outputs of dvc.lock, in its order, without those of variants that params.yaml has no more: DVC leaves them there.
+
+    Raises:
+        UserError: dvc.lock is missing or malformed.
+    """
+    known = _variants(root)
+    return [output for output in _locked(root) if known is None or output.stage.partition("@")[2] in known]
+
+
+def former_variants(root: Path) -> list[str]:
+    """The variants that dvc.lock has and params.yaml has no more, sorted; what DVC made for them may still lie here.
+
+    Raises:
+        UserError: dvc.lock is missing or malformed.
+    """
+    known = _variants(root)
+    return sorted({output.stage.partition("@")[2] for output in _locked(root)} - known) if known is not None else []
+
+
+def _locked(root: Path) -> list[Output]:
+    import yaml
+
+    path = root / "dvc.lock"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return [
+            Output(str(stage), str(out["path"]), str(out["md5"]))
+            for stage, entry in (content.get("stages") or {}).items()
+            for out in entry.get("outs") or []
+        ]
+    except OSError as error:
+        raise UserError(f"dvc.lock: {error.strerror}; `dvc repro` makes it") from error
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise UserError("dvc.lock is damaged; take it from git (`git checkout dvc.lock`) or run `dvc repro`") from error
+
+
+def _variants(root: Path) -> set[str] | None:
+    """What may follow the `@` of a stage's name, nothing included; None where params.yaml does not tell."""
+    import yaml
+
+    try:
+        named = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["variants"]
+        return {"", *map(str, named)}
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def cache_folder(root: Path) -> Path:
+    """Where DVC keeps this checkout's objects, whatever its configuration says.
+
+    Raises:
+        UserError: the folder is no DVC project, or its configuration cannot be read.
+    """
+    from dvc.config import Config, ConfigError  # its configuration alone: running dvc to ask takes a second
+
+    own = root / ".dvc"
+    if not own.is_dir():
+        raise UserError(f"{root}: is no checkout with .dvc; clone the repository")
+    try:
+        chosen = Config(str(own))["cache"].get("dir")
+    except ConfigError as error:
+        raise UserError(f"{own}/config: dvc cannot read it: {error}") from error
+    return Path(chosen) if chosen else own / "cache"
+
+
+def object_path(cache: Path, md5: str) -> Path:
+    """The file of an object."""
+    return cache / "files" / "md5" / md5[:2] / md5[2:]
+
+
+def all_objects(cache: Path) -> Iterator[str]:
+    """The names of all objects in a cache, in order."""
+    for path in sorted((cache / "files" / "md5").glob("??/*")):
+        name = path.parent.name + path.name
+        if len(name.removesuffix(DIR)) == 32 and path.is_file():
+            yield name
+
+
+def md5_of(path: Path) -> str:
+    """MD5 of a file's content, as DVC names it."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def entries_of(cache: Path, path: str, md5: str) -> list[Entry] | None:
+    """The files of an object that stands for `path`; None where its list is missing or damaged."""
+    if not md5.endswith(DIR):
+        return [Entry(path, md5)]
+    try:
+        text = object_path(cache, md5).read_bytes()
+        if hashlib.md5(text, usedforsecurity=False).hexdigest() != md5.removesuffix(DIR):
+            return None
+        return [Entry(f"{path}/{item['relpath']}", str(item["md5"])) for item in json.loads(text)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def objects_of(cache: Path, md5s: Iterable[str]) -> set[str]:
+    """The given objects with the files of the folders among them, as far as they are there."""
+    found: set[str] = set()
+    for md5 in md5s:
+        found.add(md5)
+        found.update(entry.md5 for entry in entries_of(cache, "", md5) or [])
+    return found

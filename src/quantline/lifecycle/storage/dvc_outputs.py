@@ -1,0 +1,147 @@
+"""What DVC keeps of a variant: its part of dvc.lock, and outputs brought back from the cache or a remote by their hash."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quantline.core.errors import UserError
+from quantline.pipeline.paths import BASELINE, STAGES
+from quantline.pipeline.records import VariantRecord
+
+_SHARED = ("download",)
+
+
+def variant_lock(root: Path, name: str) -> dict[str, Any]:
+    """The outputs that dvc.lock has of a variant, as far as they are what lies here: {} where the pipeline has not run.
+
+    Returns:
+        stage of dvc.yaml -> {"outs": [{"path", "md5", "size", ...}]}, the shared download's among them.
+    """
+    import yaml
+
+    path = root / "dvc.lock"
+    if not path.is_file():
+        return {}
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    locked = (yaml.load(path.read_text(encoding="utf-8"), loader) or {}).get("stages") or {}  # noqa: S506 - a safe one
+    kept = {}
+    for stage in STAGES:
+        key = stage if stage in _SHARED else f"{stage}_baseline" if name == BASELINE else f"{stage}@{name}"
+        outs = (locked.get(key) or {}).get("outs") or []
+        results = [out for out in outs if str(out["path"]).endswith(".json")]
+        # A result that was made again since, but not by DVC, goes with other outputs than those in the lock.
+        if results and all(_md5(root / out["path"]) == out.get("md5") for out in results):
+            kept[key] = {"outs": outs}
+    return kept
+
+
+def with_locks(records: Iterable[VariantRecord]) -> list[VariantRecord]:
+    """The records, those of the pipeline with their part of dvc.lock."""
+    return [
+        replace(record, lock=variant_lock(record.folder, record.name)) if record.config.get("frozen") else record
+        for record in records
+    ]
+
+
+def _md5(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def outputs_of(lock: Mapping[str, Any], stage: str) -> dict[str, dict[str, Any]]:
+    """The outs of a stage in a variant's lock, by the last part of their path: `convert`, `convert.json`."""
+    for key, entry in lock.items():
+        if key.removesuffix("_baseline").partition("@")[0] == stage:
+            return {str(out["path"]).rpartition("/")[2]: out for out in entry["outs"]}
+    return {}
+
+
+def hashes_of(lock: Mapping[str, Any]) -> frozenset[str]:
+    """Every hash of DVC's that a variant's lock names; a folder's ends in `.dir`."""
+    return frozenset(str(out["md5"]) for entry in lock.values() for out in entry["outs"] if "md5" in out)
+
+
+def fetch_outputs(root: Path, outs: Mapping[Path, Mapping[str, Any]], remote: str | None = None) -> list[str]:
+    """Bring outputs from this checkout's DVC cache to new places, after what the cache lacks from a remote.
+
+    Args:
+        root: the checkout, whose DVC configuration names the cache and the remotes.
+        outs: place to make -> its entry of dvc.lock; its folder exists, itself it does not.
+        remote: which; null is DVC's default one.
+
+    Returns:
+        why an output could not be had, one line each; nothing was made then.
+
+    Raises:
+        UserError: the checkout is no DVC repository.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    try:
+        repo = Repo(str(root))
+    except DvcException as error:
+        raise UserError(f"{root}: is no DVC repository ({error}); give from=source") from error
+    with contextlib.closing(repo):
+        wanted = {path: HashInfo("md5", str(out["md5"])) for path, out in outs.items()}
+        faults: list[str] = []
+        for _ in range(2):  # a folder's list of files first, then the files
+            faults = faults or _pull(repo, _absent(repo, list(wanted.values())), remote)
+        missing = [f"{path.name} ({info.value})" for path, info in wanted.items() if _absent(repo, [info])]
+        if missing:
+            return [*faults, f"neither the cache nor a remote has {', '.join(missing)}"]
+        for path, info in wanted.items():
+            _write(repo, path, info)
+    return []
+
+
+def _pull(repo: Any, wanted: list[Any], remote: str | None) -> list[str]:
+    if not wanted or not (remote or repo.config["core"].get("remote")):
+        return []
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its bars
+            repo.cloud.pull(wanted, remote=remote)
+    except Exception as error:  # the border: a remote's file system can raise anything, and not all is DVC's own
+        return [f"the remote could not be read ({type(error).__name__})"]
+    return []
+
+
+def _absent(repo: Any, wanted: list[Any]) -> list[Any]:
+    return [inner for info in wanted for inner in _objects(repo, info) if not repo.cache.local.exists(inner.value)]
+
+
+def _objects(repo: Any, info: Any) -> Iterator[Any]:
+    from dvc_data.hashfile.tree import Tree
+
+    yield info
+    if info.isdir and repo.cache.local.exists(info.value):
+        for _, _, inner in Tree.load(repo.cache.local, info):
+            yield inner
+
+
+def _write(repo: Any, path: Path, info: Any) -> None:
+    """Copy an output out of the cache; never a link, through which a change would reach the cache."""
+    from dvc_data.hashfile.tree import Tree
+
+    cache = repo.cache.local
+    files = {path: info.value}
+    if info.isdir:
+        path.mkdir()
+        files = {path.joinpath(*key): inner.value for key, _, inner in Tree.load(cache, info)}
+    for target, value in files.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(cache.oid_to_path(value), "rb") as source, target.open("wb") as sink:
+            while chunk := source.read(1 << 20):
+                sink.write(chunk)
+            sink.flush()
+            os.fsync(sink.fileno())

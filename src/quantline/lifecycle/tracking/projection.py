@@ -1,0 +1,226 @@
+"""What MLflow should say about a variant: pure planning, without mlflow.
+
+A `Plan` is one run: its tags, parameters, metrics and artifacts, and the hash of it all. `tracking` makes runs say it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantline.core.secrets import Scrubber
+from quantline.lifecycle.tracking.datasets import DatasetUse, SystemSample, datasets_of, system_samples
+from quantline.pipeline.paths import REPORT_MANIFEST
+from quantline.pipeline.records import VariantRecord, by_stage
+
+# Their metrics are what variants are compared by.
+COMPARED = ("quantize", "serve_smoke", "evaluate", "tasks", "speed")
+# How a variant runs here, not what it is: no parameters, or another port would make another run of the same results.
+RUNTIME_KEYS = ("tracking", "promote", "report", "toolchains", "device", "serve.process", "frozen.overrides")
+MAX_PARAM_CHARS = 6000
+MAX_FILE_BYTES = 50_000_000
+PROJECTION = 2  # part of the content hash: raise it when the same results are to be shown in another way
+
+
+@dataclass
+class Plan:
+    """Everything that one run should say. `seconds` is its duration, `started` is in seconds since the epoch."""
+
+    name: str
+    identity: dict[str, str]  # tags given when the run is made, by which it is found again
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: dict[str, float]
+    texts: dict[str, str]
+    files: dict[str, Path]
+    complete: str
+    started: float | None
+    seconds: float
+    children: list[Plan] = field(default_factory=list)
+    datasets: tuple[DatasetUse, ...] = ()
+    samples: tuple[SystemSample, ...] = ()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+
+
+def flatten(values: Mapping[str, Any], skip: Sequence[str] = (), prefix: str = "") -> dict[str, str]:
+    """Nested values as dotted parameters, without the keys to skip; lists and scalars are written as in JSON."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if name in skip:
+            continue
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, skip, f"{name}."))
+            continue
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        if len(text) > MAX_PARAM_CHARS:
+            mark = f"... sha256 {_digest(value)}"
+            text = text[: MAX_PARAM_CHARS - len(mark)] + mark
+        flat[_legal(name)[:250]] = text
+    return flat
+
+
+def _legal(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "_-. /" else "_" for letter in name).strip("/ ")
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    # The largest float is what MLflow makes of infinity; it is written here so that a run compares equal to its plan.
+    largest = sys.float_info.max
+    numbers: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, (int, float)):
+            numbers[_legal(name)] = float(value) if math.isnan(value) else max(-largest, min(largest, float(value)))
+    return numbers
+
+
+def variant_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The metrics of a parent run, under names that mean the same for every variant.
+
+    The stages that variants are compared by give theirs as they are; where two of them give the same name the later one
+    keeps it. All others are written `stage/name`, and `seconds/<stage>` and `peak_memory_bytes/<stage>` are added.
+    """
+    metrics: dict[str, float] = {}
+    owner: dict[str, str] = {}
+    for result in results:
+        stage = str(result["stage"])
+        for name, value in _numbers(result.get("metrics") or {}).items():
+            if stage not in COMPARED:
+                metrics[f"{stage}/{name}"] = value
+                continue
+            if name in owner:
+                metrics[f"{owner[name]}/{name}"] = metrics[name]
+            metrics[name], owner[name] = value, stage
+        costs = {f"seconds/{stage}": (result.get("timings") or {}).get("total_seconds")}
+        costs[f"peak_memory_bytes/{stage}"] = result.get("peak_memory_bytes")
+        costs.update({f"{name}/{stage}": value for name, value in monitor_peaks(result).items()})
+        metrics.update(_numbers(costs))
+    return metrics
+
+
+def monitor_peaks(result: Mapping[str, Any]) -> dict[str, float]:
+    """The peaks that a stage's monitor saw, GPUs taken together; those of samples, so a short one may be missed."""
+    peak = (result.get("monitor") or {}).get("peak") or {}
+    seen = {"peak_tree_memory_bytes": [peak.get("rss_bytes")]}
+    for name in ("memory_used_bytes", "power_watts"):
+        seen[f"peak_gpu_{name}"] = [peak[key] for key in peak if key.startswith("gpu") and key.endswith(f"_{name}")]
+    known = {name: [value for value in values if value is not None] for name, values in seen.items()}
+    return {name: float(sum(values)) for name, values in known.items() if values}
+
+
+def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) -> Plan:
+    """The parent run of a variant, with its stages as children; `notes` gets what could not be attached."""
+    results = list(by_stage(scrubber.value(record.results)).values())
+    children = [_plan_stage(record, result, notes) for result in results]
+    config = scrubber.value(record.config)
+    refused = {result["stage"]: str(result.get("reason")) for result in results if result["status"] == "unsupported"}
+    served = {result["stage"]: result["status"] == "ok" for result in results}.get("serve_smoke")
+    tags = {
+        "quantline.fingerprint": _digest([result.get("fingerprint") for result in results]),
+        "quantline.overrides": scrubber(record.overrides),
+        "quantline.stages": " ".join(result["stage"] for result in results),
+        "quantline.status": "unsupported" if refused else "ok",
+        "quantline.dirty": str(record.dirty).lower(),
+    }
+    if served is not None or refused:
+        tags["quantline.served"] = "yes" if served else "no"
+    if refused:
+        reason = "\n".join(f"{stage}: {why}" for stage, why in refused.items())
+        tags["quantline.reason"] = tags["mlflow.note.content"] = reason
+    if record.commit:
+        tags["mlflow.source.git.commit"] = tags["quantline.commit"] = record.commit
+    # The baseline's configuration has a width as every other has, but nothing was quantized to it.
+    baseline = (config.get("method") or {}).get("name") == "float"
+    params = flatten(config, (*RUNTIME_KEYS, "bits", "group_size") if baseline else RUNTIME_KEYS)
+    starts = [child.started for child in children]
+    known = [(child.started, child.seconds) for child in children if child.started is not None]
+    started = min(start for start, _ in known) if known and None not in starts else None
+    seconds = sum(child.seconds for child in children)
+    if started is not None:
+        seconds = max(start + length for start, length in known) - started
+    texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}
+    if record.patch:
+        texts["dirty.patch"] = scrubber(record.patch)
+    if record.lock:
+        texts["dvc.lock"] = yaml.safe_dump(record.lock)
+    # A dataset that two stages read is one input of the variant.
+    datasets = {(use.name, use.digest): use for child in children for use in child.datasets}
+    # The lock comes after the stages, so that a run that has none yet is completed rather than made anew.
+    held = [child.complete for child in children] + ([record.lock] if record.lock else [])
+    return Plan(
+        record.name, {"quantline.role": "variant", "quantline.variant": record.name}, tags, params,
+        variant_metrics(results), texts, {}, _digest([PROJECTION, params, held]), started, seconds, children,
+        tuple(datasets.values()),
+    )  # fmt: skip
+
+
+def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str]) -> Plan:
+    stage, environment, timings = result["stage"], result.get("environment") or {}, result.get("timings") or {}
+    log = result.pop("log", None)
+    files: dict[str, Path] = {}
+    for name in [*(result.get("files") or []), *([log] if log else [])]:
+        path = record.folder / name
+        fault = _unattachable(name, path)
+        if fault:
+            notes.append(f"{record.name} {stage}: {name} is not attached, it {fault}")
+        else:
+            files[name] = path
+    identity = {
+        "quantline.role": "stage", "quantline.variant": record.name, "quantline.stage": stage,
+        "quantline.fingerprint": str(result.get("fingerprint")), "quantline.result": _digest(result),
+    }  # fmt: skip
+    tags = {"quantline.status": str(result["status"])}
+    if result["status"] == "unsupported":
+        tags["quantline.reason"] = tags["mlflow.note.content"] = str(result.get("reason"))
+    metrics = {**(result.get("metrics") or {}), "peak_memory_bytes": result.get("peak_memory_bytes")}
+    metrics.update((name, value) for name, value in timings.items() if name != "started_at")
+    metrics.update(monitor_peaks(result))
+    contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if name != log}
+    return Plan(
+        f"{record.name}: {stage}", identity, tags, flatten(environment), _numbers(metrics),
+        {"result.json": json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}, files,
+        _digest([PROJECTION, identity["quantline.result"], contents]),
+        timings.get("started_at"), float(timings.get("total_seconds") or 0.0),
+        datasets=datasets_of(result, record.config, record.folder),
+        samples=system_samples(result),
+    )  # fmt: skip
+
+
+def plan_report(folder: Path) -> Plan:
+    """The run that holds the report: its recommendation as description, its files as they are.
+
+    What it says is in its parameters, so another report makes another run and this one stays as it was.
+    """
+    manifest = json.loads((folder / REPORT_MANIFEST).read_text(encoding="utf-8"))
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    content = _digest({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()})
+    note = f"{manifest['headline']} Open `index.html` among the artifacts for the reasons."
+    params = {
+        "report": content[:16],
+        "recommended": str(manifest["chosen"]),
+        "variants": " ".join(manifest["variants"]),
+    }
+    return Plan(
+        "report", {"quantline.role": "report"},
+        {"mlflow.note.content": note, "quantline.recommended": params["recommended"]}, params, {}, {}, files,
+        _digest([PROJECTION, content]), None, 0.0,
+    )  # fmt: skip
+
+
+def _unattachable(name: str, path: Path) -> str | None:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return "lies outside the variant's folder"
+    if not path.is_file():
+        return "is missing"
+    return f"is larger than {MAX_FILE_BYTES} bytes" if path.stat().st_size > MAX_FILE_BYTES else None

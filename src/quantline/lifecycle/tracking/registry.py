@@ -1,0 +1,308 @@
+"""MLflow's model registry: promoted variants, with their files, their proof, their evaluation and their lineage.
+
+A version's files are artifacts of the variant's run, so that any client of the server can have them. Their hashes stand
+beside them in `registry/files.json`, written when all are there: an upload that was cut off has none and is begun anew, one
+that is whole is not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tabulate
+
+from quantline.config.tracking import TrackingConfig
+from quantline.core.errors import TrackingError, UserError
+from quantline.core.files import building
+from quantline.lifecycle.tracking.reader import artifact, connected
+from quantline.lifecycle.tracking.store import locked, resolve_uri, sqlite_path
+from quantline.pipeline.identity import file_hashes
+
+FILES, MODEL = "registry/files.json", "model"
+# An upload or a download is one request for each file, and a file can have gigabytes.
+TRANSFER_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What to register.
+
+    model: name of the registered model. run_id: the variant's run, current and complete. checkpoint: the converted model.
+    files: path below it -> SHA-256, as the convert stage recorded. tags: of the version. documents: name -> text, kept with
+    the run under registry/. description: of the version.
+    """
+
+    model: str
+    variant: str
+    run_id: str
+    checkpoint: Path
+    files: Mapping[str, str]
+    tags: Mapping[str, str]
+    documents: Mapping[str, str]
+    description: str
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """A version that has the alias now. uploaded: bytes; 0 where the server had the files."""
+
+    model: str
+    version: str
+    created: bool
+    uploaded: int
+    before: str | None
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model, as the list shows it."""
+
+    model: str
+    version: str
+    aliases: tuple[str, ...]
+    run_id: str
+    tags: dict[str, str]
+
+
+def promote(tracking: TrackingConfig, root: Path, what: Promotion, alias: str) -> Promoted:
+    """Upload a variant's checkpoint where the server does not have it, register it, and move the alias to it.
+
+    Raises:
+        UserError: the checkpoint is no longer what was recorded, or the alias is none.
+        TrackingError: MLflow does not answer.
+    """
+    found = file_hashes(what.checkpoint)
+    changed = sorted(name for name in {*found, *what.files} if found.get(name) != what.files.get(name))
+    if changed:
+        raise UserError(f"{what.checkpoint / changed[0]}: is not what the convert stage wrote; run `dvc checkout`")
+    with connected(tracking, root, timeout_seconds=TRANSFER_SECONDS) as client, _alone(tracking, root):
+        uploaded = _upload(client, what)
+        _ensure_model(client, what.model)
+        before = _holder(client, what.model, alias)
+        same = [item for item in _versions(client, what.model) if item.run_id == what.run_id]
+        if same:
+            version = same[0].version
+            for key, value in what.tags.items():
+                if same[0].tags.get(key) != value:
+                    client.set_model_version_tag(what.model, version, key, value)
+        else:
+            source = f"runs:/{what.run_id}/{MODEL}"
+            made = client.create_model_version(
+                what.model, source, what.run_id, dict(what.tags), description=what.description
+            )
+            version = str(made.version)
+        if before != version:
+            client.set_registered_model_alias(what.model, alias, version)
+        return Promoted(what.model, version, not same, uploaded, before if before != version else None)
+
+
+def check_alias(alias: str) -> None:
+    """Refuse what MLflow takes for no alias.
+
+    Raises:
+        UserError: that.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", alias) or re.fullmatch(r"v?[0-9]+|latest", alias, re.IGNORECASE):
+        raise UserError(
+            f"alias={alias}: give letters, digits, '_' and '-', such as production; no number, and not latest"
+        )
+
+
+def demote(tracking: TrackingConfig, root: Path, variant: str, alias: str, model: str | None = None) -> tuple[str, str]:
+    """Take an alias from a variant; its version stays.
+
+    model: where the alias is; null is wherever the variant has it.
+
+    Returns:
+        name of the registered model, and the version.
+
+    Raises:
+        UserError: the variant does not have it, or has it in several models; the message says who has.
+    """
+    listed = versions(tracking, root)
+    held = [item for item in listed if alias in item.aliases and model in (None, item.model)]
+    own = [item for item in held if item.tags["quantline.variant"] == variant]
+    if len(own) != 1:
+        shown = ", ".join(f"{item.tags['quantline.variant']} ({item.model} version {item.version})" for item in held)
+        advice = "give model=NAME" if own else "see `python -m stages.registry`"
+        raise UserError(f"alias={alias} of {variant}: it is {shown or 'nobody'}'s; {advice}")
+    with connected(tracking, root) as client, _alone(tracking, root):
+        client.delete_registered_model_alias(own[0].model, alias)
+    return own[0].model, own[0].version
+
+
+def versions(tracking: TrackingConfig, root: Path) -> list[Version]:
+    """Every version that Quantline registered, by model, the newest first; none where nothing was ever published."""
+    database = sqlite_path(resolve_uri(tracking.uri, root))
+    if database is not None and not database.is_file():
+        return []
+    with connected(tracking, root) as client:
+        models = sorted(str(model.name) for model in _pages(client.search_registered_models))
+        return [item for model in models for item in _versions(client, model) if "quantline.variant" in item.tags]
+
+
+def promoted_outputs(root: Path, tracking: TrackingConfig | None = None) -> set[tuple[str, str, tuple[str, ...]]]:
+    """What no garbage collection may take: (variant, fingerprint, DVC's hashes of its outputs) of each one with an alias.
+
+    tracking: null is what this checkout's pipeline publishes to.
+
+    Raises:
+        TrackingError: MLflow does not answer, so that nobody knows; nothing may be collected then.
+    """
+    tracking = tracking or TrackingConfig(enabled=True, uri=_kept_uri(root), experiment=None, timeout_seconds=10)
+    return {
+        (item.tags["quantline.variant"], item.tags["quantline.fingerprint"],
+         tuple(item.tags.get("quantline.dvc", "").split()))
+        for item in versions(tracking, root)
+        if item.aliases
+    }  # fmt: skip
+
+
+def fetch(tracking: TrackingConfig, root: Path, model: str, alias: str, out: Path) -> Version:
+    """Download a registered model by its alias into the new folder `out` and verify every file.
+
+    Raises:
+        UserError: no such model or alias, or `out` exists.
+        TrackingError: MLflow does not answer, or what came is not what was registered; nothing is left then.
+    """
+    if out.exists():
+        raise UserError(f"out={out}: is there already; give a folder that is not")
+    with connected(tracking, root, timeout_seconds=TRANSFER_SECONDS) as client:
+        number = _holder(client, model, alias)
+        known = {item.version: item for item in _versions(client, model)}
+        if number is None or number not in known:
+            held = sorted(f"{model}@{name}" for item in known.values() for name in item.aliases)
+            raise UserError(f"{model}@{alias}: is not registered; there are {', '.join(held) or 'no aliases of it'}")
+        version = known[number]
+        files = json.loads(artifact(client, version.run_id, FILES) or "{}")
+        if not files:
+            raise UserError(f"{model} version {number}: has no list of files; it was not promoted by stages.promote")
+        with building(out) as folder:
+            place = Path(client.download_artifacts(version.run_id, MODEL, str(folder)))
+            for path in list(place.iterdir()):
+                shutil.move(path, folder / path.name)
+            place.rmdir()
+            came = file_hashes(folder)
+            wrong = sorted(name for name in {*came, *files} if came.get(name) != files.get(name))
+            if wrong:
+                raise TrackingError(
+                    f"{wrong[0]} of {model} version {number} is not what was registered; promote it again"
+                )
+        return version
+
+
+def _alone(tracking: TrackingConfig, root: Path) -> Any:
+    return locked(resolve_uri(tracking.uri, root), 60.0)
+
+
+def _kept_uri(root: Path) -> str | None:
+    import yaml
+
+    kept = root / "variants" / "float.yaml"
+    values = yaml.safe_load(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    uri = ((values or {}).get("tracking") or {}).get("uri")
+    return str(uri) if uri else None
+
+
+def _upload(client: Any, what: Promotion) -> int:
+    listed = artifact(client, what.run_id, FILES)
+    uploaded = 0
+    if listed is None or json.loads(listed) != dict(what.files):
+        for name in what.files:
+            folder, _, _ = f"{MODEL}/{name}".rpartition("/")
+            client.log_artifact(what.run_id, str(what.checkpoint / name), folder)
+            uploaded += (what.checkpoint / name).stat().st_size
+    with tempfile.TemporaryDirectory(prefix="quantline-registry-") as scratch:
+        documents = {f"registry/{name}": text for name, text in what.documents.items()}
+        # Last: it says that the upload is whole.
+        documents[FILES] = json.dumps(dict(what.files), indent=2, sort_keys=True)
+        for name, text in documents.items():
+            if artifact(client, what.run_id, name) != text:
+                path = Path(scratch, name.rpartition("/")[2])
+                path.write_text(text, encoding="utf-8")
+                client.log_artifact(what.run_id, str(path), "registry")
+    return uploaded
+
+
+def _ensure_model(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        client.create_registered_model(name, description="Quantized variants, promoted by Quantline.")
+
+
+def _holder(client: Any, model: str, alias: str) -> str | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.get_model_version_by_alias(model, alias).version)
+    except MlflowException as error:
+        # A store says INVALID_PARAMETER_VALUE of an alias that nobody has, and of one that can be none.
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def _versions(client: Any, model: str) -> list[Version]:
+    aliases: dict[str, list[str]] = {}
+    for item in _pages(client.search_registered_models, filter_string=f"name = '{model}'"):
+        for alias, number in dict(item.aliases).items():
+            aliases.setdefault(str(number), []).append(str(alias))
+    found = _pages(client.search_model_versions, filter_string=f"name = '{model}'")
+    listed = [
+        Version(model, str(item.version), tuple(sorted(aliases.get(str(item.version), []))), str(item.run_id),
+                dict(item.tags))
+        for item in found
+    ]  # fmt: skip
+    return sorted(listed, key=lambda item: int(item.version), reverse=True)
+
+
+def _pages(search: Any, **arguments: Any) -> list[Any]:
+    items: list[Any] = []
+    token = None
+    while True:
+        page = search(max_results=200, page_token=token, **arguments)
+        items.extend(page)
+        token = page.token
+        if not token:
+            return items
+
+
+HEADERS = ("model", "version", "aliases", "variant", "fingerprint", "ppl", "Δ ppl at most", "served", "MB")
+_MISSING = "-"
+
+
+def render(versions: Sequence[Version]) -> str:
+    """One row per version. Δ ppl at most: the upper end of its interval against float. MB are 10^6 bytes."""
+    if not versions:
+        return "nothing is registered yet; `python -m stages.promote variant=NAME alias=production` does it"
+    return tabulate.tabulate([_row(item) for item in versions], HEADERS, disable_numparse=True)
+
+
+def _row(item: Version) -> tuple[str, ...]:
+    tags = item.tags
+    high = _scaled(tags.get("quantline.perplexity_increase_high"), 100, "+.2f")
+    return (
+        item.model, item.version, " ".join(item.aliases) or _MISSING, tags["quantline.variant"],
+        tags.get("quantline.fingerprint", "")[:12], _scaled(tags.get("quantline.perplexity"), 1, ".2f"),
+        high if high == _MISSING else f"{high} %", tags.get("quantline.served", _MISSING),
+        _scaled(tags.get("quantline.size_bytes"), 1e-6, ".1f"),
+    )  # fmt: skip
+
+
+def _scaled(text: str | None, factor: float, form: str) -> str:
+    try:
+        return format(float(text or "") * factor, form)
+    except ValueError:
+        return _MISSING

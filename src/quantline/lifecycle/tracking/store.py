@@ -1,0 +1,113 @@
+"""Where MLflow keeps its data: the address, what of it must not be printed, whether it answers, the lock of a file."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from quantline.config.data import ModelConfig
+from quantline.config.tracking import TrackingConfig
+from quantline.core.errors import TrackingError
+
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+SQLITE = "sqlite:///"
+
+
+def resolve_uri(uri: str | None, root: Path) -> str:
+    """The tracking server to use: `uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` in `root`.
+
+    A relative SQLite path is relative to `root`, wherever the process runs.
+    """
+    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    database = sqlite_path(chosen)
+    if database is None:
+        return chosen
+    query = chosen.partition("?")[2]
+    return f"{SQLITE}{root.resolve() / database}" + (f"?{query}" if query else "")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a SQLite address; None for every other kind of address."""
+    if not uri.startswith(SQLITE):
+        return None
+    return Path(uri.removeprefix(SQLITE).partition("?")[0])
+
+
+def check_reachable(uri: str, timeout_seconds: float) -> None:
+    """Ask a server whether it is there before mlflow does, which would take minutes to find out that it is not.
+
+    Any answer counts, a refusal too: mlflow sends the credentials and reports what it is told.
+
+    Raises:
+        TrackingError: no connection, no answer in time, or a gateway that says that the server is away.
+    """
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]
+    if parts.scheme in ("http", "https"):
+        health = urlunsplit((parts.scheme, host, f"{parts.path.rstrip('/')}/health", "", ""))
+        try:
+            urllib.request.urlopen(health, timeout=timeout_seconds).close()  # noqa: S310 - the scheme was looked at
+        except urllib.error.HTTPError as error:
+            if error.code in (502, 503, 504):
+                raise TrackingError(f"it answers {error.code} {error.reason}") from None
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            if not isinstance(reason, ssl.SSLError):  # mlflow may be told to trust it
+                raise TrackingError(_no_answer(reason, timeout_seconds)) from None
+        return
+    port = DATABASE_PORTS.get(parts.scheme.partition("+")[0])
+    if port is not None and parts.hostname:
+        try:
+            socket.create_connection((parts.hostname, parts.port or port), timeout_seconds).close()
+        except OSError as error:
+            raise TrackingError(_no_answer(error, timeout_seconds)) from None
+
+
+def _no_answer(reason: object, timeout_seconds: float) -> str:
+    if isinstance(reason, TimeoutError):
+        return f"no answer within {timeout_seconds:g} s; is the server up, or tracking.timeout_seconds too short?"
+    return f"no connection ({reason}); is the server up, and tracking.uri right?"
+
+
+@contextmanager
+def locked(uri: str, wait_seconds: float) -> Iterator[None]:
+    """Let one publisher at a time at a SQLite file; servers keep order themselves, for them this does nothing.
+
+    Raises:
+        TrackingError: another process held the lock for longer than `wait_seconds`.
+    """
+    database = sqlite_path(uri)
+    if database is None:
+        yield
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f"{database.name}.lock").open("w") as file:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    waited = f"{wait_seconds:g} s"
+                    raise TrackingError(f"another publish has held {file.name} for more than {waited}") from None
+                time.sleep(0.05)
+        yield
+
+
+def experiment_name(tracking: TrackingConfig, model: ModelConfig) -> str:
+    """The configured experiment, else one for the model."""
+    from quantline.data.download import ModelSource, model_name
+
+    source = ModelSource(model.repo, model.revision, model.path)
+    return tracking.experiment or f"quantline/{model.name or model_name(source)}"

@@ -1,0 +1,357 @@
+"""Projects results onto MLflow: one parent run per variant, one child run per stage.
+
+Imports mlflow, as `tracked_runs` and `registry` do and nothing else, and only when it is used: the import takes seconds.
+
+The result files are the truth and the tracking server is a view of them, so `publish` compares what a run says with
+what it should say and logs what is missing. Twice the same is therefore no change at all, and a publish that was cut
+off is completed by the next one: `quantline.complete`, the hash of what a run holds, is set last. A run is taken
+further only where nothing that it says would have to change, because parameters are immutable and a metric logged
+again grows a history. Otherwise a new run is made, and the former one stays with `quantline.current` = false.
+
+An experiment is one project: a variant is found by its name there, whatever folder or machine it was built on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantline.core.errors import TrackingError
+from quantline.core.secrets import Scrubber
+from quantline.lifecycle.tracking.projection import Plan, plan_report, plan_variant
+from quantline.lifecycle.tracking.store import check_reachable, locked, resolve_uri, sqlite_path
+from quantline.pipeline.records import VariantRecord
+
+MAX_TAG_CHARS = 5000
+# The run that holds the report is current too, and no variant.
+CURRENT_FILTER = "tags.\"quantline.current\" = 'true' and tags.\"quantline.role\" = 'variant'"
+VIEW = "quantline"
+COLUMNS = (
+    "params.`method.name`", "params.`bits`", "params.`group_size`",
+    "metrics.`reference_perplexity`", "metrics.`perplexity_difference`", "metrics.`vllm_perplexity`",
+    "metrics.`size_bytes`", "metrics.`compression_ratio`", "metrics.`output_tokens_per_second`",
+    "metrics.`quantize_seconds`", "tags.`quantline.served`",
+)  # fmt: skip
+REMEDY = "Nothing is lost: the result files hold every measurement. Publish them later with `python -m stages.publish`."
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """What a publish did; created, completed and unchanged are names of variants, and `report`.
+
+    uri: the tracking server without credentials. run_ids: variant -> its parent run. seconds: wall time.
+    """
+
+    uri: str
+    experiment: str
+    experiment_id: str
+    created: tuple[str, ...]
+    completed: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    run_ids: dict[str, str]
+    warnings: tuple[str, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        counts = ((len(self.created), "new"), (len(self.completed), "completed"), (len(self.unchanged), "unchanged"))
+        done = ", ".join(f"{count} {word}" for count, word in counts if count) or "nothing to publish"
+        return f"{self.uri}, experiment {self.experiment}: {done}"
+
+
+def view_path(experiment_id: str) -> str:
+    """The place of the variants' table in MLflow's pages: what comes after `#` in the address."""
+    return f"/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}"
+
+
+def comparison_path(uri: str, experiment: str) -> str:
+    """`view_path` of an experiment in the database at `uri`, by its name; the list of experiments where it is not there."""
+    with quiet_mlflow(uri, 10):
+        from mlflow import MlflowClient
+
+        found = MlflowClient(tracking_uri=uri).get_experiment_by_name(experiment)
+    return view_path(found.experiment_id) if found else "/experiments"
+
+
+def _view_state() -> dict[str, Any]:
+    # The form in which MLflow's own "share this view" keeps the state of its table.
+    return {
+        "searchFilter": CURRENT_FILTER, "orderByKey": "metrics.`reference_perplexity`", "orderByAsc": True,
+        "selectedColumns": list(COLUMNS), "lifecycleFilter": "Active", "modelVersionFilter": "All Runs",
+        "startTime": "ALL", "datasetsFilter": [], "runsExpanded": {}, "runsPinned": [], "runsHidden": [],
+        "runsVisibilityMap": {}, "runsHiddenMode": "FIRST_10_RUNS", "groupBy": None, "groupsExpanded": {},
+        "useGroupedValuesInCharts": True, "hideEmptyCharts": True, "viewMaximized": False, "runListHidden": False,
+    }  # fmt: skip
+
+
+def publish(
+    records: Sequence[VariantRecord],
+    *,
+    tracking_uri: str | None,
+    experiment: str,
+    root: Path,
+    timeout_seconds: float = 10,
+    report: Path | None = None,
+    limit_seconds: float | None = None,
+) -> PublishReport:
+    """Bring the experiment in line with `records`; other variants in it are left alone.
+
+    report: folder of the report of these records, which becomes a run of its own.
+
+    tracking_uri: null means MLFLOW_TRACKING_URI where it is set, else `mlflow.db` in `root`, with artifacts in
+    `mlartifacts` beside it. timeout_seconds: for one request; a server that does not answer is given up after two.
+    limit_seconds: for all of them, where somebody waits for the end of a stage; null means as long as it takes.
+
+    Raises:
+        TrackingError: the server is down, slow or refuses; the message has no credentials in it. What was published
+            until then stays, and the next publish completes it.
+    """
+    begun = time.monotonic()
+    uri = resolve_uri(tracking_uri, root)
+    scrubber = Scrubber(uri)
+    notes: list[str] = []
+    plans = [plan_variant(record, scrubber, notes) for record in records]
+    if report is not None:
+        plans.append(plan_report(report))
+    try:
+        check_reachable(uri, timeout_seconds)
+        with quiet_mlflow(uri, timeout_seconds), locked(uri, limit_seconds or max(60.0, timeout_seconds)):
+            _ensure_database(uri)
+            publisher = _Publisher(uri, experiment, limit_seconds)
+            for plan in plans:
+                publisher.upsert(plan)
+    except Exception as error:  # the border: a server, a proxy or a database can raise anything
+        cause = str(error) if isinstance(error, TrackingError) else f"{type(error).__name__}: {error}"
+        # `from None`: the original message may hold credentials, and a traceback would print it.
+        raise TrackingError(scrubber(f"MLflow at {uri} could not be published to: {cause}\n{REMEDY}")) from None
+    return PublishReport(
+        scrubber(uri), experiment, publisher.experiment_id, tuple(publisher.created), tuple(publisher.completed),
+        tuple(publisher.unchanged), publisher.run_ids, tuple(notes), time.monotonic() - begun,
+    )  # fmt: skip
+
+
+def _ensure_database(uri: str) -> None:
+    """Make a SQLite file where there is none; its migrations run under a temporary name, so none is left half made."""
+    from mlflow import MlflowClient
+
+    database = sqlite_path(uri)
+    if database is None or database.exists():
+        return
+    temporary = database.with_name(f"{database.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    address = f"sqlite:///{temporary}"
+    MlflowClient(tracking_uri=address, registry_uri=address).search_experiments(max_results=1)
+    os.replace(temporary, database)
+
+
+class _Timed:
+    """A client that does not begin a request when the time is up: a slow server answers each one in time, and never ends."""
+
+    def __init__(self, client: Any, limit_seconds: float | None) -> None:
+        self._client, self._limit, self._begun = client, limit_seconds, time.monotonic()
+
+    def __getattr__(self, name: str) -> Any:
+        if self._limit is not None and time.monotonic() - self._begun > self._limit:
+            raise TrackingError(f"it is slow, not done after {self._limit:g} s; nobody waits longer for it")
+        return getattr(self._client, name)
+
+
+class _Publisher:
+    def __init__(self, uri: str, experiment: str, limit_seconds: float | None) -> None:
+        from mlflow import MlflowClient
+
+        self._client = _Timed(MlflowClient(tracking_uri=uri, registry_uri=uri), limit_seconds)
+        self.experiment_id = self._ensure_experiment(uri, experiment)
+        self._describe_experiment()
+        self.created: list[str] = []
+        self.completed: list[str] = []
+        self.unchanged: list[str] = []
+        self.run_ids: dict[str, str] = {}
+
+    def _ensure_experiment(self, uri: str, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            if found.lifecycle_stage == "active":
+                return str(found.experiment_id)
+            restore = f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+            raise TrackingError(f"the experiment {name} was deleted there; {restore}, or set tracking.experiment")
+        database = sqlite_path(uri)
+        # An embedded store keeps its artifacts beside it; a server knows itself where its artifacts go.
+        location = (database.parent / "mlartifacts" / name).as_uri() if database else None
+        return str(self._client.create_experiment(name, artifact_location=location))
+
+    def _describe_experiment(self) -> None:
+        """Give the experiment a saved view with the columns that matter; what somebody changed there is left as it is."""
+        said = self._client.get_experiment(self.experiment_id).tags
+        link = f"[Compare the variants](#{view_path(self.experiment_id)})"
+        wanted = {
+            "mlflow.note.content": f"{link}: one run per variant, one child per stage. The latest: `{CURRENT_FILTER}`. "
+            "Which one to ship: the run `report`.",
+            "mlflow.experimentKind": "custom_model_development",
+            f"mlflow.sharedViewState.{VIEW}": json.dumps(_view_state()),
+        }
+        for key, value in wanted.items():
+            if key not in said:
+                self._client.set_experiment_tag(self.experiment_id, key, value)
+
+    def upsert(self, plan: Plan) -> None:
+        runs = self._search(plan.identity)
+        complete = [run for run in runs if run.data.tags.get("quantline.complete") == plan.complete]
+        if complete:
+            chosen = max(complete, key=lambda run: run.data.tags.get("quantline.current") == "true").info.run_id
+            self.unchanged.append(plan.name)
+        else:
+            parent = next((run for run in runs if self._extends(run, plan)), None)
+            (self.completed if parent else self.created).append(plan.name)
+            chosen = self._fill(plan, parent, {})
+        self._set_current(chosen, runs)
+        self.run_ids[plan.name] = chosen
+
+    def _fill(self, plan: Plan, run: Any | None, also: Mapping[str, str]) -> str:
+        """Make `run`, or a new one, say what the plan says; what it says already is not logged again."""
+        if run is None:
+            began = plan.started if plan.started is not None else time.time() - plan.seconds
+            tags = {**plan.identity, **also}
+            run = self._client.create_run(self.experiment_id, int(began * 1000), tags, run_name=plan.name)
+        run_id = str(run.info.run_id)
+        end = run.info.start_time + int(plan.seconds * 1000)
+        self._log(run, plan, end)
+        self._log_inputs(run, plan)
+        if plan.children:
+            children = self._search({"mlflow.parentRunId": run_id})
+            for child in plan.children:
+                self._fill_child(child, children, run_id)
+        self._attach(run_id, plan)
+        self._client.set_terminated(run_id, "FINISHED", end)
+        self._client.set_tag(run_id, "quantline.complete", plan.complete)
+        return run_id
+
+    def _fill_child(self, plan: Plan, children: Sequence[Any], parent_id: str) -> None:
+        result = plan.identity["quantline.result"]
+        found = next((run for run in children if run.data.tags.get("quantline.result") == result), None)
+        if found is None or found.data.tags.get("quantline.complete") != plan.complete:
+            self._fill(plan, found, {"mlflow.parentRunId": parent_id})
+
+    def _log(self, run: Any, plan: Plan, timestamp: int) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        said = run.data
+        params = [Param(key, value) for key, value in plan.params.items() if key not in said.params]
+        metrics = [Metric(key, v, timestamp, 0) for key, v in plan.metrics.items() if key not in said.metrics]
+        wanted = {key: value[:MAX_TAG_CHARS] for key, value in plan.tags.items()}
+        tags = [RunTag(key, value) for key, value in wanted.items() if said.tags.get(key) != value]
+        # A server takes at most 100 parameters and 100 tags in one request; there are far fewer metrics than its 1000.
+        for at in range(0, max(len(params), len(tags), 1), 100):
+            batch = metrics if at == 0 else []
+            self._client.log_batch(run.info.run_id, batch, params[at : at + 100], tags[at : at + 100])
+
+    def _log_inputs(self, run: Any, plan: Plan) -> None:
+        """Datasets and system metrics; a store keeps each once, however often it is told."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+
+        if plan.datasets:
+            uses = [
+                DatasetInput(
+                    Dataset(use.name, use.digest, "code", use.source, profile=use.profile),
+                    [InputTag("mlflow.data.context", use.context)],
+                )
+                for use in plan.datasets
+            ]
+            self._client.log_inputs(run.info.run_id, uses)
+        began = run.info.start_time
+        for at in range(0, len(plan.samples), 1000):  # a server takes as many metrics in one request
+            batch = plan.samples[at : at + 1000]
+            self._client.log_batch(run.info.run_id, [Metric(s.key, s.value, began + s.after, s.step) for s in batch])
+
+    def _attach(self, run_id: str, plan: Plan) -> None:
+        with tempfile.TemporaryDirectory(prefix="quantline-artifacts-") as scratch:
+            for name, text in plan.texts.items():
+                Path(scratch, name).write_text(text, encoding="utf-8")
+            for name, path in plan.files.items():
+                target = Path(scratch, name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            self._client.log_artifacts(run_id, scratch)
+
+    def _extends(self, run: Any, plan: Plan) -> bool:
+        """Whether the plan still says all that the run says: the run is a part of it, earlier or cut off."""
+        stale = any(plan.params.get(key) != value for key, value in run.data.params.items())
+        if stale or not all(_same(plan.metrics.get(key), value) for key, value in run.data.metrics.items()):
+            return False
+        results = {child.identity["quantline.result"] for child in plan.children}
+        children = self._search({"mlflow.parentRunId": str(run.info.run_id)})
+        return all(child.data.tags.get("quantline.result") in results for child in children)
+
+    def _set_current(self, chosen: str, others: Sequence[Any]) -> None:
+        said = {str(run.info.run_id): run.data.tags.get("quantline.current") for run in others}
+        if said.get(chosen) != "true":
+            self._client.set_tag(chosen, "quantline.current", "true")
+        for run in others:
+            if run.info.run_id == chosen or said[run.info.run_id] == "false":
+                continue
+            if run.info.status == "RUNNING":  # cut off in the middle, and overtaken since
+                self._client.set_terminated(run.info.run_id, "KILLED")
+            self._client.set_tag(run.info.run_id, "quantline.current", "false")
+
+    def _search(self, tags: Mapping[str, str]) -> list[Any]:
+        """Runs with these tags, the newest first."""
+        conditions = [f"tags.`{key}` = {json.dumps(value)}" for key, value in tags.items()]
+        runs: list[Any] = []
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self.experiment_id], " and ".join(conditions), max_results=200, page_token=token,
+                order_by=["attributes.start_time DESC"],
+            )  # fmt: skip
+            runs.extend(page)
+            token = page.token
+            if not token:
+                return runs
+
+
+def _same(planned: float | None, said: float) -> bool:
+    return planned is not None and (planned == said or (math.isnan(planned) and math.isnan(said)))
+
+
+@contextmanager
+def quiet_mlflow(uri: str, timeout_seconds: float) -> Iterator[None]:
+    """Import mlflow, and for the time of the block keep it quiet and impatient.
+
+    With its own defaults a first call to a server that is down blocks for four minutes.
+    """
+    variables = {
+        "MLFLOW_TRACKING_URI": uri,  # artifact uploads look it up there
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, math.ceil(timeout_seconds))),
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+    }
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import mlflow  # noqa: F401
+
+            for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
+                logging.getLogger(name).setLevel(logging.WARNING)
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

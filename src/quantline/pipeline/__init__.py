@@ -1,0 +1,1 @@
+"""A variant's way through the stages: configuration, identity, records, lineage."""

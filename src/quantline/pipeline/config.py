@@ -1,0 +1,214 @@
+"""The only place where YAML becomes types.
+
+`parse` takes a composed configuration as plain values and returns a frozen `Config`, or raises one `ConfigError` that lists
+every fault it found: unknown keys, wrong types, values out of range, combinations that no backend can do. Beyond this
+module nothing sees a configuration object: functions take plain arguments.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from quantline.config.convert import ConvertConfig, ConvertSourceConfig
+from quantline.config.data import EMBEDDED_MODEL, CalibrationConfig, ModelConfig
+from quantline.config.evaluate import EvaluateConfig, NoiseConfig
+from quantline.config.layer_errors import CoverageConfig
+from quantline.config.method import Backend, LayersConfig, Method
+from quantline.config.promote import PromoteConfig
+from quantline.config.report import ReportConfig
+from quantline.config.section import Section
+from quantline.config.serve import ServeConfig
+from quantline.config.speed import SpeedConfig, speed_faults
+from quantline.config.tasks import TasksConfig
+from quantline.config.tracking import TrackingConfig
+from quantline.core.errors import ConfigError
+from quantline.quantization.requirements import method_faults
+from quantline.toolchains.environments import HEALTH_CHECKS
+
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
+
+
+class FrozenConfig(Section):
+    """What `compose` adds when it freezes a variant."""
+
+    variant: str
+    overrides: str
+    backends: list[str]
+    locks: dict[str, str]
+
+
+class Config(Section):
+    """A whole variant."""
+
+    variant: str | None
+    bits: int
+    group_size: int
+    seed: int = Field(ge=0, lt=2**32)
+    threads: int = Field(ge=1)
+    device: Literal["auto", "cpu", "cuda"]
+    model: ModelConfig
+    method: Method
+    backend: Backend
+    backends: dict[str, list[str]]
+    dtype: Literal["auto", "float32", "float16", "bfloat16"]
+    lm_head: Literal["float", "quantized"]
+    low_memory: bool
+    layers: LayersConfig
+    calibration: CalibrationConfig
+    coverage: CoverageConfig
+    convert: ConvertConfig
+    source: ConvertSourceConfig = ConvertSourceConfig()
+    out: str | None = None
+    serve: ServeConfig
+    evaluate: EvaluateConfig
+    tasks: TasksConfig
+    noise: NoiseConfig
+    speed: SpeedConfig
+    tracking: TrackingConfig
+    promote: PromoteConfig = PromoteConfig()
+    report: ReportConfig
+    toolchains: dict[str, str | None]
+    frozen: FrozenConfig | None = None
+
+
+def parse(values: Mapping[str, Any]) -> Config:
+    """Validate plain values and return the configuration.
+
+    Raises:
+        ConfigError: every fault at once, each naming the key, what was given and what is allowed.
+    """
+    faults: list[str] = []
+    config: Config | None = None
+    values = _repository_over_embedded(values)
+    try:
+        config = Config.model_validate(dict(values))
+    except ValidationError as error:
+        faults.extend(_describe(fault) for fault in error.errors(include_url=False))
+    faults.extend(method_faults(values))
+    faults.extend(_source_faults(values))
+    faults.extend(_convert_faults(values))
+    faults.extend(_tracking_faults(values))
+    faults.extend(_toolchain_faults(values))
+    faults.extend(speed_faults(values))
+    if faults or config is None:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    return config
+
+
+def _describe(fault: Mapping[str, Any]) -> str:
+    # The discriminator's tag stands in the location of a method's fault and means nothing to a user.
+    places = [str(part) for part in fault["loc"]]
+    if len(places) > 2 and places[0] == "method":
+        del places[1]
+    key, given, kind = ".".join(places), fault["input"], fault["type"]
+    if kind == "extra_forbidden":
+        return f"{key}: no such option; see the allowed ones with --help"
+    if kind == "missing":
+        return f"{key}: is missing; give it a value"
+    if kind == "literal_error":
+        return f"{key}={_shown(given)}: allowed are {fault['ctx']['expected'].replace(chr(39), '')}"
+    return f"{key}={_shown(given)}: {_lower(fault['msg'])}"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _repository_over_embedded(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    # `model.repo=... model.revision=...` on top of the default model means that repository, not both.
+    model = values.get("model")
+    if isinstance(model, Mapping) and model.get("repo") and model.get("path") == EMBEDDED_MODEL:
+        return {**values, "model": {**model, "path": None}}
+    return values
+
+
+def _source_faults(values: Mapping[str, Any]) -> list[str]:
+    faults = []
+    model, calibration, evaluate = (values.get(key) for key in ("model", "calibration", "evaluate"))
+    if isinstance(model, Mapping):
+        given = [key for key in ("repo", "path") if model.get(key)]
+        if not given:
+            faults.append("model: neither path nor repo is set; give model.path=DIR, or model.repo and model.revision")
+        elif len(given) == 2:
+            faults.append(
+                f"model.repo={model['repo']} model.path={model['path']}: give one of them, set the other to null"
+            )
+        elif model.get("repo") and not re.fullmatch(r"[0-9a-f]{40}", str(model.get("revision") or "")):
+            faults.append(
+                f"model.revision={_shown(model.get('revision'))}: give the commit of {model['repo']}, 40 hex digits; "
+                "branches and tags move"
+            )
+    if isinstance(calibration, Mapping) and isinstance(calibration.get("sources"), Mapping):
+        for name, source in calibration["sources"].items():
+            if isinstance(source, Mapping) and not (source.get("path") or source.get("repo")):
+                key = "calibration.path" if name == "jsonl" else f"calibration.sources.{name}.path"
+                faults.append(f"{key}: is not set; give a file of text, {key}=FILE")
+        path = calibration.get("path")
+        if path and not any(isinstance(s, Mapping) and s.get("path") == path for s in calibration["sources"].values()):
+            faults.append(
+                f"calibration.path={path}: calibration={calibration.get('name')} does not read it; give "
+                "calibration=jsonl with it"
+            )
+    if isinstance(evaluate, Mapping):
+        window, stride = evaluate.get("window"), evaluate.get("stride")
+        if isinstance(window, int) and isinstance(stride, int) and stride > window:
+            faults.append(f"evaluate.stride={stride}: text would be left out; give 1 to {window}, the window")
+    return faults
+
+
+def _tracking_faults(values: Mapping[str, Any]) -> list[str]:
+    tracking = values.get("tracking")
+    if not isinstance(tracking, Mapping):
+        return []
+    faults = []
+    # Configurations are frozen, cached and shared; a password must be in none of them.
+    if re.match(r"[a-z+]+://[^/@]*:[^/@]*@", str(tracking.get("uri") or "")):
+        faults.append(
+            "tracking.uri: holds a password, which would be kept with every variant; take it out and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    name = tracking.get("experiment")
+    if name is not None and not re.fullmatch(r"[\w][\w .:-]*(/[\w][\w .:-]*)*", str(name)):
+        faults.append(f"tracking.experiment={name}: give words of letters, digits, '_', '.', ':' and '-', apart by '/'")
+    return faults
+
+
+def _toolchain_faults(values: Mapping[str, Any]) -> list[str]:
+    given, known = values.get("toolchains"), list(HEALTH_CHECKS)
+    if not isinstance(given, Mapping):
+        return []
+    return [
+        f"toolchains.{name}: no such environment; there are {', '.join(known)}" for name in given if name not in known
+    ]
+
+
+def _convert_faults(values: Mapping[str, Any]) -> list[str]:
+    source, out = values.get("source"), values.get("out")
+    if not isinstance(source, Mapping):
+        return []
+    kind, path = source.get("kind", "pipeline"), source.get("path")
+    if kind == "pipeline" and path:
+        return [f"source.path={path}: the pipeline's own checkpoint is the source; give source=auto with it"]
+    if kind == "pipeline" and out:
+        return [
+            f"out={out}: goes with source=auto or source=msmodelslim; without them a stage knows its output's place"
+        ]
+    target = str((values.get("convert") or {}).get("target"))
+    if kind == "pipeline" and target.startswith("msmodelslim"):
+        return [
+            f"convert.target={target}: the pipeline serves what it converts, and no server here reads msModelSlim; convert "
+            "by hand with source=auto source.path=DIR"
+        ]
+    if kind != "pipeline" and not path:
+        return [f"source.path: is not set; give the checkpoint's folder, source={kind} source.path=DIR"]
+    return []

@@ -1,0 +1,118 @@
+"""Running a stage: the configuration checked, the work done, the result written."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantline.core.errors import UserError
+from quantline.core.files import write_json
+from quantline.pipeline.config import Config, parse
+from quantline.pipeline.hydra_values import plain
+from quantline.pipeline.monitor.monitor import Monitor
+from quantline.pipeline.paths import checked_name, read_result
+from quantline.pipeline.run import StageRun, stage_paths_of
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from quantline.pipeline.run import StageRun
+
+
+def execute(
+    stage: str, work: Callable[[StageRun], None], config: Config, root: Path, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Run one stage from a validated configuration and return its result."""
+    started_at = time.time()
+    run = StageRun(stage, config, root, tuple(overrides))
+    checked_name(run.variant)
+    try:
+        with Monitor() as monitor:
+            work(run)
+            run.monitor = {} if run.detached else monitor.finish()
+    finally:
+        # An interrupt can come between the steps that enter a `with` block, and then nobody leaves it.
+        shutil.rmtree(run.partial, ignore_errors=True)
+    if run.detached:
+        return {}
+    try:
+        result = run.write_result(started_at)
+    except BaseException:
+        shutil.rmtree(run.paths.output, ignore_errors=True)  # an output without its result is none
+        raise
+    if not run.frozen:
+        saved = {"config": config.model_dump(exclude={"frozen"}), "overrides": shlex.join(overrides)}
+        write_json(run.home / run.variant / "config.json", saved)
+    shown = "  ".join(f"{key}={value:.5g}" for key, value in sorted(run.metrics.items()))
+    where = run.paths.output.relative_to(root)
+    name = run.paths.output.parent.name
+    print(f"{stage} {name}: {run.status} in {result['timings']['total_seconds']:.1f} s -> {where}", file=sys.stderr)
+    if shown:
+        print(f"  {shown}", file=sys.stderr)
+    for warning in run.warnings + ([run.reason] if run.reason else []):
+        print(f"  note: {warning}", file=sys.stderr)
+    return result
+
+
+def made(config: Config, variant: str, work: Mapping[str, Callable[[StageRun], None]], root: Path) -> tuple[Path, str]:
+    """The converted checkpoint of a variant by hand, and its hash; stages whose output is there are not run again.
+
+    Args:
+        config: of the variant.
+        variant: name of its folder in scratch/.
+        work: what calibrate, quantize and convert do, by name.
+        root: the checkout.
+    """
+    named, output = config.model_copy(update={"variant": variant}), root
+    for stage in ("calibrate", "quantize", "convert"):
+        run = StageRun(stage, named, root, ())
+        output = run.paths.output
+        result = read_result(run.paths.result) if run.paths.result.is_file() else {}
+        if result.get("fingerprint") != run.fingerprint or not output.is_dir():
+            execute(stage, work[stage], named, root, ())
+    return output, str(read_result(stage_paths_of(output).result)["output_hash"])
+
+
+def seeded(config: Config, seed: int) -> Config:
+    """The same variant under another seed, which also draws other calibration samples."""
+    calibration = config.calibration.model_copy(update={"seed": seed})
+    return config.model_copy(update={"seed": seed, "calibration": calibration})
+
+
+def run_stage(
+    name: str, work: Callable[[StageRun], None], cfg: DictConfig, root: Path, overrides: Sequence[str]
+) -> tuple[Config, dict[str, Any]]:
+    """Validate the configuration and run the stage; the configuration, and the result ({} where none is written)."""
+    # Hydra's logging shows everything of level INFO, and the HTTP client writes a line for each request.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    config = parse(plain(cfg))
+    check_caller(config, overrides)
+    if name == "quantize" and config.method.name != "float":
+        # Here, not in the stage: what DVC runs again when planning changes should not be the quantization.
+        from quantline.pipeline.preflight import preflight
+
+        for note in preflight(StageRun(name, config, root, tuple(overrides))):
+            print(f"  note: {note}", file=sys.stderr)
+    return config, execute(name, work, config, root, overrides)
+
+
+def check_caller(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse what would make an output that its configuration does not describe.
+
+    Raises:
+        UserError: a frozen configuration with overrides, or DVC running a stage from one that is not frozen.
+    """
+    if config.frozen is not None and overrides:
+        raise UserError(
+            f"{' '.join(overrides)}: variants/{config.frozen.variant}.yaml is frozen and takes no overrides; change the "
+            "variant's line in params.yaml, or run the stage without -cp and -cn"
+        )
+    if config.frozen is None and os.environ.get("DVC_STAGE"):
+        raise UserError("DVC runs this stage from a configuration that is not frozen; give it -cp ../variants -cn NAME")

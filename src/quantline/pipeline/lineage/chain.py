@@ -1,0 +1,112 @@
+"""A variant's chain from weights to verdict: the results of its stages in order, and where their outputs lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantline.core.errors import UserError
+from quantline.pipeline.paths import STAGES, read_result
+
+HOMES = ("artifacts", "scratch")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What is known of one variant.
+
+    name: to be shown. origin: where it was read from. results: by stage, in the pipeline's order. folders: the outputs that
+    are on this disk, by stage.
+    """
+
+    name: str
+    origin: str
+    results: dict[str, dict[str, Any]]
+    folders: dict[str, Path] = field(default_factory=dict)
+
+    def broken(self) -> list[str]:
+        """Where the chain does not hold: a stage that was made from another output than the one that is in the chain."""
+        faults = []
+        for stage, result in self.results.items():
+            for name, content in (result.get("inputs") or {}).items():
+                other = self.results.get(name)
+                if other is not None and other.get("output_hash") != content:
+                    faults.append(f"{stage} was made from another {name} than the one that is here now; run it again")
+        return faults
+
+
+def ordered(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Results by stage, in the pipeline's order; those that are no part of the pipeline are left out."""
+    by_stage = {str(result.get("stage")): result for result in results}
+    return {stage: by_stage[stage] for stage in STAGES if stage in by_stage}
+
+
+def local_chain(root: Path, name: str) -> Chain | None:
+    """The chain of a variant in artifacts/ or scratch/, by its name; None where there is none."""
+    for home in HOMES:
+        folder = root / home / name
+        if "/" not in name and any((folder / f"{stage}.json").is_file() for stage in STAGES):
+            return _folder_chain(folder, root, name, f"{home}/{name}")
+    return None
+
+
+def folder_chain(path: Path, root: Path) -> Chain | None:
+    """The chain of a folder of results, of one result file or of one output folder; None where it is none of these."""
+    for folder in (path, path.parent):
+        if any((folder / f"{stage}.json").is_file() for stage in STAGES) and (folder == path or path.stem in STAGES):
+            return _folder_chain(folder, root, folder.name, str(folder))
+    return None
+
+
+def _folder_chain(folder: Path, root: Path, name: str, origin: str) -> Chain:
+    found = {stage: folder / f"{stage}.json" for stage in STAGES if (folder / f"{stage}.json").is_file()}
+    results = {stage: read_result(path) for stage, path in found.items()}
+    # What is shared, or was found by its fingerprint under another name, is known by its content.
+    for stage in reversed(STAGES):
+        for wanted, content in (results.get(stage, {}).get("inputs") or {}).items():
+            if wanted not in results and wanted in STAGES:
+                path = _by_content(root, wanted, str(content))
+                if path is not None:
+                    found[wanted], results[wanted] = path, read_result(path)
+    folders = {stage: path.with_suffix("") for stage, path in found.items() if path.with_suffix("").is_dir()}
+    return Chain(name, origin, ordered(results.values()), folders)
+
+
+def _by_content(root: Path, stage: str, output_hash: str) -> Path | None:
+    paths = (path for home in HOMES for path in sorted((root / home).glob(f"*/{stage}.json")))
+    return next((path for path in paths if read_result(path).get("output_hash") == output_hash), None)
+
+
+def require_chain(chain: Chain | None, given: str, root: Path) -> Chain:
+    """The chain that was found.
+
+    Raises:
+        UserError: none was; the message names what there is.
+    """
+    if chain is not None and chain.results:
+        return chain
+    known = sorted({path.parent.name for home in HOMES for stage in STAGES[1:]
+                    for path in (root / home).glob(f"*/{stage}.json")})  # fmt: skip
+    raise UserError(
+        f"{given}: is no variant here, no folder of results, and no run of MLflow's store; variants here are "
+        f"{', '.join(known) or 'none, run `dvc repro`'}"
+    )
+
+
+def as_values(chain: Chain) -> dict[str, Any]:
+    """The chain as plain values, for JSON."""
+    return {
+        "variant": chain.name, "origin": chain.origin, "faults": chain.broken(),
+        "stages": [_link(result) for result in chain.results.values()],
+    }  # fmt: skip
+
+
+def _link(result: Mapping[str, Any]) -> dict[str, Any]:
+    environment = dict(result.get("environment") or {})
+    return {
+        **{key: result.get(key) for key in ("stage", "fingerprint", "identity", "status", "reason", "inputs")},
+        "output_hash": result.get("output_hash"), "outputs": result.get("outputs"), "tensors": result.get("tensors"),
+        "environment": environment, "timings": result.get("timings"), "metrics": result.get("metrics"),
+    }  # fmt: skip

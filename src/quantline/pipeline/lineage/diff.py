@@ -1,0 +1,207 @@
+"""The first difference between two chains: which plain value, of which stage, made them go apart.
+
+The stages are walked in order. Of a stage, what its output follows from is compared first (options, locks, source files),
+then what came out (tensors, files, metrics). Times and places differ always and are no difference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantline.checkpoints.safetensors_file import TensorInfo, numpy_dtype, read_header, to_float32
+from quantline.pipeline.lineage.chain import Chain
+
+# Their outputs are the same, byte for byte, wherever they are made from the same; the answers of a server are not.
+EXACT = ("download", "calibrate", "quantize", "convert")
+# How long something took, or how much memory it had, on that day.
+_CIRCUMSTANTIAL = re.compile(
+    r"seconds|latency|per_second|throughput|speed_up|slower_than_float|_ms(_|$)|memory|rss|(^|/)load_"
+)
+# Scores through a server depend on how requests met in a batch; the server's arithmetic is this exact, relatively.
+SERVER_TOLERANCE = 1e-3
+_SERVER = re.compile(r"vllm|engine|served|answer")
+MISSING = "nothing"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One value that differs.
+
+    stage, kind (identity, environment, input, tensor, file, metric, stage), key: which. one, other: what each chain has, as
+    text. more: other keys of the same kind and stage that differ. notes: what may explain it.
+    """
+
+    stage: str
+    kind: str
+    key: str
+    one: str
+    other: str
+    more: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """In words."""
+        text = f"{self.stage}, {self.kind} {self.key}: {self.one} | {self.other}"
+        if self.more:
+            shown = ", ".join(self.more[:6]) + (f" and {len(self.more) - 6} more" if len(self.more) > 6 else "")
+            text += f"\n  also: {shown}"
+        return "\n  ".join([text, *self.notes])
+
+
+def first_difference(one: Chain, other: Chain, stages: tuple[str, ...] | None = None) -> Difference | None:
+    """The first value in which two chains differ, the stages in order; None where they are the same.
+
+    stages: only these; by default every stage that either chain has.
+    """
+    for stage in stages or tuple(dict.fromkeys([*one.results, *other.results])):
+        found = stage_difference(stage, one, other)
+        if found is not None:
+            return found
+    return None
+
+
+def stage_difference(stage: str, one: Chain, other: Chain) -> Difference | None:
+    """The first value in which one stage of two chains differs."""
+    ours, theirs = one.results.get(stage), other.results.get(stage)
+    if ours is None or theirs is None:
+        if ours is theirs:
+            return None
+        said = ["ran" if result else MISSING for result in (ours, theirs)]
+        return Difference(stage, "stage", stage, said[0], said[1])
+    identity = _compared(stage, "identity", _identity(ours), _identity(theirs))
+    return identity or outcome_difference(stage, one, other)
+
+
+def outcome_difference(stage: str, one: Chain, other: Chain, *, exact: bool = False) -> Difference | None:
+    """The first difference of what came out of a stage that both chains have.
+
+    exact: compare the files of every stage, as those of a copy.
+    """
+    ours, theirs = one.results[stage], other.results[stage]
+    found = None
+    if exact or stage in EXACT:
+        folders = one.folders.get(stage), other.folders.get(stage)
+        found = _tensor_difference(stage, ours, theirs, folders)
+        found = found or _compared(stage, "file", ours.get("outputs"), theirs.get("outputs"))
+    found = found or _compared(stage, "metric", _metrics(ours), _metrics(theirs))
+    found = found or _compared(stage, "result", _status(ours), _status(theirs))
+    if found is not None:
+        found.notes.extend(_circumstances(ours, theirs))
+    return found
+
+
+def flat(values: object, prefix: str = "") -> dict[str, Any]:
+    """Nested plain values by dotted keys; an empty mapping or list is a value."""
+    if isinstance(values, Mapping) and values:
+        items = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in values.items()]
+    elif isinstance(values, list) and values and isinstance(values[0], Mapping):
+        items = [(f"{prefix}[{index}]", value) for index, value in enumerate(values)]
+    else:
+        return {prefix: values}
+    return {key: value for name, inner in items for key, value in flat(inner, name).items()}
+
+
+def _identity(result: Mapping[str, Any]) -> dict[str, Any]:
+    identity = result.get("identity") or {}
+    # What came before is compared where it was made; options tell more than the files of code do.
+    parts = {key: identity[key] for key in ("options", "version", "code") if key in identity}
+    return flat(parts) if parts else {"fingerprint": result.get("fingerprint")}
+
+
+def _metrics(result: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = result.get("metrics") or {}
+    return {name: value for name, value in metrics.items() if not _CIRCUMSTANTIAL.search(name)}
+
+
+def _status(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {"status": result.get("status")}
+
+
+def _compared(
+    stage: str, kind: str, ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None
+) -> Difference | None:
+    ours, theirs = ours or {}, theirs or {}
+    keys = [key for key in dict.fromkeys([*ours, *theirs]) if not _same(kind, key, ours.get(key), theirs.get(key))]
+    if not keys:
+        return None
+    first = keys[0]
+    return Difference(stage, kind, first, _shown(ours, first), _shown(theirs, first), keys[1:])
+
+
+def _same(kind: str, key: str, one: Any, other: Any) -> bool:
+    if one == other or (one != one and other != other):  # noqa: PLR0124 - a NaN is the same as a NaN
+        return True
+    if kind != "metric" or not _SERVER.search(key) or not isinstance(one, float) or not isinstance(other, float):
+        return False
+    return abs(one - other) <= SERVER_TOLERANCE * max(1.0, abs(one), abs(other))
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    if key not in values:
+        return MISSING
+    text = str(values[key])
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _circumstances(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    one, other = (flat(result.get("environment") or {}) for result in (ours, theirs))
+    keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
+    return [f"made with another {key}: {_shown(one, key)} | {_shown(other, key)}" for key in keys]
+
+
+def _tensor_difference(
+    stage: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], folders: tuple[Path | None, Path | None]
+) -> Difference | None:
+    found = _compared(stage, "tensor", ours.get("tensors"), theirs.get("tensors"))
+    if found is not None and folders[0] is not None and folders[1] is not None:
+        found.notes.extend(tensor_notes(found.key, folders[0], folders[1]))
+    return found
+
+
+def tensor_notes(name: str, one: Path, other: Path) -> list[str]:
+    """How a tensor differs between two folders on this disk: its dtype and shape, else its first element that differs."""
+    places = [_find_tensor(folder, name) for folder in (one, other)]
+    if places[0] is None or places[1] is None:
+        return []
+    (path, info), (other_path, other_info) = places[0], places[1]
+    said = [f"{item.dtype} {list(item.shape)}" for item in (info, other_info)]
+    if said[0] != said[1]:
+        return [f"dtype and shape: {said[0]} | {said[1]}"]
+    ours, theirs = _values(path, info), _values(other_path, other_info)
+    unequal = np.flatnonzero(_bits(ours) != _bits(theirs))
+    if not unequal.size:
+        return ["the files on this disk hold the same values, so they are no longer what the results say"]
+    element = int(unequal[0])
+    at = [int(index) for index in np.unravel_index(element, info.shape)] if info.shape else []
+    values = [to_float32(array[element : element + 1])[0] if array.dtype.kind not in "iub" else array[element]
+              for array in (ours, theirs)]  # fmt: skip
+    return [f"{said[0]}, {unequal.size} of {ours.size} elements; the first is {at}: {values[0]!s} | {values[1]!s}"]
+
+
+def _find_tensor(folder: Path, name: str) -> tuple[Path, TensorInfo] | None:
+    file, _, inner = name.rpartition(":")
+    paths = [folder / file] if file else sorted(folder.rglob("*.safetensors"))
+    for path in paths:
+        if path.is_file():
+            info = read_header(path).get(inner)
+            if info is not None:
+                return path, info
+    return None
+
+
+def _values(path: Path, info: TensorInfo) -> np.ndarray[Any, Any]:
+    dtype = numpy_dtype(info.dtype)
+    if not info.nbytes:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, "r", info.offset, (info.nbytes // dtype.itemsize,))
+
+
+def _bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    # Bit patterns: a NaN equals itself, and -0.0 is not 0.0.
+    return values.view(f"u{values.dtype.itemsize}")

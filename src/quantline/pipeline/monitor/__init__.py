@@ -1,0 +1,1 @@
+"""Processor, memory and GPU use of a stage while it runs."""

@@ -1,0 +1,205 @@
+"""From a configuration to what preflight asks: the variant, the model's headers, the machine that is to serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from quantline.config.section import Section
+from quantline.core.errors import ConfigError, QuantlineError
+from quantline.core.gpu import this_gpu
+from quantline.data.download import ModelSource, model_name
+from quantline.pipeline.command_line import split_own
+from quantline.pipeline.config import Config, parse
+from quantline.pipeline.identity import located
+from quantline.pipeline.paths import read_result
+from quantline.planning.nearest import nearest
+from quantline.planning.preflight import check
+from quantline.planning.spec import Model, Place, Planned, RefusedError, Step, line
+from quantline.quantization.requirements import wish_of
+from quantline.serving.memory import GIB
+from quantline.serving.rules import Target, cpu_instructions
+from quantline.toolchains.environments import detect_platform, distribution_version, ensure
+
+if TYPE_CHECKING:
+    from quantline.pipeline.run import StageRun
+
+
+class PlanOptions(Section):
+    """Options of `stages.plan` alone. compute_capability as NVIDIA writes it, 8.9; null asks the GPU here."""
+
+    gpu_memory_gb: float | None = Field(default=None, gt=0)
+    critical: bool = False
+    context: int | None = Field(default=None, ge=1)
+    batch: int | None = Field(default=None, ge=1)
+    compute_capability: float | None = Field(default=None, gt=0)
+    as_json: bool = Field(default=False, alias="json")
+
+
+OPTION_NAMES = tuple(field.alias or name for name, field in PlanOptions.model_fields.items())
+
+
+def split_options(arguments: Sequence[str]) -> tuple[PlanOptions, list[str]]:
+    """Plan's own options, and the arguments that are left for Hydra.
+
+    Raises:
+        ConfigError: a value that an option does not take.
+        UserError: an option is given twice, or without a value.
+    """
+    own, rest = split_own(arguments, OPTION_NAMES)
+    try:
+        return PlanOptions.model_validate({key: yaml.safe_load(value) for key, value in own.items()}), rest
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        raise ConfigError([f"{fault['loc'][0]}={fault['input']}: {fault['msg'].lower()}" for fault in faults]) from None
+
+
+def planned_of(values: Mapping[str, Any]) -> Planned:
+    """The variant that a configuration, as plain values, asks for."""
+    wish = wish_of(values)
+    return Planned(
+        wish.method, wish.bits, wish.group_size, dict(wish.options), str(values["backend"]),
+        tuple(values["layers"]["rules"]), wish.lm_head, wish.low_memory, wish.dtype, str(values["convert"]["target"]),
+        str(values["serve"]["dtype"]), int(values["serve"]["process"]["tensor_parallel_size"]),
+    )  # fmt: skip
+
+
+def place_of(config: Config, root: Path, options: PlanOptions | None = None) -> Place:
+    """Where a configuration's variant is to run: the locked server, this machine's CPU or GPU, the memory that is given.
+
+    With device=auto, whoever gives a GPU's memory plans for a GPU, whether there is one here or not.
+    """
+    from quantline.toolchains.environments import locked_version
+
+    options = options or PlanOptions()
+    device: str = config.device
+    if device == "auto":
+        device = "cuda" if options.gpu_memory_gb or options.compute_capability else detect_platform()
+    named = config.toolchains.get("vllm")
+    version = locked_version(root, "vllm", device)
+    if named is not None:
+        version = distribution_version(ensure(root, "vllm", python=named, platform=device), "vllm")
+    capability, found = this_gpu() if device == "cuda" else (None, None)
+    if options.compute_capability is not None:
+        capability = round(options.compute_capability * 10)
+    memory = found if options.gpu_memory_gb is None else round(options.gpu_memory_gb * GIB)
+    order = dict(config.backends)
+    if config.frozen is not None:
+        order[config.method.name] = config.frozen.backends
+    return Place(
+        target=Target(
+            config.serve.runtime, version, device, instructions=cpu_instructions() if device == "cpu" else None,
+            compute_capability=capability,
+        ),
+        order=order, context=options.context or config.serve.max_model_len,
+        batch=options.batch or config.serve.process.concurrency, memory_bytes=memory,
+        utilization=config.serve.process.gpu_memory_utilization if device == "cuda" else 1.0,
+        quantizer_bytes=memory if device == "cuda" else machine_memory(),
+        calibration_tokens=config.calibration.n_samples * config.calibration.seq_len,
+    )  # fmt: skip
+
+
+def machine_memory(info: Path = Path("/proc/meminfo")) -> int | None:
+    """Memory of this machine in bytes; None where it does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines() if ":" in line)
+        return int(lines["MemTotal"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def method_defaults(root: Path) -> dict[str, dict[str, Any]]:
+    """The options of each method, as conf/ has them."""
+    found = {}
+    for path in sorted((root / "conf" / "method").glob("*.yaml")):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found[str(values.pop("name"))] = values
+    return found
+
+
+def model_of(run: StageRun) -> Model:
+    """The headers of the model that a run is about: its folder's, or those of what was downloaded.
+
+    Raises:
+        UserError: it was not downloaded yet; the message names the command. Or it is no float model.
+    """
+    model = run.config.model
+    name = model.name or model_name(ModelSource(model.repo, model.revision, model.path))
+    if model.path:
+        return Model.open(located(run.root, model.path), name)
+    return Model.open(run.input("download") / "model", name)
+
+
+def hint(values: Mapping[str, Any], root: Path, options: PlanOptions) -> str | None:
+    """The nearest variant that works to one that no configuration allows, or None where that cannot be told."""
+    from quantline.pipeline.run import StageRun
+
+    defaults = method_defaults(root)
+    usual = {"bits": 4, "group_size": 128, "backend": "auto", "dtype": "auto", "lm_head": "float", "low_memory": False}
+    try:
+        method = {"name": "awq", **defaults["awq"]}
+        config = parse({**values, **usual, "method": method, "layers": {"rules": []}})
+        model, place = model_of(StageRun("plan", config, root, ())), place_of(config, root, options)
+        return nearest(planned_of(values), model, place, defaults)
+    except (QuantlineError, KeyError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def preflight(run: StageRun) -> list[str]:
+    """What the quantize stage asks first; returns notes. Without a model to read there is nothing to say.
+
+    Raises:
+        RefusedError: it cannot be quantized or stored, or (with `convert.for`) not served.
+    """
+    try:
+        model = model_of(run)
+    except QuantlineError:
+        return []  # the stage itself asks for what is missing
+    variant, place = planned_of(run.config.model_dump()), place_of(run.config, run.root)
+    must_serve = run.config.convert.must_serve is not None
+    return before_quantize(variant, model, place, must_serve=must_serve, defaults=method_defaults(run.root))
+
+
+def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], str]:
+    """What evaluating this model's variants has found, by method, bits and group size."""
+    wanted, found = config.model.model_dump(exclude={"name"}), {}
+    for path in sorted([*root.glob("artifacts/*/evaluate.json"), *root.glob("scratch/*/evaluate.json")]):
+        name = path.parent.name
+        try:
+            if path.parent.parent.name == "artifacts":
+                values = yaml.safe_load((root / "variants" / f"{name}.yaml").read_text(encoding="utf-8"))
+            else:
+                values = yaml.safe_load((path.parent / "config.json").read_text(encoding="utf-8"))["config"]
+            model = {key: value for key, value in values["model"].items() if key != "name"}
+            ratio = float(read_result(path)["metrics"]["perplexity_ratio"])
+            key = (str(values["method"]["name"]), int(values["bits"]), int(values["group_size"]))
+        except (OSError, QuantlineError, KeyError, TypeError, ValueError):
+            continue
+        if model == wanted:
+            found[key] = f"measured here: perplexity {100 * (ratio - 1):+.2f} % ({name})"
+    return found
+
+
+def before_quantize(
+    variant: Planned, model: Model, place: Place, *, must_serve: bool, defaults: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """What the quantize stage asks before it computes; returns what is worth saying.
+
+    must_serve: what the target would not load is refused too (`convert.for`), instead of remarked on. defaults: the
+    options of each method, for the nearest variant that works.
+
+    Raises:
+        UserError: it cannot be quantized, stored or (where it must) served, with every reason and the nearest variant.
+    """
+    plan = check(variant, model, place)
+    steps: tuple[Step, ...] = ("quantize", "convert", "serve") if must_serve else ("quantize", "convert")
+    against = [finding for finding in plan.refused if finding.step in steps]
+    if against:
+        from quantline.planning.nearest import nearest
+
+        raise RefusedError(against, nearest(variant, model, place, defaults))
+    return [line(finding) for finding in plan.findings]

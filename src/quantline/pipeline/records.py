@@ -1,0 +1,162 @@
+"""Gather what the stages measured, variant by variant, for `publish` and for the table.
+
+Only results that belong together are taken: each one must have been made with the options that its variant has now, from
+inputs as they are now, so a stage that has yet to run again after a change is left out rather than shown beside what it
+no longer goes with.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quantline.core.errors import UserError
+from quantline.core.files import read_json
+from quantline.pipeline.compose import read_params
+from quantline.pipeline.config import Config, parse
+from quantline.pipeline.git import commit_of, patch_of
+from quantline.pipeline.identity import options_fingerprint, stage_fingerprint
+from quantline.pipeline.paths import BASELINE, STAGES, read_result, stage_paths
+
+# Keys of a frozen file that are Hydra's and no part of the configuration.
+_HYDRA_KEYS = ("defaults", "hydra")
+BY_HAND = "by-hand/"
+
+
+def pipeline_records(root: Path) -> list[VariantRecord]:
+    """The variants that params.yaml names, the baseline first, as far as the pipeline has come with them.
+
+    Raises:
+        UserError: params.yaml or a frozen configuration cannot be read.
+    """
+    import yaml
+
+    records = []
+    for name in read_params(root / "params.yaml")["variants"]:
+        path = root / "variants" / f"{name}.yaml"
+        if not path.is_file():
+            continue
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = {key: value for key, value in values.items() if key not in _HYDRA_KEYS}
+            values["frozen"]["overrides"]
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: is no frozen configuration; remove it and run `dvc repro`") from error
+        records.append(_record(root, root / "artifacts", name, values, values["frozen"]["overrides"]))
+    return [record for record in records if record.results]
+
+
+def manual_record(root: Path, name: str) -> VariantRecord:
+    """A variant that was run by hand, under a name of its own beside the pipeline's.
+
+    Raises:
+        UserError: nothing was run under that name.
+    """
+    path = root / "scratch" / name / "config.json"
+    if not path.is_file():
+        raise UserError(f"scratch/{name}: no stage was run by hand under that name")
+    saved = read_json(path)
+    record = _record(root, root / "scratch", name, saved["config"], saved["overrides"])
+    return replace(record, name=BY_HAND + name)
+
+
+def _record(root: Path, home: Path, name: str, values: dict[str, Any], overrides: str) -> VariantRecord:
+    config = parse(values)
+    results = list(_results(root, home, name, config))
+    commit, dirty = commit_of(root)
+    patch = patch_of(root) if dirty else None
+    return VariantRecord(name, values, overrides, results, root, commit, dirty, patch)
+
+
+def _results(root: Path, home: Path, folder: str, config: Config) -> Iterator[dict[str, Any]]:
+    current: dict[str, str] = {}
+    for stage in STAGES:
+        if config.method.name == BASELINE and stage in ("calibrate", "quantize", "convert"):
+            continue
+        places = stage_paths(home, folder, stage)
+        if not places.result.is_file():
+            continue
+        result = read_result(places.result)
+        if config.frozen is None:
+            belongs = result.get("fingerprint") == stage_fingerprint(config, stage, root)
+        else:
+            belongs = _follows(result, config, stage, root, current)
+        if not belongs:
+            print(f"{folder}: {stage} is out of date and left out; run it again", file=sys.stderr)
+            continue
+        current[stage] = str(result["output_hash"])
+        # A result may come from somebody else's cache: only files of the stage's own output are attached.
+        inside = places.output.resolve()
+        files = [str(name) for name in result.get("files", []) if (root / name).resolve().is_relative_to(inside)]
+        # The log stays on the machine where the stage ran, and must not make another result of the same one elsewhere.
+        log = places.log.relative_to(root).as_posix() if places.log.is_file() else None
+        yield {**result, "files": files, "log": log}
+
+
+def _follows(result: dict[str, Any], config: Config, stage: str, root: Path, current: dict[str, str]) -> bool:
+    # DVC does not run a stage again whose inputs came out as they were, so its fingerprint may name older options of the
+    # stages before it. It is known by its own options and by what its inputs held.
+    if result.get("options") != options_fingerprint(config, stage, root):
+        return False
+    for name, content in result["inputs"].items():
+        of, _, inner = str(name).rpartition("/")
+        if of:
+            baseline = stage_paths(root / "artifacts", of, inner).result
+            found = read_result(baseline).get("output_hash") if baseline.is_file() else None
+        else:
+            found = current.get(inner)
+        if found != content:
+            return False
+    return True
+
+
+def noise_floor(root: Path, fingerprint_of: Callable[[int], str]) -> dict[str, Any] | None:
+    """How much of the loss is chance: over runs with other seeds, what the variant lost in nats a token of the same text.
+
+    Args:
+        root: the checkout; runs by hand are in its scratch/.
+        fingerprint_of: from a number of runs, what a noise result of this variant and text has.
+
+    Returns:
+        runs, low and high (smallest and largest nll_difference), seeds, and the result's output_hash; None where it was not
+        measured.
+    """
+    for path in sorted((root / "scratch").glob("*/noise.json")):
+        result = read_result(path)
+        rows = result.get("tables", {}).get("runs", [])
+        if rows and result.get("fingerprint") == fingerprint_of(len(rows)):
+            lost = [float(row["nll_difference"]) for row in rows]
+            return {
+                "runs": len(rows), "low": min(lost), "high": max(lost), "seeds": [row["seed"] for row in rows],
+                "unit": "nats/token", "output_hash": result["output_hash"],
+            }  # fmt: skip
+    return None
+
+
+@dataclass(frozen=True)
+class VariantRecord:
+    """What is known of one variant.
+
+    config: its frozen configuration as plain values. overrides: the override string that made it. results: the stages'
+    result files, as far as they exist. folder: what the results' `files` are relative to. commit: the code's commit,
+    where it is known; dirty: the checkout differed from it, and patch says how. lock: its part of dvc.lock, by which its
+    outputs are found in a cache.
+    """
+
+    name: str
+    config: dict[str, Any]
+    overrides: str
+    results: list[dict[str, Any]]
+    folder: Path
+    commit: str | None = None
+    dirty: bool = False
+    patch: str | None = None
+    lock: dict[str, Any] = field(default_factory=dict)
+
+
+def by_stage(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The results by their stage, in the pipeline's order."""
+    return {result["stage"]: result for result in sorted(results, key=lambda result: STAGES.index(result["stage"]))}

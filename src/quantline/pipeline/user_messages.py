@@ -1,0 +1,102 @@
+"""From Hydra's configuration to a stage's run, and from any exception to what a user should read."""
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantline.core.errors import QuantlineError
+from quantline.core.text import nearest
+
+if TYPE_CHECKING:
+    pass
+
+
+def explain(error: BaseException, conf: Path) -> tuple[str, int] | None:
+    """The message and exit code for a failure the user can mend; None for a fault of ours, which keeps its traceback."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, QuantlineError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; free some space and run the stage again, nothing half written was left", 1
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return f"{error.filename}: {error.strerror}; make it writable", 1
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _explain_composition(error, conf), 2
+    return None
+
+
+def _explain_composition(error: Exception, conf: Path) -> str:
+    from hydra.errors import OverrideParseException
+
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: is no override; give KEY=VALUE, such as bits=8, or 'KEY=\"VALUE\"' where the value holds "
+            "brackets, commas or the like"
+        )
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        key = unknown.group(1)
+        if owners := _owners(conf, key):
+            group = key.partition(".")[0]
+            return f"{key}: this {group} has no such option, {group}={' or '.join(owners)} has it; see --help"
+        return f"{key}: no such option{nearest(key, option_names(conf))}; see the allowed ones with --help"
+    group = re.search(r"Could not find '([^']+)/([^'/]*)'", text)
+    if group:
+        choices = sorted(path.stem for path in (conf / group.group(1)).glob("*.yaml"))
+        hint = nearest(group.group(2), choices)
+        return f"{group.group(1)}={group.group(2)}: allowed are {', '.join(choices)}{hint}"
+    primary = re.search(r"Cannot find primary config '([^']+)'", text)
+    if primary:
+        return f"{primary.group(1)}: no such configuration; the pipeline's are made by `dvc repro`"
+    folder = re.search(r"Primary config directory not found.*config directory '([^']+)'", text, re.DOTALL)
+    if folder:
+        return f"{folder.group(1)}: no such folder of configurations; the pipeline's are made by `dvc repro`"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _owners(conf: Path, key: str) -> list[str]:
+    """The choices of a group that have an option: `method.desc_act` is one of `gptq`."""
+    import yaml
+
+    group, *path = key.split(".")
+    if not path:
+        return []
+    found = []
+    for choice in sorted((conf / group).glob("*.yaml")):
+        value = yaml.safe_load(choice.read_text(encoding="utf-8"))
+        for word in path[:-1]:
+            value = value.get(word) if isinstance(value, dict) else None
+        if isinstance(value, dict) and path[-1] in value:
+            found.append(choice.stem)
+    return found
+
+
+def option_names(conf: Path) -> list[str]:
+    """Every option that conf/ defines, dotted, of whichever choice of a group."""
+    import yaml
+
+    names: set[str] = set()
+
+    def collect(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                name = f"{prefix}.{key}" if prefix else str(key)
+                names.add(name)
+                collect(name, inner)
+
+    for path in conf.rglob("*.yaml"):
+        group, text = path.relative_to(conf).parent.as_posix(), path.read_text(encoding="utf-8")
+        package = re.match(r"# @package (\S+)", text)
+        if not group.startswith("hydra"):
+            prefix = package[1] if package else "" if group == "." else group.replace("/", ".")
+            collect(prefix, yaml.safe_load(text))
+    return sorted(
+        name for name in names if not name.startswith(("hydra", "defaults")) and not name.endswith(".defaults")
+    )

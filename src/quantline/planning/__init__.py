@@ -1,0 +1,1 @@
+"""What a configuration will need and whether it can work, before anything is computed."""

@@ -1,0 +1,157 @@
+"""Will it work: whether a variant can be quantized, stored, served and held, known from headers in well under a second.
+
+Three kinds of facts speak: what backends can do (`capabilities.yaml`), what layouts hold (`checkpoints.layouts`), and what
+the serving runtime loads (`serving/rules.yaml`). No tensor is read and nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.linears import planned
+from quantline.checkpoints.quantization_config import LayerSettings
+from quantline.core.errors import UserError
+from quantline.planning import checkpoint_memory, layouts
+from quantline.planning.checkpoint_memory import Weights
+from quantline.planning.quantization_memory import Peak, quantization_peak
+from quantline.planning.spec import FLOAT, Finding, Model, Place, Plan, Planned
+from quantline.quantization import capabilities
+from quantline.quantization.capabilities import CALIBRATED
+from quantline.quantization.quantize import check_group_size
+from quantline.serving import memory
+from quantline.serving.checkpoint_facts import facts_of_layers
+from quantline.serving.rules import Target, verdicts
+
+
+def check(variant: Planned, model: Model, place: Place, *, sizes_of_refused: bool = True) -> Plan:
+    """Everything that is known against a variant, and what it takes.
+
+    Where it cannot be quantized at all, nothing is said about serving it. sizes_of_refused: also count what a variant takes
+    that the server refuses.
+    """
+    backend, findings, widths = _quantizable(variant, model, place)
+    if any(finding.refused for finding in findings):
+        return Plan(variant, backend, "", tuple(findings))
+    symmetric = layouts.is_symmetric(variant.method, variant.options)
+    source = layouts.written(backend, variant.method, variant.options, widths, symmetric=symmetric)
+    layout = layouts.converted(source, variant.convert, symmetric=symmetric)
+    findings += _storable(variant, model, widths, source, layout)
+    if any(finding.refused for finding in findings):
+        return Plan(variant, backend, layout, tuple(findings))
+    settings = {name: LayerSettings(width.bits, width.group_size, symmetric) for name, width in widths.items()}
+    described = None
+    if variant.method != FLOAT:
+        described = layouts.described(layout, variant, widths, [name for name in model.shapes if name not in widths])
+    heads = model.config.get("num_attention_heads")
+    for facts in facts_of_layers(
+        described, settings, model.shapes, heads=heads, tensor_parallel_size=variant.tensor_parallel_size
+    ):
+        for known in verdicts(_target(variant, place), facts):
+            findings.append(Finding(known.rule_id, "serve", known.reason, known.remedy, known.source))
+    findings = list(dict.fromkeys(findings))
+    if not sizes_of_refused and any(finding.refused for finding in findings):
+        return Plan(variant, backend, layout, tuple(findings))
+    weights = checkpoint_memory.weights_of(
+        model.checkpoint, model.config, widths, layout or "gptq", symmetric=symmetric,
+        double_quant=bool(variant.options.get("double_quant", True)),
+    )  # fmt: skip
+    kv = memory.kv_cache(model.config)
+    plan = Plan(
+        variant, backend, layout, tuple(findings), weights, kv, kv.bytes(place.context, place.batch),
+        _overhead(model, place), _peak(variant, backend, model, place, weights),
+        kv_heads=int(model.config.get("num_key_value_heads") or heads or 1),
+    )  # fmt: skip
+    return replace(plan, findings=(*findings, *_too_large(plan, place)))
+
+
+def _target(variant: Planned, place: Place) -> Target:
+    dtype = variant.serve_dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if variant.method == FLOAT else "float16"  # see `serving_rules.serving_dtype`
+    return replace(place.target, dtype=dtype, tensor_parallel_size=variant.tensor_parallel_size)
+
+
+def _quantizable(variant: Planned, model: Model, place: Place) -> tuple[str, list[Finding], dict[str, Width]]:
+    if variant.method == FLOAT:
+        return "none", [], {}
+    order, findings = list(place.order.get(variant.method, ())), []
+    backend = ""
+    try:
+        backend, notes = capabilities.choose(variant.backend, order, variant.wish, str(model.config.get("model_type")))
+        findings += [Finding("backend", "quantize", note, refused=False) for note in notes]
+    except UserError as error:
+        findings.append(Finding("backend", "quantize", str(error), source="capabilities.yaml"))
+    try:
+        widths = planned(
+            model.checkpoint, model.config, bits=variant.bits, group_size=variant.group_size, rules=variant.rules,
+            lm_head=variant.lm_head,
+        )  # fmt: skip
+    except UserError as error:
+        return backend, [*findings, Finding("layers", "quantize", str(error))], {}
+    if variant.method != "bnb":
+        try:
+            check_group_size(model.shapes, widths)
+        except UserError as error:
+            findings.append(Finding("group-size", "quantize", str(error)))
+    return backend, findings, widths
+
+
+def _storable(
+    variant: Planned, model: Model, widths: Mapping[str, Width], source: str, layout: str
+) -> Iterator[Finding]:
+    if variant.method == FLOAT:
+        return
+    for fault in layouts.faults(source, model.shapes, widths):
+        yield Finding("layout", "quantize", f"{source}: {fault}", "leave such layers float, or take another method")
+    if layout == source:
+        return
+    faults = list(layouts.faults(layout, model.shapes, widths))
+    if len(set(widths.values())) > 1 and layout != "compressed_tensors" and not faults:
+        faults.append("a conversion to it takes linears of one width; compressed_tensors takes several")
+    if layouts.loses_activations(source, layout):
+        faults.append(f"rounds no activations, {source} does")
+    if source == layouts.BITSANDBYTES:
+        faults.append("holds integers, and bitsandbytes' codes are none")
+    for fault in faults:
+        yield Finding("layout", "convert", f"{layout}: {fault}", "set convert.target=auto")
+
+
+def _overhead(model: Model, place: Place) -> int:
+    context = checkpoint_memory.GPU_CONTEXT if place.target.device == "cuda" or place.memory_bytes else 0
+    large = place.memory_bytes is not None and place.memory_bytes >= memory.LARGE_GPU
+    tokens = memory.BATCHED_TOKENS_LARGE if large else memory.BATCHED_TOKENS
+    return context + memory.activations(model.config, place.batch, tokens)
+
+
+def _peak(variant: Planned, backend: str, model: Model, place: Place, weights: Weights) -> Peak | None:
+    if variant.method == FLOAT:
+        return None
+    tokens = place.calibration_tokens if variant.method in CALIBRATED else 0
+    return quantization_peak(
+        model.checkpoint, model.config, method=variant.method, backend=backend, dtype=variant.dtype,
+        device=place.target.device, tokens=tokens, low_memory=variant.low_memory, output=weights.total,
+    )  # fmt: skip
+
+
+def _too_large(plan: Plan, place: Place) -> Iterator[Finding]:
+    needed, given = plan.serving_bytes(), place.memory_bytes
+    if given is not None and needed > given:
+        reason = f"it needs {_gib(needed)} with {place.batch} x {place.context} tokens, and there are {_gib(given)}"
+        yield Finding("memory", "memory", reason, "take fewer bits, a shorter context, a smaller batch or more GPUs")
+    elif given is not None and needed > given * place.utilization:
+        reason = (
+            f"the server is given {_gib(int(given * place.utilization))} of {_gib(given)}, and needs {_gib(needed)}"
+        )
+        share = min(1.0, -(-100 * needed // given) / 100)
+        remedy = f"set serve.process.gpu_memory_utilization={share:.2f} and serve.process.kv_cache_gib=null"
+        yield Finding("memory-share", "memory", reason, remedy, refused=False)
+    if plan.peak is not None and place.quantizer_bytes is not None and plan.peak.total > place.quantizer_bytes:
+        reason = f"quantizing may take {_gib(plan.peak.total)}, and there are {_gib(place.quantizer_bytes)}"
+        remedy = "set low_memory=true, fewer or shorter calibration samples, or dtype=float16"
+        yield Finding("quantization-memory", "quantize", reason, remedy, refused=False)
+
+
+def _gib(count: int) -> str:
+    return f"{count / memory.GIB:.1f} GiB"

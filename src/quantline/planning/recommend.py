@@ -1,0 +1,138 @@
+"""Which variant to make: what serves, what fits, and of that what loses least or what is smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from quantline.planning.nearest import overrides
+from quantline.planning.preflight import check
+from quantline.planning.spec import FLOAT, Finding, Model, Place, Plan, Planned
+
+TIERS = ("float", "8 bits", "4 bits", "3 bits", "2 bits")
+# Which tier to take first. What matters goes to 8 bits, which halves the memory and loses next to nothing, and never below
+# 4; anything else to 4 bits, and below only where nothing else fits.
+_CRITICAL = (1, 0, 2)
+_ORDINARY = (2, 1, 0, 3, 4)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One candidate. loss: published; measured: of this model, by this project, or empty. why: its place in the order."""
+
+    overrides: str
+    tier: int
+    plan: Plan
+    loss: str
+    measured: str
+    why: str
+
+    @property
+    def works(self) -> bool:
+        """Whether nothing is known against it."""
+        return self.plan.passes()
+
+    @property
+    def against(self) -> list[Finding]:
+        """What is known against it."""
+        return self.plan.refused
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Candidates in order of preference, those that work first; the first one is recommended where it works."""
+
+    choices: tuple[Choice, ...]
+    critical: bool
+
+    @property
+    def best(self) -> Choice | None:
+        """The recommended one."""
+        first = self.choices[0] if self.choices else None
+        return first if first is not None and first.works else None
+
+
+@cache
+def candidates() -> tuple[dict[str, Any], ...]:
+    """recommend.yaml."""
+    text = resources.files("quantline.planning").joinpath("recommend.yaml").read_text(encoding="utf-8")
+    return tuple(yaml.safe_load(text))
+
+
+def recommend(
+    asked: Planned,
+    model: Model,
+    place: Place,
+    *,
+    critical: bool,
+    defaults: Mapping[str, Mapping[str, Any]],
+    measured: Mapping[tuple[str, int, int], str] | None = None,
+) -> Recommendation:
+    """Rank the candidates for a model, a server and its memory.
+
+    Args:
+        asked: the variant whose serving options hold for all.
+        model, place: see `preflight.check`.
+        critical: quality before size.
+        defaults: the options of each method.
+        measured: what is known of this model's variants, by method, bits and group size.
+    """
+    order = _CRITICAL if critical else _ORDINARY
+    choices = []
+    for entry in candidates():
+        if entry["method"] != FLOAT and entry["method"] not in defaults:
+            continue
+        plan = _best_groups(_variant(entry, asked, defaults), model, place)
+        variant = plan.planned
+        known = (measured or {}).get((variant.method, variant.bits, variant.group_size), "")
+        why = _why(entry["tier"], critical)
+        choices.append(Choice(overrides(variant, asked, defaults), entry["tier"], plan, entry["loss"], known, why))
+
+    def preference(choice: Choice) -> tuple[bool, int]:
+        return not choice.works or choice.tier not in order, (*order, *range(5)).index(choice.tier)
+
+    return Recommendation(tuple(sorted(choices, key=preference)), critical)
+
+
+def _best_groups(variant: Planned, model: Model, place: Place) -> Plan:
+    """The candidate as it is, or with the first smaller groups that divide the widths (and each GPU's share of them)."""
+    plan = check(variant, model, place)
+    if variant.method in (FLOAT, "bnb") or variant.group_size == -1:
+        return plan
+    for size in (64, 32, -1):
+        if plan.passes("quantize", "convert", "serve"):
+            break
+        other = check(replace(variant, group_size=size), model, place)
+        plan = other if other.passes("quantize", "convert", "serve") else plan
+    return plan
+
+
+def _variant(entry: Mapping[str, Any], asked: Planned, defaults: Mapping[str, Mapping[str, Any]]) -> Planned:
+    method = str(entry["method"])
+    common = Planned(
+        method=method, serve_dtype=asked.serve_dtype, tensor_parallel_size=asked.tensor_parallel_size,
+        low_memory=asked.low_memory,
+    )  # fmt: skip
+    if method == FLOAT:
+        return replace(common, low_memory=False)
+    options = {**defaults[method], **entry.get("options", {})}
+    return replace(common, bits=int(entry["bits"]), group_size=int(entry["group_size"]), options=options)
+
+
+def _why(tier: int, critical: bool) -> str:
+    if tier == 0:
+        return "loses nothing and saves nothing"
+    if tier == 1:
+        return "half the memory for next to no loss" if critical else "loses less than 4 bits, at twice the size"
+    if tier == 2:
+        return (
+            "a quarter of the memory; for critical use where 8 bits do not work"
+            if critical
+            else "small, for little loss"
+        )
+    return "not for critical use" if critical else "only where nothing larger fits"

@@ -1,0 +1,178 @@
+"""What `python -m stages.plan` says: tables for people, the same as plain values for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import tabulate
+
+from quantline.planning.recommend import Choice, Recommendation
+from quantline.planning.spec import FLOAT, Finding, Model, Place, Plan
+from quantline.serving.memory import GIB
+
+
+def as_json(
+    plan: Plan, model: Model, place: Place, nearest: str | None, recommendation: Recommendation | None
+) -> dict[str, Any]:
+    """Everything, in bytes and plain values."""
+    target = place.target
+    return {
+        "model": model.name,
+        "target": {**asdict(target), "tensor_parallel_size": plan.planned.tensor_parallel_size},
+        "memory_bytes": place.memory_bytes, "context": place.context, "batch": place.batch,
+        "variant": _variant(plan), "verdict": "ok" if plan.passes() else "refused", "nearest": nearest,
+        "findings": [_finding(finding) for finding in plan.findings], "sizes": sizes(plan, place),
+        "recommendation": _recommendation(recommendation, place),
+    }  # fmt: skip
+
+
+def sizes(plan: Plan, place: Place) -> dict[str, Any] | None:
+    """What a variant takes, in bytes; None where it cannot be stored."""
+    weights, kv = plan.weights, plan.kv
+    if weights is None or kv is None:
+        return None
+    needed = plan.serving_bytes()
+    return {
+        "float_weights": weights.float_source, "weights": weights.total, "codes": weights.packed.codes,
+        "scales": weights.packed.scales, "zeros": weights.packed.zeros, "other": weights.packed.other,
+        "left_float": weights.left_float, "bits_per_quantized_weight": round(weights.bits_per_quantized_weight, 4),
+        "bits_per_weight": round(weights.bits_per_weight, 4), "kv_cache_per_token": kv.bytes_per_token,
+        "kv_cache_window_per_token": kv.window_bytes_per_token, "kv_cache_window": kv.window, "kv_cache": plan.kv_bytes,
+        "activations_and_context": plan.overhead_bytes, "needed_per_device": needed,
+        "fits": None if place.memory_bytes is None else needed <= place.memory_bytes,
+        "quantization_peak": None if plan.peak is None else {**asdict(plan.peak), "total": plan.peak.total},
+    }  # fmt: skip
+
+
+def as_text(plan: Plan, model: Model, place: Place, nearest: str | None, recommendation: Recommendation | None) -> str:
+    """The same to be read."""
+    variant, target = plan.planned, place.target
+    name = variant.method if variant.method == FLOAT else f"{variant.method} {variant.bits} bits, {_groups(plan)}"
+    traits = [f"{target.runtime} {target.version} on {target.device}"]
+    traits += [target.instructions] if target.instructions else []
+    traits += [f"compute capability {target.compute_capability / 10}"] if target.compute_capability else []
+    traits += [f"{variant.tensor_parallel_size} GPUs"] if variant.tensor_parallel_size > 1 else []
+    lines = [
+        f"model   {model.name}",
+        f"variant {name}" + (f", by {plan.backend}" if plan.backend not in ("", "none") else ""),
+    ]
+    lines += [f"stored  {plan.layout}"] if plan.layout else []
+    lines += [f"target  {', '.join(traits)}", ""]
+    lines += [_said(finding) for finding in plan.findings] or ["ok: nothing is known against it"]
+    if plan.findings and plan.passes():
+        lines.append("ok: none of this is against it")
+    if nearest:
+        lines.append(f"the nearest that works: {nearest}")
+    if plan.weights is not None:
+        lines += ["", _sizes_table(plan, place)]
+    if recommendation is not None:
+        lines += ["", *_recommended(recommendation, place)]
+    return "\n".join(lines)
+
+
+def _groups(plan: Plan) -> str:
+    size = plan.planned.group_size
+    return "one group a channel" if size == -1 else f"groups of {size}"
+
+
+def _said(finding: Finding) -> str:
+    parts = [f"{'REFUSED' if finding.refused else 'note'} ({finding.id}): {finding.reason}"]
+    parts += [f"    do: {finding.remedy}"] if finding.remedy else []
+    parts += [f"    source: {finding.source}"] if finding.source else []
+    return "\n".join(parts)
+
+
+def _sizes_table(plan: Plan, place: Place) -> str:
+    weights, kv = plan.weights, plan.kv
+    assert weights is not None
+    assert kv is not None
+    packed = weights.packed
+    window = f", {_bytes(kv.window_bytes_per_token)} a token of the last {kv.window}" if kv.window else ""
+    rows = [
+        ("float weights", _bytes(weights.float_source), "as downloaded"),
+        ("weights", _bytes(weights.total), f"{weights.bits_per_weight:.2f} bits a weight over the whole model"),
+    ]
+    if packed.total:
+        share = f"{weights.bits_per_quantized_weight:.2f} bits a weight"
+        rows += [
+            ("  quantized", _bytes(packed.total), f"{share}: codes {_bytes(packed.codes)}, scales {_bytes(packed.scales)}, "
+             f"zero points {_bytes(packed.zeros)}, other {_bytes(packed.other)}"),
+            ("  left float", _bytes(weights.left_float), "embeddings, norms, biases, linears that are not quantized"),
+        ]  # fmt: skip
+    rows += [
+        ("KV cache", _bytes(plan.kv_bytes),
+         f"{place.batch} x {place.context} tokens, {_bytes(kv.bytes_per_token)} a token{window}"),
+        ("activations", _bytes(plan.overhead_bytes), "with the GPU's context; an assumption, see memory.py"),
+        ("needed", _bytes(plan.serving_bytes()), _fit(plan, place)),
+    ]  # fmt: skip
+    if plan.peak is not None:
+        rows.append(("quantizing", _bytes(plan.peak.total), f"peak, a model of it: {plan.peak.formula}"))
+    return str(tabulate.tabulate(rows, tablefmt="plain", disable_numparse=True, preserve_whitespace=True))
+
+
+def _fit(plan: Plan, place: Place) -> str:
+    each = " on each GPU" if plan.planned.tensor_parallel_size > 1 else ""
+    if place.memory_bytes is None:
+        return f"to serve it{each}"
+    fits = plan.serving_bytes() <= place.memory_bytes
+    return f"{'fits' if fits else 'does NOT fit'} in {place.memory_bytes / GIB:.3g} GiB{each}"
+
+
+def _recommended(recommendation: Recommendation, place: Place) -> list[str]:
+    headers = ["", "variant", "bits/w", "weights", "needed", "serves", "fits", "loss"]
+    rows = [_row(choice, recommendation, place) for choice in recommendation.choices]
+    table = tabulate.tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
+    best = recommendation.best
+    words = "what loses least" if recommendation.critical else "what is small and loses little"
+    if best is None:
+        return [str(table), "", "recommended: none of these works here"]
+    known = best.measured or best.loss
+    return [str(table), "", f"recommended, {words}: {best.overrides}", f"    {best.why}; loss: {known}"]
+
+
+def _row(choice: Choice, recommendation: Recommendation, place: Place) -> list[str]:
+    plan = choice.plan
+    against = [finding for finding in choice.against if finding.step != "memory"]
+    serves = "yes" if not against else f"no ({against[0].id})"
+    fits = "-" if plan.weights is None or place.memory_bytes is None else "yes" if plan.passes("memory") else "no"
+    return [
+        "->" if choice is recommendation.best else "",
+        choice.overrides.replace("method=", "", 1),
+        f"{plan.weights.bits_per_weight:.2f}" if plan.weights else "-",
+        _bytes(plan.weights.total) if plan.weights else "-",
+        _bytes(plan.serving_bytes()) if plan.weights else "-",
+        serves, fits, choice.measured or choice.loss,
+    ]  # fmt: skip
+
+
+def _recommendation(recommendation: Recommendation | None, place: Place) -> dict[str, Any] | None:
+    if recommendation is None:
+        return None
+    best = recommendation.best
+    rows = [
+        {
+            "overrides": choice.overrides, "works": choice.works, "why": choice.why, "loss": choice.loss,
+            "measured": choice.measured or None, "findings": [_finding(finding) for finding in choice.plan.findings],
+            "sizes": sizes(choice.plan, place),
+        }
+        for choice in recommendation.choices
+    ]  # fmt: skip
+    return {"best": best.overrides if best else None, "critical": recommendation.critical, "choices": rows}
+
+
+def _variant(plan: Plan) -> Mapping[str, Any]:
+    variant = asdict(plan.planned)
+    return {**variant, "rules": list(variant["rules"]), "backend": plan.backend, "layout": plan.layout}
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    return {**asdict(finding), "verdict": "refused" if finding.refused else "note"}
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}" if count < 100 * size else f"{count / size:.0f} {unit}"
+    return f"{count} B"

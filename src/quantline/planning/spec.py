@@ -1,0 +1,168 @@
+"""What preflight speaks about: a planned variant, the float model, the place where it is to run, and what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from quantline.checkpoints.checkpoint import Checkpoint
+from quantline.checkpoints.linears import LM_HEAD, linear_shapes
+from quantline.core.errors import UserError
+from quantline.core.files import read_json
+from quantline.planning.checkpoint_memory import Weights
+from quantline.planning.quantization_memory import Peak
+from quantline.quantization.capabilities import Wish
+from quantline.serving.memory import KvCache
+from quantline.serving.rules import Target
+
+FLOAT = "float"
+Step = Literal["quantize", "convert", "serve", "memory"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A variant as it is asked for; names and values as in conf/.
+
+    options: the method's own. backend: a name or auto. rules: by layer, see `linears.planned`. dtype: of the quantizer;
+    serve_dtype: of the server. convert: the target layout.
+    """
+
+    method: str
+    bits: int = 4
+    group_size: int = 128
+    options: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
+    rules: tuple[Mapping[str, Any], ...] = ()
+    lm_head: bool = False
+    low_memory: bool = False
+    dtype: str = "auto"
+    convert: str = "auto"
+    serve_dtype: str = "auto"
+    tensor_parallel_size: int = 1
+
+    @property
+    def wish(self) -> Wish:
+        """What it asks of a backend."""
+        bits = tuple(rule["bits"] for rule in self.rules if rule.get("bits") is not None)
+        groups = tuple(rule["group_size"] for rule in self.rules if rule.get("group_size") is not None)
+        layers = "widths" if bits or groups else "skip" if self.rules else "none"
+        return Wish(
+            self.method, self.bits, self.group_size, self.options, layers, bits, groups, self.lm_head, self.low_memory,
+            self.dtype,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """A float model, as far as its headers tell."""
+
+    name: str
+    checkpoint: Checkpoint
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path, name: str = "") -> Model:
+        """Read the headers of a model's folder.
+
+        Raises:
+            UserError: there is no model there, or it is quantized already.
+        """
+        checkpoint, config = Checkpoint.open(folder), read_json(folder / "config.json")
+        if config.get("quantization_config"):
+            raise UserError(f"{folder}: is quantized already; give the float model that it was made from")
+        text = config.get("text_config")
+        # Models of several kinds of input keep the language model's numbers one level down.
+        return cls(name or folder.name, checkpoint, {**config, **text} if isinstance(text, dict) else config)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(in_features, out_features) of every linear, the output layer included where it is one of its own."""
+        found = dict(linear_shapes(self.checkpoint))
+        if f"{LM_HEAD}.weight" in self.checkpoint.names and not self.config.get("tie_word_embeddings"):
+            rows, columns = self.checkpoint.info(f"{LM_HEAD}.weight").shape
+            found[LM_HEAD] = (columns, rows)
+        return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it is to run.
+
+    order: the backends of each method, as `backend=auto` tries them. context, batch: tokens of a sequence and sequences at a
+    time that the server is to hold. memory_bytes: of each GPU (or what a CPU's server may take), and utilization the share
+    of it that the server is given; None asks nothing of it. quantizer_bytes: what quantizing may take, None where that is
+    not known. calibration_tokens: of all samples.
+    """
+
+    target: Target
+    order: Mapping[str, Sequence[str]]
+    context: int = 4096
+    batch: int = 1
+    memory_bytes: int | None = None
+    utilization: float = 1.0
+    quantizer_bytes: int | None = None
+    calibration_tokens: int = 128 * 2048
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One verdict against, or a remark on, a variant."""
+
+    id: str
+    step: Step
+    reason: str
+    remedy: str = ""
+    source: str = ""
+    refused: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a variant before anything is computed. layout: as it is served. Sizes are bytes."""
+
+    planned: Planned
+    backend: str
+    layout: str
+    findings: tuple[Finding, ...]
+    weights: Weights | None = None
+    kv: KvCache | None = None
+    kv_bytes: int = 0
+    overhead_bytes: int = 0
+    peak: Peak | None = None
+    kv_heads: int = 1
+
+    @property
+    def refused(self) -> list[Finding]:
+        """What makes it impossible."""
+        return [finding for finding in self.findings if finding.refused]
+
+    def passes(self, *steps: Step) -> bool:
+        """Whether nothing refuses it at these steps; none named are all."""
+        return not any(not steps or finding.step in steps for finding in self.refused)
+
+    def serving_bytes(self) -> int:
+        """What each GPU needs: its share of weights and cache, activations and context.
+
+        GPUs beyond the key-value heads hold copies of the cache.
+        """
+        ranks = self.planned.tensor_parallel_size
+        total = self.weights.total if self.weights else 0
+        return -(-total // ranks) + -(-self.kv_bytes // min(ranks, self.kv_heads)) + self.overhead_bytes
+
+
+def line(finding: Finding) -> str:
+    """A finding in one line."""
+    source = f" [{finding.id}]" if finding.step == "serve" else ""
+    return f"{finding.reason}{'; ' if finding.remedy else ''}{finding.remedy}{source}"
+
+
+class RefusedError(UserError):
+    """A variant that cannot work; `nearest` is one that does, as overrides, or None."""
+
+    def __init__(self, findings: Sequence[Finding], nearest: str | None) -> None:
+        self.findings, self.nearest = tuple(findings), nearest
+        near = f"\n  the nearest that works: {nearest}" if nearest else ""
+        super().__init__("\n".join(["this variant cannot work:", *(f"  {line(one)}" for one in findings)]) + near)

@@ -1,0 +1,268 @@
+"""The coverage gate: whether a quantized checkpoint is whole, and how far each of its linears is from the float one.
+
+The files are looked at first (`coverage_files`): a fault there ends it. Then `coverage_worker`, in the reference toolchain,
+runs the float model over calibration samples and measures every linear. What is measured is a table, a picture and metrics;
+limits come from the configuration's section `coverage`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from threading import Thread
+from typing import Any
+
+from quantline.checkpoints import linears as linears_module
+from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.core.errors import WorkerError
+from quantline.quantization import heat_map
+from quantline.quantization.capabilities import CALIBRATED
+from quantline.quantization.file_checks import Files, inspect, some
+from quantline.toolchains.protocol import JobResult
+
+RunWorker = Callable[[str, str, dict[str, Any], str], JobResult]
+Row = dict[str, Any]
+
+FOLDER = "coverage"
+_WORKER = ("reference", "quantline.toolchains.workers.reference.layer_errors")
+_TIMES = ("seconds",)
+TABLE, PLOT = f"{FOLDER}/layers.csv", f"{FOLDER}/output_error.png"
+_MEASURED = ("output_error", "weight_error", "weight_error_max", "weight_error_mean")
+_WORST = 5
+_TITLES = {"output_error": "the output's", "weight_error": "the weights'"}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What was measured of one quantized checkpoint.
+
+    rows: one per linear, by layer: name, layer (number; -1 outside of the layers), module (name inside it),
+    in_features, out_features, bits, group_size, effective_bits, tokens (calibration tokens that the float model gives to it,
+    None where that cannot be seen), output_error, weight_error, weight_error_max, weight_error_mean, level, and what the
+    backend said of it. metrics: numbers. files: written ones, relative to the output. worst: the linears with the largest
+    output errors, in words.
+    """
+
+    rows: list[Row]
+    metrics: dict[str, float]
+    warnings: list[str]
+    files: list[str] = field(default_factory=list)
+    worst: str = ""
+
+
+@contextmanager
+def early(start: Callable[[str, str], AbstractContextManager[None]], *, enabled: bool) -> Iterator[None]:
+    """While a quantizer computes, import what `measure` will need: its worker's part, and the picture's.
+
+    Args:
+        start: (toolchain, module) -> a context in which that worker waits for its job.
+        enabled: whether errors will be measured at all.
+    """
+    if not enabled:
+        yield
+        return
+    Thread(target=heat_map.imports, daemon=True).start()
+    with start(*_WORKER):
+        yield
+
+
+def measure(
+    *,
+    model: Path,
+    output: Path,
+    calibration: Path,
+    linears: Mapping[str, Width],
+    method: str,
+    settings: Mapping[str, Any],
+    run_worker: RunWorker,
+    threads: int = 2,
+    device: str = "cpu",
+    backend_rows: Sequence[Mapping[str, Any]] = (),
+    failed: Path | None = None,
+) -> Coverage:
+    """Measure a quantized checkpoint and let it pass, or not.
+
+    Args:
+        model: folder of the float model.
+        output: folder of the quantized one; gets `coverage/layers.csv` and `coverage/output_error.png`.
+        calibration: tokens.safetensors, `input_ids` int32 (n, length).
+        linears: what should be quantized, by name.
+        method: awq, gptq, rtn, bnb or autoround; of awq, folded scales are undone before weights are compared.
+        settings: the plain values of `CoverageConfig`.
+        run_worker: (toolchain, module, job, label) -> its result.
+        threads, device: of the worker.
+        backend_rows: the backend's own rows: `layer` and `module`, or `module` with the whole name.
+        failed: a folder for the table and the picture of a checkpoint that does not pass.
+
+    Raises:
+        WorkerError: the checkpoint does not pass; every reason, with the worst linears of each.
+    """
+    found = inspect(model, output, list(linears))
+    if found.faults:
+        raise WorkerError(f"the quantized model does not pass the coverage gate: {'; '.join(found.faults)}")
+    rows = _rows(found, linears, backend_rows)
+    metrics, warnings = _file_metrics(found, len(linears)), list(found.warnings)
+    if not settings["enabled"]:
+        return Coverage(rows, metrics, warnings)
+    job = {
+        "model": str(model), "checkpoint": str(output), "calibration": str(calibration),
+        "linears": [row["name"] for row in rows], "samples": settings["samples"],
+        "unfold": True if method == "awq" else None, "device": device, "threads": threads,
+    }  # fmt: skip
+    result = run_worker(*_WORKER, job, "measure every linear")
+    for row, measured in zip(rows, result.data["rows"], strict=True):
+        row.update(tokens=measured["tokens"], **{key: _rounded(measured[key]) for key in _MEASURED})
+        row["level"] = _level(row["output_error"], settings["levels"])
+    metrics.update(_error_metrics(rows, calibrated=method in CALIBRATED), coverage_seconds=result.seconds)
+    faults = _error_faults(rows, settings)
+    few = _few_tokens(rows, settings["min_tokens"]) if method in CALIBRATED else []
+    if settings["few_tokens"] == "fail":
+        faults += few
+    elif settings["few_tokens"] == "warn":
+        warnings += few
+    warnings += _unmeasured(rows)
+    title = f"Output error of each linear, {result.data['sample_tokens']} calibration tokens"
+    if faults:
+        kept = ""
+        if failed is not None and _write(rows, failed, title):
+            kept = f"; all linears: {failed / TABLE}"
+        raise WorkerError(f"the quantized model does not pass the coverage gate: {'; '.join(faults)}{kept}")
+    return Coverage(rows, metrics, warnings, _write(rows, output, title), _worst(rows, "output_error"))
+
+
+def _rows(found: Files, linears: Mapping[str, Width], backend_rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    said: dict[tuple[int, str], dict[str, Any]] = {}
+    for own in backend_rows:
+        layer, module = own.get("layer"), str(own.get("module"))
+        place = (layer, module) if isinstance(layer, int) and layer >= 0 else linears_module.place_of(module)
+        said[place] = {key: value for key, value in own.items() if key not in ("layer", "module", "name")}
+    rows = []
+    for name, (wide, tall) in found.linears.items():
+        place, width = linears_module.place_of(name), linears[name]
+        row = {
+            "name": name, "layer": place[0], "module": place[1], "in_features": wide, "out_features": tall,
+            "bits": width.bits, "group_size": width.group_size,
+            "effective_bits": _rounded(found.stored_bits[name] / (wide * tall)), "tokens": None,
+        }  # fmt: skip
+        row.update(dict.fromkeys((*_MEASURED, "level")))
+        rows.append({**row, **{key: value for key, value in said.get(place, {}).items() if key not in row}})
+    return sorted(rows, key=lambda row: row["layer"] if row["layer"] >= 0 else math.inf)
+
+
+def _rounded(value: float | None) -> float | None:
+    # The last digits differ from machine to machine.
+    return None if value is None else float(f"{value:.6g}")
+
+
+def _level(error: float | None, levels: Mapping[str, float]) -> str | None:
+    if error is None:
+        return None
+    return "high" if not error < levels["high"] else "moderate" if error >= levels["moderate"] else "low"
+
+
+def _file_metrics(found: Files, expected: int) -> dict[str, float]:
+    return {
+        "linears_expected": expected,
+        "linears_quantized": len(found.linears),
+        "quantized_share": found.quantized_weights / found.weights,
+        "effective_bits": found.effective_bits,
+        "effective_bits_model": found.bits / found.weights,
+        "zero_scales": found.zero_scales,
+    }
+
+
+def _error_metrics(rows: Sequence[Row], *, calibrated: bool) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for key in ("output_error", "weight_error"):
+        values = [float(row[key]) for row in rows if row[key] is not None]
+        if values:
+            metrics[f"{key}_max"], metrics[f"{key}_mean"] = max(values), fmean(values)
+    for level in ("moderate", "high"):
+        metrics[f"linears_{level}"] = sum(row["level"] == level for row in rows)
+    seen = [int(row["tokens"]) for row in rows if row["tokens"] is not None]
+    if calibrated and seen:
+        metrics["min_tokens"] = min(seen)
+    return metrics
+
+
+def _error_faults(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for key, whose in _TITLES.items():
+        limits = settings[f"max_{key}"]
+        above = []
+        for row in rows:
+            value, limit = row[key], limits.get(f"bits{row['bits']}")
+            if value is not None and not (math.isfinite(value) and (limit is None or value <= limit)):
+                above.append(row)
+        if above:
+            options = {f"coverage.max_{key}.bits{row['bits']}" for row in above}
+            faults.append(
+                f"{whose} error is above its limit ({', '.join(sorted(options))}) in {len(above)} of {len(rows)} linears: "
+                f"{_worst(above, key)}; give these more bits or leave them float by layers.rules{_or_raise(above, key)}"
+            )
+    return faults
+
+
+def _or_raise(rows: Sequence[Row], key: str) -> str:
+    """The limits that these rows would pass, as options; where a weight is worse than zeros would be, no limit helps."""
+    needed: dict[str, float] = {}
+    for row in rows:
+        option = f"coverage.max_{key}.bits{row['bits']}"
+        needed[option] = max(needed.get(option, 0.0), row[key] if math.isfinite(row[key]) else math.inf)
+    if max(needed.values()) >= 1:
+        return "; weights that are all zero have an error of 1, so something went wrong with those above it"
+    # Rounded up, so that they do pass.
+    raised = " ".join(f"{option}={math.ceil(100 * value) / 100:g}" for option, value in sorted(needed.items()))
+    return f", or raise the limit, if evaluate finds the model good like this: {raised}"
+
+
+def _worst(rows: Sequence[Row], key: str) -> str:
+    known = [row for row in rows if row[key] is not None]
+    # A value that is no number is worse than any.
+    known.sort(key=lambda row: row[key] if math.isfinite(row[key]) else math.inf, reverse=True)
+    return some([f"{row['name']} {row[key]:.3g}" for row in known], _WORST)
+
+
+def _few_tokens(rows: Sequence[Row], least: int) -> list[str]:
+    few = sorted(
+        (row for row in rows if row["tokens"] is not None and row["tokens"] < least), key=lambda row: row["tokens"]
+    )
+    if not few:
+        return []
+    named = some([f"{row['name']} {row['tokens']}" for row in few], _WORST)
+    return [
+        f"{len(few)} of {len(rows)} linears saw fewer than {least} calibration tokens (coverage.min_tokens), so they were "
+        f"quantized blind: {named}; give more text, calibration.n_samples"
+    ]
+
+
+def _unmeasured(rows: Sequence[Row]) -> list[str]:
+    hidden = [str(row["name"]) for row in rows if row["tokens"] is None]
+    untouched = [str(row["name"]) for row in rows if row["tokens"] is not None and row["output_error"] is None]
+    notes = []
+    if hidden:
+        notes.append(
+            f"no output error of {len(hidden)} linears, the model's calls of them cannot be seen: {some(hidden)}"
+        )
+    if untouched:
+        notes.append(
+            f"no output error of {len(untouched)} linears, no token of coverage.samples reached them: {some(untouched)}"
+        )
+    return notes
+
+
+def _write(rows: Sequence[Row], folder: Path, title: str) -> list[str]:
+    """Write the table, and the picture where there is one; their names relative to the folder."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    # Part of the stage's output, which is the same wherever it is made: times are in the result's table alone.
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _TIMES]
+    with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return [TABLE, PLOT] if heat_map.draw(rows, folder / PLOT, title) else [TABLE]

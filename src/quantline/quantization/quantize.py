@@ -1,0 +1,190 @@
+"""The quantize stage's work: choose the backend, refuse what its layers cannot take, run it, check what it wrote."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers
+from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.linears import linear_shapes, planned
+from quantline.core.errors import UserError, WorkerError
+from quantline.core.files import read_json
+from quantline.quantization.capabilities import CALIBRATED, Wish, choose, toolchain_of
+from quantline.toolchains.protocol import JobResult
+
+# Largest difference of a toolchain's float logits from the reference engine's, in units of the logits' standard
+# deviation. Computed in float32, faithful toolchains came to 1e-5 on CPU and GPU; a misread rope_theta to 0.3 and more.
+PROBE_TOLERANCE = 0.05
+
+RunWorker = Callable[[str, str, dict[str, Any], str], JobResult]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make: the options of a variant that quantizing reads.
+
+    backend: a name, or auto; order: the backends that auto tries, first the preferred one. rules: exceptions by name, see
+    `linears.planned`.
+    """
+
+    method: Mapping[str, Any]
+    bits: int
+    group_size: int
+    backend: str
+    order: Sequence[str]
+    wish: Wish
+    rules: Sequence[Mapping[str, Any]] = ()
+    seed: int = 0
+    threads: int = 2
+    device: str = "cpu"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own options; null is one that was not asked for."""
+        return {key: value for key, value in self.method.items() if key != "name" and value is not None}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the stage reports: who did it, metrics, per-layer rows (as the backend gives them) and warnings."""
+
+    backend: str
+    metrics: dict[str, float]
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    linears: Mapping[str, Width] = field(default_factory=dict)
+
+
+def check_group_size(shapes: Mapping[str, tuple[int, int]], widths: Mapping[str, Width]) -> None:
+    """Refuse a group size that does not divide a linear's in-features.
+
+    Args:
+        shapes: (in_features, out_features) by name.
+        widths: what is asked for, by name.
+
+    Raises:
+        UserError: naming the layers, their width and the group sizes that would do.
+    """
+    bad = {
+        name: (shapes[name][0], width.group_size) for name, width in widths.items()
+        if name in shapes and width.group_size > 0 and shapes[name][0] % width.group_size
+    }  # fmt: skip
+    if bad:
+        layer, (wide, size) = next(iter(bad.items()))
+        fits = [size for size in (32, 64, 128, 256) if all(shapes[name][0] % size == 0 for name in widths)]
+        advice = f"group_size={' or '.join(map(str, fits))} divides them all" if fits else "try group_size=-1"
+        raise UserError(
+            f"group_size={size}: does not divide the in-features of {len(bad)} linears (first: {layer}, {wide}); {advice}"
+        )
+
+
+def quantize(
+    request: Request, *, model: Path, probe: Path, calibration: Path, out: Path, work: Path, run_worker: RunWorker
+) -> Outcome:
+    """Quantize the checkpoint in `model` into the empty folder `out` and check the result.
+
+    Args:
+        request: what to make.
+        model: folder of the float model.
+        probe: the reference engine's logits on a few tokens.
+        calibration: token ids.
+        out: an empty folder.
+        work: a folder for a backend's own files, which outlives a crash.
+        run_worker: (toolchain, module, job, label) -> its result.
+
+    Raises:
+        UserError: the model's layers and the options do not go together, or no backend takes the model.
+        WorkerError: the backend failed, or what it wrote is not what was asked for.
+    """
+    checkpoint, config = Checkpoint.open(model), read_json(model / "config.json")
+    backend, notes = choose(request.backend, request.order, request.wish, str(config.get("model_type")))
+    widths = planned(
+        checkpoint, config, bits=request.bits, group_size=request.group_size, rules=request.rules,
+        lm_head=request.wish.lm_head,
+    )  # fmt: skip
+    method = str(request.method["name"])
+    grouped = not (method == "bnb" and request.bits == 8)
+    if grouped:
+        check_group_size(linear_shapes(checkpoint), widths)
+    job: dict[str, Any] = {
+        "model": str(model),
+        "output": str(out),
+        "calibration": str(calibration) if method in CALIBRATED else None,
+        "method": method,
+        "bits": request.bits,
+        "group_size": request.group_size,
+        "linears": {name: asdict(width) for name, width in widths.items()},
+        "options": request.options,
+        "seed": request.seed,
+        "threads": request.threads,
+        "device": request.device,
+        "dtype": request.wish.dtype,
+        "low_memory": request.wish.low_memory,
+        "work": str(work),
+        "probe": str(probe),
+        "probe_tolerance": PROBE_TOLERANCE,
+    }
+    toolchain, module = toolchain_of(backend), f"quantline.toolchains.workers.quantizers.{backend}"
+    if toolchain is None:
+        data = _run_here(module, job)
+    else:
+        data = run_worker(toolchain, module, job, f"quantize with {backend}").data
+    check_output(out, widths, groups=grouped)
+    return Outcome(backend, data["metrics"], data.get("layers", []), [*notes, *data.get("warnings", [])], widths)
+
+
+def _run_here(module: str, job: dict[str, Any]) -> dict[str, Any]:
+    from importlib import import_module
+
+    from quantline.core.progress import bar
+    from quantline.toolchains.protocol import JobError
+
+    try:
+        with bar(f"quantize with {module.rsplit('.', 1)[-1]}") as progress:
+            return dict(import_module(module).run(job, progress.update))
+    except JobError as error:
+        raise UserError(str(error)) from error
+
+
+def check_output(out: Path, widths: Mapping[str, Width], *, groups: bool = True) -> None:
+    """Refuse an output that is not what was asked for: other bits or groups, linears left out, files missing.
+
+    Args:
+        out: the backend's output.
+        widths: what was asked for, by name.
+        groups: whether the method has groups.
+
+    Raises:
+        WorkerError: naming the first such fault.
+    """
+    info = quantization_of(out)
+    if info is None:
+        raise WorkerError("the backend wrote no quantization_config: nothing was quantized")
+    found = set(quantized_layers(Checkpoint.open(out), info))
+    missing = [name for name in widths if name not in found]
+    if missing or not found:
+        kinds = Counter(name.rpartition(".")[2] for name in missing)
+        raise WorkerError(
+            f"{len(missing)} of {len(widths)} linears were left in float without a word ({_counted(kinds)}); first: "
+            f"{missing[0] if missing else 'all'}"
+        )
+    extra = sorted(found - set(widths))
+    if extra:
+        raise WorkerError(f"{extra[0]} was quantized and should have stayed float; {len(extra)} such linears")
+    for name, width in widths.items():
+        own = info.of(name)
+        if own.bits != width.bits or (groups and own.group_size != width.group_size):
+            raise WorkerError(
+                f"{name}: asked for {width.bits} bits in groups of {width.group_size}, got {own.bits} in {own.group_size}"
+            )
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (out / name).is_file():
+            raise WorkerError(f"the backend's output lacks {name}")
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())

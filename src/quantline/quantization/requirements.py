@@ -1,0 +1,92 @@
+"""What a configuration asks of a backend, and what speaks against it before any model is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantline.quantization import capabilities
+
+
+def wish_of(values: Mapping[str, Any]) -> capabilities.Wish:
+    """What a configuration, as plain values, asks of a backend."""
+    method = values["method"]
+    rules = values.get("layers", {}).get("rules") or []
+    bits = tuple(rule["bits"] for rule in rules if rule.get("bits") is not None)
+    groups = tuple(rule["group_size"] for rule in rules if rule.get("group_size") is not None)
+    return capabilities.Wish(
+        method=method["name"], bits=values["bits"], group_size=values["group_size"],
+        options={key: value for key, value in method.items() if key != "name"},
+        layers="widths" if bits or groups else "skip" if rules else "none", rule_bits=bits, rule_groups=groups,
+        lm_head=values["lm_head"] == "quantized", low_memory=values["low_memory"], dtype=values["dtype"],
+    )  # fmt: skip
+
+
+def method_faults(values: Mapping[str, Any]) -> list[str]:
+    """What no backend, or not the named one, can do of a configuration given as plain values; of any kind and shape."""
+    # The values may be anything: where they make no sense, their types are reported as faults already.
+    try:
+        wish, backends, backend = wish_of(values), dict(values["backends"]), str(values["backend"])
+    except (KeyError, TypeError, AttributeError):
+        return []
+    if wish.method not in backends or not isinstance(wish.bits, int) or not isinstance(wish.group_size, int):
+        return []
+    order = backends[wish.method]
+    unknown = [name for names in backends.values() for name in names if name not in capabilities.table()]
+    if unknown:
+        return [f"backends: {unknown[0]} is none; there are {', '.join(capabilities.table())}"]
+    if wish.options.get("activation_bits") and (alike := _activation_faults(wish)):
+        return alike
+    if backend != "auto":
+        return capabilities.faults(backend, wish) if backend in capabilities.table() else []
+    if capabilities.candidates("auto", order, wish):
+        return []
+    faults = _bits_faults(wish, backends) + _group_faults(wish, order)
+    if not faults:
+        tried = (fault for name in order for fault in capabilities.faults(name, wish))
+        faults = list(dict.fromkeys(tried)) or [f"backends.{wish.method}: names no backend"]
+    return faults
+
+
+def _activation_faults(wish: capabilities.Wish) -> list[str]:
+    """What does not go with rounded activations: the one layout for them holds int8 weights with a scale a channel."""
+    given = f"method.activation_bits={wish.options['activation_bits']}"
+    wanted = [
+        f"{key}={shown}" for key, shown, asked in (
+            ("bits", "8", wish.bits == 8),
+            ("group_size", "-1", wish.group_size == -1),
+            ("method.sym", "true", wish.options.get("sym", True)),
+            ("layers", "uniform", wish.layers != "widths"),
+        ) if not asked
+    ]  # fmt: skip
+    return [f"{given}: goes with int8 weights, one scale a channel; give {' '.join(wanted)}"] if wanted else []
+
+
+def _bits_faults(wish: capabilities.Wish, backends: Mapping[str, list[str]]) -> list[str]:
+    allowed = {method: capabilities.bits_of(method, names) for method, names in backends.items()}
+    faults = []
+    for bits in dict.fromkeys((wish.bits, *wish.rule_bits)):
+        if bits in allowed[wish.method]:
+            continue
+        others = [method for method, widths in allowed.items() if bits in widths]
+        remedy = f"; method={others[0]} takes bits={bits}" if others else ""
+        if not others and len(allowed[wish.method]) == 1:
+            wider = next(method for method, widths in allowed.items() if len(widths) > 1)
+            remedy = f"; method={wider} takes {_either(allowed[wider])}"
+        faults.append(f"bits={bits}: {wish.method} takes {_either(allowed[wish.method])}{remedy}")
+    return faults
+
+
+def _group_faults(wish: capabilities.Wish, order: list[str]) -> list[str]:
+    allowed = capabilities.group_sizes_of(wish.method, order)
+    faults = []
+    for size in dict.fromkeys((wish.group_size, *wish.rule_groups)):
+        if allowed and size not in allowed:
+            near = min((one for one in allowed if one > 0), key=lambda one: abs(one - size))
+            faults.append(f"group_size={size}: {wish.method} takes {_either(allowed)}; the nearest is {near}")
+    return faults
+
+
+def _either(allowed: tuple[int, ...]) -> str:
+    words = [str(value) for value in allowed]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -1,0 +1,1 @@
+"""The server: what it can load, starting it, asking it."""

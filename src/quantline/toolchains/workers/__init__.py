@@ -1,0 +1,1 @@
+"""Code that runs in the environments of `envs/`, started by name; nobody imports it."""

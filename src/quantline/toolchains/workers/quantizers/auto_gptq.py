@@ -1,0 +1,207 @@
+"""AutoGPTQ 0.7.1 as a worker: second-order rounding by the library, packing by `quantline.checkpoints.layouts`.
+
+The model is loaded without the library's `from_pretrained`, which asks for a GPU and leaves `torch.nn.init` disabled.
+`library` replaces, for the time of `quantize`, what was seen to be wrong or missing, on every device unless said:
+
+- `pack_model`: the library packs `z - 1` unmasked, so that with sym=False the zero point 0 of a group without negative
+  weights turns into 0xFFFFFFFF and overwrites the rows beside it. It also gives every layer an all-zero bias. Codes,
+  scales, zero points and group index are caught before that and packed by `quantline.checkpoints.layouts`, which masks.
+- `Quantizer`: see `_rounding.gptq_quantizer`.
+- `GPTQ`: a layer that no calibration token reached (an expert) comes out as all zeros: refused here. A Hessian that
+  cannot be inverted is tried again with ten times the damping, up to `_MOST_DAMPING`, and the damping is reported.
+- On a CPU only: `CUDA_0`, the device that layers are moved to, and `torch.cuda.synchronize`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from quantline.toolchains.protocol import JobError, Reporter, worker_main
+from quantline.toolchains.workers.quantizers import model as _common
+from quantline.toolchains.workers.quantizers import output, rounding, selection
+
+# Those that were run and beat plain rounding; the library lists more.
+FAMILIES = ("llama", "qwen2", "mistral", "mixtral", "gemma", "opt", "gpt_neox")
+DEFAULTS = {"damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True, "static_groups": False}
+BITS = (2, 3, 4, 8)
+LAYOUT = "gptq"
+# Share of the Hessian's mean diagonal beyond which the result is hardly better than rounding to nearest.
+_MOST_DAMPING = 0.5
+
+
+class Losses(logging.Handler):
+    """Takes the library's losses from its log, reports progress, and knows which layer is being worked on."""
+
+    def __init__(self, total: int, report: Reporter) -> None:
+        super().__init__(logging.INFO)
+        self.rows: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+        self.current = "the first layer"
+        self._total = total
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line of the library's log."""
+        text = record.getMessage()
+        if found := re.match(r"Quantizing (\S+) in layer (\d+)/(\d+)", text):
+            self.current = f"layer {int(found[2]) - 1} {found[1]}"
+            self._report(len(self.rows), self._total, f"layer {found[2]}/{found[3]} {found[1]}")
+            self.rows.append({"layer": int(found[2]) - 1, "module": found[1]})
+        elif found := re.match(r"(duration|avg loss): (\S+)", text):
+            self.rows[-1]["seconds" if found[1] == "duration" else "loss"] = float(found[2])
+
+
+def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The job's options, after refusing what the library would fail on late or not at all.
+
+    Raises:
+        JobError: bits, group size, options or model that AutoGPTQ cannot do.
+    """
+    options = output.options_of(job, DEFAULTS, "gptq")
+    if job["bits"] not in BITS:
+        raise JobError(f"bits={job['bits']}: gptq takes {', '.join(map(str, BITS))}")
+    size = job["group_size"]
+    if type(size) is not int or size == 0 or size < -1:
+        raise JobError(f"group_size={size}: gptq takes -1 or a divisor of every width, such as 128")
+    if not 0 < options["damp_percent"] < 1:
+        raise JobError(f"damp_percent={options['damp_percent']}: gptq takes a number between 0 and 1, such as 0.01")
+    _common.check_family(config, FAMILIES, "AutoGPTQ", "method=awq where AutoAWQ has it, or method=rtn")
+    return options
+
+
+def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
+    """Quantize one model; see `quantline.toolchains.protocol` for the border.
+
+    Raises:
+        JobError: the job cannot be done as given.
+    """
+    config = output.float_config(job["model"])
+    options = check(job, config)
+    _common.start(job)
+    from auto_gptq import BaseQuantizeConfig
+    from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
+
+    work = _common.load(job, config)
+    family = GPTQ_CAUSAL_LM_MODEL_MAP[config["model_type"]]
+    layers = work.model.get_submodule(family.layers_block_name)
+    linears = selection.linears_inside((f"{family.layers_block_name}.{i}", layer) for i, layer in enumerate(layers))
+    known = {name for names in family.inside_layer_modules for name in names}
+    found = {name: module for name, module in linears.items() if _inside(name, family.layers_block_name) in known}
+    wanted = selection.chosen(job, found)
+    skipped = [name for name in found if name not in wanted]
+    selection.check_widths(job, wanted, LAYOUT)
+
+    settings = {"bits": job["bits"], "group_size": job["group_size"], **options}
+    gptq = family(work.model, False, BaseQuantizeConfig(**settings))
+    # With one length and one sample a batch nothing is padded, but the library wants a number to pad with.
+    work.model.config.pad_token_id = 1
+    losses = Losses(len(wanted), report)
+    started = time.perf_counter()
+    with library(work, losses, {id(found[name]) for name in skipped}):
+        gptq.quantize(_common.samples(work), batch_size=1, use_triton=False)
+    work.metrics["quantize_seconds"] = time.perf_counter() - started
+    work.warnings.extend(losses.warnings)
+    quantization = {"quant_method": "gptq", "checkpoint_format": "gptq", **settings, **output.left_float(skipped)}
+    result = _common.finish(
+        work, {name: module for name, module in linears.items() if name not in skipped}, quantization
+    )
+    return {**result, "layers": losses.rows}
+
+
+def _inside(name: str, block: str) -> str:
+    """`model.layers.3.mlp.up_proj` -> `mlp.up_proj`."""
+    return name[len(block) + 1 :].split(".", 1)[1]
+
+
+@contextmanager
+def library(work: _common.Work, losses: Losses, skipped: set[int] = frozenset()) -> Iterator[None]:  # type: ignore[assignment]
+    """The library with the replacements named above, blind to modules of some identities; all is put back afterwards."""
+    import torch
+    from auto_gptq.modeling import _base
+    from auto_gptq.quantization import gptq
+
+    loggers = [logging.getLogger(name) for name in ("auto_gptq.modeling._base", "auto_gptq.quantization.gptq")]
+    levels = [logger.level for logger in loggers]
+    find_layers = _base.find_layers
+
+    def found(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+        layers = find_layers(*arguments, **keywords)
+        return {name: module for name, module in layers.items() if id(module) not in skipped}
+
+    replaced = [
+        (_base, "find_layers", found),
+        (_base, "pack_model", lambda **arguments: _catch(work, arguments["model"], arguments["quantizers"])),
+        (_base, "GPTQ", _gptq_class(gptq.GPTQ, losses)),
+        (gptq, "Quantizer", rounding.gptq_quantizer(gptq.Quantizer, lambda own: own.sym)),
+    ]
+    if work.device == "cpu":
+        replaced += [(_base, "CUDA_0", torch.device("cpu")), (torch.cuda, "synchronize", lambda *_: None)]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.INFO)
+            logger.addHandler(losses)
+        with _common.replaced(replaced):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+            logger.removeHandler(losses)
+
+
+def _gptq_class(base: Any, losses: Losses) -> Any:
+    import torch
+
+    class Recorded(base):  # type: ignore[misc]
+        H: Any
+
+        def fasterquant(self, *arguments: Any, **keywords: Any) -> Any:
+            if not self.nsamples:
+                raise JobError(
+                    f"{losses.current}: no calibration token reached it, gptq would make it all zeros; "
+                    "use more calibration samples, or method=rtn"
+                )
+            damping, hessian = float(keywords["percdamp"]), self.H.clone()
+            while True:
+                try:
+                    return super().fasterquant(*arguments, **{**keywords, "percdamp": damping})
+                except torch.linalg.LinAlgError as error:
+                    if damping >= _MOST_DAMPING:
+                        raise JobError(
+                            f"{losses.current}: its Hessian cannot be inverted, with damp_percent={damping:g} neither; "
+                            "use more calibration samples, or method=rtn"
+                        ) from error
+                    before, damping = damping, min(_MOST_DAMPING, damping * 10)
+                    losses.warnings.append(
+                        f"{losses.current}: its Hessian could not be inverted with damp_percent={before:g}; "
+                        f"tried again with {damping:g}"
+                    )
+                    self.H = hessian.clone()
+
+    return Recorded
+
+
+def _catch(work: _common.Work, model: Any, quantizers: dict[str, Any]) -> None:
+    """In place of the library's packing: codes from the rounded weights that it left in the model."""
+    import torch
+
+    unmasked = 0
+    for name, (_, *parts) in quantizers.items():
+        linear = model.get_submodule(name)
+        weight = linear.weight.data.cpu().float()  # (out, in)
+        scales, zeros, columns = (part.cpu().float() for part in parts)  # (out, groups), (out, groups), (in,)
+        of_column = columns.long()
+        codes = torch.round(weight / scales[:, of_column]) + zeros[:, of_column]
+        _common.add_layer(
+            work, name, LAYOUT, codes=codes, scales=scales, zeros=zeros, bias=linear.bias, group_index=of_column
+        )
+        unmasked += int((zeros == 0).sum())
+    _common.note_unmasked(work, unmasked)
+
+
+if __name__ == "__main__":
+    worker_main(run)

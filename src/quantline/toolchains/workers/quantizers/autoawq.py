@@ -1,0 +1,203 @@
+"""AutoAWQ 0.2.9 as a worker: activation-aware scaling and clipping by the library, packing by `checkpoints.layouts`.
+
+The library is driven through its own `quantize(quantizer_cls=...)`. The class below mends what was seen to be wrong:
+
+- On a CPU `_compute_best_scale` keeps its backup of the weights with `.cpu()`, which is no copy there: every trial
+  scales the weights further and they never come back. Here `state_dict()` gives clones while it runs.
+- The range of a group does not include zero, while its zero point is clamped to [0, 15]: a group of one sign far from
+  zero is cut off. Here it does; groups with both signs are the same as before.
+- Scales are stored in float16 but searched with in the model's dtype. Here they are rounded first, so that what is
+  searched for, computed and stored is the same.
+- `zero_point=False` ends in a bare AssertionError, since the layouts hold zero points. Here such groups are quantized
+  symmetrically, and every zero point is the middle one, 8, which every reader takes.
+- Its packers want float16 tensors, and one of them a GPU. The codes are packed here instead, for both layouts.
+- `_compute_best_clip` multiplies element by element through temporaries of (out, tokens, in), in the model's dtype, and
+  asserts an output width that is a multiple of 64. `_rounding.awq_clip` needs a Gram matrix a group: most of the time on
+  a CPU went there.
+
+Calibration ids go in as they are. The library drops samples longer than `max_calib_seq_len` and re-cuts the rest, which
+changes nothing when all have exactly that length; the number that arrived is checked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from quantline.toolchains.protocol import JobError, Reporter, worker_main
+from quantline.toolchains.workers.quantizers import model, rounding, selection
+from quantline.toolchains.workers.quantizers import output as _output
+
+# Those that were run and beat plain rounding; the library lists more.
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma", "gemma2", "phi3")
+# exllama is a choice of kernels at loading time: such weights are stored as gemm.
+LAYOUTS = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm"}
+DEFAULTS = {"zero_point": True, "version": "gemm", "clip": True}
+
+# Calibration samples that go through a module at a time; bounds the memory for activations.
+_PARALLEL = 8
+_PARALLEL_TOKENS = 4096
+
+
+def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The job's options, after refusing what the library would fail on late or not at all.
+
+    Raises:
+        JobError: bits, group size, options or model that AutoAWQ cannot do.
+    """
+    options = _output.options_of(job, DEFAULTS, "awq")
+    options["version"] = str(options["version"]).lower()
+    if job["bits"] != 4:
+        raise JobError(f"bits={job['bits']}: awq takes 4; use method=gptq for 2, 3 or 8")
+    if type(job["group_size"]) is not int or job["group_size"] < 8:
+        raise JobError(f"group_size={job['group_size']}: awq takes 32, 64 or 128 (or another divisor of every width)")
+    if options["version"] not in LAYOUTS:
+        raise JobError(f"version={options['version']}: awq takes {', '.join(LAYOUTS)}")
+    model.check_family(config, FAMILIES, "AutoAWQ", "method=rtn, or method=gptq where AutoGPTQ has it")
+    heads, grouped = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if config.get("model_type") == "phi3" and grouped not in (None, heads):
+        raise JobError(
+            f"phi3 with {grouped} key-value heads for {heads} heads: AutoAWQ corrupts its fused attention weights "
+            "without a word; use method=rtn"
+        )
+    return options
+
+
+def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
+    """Quantize one model; see `quantline.toolchains.protocol` for the border.
+
+    Raises:
+        JobError: the job cannot be done as given.
+    """
+    config = _output.float_config(job["model"])
+    options = check(job, config)
+    model.start(job)
+    from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
+
+    work = model.load(job, config)
+    family = AWQ_CAUSAL_LM_MODEL_MAP[config["model_type"]]
+    awq = family(work.model, config["model_type"], False, work.model.config, None, None)
+    layers = list(family.get_model_layers(work.model))
+    names = {id(module): name for name, module in work.model.named_modules()}
+    linears = selection.linears_inside((names[id(layer)], layer) for layer in layers)
+    excluded = getattr(awq, "modules_to_not_convert", None) or []
+    found = {name: module for name, module in linears.items() if not any(part in name for part in excluded)}
+    wanted = selection.chosen(job, found)
+    skipped = [name for name in found if name not in wanted]
+    layout = LAYOUTS[options["version"]]
+    selection.check_widths(job, wanted, layout)
+
+    started = time.perf_counter()
+    samples, length = work.calibration.shape
+    awq.quantize(
+        tokenizer=None,
+        quant_config={"zero_point": True, "q_group_size": job["group_size"], "w_bit": 4, "version": "gemm"},
+        calib_data=work.calibration.tolist(),
+        apply_clip=bool(options["clip"]),
+        max_calib_samples=samples,
+        max_calib_seq_len=length,
+        quantizer_cls=quantizer_class(work, layout, report, symmetric=not options["zero_point"]),
+    )
+    work.metrics["quantize_seconds"] = time.perf_counter() - started
+    quantization = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": job["group_size"],
+        "version": options["version"],
+        "zero_point": True,
+        "modules_to_not_convert": [*excluded, *skipped] or None,
+    }
+    return model.finish(work, {name: module for name, module in linears.items() if name not in skipped}, quantization)
+
+
+@contextmanager
+def cloned_state(module: Any) -> Iterator[None]:
+    """`module.state_dict()` gives copies inside the block."""
+    original = module.state_dict
+    module.state_dict = lambda: {name: tensor.clone() for name, tensor in original().items()}
+    try:
+        yield
+    finally:
+        del module.state_dict
+
+
+def quantizer_class(work: model.Work, layout: str, report: Reporter, *, symmetric: bool = False) -> Any:
+    """A quantizer class for `awq.quantize` that hands every layer to `_common.add_layer` instead of packing it."""
+    import torch
+    from awq.quantize.quantizer import AwqQuantizer
+
+    class Quantizer(AwqQuantizer):  # type: ignore[misc]
+        def init_quant(self, *arguments: Any, **keywords: Any) -> Any:
+            modules, kwargs, inputs = super().init_quant(*arguments, **keywords)
+            if tuple(inputs.shape[:2]) != work.calibration.shape:
+                raise RuntimeError(f"calibration arrived as {tuple(inputs.shape[:2])}, not {work.calibration.shape}")
+            return modules, kwargs, inputs
+
+        def pseudo_quantize_tensor(self, w: Any) -> tuple[Any, Any, Any]:
+            return rounding.awq_rounded(w, self.group_size, symmetric)
+
+        def _module_forward(self, x: Any, module: Any, module_kwargs: dict[str, Any]) -> Any:
+            # The library's own partition keeps per-sample arguments, such as masks, whole.
+            parts = []
+            step = _PARALLEL if x.dim() > 2 else _PARALLEL_TOKENS  # experts see tokens without their samples
+            with torch.no_grad():
+                for first in range(0, x.shape[0], step):
+                    rows = slice(first, first + step)
+                    kwargs = {key: _rows_of(value, rows, x.shape[0]) for key, value in module_kwargs.items()}
+                    output = module(x[rows], **kwargs)
+                    parts.append(output[0] if isinstance(output, tuple) else output)
+            return torch.cat(parts, dim=0)
+
+        def _compute_best_scale(self, x: Any, w_mean: Any, x_mean: Any, module2inspect: Any, *rest: Any) -> Any:
+            if work.device != "cpu":
+                return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *rest)
+            with cloned_state(module2inspect):
+                return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *rest)
+
+        def _compute_best_clip(self, w: Any, input_feat: Any) -> Any:
+            return rounding.awq_clip(w, input_feat, self.group_size, symmetric)
+
+        def asked_for(self, module: Any, named_linears: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+            """The full name of a decoder layer, and those of its linears that are not skipped."""
+            prefix = next(name for name, candidate in self.model.named_modules() if candidate is module)
+            wanted = selection.chosen_in(work.job, prefix, named_linears)
+            return prefix, wanted
+
+        def _search_best_clip(self, layer: Any, named_linears: dict[str, Any], input_feat: Any) -> Any:
+            return super()._search_best_clip(layer, self.asked_for(layer, named_linears)[1], input_feat)
+
+        def _apply_quant(self, module: Any, named_linears: dict[str, Any]) -> None:
+            prefix, wanted = self.asked_for(module, named_linears)
+            for name, linear in wanted.items():
+                weight = linear.weight.data
+                codes, scales, zeros = rounding.awq_codes(weight, self.group_size, symmetric)
+                linear.weight.data = ((codes - zeros) * scales).reshape(weight.shape).to(weight.dtype)
+                grid = (weight.shape[0], -1)
+                model.add_layer(
+                    work,
+                    f"{prefix}.{name}",
+                    layout,
+                    codes=codes.view(grid),
+                    scales=scales.view(grid),
+                    zeros=zeros.view(grid),
+                    bias=linear.bias,
+                )
+            done = next(number for number, candidate in enumerate(self.modules, 1) if candidate is module)
+            report(done, len(self.modules), f"layer {done}")
+
+    return Quantizer
+
+
+def _rows_of(value: Any, rows: slice, samples: int) -> Any:
+    """The part of a per-sample tensor that belongs to some samples; anything else as it is."""
+    if samples > 1 and hasattr(value, "shape") and len(value.shape) > 1 and value.shape[0] == samples:
+        return value[rows]
+    if isinstance(value, tuple):
+        return tuple(_rows_of(item, rows, samples) for item in value)
+    return value
+
+
+if __name__ == "__main__":
+    worker_main(run)

@@ -1,0 +1,348 @@
+"""GPTQModel 7.6.0 as a worker (methods gptq and awq): rounding by the library, packing by `quantline.checkpoints.layouts`.
+
+The library is driven through its own classes on a model that this worker loaded and proved, not through its loader, and
+what it packs is never used: codes, scales, zero points and group indexes are taken when a linear is done. So nothing is
+compiled at run time. Beside that:
+
+- `act_group_aware` is off with static_groups (the groups would be taken in the wrong order) and without groups (it fails).
+- A worker thread ends the whole process, without a word to its parent, when a task fails: here the error comes up.
+- `prepare_dataset`: the calibration's tokens go in as they are; the library would trim them to the model's length.
+
+What is mended in the methods themselves is in `_gptqmodel_gptq` and `_gptqmodel_awq`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+from typing import Any
+
+from quantline.toolchains.protocol import JobError, Reporter, worker_main
+from quantline.toolchains.workers.quantizers import model as _common
+from quantline.toolchains.workers.quantizers import output, rounding, selection
+from quantline.toolchains.workers.quantizers.resume_layers import LayerStore
+
+# Those that were run and beat plain rounding, and with awq those where scaling alone changes nothing; the library lists 187.
+# awq corrupts gemma2, phi, opt, gptj, gpt_neox, cohere, olmo2, starcoder2, exaone4 and every mixture of experts: norms that
+# feed a router too, or that come after the attention, are scaled with the linears.
+_BOTH = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "stablelm",
+    "granite",
+    "smollm3",
+    "ministral3",
+    "seed_oss",
+    "ernie4_5",
+    "hunyuan_v1_dense",
+    "lfm2",
+)
+FAMILIES = {
+    "gptq": (
+        *_BOTH, "gemma2", "gemma3_text", "gemma4_text", "phi", "opt", "gpt_neox", "gpt_neo", "gptj", "gpt_bigcode", "bloom",
+        "mpt", "codegen", "cohere", "cohere2", "olmo2", "olmo3", "starcoder2", "exaone4", "apertus", "mixtral", "qwen2_moe",
+        "qwen3_moe",
+    ),
+    "awq": _BOTH,
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gptq": {
+        "damp_percent": 0.05, "desc_act": False, "sym": True, "true_sequential": True, "static_groups": False,
+        "activation_bits": None,
+    },
+    "awq": {"zero_point": True, "version": "gemm", "clip": True},
+}  # fmt: skip
+BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+# exllama is a choice of kernels at loading time: such weights are stored as gemm.
+AWQ_LAYOUTS = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm"}
+
+
+@dataclass
+class Run:
+    """One quantize job inside the library: what it is to do, and what it did.
+
+    layout: key in `formats.LAYOUTS`. store: layers that are done, from an earlier run too. wanted: linears to quantize, by
+    name in the files -> module. rows: one per linear. notes: what the library did other than asked, by linear.
+    unmasked: groups with the zero point 0 in a layout that stores it minus 1.
+    """
+
+    work: _common.Work
+    report: Reporter
+    options: Mapping[str, Any]
+    layout: str
+    store: LayerStore
+    wanted: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    unmasked: int = 0
+    lock: Any = field(default_factory=Lock)
+
+    def done(self, name: str, row: dict[str, Any], **parts: Any) -> None:
+        """One linear is quantized; `name` as in the files, parts as for `_common.add_layer`."""
+        _common.add_layer(self.work, name, self.layout, **parts)
+        if self.layout == "gptq":
+            with self.lock:
+                self.unmasked += int((parts["zeros"] == 0).sum())
+        found = re.search(r"\.(\d+)\.(.+)$", name)
+        where = {"layer": int(found[1]), "module": found[2]} if found else {"layer": -1, "module": name}
+        self.kept(name, {**where, **row}, self.work.packed[name])
+
+    def kept(self, name: str, row: Mapping[str, Any], packed: dict[str, Any]) -> None:
+        """One linear is done, perhaps by an earlier run; packed: its tensors by full name."""
+        with self.lock:
+            self.work.packed[name] = packed
+            self.rows[name] = dict(row)
+            self.report(len(self.rows), len(self.wanted), name)
+
+
+def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The job's options, after refusing what the library would fail on late or not at all.
+
+    Raises:
+        JobError: method, bits, group size, options or model that GPTQModel cannot do.
+    """
+    method = job.get("method", "gptq")
+    if method not in DEFAULTS:
+        raise JobError(f"method={method}: gptqmodel takes {' or '.join(DEFAULTS)}")
+    options = output.options_of(job, DEFAULTS[method], method)
+    widths = {(job["bits"], job["group_size"])}
+    widths |= {(own["bits"], own["group_size"]) for own in (job.get("linears") or {}).values()}
+    for bits, size in widths:
+        if bits not in BITS[method]:
+            raise JobError(f"bits={bits}: {method} takes {', '.join(map(str, BITS[method]))}")
+        if type(size) is not int or size == 0 or size < -1 or (method == "awq" and size < 8):
+            allowed = "32, 64 or 128 (or another divisor" if method == "awq" else "-1 or a divisor (such as 128"
+            raise JobError(f"group_size={size}: {method} takes {allowed} of every width)")
+    if method == "gptq" and not 0 < options["damp_percent"] < 1:
+        raise JobError(f"damp_percent={options['damp_percent']}: gptq takes a number between 0 and 1, such as 0.05")
+    if options.get("activation_bits") is not None:
+        raise JobError(f"activation_bits={options['activation_bits']}: gptqmodel rounds weights only; give null")
+    if method == "gptq" and options["static_groups"] and any(size == -1 for _, size in widths):
+        raise JobError("static_groups=true with group_size=-1: there are no groups; give static_groups=false")
+    if method == "awq":
+        options["version"] = str(options["version"]).lower()
+        if options["version"] not in AWQ_LAYOUTS:
+            raise JobError(f"version={options['version']}: awq takes {', '.join(AWQ_LAYOUTS)}")
+        if "lm_head" in (job.get("linears") or {}):
+            raise JobError("lm_head=quantized: awq by gptqmodel leaves the output layer float; use method=gptq")
+        if len(widths) > 1:
+            raise JobError("awq by gptqmodel has one group size for all linears: give one, or use method=gptq")
+    if job.get("low_memory"):
+        raise JobError("low_memory=true: gptqmodel holds the whole model in main memory; give low_memory=false")
+    _common.check_family(config, FAMILIES[method], "GPTQModel", f"another backend for {method}, or method=rtn")
+    return options
+
+
+def environment(scratch: Path) -> None:
+    """What the library reads from the environment; to be called before it is imported.
+
+    On two CPUs or fewer it takes one worker thread by itself, and then fails for want of two.
+    """
+    os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
+    os.environ["GPTQMODEL_TORCH_EXTENSIONS_DIR"] = str(scratch / "extensions")
+
+
+def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
+    """Quantize one model; see `quantline.toolchains.protocol` for the border.
+
+    Raises:
+        JobError: the job cannot be done as given.
+    """
+    config = output.float_config(job["model"])
+    options = check(job, config)
+    method = job.get("method", "gptq")
+    with TemporaryDirectory(prefix="quantline-gptqmodel-") as scratch:
+        environment(Path(scratch))
+        _common.start(job)
+        import defuser
+        from gptqmodel.models.auto import MODEL_MAP
+
+        # Experts as separate linears, from the first: so the probe also proves that taking them apart changes nothing.
+        defuser.replace_fused_blocks(config["model_type"])
+        work = _common.load(job, config, translate=False)
+        work.renamed = lambda name: selection.file_name(name, config["model_type"])
+        layout = AWQ_LAYOUTS[options["version"]] if method == "awq" else "gptq"
+        versions = " ".join(f"{name} {metadata.version(name)}" for name in ("gptqmodel", "torch", "transformers"))
+        state = Run(work, report, options, layout, LayerStore.of(job, versions))
+        model = MODEL_MAP[config["model_type"]](
+            work.model, quantized=False, quantize_config=settings(job, options), model_local_path=job["model"]
+        )
+        found, linears = linears_of(model, work)
+        state.wanted = selection.chosen(job, found)
+        skipped = [name for name in found if name not in state.wanted]
+        selection.check_widths(job, state.wanted, layout)
+        started = time.perf_counter()
+        names = {work.renamed(name): name for name, _ in work.model.named_modules()}
+        model.quantize_config.lm_head = "lm_head" in state.wanted
+        model.quantize_config.dynamic = dynamic(state, found, names) if method == "gptq" else None
+        with library(state, Path(scratch)):
+            _quantize(state, model)
+        if left := [name for name in state.wanted if name not in work.packed]:
+            raise JobError(
+                f"{left[0]} and {len(left) - 1} other linears were left in float by the library; skip them (layers.rules), "
+                "or use another backend"
+            )
+        work.metrics["quantize_seconds"] = time.perf_counter() - started
+    work.warnings += [f"{name}: {note}" for name, note in sorted(state.notes.items())]
+    _common.note_unmasked(work, state.unmasked)
+    quantization = _quantization(job, options, state, skipped)
+    if state.store.found:
+        work.warnings.append(
+            f"an interrupted run went on: {state.store.found} {'decoder layers' if method == 'awq' else 'linears'} were done"
+        )
+    # Without a list from the parent, linears that the library does not know are reported.
+    result = _common.finish(work, state.wanted if "linears" in job else linears, quantization)
+    state.store.clear()
+    return {**result, "layers": [state.rows[name] for name in found if name in state.rows]}
+
+
+def settings(job: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """The library's configuration for a job."""
+    from gptqmodel.models._const import DEVICE
+    from gptqmodel.quantization import METHOD, QuantizeConfig
+
+    common = {
+        "bits": job["bits"], "group_size": job["group_size"], "offload_to_disk": False, "device": DEVICE(job["device"]),
+        "pack_impl": "original",
+    }  # fmt: skip
+    if job.get("method") == "awq":
+        return QuantizeConfig(method=METHOD.AWQ, sym=not options["zero_point"], **common)
+    own = {key: options[key] for key in ("damp_percent", "desc_act", "sym", "true_sequential", "static_groups")}
+    by_groups = job["group_size"] != -1 and not options["desc_act"] and not options["static_groups"]
+    return QuantizeConfig(method=METHOD.GPTQ, act_group_aware=by_groups, **own, **common)
+
+
+def linears_of(model: Any, work: _common.Work) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The linears that the library quantizes, and all of the decoder's, by their names in the files."""
+    from torch import nn
+
+    modules = dict(work.model.named_modules())
+    prefixes = [name for name in model.extract_layers_node() if name in modules]
+    linears = selection.linears_inside(
+        (f"{prefix}.{number}", layer) for prefix in prefixes for number, layer in enumerate(modules[prefix])
+    )
+    groups = model.full_layer_modules(model_config=work.model.config, is_awq_quantize=False)
+    known = {name.split(":", 1)[0] for group in groups for name in group if ":!" not in name}
+    inside = re.compile(rf"(?:{'|'.join(map(re.escape, prefixes))})\.\d+\.(.+)$")
+    found = {name: module for name, module in linears.items() if (m := inside.match(name)) and m[1] in known}
+    head = modules.get(model.lm_head) if model.lm_head else None
+    if (
+        isinstance(head, nn.Linear)
+        and not work.model.config.tie_word_embeddings
+        and model.lm_head in (work.job.get("linears") or {})
+    ):
+        found[model.lm_head] = head
+    return (
+        {work.renamed(name): module for name, module in found.items()},
+        {work.renamed(name): module for name, module in linears.items()},
+    )
+
+
+def dynamic(state: Run, found: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The library's rules by name for what differs from the job's bits and groups, and for what stays float.
+
+    Args:
+        state: the job under way.
+        found: linears that the library would quantize, by name in the files.
+        names: name in the files -> name in memory.
+    """
+    rules: dict[str, dict[str, Any]] = {}
+    options, main = state.options, (state.work.job["bits"], state.work.job["group_size"])
+    for name in found:
+        pattern = f"^{re.escape(names[name])}$"
+        if name not in state.wanted:
+            rules[f"-:{pattern}"] = {}
+            continue
+        bits, size = state.work.width(name)
+        if (bits, size) != main or name == "lm_head":
+            by_groups = size != -1 and not options["desc_act"] and not options["static_groups"]
+            rules[f"+:{pattern}"] = {"bits": bits, "group_size": size, "act_group_aware": by_groups}
+    return rules
+
+
+def _quantize(state: Run, model: Any) -> None:
+    from gptqmodel import BACKEND
+
+    awq = state.work.job.get("method") == "awq"
+    examples = _common.samples(state.work)
+    model.prepare_dataset = lambda **_: examples
+    try:
+        model.quantize(
+            examples, calibration_sort=None, batch_size=1, backend=BACKEND.AWQ_TORCH if awq else BACKEND.AUTO
+        )
+    except JobError:
+        raise
+    except Exception as error:
+        at = f" (after {len(state.rows)} of {len(state.wanted)} linears)"
+        raise RuntimeError(f"{type(error).__name__}: {error}{at}") from error
+
+
+@contextmanager
+def library(state: Run, scratch: Path) -> Iterator[None]:
+    """The library with the replacements named above; everything is put back afterwards."""
+    from gptqmodel.looper import awq_processor, gptq_processor, loop_processor, stage_layer
+    from gptqmodel.quantization import gptq
+    from gptqmodel.utils import threadx
+
+    from quantline.toolchains.workers.quantizers import gptqmodel_awq, gptqmodel_gptq
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (threadx._DeviceWorker, "_abort_process", _abort_warmup_only),
+        (loop_processor, "_PROJECT_LOG_DIR", scratch / "logs"),
+        (gptq, "Quantizer", rounding.gptq_quantizer(gptq.Quantizer, lambda own: own.qcfg.sym)),
+        (gptq_processor, "GPTQ", gptqmodel_gptq.gptq_class(gptq.GPTQ, state)),
+        (gptq_processor, "GPTQProcessor", _kept_as_linears(gptq_processor.GPTQProcessor)),
+        (
+            awq_processor,
+            "AWQProcessor",
+            _kept_as_linears(gptqmodel_awq.processor_class(awq_processor.AWQProcessor, state)),
+        ),
+    ]
+    if "lm_head" in state.wanted:
+        # Where the last decoder layers are skipped, the library stops before it comes to the output layer.
+        replaced.append((stage_layer, "find_last_quantized_layer_index", lambda *_, **__: None))
+    with _common.replaced(replaced):
+        yield
+
+
+def _abort_warmup_only(worker: Any, error: BaseException) -> None:
+    # A task's error is in its future already. A warm-up's is not yet: raised here, it comes to be.
+    if worker._pending_warmups:
+        raise error
+
+
+def _kept_as_linears(base: Any) -> Any:
+    """A processor that leaves the rounded weights in the model instead of packing them."""
+
+    class Processor(base):  # type: ignore[misc]
+        def submodule_finalize(self, module: Any, model: Any, **_: Any) -> None:
+            module.state.clear()
+
+    return Processor
+
+
+def _quantization(job: Mapping[str, Any], options: Mapping[str, Any], state: Run, skipped: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of the result."""
+    awq = job.get("method") == "awq"
+    described = output.described(
+        job, state.layout, {name: state.work.width(name) for name in state.wanted}, skipped,
+        symmetric=not options["zero_point"] if awq else options["sym"], desc_act=options.get("desc_act", False),
+    )  # fmt: skip
+    if awq:
+        return {**described, "version": options["version"]}
+    return {**described, **{key: options[key] for key in ("damp_percent", "true_sequential", "static_groups")}}
+
+
+if __name__ == "__main__":
+    worker_main(run)

@@ -1,0 +1,206 @@
+"""llm-compressor 0.14.0.1 as a worker (methods gptq, rtn and awq), in the layouts of compressed-tensors.
+
+The library's modifiers run in its own pipeline on a model that this worker loaded and proved; the library saves nothing.
+Bits, groups and skips by linear are its `config_groups` and `ignore`. What is done otherwise than by itself:
+
+- Scales are rounded to float16, as they are stored, before anything is rounded with them (`scale_dtype`).
+- Where a Hessian cannot be inverted the library rounds to nearest. Here the damping is raised tenfold, up to 1, and a
+  warning says so; then the layer is refused. See `llmcompressor_modifiers`.
+- `library` replaces three things. `SequentialTracer.create_arg`: a config that a traced model reads is rebuilt without its
+  attention implementation, so that no causal mask is made, and Mistral, Mixtral, Phi3, Qwen3-MoE and others are
+  calibrated on attention to later tokens; here it stays the model's own. `IntermediatesCache` fails on such configs; here
+  it hands them on. On a CPU, its memory is not pinned, which asks for a GPU.
+
+With activation_bits=8 (W8A8) weights are quantized as without, and the config tells the runtime to round what goes into
+each linear, token by token. desc_act works within fixed groups only: the library has no reordered groups.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quantline.toolchains.protocol import JobError, Reporter, worker_main
+from quantline.toolchains.workers.quantizers import model, output, selection
+
+if TYPE_CHECKING:
+    from quantline.toolchains.workers.quantizers.llmcompressor_modifiers import Run
+
+# Those that were run and beat plain rounding (gptq, awq), or ran (rtn); the library lists more.
+_ALL = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "stablelm", "mixtral",
+    "qwen2_moe", "qwen3_moe",
+)  # fmt: skip
+_NO_AWQ = ("opt", "gpt_neox", "olmo2", "phi", "starcoder2")  # the library does not know what to scale in them
+FAMILIES = {"gptq": (*_ALL, *_NO_AWQ), "rtn": (*_ALL, *_NO_AWQ), "awq": _ALL}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gptq": {
+        "damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True, "static_groups": False,
+        "activation_bits": None,
+    },
+    "rtn": {"sym": True, "activation_bits": None},
+    "awq": {"zero_point": True, "version": "gemm", "clip": False},
+}  # fmt: skip
+BITS = (2, 3, 4, 8)
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+
+
+def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Method and options, after refusing what the library would fail on late or not at all.
+
+    Raises:
+        JobError: method, bits, group sizes, options or model that llm-compressor, or the layouts, cannot do.
+    """
+    method = job.get("method", "gptq")
+    if method not in DEFAULTS:
+        raise JobError(f"method={method}: llmcompressor takes {', '.join(DEFAULTS)}")
+    options = output.options_of(job, DEFAULTS[method], method)
+    widths = {(own["bits"], own["group_size"]) for own in (job.get("linears") or {"": job}).values()}
+    for bits, size in widths:
+        if bits not in BITS:
+            raise JobError(f"bits={bits}: {method} takes {', '.join(map(str, BITS))}")
+        if type(size) is not int or size == 0 or size < -1:
+            raise JobError(f"group_size={size}: {method} takes -1 or a divisor of every width, such as 128")
+    if method == "gptq" and not 0 < options["damp_percent"] < 1:
+        raise JobError(f"damp_percent={options['damp_percent']}: gptq takes a number between 0 and 1, such as 0.01")
+    if options.get("desc_act") and not options["static_groups"] and any(size != -1 for _, size in widths):
+        raise JobError(
+            "desc_act=true with static_groups=false: llmcompressor reorders columns within fixed groups only; give "
+            "static_groups=true, group_size=-1, or another backend"
+        )
+    if method == "awq" and options["clip"]:
+        raise JobError("clip=true: awq by llmcompressor has no search for a clipping range; give clip=false")
+    if method == "awq" and options["version"] != "gemm":
+        raise JobError(
+            f"version={options['version']}: llmcompressor writes compressed-tensors whatever this says; give gemm, or "
+            "backend=autoawq"
+        )
+    if options.get("activation_bits") is not None:
+        _check_activations(options, widths)
+        if config.get("model_type") in EXPERTS:
+            raise JobError(
+                f"activation_bits=8 with model_type={config['model_type']!r}: the reference engine cannot round what goes "
+                "into experts, so nothing would judge the result; give activation_bits=null"
+            )
+    model.check_family(config, FAMILIES[method], "llm-compressor", f"another backend for {method}, or backend=native")
+    return method, options
+
+
+def _check_activations(options: Mapping[str, Any], widths: set[tuple[int, int]]) -> None:
+    if options["activation_bits"] != 8:
+        raise JobError(f"activation_bits={options['activation_bits']}: llmcompressor takes 8 or null")
+    if widths != {(8, -1)} or not options["sym"]:
+        found = ", ".join(f"bits={bits} group_size={size}" for bits, size in sorted(widths))
+        raise JobError(
+            f"activation_bits=8 with {found} sym={str(options['sym']).lower()}: kernels take bits=8 group_size=-1 "
+            "sym=true for all linears; give those, or activation_bits=null"
+        )
+
+
+def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
+    """Quantize one model; see `quantline.toolchains.protocol` for the border.
+
+    Raises:
+        JobError: the job cannot be done as given.
+    """
+    config = output.float_config(job["model"])
+    method, options = check(job, config)
+    model.start(job)
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+
+    from quantline.toolchains.workers.quantizers import llmcompressor_modifiers as modifiers
+
+    work = model.load(job, config, translate=False)
+    work.renamed = lambda path: selection.file_name(path, config["model_type"])
+    linearize_moe(work.model)  # experts as separate linears, which is what they are in the files
+    symmetric = not options["zero_point"] if method == "awq" else bool(options["sym"])
+    layout = "compressed_tensors_int" if options.get("activation_bits") else "compressed_tensors"
+    state = modifiers.Run(work, report, options, symmetric, layout)
+    _survey(state)
+    started = time.perf_counter()
+    with library(state):
+        modifiers.METHODS[method](state)
+    _clean(state)
+    work.metrics["quantize_seconds"] = time.perf_counter() - started
+    result = model.finish(work, state.wanted, state.settings())
+    return {**result, "layers": state.rows}
+
+
+def _survey(state: Run) -> None:
+    """Find the linears to quantize and the matrices that stay float, and refuse widths that do not go into groups."""
+    from torch import nn
+
+    work = state.work
+    found = {}
+    for path, module in work.model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            state.paths[work.renamed(path)] = path
+            found[work.renamed(path)] = module
+    linears = {name: module for name, module in found.items() if isinstance(module, nn.Linear)}
+    if "linears" not in work.job:
+        linears = {name: module for name, module in linears.items() if re.search(r"\.\d+\.", name)}
+    state.wanted = selection.chosen(work.job, linears)
+    state.floats = [name for name in found if name not in state.wanted]
+    selection.check_widths(work.job, state.wanted, state.layout)
+
+
+@contextmanager
+def library(state: Run) -> Iterator[None]:
+    """The library with the replacements named above, all put back afterwards; its errors say what was worked on."""
+    from llmcompressor.core import reset_session
+    from llmcompressor.pipelines.cache import IntermediatesCache, IntermediateValue
+    from llmcompressor.pipelines.sequential.helpers import SequentialTracer
+    from transformers import PretrainedConfig
+
+    offload, onload = IntermediatesCache._offload_value.__func__, IntermediatesCache._onload_value.__func__
+    create = SequentialTracer.create_arg
+
+    def stored(cls: Any, value: Any, *arguments: Any, **keywords: Any) -> Any:
+        if isinstance(value, PretrainedConfig):
+            return IntermediateValue(value=value, device=None)
+        return offload(cls, value, *arguments, **keywords)
+
+    def fetched(cls: Any, kept: Any) -> Any:
+        return kept.value if isinstance(kept.value, PretrainedConfig) else onload(cls, kept)
+
+    def traced(tracer: Any, value: Any) -> Any:
+        if isinstance(value, PretrainedConfig):
+            return tracer.create_node("call_function", lambda: value, (), {})
+        return create(tracer, value)
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (IntermediatesCache, "_offload_value", classmethod(stored)),
+        (IntermediatesCache, "_onload_value", classmethod(fetched)),
+        (SequentialTracer, "create_arg", traced),
+    ]
+    if state.work.device == "cpu":
+        replaced.append((IntermediatesCache, "pin_memory", lambda *_: None))
+    try:
+        with model.replaced(replaced):
+            yield
+    except (JobError, MemoryError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{state.current}: {type(error).__name__}: {error}") from error
+    finally:
+        reset_session()
+
+
+def _clean(state: Run) -> None:
+    """Take the library's parameters and wrappers out of the model; it then is a plain one with rounded weights."""
+    from compressed_tensors.offload import remove_dispatch
+    from compressed_tensors.quantization import disable_quantization
+
+    remove_dispatch(state.work.model)
+    state.work.model.apply(disable_quantization)
+    for module in state.wanted.values():
+        for name in [name for name in module._parameters if name not in ("weight", "bias")]:
+            del module._parameters[name]
+
+
+if __name__ == "__main__":
+    worker_main(run)

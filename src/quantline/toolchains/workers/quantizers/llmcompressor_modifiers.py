@@ -1,0 +1,283 @@
+"""The three methods of the llm-compressor worker: its modifiers, made to report, to name what fails, and to keep codes.
+
+Modules are quantized one at a time: the library's batches depend on the memory that happens to be free.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from compressed_tensors.offload import disable_offloading, remove_dispatch
+from compressed_tensors.quantization import fake_quantize
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+from llmcompressor.modifiers.gptq.helpers import prepare_batch, update_batch_qparams
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from pydantic import PrivateAttr
+from torch.utils.data import DataLoader
+
+from quantline.checkpoints.quantization_config import LayerSettings, describe
+from quantline.toolchains.protocol import JobError, Reporter
+from quantline.toolchains.workers.quantizers import model as _common
+
+if TYPE_CHECKING:
+    pass
+
+_EXPERTS = re.compile(r"^(.*\.experts)\.\d+\.")
+
+
+def apply(state: Run, modifiers: list[Any], *, targets: list[str] | None = None, tokens: bool = True) -> None:
+    """Run modifiers, over the calibration's tokens where they need any.
+
+    targets: modules that are done one after the other, each seeing the error of those before; None is layer by layer.
+    """
+    rows = []
+    if tokens:
+        samples = torch.from_numpy(state.work.calibration.astype("int64"))
+        rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in samples]
+    # Without a processor the library would look for a tokenizer.
+    oneshot(
+        model=state.work.model, processor=object(), recipe=modifiers, sequential_targets=targets,
+        dataset=DataLoader(rows, batch_size=1) if rows else None,
+    )  # fmt: skip
+
+
+class Gptq(GPTQModifier):  # type: ignore[misc]
+    """GPTQ that raises the damping where the library would round to nearest."""
+
+    _run: Any = PrivateAttr(default=None)
+
+    def compress_module_list(self, module_list: list[Any]) -> None:
+        """Quantize modules whose Hessians are complete."""
+        state: Run = self._run
+        for module in module_list:
+            name = state.work.renamed(self._module_names[module])
+            state.step(name, len(state.wanted))
+            started = time.perf_counter()
+            with disable_offloading():
+                damp, loss = self._compress(name, module)
+            seconds = time.perf_counter() - started
+            state.rows.append({**place(name), "loss": loss, "seconds": seconds, "damp_percent": damp})
+            if damp != self.dampening_frac:
+                state.work.warnings.append(
+                    f"{name}: its Hessian could not be inverted with damp_percent={self.dampening_frac:g}, {damp:g} was used"
+                )
+
+    def _compress(self, name: str, module: Any) -> tuple[float, float]:
+        arguments, parameters = module.quantization_scheme.weights, [module.weight_observer.get_qparams()]
+        weights, hessians, scales, zeros, _ = prepare_batch([module], parameters, self._hessians, self._num_samples)
+        scales = scales.float()  # in the model's dtype, codes would be lost in bfloat16
+        damp = self.dampening_frac
+        while True:
+            try:
+                quantized, losses, fallback = quantize_weight(
+                    weights=weights.clone(), hessians=hessians.clone(), scale=scales, zero_point=zeros,
+                    global_scale=None, quant_args=arguments, blocksize=self.block_size, percdamp=damp,
+                )  # fmt: skip
+                if not fallback.any():
+                    break
+            except (
+                torch.linalg.LinAlgError
+            ):  # of the inverse's factorization, which the library does not expect to fail
+                pass
+            damp = stronger(name, damp)
+        self._run.add(name, quantized[0], scales[0], zeros[0])
+        update_batch_qparams([module], quantized, scales, zeros, None, arguments)
+        return damp, float(losses[0])
+
+
+def stronger(name: str, damp: float) -> float:
+    """The next damping to try.
+
+    Raises:
+        JobError: there is none.
+    """
+    if damp >= 1:
+        raise JobError(
+            f"{name}: its Hessian cannot be inverted, even with damp_percent=1; its inputs or weights are not finite: skip "
+            "it (layers.rules), or use method=rtn"
+        )
+    return min(1.0, damp * 10)
+
+
+def gptq(state: Run) -> None:
+    """arXiv:2210.17323.
+
+    Raises:
+        JobError: a linear's Hessian cannot be inverted, or no token reached it.
+    """
+    modifier = Gptq(
+        config_groups=state.schemes(), ignore=state.ignored, actorder="weight" if state.options["desc_act"] else None,
+        dampening_frac=state.options["damp_percent"], batched_quantization=None,
+    )  # fmt: skip
+    modifier._run = state
+    targets = None
+    if state.options["true_sequential"]:
+        # Experts get their tokens at run time, so that they can only be done together.
+        paths = [state.paths[name] for name in state.wanted]
+        targets = list(dict.fromkeys(found[1] if (found := _EXPERTS.match(path)) else path for path in paths))
+    apply(state, [modifier], targets=targets)
+    lost = [name for name in state.wanted if name not in state.work.packed]
+    if lost:
+        raise JobError(
+            f"{lost[0]} and {len(lost) - 1} other linears saw no calibration token; use more calibration samples, skip "
+            "them (layers.rules), or use method=rtn"
+        )
+
+
+def rtn(state: Run) -> None:
+    """Round to nearest, which needs no tokens."""
+    apply(state, [QuantizationModifier(config_groups=state.schemes(), ignore=state.ignored)], tokens=False)
+    _take(state, rows=True)
+
+
+class Awq(AWQModifier):  # type: ignore[misc]
+    """The search for scales, told what is quantized."""
+
+    _run: Any = PrivateAttr(default=None)
+
+    def _set_resolved_mappings(self, model: Any) -> None:
+        super()._set_resolved_mappings(model)
+        # The library divides by zero where nothing that it scales for is quantized.
+        used = [mapping for mapping in self._resolved_mappings if any(self._widths(mapping))]  # type: ignore[has-type]
+        self._resolved_mappings = used
+
+    def _widths(self, mapping: Any) -> list[tuple[int, int]]:
+        names = [self._run.work.renamed(path) for path in mapping.balance_names]
+        return [self._run.work.width(name) for name in names if name in self._run.wanted]
+
+    def _compute_best_scale(self, mapping: Any, *arguments: Any, **keywords: Any) -> Any:
+        state: Run = self._run
+        state.step(state.work.renamed(mapping.smooth_name), len(self._resolved_mappings))
+        # The library takes the scheme of the last one for all of them.
+        if len(set(self._widths(mapping))) > 1:
+            raise JobError(
+                f"{', '.join(mapping.balance_names)}: awq scales them together, so they need equal bits and group_size; "
+                "give them those (layers.rules)"
+            )
+        started = time.perf_counter()
+        scales = super()._compute_best_scale(mapping, *arguments, **keywords)
+        found = self._error_metrics[-1]
+        errors = {key: float(found[key]) for key in ("initial_error", "best_error")}
+        state.rows.append({**place(state.current), **errors, "seconds": time.perf_counter() - started})
+        return scales
+
+
+def awq(state: Run) -> None:
+    """arXiv:2306.00978, without its clipping.
+
+    Raises:
+        JobError: linears that are scaled together have other widths.
+    """
+    modifier = Awq()
+    modifier._run = state
+    apply(state, [modifier, QuantizationModifier(config_groups=state.schemes(), ignore=state.ignored)])
+    _take(state)
+
+
+def _take(state: Run, *, rows: bool = False) -> None:
+    """Round weights with the scales that the library found, by its own rounding; the model then holds the result."""
+    remove_dispatch(state.work.model)
+    for name, module in state.wanted.items():
+        state.current = name
+        if rows:
+            state.step(name, len(state.wanted))
+        weight = module.weight.data.float()
+        scale, zero_point = module.weight_scale.data.float(), module.weight_zero_point.data
+        rounded = fake_quantize(weight, scale, zero_point, module.quantization_scheme.weights)
+        state.add(name, rounded, scale, zero_point)
+        if rows:
+            # The error of a weight relative to the weights, as root mean squares.
+            error = (rounded - weight).square().mean() / weight.square().mean().clamp(min=1e-30)
+            state.rows.append({**place(name), "relative_error": float(error.sqrt())})
+        module.weight.data = rounded.to(module.weight.dtype)
+
+
+def place(name: str) -> dict[str, Any]:
+    """`model.layers.3.mlp.up_proj` -> layer 3, module mlp.up_proj."""
+    found = re.search(r"\.(\d+)\.(.+)$", name)
+    return {"layer": int(found[1]), "module": found[2]} if found else {"layer": -1, "module": name}
+
+
+METHODS: dict[str, Callable[[Run], None]] = {"gptq": gptq, "rtn": rtn, "awq": awq}
+
+
+@dataclass
+class Run:
+    """One quantize job inside the library. Names are those in the model's files.
+
+    symmetric: every zero point is the middle one. layout: key in `formats.LAYOUTS`. wanted: linears to quantize, name ->
+    module. floats: modules with a matrix that stays float. paths: name -> what the library calls it. rows: one per
+    linear, or per scaled layer for awq. current: what is being worked on.
+    """
+
+    work: _common.Work
+    report: Reporter
+    options: Mapping[str, Any]
+    symmetric: bool
+    layout: str
+    wanted: dict[str, Any] = field(default_factory=dict)
+    floats: list[str] = field(default_factory=list)
+    paths: dict[str, str] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    current: str = "the first layer"
+
+    @property
+    def ignored(self) -> list[str]:
+        """What the library is to leave alone, as it calls it."""
+        return [self.paths[name] for name in self.floats]
+
+    def step(self, name: str, total: int) -> None:
+        """Work on `name` begins, of `total`."""
+        self.current = name
+        self.report(len(self.rows), total, name)
+
+    def add(self, name: str, weight: Any, scale: Any, zero_point: Any) -> None:
+        """Keep one linear: weight (out, in), its rounded values; scale and zero_point (out, groups), the latter signed."""
+        bits, size = self.work.width(name)
+        weight, scale = weight.detach().cpu().float(), scale.detach().cpu().float()
+        zeros = zero_point.detach().cpu().float() + 2 ** (bits - 1)
+        width = weight.shape[1] if size == -1 else size
+        codes = (weight / scale.repeat_interleave(width, dim=1)).round() + zeros.repeat_interleave(width, dim=1)
+        _common.add_layer(
+            self.work, name, self.layout, codes=codes, scales=scale, zeros=zeros, bias=self.wanted[name].bias,
+            zero_points=not self.symmetric,
+        )  # fmt: skip
+
+    def schemes(self) -> dict[str, Any]:
+        """The library's config_groups: the linears of each width by name."""
+        import torch
+
+        targets: dict[tuple[int, int], list[str]] = {}
+        for name in self.wanted:
+            targets.setdefault(self.work.width(name), []).append(self.paths[name])
+        activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        return {
+            f"group_{number}": {
+                "targets": paths,
+                "weights": {
+                    "num_bits": bits, "type": "int", "symmetric": self.symmetric, "scale_dtype": torch.float16,
+                    "strategy": "channel" if size == -1 else "group", "group_size": None if size == -1 else size,
+                },
+                "input_activations": activations if self.options.get("activation_bits") else None,
+            }
+            for number, ((bits, size), paths) in enumerate(targets.items())
+        }  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """The `quantization_config` of the result."""
+        widths = {name: self.work.width(name) for name in self.wanted}
+        main, _ = Counter(widths.values()).most_common(1)[0]
+        overrides = {name: LayerSettings(*own, self.symmetric) for name, own in widths.items() if own != main}
+        return describe(
+            self.layout, bits=main[0], group_size=main[1], symmetric=self.symmetric, overrides=overrides,
+            modules_to_not_convert=self.floats,
+        )  # fmt: skip

@@ -1,0 +1,362 @@
+"""What the workers on torch and transformers share: start, load, prove the load, write, prove the result.
+
+Runs in a toolchain's interpreter. torch is imported inside functions: `start` has to set the environment first.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.checkpoints.layouts import QuantizedLinear
+from quantline.checkpoints.layouts.affine import sequential_groups
+from quantline.checkpoints.model_config import legacy_copy, misread_values
+from quantline.toolchains.protocol import JobError
+from quantline.toolchains.workers.quantizers import output as _output
+from quantline.toolchains.workers.quantizers.selection import width_of
+from quantline.toolchains.workers.reference.engine import caps_attention
+
+
+@dataclass
+class Work:
+    """One quantize job under way.
+
+    model: the transformers model, on the CPU. config: the source's config.json. calibration: int32 (samples, length).
+    probe_ids: int32 (n, t). probe_logits: float32 (n, t, vocab), of the reference engine. packed: layer -> its tensors.
+    renamed: what a tensor of the model in memory is called in its files.
+    """
+
+    job: Mapping[str, Any]
+    config: dict[str, Any]
+    model: Any
+    calibration: NDArray[np.int32]
+    probe_ids: NDArray[np.int32]
+    probe_logits: NDArray[np.float32]
+    metrics: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    packed: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
+    renamed: Callable[[str], str] = str
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return str(self.job["device"])
+
+    def width(self, layer: str) -> tuple[int, int]:
+        """Bits and group size that are asked for a linear."""
+        return width_of(self.job, layer)
+
+
+def samples(work: Work) -> list[dict[str, Any]]:
+    """The calibration as the libraries take it: `input_ids` and `attention_mask` int64 (1, length) a sample."""
+    import torch
+
+    ids = torch.from_numpy(work.calibration.astype("int64"))
+    return [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+
+
+@contextmanager
+def replaced(values: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Attributes, given as (owner, name, value), of modules and classes are others inside the block."""
+    values = list(values)
+    originals = [(owner, name, vars(owner)[name]) for owner, name, _ in values]
+    try:
+        for owner, name, value in values:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
+
+
+def note_unmasked(work: Work, groups: int) -> None:
+    """Warn of so many groups with the zero point 0 in a layout that stores it minus 1."""
+    if groups:
+        work.warnings.append(
+            f"{groups} groups have the zero point 0, stored masked; readers that add 1 without masking read them "
+            "wrong (convert to gptq_v2 for those)"
+        )
+
+
+def start(job: Mapping[str, Any]) -> None:
+    """Fix devices, threads and seeds; to be called before anything imports torch.
+
+    On `cpu` the GPUs are hidden, since the libraries take one wherever they see it. On `cuda` one GPU is left visible:
+    AutoAWQ would deal layers out to all of them.
+
+    Raises:
+        JobError: a device that does not exist.
+    """
+    device = job["device"]
+    if device not in ("cpu", "cuda"):
+        raise JobError(f"device={device!r}: use cpu or cuda")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible if device == "cuda" else ""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise JobError(
+            "device=cuda: torch sees no GPU in this toolchain; use device=cpu or a CUDA build of the toolchain"
+        )
+    torch.set_num_threads(int(job["threads"]))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    seed = int(job["seed"])
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def check_family(config: Mapping[str, Any], families: tuple[str, ...], library: str, others: str) -> None:
+    """Refuse a model type that the library cannot quantize.
+
+    Raises:
+        JobError: naming the types it can and what else to use.
+    """
+    kind = config.get("model_type")
+    if kind not in families:
+        raise JobError(f"model_type={kind!r}: {library} quantizes {', '.join(families)}; use {others}")
+
+
+def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = True) -> Work:
+    """Read calibration, probe and float model, and prove that the model is the one the reference engine saw.
+
+    Under dtype=auto: float32 on the CPU (twice as fast there as float16, and exact for bfloat16 sources), float16 on a
+    GPU. `translate`: the library is on transformers 4 and gets a config.json in its vocabulary; False for 5.
+
+    Raises:
+        JobError: weights missing, not finite, or a model that gives other logits than the reference.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    started = time.perf_counter()
+    # None for a method that needs no text.
+    calibration = _tensors(job["calibration"])["input_ids"] if job["calibration"] else np.zeros((0, 0), dtype=np.int32)
+    probe = _tensors(job["probe"])
+    if calibration.ndim != 2 or (job["calibration"] and not calibration.size):
+        raise JobError(f"{job['calibration']}: input_ids has shape {calibration.shape}: give (samples, length)")
+    dtype = torch.float32 if job["device"] == "cpu" else torch.float16
+    if job.get("dtype", "auto") != "auto":
+        dtype = getattr(torch, job["dtype"])
+    with tempfile.TemporaryDirectory(prefix="quantline-model-") as scratch, _output.refusals():
+        folder = legacy_copy(job["model"], Path(scratch)) if translate else Path(job["model"])
+        settings: dict[str, Any] = {"torch_dtype" if translate else "dtype": dtype}
+        if caps_attention(transformers.AutoConfig.from_pretrained(folder, local_files_only=True)):
+            settings["attn_implementation"] = "eager"
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, **settings, trust_remote_code=False, use_safetensors=True, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    model.eval()
+    model.config.use_cache = False  # AutoAWQ would pass one growing cache from forward to forward
+    missing = sorted(set(info["missing_keys"]) - set(model._tied_weights_keys or ()))
+    if missing or info["mismatched_keys"]:
+        names = missing or [entry[0] for entry in info["mismatched_keys"]]
+        raise JobError(
+            f"{job['model']} lacks {len(names)} tensors that the model needs ({names[0]}): download it again"
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise JobError(f"{name} holds infinities or NaN in {dtype}: its values leave that range; use device=cpu")
+    work = Work(job, config, model, calibration, probe["input_ids"], probe["logits"], {})
+    if info["unexpected_keys"]:
+        work.warnings.append(f"not part of the model and left out: {', '.join(sorted(info['unexpected_keys']))}")
+    _check_probe(work)
+    work.metrics["load_seconds"] = time.perf_counter() - started
+    work.metrics["calibration_tokens"] = int(calibration.size)
+    return work
+
+
+def _check_probe(work: Work) -> None:
+    import transformers
+
+    measured = np.abs(probe_logits(work) - work.probe_logits).max() / work.probe_logits.std()
+    tolerance = float(work.job["probe_tolerance"])
+    work.metrics["probe_max_difference"] = float(measured)
+    if measured <= tolerance:  # false for NaN as well
+        return
+    old = int(transformers.__version__.split(".")[0]) < 5
+    faults = misread_values(work.config, work.model.config.to_dict()) if old else []
+    cause = f"likely cause: {'; '.join(faults[:4])}" if faults else "config.json was read as written"
+    raise JobError(
+        f"this toolchain misreads the model: before quantizing, its logits differ from the reference engine's by "
+        f"{measured:.3g} standard deviations, at most {tolerance:g} is allowed (transformers "
+        f"{transformers.__version__}); {cause}; use another backend or method, such as method=rtn, "
+        "or make the probe again if it came from another version of the model"
+    )
+
+
+def probe_logits(work: Work) -> NDArray[np.float32]:
+    """float32 (n, t, vocab): the model's logits on the probe, computed in float32 on the job's device.
+
+    In float16, rounding alone moved a logit by 0.02 standard deviations with 5 layers and 0.054 with 32, where a faithful
+    model must not be taken for a misread one. One sample at a time, so that memory does not grow with the probe.
+    """
+    import torch
+
+    rows = []
+    with torch.no_grad(), widened(work.model, work.device):
+        for row in work.probe_ids:
+            ids = torch.from_numpy(row.astype(np.int64))[None].to(work.device)
+            rows.append(work.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy())
+    return np.stack(rows)
+
+
+@contextmanager
+def widened(model: Any, device: str) -> Iterator[None]:
+    """Every module's own tensors are on `device` and in float32 while it computes, and as they were otherwise.
+
+    So the device holds one module at a time, and a float16 model is computed as a float32 one without a copy of it.
+    """
+    import torch
+
+    kept: dict[Any, list[tuple[Any, Any]]] = {}
+
+    def before(module: Any, _arguments: Any) -> None:
+        own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+        kept[module] = [(tensor, tensor.data) for tensor in own]
+        for tensor in own:
+            tensor.data = tensor.data.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    def after(module: Any, _arguments: Any, _output: Any) -> None:
+        for tensor, data in kept.pop(module):
+            tensor.data = data
+
+    hooks = [hook for module in model.modules() for hook in (
+        module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True),
+    )]  # fmt: skip
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(path: str) -> dict[str, NDArray[Any]]:
+    from safetensors.numpy import load_file
+
+    tensors: dict[str, NDArray[Any]] = load_file(path)
+    return tensors
+
+
+def add_layer(
+    work: Work,
+    name: str,
+    layout: str,
+    *,
+    codes: Any,
+    scales: Any,
+    zeros: Any,
+    bias: Any,
+    group_index: Any = None,
+    zero_points: bool | None = None,
+) -> None:
+    """Pack one quantized layer.
+
+    Args:
+        codes: (out, in), integral. scales, zeros: (out, groups). bias: (out,) or None. group_index: (in,), sequential
+            where None. All of them torch tensors; scales hold float16 values. zero_points: whether to write them, where
+            the layout (compressed_tensors) can leave them out; None does so if all of them are the middle one.
+
+    Raises:
+        JobError: the layout cannot hold it; nothing is clamped.
+    """
+    bits, group_size = work.width(name)
+    values = {"codes": _numpy(codes), "zeros": _numpy(zeros)}
+    for what, array in values.items():
+        if not ((array == np.rint(array)) & (array >= 0) & (array < 2**bits)).all():
+            raise JobError(
+                f"{name}: {what} leave [0, {2**bits - 1}], so {bits} bits cannot hold this layer; "
+                "use sym=true, more bits, or method=rtn"
+            )
+    index = sequential_groups(codes.shape[1], group_size) if group_index is None else _numpy(group_index)
+    with _output.refusals():
+        linear = QuantizedLinear(
+            codes=np.ascontiguousarray(values["codes"].T.astype(np.uint8)),
+            scales=np.ascontiguousarray(_output.half(f"{name}.scales", _numpy(scales)).T),
+            zeros=np.ascontiguousarray(values["zeros"].T.astype(np.int16)),
+            group_index=index.astype(np.int32),
+            bits=bits,
+            group_size=group_size,
+            bias=None if bias is None else _output.half(f"{name}.bias", _numpy(bias)),
+        )
+    work.packed[name] = _output.pack(name, linear, layout, zero_points)
+
+
+def finish(work: Work, expected: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the result and prove it; the model in memory holds the dequantized weights.
+
+    Raises:
+        JobError: nothing was quantized, or a value does not fit float16.
+        RuntimeError: what was written does not mean what was computed.
+    """
+    output, source = Path(work.job["output"]), Path(work.job["model"])
+    expected = list(expected)
+    left = [name for name in expected if name not in work.packed]
+    work.metrics.update(linears_quantized=len(work.packed), linears_expected=len(expected))
+    if not work.packed:
+        raise JobError(f"none of {len(expected)} linear layers was quantized; use another backend for this model")
+    if left:
+        work.warnings.append(f"left in float16: {', '.join(left)}")
+    difference = probe_logits(work) - work.probe_logits
+    work.metrics["probe_quantized_rms"] = float(np.sqrt(np.mean(difference**2)) / work.probe_logits.std())
+    _output.write_weights(output, _result_tensors(work))
+    _output.write_configs(source, output, work.config, quantization)
+    _verify(work, output)
+    return {"metrics": work.metrics, "layers": [], "warnings": work.warnings}
+
+
+def _state(work: Work) -> dict[str, Any]:
+    """The model's tensors but for those that are another one under a second name."""
+    state = dict(work.model.state_dict())
+    if work.model.config.tie_word_embeddings:
+        for name in work.model._tied_weights_keys or ():
+            state.pop(name, None)
+    return {work.renamed(name): tensor for name, tensor in state.items()}
+
+
+def _result_tensors(work: Work) -> Iterator[_output.Named]:
+    for name, tensor in _state(work).items():
+        layer, _, suffix = name.rpartition(".")
+        if layer not in work.packed:
+            yield name, _output.half(name, _numpy(tensor))
+        elif suffix == "weight":  # a bias is among the packed tensors
+            yield from work.packed[layer].items()
+
+
+def _verify(work: Work, output: Path) -> None:
+    state = _state(work)
+    largest = 0.0
+    for name, written, quantized in _output.verify(output, work.packed):
+        tensor = state.pop(name)
+        # 16-bit models hold each weight rounded once more than the file does.
+        unit = {"torch.float16": 2.0**-11, "torch.bfloat16": 2.0**-8}.get(str(tensor.dtype), 0.0)
+        computed = _numpy(tensor).astype(np.float32)
+        error = np.abs(written - computed)
+        if quantized:
+            largest = max(largest, float(error.max()))
+        allowed = np.abs(computed) * (unit if quantized else 2.0**-11) + 2.0**-24
+        if not (error <= allowed).all():
+            raise RuntimeError(f"{name} was written wrong: it differs from what was computed by {error.max():.3g}")
+    if state:
+        raise RuntimeError(f"tensors were not written: {', '.join(sorted(state))}")
+    work.metrics["written_max_difference"] = largest
+
+
+def _numpy(tensor: Any) -> NDArray[Any]:
+    import torch
+
+    tensor = tensor.detach().cpu()
+    array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array

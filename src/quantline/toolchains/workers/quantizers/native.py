@@ -1,0 +1,141 @@
+"""Plain rounding to nearest (method rtn), without any library: NumPy only, one tensor at a time.
+
+The baseline that every method has to beat, and the way for models that no old toolchain reads. Quantized are the 2-D
+weights inside the decoder layers, but for embeddings, norms and routers; the layout follows from the options:
+sym=true gives GPTQ v1, sym=false AWQ GEMM at 4 bits and GPTQ v2 at others, which hold a zero point of 0 safely.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantline.checkpoints.checkpoint import Checkpoint, to_float32
+from quantline.checkpoints.layouts import dequantize, quantize_rtn
+from quantline.checkpoints.layouts.choice import layout_of
+from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.packing import BITS
+from quantline.checkpoints.linears import LM_HEAD, linear_shapes
+from quantline.core.errors import UserError
+from quantline.toolchains.protocol import JobError, Reporter, worker_main
+from quantline.toolchains.workers.quantizers import output as _output
+
+DEFAULTS = {"sym": True}
+
+# Their linear layers store the transpose, so that groups would run along the wrong side.
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
+
+
+def check(widths: dict[str, Width]) -> None:
+    """Refuse bits and group sizes that rounding to nearest does not have.
+
+    Raises:
+        JobError: naming what was asked for and what there is.
+    """
+    for width in widths.values():
+        if width.bits not in BITS:
+            raise JobError(f"bits={width.bits}: rtn takes {', '.join(map(str, BITS))}")
+        if type(width.group_size) is not int or width.group_size == 0 or width.group_size < -1:
+            raise JobError(f"group_size={width.group_size}: rtn takes -1 or a divisor of every width, such as 128")
+
+
+def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
+    """Quantize one model; see `quantline.toolchains.protocol` for the border.
+
+    Raises:
+        JobError: the job cannot be done as given.
+    """
+    options = _output.options_of(job, DEFAULTS, "rtn")
+    symmetric = bool(options["sym"])
+    config = _output.float_config(job["model"])
+    if config.get("model_type") in _TRANSPOSED:
+        raise JobError(
+            f"model_type={config['model_type']!r}: its weights are stored transposed; rtn cannot quantize it"
+        )
+    with _output.refusals():
+        checkpoint = Checkpoint.open(job["model"])
+    shapes = linear_shapes(checkpoint)
+    if not shapes:
+        _output.check_widths({}, "gptq", 4, -1)
+    asked = job.get("linears") or dict.fromkeys(shapes, job)
+    widths = {name: Width(own["bits"], own["group_size"]) for name, own in asked.items()}
+    check(widths)
+    layout = layout_of(set(widths.values()), symmetric)
+    if LM_HEAD in widths:
+        rows, columns = checkpoint.info(f"{LM_HEAD}.weight").shape
+        shapes[LM_HEAD] = (columns, rows)
+    for width in set(widths.values()):
+        sized = {name: shapes[name] for name in widths if widths[name] == width}
+        _output.check_widths(sized, layout, width.bits, width.group_size)
+    skipped = [name for name in shapes if name not in widths]
+    output = Path(job["output"])
+    stacked = [name for name in checkpoint.names if re.search(r"\.experts\.\w+$", name) and _is_stack(checkpoint, name)]
+    warnings = [f"left in float16: {', '.join(stacked)}"] if stacked else []
+
+    started = time.perf_counter()
+    errors: list[dict[str, Any]] = []
+
+    def tensors() -> Iterator[_output.Named]:
+        for name in checkpoint.names:
+            layer, _, suffix = name.rpartition(".")
+            if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+                continue
+            if layer not in widths:
+                yield name, _output.half(name, checkpoint.tensor(name))
+            elif suffix == "weight":
+                yield from _quantize(
+                    checkpoint, layer, layout, widths[layer], symmetric=symmetric, errors=errors
+                ).items()
+                report(len(errors), len(widths), layer)
+
+    with _output.refusals():
+        _output.write_weights(output, tensors())
+        own = {name: (width.bits, width.group_size) for name, width in widths.items()}
+        settings = _output.described(job, layout, own, skipped, symmetric=symmetric)
+        _output.write_configs(Path(job["model"]), output, config, settings)
+        for _ in _output.verify(output, widths):
+            pass
+    metrics = {
+        "linears_quantized": len(errors),
+        "linears_expected": len(widths) + len(stacked),
+        "quantize_seconds": time.perf_counter() - started,
+        "calibration_tokens": 0,
+    }
+    return {"metrics": metrics, "layers": errors, "warnings": warnings}
+
+
+def _is_stack(checkpoint: Checkpoint, name: str) -> bool:
+    return len(checkpoint.info(name).shape) == 3
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    layer: str,
+    layout: str,
+    width: Width,
+    *,
+    symmetric: bool,
+    errors: list[dict[str, Any]],
+) -> dict[str, Any]:
+    weight = to_float32(checkpoint.tensor(f"{layer}.weight"))
+    try:
+        linear = quantize_rtn(weight, width.bits, width.group_size, symmetric)
+    except UserError as fault:
+        raise JobError(f"{layer}: {fault}") from fault
+    # The error of a weight relative to the weights, as root mean squares.
+    error = float(np.sqrt(np.mean((dequantize(linear) - weight) ** 2) / max(float(np.mean(weight**2)), 1e-30)))
+    errors.append({"module": layer, "relative_error": error})
+    bias = f"{layer}.bias"
+    if bias in checkpoint.names:
+        linear = replace(linear, bias=_output.half(bias, checkpoint.tensor(bias)))
+    return _output.pack(layer, linear, layout)
+
+
+if __name__ == "__main__":
+    worker_main(run)

@@ -1,0 +1,1 @@
+"""What runs beside torch and transformers in the reference environment."""

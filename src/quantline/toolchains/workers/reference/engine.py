@@ -1,0 +1,379 @@
+"""The reference engine: any known checkpoint as an ordinary float32 transformers model, in the `reference` toolchain.
+
+A quantized linear is dequantized exactly, `w = (u - z) * s`, and the model is computed with plain matrix products: no
+quantized kernel takes part, so what is measured is the weights alone, on any device. Where the checkpoint says that
+activations are rounded too (W8A8), what goes into its linears is rounded as a server does it, token by token. Every
+tensor of the checkpoint must find its place in the model and every parameter of the model its tensor; anything else is
+an error that names it.
+
+Jobs, by `kind` (paths are strings; `device` is "cpu" or "cuda", `threads` the number of CPU threads):
+
+`probe`     checkpoint, input_ids (list of equally long lists, or a safetensors file with `input_ids` (n, t)), output.
+            Writes `input_ids` int32 (n, t) and `logits` float32 (n, t, vocabulary).
+`score`     checkpoint, windows (safetensors: `input_ids` int32 (tokens,), `offsets` int64 (windows + 1,)), output,
+            batch_tokens. Writes `logprobs` float32 (tokens,), the natural logarithm of each token's probability given
+            those before it in its window, NaN at the first; and `top1` int32 (tokens,), the likeliest token at that
+            place, -1 at the first.
+`generate`  checkpoint, prompts (lists of token ids), max_new_tokens, stop_ids (default: none, never stops early).
+            Returns `tokens`, the greedy continuations (a stop token is their last), and `margins`, how far each
+            token's log-probability is above the runner-up's: engines may differ where that is tiny.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.checkpoints.checkpoint import (
+    Checkpoint,
+    iter_dequantized,
+    quantization_of,
+    quantized_layers,
+    write_safetensors,
+)
+from quantline.core.errors import UserError
+from quantline.toolchains.protocol import JobError, Reporter, worker_main
+
+# Float32 values of one batch of logits: 1 GiB, unless a single window needs more.
+_MAX_LOGITS = 2**28
+# Rows of logits normalised at a time, so that their float32 temporaries stay small beside the logits.
+_ROWS = 512
+
+
+def caps_attention(config: Any) -> bool:
+    """Whether a loaded transformers config has a cap on attention scores (Gemma 2's `attn_logit_softcapping`).
+
+    Of transformers' attention implementations "sdpa", its default, leaves it out without a word (5.19, 4.52); "eager" does
+    not.
+    """
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+
+
+def load_model(folder: Path, device: str = "cpu") -> Any:
+    """Build the transformers model of a checkpoint folder: float32, eval mode, no remote code.
+
+    Attention is SDPA's, and the plain one where the model caps its attention scores, which SDPA cannot.
+    A head tied to the embeddings may be absent. All-zero biases that a quantizer added to linears without one are
+    dropped.
+
+    Raises:
+        JobError: transformers does not know the architecture; the checkpoint is damaged; tensors are missing, left
+            over or of another shape.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        checkpoint, info = Checkpoint.open(folder), quantization_of(folder)
+        quantized = quantized_layers(checkpoint, info)
+        # What `iter_dequantized` yields may be a read-only view of the file.
+        state = {
+            name: torch.from_numpy(np.require(array, requirements=["C", "W"]))
+            for name, array in iter_dequantized(folder)
+        }
+    except UserError as error:
+        raise JobError(str(error)) from error
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(_config_of(folder), trust_remote_code=False)
+        # Without a path, transformers takes the tensors given and places them as it would a file's, renaming and
+        # fusing included; buffers that are no part of a checkpoint (rotary frequencies) are computed, not left empty.
+        model, loaded = type(skeleton).from_pretrained(
+            None, config=skeleton.config, state_dict=dict(state), dtype=torch.float32,
+            attn_implementation="eager" if caps_attention(skeleton.config) else "sdpa",
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        raise JobError(f"{folder}: transformers cannot build its model: {error}") from error
+    _account(folder, model, loaded, state, quantized)
+    if info is not None and info.activation_bits is not None:
+        _round_activations(folder, model, quantized, info.activation_bits)
+    return model.to(device).eval()
+
+
+def _round_activations(folder: Path, model: Any, layers: Iterable[str], bits: int) -> None:
+    """Round what goes into linears: symmetrically, with one scale a token, its largest magnitude over 2**(bits-1) - 1."""
+    limit = 2 ** (bits - 1) - 1
+
+    def rounded(_module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        values = arguments[0]  # (..., in)
+        scale = values.abs().amax(dim=-1, keepdim=True) / limit
+        # A token of zeros stays one.
+        return ((values / scale.clamp(min=1e-30)).round() * scale, *arguments[1:])
+
+    for name in layers:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise JobError(
+                f"{folder}: {name} is no module of its own here, so its activations cannot be rounded"
+            ) from None
+        module.register_forward_pre_hook(rounded)
+
+
+def _config_of(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise JobError(f"{folder}: transformers cannot read its config.json: {error}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _account(
+    folder: Path, model: Any, loaded: Mapping[str, Any], state: Mapping[str, Any], quantized: Mapping[str, Any]
+) -> None:
+    import torch
+
+    faults = []
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        faults.append(f"has no tensor for {_names(missing)}")
+    mismatched = sorted(name for name, *_ in loaded["mismatched_keys"])
+    if mismatched:
+        faults.append(f"has tensors of another shape for {_names(mismatched)}")
+    invented = {f"{layer}.bias" for layer in quantized}
+    leftover = sorted(
+        name for name in loaded["unexpected_keys"] if not (name in invented and not state[name].count_nonzero().item())
+    )
+    if leftover:
+        faults.append(f"has tensors that the model does not: {_names(leftover)}")
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight):
+        # transformers would take the head from the file, a server might not.
+        faults.append("has a head of its own, which config.json ties to the embeddings (tie_word_embeddings)")
+    faults.extend(str(message) for message in loaded.get("error_msgs", ()))
+    if faults:
+        raise JobError(f"{folder}: {'; '.join(faults)}; does config.json belong to these weights?")
+
+
+def _names(names: list[str], shown: int = 5) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
+
+
+def plan_batches(offsets: NDArray[np.int64], batch_tokens: int) -> list[NDArray[np.int64]]:
+    """Group windows of equal length, so that nothing is padded: lists of window numbers, longest windows first.
+
+    Windows of fewer than two tokens predict nothing and are left out.
+
+    Args:
+        offsets: int64 (windows + 1,).
+        batch_tokens: upper limit of tokens in a batch; a longer window is a batch of its own.
+    """
+    lengths = np.diff(offsets)
+    batches: list[NDArray[np.int64]] = []
+    for length in sorted(set(lengths[lengths > 1].tolist()), reverse=True):
+        members = np.flatnonzero(lengths == length)
+        rows = max(1, batch_tokens // length)
+        batches.extend(members[start : start + rows] for start in range(0, len(members), rows))
+    return batches
+
+
+def score_windows(
+    model: Any,
+    input_ids: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    batch_tokens: int,
+    report: Reporter,
+    *,
+    beside: Callable[[Any, Any], Any] | None = None,
+    beside_tokens: int | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
+    """Log-probability and likeliest token at every place of every window.
+
+    Args:
+        input_ids: int32 (tokens,), all windows one after the other.
+        offsets: int64 (windows + 1,), where each begins; the last entry is the number of tokens.
+        batch_tokens: upper limit of tokens computed at once.
+        beside: from a batch's ids (rows, length) and logits (rows * length, vocabulary), as many again of which it may hold,
+            to another value a place.
+        beside_tokens: about how many tokens `beside` is asked for, in batches spread over all; None is all of them.
+
+    Returns:
+        logprobs float32 (tokens,) in nats, NaN at the start of a window; top1 int32 (tokens,), -1 there; and what `beside`
+        says, float32 (tokens,), NaN at the start of a window and where it was not asked.
+    """
+    import torch
+
+    logprobs = np.full(len(input_ids), np.nan, dtype=np.float32)
+    top1 = np.full(len(input_ids), -1, dtype=np.int32)
+    values = np.full(len(input_ids), np.nan, dtype=np.float32)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    room = _MAX_LOGITS // vocabulary // (1 if beside is None else 2)
+    batches = plan_batches(offsets, min(batch_tokens, room))
+    total = sum(int((offsets[batch + 1] - offsets[batch]).sum()) for batch in batches)
+    done = 0
+    share = 1.0 if beside_tokens is None else min(1.0, beside_tokens / max(total, 1))
+    for number, batch in enumerate(batches):
+        length = int(offsets[batch[0] + 1] - offsets[batch[0]])
+        places = offsets[batch][:, None] + np.arange(length)  # (rows, length)
+        ids = torch.from_numpy(input_ids[places].astype(np.int64)).to(model.device)
+        # The last place of a window predicts nothing that is in it, so it is not computed.
+        answer = model(input_ids=ids[:, :-1], use_cache=False)
+        logits = answer.logits.float().flatten(0, 1)  # (rows * (length - 1), vocabulary)
+        targets = ids[:, 1:].reshape(-1)
+        chosen = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        for start in range(0, len(targets), _ROWS):
+            rows = slice(start, start + _ROWS)
+            picked = logits[rows].gather(1, targets[rows, None]).squeeze(1)
+            chosen[rows] = picked - logits[rows].logsumexp(dim=1)
+        logprobs[places[:, 1:].reshape(-1)] = chosen.cpu().numpy()
+        top1[places[:, 1:].reshape(-1)] = logits.argmax(dim=1).cpu().numpy()
+        # The first batch is among them, so that a text of one batch has its value.
+        if beside is not None and math.ceil((number + 1) * share) > math.ceil(number * share):
+            values[places[:, 1:].reshape(-1)] = beside(ids[:, :-1], logits).cpu().numpy()
+        done += len(batch) * length
+        report(done, total, "tokens")
+    return logprobs, top1, values
+
+
+def score(
+    model: Any, job: Mapping[str, Any], report: Reporter, beside: Callable[[Any, Any], Any] | None = None
+) -> dict[str, Any]:
+    """Do a `score` job; with `beside`, asked for the job's `divergence_tokens`, its values are written as `kl`.
+
+    Raises:
+        JobError: token ids that the model does not know, log-probabilities that are no numbers.
+    """
+    from safetensors.numpy import load_file
+
+    windows = load_file(job["windows"])
+    input_ids, offsets = windows["input_ids"], windows["offsets"]
+    check_ids(model, input_ids)
+    started = time.perf_counter()
+    batch_tokens = int(job.get("batch_tokens", 4096))
+    logprobs, top1, values = score_windows(
+        model, input_ids, offsets, batch_tokens, report, beside=beside, beside_tokens=job.get("divergence_tokens")
+    )
+    seconds = time.perf_counter() - started
+    lost = int(np.isnan(logprobs).sum()) - int((np.diff(offsets) > 0).sum())
+    if lost:
+        raise JobError(f"{job['checkpoint']}: {lost} log-probabilities are no numbers; the weights overflow in float32")
+    kl = {} if beside is None else {"kl": values}
+    write_safetensors(Path(job["output"]), {"logprobs": logprobs, "top1": top1, **kl})
+    return {"tokens": len(input_ids), "scoring_seconds": seconds, "tokens_per_second": len(input_ids) / seconds}
+
+
+def _probe(model: Any, job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
+    import torch
+    from safetensors.numpy import load_file
+
+    given = job["input_ids"]
+    try:
+        input_ids = np.array(load_file(given)["input_ids"] if isinstance(given, str) else given, dtype=np.int32)
+    except ValueError as error:
+        raise JobError(f"probe: input_ids are not equally long lists of token ids ({error})") from error
+    if input_ids.ndim != 2 or not input_ids.size:
+        raise JobError(f"probe: input_ids have shape {input_ids.shape}, not (sequences, tokens)")
+    check_ids(model, input_ids)
+    logits = []
+    for number, row in enumerate(input_ids, start=1):
+        ids = torch.from_numpy(row.astype(np.int64))[None].to(model.device)
+        logits.append(model(input_ids=ids, use_cache=False).logits.float().cpu().numpy())
+        report(number, len(input_ids), "sequences")
+    stacked = np.concatenate(logits)  # (n, t, vocabulary)
+    write_safetensors(Path(job["output"]), {"input_ids": input_ids, "logits": stacked})
+    return {"sequences": input_ids.shape[0], "tokens": input_ids.size, "vocabulary": stacked.shape[2]}
+
+
+def _generate(model: Any, job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
+    import torch
+
+    stops = set(job.get("stop_ids") or ())
+    tokens: list[list[int]] = []
+    margins: list[list[float]] = []
+    for number, prompt in enumerate(job["prompts"], start=1):
+        if not prompt:
+            raise JobError(f"generate: prompt {number} has no tokens")
+        check_ids(model, np.array(prompt))
+        # A loop of our own: `generate` would mix in whatever the checkpoint's generation settings say.
+        ids, past = torch.tensor([prompt], device=model.device), None
+        tokens.append([])
+        margins.append([])
+        for _ in range(int(job["max_new_tokens"])):
+            answer = model(input_ids=ids, past_key_values=past, use_cache=True)
+            best = answer.logits[0, -1].float().topk(2)
+            token, past = int(best.indices[0]), answer.past_key_values
+            tokens[-1].append(token)
+            margins[-1].append(float(best.values[0] - best.values[1]))
+            if token in stops:
+                break
+            ids = torch.tensor([[token]], device=model.device)
+        report(number, len(job["prompts"]), "prompts")
+    return {"tokens": tokens, "margins": margins}
+
+
+def check_ids(model: Any, ids: NDArray[Any]) -> None:
+    """Refuse token ids that the model does not know.
+
+    Raises:
+        JobError: there are some.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    if ids.size and (ids.min() < 0 or ids.max() >= size):
+        raise JobError(
+            f"token ids lie in [{ids.min()}, {ids.max()}], the model knows {size}: "
+            "they were made with another model's tokenizer"
+        )
+
+
+_KINDS: dict[str, Callable[[Any, Mapping[str, Any], Reporter], dict[str, Any]]] = {
+    "probe": _probe,
+    "score": score,
+    "generate": _generate,
+}
+
+
+def prepare(job: Mapping[str, Any]) -> str:
+    """Settle a job's threads, and arithmetic that repeats itself; returns its device.
+
+    Raises:
+        JobError: this machine has no such device.
+    """
+    import torch
+    from transformers.utils import logging
+
+    device = str(job.get("device", "cpu"))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise JobError(f"device={device}: this machine has no GPU that torch can use; set device=cpu")
+    torch.set_num_threads(int(job.get("threads", 1)))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # TF32 keeps 10 bits of a float32's 23, which is less than the differences that are measured here.
+    torch.set_float32_matmul_precision("highest")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return device
+
+
+def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
+    """Do one job, see the module's description; the result also has `load_seconds` and `parameters`.
+
+    Raises:
+        JobError: an unknown kind, no such device, or whatever `load_model` and the job refuse.
+    """
+    import torch
+
+    if job.get("kind") not in _KINDS:
+        raise JobError(f"kind={job.get('kind')!r}: the reference engine knows {', '.join(_KINDS)}")
+    device = prepare(job)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        model = load_model(Path(job["checkpoint"]), device)
+        load_seconds = time.perf_counter() - started
+        result = _KINDS[job["kind"]](model, job, report)
+    parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
+    return {**result, "load_seconds": load_seconds, "parameters": parameters}
+
+
+if __name__ == "__main__":
+    worker_main(run)

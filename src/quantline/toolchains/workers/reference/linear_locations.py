@@ -1,0 +1,108 @@
+"""Where the linears of a checkpoint are in a model that may stack or fuse them, and which of them it is seen to call."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quantline.checkpoints.checkpoint import Checkpoint, to_float32
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+@dataclass
+class Linear:
+    """One linear: `weight` (out, in) is the float model's, a view of it where `seen` says that its calls can be seen."""
+
+    name: str
+    weight: Tensor
+    seen: bool = True
+    tokens: int = 0
+    error: float = 0.0  # ||X(W'-W)^T||^2
+    energy: float = 0.0  # ||X W^T||^2
+    statistics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Place:
+    """A weight as the model calls it, and the linears that are rows of it."""
+
+    shape: tuple[int, ...]
+    parts: list[tuple[int, Linear]] = field(default_factory=list)
+
+
+def locate(model: Any, floats: Checkpoint, names: Sequence[str]) -> tuple[list[Linear], dict[int, Place]]:
+    """Find linears in the model, by name or, where it stacks or fuses them, by their values.
+
+    Returns:
+        The linears in the order of `names`, and address in memory -> what lies there.
+    """
+    import torch
+
+    parameters = dict(model.named_parameters())
+    by_layer: dict[str, list[Any]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        if parameter.ndim in (2, 3) and (found := _LAYER.search(name)):
+            by_layer[found[1]].append(parameter)
+    linears: list[Linear] = []
+    places: dict[int, Place] = {}
+    for name in names:
+        own = parameters.get(f"{name}.weight")
+        if own is not None and tuple(own.shape) == tuple(floats.info(f"{name}.weight").shape):
+            whole, start, linear = own, 0, Linear(name, own)
+        else:
+            values = np.require(to_float32(floats.tensor(f"{name}.weight")), requirements=["C", "W"])
+            weight = torch.from_numpy(values).to(model.device)
+            layer = _LAYER.search(name)
+            found_in = _search(name, weight, by_layer[layer[1]] if layer else [])
+            if found_in is None:
+                linears.append(Linear(name, weight, seen=False))
+                continue
+            whole, start = found_in
+            linear = Linear(name, whole[start : start + len(weight)])
+        place = places.setdefault(whole.data_ptr(), Place(tuple(whole.shape)))
+        place.parts.append((start, linear))
+        linears.append(linear)
+    return linears, places
+
+
+def _search(name: str, weight: Tensor, parameters: Sequence[Any]) -> tuple[Any, int] | None:
+    """The matrix of the model that holds `weight` as some of its rows, and the first of them."""
+    import torch
+
+    expert = _EXPERT.search(name)
+    for parameter in parameters:
+        if parameter.ndim == 3 and expert and int(expert[1]) < len(parameter):
+            whole = parameter[int(expert[1])]
+        elif parameter.ndim == 2:
+            whole = parameter
+        else:
+            continue
+        if whole.shape[1] != weight.shape[1]:
+            continue
+        for start in range(0, len(whole) - len(weight) + 1, len(weight)):
+            if torch.equal(whole[start : start + len(weight)], weight):
+                return whole, start
+    return None
+
+
+def mark_unseen(linears: Sequence[Linear]) -> None:
+    """Tell, after a run, linears without tokens from those that are computed in a way that cannot be seen.
+
+    Only an expert can go without tokens. So where none of a layer's experts has any, or another linear has none, the model
+    does not multiply by that weight as it lies.
+    """
+    totals: dict[str, int] = defaultdict(int)
+    for linear in linears:
+        totals[_EXPERT.sub(".experts.*.", linear.name)] += linear.tokens
+    for linear in linears:
+        linear.seen = linear.seen and totals[_EXPERT.sub(".experts.*.", linear.name)] > 0

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from quantline.checkpoints.model_config import (
+    ConfigTranslationError,
+    legacy_copy,
+    misread_values,
+    read_config,
+    restore_config,
+    to_transformers4,
+)
+from quantline.core.errors import UserError
+
+NEW = {
+    "model_type": "qwen2",
+    "dtype": "bfloat16",
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    "hidden_size": 128,
+}
+OLD = {"model_type": "qwen2", "torch_dtype": "bfloat16", "rope_theta": 1e6, "hidden_size": 128}
+
+
+def test_default_rope_parameters_become_rope_theta_and_dtype_becomes_torch_dtype():
+    assert to_transformers4(NEW) == OLD
+
+
+def test_translation_leaves_its_input_unchanged():
+    before = json.dumps(NEW)
+    to_transformers4(NEW)
+    assert json.dumps(NEW) == before
+
+
+@pytest.mark.parametrize("config", [OLD, {**OLD, "rope_scaling": {"type": "linear", "factor": 2.0}}, {"a": None}])
+def test_configs_of_transformers_4_stay_as_they_are(config):
+    result = to_transformers4(config)
+    assert result == config
+    assert result is not config
+
+
+def test_other_rope_types_become_rope_scaling_without_the_base():
+    rope = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+    assert to_transformers4({"model_type": "llama", "rope_parameters": rope}) == {
+        "model_type": "llama",
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64},
+    }
+
+
+def test_rope_parameters_win_over_leftovers_of_the_older_vocabulary():
+    config = {**NEW, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert to_transformers4(config) == OLD
+
+
+def test_partial_rotary_factor_moves_to_the_top():
+    rope = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}
+    assert to_transformers4({"model_type": "stablelm", "rope_parameters": rope}) == {
+        "model_type": "stablelm",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.25,
+    }
+
+
+def test_gpt_neox_gets_its_own_names():
+    rope = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}
+    assert to_transformers4({"model_type": "gpt_neox", "rope_parameters": rope}) == {
+        "model_type": "gpt_neox",
+        "rotary_emb_base": 1e4,
+        "rotary_pct": 0.5,
+    }
+
+
+def test_phi3_longrope_gets_exactly_the_three_keys_its_check_wants():
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [2.0],
+        "original_max_position_embeddings": 4096,
+    }  # fmt: skip
+    assert to_transformers4({"model_type": "phi3", "rope_parameters": rope}) == {
+        "model_type": "phi3",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+    }
+
+
+def test_rope_parameters_by_layer_type_are_refused():
+    rope = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    with pytest.raises(ConfigTranslationError, match=r"layer type \(full_attention, sliding_attention\)") as caught:
+        to_transformers4({"model_type": "gemma3_text", "rope_parameters": rope})
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_legacy_copy_links_every_file_and_translates_the_config(tmp_path):
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(NEW))
+    (source / "model.safetensors").write_bytes(b"weights")
+    copy = legacy_copy(source, tmp_path / "copy")
+    assert json.loads((copy / "config.json").read_text()) == OLD
+    assert (copy / "model.safetensors").is_symlink()
+    assert (copy / "model.safetensors").read_bytes() == b"weights"
+    assert json.loads((source / "config.json").read_text()) == NEW
+
+
+def test_restoring_keeps_the_sources_own_config_and_its_name_for_the_dtype():
+    quantization = {"quant_method": "awq", "bits": 4}
+    saved = {"quantization_config": quantization, "torch_dtype": "float16", "rope_theta": 10000.0}
+    assert restore_config(NEW, saved) == {**NEW, "dtype": "float16", "quantization_config": quantization}
+    assert restore_config(OLD, saved) == {**OLD, "torch_dtype": "float16", "quantization_config": quantization}
+
+
+def test_misread_values_are_named_with_rotary_ones_first():
+    loaded = {**OLD, "hidden_size": 64, "rope_theta": 10000.0, "torch_dtype": "float32"}
+    assert misread_values(NEW, loaded) == [
+        "rope_theta is 1000000.0 in config.json and was read as 10000.0",
+        "hidden_size is 128 in config.json and was read as 64",
+    ]
+    assert misread_values(NEW, OLD) == []
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_a_missing_or_damaged_config_is_an_error_with_its_path(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        read_config(tmp_path)

@@ -1,0 +1,291 @@
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantline.checkpoints.checkpoint import write_safetensors
+from quantline.checkpoints.layouts import FormatError
+from quantline.checkpoints.layouts.awq_gemm import ORDER
+from quantline.checkpoints.layouts.compressed_tensors import pack_quantized
+from quantline.checkpoints.layouts.packing import pack
+from quantline.checkpoints.safetensors_stream import StreamedFile
+from quantline.conversion import bands, kernels, kernels_jit, write
+from quantline.conversion.convert import Options, convert
+from quantline.conversion.errors import ProofError
+from quantline.conversion.kernels_jit import kernel
+from quantline.conversion.plan import make_plan
+from quantline.conversion.source import open_source
+from quantline.conversion.targets import TARGETS
+
+
+def write_source(folder, shapes, bits=4, group=8):
+    """A msModelSlim checkpoint of linears of the given (out, in), one code a byte, and a float tensor."""
+    folder.mkdir()
+    random, kind, half = np.random.default_rng(0), f"W{bits}A16", 2 ** (bits - 1)
+    tensors = {"model.embed_tokens.weight": random.normal(size=(16, 64)).astype(np.float16)}
+    described = {"model_quant_type": kind, "model.embed_tokens.weight": "FLOAT"}
+    for index, (rows, columns) in enumerate(shapes):
+        name, groups = f"model.layers.{index}.mlp.up_proj", 1 if group == -1 else columns // group
+        tensors[f"{name}.weight"] = random.integers(-half, half, (rows, columns)).astype(np.int8)
+        tensors[f"{name}.weight_scale"] = random.uniform(1e-3, 1e-2, (rows, groups)).astype(np.float32)
+        tensors[f"{name}.weight_offset"] = random.integers(-half, half, (rows, groups)).astype(np.float32)
+        described |= {f"{name}.{suffix}": kind for suffix in ("weight", "weight_scale", "weight_offset")}
+    write_safetensors(folder / f"quant_model_weight_{kind.lower()}.safetensors", tensors)
+    write.write_json(folder / f"quant_model_description_{kind.lower()}.json", described)
+    write.write_json(folder / "config.json", {"model_type": "qwen2"})
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_source(tmp_path / "source", [(160, 64)] * 6)
+
+
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def in_bands(monkeypatch):
+    """Bands of a few columns or rows, whatever the size of the checkpoint."""
+    monkeypatch.setattr(bands, "LEAST_CODES", 0)
+    monkeypatch.setattr(bands, "BAND", 1 << 11)
+
+
+class Codes:
+    """Signed codes within a larger matrix, the words that the layouts' own NumPy makes of them, and the kernels' calls."""
+
+    def __init__(self, kind, bits, rows, columns, seed):
+        first, width, rest = columns
+        self.kind, half = kind, 2 ** (bits - 1)
+        self.whole = np.random.default_rng(seed).integers(-half, half, (rows, first + width + rest)).astype(np.int8)
+        if kind == "flat":
+            self.whole = np.ascontiguousarray(self.whole[:, first : first + width])
+            first = 0
+        self.codes = self.whole[:, first : first + width]
+        unsigned = (self.codes.astype(np.int16) + half).astype(np.uint8)
+        self.expected = {
+            "along": lambda: pack(unsigned.T, bits, axis=0), "across": lambda: pack(unsigned.T, 4, axis=1, order=ORDER),
+            "flat": lambda: pack_quantized._pack(unsigned, bits),
+        }[kind]()  # fmt: skip
+        self.tile = np.empty((kernels.ROWS, kernels.COLUMNS), np.uint32)
+        scratch, start, stride = self.tile.ctypes.data, self.whole.ctypes.data + first, self.whole.shape[1]
+        kept = (bits,) if kind == "along" else ()
+        self.before = (start, rows * width, bits) if kind == "flat" else (start, stride, rows, width, *kept)
+        self.after = () if kind == "flat" else (scratch, scratch)
+
+    def packed(self):
+        words = np.empty(self.expected.shape, np.int32)
+        assert kernel(f"pack_{self.kind}")(*self.before, words.ctypes.data, *self.after) == 0
+        return words
+
+    def differs(self, words):
+        return kernel(f"differ_{self.kind}")(*self.before, words.ctypes.data, *self.after) != 0
+
+
+@st.composite
+def drawn_codes(draw):
+    kind = draw(st.sampled_from(["flat", "along", "across"]))
+    bits = 4 if kind == "across" else draw(st.sampled_from([4, 8]))
+    rows = 8 * draw(st.integers(16, 40)) if kind == "across" else draw(st.integers(16, 60))
+    width = draw(st.integers(1, 600)) if kind == "across" else 8 * draw(st.one_of(st.integers(1, 20), st.just(300)))
+    first, rest = draw(st.integers(0, 9)), draw(st.integers(0, 9))
+    return Codes(kind, bits, rows, (first, width, rest), draw(st.integers(0, 2**32 - 1)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(codes=drawn_codes(), data=st.data())
+def test_kernels_make_the_words_of_the_layouts_and_see_any_bit_that_is_other(codes, data):
+    words = codes.packed()
+    assert np.array_equal(words, codes.expected)
+    assert not codes.differs(words)
+    place = data.draw(st.integers(0, words.size - 1))
+    words.reshape(-1).view(np.uint32)[place] ^= np.uint32(1 << data.draw(st.integers(0, 31)))
+    assert codes.differs(words)
+
+
+@settings(max_examples=50, deadline=None)
+@given(codes=drawn_codes(), data=st.data())
+def test_kernels_see_any_bit_of_a_code_that_is_other_than_what_was_packed(codes, data):
+    words = codes.packed()
+    row, column = (data.draw(st.integers(0, size - 1)) for size in codes.codes.shape)
+    codes.codes[row, column] ^= np.int8(data.draw(st.sampled_from([1, 2, 4, 8, 16, 32, 64, -128])))
+    assert codes.differs(words)
+
+
+CASES = [
+    ("awq", 4, [(160, 64), (136, 72), (128, 16), (24, 40)]),
+    *((target, bits, [(160, 64), (48, 72), (32, 32), (8, 64)]) for target in ("gptq", "gptq_v2") for bits in (4, 8)),
+    *(("compressed_tensors", bits, [(160, 64), (33, 72), (17, 24), (1, 16), (33, 21)]) for bits in (4, 8)),
+]
+
+
+@pytest.mark.usefixtures("in_bands")
+@pytest.mark.parametrize("group", [8, -1])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_bands_write_what_the_layouts_write(tmp_path, monkeypatch, case, group):
+    target, bits, shapes = case
+    if group != -1:
+        shapes = [shape for shape in shapes if shape[1] % group == 0]
+    source = write_source(tmp_path / "source", shapes, bits, group)
+    done = []
+    monkeypatch.setattr(bands, "convert", lambda plan, layer, file: done.append(layer) or work(plan, layer, file))
+    files = []
+    for label, least in (("in bands", 0), ("whole", 2**40)):
+        monkeypatch.setattr(bands, "LEAST_CODES", least)
+        (tmp_path / label).mkdir()
+        convert(source, tmp_path / label, Options(target=target))
+        files.append({path.name: path.read_bytes() for path in (tmp_path / label).iterdir()})
+    assert files[0] == files[1]
+    assert len(done) >= 3
+
+
+work = bands.convert
+
+
+@pytest.mark.parametrize(
+    ("shape", "fitting"),
+    [
+        ((128, 64), {"awq", "gptq", "compressed_tensors"}), ((120, 64), {"gptq", "compressed_tensors"}),
+        ((8, 64), {"compressed_tensors"}), ((128, 20), set()),
+    ],
+)  # fmt: skip
+def test_linears_too_small_for_the_kernels_go_the_other_way(tmp_path, shape, fitting):
+    opened = open_source(write_source(tmp_path / "source", [shape], group=-1))
+    (layer,) = opened.layers.values()
+    plan = make_plan(opened, "compressed_tensors")
+    plans = {target: replace(plan, layout=TARGETS[target]) for target in ("awq", "gptq", "compressed_tensors")}
+    assert {target for target, plan in plans.items() if bands.fits(plan, layer)} == fitting
+
+
+def test_small_checkpoints_need_no_kernels(source, out, monkeypatch):
+    monkeypatch.setattr(bands, "convert", None)
+    convert(source, out, Options(target="awq"))
+    plan = make_plan(open_source(source), "awq_gemm")
+    assert not bands.worth_it(plan)
+    monkeypatch.setattr(bands, "LEAST_CODES", 6 * 160 * 64)
+    assert bands.worth_it(plan)
+
+
+@pytest.mark.parametrize("target", ["awq", "gptq", "compressed_tensors"])
+def test_a_code_that_changes_on_its_way_to_the_disk_is_caught(source, out, in_bands, monkeypatch, target):
+    put = StreamedFile.put_chunks
+
+    def faulty(self, name, dtype, shape, chunks):
+        return put(self, name, dtype, shape, (changed(chunk) if ".4." in name else chunk for chunk in chunks))
+
+    def changed(chunk):
+        chunk = bytearray(chunk)
+        chunk[-1] ^= 128
+        return chunk
+
+    monkeypatch.setattr(StreamedFile, "put_chunks", faulty)
+    with pytest.raises(ProofError, match=r"model.layers.4.mlp.up_proj: codes read back from .* differ"):
+        convert(source, out, Options(target=target))
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.usefixtures("in_bands")
+@pytest.mark.parametrize("partner", [("qzeros", "zero points"), ("scales", "scales"), ("g_idx", "group index")])
+def test_partners_that_change_on_their_way_to_the_disk_are_caught(source, out, monkeypatch, partner):
+    put, (suffix, said) = StreamedFile.put, partner
+
+    def faulty(self, name, array):
+        array = array.copy()
+        if name.endswith(f".2.mlp.up_proj.{suffix}"):
+            array.reshape(-1).view(np.uint8)[0] ^= 1
+        put(self, name, array)
+
+    monkeypatch.setattr(StreamedFile, "put", faulty)
+    with pytest.raises(ProofError, match=rf"model.layers.2.mlp.up_proj: {said} read back from .* differ"):
+        convert(source, out, Options(target="gptq"))
+    assert list(out.iterdir()) == []
+
+
+def test_a_source_that_ends_early_is_an_error_and_no_crash(source, out, in_bands, monkeypatch):
+    plan = make_plan(open_source(source), "gptq")
+    (weights,) = source.glob("*.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(Exception, match="fetch or write it again"):
+        write.write_weights(plan, out)
+    assert list(out.iterdir()) == []
+
+
+def fail(monkeypatch, error):
+    def failing(plan, name, file, in_bands):
+        if name.startswith("model.layers.3"):
+            raise error
+        return linear(plan, name, file, in_bands)
+
+    linear = write._linear
+    monkeypatch.setattr(write, "_linear", failing)
+
+
+@pytest.mark.usefixtures("in_bands")
+@pytest.mark.parametrize(
+    "error",
+    [
+        ProofError("x: codes differ"), FormatError("x: codes range over [0, 99]"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ZeroDivisionError("a fault of ours"),
+    ],
+)  # fmt: skip
+def test_what_a_thread_raises_is_raised_and_nothing_is_left(source, out, monkeypatch, error):
+    fail(monkeypatch, error)
+    before = threading.active_count()
+    with pytest.raises(type(error)) as caught:
+        convert(source, out, Options(target="gptq"))
+    assert caught.value is error
+    assert list(out.iterdir()) == []
+    assert threading.active_count() == before
+
+
+def test_linears_that_were_not_begun_when_one_fails_are_not_begun(source, out, monkeypatch):
+    begun = []
+
+    def failing(plan, name, file, in_bands):
+        begun.append(name)
+        time.sleep(0.05)
+        raise ProofError(name)
+
+    monkeypatch.setattr(write, "_linear", failing)
+    with pytest.raises(ProofError):
+        convert(source, out, Options(target="gptq"))
+    assert len(begun) < 6
+
+
+def test_compiled_kernels_are_loaded_again_without_numba(root):
+    kernel("pack_flat")  # compiled by now
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "from quantline.conversion.kernels_jit import kernel\n"
+        "import numpy as np; codes, words = np.array([-8, 7] * 8, np.int8), np.zeros(8, np.uint8)\n"
+        "kernel('pack_flat')(codes.ctypes.data, 16, 4, words.ctypes.data); print(words.tolist())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split("\n")[0] == str([0xF0] * 8)
+
+
+def test_a_folder_that_cannot_be_written_is_passed_over_and_a_damaged_file_made_again(tmp_path, monkeypatch):
+    import llvmlite.binding as llvm
+
+    made = []
+    monkeypatch.setattr(kernels_jit, "_compile", lambda *_: made.append(1) or b"code")
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr(kernels_jit, "_folders", lambda: [tmp_path / "a file" / "x", tmp_path / "cache"])
+    assert kernels_jit._object_code(llvm, None) == kernels_jit._object_code(llvm, None) == b"code"
+    assert len(made) == 1
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert kernels_jit._object_code(llvm, None) == b"code"
+    assert len(made) == 2

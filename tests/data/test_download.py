@@ -1,0 +1,381 @@
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import traceback
+from pathlib import Path
+
+import pytest
+from hub_server import COMMIT, Hub, serving
+from tiny_model import write_config, write_model
+
+from quantline.core.errors import UserError
+from quantline.data import download, hub
+from quantline.data.download import ModelSource, fetch, model_name
+
+REPO = "owner/tiny"
+TOKEN = "hf_secretSECRETsecret"  # planted, to be found nowhere
+
+
+def pinned(**changes):
+    return ModelSource(**{"repo": REPO, "revision": COMMIT, "path": None, **changes})
+
+
+def local(path, **changes):
+    return ModelSource(repo=None, revision=None, path=str(path), **changes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def nothing_left(out: Path) -> bool:
+    return not [path for path in out.parent.iterdir() if path.name.startswith(out.name)]
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path / "source", shards=2)
+
+
+@pytest.fixture
+def served(model, tmp_path, monkeypatch):
+    """A hub with one model, and a cache of this test's own."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+    files = contents(model)
+    files["modeling_tiny.py"] = b"print('code')\n"
+    files["pytorch_model.bin"] = b"pickle" * 200
+    files["onnx/model.safetensors"] = b"x" * 600
+    files["README.md"] = b"a card\n"
+    with serving(Hub({("models", REPO): files})) as state:
+        monkeypatch.setenv("HF_ENDPOINT", state.address)
+        yield state
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Retries follow each other at once."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+
+@pytest.fixture
+def files(served):
+    return served.repos["models", REPO]
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "artifacts" / "model"
+
+
+def test_a_pinned_commit_arrives_as_plain_files_without_code_pickles_and_subfolders(served, model, out):
+    report = fetch(pinned(), out)
+    assert contents(out) == contents(model)
+    assert not any(path.is_symlink() for path in out.iterdir())
+    assert (report["revision"], report["weights"], report["architecture"]) == (
+        COMMIT,
+        "safetensors",
+        "Qwen2ForCausalLM",
+    )
+    assert report["bytes"] == sum(len(content) for content in contents(out).values())
+    assert sorted(report["files"]) == sorted(path.name for path in out.iterdir())
+
+
+def test_a_second_fetch_transfers_nothing(served, out):
+    first = fetch(pinned(), out)
+    asked = len(served.requests)
+    again = fetch(pinned(), out)
+    assert again["sha256"] == first["sha256"]
+    assert not [request for request in served.requests[asked:] if request[0] == "GET" and "/resolve/" in request[1]]
+
+
+def test_the_cache_serves_where_the_hub_is_out_of_reach(served, out, monkeypatch):
+    first = fetch(pinned(), out)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert fetch(pinned(), out)["sha256"] == first["sha256"]
+
+
+def test_hub_and_folder_give_the_same_hash(served, model, out, tmp_path):
+    assert fetch(pinned(), out)["sha256"] == fetch(local(model), tmp_path / "other")["sha256"]
+
+
+def test_a_transfer_that_breaks_off_goes_on_at_its_byte(served, model, out, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 100)  # what is kept comes in whole chunks
+    shard = "model-00001-of-00002.safetensors"
+    served.broken_once[shard] = 1000
+    fetch(pinned(), out)
+    assert served.gets(shard) == [None, "bytes=1000-"]
+    assert contents(out) == contents(model)
+
+
+def test_an_interrupted_run_keeps_the_files_that_it_had(served, out, no_waiting):
+    shard = "model-00002-of-00002.safetensors"
+    served.broken[shard] = 100
+    with pytest.raises(UserError, match=r"owner/tiny.*broke off.*run it again"):
+        fetch(pinned(), out)
+    assert nothing_left(out)
+    served.broken.clear()
+    served.requests.clear()
+    fetch(pinned(), out)
+    assert served.gets(shard) == [None]
+    assert served.gets("model-00001-of-00002.safetensors") == []
+
+
+def test_damaged_content_is_refused_and_fetched_anew_by_the_next_run(served, files, model, out):
+    name = "model-00001-of-00002.safetensors"
+    served.corrupt[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
+    with pytest.raises(UserError, match=rf"{name}: the cached file is damaged: {len(files[name])} bytes.*run it again"):
+        fetch(pinned(), out)
+    assert nothing_left(out)
+    served.corrupt.clear()
+    fetch(pinned(), out)
+    assert contents(out) == contents(model)
+
+
+def test_damaged_small_files_are_found_by_gits_hash(served, files, out):
+    served.corrupt["LICENSE"] = b"free to lose\n"[: len(files["LICENSE"])]
+    with pytest.raises(UserError, match="LICENSE: the cached file is damaged"):
+        fetch(pinned(), out)
+
+
+@pytest.mark.parametrize("revision", ["main", None, COMMIT[:8], COMMIT.upper()])
+def test_a_revision_that_can_move_is_refused(served, out, revision):
+    with pytest.raises(UserError, match=r"model\.revision .*40 hex digits.*set model\.revision"):
+        fetch(pinned(revision=revision), out)
+
+
+def test_the_refusal_of_a_branch_names_the_commit_to_pin(served, out):
+    with pytest.raises(UserError, match=f"main can move.*set model.revision={COMMIT}"):
+        fetch(pinned(revision="main"), out)
+
+
+def test_an_unknown_commit_is_named(served, out):
+    with pytest.raises(UserError, match=r"no such commit: check model\.revision"):
+        fetch(pinned(revision="f" * 40), out)
+
+
+def test_an_unknown_repository_is_named(served, out):
+    with pytest.raises(UserError, match=r"owner/other.*check model\.repo or set HF_TOKEN.*model\.path=DIR"):
+        fetch(pinned(repo="owner/other"), out)
+    assert nothing_left(out)
+
+
+def test_a_word_that_is_no_repository_name_is_refused(served, out):
+    with pytest.raises(UserError, match="is like owner/name"):
+        fetch(pinned(repo="a/b/c"), out)
+
+
+def test_a_gated_repository_asks_for_licence_and_token(served, out):
+    served.gated = True
+    with pytest.raises(UserError, match=r"gated: accept its licence at http.*/owner/tiny and set HF_TOKEN"):
+        fetch(pinned(), out)
+
+
+@pytest.mark.parametrize(("status", "words"), [(403, r"refuses access \(403\)"), (418, "HTTP status 418")])
+def test_other_answers_of_the_hub_are_named(served, out, status, words):
+    served.status = status
+    with pytest.raises(UserError, match=words):
+        fetch(pinned(), out)
+
+
+def test_an_unreachable_hub_names_its_address_and_the_ways_around(served, out, monkeypatch, no_waiting):
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:password@127.0.0.1:9")
+    with pytest.raises(
+        UserError, match=r"http://127\.0\.0\.1:9 cannot be reached.*HF_ENDPOINT.*model\.path=DIR"
+    ) as info:
+        fetch(pinned(), out)
+    assert "password" not in str(info.value)
+    assert nothing_left(out)
+
+
+def test_the_token_is_sent_and_shown_nowhere(served, out, monkeypatch, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    served.token = TOKEN
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    report = fetch(pinned(), out)
+    assert f"Bearer {TOKEN}" in served.authorizations
+    served.token = "another"
+    shutil.rmtree(os.environ["HF_HOME"])
+    errors = []
+    for source in (pinned(), pinned(repo=f"owner/{TOKEN}"), pinned(repo=f"{TOKEN}/a/b"), pinned(revision=None)):
+        with pytest.raises(UserError) as info:
+            fetch(source, out.with_name("second"))
+        errors.append("".join(traceback.format_exception(info.value)))
+    captured = capfd.readouterr()
+    seen = [json.dumps(report), captured.out, captured.err, *errors, *map(str, contents(out).values())]
+    assert not [text for text in seen if TOKEN in text]
+    assert not [record for record in caplog.records if f"Bearer {TOKEN}" in record.getMessage()]
+
+
+def test_scrub_takes_the_token_out_of_a_text(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert hub.scrub(f"Authorization: Bearer {TOKEN}!") == "Authorization: Bearer ***!"
+
+
+def test_pickled_weights_alone_are_refused_and_the_option_is_named(served, files, out):
+    for name in [name for name in files if "safetensors" in name]:
+        del files[name]
+    with pytest.raises(UserError, match=r"pickled weights only \(pytorch_model\.bin\).*model\.allow_pickle=true"):
+        fetch(pinned(), out)
+    assert not served.gets("pytorch_model.bin")
+    report = fetch(pinned(allow_pickle=True), out)
+    assert report["weights"] == "pickle"
+    assert (out / "pytorch_model.bin").read_bytes() == files["pytorch_model.bin"]
+
+
+def test_allowing_pickles_does_not_fetch_them_beside_safetensors(served, out):
+    assert fetch(pinned(allow_pickle=True), out)["weights"] == "safetensors"
+    assert not served.gets("pytorch_model.bin")
+
+
+def test_pickled_weights_of_a_folder_follow_the_same_rule(model, out):
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    (model / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match=r"allow_pickle=true"):
+        fetch(local(model), out)
+    assert fetch(local(model, allow_pickle=True), out)["weights"] == "pickle"
+
+
+def test_code_of_the_repository_is_refused_unless_trusted(model, out):
+    write_config(model, auto_map={"AutoModelForCausalLM": "modeling_tiny.Tiny"})
+    (model / "modeling_tiny.py").write_text("print('code')\n")
+    with pytest.raises(UserError, match=r"modeling_tiny\.Tiny.*model\.trust_remote_code=true"):
+        fetch(local(model), out)
+    fetch(local(model, trust_remote_code=True), out)
+    assert (out / "modeling_tiny.py").is_file()
+
+
+@pytest.mark.parametrize("source", [ModelSource(None, None, None), ModelSource("a/b", COMMIT, "folder")])
+def test_exactly_one_of_repo_and_path_is_needed(source, out):
+    with pytest.raises(UserError, match=r"model\.repo.*model\.path"):
+        fetch(source, out)
+
+
+def test_a_folder_that_is_missing_is_named_in_full(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"model\.path=no/such: {tmp_path}/no/such does not exist"):
+        fetch(local("no/such"), out)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(out, model):
+    with pytest.raises(UserError, match="is a file"):
+        fetch(local(model / "config.json"), out)
+
+
+def test_a_relative_folder_starts_at_the_working_directory(out, model, monkeypatch):
+    monkeypatch.chdir(model.parent)
+    assert fetch(local("source"), out)["repo"] is None
+
+
+def test_links_in_a_folder_become_plain_files(out, model, tmp_path):
+    real = tmp_path / "elsewhere.json"
+    shutil.move(model / "config.json", real)
+    (model / "config.json").symlink_to(real)
+    fetch(local(model), out)
+    assert not (out / "config.json").is_symlink()
+    assert (out / "config.json").read_bytes() == real.read_bytes()
+
+
+def test_the_folder_itself_is_no_place_for_the_copy(model):
+    with pytest.raises(UserError, match="give another one"):
+        fetch(local(model), model)
+    assert (model / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("config.json", None, "has no config.json"),
+        ("config.json", b"{}", "names no model_type"),
+        ("config.json", b'{"model_type": ', "config.json is no valid JSON"),
+        ("config.json", b"[]", "names no model_type"),
+        ("tokenizer.json", None, "has no tokenizer"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json is no valid JSON"),
+        ("model-00002-of-00002.safetensors", None, "shard model-00002-of-00002.safetensors is missing"),
+        ("model.safetensors.index.json", None, "neither model.safetensors nor model.safetensors.index.json"),
+    ],
+)
+def test_an_incomplete_model_is_refused_and_leaves_the_old_one(model, out, name, change, words):
+    first = fetch(local(model), out)
+    if change is None:
+        (model / name).unlink()
+    else:
+        (model / name).write_bytes(change)
+    with pytest.raises(UserError, match=words) as info:
+        fetch(local(model), out)
+    assert ".tmp" not in str(info.value)
+    assert sorted(contents(out)) == sorted(first["files"])
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_a_truncated_shard_is_refused_with_both_sizes(model, out):
+    shard = model / "model-00001-of-00002.safetensors"
+    size = shard.stat().st_size
+    os.truncate(shard, size - 100)
+    with pytest.raises(UserError, match=f"{shard.name}.*{size} bytes, the file has {size - 100}.*truncated"):
+        fetch(local(model), out)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(model, out, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(download.shutil, "copyfile", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        fetch(local(model), out)
+    assert nothing_left(out)
+
+
+def test_a_full_disk_under_the_cache_is_named(served, out, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        fetch(pinned(), out)
+
+
+def test_an_old_copy_survives_a_kill_between_the_two_renames(model, out):
+    fetch(local(model), out)
+    os.replace(out, out.with_name("model.old"))
+    (model / "config.json").unlink()
+    with pytest.raises(UserError):
+        fetch(local(model), out)
+    assert (out / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (ModelSource("Qwen/Qwen2.5-0.5B-Instruct", None, None), "Qwen2.5-0.5B-Instruct"),
+        (ModelSource(None, None, "assets/demo/model"), "demo"),
+        (ModelSource(None, None, "./my models/tiny one/"), "tiny-one"),
+        (ModelSource(None, None, "model"), "model"),
+    ],
+)
+def test_a_model_is_named_after_its_repository_or_folder(source, name):
+    assert model_name(source) == name
+
+
+def test_the_model_options_name_pinned_sources(root):
+    import yaml
+
+    found = {path.stem: yaml.safe_load(path.read_text()) for path in (root / "conf/model").glob("*.yaml")}
+    assert {"demo", "custom", "qwen2_5_0_5b", "qwen2_5_3b", "llama2_7b", "opt_125m"} <= set(found)
+    for values in found.values():
+        assert sorted(values) == ["allow_pickle", "name", "path", "repo", "revision", "trust_remote_code"]
+        assert values["repo"] is None or hub.COMMIT.fullmatch(values["revision"])
+    assert not any(values["allow_pickle"] or values["trust_remote_code"] for values in found.values())
+
+
+def test_the_embedded_demo_model_is_a_complete_model(root, out):
+    if not (root / "assets/demo/model/config.json").is_file():
+        pytest.skip("the demo model is not built yet")
+    assert fetch(local(root / "assets/demo/model"), out)["weights"] == "safetensors"

@@ -1,0 +1,129 @@
+"""What the speed stage decides before and around vLLM; vLLM itself is in test_speed_vllm.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_model import write_config, write_model
+
+from quantline.core.errors import ConfigError
+from quantline.evaluation.speed import run as speed
+from quantline.evaluation.speed.ratios import metrics_of
+from quantline.evaluation.speed.run import Plan, Subject, measure, nothing, tensor_bytes
+from quantline.evaluation.speed.vllm_bench import Level
+from quantline.pipeline.config import parse
+from quantline.serving.server import ServerOptions
+
+PLAN = Plan(("serve",), (Level(1, 4), Level(64, 64)), 256, 256, 2, 1, 0)
+SHAPE = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 4096}
+GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": 128, "sym": True, "desc_act": False}
+
+
+def no_bench(*_):
+    raise AssertionError("nothing was to be measured")
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = write_model(tmp_path / "model")
+    write_config(folder, **SHAPE)
+    return folder
+
+
+def subjects_of(model, **options):
+    own = ServerOptions(**{"dtype": "float16", "max_model_len": 1024, **options})
+    return Subject("float", model, own), Subject("variant", model, own)
+
+
+def measured(model, tmp_path, plan):
+    out = tmp_path / "out"
+    out.mkdir()
+    subjects = subjects_of(model)
+    found = measure(python=Path("/no/python"), version="0.32.0", subjects=subjects, plan=plan, bench=no_bench, out=out,
+                    log=tmp_path / "speed.log")  # fmt: skip
+    assert json.loads((out / "speed.json").read_text()) == found.document
+    return found
+
+
+def test_without_tools_the_result_is_empty_and_nothing_is_started(model, tmp_path):
+    found = measured(model, tmp_path, replace(PLAN, tools=()))
+    assert (found.document, found.metrics, found.reason) == (nothing(), {}, "")
+
+
+def test_what_the_target_refuses_is_not_measured_and_the_reason_is_told(model, tmp_path):
+    write_config(model, **SHAPE, quantization_config=GPTQ)
+    found = measured(model, tmp_path, PLAN)
+    assert "4 bits only" in found.reason
+    assert found.document == nothing()
+    assert metrics_of(found.document) == {}
+
+
+def test_the_cache_holds_every_request_of_the_largest_level(model):
+    subject = speed._prepared(subjects_of(model, kv_cache_gib=1.0)[0], PLAN)
+    # Keys and values of 32 layers and 4096 numbers at two bytes are half a MiB a token.
+    needed = 64 * (256 + 256 + 32) / 2 / 1024
+    assert needed * 1.05 < subject.options.kv_cache_gib < needed * 1.15
+    small = speed._prepared(subjects_of(model, kv_cache_gib=1.0)[0], replace(PLAN, levels=(Level(1, 4),)))
+    assert small.options.kv_cache_gib == 1.0
+    longest = speed._prepared(subjects_of(model, kv_cache_gib=0.1)[0], replace(PLAN, levels=(Level(1, 4),)))
+    assert longest.options.kv_cache_gib > 0.5  # vLLM asks for room for one sequence of full length
+
+
+def test_graphs_are_captured_on_a_gpu_unless_told_otherwise(model):
+    for device, asked, eager in (("cpu", "auto", True), ("cuda", "auto", False), ("cuda", True, True)):
+        subject = subjects_of(model, device=device, enforce_eager=not eager)[0]
+        assert speed._prepared(subject, replace(PLAN, enforce_eager=asked)).options.enforce_eager is eager
+
+
+def test_both_servers_are_up_at_once_where_memory_allows(model):
+    small, large = subjects_of(model, kv_cache_gib=0.01), subjects_of(model, kv_cache_gib=100_000.0)
+    assert not speed._together(large, PLAN)
+    assert speed._together(large, replace(PLAN, side_by_side="always"))
+    assert not speed._together(small, replace(PLAN, side_by_side="never"))
+
+
+def test_a_server_that_holds_more_weights_than_its_checkpoint_is_told_of():
+    server = {"model": "variant", "weights_memory_bytes": 3.9e9, "checkpoint_bytes": 3.8e9}
+    assert speed.memory_notes([server]) == []
+    (note,) = speed.memory_notes([server, {**server, "weights_memory_bytes": 13.5e9}])
+    assert "holds 13.50 GB of weights, the checkpoint has 3.80 GB" in note
+
+
+def test_tokens_that_arrive_in_bunches_are_told_of():
+    row = {"model": "variant", "concurrency": 8, "itl_ms_median": 2.2, "tpot_ms_median": 2.4}
+    assert speed.bunch_notes([row]) == []
+    (note,) = speed.bunch_notes([row, {**row, "itl_ms_median": 0.0024}])
+    assert "variant, 8 at a time: tokens arrived in bunches, half of them within 0.0024 ms" in note
+
+
+def test_tensor_bytes_are_those_of_all_tensors(model):
+    assert tensor_bytes(model) == 2 * 16 * 16 * 4
+
+
+def test_every_choice_of_the_group_is_valid_and_only_none_measures_nothing(composed, root):
+    names = sorted(path.stem for path in (root / "conf" / "speed").glob("*.yaml"))
+    assert names == ["none", "short", "sweep"]
+    for name in names:
+        found = parse(composed(f"speed={name}")).speed
+        assert found.name == name
+        assert bool(found.tools) == (name != "none")
+    assert [level.concurrency for level in parse(composed("speed=sweep")).speed.levels] == [1, 8, 64]
+    assert parse(composed()).speed.name == "short"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["speed.input_tokens=1000"], r"speed.input_tokens=1000 speed.output_tokens=32: .* serve.max_model_len=1024"),
+        (["speed.tools=[loop]"], "allowed are serve, latency or throughput"),
+        (["speed.levels=[]"], "no levels to measure at"),
+        (["speed.levels=[{concurrency: 8, prompts: 8}, {concurrency: 8, prompts: 9}]"], "is there twice"),
+        (["speed.rounds=0"], "speed.rounds=0"),
+    ],
+)
+def test_a_fault_names_the_option_and_what_it_takes(composed, overrides, fault):
+    with pytest.raises(ConfigError, match=fault):
+        parse(composed(*overrides))

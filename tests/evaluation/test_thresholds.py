@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from quantline.core.errors import QuantlineError
+from quantline.evaluation.thresholds import INSTRUMENTS, raised, refuse
+from quantline.pipeline.config import parse
+
+LIMITS = {"kl_divergence": 0.1, "top1_agreement": 0.9, "perplexity_increase": None}
+
+
+def names(measured, limits):
+    return [flag.instrument for flag in raised(measured, limits)]
+
+
+def test_at_its_limit_a_measurement_is_sound_and_beyond_it_is_not():
+    assert names({"kl_divergence": 0.1, "top1_agreement": 0.9}, LIMITS) == []
+    assert names({"kl_divergence": 0.1001, "top1_agreement": 0.8999}, LIMITS) == ["kl_divergence", "top1_agreement"]
+
+
+def test_what_is_no_number_is_beyond_every_limit():
+    assert names({"kl_divergence": math.nan, "top1_agreement": 1.0}, LIMITS) == ["kl_divergence"]
+
+
+def test_what_was_not_measured_or_has_no_limit_raises_nothing():
+    assert names({"perplexity_increase": 9.0}, LIMITS) == []
+
+
+def test_an_alarm_says_what_was_found_what_is_allowed_and_where_to_change_it():
+    (flag,) = raised({"top1_agreement": 0.5}, LIMITS)
+    assert (flag.value, flag.limit) == (0.5, 0.9)
+    assert "50.0%" in flag.message
+    assert "at least 90% (evaluate.limits.top1_agreement=0.9)" in flag.message
+    (flag,) = raised({"kl_divergence": 0.25}, {"kl_divergence": 0.1})
+    assert "0.25 nats a token from the float model's; at most 0.1 (evaluate.limits.kl_divergence=0.1)" in flag.message
+
+
+def test_only_the_named_instruments_fail():
+    flags = raised({"kl_divergence": 1.0}, LIMITS)
+    refuse(flags, ["top1_agreement"])
+    with pytest.raises(QuantlineError, match=r"evaluate\.fail_on=kl_divergence: "):
+        refuse(flags, ["kl_divergence", "top1_agreement"])
+
+
+def test_every_limit_of_the_configuration_has_an_instrument_and_the_other_way_round(composed):
+    options = parse(composed()).evaluate
+    assert set(options.limits.model_dump()) == set(INSTRUMENTS)
+    assert parse(composed(f"evaluate.fail_on=[{','.join(INSTRUMENTS)}]")).evaluate.fail_on == list(INSTRUMENTS)
+
+
+def test_without_instruments_the_text_and_the_limits_stay(composed):
+    bare, full = (parse(composed(f"instruments={name}")).evaluate for name in ("none", "default"))
+    assert (bare.divergence.tokens, bare.generations.prompts, bare.restore.layers) == (0, 0, 0)
+    assert full.divergence.tokens
+    assert full.generations.prompts
+    assert full.restore.layers
+    assert (bare.protocol(), bare.limits) == (full.protocol(), full.limits)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from quantline.core.errors import TrackingError
+from quantline.lifecycle.publish import publish_records
+from quantline.lifecycle.tracking.store import experiment_name
+from quantline.pipeline.config import parse
+
+
+class Report:
+    warnings = ("a file is too large",)
+
+    def __str__(self):
+        return "published 1 variant"
+
+
+@pytest.fixture
+def config(composed):
+    return lambda *overrides: parse(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "quantline/demo"),
+        (["model.name=mine"], "quantline/mine"),
+        (["model=qwen2_5_0_5b"], "quantline/Qwen2.5-0.5B-Instruct"),
+        (["model.name=mine", "tracking.experiment=study"], "study"),
+    ],
+)
+def test_an_experiment_is_named_after_the_model_unless_it_is_given(config, overrides, name):
+    chosen = config(*overrides)
+    assert experiment_name(chosen.tracking, chosen.model) == name
+
+
+def test_what_was_published_is_said_with_its_warnings(config, monkeypatch, capsys, tmp_path):
+    given = {}
+    monkeypatch.setattr(
+        "quantline.lifecycle.tracking.writer.publish", lambda records, **values: given.update(values) or Report()
+    )
+    chosen = config("tracking.uri=http://host:5000", "tracking.timeout_seconds=3.0")
+    assert publish_records([], chosen, tmp_path) is True
+    assert given == {
+        "tracking_uri": "http://host:5000", "experiment": "quantline/demo", "root": tmp_path, "timeout_seconds": 3.0,
+        "limit_seconds": None, "report": None,
+    }  # fmt: skip
+    assert capsys.readouterr().err == "published 1 variant\n  note: a file is too large\n"
+
+
+def test_a_server_that_is_down_is_said_and_not_raised(config, monkeypatch, capsys, tmp_path):
+    def down(_records, **_values):
+        raise TrackingError("http://host:5000 does not answer")
+
+    monkeypatch.setattr("quantline.lifecycle.tracking.writer.publish", down)
+    assert publish_records([], config(), tmp_path) is False
+    assert capsys.readouterr().err == "NOT PUBLISHED: http://host:5000 does not answer\n"

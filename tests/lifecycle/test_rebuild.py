@@ -1,0 +1,153 @@
+"""A variant brought back from DVC's cache or a remote, and what is refused; making it again is in tests/e2e."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import closing
+
+import numpy as np
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from quantline.checkpoints.safetensors_file import write_safetensors
+from quantline.core.errors import UserError
+from quantline.core.files import write_json
+from quantline.lifecycle.rebuild import _other_input, _stages, rebuild
+from quantline.lifecycle.storage.dvc_outputs import hashes_of, variant_lock
+from quantline.lifecycle.tracking.reader import TrackedRun
+from quantline.lifecycle.worktree import make_area
+from quantline.pipeline.code import CHECKOUT, code_files
+from quantline.pipeline.hashing import hash_folder
+from quantline.pipeline.identity import combined
+
+PIPELINE = {
+    "stages": {
+        stage: {
+            "foreach": {"one": "x"},
+            "do": {
+                "cmd": "true",
+                "outs": [f"artifacts/${{key}}/{stage}"],
+                "metrics": [f"artifacts/${{key}}/{stage}.json"],
+            },
+        }
+        for stage in ("convert", "evaluate")
+    }
+}
+
+
+def result_of(folder, stage):
+    hashes = hash_folder(folder)
+    return {
+        "stage": stage, "status": "ok", "fingerprint": stage, "metrics": {"loss": 1.5}, "outputs": hashes.files,
+        "tensors": hashes.tensors, "output_hash": combined(hashes.files), "inputs": {}, "environment": {"device": "cpu"},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A checkout with a variant in DVC's cache and in a remote, and the variant's run."""
+    root = tmp_path_factory.mktemp("made") / "checkout"
+    for stage in ("convert", "evaluate"):
+        (root / "artifacts" / "one" / stage).mkdir(parents=True)
+    weights = {"a": np.arange(4, dtype=np.float32), "b": np.ones((2, 2), np.int32)}
+    write_safetensors(root / "artifacts" / "one" / "convert" / "model.safetensors", weights)
+    (root / "artifacts" / "one" / "evaluate" / "comparison.json").write_text("{}")
+    results = {}
+    for stage in ("convert", "evaluate"):
+        results[stage] = result_of(root / "artifacts" / "one" / stage, stage)
+        write_json(root / "artifacts" / "one" / f"{stage}.json", results[stage])
+    (root / "dvc.yaml").write_text(yaml.safe_dump(PIPELINE))
+    with closing(Repo.init(str(root), no_scm=True)):
+        remote = root.parent / "remote"
+        (root / ".dvc" / "config").write_text(
+            f"[core]\n    no_scm = true\n    remote = near\n['remote \"near\"']\n    url = {remote}\n"
+        )
+    with closing(Repo(str(root))) as repo:
+        repo.commit(force=True)
+        assert repo.push() >= 6
+    return root, TrackedRun("r1", "one", "e", {"method": {"name": "gptq"}}, results, variant_lock(root, "one"))
+
+
+@pytest.fixture
+def cloned(made, tmp_path):
+    """A checkout that has no cache and no artifacts, only the configuration of the remote."""
+    shutil.copytree(made[0] / ".dvc", tmp_path / "clone" / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+    return tmp_path / "clone"
+
+
+def test_the_lock_of_a_variant_names_its_outputs_by_dvcs_hashes(made):
+    root, run = made
+    assert sorted(run.lock) == ["convert@one", "evaluate@one"]
+    assert len(hashes_of(run.lock)) == 4
+    assert sum(name.endswith(".dir") for name in hashes_of(run.lock)) == 2
+    result = root / "artifacts" / "one" / "convert.json"
+    before = result.read_bytes()
+    result.write_bytes(before + b"\n")  # made again since, but not by DVC
+    assert sorted(variant_lock(root, "one")) == ["evaluate@one"]
+    result.write_bytes(before)
+
+
+@pytest.mark.parametrize("place", ["cache", "remote"])
+def test_a_variant_comes_back_identical_from_the_cache_and_from_the_remote_alone(made, cloned, tmp_path, place):
+    root, run = made
+    done = rebuild(run, tmp_path / "out", root if place == "cache" else cloned, source="cache")
+    assert done.difference is None
+    assert done.compared == ["convert (1 files, 2 tensors)", "evaluate (1 metrics)"]
+    assert hash_folder(tmp_path / "out" / "convert") == hash_folder(root / "artifacts" / "one" / "convert")
+    assert json.loads((tmp_path / "out" / "evaluate.json").read_text()) == run.results["evaluate"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path != cloned) == ["out"]
+    copied = tmp_path / "out" / "convert" / "model.safetensors"
+    assert copied.stat().st_nlink == 1  # no link into the cache
+
+
+def test_what_is_in_the_cache_but_not_what_the_run_says_is_different_and_is_not_left(made, tmp_path):
+    root, run = made
+    recorded = json.loads(json.dumps(run.results))
+    recorded["convert"]["tensors"]["b"] = "0"
+    other = TrackedRun("r1", "one", "e", run.config, recorded, run.lock)
+    done = rebuild(other, tmp_path / "out", root, source="cache")
+    assert (done.difference.stage, done.difference.kind, done.difference.key) == ("convert", "tensor", "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_variant_that_neither_cache_nor_remote_has_is_an_error_that_names_the_hashes(made, tmp_path):
+    root, run = made
+    lock = json.loads(json.dumps(run.lock).replace(run.lock["convert@one"]["outs"][0]["md5"], "0" * 32 + ".dir"))
+    other = TrackedRun("r1", "one", "e", run.config, run.results, lock)
+    with pytest.raises(UserError, match=rf"neither the cache nor a remote has convert \({'0' * 32}\.dir\)"):
+        rebuild(other, tmp_path / "out", root, source="cache")
+    by_hand = TrackedRun("r1", "one", "e", run.config, run.results)
+    with pytest.raises(UserError, match="names no output of DVC's: it was run by hand"):
+        rebuild(by_hand, tmp_path / "out", root, source="cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_out_that_is_there_is_left_alone(made, tmp_path):
+    root, run = made
+    with pytest.raises(UserError, match="is there already"):
+        rebuild(run, tmp_path, root, source="cache")
+
+
+def test_code_that_is_not_what_made_it_is_refused_and_the_file_is_named(tmp_path):
+    here = code_files("convert", CHECKOUT)
+    assert len(here) > 20
+    area = make_area(tmp_path / "area", CHECKOUT, commit=None, patch=None, code={"convert": here})
+    assert area.origin == "the checkout"
+    assert code_files("convert", tmp_path / "area") == here
+    name = "src/quantline/conversion/convert.py"
+    with pytest.raises(UserError, match=rf"0{{40}}: this repository does not have it\n  the checkout: {name} differs"):
+        make_area(tmp_path / "other", CHECKOUT, commit="0" * 40, patch=None, code={"convert": {**here, name: "0"}})
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_a_run_by_hand_took_from_elsewhere_is_made_too_and_known_by_what_was_taken():
+    results = {"calibrate": {"inputs": {"download": "d"}}, "convert": {"inputs": {"quantize": "q"}}}
+    run = TrackedRun("r1", "by-hand/one", "e", {"method": {"name": "gptq"}}, results)
+    assert _stages(run, "evaluate") == ["download", "calibrate", "quantize", "convert"]
+    assert _stages(run, "calibrate") == ["download", "calibrate"]
+    assert _other_input(run, "download", "d") is None
+    assert str(_other_input(run, "quantize", "x")) == "quantize, output hash: q | x"
+    baseline = TrackedRun("r1", "float", "e", {"method": {"name": "float"}}, {"evaluate": {"inputs": {}}})
+    assert _stages(baseline, "evaluate") == ["download", "serve_smoke", "evaluate"]

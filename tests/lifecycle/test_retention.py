@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+
+from quantline.core.errors import UserError
+from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former
+from quantline.lifecycle.storage.dvc_cache import all_objects, former_variants, objects_of, read_lock
+
+
+@pytest.fixture
+def changed(project):
+    """`one` was changed since and `two` was dropped: what their first runs made is needed by no variant."""
+    before = {output.path: output.md5 for output in read_lock(project.root)}
+    project.variants(one="c")
+    project.dvc("repro", "-q", "quantize@one")
+    lock = project.root / "dvc.lock"
+    lock.write_text(lock.read_text()[: lock.read_text().index("  quantize@two:")])
+    return project, before
+
+
+def test_a_dry_run_says_what_would_go_and_removes_nothing(changed):
+    project, before = changed
+    there = set(all_objects(project.cache))
+    garbage = collect_garbage(project.root, ())
+    needed = objects_of(project.cache, [output.md5 for output in read_lock(project.root)])
+    assert set(garbage.objects) == there - needed
+    assert before["artifacts/two/quantize"] in garbage.objects
+    assert garbage.bytes > 2000
+    assert set(all_objects(project.cache)) == there
+
+
+def test_what_a_promoted_variant_needs_is_never_removed(changed):
+    project, before = changed
+    kept = {before["artifacts/two/quantize"], before["artifacts/two/quantize.json"]}
+    whole = objects_of(project.cache, kept)
+    assert len(whole) == 4
+    garbage = collect_garbage(project.root, kept, apply=True)
+    assert garbage.protected == 4
+    assert garbage.objects
+    assert not whole.intersection(garbage.objects)
+    there = set(all_objects(project.cache))
+    assert there == whole | objects_of(project.cache, [output.md5 for output in read_lock(project.root)])
+    assert collect_garbage(project.root, kept, apply=True).objects == ()
+
+
+def test_a_protected_folder_whose_list_is_gone_stops_everything(changed):
+    project, _ = changed
+    there = set(all_objects(project.cache))
+    with pytest.raises(UserError, match="a promoted variant needs it"):
+        collect_garbage(project.root, {"0" * 32 + ".dir"}, apply=True)
+    with pytest.raises(UserError, match="is no MD5"):
+        collect_garbage(project.root, {"../x"}, apply=True)
+    assert set(all_objects(project.cache)) == there
+
+
+def test_commits_may_be_kept_too(changed):
+    project, _ = changed
+    assert collect_garbage(project.root, (), keep="commits").objects == ()
+    with pytest.raises(UserError, match="keep=all: give workspace, branches, tags, commits"):
+        collect_garbage(project.root, (), keep="all")
+
+
+def test_without_a_registry_nothing_is_promoted(tmp_path):
+    assert isinstance(promoted(tmp_path), frozenset)
+
+
+def test_what_a_variant_left_that_params_yaml_has_no_more_is_named_and_removed(project):
+    (project.root / "variants").mkdir()
+    for name in ("one", "two"):
+        (project.root / "variants" / f"{name}.yaml").write_text("bits: 4\n")
+    (project.root / "artifacts" / "mine").mkdir()
+    assert (former_variants(project.root), former_outputs(project.root)) == ([], [])
+    project.variants(one="a")
+    left = former_outputs(project.root)
+    assert [str(place.relative_to(project.root)) for place in left] == ["artifacts/two", "variants/two.yaml"]
+    remove_former(left)
+    assert former_outputs(project.root) == []
+    assert sorted(path.name for path in (project.root / "artifacts").iterdir()) == ["mine", "one"]
+    assert [path.name for path in (project.root / "variants").iterdir()] == ["one.yaml"]
+    project.variants(one="a", two="b")
+    assert "Running stage" not in project.dvc("repro")
+    assert (project.root / "artifacts" / "two" / "quantize" / "config.json").is_file()
+
+
+def test_a_lock_whose_variants_could_lead_elsewhere_is_refused(project):
+    lock = project.root / "dvc.lock"
+    lock.write_text(lock.read_text().replace("quantize@two:", "quantize@../../two:"))
+    project.variants(one="a")
+    with pytest.raises(UserError, match="a variant's name takes letters"):
+        former_outputs(project.root)

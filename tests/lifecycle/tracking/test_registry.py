@@ -1,0 +1,187 @@
+"""The registry, against a SQLite store and against a real MLflow server."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from variant_records import record
+
+from quantline.config.tracking import TrackingConfig
+from quantline.core.errors import TrackingError, UserError
+from quantline.lifecycle.retention import promoted
+from quantline.lifecycle.tracking.reader import read_run
+from quantline.lifecycle.tracking.registry import (
+    Promotion,
+    check_alias,
+    demote,
+    fetch,
+    promote,
+    promoted_outputs,
+    versions,
+)
+from quantline.lifecycle.tracking.writer import publish
+from quantline.pipeline.identity import file_hashes
+from tests.lifecycle.tracking.test_writer import server
+
+MODEL = "quantline-demo"
+
+
+def tracking(uri: str | None = None) -> TrackingConfig:
+    return TrackingConfig(enabled=True, uri=uri, experiment=None, timeout_seconds=60)
+
+
+class Store:
+    """Two published variants with a checkpoint each."""
+
+    def __init__(self, root: Path, uri: str | None = None) -> None:
+        self.root, self.tracking = root, tracking(uri)
+        self.records = [record(f"{method}-w4", method, 4, worse, root / "work") for method, worse in
+                        (("awq", 0.01), ("gptq", 0.02))]  # fmt: skip
+        self.records[0] = replace(
+            self.records[0], lock={"convert@awq-w4": {"outs": [{"path": "a/convert", "md5": "1.dir"}]}}
+        )
+        self.run_ids = publish(
+            self.records, tracking_uri=uri, experiment="quantline/demo", root=root, timeout_seconds=60
+        ).run_ids
+
+    def promotion(self, name: str) -> Promotion:
+        folder = self.root / name
+        if not folder.is_dir():
+            (folder / "inner").mkdir(parents=True)
+            (folder / "model.safetensors").write_bytes(name.encode() * 1000)
+            (folder / "inner" / "config.json").write_text("{}")
+        tags = {"quantline.variant": name, "quantline.fingerprint": f"f-{name}", "quantline.dvc": "1.dir 2"}
+        return Promotion(
+            MODEL, name, self.run_ids[name], folder, file_hashes(folder), tags, {"lineage.txt": name}, "it"
+        )
+
+    def promote(self, name: str, alias: str = "production") -> object:
+        return promote(self.tracking, self.root, self.promotion(name), alias)
+
+    def holders(self) -> dict[str, tuple[str, ...]]:
+        return {item.tags["quantline.variant"]: item.aliases for item in versions(self.tracking, self.root)}
+
+    def fetched(self, out: Path, alias: str = "production") -> dict[str, str]:
+        fetch(self.tracking, self.root, MODEL, alias, out)
+        return file_hashes(out)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return Store(tmp_path_factory.mktemp("registry"))
+
+
+def test_an_alias_moves_from_version_to_version_and_a_second_promotion_uploads_nothing(store, tmp_path):
+    first = store.promote("awq-w4")
+    assert (first.version, first.created, first.before) == ("1", True, None)
+    assert first.uploaded == sum(path.stat().st_size for path in (store.root / "awq-w4").rglob("*") if path.is_file())
+    again = store.promote("awq-w4")
+    assert (again.version, again.created, again.uploaded) == ("1", False, 0)
+    other = store.promote("gptq-w4")
+    assert (other.version, other.before) == ("2", "1")
+    assert store.holders() == {"awq-w4": (), "gptq-w4": ("production",)}
+    assert store.fetched(tmp_path / "out") == file_hashes(store.root / "gptq-w4")
+    store.promote("awq-w4", "small")
+    assert store.fetched(tmp_path / "small", "small") == file_hashes(store.root / "awq-w4")
+    assert promoted_outputs(store.root, store.tracking) == {
+        ("awq-w4", "f-awq-w4", ("1.dir", "2")), ("gptq-w4", "f-gptq-w4", ("1.dir", "2"))
+    }  # fmt: skip
+    assert promoted(store.root) == {"1.dir", "2"}  # what `dvc gc` is told
+
+
+def test_an_alias_is_taken_from_the_variant_that_has_it_alone(store):
+    store.promote("gptq-w4")
+    with pytest.raises(UserError, match=r"alias=production of awq-w4: it is gptq-w4 \(quantline-demo version \d\)'s"):
+        demote(store.tracking, store.root, "awq-w4", "production")
+    assert demote(store.tracking, store.root, "gptq-w4", "production")[0] == MODEL
+    assert store.holders()["gptq-w4"] == ()
+    assert all(name != "gptq-w4" for name, _, _ in promoted_outputs(store.root, store.tracking))
+
+
+def test_what_was_damaged_in_the_store_is_not_fetched_and_nothing_is_left(store, tmp_path):
+    store.promote("awq-w4", "damaged")
+    (weights,) = (store.root / "mlartifacts").rglob(f"{store.run_ids['awq-w4']}/artifacts/model/model.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"x")
+    try:
+        with pytest.raises(
+            TrackingError, match=r"model\.safetensors of quantline-demo version 1 is not what was registered"
+        ):
+            store.fetched(tmp_path / "out", "damaged")
+    finally:
+        weights.write_bytes(whole)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_was_changed_is_not_promoted(store, tmp_path):
+    what = store.promotion("awq-w4")
+    changed = replace(what, files={**what.files, "model.safetensors": "0"})
+    with pytest.raises(UserError, match=r"model\.safetensors: is not what the convert stage wrote"):
+        promote(store.tracking, store.root, changed, "production")
+
+
+def test_an_alias_that_nobody_has_names_those_that_there_are(store, tmp_path):
+    store.promote("awq-w4", "small")
+    with pytest.raises(UserError, match=r"quantline-demo@missing: is not registered; there are .*quantline-demo@small"):
+        store.fetched(tmp_path / "out", "missing")
+
+
+@pytest.mark.parametrize("alias", ["latest", "v1", "12", "a b", "a/b"])
+def test_what_is_no_alias_is_refused(alias):
+    with pytest.raises(UserError, match="give letters, digits"):
+        check_alias(alias)
+
+
+def test_without_a_store_nothing_is_promoted(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert promoted_outputs(tmp_path) == set()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_is_down_is_no_empty_registry(tmp_path):
+    with pytest.raises(TrackingError, match="no connection"):
+        promoted_outputs(tmp_path, tracking("http://127.0.0.1:9"))
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id_and_by_a_stages_fingerprint(store):
+    run_id = store.run_ids["awq-w4"]
+    stage = store.records[0].results[2]["fingerprint"]
+    for given in (run_id[:10], stage):
+        found = read_run(store.tracking, store.root, given)
+        assert (found.run_id, found.name) == (run_id, "awq-w4")
+    assert list(found.results) == [result["stage"] for result in store.records[0].results]
+    assert found.results["quantize"] == store.records[0].results[2]
+    assert found.config["bits"] == 4
+    assert found.lock == store.records[0].lock
+    assert read_run(store.tracking, store.root, found.tags["quantline.fingerprint"]).run_id == run_id
+
+
+@pytest.mark.parametrize("given", ["0" * 32, "abcde", "../../x", "ffffffffff"])
+def test_what_is_no_run_is_an_error_that_says_so(store, given):
+    with pytest.raises(UserError, match=f"run={given}: "):
+        read_run(store.tracking, store.root, given)
+
+
+@pytest.mark.e2e
+def test_a_real_server_keeps_the_files_and_any_client_of_it_can_have_them(tmp_path):
+    import mlflow
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with server(tmp_path, port):
+        store = Store(tmp_path, f"http://127.0.0.1:{port}")
+        assert store.promote("awq-w4").uploaded > 6000
+        assert store.promote("awq-w4").uploaded == 0
+        assert store.fetched(tmp_path / "out") == file_hashes(tmp_path / "awq-w4")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+            mlflow.artifacts.download_artifacts(f"models:/{MODEL}@production", dst_path=str(tmp_path / "theirs"))
+        theirs = file_hashes(tmp_path / "theirs")
+        assert {name: theirs.get(name) for name in file_hashes(tmp_path / "awq-w4")} == file_hashes(tmp_path / "awq-w4")
+        assert read_run(store.tracking, tmp_path, store.run_ids["awq-w4"][:9]).name == "awq-w4"

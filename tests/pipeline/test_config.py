@@ -1,0 +1,105 @@
+import pytest
+
+from quantline.core.errors import ConfigError
+from quantline.pipeline.config import parse
+
+
+def faults_of(values) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(values)
+    return str(caught.value)
+
+
+def test_every_choice_of_every_group_composes_into_a_valid_configuration(root, composed):
+    choices = [
+        (group.name, path.stem)
+        for group in sorted((root / "conf").iterdir())
+        if group.is_dir() and group.name != "hydra"
+        for path in sorted(group.glob("*.yaml"))
+    ]
+    assert len(choices) >= 20
+    for group, choice in choices:
+        extra = {"jsonl": ["calibration.path=x.jsonl"], "custom": ["model.path=x"]}.get(choice, [])
+        extra += ["method=rtn"] if group == "layers" else []
+        extra += ["source.path=x"] if group == "source" and choice != "pipeline" else []
+        config = parse(composed(f"{group}={choice}", *extra))
+        assert config.threads >= 1, (group, choice)
+
+
+def test_five_bits_are_refused_with_the_allowed_ones(composed):
+    assert "bits=5: gptq takes 2, 3, 4 or 8" in faults_of(composed("method=gptq", "bits=5"))
+
+
+def test_rounded_activations_name_what_they_go_with(composed):
+    fault = faults_of(composed("method=gptq", "method.activation_bits=8"))
+    assert "method.activation_bits=8: goes with int8 weights, one scale a channel; give bits=8 group_size=-1" in fault
+    whole = ("method=rtn", "method.activation_bits=8", "bits=8", "group_size=-1")
+    assert parse(composed(*whole)).method.activation_bits == 8
+    assert faults_of(composed(*whole, "method.sym=false")).endswith("give method.sym=true")
+
+
+def test_eight_bit_awq_is_refused_and_gptq_is_named_as_the_remedy(composed):
+    assert "bits=8: awq takes 4; method=gptq takes bits=8" in faults_of(composed("method=awq", "bits=8"))
+
+
+def test_group_size_96_is_refused_with_the_nearest_allowed(composed):
+    message = faults_of(composed("method=awq", "group_size=96"))
+    assert "group_size=96: awq takes 32, 64, 128 or 256" in message
+    assert "nearest is 64" in message
+
+
+def test_all_faults_are_reported_together(composed):
+    message = faults_of(composed("method=gptq", "bits=5", "group_size=96", "threads=0", "device=tpu"))
+    assert "4 faults" in message
+    for key in ("bits=5", "group_size=96", "threads=0", "device=tpu"):
+        assert key in message
+
+
+def test_a_word_where_a_number_belongs_is_refused(composed):
+    assert "bits=four" in faults_of(composed("bits=four"))
+
+
+def test_an_option_that_the_method_does_not_have_is_refused(composed):
+    assert "method.sym: no such option" in faults_of(composed("method=awq", "+method.sym=true"))
+
+
+def test_neither_repo_nor_path_is_refused(composed):
+    assert "model.path=DIR" in faults_of(composed("model.path=null"))
+
+
+def test_a_branch_in_place_of_a_commit_is_refused(composed):
+    message = faults_of(composed("model=custom", "model.repo=owner/name", "model.revision=main"))
+    assert "model.revision=main: give the commit of owner/name, 40 hex digits" in message
+
+
+def test_a_repository_on_top_of_the_embedded_model_takes_its_place(composed):
+    config = parse(composed("model.repo=owner/name", f"model.revision={'a' * 40}"))
+    assert (config.model.repo, config.model.path) == ("owner/name", None)
+
+
+def test_a_calibration_file_that_no_source_reads_is_refused(composed):
+    message = faults_of(composed("calibration.path=own.jsonl"))
+    assert "calibration.path=own.jsonl: calibration=demo does not read it; give calibration=jsonl" in message
+
+
+def test_a_password_in_the_tracking_address_is_refused_and_not_repeated(composed):
+    message = faults_of(composed("tracking.uri=https://me:secret@host/"))
+    assert "MLFLOW_TRACKING_PASSWORD" in message
+    assert "secret" not in message
+
+
+def test_an_experiment_cannot_leave_its_folder(composed):
+    assert "tracking.experiment=../x" in faults_of(composed("tracking.experiment=../x"))
+
+
+def test_trust_remote_code_and_pickle_are_off_by_default(root, composed):
+    choices = [path.stem for path in (root / "conf" / "model").glob("*.yaml")]
+    assert choices
+    for choice in choices:
+        model = composed(f"model={choice}")["model"]
+        assert model["trust_remote_code"] is False, choice
+        assert model["allow_pickle"] is False, choice
+
+
+def test_servers_listen_on_loopback_by_default(composed):
+    assert composed()["serve"]["process"]["host"] == "127.0.0.1"

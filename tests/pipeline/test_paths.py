@@ -1,0 +1,44 @@
+import pytest
+
+from quantline.core.errors import UserError
+from quantline.pipeline.config import parse
+from quantline.pipeline.paths import checked_name, derived_name, stage_paths
+
+
+def name_of(composed, *overrides):
+    return derived_name(parse(composed(*overrides)), overrides)
+
+
+def test_a_variant_by_hand_is_named_after_method_bits_and_group(composed):
+    assert name_of(composed, "method=gptq", "bits=8") == "gptq-w8-g128"
+
+
+def test_a_group_size_of_minus_one_is_named_channel(composed):
+    assert name_of(composed, "method=gptq", "group_size=-1") == "gptq-w4-channel"
+
+
+def test_other_overrides_are_part_of_the_name_in_a_fixed_order(composed):
+    one = name_of(composed, "method=gptq", "method.desc_act=true", "calibration.n_samples=64")
+    other = name_of(composed, "calibration.n_samples=64", "method.desc_act=true", "method=gptq")
+    assert one == other == "gptq-w4-g128-calibration_n_samples-64-desc_act-true"
+
+
+def test_what_only_changes_how_a_stage_runs_is_no_part_of_the_name(composed):
+    assert name_of(composed, "device=cpu", "serve.process.port=8001", "tracking.enabled=false") == "awq-w4-g128"
+
+
+def test_long_names_are_cut_and_stay_distinct(composed):
+    names = {name_of(composed, f"calibration.name={'n' * 90}{i}") for i in range(2)}
+    assert len(names) == 2
+    assert all(len(name) <= 80 for name in names)
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "shared", "a.b", "x" * 81, "a b"])
+def test_names_that_are_no_safe_folder_are_refused(name):
+    with pytest.raises(UserError):
+        checked_name(name)
+
+
+def test_the_download_has_one_place_for_all_variants(tmp_path):
+    assert stage_paths(tmp_path, "a", "download") == stage_paths(tmp_path, "b", "download")
+    assert stage_paths(tmp_path, "a", "quantize").result == tmp_path / "a" / "quantize.json"

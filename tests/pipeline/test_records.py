@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from quantline.core.errors import UserError
+from quantline.pipeline.compose import freeze
+from quantline.pipeline.config import parse
+from quantline.pipeline.execute import execute
+from quantline.pipeline.git import commit_of
+from quantline.pipeline.records import manual_record, pipeline_records
+
+LINES = {"one": "method=gptq bits=8", "two": "method=awq"}
+EACH = ["download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks"]
+
+
+class Pipeline:
+    """A checkout in which a stage writes a file with a given text."""
+
+    def __init__(self, root, folder):
+        self.folder = folder
+        self.composed = {}  # by name and what params.yaml said: composing takes most of a test's time
+        for name in ("conf", "envs", "assets"):
+            (folder / name).symlink_to(root / name)
+        self.params(**LINES)
+
+    def params(self, **lines):
+        content = {"shared": "model=demo", "baseline": "method=float", "variants": lines}
+        (self.folder / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def compose(self, name):
+        key = name, (self.folder / "params.yaml").read_text()
+        if key not in self.composed:
+            values = yaml.safe_load(freeze(self.folder, name).read_text())
+            self.composed[key] = parse(
+                {key: value for key, value in values.items() if key not in ("defaults", "hydra")}
+            )
+        return self.composed[key]
+
+    def run(self, stage, name, text="same"):
+        before = {
+            "calibrate": ["download"], "quantize": ["download", "calibrate"], "convert": ["quantize"],
+            "serve_smoke": ["download"] if name == "float" else ["convert"], "evaluate": ["serve_smoke"],
+            "tasks": ["serve_smoke"],
+        }  # fmt: skip
+
+        def work(run):
+            for earlier in before.get(stage, []):
+                run.input(earlier)
+            if stage in ("evaluate", "tasks") and name != "float":
+                run.input(stage, baseline=True)
+            with run.output() as out:
+                (out / "file").write_text(text)
+
+        execute(stage, work, self.compose(name), self.folder, ())
+
+    def stages(self, name):
+        return {record.name: [result["stage"] for result in record.results] for record in self.records()}.get(name)
+
+    def records(self):
+        return pipeline_records(self.folder)
+
+
+@pytest.fixture
+def pipeline(root, tmp_path):
+    made = Pipeline(root, tmp_path)
+    for stage in ("download", "serve_smoke", "evaluate", "tasks"):
+        made.run(stage, "float")
+    for name in LINES:
+        for stage in EACH[1:]:
+            made.run(stage, name)
+    return made
+
+
+def test_every_variant_comes_with_all_its_stages_the_baseline_first(pipeline):
+    records = pipeline.records()
+    assert [record.name for record in records] == ["float", "one", "two"]
+    assert pipeline.stages("float") == ["download", "serve_smoke", "evaluate", "tasks"]
+    assert pipeline.stages("one") == pipeline.stages("two") == EACH
+    assert records[1].overrides == "model=demo method=gptq bits=8"
+    assert records[1].config["bits"] == 8
+    assert "hydra" not in records[1].config
+
+
+def test_a_variant_that_has_not_run_is_not_there(pipeline):
+    pipeline.params(**LINES, three="method=rtn")
+    assert [record.name for record in pipeline.records()] == ["float", "one", "two"]
+    pipeline.compose("three")
+    assert [record.name for record in pipeline.records()] == ["float", "one", "two", "three"]
+    assert pipeline.stages("three") == ["download"]
+
+
+def test_a_variant_that_params_name_no_longer_is_not_there(pipeline):
+    pipeline.params(one=LINES["one"])
+    assert [record.name for record in pipeline.records()] == ["float", "one"]
+
+
+def test_stages_that_have_yet_to_follow_a_change_are_left_out(pipeline):
+    pipeline.params(one="method=gptq bits=4", two=LINES["two"])
+    pipeline.compose("one")
+    assert pipeline.stages("one") == ["download", "calibrate"]
+    pipeline.run("quantize", "one", "other weights")
+    assert pipeline.stages("one") == ["download", "calibrate", "quantize"]
+    assert pipeline.stages("two") == EACH
+
+
+def test_a_stage_that_came_out_the_same_by_other_options_keeps_those_after_it(pipeline):
+    pipeline.params(one=f"{LINES['one']} convert.target=gptq", two=LINES["two"])
+    pipeline.run("convert", "one")
+    assert pipeline.stages("one") == EACH
+
+
+def test_a_stage_that_came_out_otherwise_drops_those_after_it(pipeline):
+    pipeline.run("convert", "one", "another layout")
+    assert pipeline.stages("one") == EACH[:4]
+
+
+def test_another_baseline_drops_the_evaluations_that_were_compared_with_the_former(pipeline):
+    pipeline.run("evaluate", "float", "another")
+    assert pipeline.stages("one") == pipeline.stages("two") == [stage for stage in EACH if stage != "evaluate"]
+
+
+def test_the_log_of_a_stage_is_known_and_is_none_of_its_files(pipeline):
+    (pipeline.folder / "artifacts" / "one" / "quantize.log").write_text("said")
+    (record,) = [record for record in pipeline.records() if record.name == "one"]
+    logs = {result["stage"]: result["log"] for result in record.results}
+    assert logs["quantize"] == "artifacts/one/quantize.log"
+    assert logs["convert"] is None
+    assert all(result["files"] == [] for result in record.results)
+
+
+def test_a_damaged_result_is_an_error_that_names_it(pipeline):
+    (pipeline.folder / "artifacts" / "one" / "quantize.json").write_text("{")
+    with pytest.raises(UserError, match=r"one/quantize\.json is no JSON"):
+        pipeline.records()
+
+
+def test_a_variant_by_hand_is_named_apart_from_the_pipelines(root, composed, tmp_path):
+    for name in ("envs", "assets"):
+        (tmp_path / name).symlink_to(root / name)
+
+    def work(run):
+        with run.output():
+            pass
+
+    execute("convert", work, parse(composed("bits=4", "variant=one")), tmp_path, ("bits=4", "variant=one"))
+    record = manual_record(tmp_path, "one")
+    assert record.name == "by-hand/one"
+    assert record.overrides == "bits=4 variant=one"
+    assert [result["stage"] for result in record.results] == ["convert"]
+    saved = json.loads((tmp_path / "scratch" / "one" / "config.json").read_text())
+    (tmp_path / "scratch" / "one" / "config.json").write_text(json.dumps({**saved, "config": composed("seed=3")}))
+    assert manual_record(tmp_path, "one").results == []
+
+
+def test_a_name_under_which_nothing_was_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="scratch/one: no stage was run by hand under that name"):
+        manual_record(tmp_path, "one")
+
+
+def test_outside_git_there_is_no_commit(tmp_path):
+    assert commit_of(tmp_path) == (None, False)

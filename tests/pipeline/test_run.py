@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+
+from quantline.core.errors import UserError
+from quantline.pipeline import run as stage_module
+from quantline.pipeline.config import parse
+from quantline.pipeline.execute import execute
+from quantline.pipeline.identity import combined, file_hashes, stage_fingerprint
+from quantline.pipeline.run import StageRun
+
+
+@pytest.fixture
+def checkout(root, tmp_path):
+    """A folder with what fingerprints are made of."""
+    for name in ("envs", "assets"):
+        (tmp_path / name).symlink_to(root / name)
+    return tmp_path
+
+
+@pytest.fixture
+def config(composed):
+    return lambda *overrides: parse(composed(*overrides))
+
+
+@pytest.fixture
+def frozen(composed):
+    """A configuration as `compose` freezes it."""
+
+    def of(variant, *overrides):
+        locks = {"reference": "r", "server": "s", "quantizer": "q", "tasks": "t"}
+        frozen = {"variant": variant, "overrides": "", "backends": [], "locks": locks}
+        return parse({**composed(*overrides), "frozen": frozen})
+
+    return of
+
+
+def write(name="value", text="x"):
+    """A stage's work that writes one file."""
+
+    def work(run):
+        with run.output() as out:
+            (out / name).write_text(text)
+            run.metrics["size"] = len(text)
+
+    return work
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_output_appears_when_the_block_ends(checkout, config):
+    run = StageRun("convert", config(), checkout, ())
+    with run.output() as out:
+        (out / "file").write_text("x")
+        assert not run.paths.output.exists()
+    assert names(run.paths.output) == ["file"]
+    assert names(run.paths.output.parent) == ["convert"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+def test_an_output_vanishes_when_the_block_fails_and_the_former_one_stays(checkout, config, error):
+    execute("convert", write(), config(), checkout, ())
+    folder = checkout / "scratch" / "awq-w4-g128"
+    before = names(folder)
+    run = StageRun("convert", config(), checkout, ())
+
+    def fail():
+        with run.output() as out:
+            (out / "other").write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert names(folder) == before
+    assert names(folder / "convert") == ["value"]
+
+
+def test_a_disk_that_is_full_at_the_last_moment_leaves_nothing_half_written(checkout, config, monkeypatch):
+    def full(_source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(stage_module.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        execute("convert", write(), config(), checkout, ())
+    assert names(checkout / "scratch" / "awq-w4-g128") == []
+
+
+def test_an_output_without_its_result_is_none(checkout, config, monkeypatch):
+    def full(path, _value):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(stage_module, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        execute("convert", write(), config(), checkout, ())
+    assert names(checkout / "scratch" / "awq-w4-g128") == []
+
+
+def test_a_half_written_output_of_a_dead_process_is_removed_and_that_of_a_living_one_is_not(checkout, config):
+    folder = checkout / "scratch" / "awq-w4-g128"
+    dead, alive = folder / ".convert.partial-4194304", folder / f".convert.partial-{os.getppid()}"
+    for partial in (dead, alive):
+        partial.mkdir(parents=True)
+    execute("convert", write(), config(), checkout, ())
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_a_result_describes_its_output(checkout, config):
+    chosen = config("method=gptq", "bits=8")
+    result = execute("convert", write(text="12345"), chosen, checkout, ("method=gptq", "bits=8"))
+    output = checkout / "scratch" / "gptq-w8-g128" / "convert"
+    assert json.loads(output.with_suffix(".json").read_text()) == result
+    assert result["outputs"] == file_hashes(output)
+    assert result["output_hash"] == combined(result["outputs"])
+    assert result["fingerprint"] == stage_fingerprint(chosen, "convert", checkout)
+    assert result["metrics"] == {"size": 5}
+    assert result["status"] == "ok"
+    assert result["environment"]["toolchain"] == "core"
+    assert result["environment"]["versions"]["numpy"]
+    assert 1 <= len(result["monitor"]["samples"]) <= 200
+    assert result["monitor"]["peak"]["rss_bytes"] > 1e7
+
+
+def test_a_run_by_hand_keeps_its_configuration_and_overrides(checkout, config):
+    execute("convert", write(), config("method=gptq"), checkout, ("method=gptq", "model.name='a b'"))
+    (path,) = checkout.glob("scratch/gptq-w4-g128-*/config.json")
+    saved = json.loads(path.read_text())
+    assert saved["config"]["method"]["name"] == "gptq"
+    assert saved["overrides"] == """method=gptq 'model.name='"'"'a b'"'"''"""
+
+
+def test_a_frozen_run_writes_to_artifacts_and_a_run_by_hand_to_scratch(checkout, config, frozen):
+    execute("convert", write(), frozen("mine"), checkout, ())
+    execute("convert", write(), config(), checkout, ())
+    assert names(checkout / "artifacts" / "mine") == ["convert", "convert.json"]
+    assert names(checkout / "scratch") == ["awq-w4-g128"]
+
+
+def test_the_name_of_a_variant_is_checked_before_anything_runs(checkout, config):
+    def work(_run):
+        raise AssertionError("it ran")
+
+    with pytest.raises(UserError, match=r"variant='\.\./x'"):
+        execute("convert", work, config("variant=../x"), checkout, ())
+
+
+def test_an_input_by_hand_is_found_by_what_it_was_made_from_whatever_its_name(checkout, config):
+    options = ("method=gptq", "bits=8")
+    execute("quantize", write(), config(*options, "variant=mine"), checkout, ())
+    run = StageRun("convert", config(*options, "serve.process.port=9000"), checkout, options)
+    assert run.input("quantize") == checkout / "scratch" / "mine" / "quantize"
+    assert list(run.inputs) == ["quantize"]
+
+
+def test_an_input_by_hand_is_found_among_the_pipelines_outputs(checkout, config):
+    execute("quantize", write(), config("method=gptq"), checkout, ())
+    shutil.move(checkout / "scratch" / "gptq-w4-g128", checkout / "artifacts" / "renamed")
+    run = StageRun("convert", config("method=gptq"), checkout, ())
+    assert run.input("quantize") == checkout / "artifacts" / "renamed" / "quantize"
+
+
+@pytest.mark.parametrize("option", ["bits=8", "seed=1", "threads=1", "calibration.n_samples=5", "method.desc_act=true"])
+def test_an_input_made_from_other_options_is_not_taken(checkout, config, option):
+    execute("quantize", write(), config("method=gptq"), checkout, ())
+    run = StageRun("convert", config("method=gptq", option), checkout, ("method=gptq", option))
+    with pytest.raises(UserError, match=f"run: python -m stages.quantize method=gptq {option}$"):
+        run.input("quantize")
+
+
+def test_a_baseline_that_is_missing_names_its_command_without_the_methods_options(checkout, config):
+    options = ("method=gptq", "method.desc_act=true", "bits=8", "group_size=32", "evaluate.max_tokens=100")
+    run = StageRun("evaluate", config(*options), checkout, options)
+    with pytest.raises(UserError, match=r"run: python -m stages.evaluate method=float evaluate.max_tokens=100$"):
+        run.input("evaluate", baseline=True)
+
+
+def test_a_baseline_is_found_for_a_variant(checkout, config):
+    execute("evaluate", write(), config("method=float"), checkout, ("method=float",))
+    run = StageRun("evaluate", config("method=gptq", "bits=8"), checkout, ())
+    assert run.input("evaluate", baseline=True) == checkout / "scratch" / "float" / "evaluate"
+    assert list(run.inputs) == ["float/evaluate"]
+
+
+def test_an_input_of_the_pipeline_that_is_missing_names_dvc(checkout, frozen):
+    run = StageRun("convert", frozen("mine"), checkout, ())
+    with pytest.raises(UserError, match=r"artifacts/mine/quantize is missing: run `dvc repro`"):
+        run.input("quantize")
+
+
+def test_the_download_has_one_place_for_all_variants(checkout, frozen):
+    execute("download", write(), frozen("float", "method=float"), checkout, ())
+    run = StageRun("calibrate", frozen("mine"), checkout, ())
+    assert run.input("download") == checkout / "artifacts" / "shared" / "download"
+
+
+def test_the_baseline_has_nothing_to_quantize(checkout, config):
+    with pytest.raises(
+        UserError, match=r"method=float: the baseline skips quantize; choose method=awq, .* or autoround"
+    ):
+        StageRun("quantize", config("method=float"), checkout, ()).refuse_float()
+
+
+def test_the_float_model_is_served_as_downloaded_and_a_variant_as_converted(checkout, config):
+    for stage, option in (("download", "method=float"), ("convert", "method=gptq")):
+        execute(stage, write(), config(option), checkout, ())
+    served = StageRun("serve_smoke", config("method=float"), checkout, ()).checkpoint()
+    assert served == checkout / "scratch" / "shared" / "download" / "model"
+    served = StageRun("serve_smoke", config("method=gptq"), checkout, ()).checkpoint()
+    assert served == checkout / "scratch" / "gptq-w4-g128" / "convert"
+
+
+def test_a_checkpoint_that_changed_since_it_was_made_is_told_by_its_files(checkout, config):
+    execute("convert", write(), config("method=gptq"), checkout, ())
+    run = StageRun("evaluate", config("method=gptq"), checkout, ())
+    assert run.changed_files() == 0
+    folder = run.checkpoint()
+    first = next(path for path in sorted(folder.rglob("*")) if path.is_file())
+    first.write_bytes(first.read_bytes() + b" ")
+    (folder / "added").write_text("")
+    assert run.changed_files() == 2
+
+
+def test_what_was_measured_is_said(checkout, config, capsys):
+    def work(run):
+        write()(run)
+        run.status, run.reason = "unsupported", "no kernel"
+        run.warnings.append("look")
+
+    execute("convert", work, config(), checkout, ())
+    said = capsys.readouterr().err
+    assert "convert awq-w4-g128: unsupported in " in said
+    assert "-> scratch/awq-w4-g128/convert" in said
+    assert "note: look" in said
+    assert "note: no kernel" in said

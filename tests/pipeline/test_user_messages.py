@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from quantline.core.errors import ServerError, UserError
+from quantline.pipeline.config import parse
+from quantline.pipeline.execute import check_caller
+from quantline.pipeline.user_messages import explain, option_names
+from stages import run_and_publish
+
+
+@pytest.fixture
+def conf(root):
+    return root / "conf"
+
+
+@pytest.fixture
+def failure(conf):
+    """What Hydra raises for overrides, explained."""
+
+    def of(*overrides, name="config"):
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(config_dir=str(conf), version_base="1.3"), pytest.raises(Exception) as caught:  # noqa: PT011
+            compose(name, overrides=list(overrides))
+        return explain(caught.value, conf)
+
+    return of
+
+
+@pytest.fixture
+def frozen(composed):
+    locks = {"reference": "", "server": "", "quantizer": ""}
+    values = {"variant": "mine", "overrides": "", "backends": ["autoawq"], "locks": locks}
+    return parse({**composed(), "frozen": values})
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("method=gptqq", "method=gptqq: allowed are autoround, awq, bnb, float, gptq, rtn (did you mean gptq?)"),
+        ("calibration=wikitext", "calibration=wikitext: allowed are c4, demo, domain, jsonl, pileval, wikitext2"),
+        ("bitss=8", "bitss: no such option (did you mean bits?)"),
+        ("method.quant_type=nf4", "method.quant_type: this method has no such option, method=bnb has it; see --help"),
+        ("calibration.nsamples=8", "calibration.nsamples: no such option (did you mean calibration.n_samples?)"),
+        ("bits", "bits: is no override; give KEY=VALUE"),
+        ("model.name=[a", "model.name=[a: is no override"),
+    ],
+)
+def test_what_hydra_cannot_compose_is_explained_with_what_is_allowed(failure, override, says):
+    message, code = failure(override)
+    assert says in message
+    assert code == 2
+    assert "\n" not in message
+
+
+def test_a_frozen_configuration_that_is_missing_is_named_with_its_command(failure):
+    message, code = failure(name="nope")
+    assert message == "nope: no such configuration; the pipeline's are made by `dvc repro`"
+    assert code == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_explained_with_the_file(conf, number):
+    message, code = explain(OSError(number, "x", "/data/file"), conf)
+    assert "the disk is full while writing /data/file; free some space" in message
+    assert code == 1
+    assert "writing" not in explain(OSError(number, "x"), conf)[0]
+
+
+def test_a_file_that_may_not_be_written_is_named(conf):
+    assert explain(PermissionError(errno.EACCES, "Permission denied", "/data"), conf) == (
+        "/data: Permission denied; make it writable", 1
+    )  # fmt: skip
+
+
+def test_our_own_errors_keep_their_message_and_code(conf):
+    assert explain(UserError("no"), conf) == ("no", 2)
+    assert explain(ServerError("died"), conf) == ("died", 1)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.EIO, "x"), KeyError("x")])
+def test_a_fault_of_ours_is_not_explained_away(conf, error):
+    assert explain(error, conf) is None
+
+
+def test_options_are_known_of_every_choice_of_a_group(conf):
+    names = option_names(conf)
+    assert {"bits", "method.damp_percent", "method.clip", "serve.process.port", "evaluate.bootstrap.seed"} <= set(names)
+    assert not [name for name in names if name.startswith(("hydra", "defaults"))]
+
+
+def test_a_frozen_configuration_with_overrides_is_refused(frozen):
+    with pytest.raises(UserError, match=r"bits=8: variants/mine\.yaml is frozen and takes no overrides"):
+        check_caller(frozen, ["bits=8"])
+    check_caller(frozen, [])
+
+
+def test_dvc_may_run_frozen_configurations_alone(frozen, composed, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "quantize@mine")
+    check_caller(frozen, [])
+    with pytest.raises(UserError, match=r"not frozen; give it -cp \.\./variants -cn NAME"):
+        check_caller(parse(composed()), [])
+    monkeypatch.delenv("DVC_STAGE")
+    check_caller(parse(composed()), ["bits=4"])
+
+
+@pytest.fixture
+def checkout(root, tmp_path):
+    for name in ("envs", "assets"):
+        (tmp_path / name).symlink_to(root / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("overrides", "published"), [([], ["by-hand/awq-w4-g128"]), (["tracking.enabled=false"], [])])
+def test_a_stage_by_hand_is_published_under_a_name_of_its_own(root, checkout, monkeypatch, overrides, published):
+    seen = []
+    monkeypatch.setattr(
+        "quantline.lifecycle.publish.publish_records", lambda records, *_, **__: seen.extend(r.name for r in records)
+    )
+
+    def work(run):
+        with run.output():
+            pass
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=overrides)
+    run_and_publish("convert", work, cfg, checkout, overrides)
+    assert seen == published
+
+
+def started(root, *command):
+    return subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_a_python_without_hydra_is_told_what_to_do(root):
+    done = started(root, "-S", "-m", "stages.quantize")
+    assert done.returncode == 1
+    assert done.stderr == "error: this Python has no hydra; run `make setup`, then `source .venv/bin/activate`\n"
+
+
+def test_a_failure_does_not_end_the_other_jobs_of_a_sweep(root):
+    done = started(root, "-m", "stages.quantize", "-m", "method=gptq", "bits=5,7", "tracking.enabled=false")
+    assert done.returncode == 2
+    assert "bits=5: gptq takes" in done.stderr
+    assert "bits=7: gptq takes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_the_stage_the_groups_and_every_default(root):
+    done = started(root, "-m", "stages.convert", "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("convert: one stage of the quantline pipeline")
+    assert "method: autoround, awq, bnb, float, gptq, rtn" in done.stdout
+    assert "group_size: 128" in done.stdout

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import report_records
+import yaml
+
+from quantline.config.report import ReportConfig
+from quantline.core.errors import UserError
+from quantline.report import layer_plots, plots, run_tables, svg, tables
+from quantline.report.build import build, compile_report
+from quantline.report.evidence import current_report, gather, made_of
+
+
+@pytest.fixture(scope="module")
+def rules(root: Path) -> ReportConfig:
+    return ReportConfig.model_validate(yaml.safe_load((root / "conf" / "report" / "default.yaml").read_text()))
+
+
+@pytest.fixture(scope="module")
+def whole(rules: ReportConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of five variants, every instrument measured."""
+    folder = tmp_path_factory.mktemp("whole")
+    records = report_records.records(folder)
+    build(records, folder / "artifacts", rules, folder / "report")
+    return folder / "report"
+
+
+@pytest.fixture(scope="module")
+def bare(rules: ReportConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of one variant of which the newer instruments measured nothing."""
+    folder = tmp_path_factory.mktemp("bare")
+    records = report_records.records(folder, whole=False, names=["gptq-w4-g128"])
+    build(records, folder / "artifacts", rules, folder / "report")
+    return folder / "report"
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return json.loads((folder / "data" / f"{name}.json").read_text())
+
+
+def test_the_recommended_variant_leads_both_documents_with_its_reasons(whole: Path) -> None:
+    page, text = (whole / "index.html").read_text(), (whole / "report.md").read_text()
+    assert "Ship <code>gptq-w4-g128</code>." in page
+    assert text.splitlines()[2] == "**Ship gptq-w4-g128.**"
+    for document in (page.replace("&#39;", "'"), text):
+        assert "perplexity +2.21 % [+2.04, +2.37], 2.58x smaller on disk" in document
+        assert (
+            "By the upper end of its interval, the perplexity grows by 2.37 % (at most 3.00 % is allowed)" in document
+        )
+        assert "vLLM does not serve it here: vLLM 0.32.0 on CPU serves GPTQ of 4 bits only" in document
+
+
+def test_alarms_stand_before_everything_but_the_recommendation(whole: Path) -> None:
+    page = (whole / "index.html").read_text()
+    assert page.index('id="recommendation"') < page.index("Alarms: gptq-w2-g128") < page.index('id="glance"')
+    assert "its output error is beyond what 2 bits explain" in (whole / "report.md").read_text()
+    assert [row["variant"] for row in rows(whole, "alarms")] == ["gptq-w2-g128"]
+
+
+def test_every_table_is_a_csv_and_a_json_of_the_same_rows(whole: Path) -> None:
+    found = sorted(path.stem for path in (whole / "data").glob("*.csv"))
+    assert {"variants", "quality", "tasks", "layers", "restored", "speed", "memory", "protocol", "commands"} <= set(
+        found
+    )
+    for name in found:
+        with (whole / "data" / f"{name}.csv").open(newline="") as file:
+            written = list(csv.DictReader(file))
+        assert len(written) == len(rows(whole, name)) > 0, name
+        for text, value in zip(written, rows(whole, name), strict=True):
+            for key, cell in value.items():
+                assert text[key] == ("" if cell is None else str(cell)), (name, key)
+
+
+def test_values_are_those_of_the_results_in_base_units(whole: Path) -> None:
+    (row,) = [row for row in rows(whole, "variants") if row["variant"] == "awq-w4-g128"]
+    assert row["size_bytes"] == 7.26e6
+    assert row["difference_percent"] == pytest.approx(2.46)
+    assert row["speed_up"] == pytest.approx((1.31 * 1.12 * 0.88) ** (1 / 3))
+    assert row["slower_than_float"] is True
+    assert row["verdict"] == "worse"
+    assert len(rows(whole, "layers")) == 5 * 35
+    assert len(rows(whole, "worst_layers")) == 5 * 5
+
+
+def test_equal_results_give_equal_bytes(whole: Path, rules: ReportConfig, tmp_path: Path) -> None:
+    build(report_records.records(tmp_path), tmp_path / "artifacts", rules, tmp_path / "report")
+    names = sorted(path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file())
+    assert len(names) > 40
+    assert [name for name in names if (whole / name).read_bytes() != (tmp_path / "report" / name).read_bytes()] == []
+
+
+def test_what_was_not_measured_is_said(bare: Path) -> None:
+    page, text = (bare / "index.html").read_text(), (bare / "report.md").read_text()
+    for document in (page, text):
+        assert document.lower().count("not measured") >= 8
+        assert "nan" not in re.sub(r"<[^>]+>|[\w+/=]{60,}", "", document).lower().split()
+    assert "not looked for" in page
+    assert {path.stem for path in (bare / "plots").iterdir()} == {
+        "quality-size", "distances", "errors-gptq-w4-g128", "memory"
+    }  # fmt: skip
+    assert "Recovery on tasks: not measured, so it was not judged by that." in text
+
+
+def test_plots_are_drawings_with_titles_and_ids_of_their_own(whole: Path) -> None:
+    page = (whole / "index.html").read_text()
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) > 100
+    assert set(re.findall(r'(?:url\(|href=")#([^")]+)', page)) <= set(ids)
+    for path in (whole / "plots").iterdir():
+        drawing = ElementTree.fromstring(path.read_text())  # it is well-formed
+        assert drawing.find("{http://www.w3.org/2000/svg}title") is not None
+    assert not re.search("|".join(drawn for drawn, _ in svg.INK.values()), page)
+
+
+def test_the_page_asks_nothing_of_a_network(whole: Path) -> None:
+    page = (whole / "index.html").read_text()
+    assert "default-src 'none'" in page
+    assert "<script" not in page
+    assert re.findall(r'(?:src|href)="(?!#|data:|data/|report\.md)[^"]*"', page) == []
+
+
+def test_text_of_a_result_is_no_markup(rules: ReportConfig, tmp_path: Path) -> None:
+    records = report_records.records(tmp_path, whole=False, names=["gptq-w4-g128"])
+    records[1].results[2]["warnings"] = ["<script>alert(1)</script> | a bar"]
+    build(records, tmp_path / "artifacts", rules, tmp_path / "report")
+    assert "<script" not in (tmp_path / "report" / "index.html").read_text()
+    (line,) = [line for line in (tmp_path / "report" / "report.md").read_text().splitlines() if "alert(1)" in line]
+    assert "<script" not in line
+    assert line.replace("\\|", "").count("|") == 5
+
+
+def test_a_variant_that_no_other_beats_in_both_is_on_the_front() -> None:
+    found = [("a", 1, 9.0), ("b", 2, 3.0), ("c", 2, 4.0), ("d", 3, 3.0), ("e", 4, 1.0), ("f", 5, None)]
+    rows = [{"variant": name, "size_bytes": size, "difference_percent": loss} for name, size, loss in found]
+    assert plots.pareto(rows) == ["a", "b", "e"]
+
+
+def test_a_model_of_many_layers_is_drawn_without_numbers(tmp_path: Path) -> None:
+    (_, item) = gather(report_records.records(tmp_path, names=["gptq-w4-g128"]), tmp_path / "artifacts")
+    object.__setattr__(item, "layers", report_records.layer_rows(0.2, layers=60))
+    (plot,) = layer_plots.heat_maps([item])
+    assert plot.drawn.count("<text") < 60
+    assert plot.width > 1000
+
+
+def test_options_that_differ_are_told_by_variant(tmp_path: Path) -> None:
+    records = report_records.records(tmp_path, whole=False, names=["gptq-w4-g128", "awq-w4-g128"])
+    records[1].config["calibration"]["n_samples"] = 8
+    found = [row for row in run_tables.protocol(gather(records, tmp_path)).rows if row["option"] == "n_samples"]
+    assert [(row["value"], row["variants"]) for row in found] == [("32", "float, awq-w4-g128"), ("8", "gptq-w4-g128")]
+
+
+def test_a_report_of_other_results_is_not_current(tmp_path: Path) -> None:
+    records = report_records.records(tmp_path, whole=False, names=["gptq-w4-g128"])
+    assert current_report(tmp_path, records) is None
+    manifest = tmp_path / "report" / "data" / "manifest.json"
+    report_records.write(manifest, {"made_of": made_of(records)})
+    assert current_report(tmp_path, records) == tmp_path / "report"
+    records[1].results[-1]["metrics"]["nll_difference"] = 0.5
+    assert current_report(tmp_path, records) is None
+
+
+def test_a_report_on_nothing_says_what_to_do(rules: ReportConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run `dvc repro` first"):
+        build([], tmp_path, rules, tmp_path / "report")
+
+
+def test_the_baseline_alone_is_reported_on(rules: ReportConfig, tmp_path: Path) -> None:
+    records = report_records.records(tmp_path, whole=False, names=[])
+    report = compile_report(gather(records, tmp_path / "artifacts"), rules)
+    assert report.recommendation.headline == "None: no variant has been built yet."
+
+
+def test_a_gate_that_judges_nothing_is_no_praise(tmp_path: Path) -> None:
+    def passed(rows: int, limit: float | None) -> object:
+        (record,) = report_records.records(tmp_path, names=["gptq-w4-g128"])[1:]
+        path = tmp_path / "artifacts" / "gptq-w4-g128" / "tasks" / "tasks.json"
+        known = json.loads(path.read_text())
+        report_records.write(
+            path, {"rows": known["rows"][:rows], "gate": {"passed": True, "limit": limit, "failed": []}}
+        )
+        return tables.variants(gather([record], tmp_path / "artifacts")).rows[0]["tasks_passed"]
+
+    assert [passed(2, 0.9), passed(2, None), passed(0, 0.9)] == [True, None, None]

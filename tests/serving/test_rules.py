@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+
+from quantline.core.errors import UserError
+from quantline.serving.rules import CheckpointFacts, Target, facts_of, rules, verdict, verdicts
+
+CPU = Target("vllm", "0.32.0+cpu", "cpu", "bfloat16")
+GPU = Target("vllm", "0.32.0", "cuda", "bfloat16")
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "rule"),
+    [
+        (None, CPU, ""),
+        (AWQ, CPU, ""),
+        (AWQ, GPU, ""),
+        (GPTQ, CPU, ""),
+        (GPTQ, GPU, ""),
+        (GPTQ | {"group_size": -1}, CPU, ""),
+        (GPTQ | {"group_size": -1, "desc_act": True}, CPU, ""),
+        (GPTQ | {"checkpoint_format": "gptq_v2"}, CPU, ""),
+        (GPTQ | {"bits": 8}, GPU, ""),
+        (GPTQ | {"bits": 8}, CPU, "gptq-cpu-bits"),
+        (GPTQ | {"bits": 2}, GPU, "gptq-bits"),
+        (GPTQ | {"bits": 3}, CPU, "gptq-bits"),
+        (GPTQ | {"sym": False}, CPU, "gptq-asymmetric"),
+        (GPTQ | {"sym": False}, GPU, "gptq-asymmetric"),
+        (GPTQ | {"desc_act": True}, CPU, "gptq-grouped-desc-act"),
+        (GPTQ | {"group_size": 256}, CPU, "gptq-group-size"),
+        (AWQ | {"bits": 8}, CPU, "awq-bits"),
+        (AWQ | {"version": "gemv"}, GPU, "awq-layout"),
+        (AWQ | {"version": "gemv_fast"}, CPU, "awq-layout"),
+        (AWQ | {"zero_point": False}, CPU, "awq-cpu-zero-point"),
+        (AWQ | {"zero_point": False}, GPU, ""),
+        (AWQ, Target("vllm", "0.32.0", "cpu", "float32"), "quantized-float32"),
+        (None, Target("vllm", "0.32.0", "cpu", "float32"), ""),
+    ],
+)
+def test_what_vllm_serves(config, target, rule):
+    found = verdict(target, facts_of(config))
+    assert (found.supported, found.rule_id) == (not rule, rule)
+    if rule:
+        assert "0.32.0" in found.reason
+        assert found.remedy
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "rule"),
+    [
+        (AWQ, "bfloat16", ""),
+        (AWQ | {"zero_point": False}, "float16", ""),
+        (GPTQ, "float32", "quantized-float32"),
+        (GPTQ | {"bits": 8}, "float16", ""),
+        (GPTQ | {"bits": 3}, "float16", "gptq-bits"),
+        (GPTQ | {"desc_act": True}, "float16", ""),
+        (GPTQ | {"group_size": -1}, "float16", ""),
+        (GPTQ | {"group_size": 256}, "float16", "gptq-group-size"),
+    ],
+)
+def test_what_0_25_1_did_on_a_gpu(config, dtype, rule):
+    assert verdict(Target("vllm", "0.25.1", "cuda", dtype), facts_of(config)).rule_id == rule
+
+
+def test_a_reason_names_what_was_given():
+    found = verdict(CPU, facts_of(GPTQ | {"bits": 8}))
+    assert found.reason == ("vLLM 0.32.0+cpu on CPU has a kernel for GPTQ with 4 bits only, this checkpoint has 8")
+    assert found.remedy == "serve it on a GPU, or set bits=4"
+
+
+def test_widths_that_no_kernel_takes_are_refused_on_a_cpu_only():
+    narrow = facts_of(AWQ, widths_divisible_by_32=False)
+    assert verdict(CPU, narrow).rule_id == "cpu-layer-widths"
+    assert verdict(GPU, narrow).supported
+    assert verdict(CPU, facts_of(AWQ, widths_divisible_by_32=True)).supported
+
+
+def test_nothing_is_said_about_versions_and_runtimes_outside_the_rules():
+    eight = facts_of(GPTQ | {"bits": 8})
+    assert verdict(Target("vllm", "1.0.0", "cpu"), eight).supported
+    assert verdict(Target("mindie", "0.32.0", "cpu"), eight).supported
+    assert not verdict(Target("vllm", "0.32.1rc1", "cpu"), eight).supported
+
+
+def test_a_fact_that_is_not_stated_matches_no_rule():
+    assert verdict(CPU, CheckpointFacts("gptq")).supported
+
+
+def test_a_gpu_is_refused_below_a_capability_and_an_unknown_one_is_not():
+    old, unknown = (Target("vllm", "0.32.0", "cuda", "float16", compute_capability=value) for value in (70, None))
+    assert verdict(old, facts_of(AWQ)).rule_id == "gpu-capability"
+    assert verdict(unknown, facts_of(AWQ)).supported
+    assert verdict(Target("vllm", "0.32.0", "cuda", "float16", compute_capability=75), facts_of(AWQ)).supported
+
+
+def test_everything_that_is_known_against_it_is_said():
+    found = verdicts(CPU, facts_of(GPTQ | {"bits": 8, "sym": False, "desc_act": True}))
+    assert [one.rule_id for one in found] == ["gptq-asymmetric", "gptq-cpu-bits", "gptq-grouped-desc-act"]
+    assert all(one.source for one in found)
+    assert verdict(CPU, facts_of(GPTQ | {"bits": 8, "sym": False})) == found[0]
+
+
+def test_a_version_that_is_none_is_a_user_error():
+    with pytest.raises(UserError, match="give one like"):
+        verdict(Target("vllm", "newest", "cpu"), CheckpointFacts("float"))
+
+
+def test_old_names_in_awq_configs_are_understood():
+    old = {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}
+    assert facts_of(old) == CheckpointFacts("awq", 4, 64, None, None, True, "gemm", None)
+
+
+def test_rule_ids_are_unique_and_every_rule_has_a_source():
+    assert len(rules()) > 5
+    assert len({rule.id for rule in rules()}) == len(rules())
+    assert all(rule.source.startswith(("ran: ", "read: ")) for rule in rules())

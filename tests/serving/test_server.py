@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import fake_server
+import psutil
+import pytest
+from fake_server import IGNORING
+
+from quantline.core.errors import ServerError, UserError
+from quantline.serving.ports import require_free
+from quantline.serving.server import ServerOptions, command_line, serve
+from quantline.serving.server_log import ending, failure_reason, kernels, weights_bytes
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def start(tmp_path, model, fault="", **options):
+    chosen = ServerOptions(environment={"FAULT": fault}, **{"startup_timeout_seconds": 20.0, **options})
+    return serve(fake_server.interpreter(tmp_path), model, chosen, log=tmp_path / "logs" / "server.log")
+
+
+def gone(processes, seconds=15.0):
+    return psutil.wait_procs(processes, timeout=seconds)[1] == []
+
+
+def test_a_server_answers_inside_the_block_and_no_process_of_it_is_left_after(tmp_path, model):
+    with start(tmp_path, model) as server:
+        processes = server.processes()
+        assert server.client().get("/version").json() == {"version": "0.0.1"}
+        assert server.max_model_len == 16
+        assert 0 < server.load_seconds < 20
+        assert server.memory_bytes() > 1_000_000
+    assert processes
+    assert gone(processes, 0.1)
+    with pytest.raises(ServerError, match="ended with code"):
+        server.require_alive("testing")
+
+
+def test_a_child_that_ignores_sigterm_in_a_session_of_its_own_is_ended_too(tmp_path, model):
+    environment = {"FAULT": "stubborn"}
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "src/quantline/serving/process_tree.py",
+        "0.5",
+        str(fake_server.interpreter(tmp_path)),
+    ]
+    options = ServerOptions(port=0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command += command_line(tmp_path, model, options, port)[1:]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, **environment}) as process:
+        stray, deadline = [], time.monotonic() + 10
+        while not stray and time.monotonic() < deadline:
+            found = psutil.Process(process.pid).children(recursive=True)
+            with suppress(psutil.NoSuchProcess):  # a parent on its way out, which is what the child is to be left by
+                stray = [
+                    one for one in found if IGNORING[-17:] in " ".join(one.cmdline()) and one.ppid() == process.pid
+                ]
+            time.sleep(0.05)
+        assert os.getsid(stray[0].pid) == stray[0].pid
+        process.stdin.close()
+        process.wait(15)
+    assert gone(found, 0.1)
+
+
+def test_nothing_is_left_even_when_the_supervisor_is_killed(tmp_path, model):
+    with start(tmp_path, model, "stubborn") as server:
+        processes = server.processes()
+        server.process.kill()
+        server.process.wait()
+    assert len(processes) == 2
+    assert gone(processes, 5)
+
+
+def test_the_temporary_folder_of_the_server_goes_with_it(tmp_path, model, monkeypatch):
+    with start(tmp_path, model) as server:
+        folder = server.processes()[0].environ()["TMPDIR"]
+        assert os.path.isdir(folder)
+    assert "quantline-serve-" in folder
+    assert not os.path.exists(folder)
+
+
+def test_an_exception_inside_the_block_ends_the_server(tmp_path, model):
+    block = start(tmp_path, model)
+    processes = block.__enter__().processes()
+    with pytest.raises(ZeroDivisionError):
+        block.gen.throw(ZeroDivisionError())
+    assert gone(processes, 0.1)
+
+
+def test_a_busy_port_is_refused_before_anything_starts(tmp_path, model):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken; end what listens there"):
+            start(tmp_path, model, port=port).__enter__()
+    assert not (tmp_path / "logs").exists()
+    require_free("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("203.0.113.7", 8000), ("no-such-host.invalid", 8000), ("127.0.0.1", 70000)]
+)
+def test_an_address_that_is_not_ours_is_a_user_error(host, port):
+    with pytest.raises(UserError, match="cannot listen there"):
+        require_free(host, port)
+
+
+def test_a_folder_without_config_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json there"):
+        start(tmp_path, tmp_path).__enter__()
+
+
+def test_a_server_that_dies_while_loading_is_noticed_at_once_with_its_reason(tmp_path, model):
+    began = time.monotonic()
+    with pytest.raises(ServerError, match=r"ended with code 1 while loading .*ValueError: the weights are odd; log: "):
+        start(tmp_path, model, "dies", startup_timeout_seconds=60.0).__enter__()
+    assert time.monotonic() - began < 10
+
+
+def test_an_interpreter_that_does_not_exist_is_a_server_error_with_its_log(tmp_path, model):
+    with pytest.raises(ServerError, match="No such file or directory"):
+        serve(tmp_path / "absent", model, ServerOptions(), log=tmp_path / "log").__enter__()
+
+
+def test_a_server_that_is_never_ready_is_ended_at_the_timeout(tmp_path, model, capfd):
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(ServerError, match=r"not ready after 1 s; allow it more time \(startup_timeout_seconds\)"):
+        start(tmp_path, model, "never_ready", startup_timeout_seconds=1.0).__enter__()
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert "serving model on 127.0.0.1" in capfd.readouterr().err
+
+
+def test_another_server_on_our_port_is_not_taken_for_ours(tmp_path, model):
+    with pytest.raises(ServerError, match="answered by another server, of /somewhere/else"):
+        start(tmp_path, model, "other_root").__enter__()
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {source!r})
+from quantline.serving import ServerOptions, serve
+with serve(Path({python!r}), Path({model!r}), ServerOptions(environment={{"FAULT": {fault!r}}}), log=Path({log!r})):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("fault", ["", "never_ready"], ids=["serving", "loading"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_is_left_when_the_owner_is_interrupted(root, tmp_path, model, fault, how):
+    python, log = str(fake_server.interpreter(tmp_path)), str(tmp_path / "log")
+    code = OWNER.format(source=str(root / "src"), python=python, model=str(model), fault=fault, log=log)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as owner:
+        if not fault:
+            assert owner.stdout.readline() == b"ready\n"
+        deadline = time.monotonic() + 10
+        while len(found := psutil.Process(owner.pid).children(recursive=True)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        owner.send_signal(how)
+        assert owner.wait(15) != 0
+    assert len(found) >= 2
+    assert gone(found)
+
+
+def test_the_command_line_trusts_no_remote_code_and_ignores_the_sampling_defaults_of_the_checkpoint(tmp_path):
+    command = command_line(tmp_path / "python", tmp_path, ServerOptions(max_model_len=99, kv_cache_gib=0.5), 8123)
+    assert "--trust-remote-code" not in command
+    for name, value in [
+        ("--port", "8123"), ("--host", "127.0.0.1"), ("--max-model-len", "99"), ("--served-model-name", "quantline"),
+        ("--generation-config", "vllm"), ("--kv-cache-memory-bytes", str(2**29)),
+    ]:  # fmt: skip
+        assert command[command.index(name) + 1] == value
+    assert "--gpu-memory-utilization" not in command
+    more = ServerOptions(device="cuda", trust_remote_code=True, enforce_eager=False, extra_args=("--seed", "1"))
+    command = command_line(tmp_path / "python", tmp_path, more, 8123)
+    assert command[-2:] == ["--seed", "1"]
+    assert {"--trust-remote-code", "--gpu-memory-utilization"} <= set(command)
+    assert "--enforce-eager" not in command
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "(EngineCore pid=1) ERROR 11-21 23:27:11 [core.py:1] ValueError: first\n"
+            "(APIServer pid=2) RuntimeError: Engine core initialization failed. See root cause above.\n",
+            "ValueError: first",
+        ),
+        (
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+            "  Value error, bits=3 [type=value_error]\n    For further information visit somewhere\n",
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig "
+            "Value error, bits=3 [type=value_error]",
+        ),
+        ("vllm serve: error: unrecognized arguments: --foo\n", "vllm serve: error: unrecognized arguments: --foo"),
+        ("/opt/bin/python: No module named vllm\n", "/opt/bin/python: No module named vllm"),
+        (
+            # The worker's traceback, the engine's and the server's, each raised again by the next.
+            "(Worker pid=3) ERROR 11-21 23:51:00 [multiproc_executor.py:9] WorkerProc failed to start.\n"
+            "(Worker pid=3) ERROR 11-21 23:51:00 [multiproc_executor.py:9] Traceback (most recent call last):\n"
+            "(Worker pid=3) ERROR 11-21 23:51:00 [multiproc_executor.py:9]     raise it\n"
+            "(Worker pid=3) ERROR 11-21 23:51:00 [multiproc_executor.py:9] torch.OutOfMemoryError: too much\n"
+            "(EngineCore pid=2) ERROR 11-21 23:51:01 [core.py:9] Exception: WorkerProc initialization failed due to an "
+            "exception in a background process. See stack trace for root cause.\n"
+            "(EngineCore pid=2) Process EngineCore:\n"
+            "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.\n",
+            "torch.OutOfMemoryError: too much",
+        ),
+        ("safetensors_rust.SafetensorError: cut short\n", "safetensors_rust.SafetensorError: cut short"),
+        ("something odd\n\n", "something odd"),
+        ("", "it printed nothing"),
+    ],
+)
+def test_the_reason_of_a_failure_is_the_root_exception(tmp_path, text, reason):
+    log = tmp_path / "log"
+    log.write_text(text)
+    assert failure_reason(log) == reason
+
+
+def test_a_missing_log_and_a_long_reason_are_told_too(tmp_path):
+    assert failure_reason(tmp_path / "none") == "it left no log"
+    (tmp_path / "log").write_text("ValueError: " + "x" * 5000)
+    assert len(failure_reason(tmp_path / "log")) < 700
+
+
+def test_a_kill_reads_as_out_of_memory():
+    assert ending(137) == ending(-9) == "was killed (out of memory?)"
+    assert ending(3) == "ended with code 3"
+
+
+def test_weights_and_kernels_are_read_from_the_log():
+    text = (
+        "(Worker_TP0 pid=1) INFO [gpu_model_runner.py:1] Model loading took 1.5 GiB memory and 3.1 seconds\n"
+        "(Worker_TP1 pid=2) INFO [gpu_model_runner.py:1] Model loading took 0.5 GiB memory and 3.1 seconds\n"
+        "INFO [a.py:1] Using MacheteLinearKernel for AutoGPTQLinearMethod\n"
+        "INFO [b.py:1] Using MacheteLinearKernel for mixed-precision linear\n"
+    )
+    assert weights_bytes(text) == 2 * 1024**3
+    assert weights_bytes("no such line") is None
+    assert weights_bytes("[model_runner.py:303] Model loading took 0.5 GiB and 3.100000 seconds") == 2**29
+    assert kernels(text) == ["MacheteLinearKernel"]

@@ -1,0 +1,184 @@
+"""The real server: one for all checks of this file but those of a server that does not come up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from quantline.checkpoints.companions import has_chat_template
+from quantline.core.errors import ServerError, UserError
+from quantline.serving.answer_checks import judge_answers
+from quantline.serving.logprobs import score
+from quantline.serving.rules import Target, facts_of, verdict
+from quantline.serving.server import ServerOptions, serve
+from quantline.serving.smoke import run_smoke
+from quantline.toolchains.toolchain import worker_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = ROOT / ".venvs" / "vllm" / "bin" / "python"
+REFERENCE = ROOT / ".venvs" / "reference" / "bin" / "python"
+MODEL = ROOT / "assets" / "demo" / "model"
+# One thread that is bound to no core: others may be busy on these.
+OPTIONS = ServerOptions(dtype="bfloat16", max_model_len=513, kv_cache_gib=0.25, threads=1)
+
+pytestmark = [
+    pytest.mark.toolchain("vllm"),
+    pytest.mark.skipif(not PYTHON.exists(), reason="the vllm environment is not built"),
+    pytest.mark.skipif(not MODEL.exists(), reason="the demo model is not there"),
+]
+
+# What transformers says of the same windows; the weights are bfloat16, its arithmetic is float32.
+SCORE = """
+import json, sys, numpy, torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+model, texts, out = sys.argv[1:]
+tokenizer = Tokenizer.from_file(model + "/tokenizer.json")
+ids = [i for line in open(texts) for i in [*tokenizer.encode(json.loads(line)["text"]).ids, 0]][: 16 * 512]
+windows = torch.tensor(ids).reshape(16, 512)
+network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+with torch.no_grad():
+    scores = network(windows).logits[:, :-1].log_softmax(-1).gather(-1, windows[:, 1:, None])[..., 0]
+numpy.savez(out, windows=windows.numpy(), scores=scores.numpy())
+"""
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module")
+def stack():
+    with ExitStack() as held:
+        yield held
+
+
+@pytest.fixture(scope="module")
+def server(stack, logs):
+    return stack.enter_context(serve(PYTHON, MODEL, OPTIONS, log=logs / "server.log"))
+
+
+def test_the_real_server_passes_the_smoke_and_reports_what_it_costs(server):
+    assert has_chat_template(MODEL)
+    prompts = ["The CREATE INDEX command", "In Python, a list"]
+    report = run_smoke(server, prompts, ["What is a savepoint?"], max_tokens=24, timeout_seconds=60)
+    assert report.faults == ()
+    assert [answer.kind for answer in report.answers] == ["completion", "completion", "chat"]
+    assert judge_answers(report.answers, report.answers) == []
+    assert all(0 < answer.token_count <= 24 for answer in report.answers)
+    assert report.metrics["load_seconds"] > 5
+    assert 1e8 < report.metrics["rss_bytes"] < 2e10
+    assert 0 < report.metrics["time_to_first_token_seconds"] < report.metrics["latency_seconds"] * 2
+    assert report.runtime_version.startswith("0.")
+    assert report.kernels == ()
+    print(report.metrics)
+
+
+def test_scores_through_the_server_agree_with_transformers(server, tmp_path):
+    if not REFERENCE.exists():
+        pytest.skip("the reference environment is not built")
+    texts, out = ROOT / "assets" / "demo" / "evaluation.jsonl", tmp_path / "reference.npz"
+    subprocess.run(
+        [REFERENCE, "-c", SCORE, str(MODEL), str(texts), str(out)], check=True, env=worker_environment(1), cwd=ROOT
+    )
+    reference = np.load(out)
+    began = time.perf_counter()
+    scores = np.stack(score(server, list(reference["windows"]), concurrency=8))
+    print(f"{scores.size / (time.perf_counter() - began):.0f} tokens a second")
+    ours, theirs = -scores.mean(), -reference["scores"].mean()
+    print(f"mean loss {ours:.5f}, transformers {theirs:.5f}, median gap {np.median(abs(scores - reference['scores']))}")
+    assert 1.5 < theirs < 4
+    assert abs(ours / theirs - 1) < 0.01
+    assert np.median(np.abs(scores - reference["scores"])) < 0.05
+    alone = np.stack(score(server, list(reference["windows"][:2]), concurrency=1))
+    assert abs(alone.mean() / scores[:2].mean() - 1) < 1e-3
+
+
+def test_a_window_as_long_as_the_server_takes_is_scored_and_a_longer_one_refused(server):
+    assert server.max_model_len == 513
+    (found,) = score(server, [[5] * 512])
+    assert found.shape == (511,)
+    with pytest.raises(UserError, match="one less than the server's max_model_len=513"):
+        score(server, [[5] * 513])
+
+
+def test_a_token_outside_the_vocabulary_is_refused_by_name(server):
+    with pytest.raises(ServerError, match="out of vocabulary"):
+        score(server, [[5, 6, 1_000_000]])
+
+
+def test_the_port_of_a_running_server_is_busy(server, logs):
+    taken = ServerOptions(port=server.port)
+    with pytest.raises(UserError, match=f"port {server.port} of 127.0.0.1 is taken"):
+        serve(PYTHON, MODEL, taken, log=logs / "second.log").__enter__()
+    assert server.client().get("/health").status_code == httpx.codes.OK
+
+
+def test_ctrl_c_while_serving_leaves_no_process(server, stack):
+    """The last check of the shared server: it ends it."""
+    processes, owned = server.processes(), stack.pop_all()
+    assert {process.name() for process in processes} >= {"VLLM::EngineCore", "VLLM::Worker"}
+    folder = processes[0].environ()["TMPDIR"]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_within(owned)
+    assert "/v1/completions HTTP" not in server.log_text()
+    assert psutil.wait_procs(processes, timeout=0.1)[1] == []
+    assert not os.path.exists(folder)
+
+
+def interrupted_within(owned: ExitStack) -> None:
+    with owned:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+
+def test_a_checkpoint_that_vllm_refuses_ends_the_real_server_with_its_reason(tmp_path):
+    """The refusal comes before weights are read, so that none need be quantized; the rules know it without a start."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": False, "desc_act": False}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(ServerError, match=r"while loading .*Unsupported quantization config: bits=4, sym=False"):
+        serve(PYTHON, folder, OPTIONS, log=tmp_path / "log").__enter__()
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert not verdict(Target("vllm", "0.32.0", "cpu"), facts_of(quantization)).supported
+
+
+OWNER = """
+from pathlib import Path
+from quantline.serving import ServerOptions, serve
+with serve(Path({python!r}), Path({model!r}), ServerOptions(dtype="bfloat16", kv_cache_gib=0.25), log=Path({log!r})):
+    raise SystemExit("it was to be interrupted while loading")
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_of_the_real_server_is_left_when_its_owner_ends_while_it_loads(tmp_path, how):
+    code = OWNER.format(python=str(PYTHON), model=str(MODEL), log=str(tmp_path / "log"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL) as owner:
+        found, deadline = [], time.monotonic() + 90
+        # The server's own process, its resource tracker and the engine's process: vLLM has begun to load.
+        while len(found) < 4 and time.monotonic() < deadline and owner.poll() is None:
+            found = psutil.Process(owner.pid).children(recursive=True)
+            time.sleep(0.1)
+        owner.send_signal(how)
+        assert owner.wait(30) != 0
+    assert len(found) >= 4
+    assert psutil.wait_procs(found, timeout=20)[1] == []

@@ -1,0 +1,155 @@
+"""Quantized checkpoints of a few hundred kilobytes in any layout, valid or deliberately not what a server takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny_model import VOCAB_SIZE, write_tokenizer
+
+from quantline.checkpoints.checkpoint import write_safetensors
+from quantline.checkpoints.layouts import LAYOUTS, dequantize, quantize_rtn
+from quantline.checkpoints.layouts.msmodelslim import codec
+from quantline.checkpoints.quantization_config import LayerSettings, describe
+
+VOCAB = VOCAB_SIZE + 20  # a multiple of 32, so that an output layer can be packed
+LAYER = "model.layers.0."
+REFERENCE = "dequantized.npz"
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def float_weights(hidden: int = 256, inner: int = 512, *, tied: bool = True, layers: int = 1) -> dict[str, Any]:
+    """A Qwen2 of one layer with random weights, float16: 4 heads, 2 of them for keys and values."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return (random.normal(size=shape) * 0.05).astype(np.float16)
+
+    weights = {"model.embed_tokens.weight": normal(VOCAB, hidden), "model.norm.weight": np.ones(hidden, np.float16)}
+    if not tied:
+        weights["lm_head.weight"] = normal(VOCAB, hidden)
+    for index in range(layers):
+        layer = f"model.layers.{index}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{layer}{norm}.weight"] = np.ones(hidden, np.float16)
+        for name, out in (("q", hidden), ("k", hidden // 2), ("v", hidden // 2)):
+            weights[f"{layer}self_attn.{name}_proj.weight"] = normal(out, hidden)
+            weights[f"{layer}self_attn.{name}_proj.bias"] = normal(out)
+        weights[f"{layer}self_attn.o_proj.weight"] = normal(hidden, hidden)
+        weights[f"{layer}mlp.gate_proj.weight"] = normal(inner, hidden)
+        weights[f"{layer}mlp.up_proj.weight"] = normal(inner, hidden)
+        weights[f"{layer}mlp.down_proj.weight"] = normal(hidden, inner)
+    return weights
+
+
+def float_config(hidden: int = 256, inner: int = 512, *, tied: bool = True, layers: int = 1) -> dict[str, Any]:
+    """Its config.json."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": VOCAB, "hidden_size": hidden,
+        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
+        "tie_word_embeddings": tied, "torch_dtype": "float16",
+    }  # fmt: skip
+
+
+def write_float(folder: Path, hidden: int = 256, inner: int = 512, *, tied: bool = True, layers: int = 1) -> Path:
+    """The float model itself."""
+    folder.mkdir(parents=True)
+    write_safetensors(folder / "model.safetensors", float_weights(hidden, inner, tied=tied, layers=layers))
+    (folder / "config.json").write_text(json.dumps(float_config(hidden, inner, tied=tied, layers=layers)))
+    write_tokenizer(folder)
+    return folder
+
+
+def shapes_of(hidden: int = 256, inner: int = 512, *, head: bool = False) -> dict[str, tuple[int, int]]:
+    """(in, out) of its linears, by name."""
+    outs = {"q": hidden, "k": hidden // 2, "v": hidden // 2, "o": hidden}
+    found = {f"{LAYER}self_attn.{name}_proj": (hidden, out) for name, out in outs.items()}
+    found |= {f"{LAYER}mlp.gate_proj": (hidden, inner), f"{LAYER}mlp.up_proj": (hidden, inner)}
+    found[f"{LAYER}mlp.down_proj"] = (inner, hidden)
+    return found | ({"lm_head": (hidden, VOCAB)} if head else {})
+
+
+def write_quantized(
+    folder: Path,
+    layout: str,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    sym: bool = True,
+    says: Mapping[str, Any] | None = None,
+    own: Mapping[str, LayerSettings] | None = None,
+    skip: Iterable[str] = (),
+    hidden: int = 256,
+    inner: int = 512,
+    head: bool = False,
+    names_head: bool = False,
+) -> dict[str, Any]:
+    """Write a quantized checkpoint and, in `dequantized.npz`, what its quantized weights stand for.
+
+    layout: of `LAYOUTS`, or w8a8, msmodelslim, or bitsandbytes (a config only). own: settings of linears that differ,
+    skip: linears left in float, both without the layer's prefix. says: replaces keys of the quantization_config.
+    head: the output layer is its own and quantized; names_head: the config says so.
+
+    Returns:
+        The quantization_config; msModelSlim has none, and what this returns instead is not written.
+    """
+    folder.mkdir(parents=True)
+    main, own, skip = LayerSettings(bits, group_size, sym), own or {}, list(skip)
+    weights, meanings = float_weights(hidden, inner, tied=not head), {}
+    for name in [f"{LAYER}{name}" for name in (*ATTENTION, *MLP)] + (["lm_head"] if head else []):
+        short = name.removeprefix(LAYER)
+        if layout == "bitsandbytes" or short in skip:
+            continue
+        width, weight = own.get(short, main), weights.pop(f"{name}.weight")
+        if layout == "w8a8":
+            scale = np.abs(weight.astype(np.float32)).max(axis=1, keepdims=True) / 127
+            codes = np.rint(weight / scale).astype(np.int8)
+            tensors, meaning = {"weight": codes, "weight_scale": scale.astype(np.float32)}, codes * scale
+        else:
+            linear = quantize_rtn(weight, width.bits, width.group_size, width.symmetric)
+            write = codec.write if layout == "msmodelslim" else LAYOUTS[layout].write
+            tensors, meaning = write(linear), dequantize(linear)
+        weights.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+        meanings[name] = meaning
+    ignored = ([] if head else ["lm_head"]) + [LAYER + name for name in skip]
+    overrides = {LAYER + name: settings for name, settings in own.items()}
+    if layout == "bitsandbytes":
+        config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    elif layout == "w8a8":
+        config = w8a8_config(ignored)
+    elif layout == "msmodelslim":
+        config = {"quant_method": "msmodelslim"}
+    else:
+        config = describe(
+            layout, bits=bits, group_size=group_size, symmetric=sym, modules_to_not_convert=ignored,
+            overrides=overrides, quantized_head=names_head,
+        )  # fmt: skip
+    config |= says or {}
+    write_safetensors(folder / "model.safetensors", weights)
+    np.savez(folder / REFERENCE, **meanings)
+    whole = float_config(hidden, inner, tied=not head)
+    if layout != "msmodelslim":
+        whole["quantization_config"] = config
+    (folder / "config.json").write_text(json.dumps(whole))
+    write_tokenizer(folder)
+    return config
+
+
+def w8a8_config(ignored: list[str]) -> dict[str, Any]:
+    """compressed-tensors: int8 weights by output channel, int8 activations by token."""
+    fixed = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**fixed, "strategy": "channel", "dynamic": False},
+        "input_activations": {**fixed, "strategy": "token", "dynamic": True},
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ignored, "kv_cache_scheme": None,
+    }  # fmt: skip
