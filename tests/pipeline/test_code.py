@@ -1,47 +1,110 @@
+from __future__ import annotations
+
+import ast
+
 import pytest
 import yaml
 
-from quantline.pipeline.code import CHECKOUT, code_files
+from quantline.pipeline import code
+from quantline.pipeline.code import code_files, stage_hash
+from quantline.pipeline.config import parse
 from quantline.pipeline.identity import identity
+from quantline.pipeline.stages import PIPELINE, STAGES
+
+
+def names(stage, checkout=code.CHECKOUT):
+    return {name.removeprefix("src/quantline/") for name in code_files(stage, checkout)}
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """Two stages, of which one has a module of its own and both share a folder."""
-    deps = {
-        "one": ["src/own.py", "src/shared", "artifacts/x", "src/quantline/pipeline/identity.py"],
-        "two": ["src/shared"],
+    files = {
+        "stages/one.py": "def one():\n    from quantline.data import reading\n"
+        "    start('quantline.toolchains.workers.lib')\n",
+        "stages/two.py": "from quantline.toolchains.workers import lib\nname = f'quantline.quantization.{lib}'\n",
+        "src/quantline/data/reading.py": "from quantline.core import files\nfrom typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from quantline.data import unread\nopen('words.yaml')\n",
+        "src/quantline/data/words.yaml": "a: 1\n",
+        "src/quantline/data/reading.yaml": "b: 1\n",
+        "src/quantline/data/unread.py": "",
+        "src/quantline/core/files.py": "from quantline.data import unread\n",
+        "src/quantline/toolchains/workers/lib.py": "import numpy\n",
+        "src/quantline/quantization/any.py": "",
+        "src/quantline/pipeline/identity.py": "",
+        "src/quantline/pipeline/options.py": "",
     }
-    stages = {"one": {"deps": deps["one"]}, "two": {"foreach": "x", "do": {"deps": deps["two"]}}}
-    for name in ("src/own.py", "src/shared/a.py", "src/shared/rules.yaml", "src/shared/note.txt", "src/quantline/b.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    (tmp_path / "src/quantline/pipeline/identity.py").write_text("x")
-    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     return tmp_path
 
 
-def test_the_code_of_a_stage_is_what_dvc_runs_it_again_for(checkout):
-    assert list(code_files("one", checkout)) == ["src/own.py", "src/shared/a.py", "src/shared/rules.yaml"]
-    assert list(code_files("two", checkout)) == ["src/shared/a.py", "src/shared/rules.yaml"]
+def test_imports_workers_by_name_and_data_beside_a_module_belong_to_a_stage(checkout):
+    assert names("one", checkout) == {
+        "stages/one.py", "data/reading.py", "data/words.yaml", "data/reading.yaml", "toolchains/workers/lib.py",
+    }  # fmt: skip
 
 
-def test_a_stage_that_dvc_does_not_run_is_known_by_all_of_the_library(checkout):
-    assert list(code_files("noise", checkout)) == ["src/quantline/b.py"]
+def test_a_name_that_is_put_together_stands_for_the_whole_package(checkout):
+    assert names("two", checkout) == {"stages/two.py", "toolchains/workers/lib.py", "quantization/any.py"}
 
 
-def test_an_edit_changes_the_stages_that_depend_on_it_alone(checkout):
-    before = {stage: code_files(stage, checkout) for stage in ("one", "two")}
-    (checkout / "src/own.py").write_text("edited")
-    code_files.cache_clear()
-    assert code_files("one", checkout) != before["one"]
-    assert code_files("two", checkout) == before["two"]
+def test_what_carries_the_work_and_what_is_for_type_checkers_is_left_out(checkout):
+    assert not names("one", checkout) & {"core/files.py", "data/unread.py"}
 
 
-def test_the_identity_of_a_stage_names_its_source_files(composed, root):
-    from quantline.pipeline.config import parse
+def test_an_edit_changes_the_stages_that_run_it_and_an_edit_of_the_identity_all(checkout):
+    def hashes():
+        code_files.cache_clear()
+        code._references.cache_clear()
+        return [stage_hash(stage, checkout) for stage in ("one", "two")]
 
-    values = identity(parse(composed()), "convert", root)
-    assert values["code"] == code_files("convert", CHECKOUT)
+    first = hashes()
+    (checkout / "src/quantline/data/words.yaml").write_text("a: 2\n")
+    second = hashes()
+    assert [one == other for one, other in zip(first, second, strict=True)] == [False, True]
+    (checkout / "src/quantline/pipeline/options.py").write_text("x = 1\n")
+    assert [one == other for one, other in zip(second, hashes(), strict=True)] == [False, False]
+
+
+def test_the_stages_of_the_pipeline_reach_their_modules_at_any_distance():
+    assert {"toolchains/workers/reference/engine.py", "data/parity_probe.py"} <= names("download")
+    assert {"quantization/capabilities.yaml", "toolchains/workers/quantizers/autoawq.py",
+            "toolchains/workers/reference/layer_errors.py",
+            "checkpoints/layouts/packing.py"} <= names("quantize")  # fmt: skip
+    assert {"serving/rules.yaml", "serving/server_log.py", "data/windows.py"} <= names("serve_smoke")
+    assert {"conversion/kernels.py", "serving/rules.yaml"} <= names("convert")
+    assert {"report/glossary.yaml", "report/templates/page.html.j2", "report/svg.py"} <= names("report")
+    assert {"toolchains/workers/vllm_bench.py", "evaluation/speed/ratios.py"} <= names("speed")
+    assert "serving/server.py" not in names("evaluate")
+    assert "evaluation/perplexity.py" not in names("quantize")
+
+
+def test_no_stage_is_known_by_what_only_carries_it():
+    for stage in (*PIPELINE, "report", "noise"):
+        carried = ("pipeline/", "lifecycle/", "core/", "config/", "toolchains/environments")
+        assert [name for name in names(stage) if name.startswith(carried)] == [], stage
+        assert not any(name.startswith("planning/") for name in names(stage)), stage
+
+
+def test_every_import_of_a_module_is_an_absolute_one(root):
+    for path in (root / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: a relative import is not followed"
+
+
+def test_the_code_is_part_of_a_stages_identity(composed, root):
+    values = identity(parse(composed("method=gptq")), "convert", root)
     assert "src/quantline/conversion/convert.py" in values["code"]
     assert "src/quantline/evaluation/perplexity.py" not in values["code"]
+
+
+def test_the_file_that_dvc_watches_has_a_hash_for_every_stage(root, tmp_path, monkeypatch):
+    import stages.code as entry
+
+    monkeypatch.setattr(entry, "ROOT", tmp_path)
+    entry.code()
+    written = yaml.safe_load((tmp_path / code.CODE_FILE).read_text(encoding="utf-8"))
+    assert set(written) == {name for name, stage in STAGES.items() if not stage.by_hand} | {"report"}
+    assert written["quantize"] == stage_hash("quantize")

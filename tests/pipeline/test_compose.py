@@ -48,7 +48,7 @@ def test_a_frozen_variant_is_the_whole_configuration_with_the_locks(checkout):
     assert config.frozen is not None
     assert config.frozen.variant == "one"
     assert config.frozen.overrides == "model=demo calibration=demo method=gptq bits=8"
-    assert config.frozen.locks == locks_of(config, checkout)
+    assert config.frozen.locks == locks_of(config.frozen.backends, checkout)
     assert set(config.frozen.locks) == {"reference", "server", "quantizer", "tasks"}
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from quantline.pipeline.config import parse
 from quantline.pipeline.identity import stage_fingerprint
-from quantline.pipeline.paths import STAGES
+from quantline.pipeline.stages import PIPELINE as STAGES
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantline.pipeline.paths import STAGES
 from quantline.pipeline.records import VariantRecord
+from quantline.pipeline.stages import PIPELINE as STAGES
 
 FLOAT_NLL = 3.0612
 REFUSED = "vLLM 0.32.0 on CPU serves GPTQ of 4 bits only, this variant has 8; convert.target=gptq cannot change that"

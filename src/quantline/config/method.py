@@ -8,6 +8,8 @@ from pydantic import Field
 
 from quantline.config.section import Section
 
+BASELINE = "float"  # the method that quantizes nothing, and the variant that every other is compared with
+
 
 class AwqMethod(Section):
     """Activation-aware weight quantization (arXiv:2306.00978)."""

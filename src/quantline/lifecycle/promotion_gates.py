@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_NEEDED = ("download", "quantize", "convert", "serve_smoke", "evaluate")
+from quantline.pipeline.stages import names
+
+_NEEDED = names(lambda stage: stage.gated)
 
 
 @dataclass(frozen=True)

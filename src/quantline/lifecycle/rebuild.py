@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.files import passing, write_json
 from quantline.lifecycle.storage.dvc_outputs import fetch_outputs, outputs_of
@@ -22,13 +23,12 @@ from quantline.lifecycle.worktree import WorkArea, baseline_config, make_area
 from quantline.pipeline.hashing import hash_folder
 from quantline.pipeline.identity import combined
 from quantline.pipeline.lineage.chain import Chain
-from quantline.pipeline.lineage.diff import EXACT, Difference, outcome_difference, stage_difference
-from quantline.pipeline.paths import BASELINE, read_result
+from quantline.pipeline.lineage.diff import Difference, outcome_difference, stage_difference
+from quantline.pipeline.paths import read_result
+from quantline.pipeline.stages import STAGES, baseline_stages, names
 from quantline.toolchains.environments import detect_platform
 
-# Large, and only a step on the way to the converted checkpoint.
-_LEFT_OUT = ("download", "quantize")
-MADE_AGAIN = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate")
+MADE_AGAIN = names(lambda stage: stage.rebuilt)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def rebuild(
 
 def _wanted(run: TrackedRun) -> list[str]:
     baseline = (run.config.get("method") or {}).get("name") == BASELINE
-    return [stage for stage in run.results if stage in MADE_AGAIN and (baseline or stage not in _LEFT_OUT)]
+    return [stage for stage in run.results if stage in MADE_AGAIN and (baseline or STAGES[stage].kept)]
 
 
 def _from_cache(run: TrackedRun, folder: Path, root: Path, remote: str | None) -> tuple[list[str], Rebuilt]:
@@ -124,8 +124,10 @@ def _measured(result: dict[str, Any], output: Path) -> dict[str, Any]:
 
 
 def _said(stage: str, result: dict[str, Any]) -> str:
-    parts = [f"{len(result.get('outputs') or {})} files" if stage in EXACT else f"{len(result['metrics'])} metrics"]
-    if stage in EXACT and result.get("tensors"):
+    parts = [
+        f"{len(result.get('outputs') or {})} files" if STAGES[stage].exact else f"{len(result['metrics'])} metrics"
+    ]
+    if STAGES[stage].exact and result.get("tensors"):
         parts.append(f"{len(result['tensors'])} tensors")
     return f"{stage} ({', '.join(parts)})"
 
@@ -170,7 +172,7 @@ def _stages(run: TrackedRun, until: str) -> list[str]:
     asked = MADE_AGAIN[: MADE_AGAIN.index(until) + 1]
     last = max((asked.index(stage) for stage in run.results if stage in asked), default=-1)
     baseline = (run.config.get("method") or {}).get("name") == BASELINE
-    return [stage for stage in asked[: last + 1] if not baseline or stage not in ("calibrate", "quantize", "convert")]
+    return [stage for stage in asked[: last + 1] if not baseline or stage in baseline_stages()]
 
 
 def _other_input(run: TrackedRun, stage: str, made: str) -> Difference | None:
@@ -183,7 +185,7 @@ def _order(stages: list[str], name: str) -> list[tuple[str, str]]:
     """(stage, variant) in the order in which they are made; the float model is served and scored for what needs it."""
     order: list[tuple[str, str]] = []
     for stage in stages:
-        if stage in ("serve_smoke", "evaluate") and name != BASELINE:
+        if STAGES[stage].beside_float and name != BASELINE:
             order.append((stage, BASELINE))
         order.append((stage, name))
     return order

@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
+from quantline.config.method import BASELINE
 from quantline.core.errors import UserError, WorkerError
 from quantline.core.files import sha256_of
-from quantline.pipeline.code import code_files
 from quantline.pipeline.config import parse
 from quantline.pipeline.identity import backends_of, locks_of
-from quantline.pipeline.paths import BASELINE
+from quantline.pipeline.paths import stage_paths
 from quantline.toolchains.environments import HEALTH_CHECKS, PLATFORMS, environment_state, lock_file
 
 _PARTS = ("assets", "conf", "envs", "src", "stages", "dvc.yaml", "params.yaml", "pyproject.toml")
@@ -44,9 +44,9 @@ class WorkArea:
             UserError: the recorded locks are not those of the environments here.
         """
         values = {key: value for key, value in config.items() if key != "frozen"}
-        parsed = parse(values)
-        frozen = dict(config.get("frozen") or {"overrides": "", "backends": backends_of(parsed)})
-        locks = locks_of(parse({**values, "frozen": {**frozen, "variant": name, "locks": {}}}), self.root)
+        # What was frozen says which backends may come; an older configuration is not read by the names of today.
+        frozen = dict(config.get("frozen") or {"overrides": "", "backends": backends_of(parse(values))})
+        locks = locks_of(frozen["backends"], self.root)
         for role, lock in (frozen.get("locks") or {}).items():
             if locks.get(role) != lock:
                 raise UserError(
@@ -77,7 +77,7 @@ class WorkArea:
 
     def output(self, stage: str, name: str) -> Path:
         """Where a stage's output lies."""
-        return self.root / "artifacts" / ("shared" if stage == "download" else name) / stage
+        return stage_paths(self.root / "artifacts", name, stage).output
 
 
 def make_area(
@@ -164,13 +164,17 @@ def _from_checkout(folder: Path, root: Path) -> str | None:
 
 
 def _other_code(folder: Path, code: Mapping[str, Any]) -> str | None:
-    code_files.cache_clear()
+    """The first recorded source file that is another one here.
+
+    A file that was not recorded can have a part in a stage only where a recorded one imports it, and then that one differs.
+    """
     for stage, recorded in code.items():
-        here = code_files(stage, folder)
-        for name in sorted({*recorded, *here}):
-            if recorded.get(name) != here.get(name):
-                how = "was not there then" if name not in recorded else "is missing" if name not in here else "differs"
-                return f"{name} {how}, which {stage} runs"
+        for name, digest in sorted(recorded.items()):
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing, which {stage} runs"
+            if sha256_of(path) != digest:
+                return f"{name} differs, which {stage} runs"
     return None
 
 

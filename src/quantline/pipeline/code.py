@@ -1,11 +1,18 @@
-"""The code's part of an identity: the files that have a part in what a stage makes, each by its content.
+"""The code's part of an identity: the source files that have a part in what a stage makes, each by its content.
 
-Which those are stands in dvc.yaml, among each stage's dependencies, and a test holds that list against the imports; so the
-fingerprint of a stage changes with just the code that DVC runs it again for.
+They are computed from the imports: the stage's entrypoint, the modules that it imports at any distance, the workers that it
+starts by name, and the data files beside these. What carries a stage's work without making anything of it is left out:
+`core`, `config` (whose values are in the identity as values), `pipeline`, `lifecycle`, and `toolchains` but for the workers.
+
+`python -m stages.code` writes one hash a stage to code.yaml, by which DVC knows what to run again after an edit.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,31 +20,89 @@ from quantline.core.files import sha256_of
 
 # The checkout whose code runs, which need not be the one whose results are looked at.
 CHECKOUT = Path(__file__).resolve().parents[3]
-_CODE = ("src/", "stages/")
-# Says what identities are made of, and makes nothing.
-_IDENTITY = "src/quantline/pipeline/identity.py"
+CODE_FILE = "code.yaml"
+# They decide where and whether something is made, not what: an edit of them makes nothing again.
+_CARRIES = re.compile(r"(quantline|stages)$|quantline\.(core|config|pipeline|lifecycle|toolchains)(\.(?!workers\.)|$)")
+# What results are told apart by. It makes nothing, so it is in no identity; but after an edit of it DVC has to run every
+# stage again, or `publish` would take no result for a current one.
+_IDENTITY = ("src/quantline/pipeline/identity.py", "src/quantline/pipeline/options.py")
+_NAME = re.compile(r"(quantline|stages)(\.[a-z_0-9]+)+\.?")
 
 
 @cache
 def code_files(stage: str, checkout: Path = CHECKOUT) -> dict[str, str]:
-    """SHA-256 of every source file that a stage's output follows from, by its path in the checkout, in order.
+    """SHA-256 of every source file that a stage's output follows from, by its path in the checkout, in order."""
+    paths = _closure(f"stages.{stage}", checkout)
+    return {path.relative_to(checkout).as_posix(): sha256_of(path) for path in sorted(paths)}
 
-    A stage that dvc.yaml does not have is known by all of the library.
-    """
-    named = _dependencies(checkout).get(stage, ["src/quantline", f"stages/{stage}.py"])
-    paths: set[Path] = set()
-    for name in named:
-        path = checkout / name
-        paths |= {path} if path.is_file() else {*path.rglob("*.py"), *path.rglob("*.yaml")}
-    known = {path.relative_to(checkout).as_posix(): path for path in paths}
-    return {name: sha256_of(known[name]) for name in sorted(known) if name != _IDENTITY and known[name].is_file()}
+
+def stage_hash(stage: str, checkout: Path = CHECKOUT) -> str:
+    """One hash over a stage's source files and what results are told apart by: what DVC watches."""
+    files = {**code_files(stage, checkout), **{name: sha256_of(checkout / name) for name in _IDENTITY}}
+    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
+
+
+def _closure(start: str, checkout: Path) -> set[Path]:
+    files: set[Path] = set()
+    ahead, seen = [start], {start}
+    while ahead:
+        path = module_file(ahead.pop(), checkout)
+        if path is None:
+            continue
+        found, beside = _references(path)
+        files |= {path, *beside}
+        for name in _modules(found, checkout):
+            if name not in seen and not _CARRIES.match(name):
+                seen.add(name)
+                ahead.append(name)
+    return files
+
+
+def module_file(module: str, checkout: Path) -> Path | None:
+    """The file of a dotted module of this project; None where there is none."""
+    base = checkout if module.startswith("stages") else checkout / "src"
+    path = base / module.replace(".", "/")
+    return next((found for found in (path.with_suffix(".py"), path / "__init__.py") if found.is_file()), None)
+
+
+def _modules(names: Iterable[str], checkout: Path) -> Iterator[str]:
+    for name in names:
+        if name.endswith("."):  # the beginning of a name that is put together: all modules of that package
+            folder = checkout / "src" / name.rstrip(".").replace(".", "/")
+            yield from (f"{name}{path.stem}" for path in sorted(folder.glob("*.py")))
+        elif module_file(name, checkout) is not None:
+            yield name
 
 
 @cache
-def _dependencies(checkout: Path) -> dict[str, list[str]]:
-    import yaml
+def _references(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+    """The modules that a file imports or names when it runs, and the data files beside it that it names."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names: list[str] = []
+    beside: list[Path] = []
+    for node in _runtime_nodes(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if _NAME.fullmatch(node.value):
+                names.append(node.value)
+            elif re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)*", node.value) and (path.parent / node.value).exists():
+                beside += _data(path.parent / node.value)
+    beside += _data(path.with_suffix(".yaml"))
+    return tuple(name for name in dict.fromkeys(names) if name.split(".")[0] in ("quantline", "stages")), tuple(beside)
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    stages = yaml.load((checkout / "dvc.yaml").read_text(encoding="utf-8"), loader)["stages"]  # noqa: S506 - a safe one
-    deps = {name: body.get("do", body).get("deps", []) for name, body in stages.items()}
-    return {name: [dep for dep in found if dep.startswith(_CODE)] for name, found in deps.items()}
+
+def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    ahead: list[ast.AST] = [tree]
+    while ahead:
+        node = ahead.pop()
+        yield node
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            ahead.extend(ast.iter_child_nodes(node))
+
+
+def _data(path: Path) -> list[Path]:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return [file for file in files if file.is_file() and file.suffix not in (".py", ".pyc")]

@@ -10,12 +10,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.text import nearest
 from quantline.pipeline.config import parse
 from quantline.pipeline.hydra_values import plain
 from quantline.pipeline.identity import backends_of, locks_of
-from quantline.pipeline.paths import BASELINE, checked_name
+from quantline.pipeline.paths import checked_name
 
 _HEADER = "# Made by `python -m stages.compose variant={name}`; edit conf/ or params.yaml instead.\n"
 _HYDRA = {"output_subdir": None, "run": {"dir": "."}, "sweep": {"dir": ".", "subdir": "."}}
@@ -85,7 +86,7 @@ def freeze(root: Path, name: str) -> Path:
     if (config.method.name == BASELINE) != (name == BASELINE):
         raise UserError(f"variant={name}: method={config.method.name} is for the variant called {BASELINE} alone")
     values["frozen"] = {"variant": name, "overrides": " ".join(overrides), "backends": backends_of(config)}
-    values["frozen"]["locks"] = locks_of(config, root)
+    values["frozen"]["locks"] = locks_of(values["frozen"]["backends"], root)
     path = root / "variants" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")

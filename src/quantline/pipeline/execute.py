@@ -19,6 +19,7 @@ from quantline.pipeline.hydra_values import plain
 from quantline.pipeline.monitor.monitor import Monitor
 from quantline.pipeline.paths import checked_name, read_result
 from quantline.pipeline.run import StageRun, stage_paths_of
+from quantline.pipeline.stages import is_baseline, names
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -71,7 +72,7 @@ def made(config: Config, variant: str, work: Mapping[str, Callable[[StageRun], N
         root: the checkout.
     """
     named, output = config.model_copy(update={"variant": variant}), root
-    for stage in ("calibrate", "quantize", "convert"):
+    for stage in names(lambda stage: stage.exact and not stage.shared):
         run = StageRun(stage, named, root, ())
         output = run.paths.output
         result = read_result(run.paths.result) if run.paths.result.is_file() else {}
@@ -94,7 +95,7 @@ def run_stage(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config = parse(plain(cfg))
     check_caller(config, overrides)
-    if name == "quantize" and config.method.name != "float":
+    if name == "quantize" and not is_baseline(config):
         # Here, not in the stage: what DVC runs again when planning changes should not be the quantization.
         from quantline.pipeline.preflight import preflight
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.pipeline.config import Config
+from quantline.pipeline.stages import STAGES
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -31,8 +33,6 @@ def read_result(path: Path) -> dict[str, Any]:
     return value
 
 
-STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks", "speed")
-BASELINE = "float"
 SHARED = "shared"
 # Below the folder of a report: what it says, for programs.
 REPORT_MANIFEST = "data/manifest.json"
@@ -71,7 +71,7 @@ class StagePaths:
 
 def stage_paths(home: Path, variant: str, stage: str) -> StagePaths:
     """Paths of a stage below `home` (artifacts/ or scratch/); the download has one place for all variants."""
-    return StagePaths(home / (SHARED if stage == "download" else variant) / stage)
+    return StagePaths(home / (SHARED if stage in STAGES and STAGES[stage].shared else variant) / stage)
 
 
 def checked_name(name: str) -> str:

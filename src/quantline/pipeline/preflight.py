@@ -15,7 +15,7 @@ from quantline.core.gpu import this_gpu
 from quantline.data.download import ModelSource, model_name
 from quantline.pipeline.command_line import split_own
 from quantline.pipeline.config import Config, parse
-from quantline.pipeline.identity import located
+from quantline.pipeline.options import located
 from quantline.pipeline.paths import read_result
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check

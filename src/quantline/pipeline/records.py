@@ -19,7 +19,8 @@ from quantline.pipeline.compose import read_params
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.git import commit_of, patch_of
 from quantline.pipeline.identity import options_fingerprint, stage_fingerprint
-from quantline.pipeline.paths import BASELINE, STAGES, read_result, stage_paths
+from quantline.pipeline.paths import read_result, stage_paths
+from quantline.pipeline.stages import PIPELINE, of_config
 
 # Keys of a frozen file that are Hydra's and no part of the configuration.
 _HYDRA_KEYS = ("defaults", "hydra")
@@ -73,9 +74,7 @@ def _record(root: Path, home: Path, name: str, values: dict[str, Any], overrides
 
 def _results(root: Path, home: Path, folder: str, config: Config) -> Iterator[dict[str, Any]]:
     current: dict[str, str] = {}
-    for stage in STAGES:
-        if config.method.name == BASELINE and stage in ("calibrate", "quantize", "convert"):
-            continue
+    for stage in of_config(config):
         places = stage_paths(home, folder, stage)
         if not places.result.is_file():
             continue
@@ -159,4 +158,4 @@ class VariantRecord:
 
 def by_stage(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The results by their stage, in the pipeline's order."""
-    return {result["stage"]: result for result in sorted(results, key=lambda result: STAGES.index(result["stage"]))}
+    return {result["stage"]: result for result in sorted(results, key=lambda result: PIPELINE.index(result["stage"]))}

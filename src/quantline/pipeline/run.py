@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantline.config.method import FloatMethod
+from quantline.config.method import BASELINE, FloatMethod
 from quantline.core.errors import UserError
 from quantline.core.files import write_json
 from quantline.pipeline import identity as lineage
 from quantline.pipeline.config import Config
 from quantline.pipeline.hashing import hash_folder
-from quantline.pipeline.paths import BASELINE, StagePaths, checked_name, derived_name, read_result, stage_paths
+from quantline.pipeline.paths import StagePaths, checked_name, derived_name, read_result, stage_paths
 from quantline.quantization.requirements import wish_of
 from quantline.toolchains import environments, runner
 from quantline.toolchains import toolchain as toolchain_module

@@ -11,9 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
-from quantline.pipeline.paths import BASELINE, REPORT_MANIFEST, STAGES, stage_paths
+from quantline.pipeline.paths import REPORT_MANIFEST, stage_paths
 from quantline.pipeline.records import VariantRecord
+from quantline.pipeline.stages import PIPELINE
 from quantline.report.summary import variant_table
 
 Row = dict[str, Any]
@@ -117,7 +119,7 @@ class Evidence:
 def gather(records: Sequence[VariantRecord], home: Path) -> list[Evidence]:
     """The evidence on every variant, the baseline first, the others in the order of `records`."""
     known = [
-        replace(record, results=[result for result in record.results if result["stage"] in STAGES])
+        replace(record, results=[result for result in record.results if result["stage"] in PIPELINE])
         for record in records
     ]
     rows = {row["variant"]: row for row in variant_table(known)}

@@ -27,8 +27,8 @@ from quantline.core.secrets import Scrubber
 from quantline.lifecycle.tracking.projection import flatten, variant_metrics
 from quantline.lifecycle.tracking.store import locked, resolve_uri
 from quantline.lifecycle.tracking.writer import publish, view_path
-from quantline.pipeline.paths import STAGES
 from quantline.pipeline.records import VariantRecord
+from quantline.pipeline.stages import PIPELINE as STAGES
 
 EXPERIMENT = "quantline/demo"
 FLOAT_STAGES = ("download", "serve_smoke", "evaluate")

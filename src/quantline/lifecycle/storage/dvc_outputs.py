@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
-from quantline.pipeline.paths import BASELINE, STAGES
 from quantline.pipeline.records import VariantRecord
-
-_SHARED = ("download",)
+from quantline.pipeline.stages import PIPELINE, STAGES
 
 
 def variant_lock(root: Path, name: str) -> dict[str, Any]:
@@ -32,8 +31,8 @@ def variant_lock(root: Path, name: str) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     locked = (yaml.load(path.read_text(encoding="utf-8"), loader) or {}).get("stages") or {}  # noqa: S506 - a safe one
     kept = {}
-    for stage in STAGES:
-        key = stage if stage in _SHARED else f"{stage}_baseline" if name == BASELINE else f"{stage}@{name}"
+    for stage in PIPELINE:
+        key = stage if STAGES[stage].shared else f"{stage}_baseline" if name == BASELINE else f"{stage}@{name}"
         outs = (locked.get(key) or {}).get("outs") or []
         results = [out for out in outs if str(out["path"]).endswith(".json")]
         # A result that was made again since, but not by DVC, goes with other outputs than those in the lock.

@@ -20,9 +20,10 @@ from quantline.core.secrets import Scrubber
 from quantline.lifecycle.tracking.datasets import DatasetUse, SystemSample, datasets_of, system_samples
 from quantline.pipeline.paths import REPORT_MANIFEST
 from quantline.pipeline.records import VariantRecord, by_stage
+from quantline.pipeline.stages import names
 
 # Their metrics are what variants are compared by.
-COMPARED = ("quantize", "serve_smoke", "evaluate", "tasks", "speed")
+COMPARED = names(lambda stage: stage.compared)
 # How a variant runs here, not what it is: no parameters, or another port would make another run of the same results.
 RUNTIME_KEYS = ("tracking", "promote", "report", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import UserError
-from quantline.pipeline.paths import STAGES, read_result
+from quantline.pipeline.paths import read_result
+from quantline.pipeline.stages import PIPELINE
 
 HOMES = ("artifacts", "scratch")
 
@@ -40,14 +41,14 @@ class Chain:
 def ordered(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Results by stage, in the pipeline's order; those that are no part of the pipeline are left out."""
     by_stage = {str(result.get("stage")): result for result in results}
-    return {stage: by_stage[stage] for stage in STAGES if stage in by_stage}
+    return {stage: by_stage[stage] for stage in PIPELINE if stage in by_stage}
 
 
 def local_chain(root: Path, name: str) -> Chain | None:
     """The chain of a variant in artifacts/ or scratch/, by its name; None where there is none."""
     for home in HOMES:
         folder = root / home / name
-        if "/" not in name and any((folder / f"{stage}.json").is_file() for stage in STAGES):
+        if "/" not in name and any((folder / f"{stage}.json").is_file() for stage in PIPELINE):
             return _folder_chain(folder, root, name, f"{home}/{name}")
     return None
 
@@ -55,18 +56,20 @@ def local_chain(root: Path, name: str) -> Chain | None:
 def folder_chain(path: Path, root: Path) -> Chain | None:
     """The chain of a folder of results, of one result file or of one output folder; None where it is none of these."""
     for folder in (path, path.parent):
-        if any((folder / f"{stage}.json").is_file() for stage in STAGES) and (folder == path or path.stem in STAGES):
+        if any((folder / f"{stage}.json").is_file() for stage in PIPELINE) and (
+            folder == path or path.stem in PIPELINE
+        ):
             return _folder_chain(folder, root, folder.name, str(folder))
     return None
 
 
 def _folder_chain(folder: Path, root: Path, name: str, origin: str) -> Chain:
-    found = {stage: folder / f"{stage}.json" for stage in STAGES if (folder / f"{stage}.json").is_file()}
+    found = {stage: folder / f"{stage}.json" for stage in PIPELINE if (folder / f"{stage}.json").is_file()}
     results = {stage: read_result(path) for stage, path in found.items()}
     # What is shared, or was found by its fingerprint under another name, is known by its content.
-    for stage in reversed(STAGES):
+    for stage in reversed(PIPELINE):
         for wanted, content in (results.get(stage, {}).get("inputs") or {}).items():
-            if wanted not in results and wanted in STAGES:
+            if wanted not in results and wanted in PIPELINE:
                 path = _by_content(root, wanted, str(content))
                 if path is not None:
                     found[wanted], results[wanted] = path, read_result(path)
@@ -87,7 +90,7 @@ def require_chain(chain: Chain | None, given: str, root: Path) -> Chain:
     """
     if chain is not None and chain.results:
         return chain
-    known = sorted({path.parent.name for home in HOMES for stage in STAGES[1:]
+    known = sorted({path.parent.name for home in HOMES for stage in PIPELINE[1:]
                     for path in (root / home).glob(f"*/{stage}.json")})  # fmt: skip
     raise UserError(
         f"{given}: is no variant here, no folder of results, and no run of MLflow's store; variants here are "

@@ -16,9 +16,8 @@ import numpy as np
 
 from quantline.checkpoints.safetensors_file import TensorInfo, numpy_dtype, read_header, to_float32
 from quantline.pipeline.lineage.chain import Chain
+from quantline.pipeline.stages import STAGES
 
-# Their outputs are the same, byte for byte, wherever they are made from the same; the answers of a server are not.
-EXACT = ("download", "calibrate", "quantize", "convert")
 # How long something took, or how much memory it had, on that day.
 _CIRCUMSTANTIAL = re.compile(
     r"seconds|latency|per_second|throughput|speed_up|slower_than_float|_ms(_|$)|memory|rss|(^|/)load_"
@@ -85,7 +84,7 @@ def outcome_difference(stage: str, one: Chain, other: Chain, *, exact: bool = Fa
     """
     ours, theirs = one.results[stage], other.results[stage]
     found = None
-    if exact or stage in EXACT:
+    if exact or STAGES[stage].exact:
         folders = one.folders.get(stage), other.folders.get(stage)
         found = _tensor_difference(stage, ours, theirs, folders)
         found = found or _compared(stage, "file", ours.get("outputs"), theirs.get("outputs"))

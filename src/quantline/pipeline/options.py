@@ -1,0 +1,142 @@
+"""What each stage reads of a configuration, as plain values: the options' part of its identity.
+
+One function a stage, named as the stage; the table in `quantline.pipeline.stages` refers to them. The shape of these values
+is kept as it is, since results are told apart by their hash: what is added to an option at its default must not change it
+where that can be helped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from quantline.core.files import sha256_of
+from quantline.pipeline.config import Config
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a configuration is read: the checkout, the hashes of the locks, the backends that may come to quantize it."""
+
+    root: Path
+    locks: Mapping[str, str]
+    backends: list[str]
+
+
+def download(config: Config, context: Context) -> dict[str, Any]:
+    """The float model, and its files where it lies in a folder."""
+    content = _folder_content(located(context.root, config.model.path)) if config.model.path else None
+    model = config.model.model_dump(exclude={"name"})
+    return {"model": model, "content": content, "reference": context.locks["reference"]}
+
+
+def calibrate(config: Config, context: Context) -> dict[str, Any]:
+    """The calibration, and the content of its own files."""
+    return {"calibration": config.calibration.model_dump(), "files": _file_hashes(config, context.root)}
+
+
+def quantize(config: Config, context: Context) -> dict[str, Any]:
+    """The method and everything that decides which weights come out of it."""
+    own = {"method": config.method.model_dump(), "bits": config.bits, "group_size": config.group_size}
+    own.update(backends=context.backends, seed=config.seed, threads=config.threads, dtype=config.dtype)
+    own.update(coverage=config.coverage.model_dump())
+    own.update(layers=config.layers.model_dump(), lm_head=config.lm_head, low_memory=config.low_memory)
+    return {**own, "environment": context.locks["quantizer"]}
+
+
+def convert(config: Config, context: Context) -> dict[str, Any]:
+    """The layout; options at their defaults are left out, so that a new option changes no output that there is."""
+    return {"convert": config.convert.model_dump(exclude_defaults=True), "runtime": config.serve.runtime}
+
+
+def serve_smoke(config: Config, context: Context) -> dict[str, Any]:
+    """The server, its questions, and the text that it scores."""
+    serve = config.serve.model_dump(exclude={"process"})
+    return {**_scored(config, context), "serve": serve, "environment": context.locks["server"]}
+
+
+def evaluate(config: Config, context: Context) -> dict[str, Any]:
+    """The text and everything that is measured on it."""
+    evaluation = config.evaluate.model_dump()
+    return {**_scored(config, context), "evaluate": evaluation, "environment": context.locks["reference"]}
+
+
+def noise(config: Config, context: Context) -> dict[str, Any]:
+    """The text, and how often a variant is made."""
+    return {
+        **_scored(config, context), "noise": config.noise.model_dump(), "environment": context.locks["reference"],
+    }  # fmt: skip
+
+
+def speed(config: Config, context: Context) -> dict[str, Any]:
+    """The benchmark and the server."""
+    serve = config.serve.model_dump(include={"runtime", "max_model_len", "dtype", "enforce_eager"})
+    return {"speed": config.speed.model_dump(), "serve": serve, "environment": context.locks["server"]}
+
+
+def tasks(config: Config, context: Context) -> dict[str, Any]:
+    """The tasks, and the server where it is one of the engines."""
+    asked = config.tasks
+    own: dict[str, Any] = {"tasks": asked.model_dump()}
+    if not asked.any:
+        return own
+    path = located(context.root, asked.path)
+    own.update(text=sha256_of(path) if path.is_file() else None, environment=context.locks["tasks"])
+    own["max_length"] = config.serve.max_model_len
+    if "vllm" in asked.engines:
+        serving = config.serve.model_dump(exclude={"process", "smoke"})
+        own.update(serve=serving, server=context.locks["server"])
+    return own
+
+
+def located(root: Path, path: str) -> Path:
+    """A path of a configuration: `~` is the user's home, a relative one begins at the checkout."""
+    return root / Path(path).expanduser()
+
+
+def _scored(config: Config, context: Context) -> dict[str, Any]:
+    path = located(context.root, config.evaluate.path) if config.evaluate.path else None
+    text = sha256_of(path) if path is not None and path.is_file() else None
+    return {"evaluate": config.evaluate.windows(), "text": text}
+
+
+def _file_hashes(config: Config, root: Path) -> dict[str, str]:
+    # A user's own text is known by its content; a missing file is reported by the stage that reads it.
+    hashes = {}
+    for name, source in config.calibration.sources.items():
+        path = located(root, source.path) if source.path else None
+        if path is not None and path.is_file():
+            hashes[name] = sha256_of(path)
+    return hashes
+
+
+_WHOLE_FILE_BYTES = 256 * 2**20
+_SAMPLES = 64
+
+
+def _folder_content(folder: Path) -> dict[str, str]:
+    # A model in a folder has no commit. Its files are known by content; the large ones by their size, both ends and samples
+    # between, so that a stage does not begin by reading tens of gigabytes. The full hashes are in the download's result.
+    if not folder.is_dir():
+        return {}
+    known = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        stat = path.stat()
+        known[path.name] = _content(path, stat.st_size, stat.st_mtime_ns)
+    return known
+
+
+@cache
+def _content(path: Path, size: int, mtime_ns: int) -> str:
+    if size <= _WHOLE_FILE_BYTES:
+        return sha256_of(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for index in range(_SAMPLES + 1):
+            file.seek((size - 2**16) * index // _SAMPLES)
+            digest.update(file.read(2**16))
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""The table of stages: what the pipeline is made of, in order. dvc.yaml says the same to DVC, and a test compares the two.
+
+A fact about a stage stands here and nowhere else: what it follows, which options it reads, in which environments it
+computes, whether its output is the same byte for byte, what the float baseline leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from quantline.config.evaluate import WINDOW_KEYS
+from quantline.config.method import BASELINE
+from quantline.pipeline import options
+from quantline.pipeline.config import Config
+from quantline.quantization.capabilities import CALIBRATED
+
+_SERVING = ("serve.runtime", "serve.max_model_len", "serve.dtype", "serve.enforce_eager")
+_WINDOWS = tuple(f"evaluate.{key}" for key in WINDOW_KEYS)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: of the entrypoint stages/<name>.py, of its output folder and of its result.
+        after: the stages whose outputs it follows from, the nearest ones.
+        options: the plain values that it reads, see `quantline.pipeline.options`.
+        reads: the keys of the frozen configuration that DVC watches for it.
+        locks: the environments that it computes in, as keys of `frozen.locks`.
+        exact: equal inputs give equal bytes; the answers of a server do not.
+        shared: one output for all variants.
+        skipped: whether a configuration does without it.
+        beside_float: compares with the float baseline's output of the same stage.
+        compared: its metrics stand in the variant's own run, by which variants are compared.
+        gated: a variant is promoted only with an up-to-date result of it.
+        rebuilt: made again when a variant is rebuilt.
+        kept: its output is part of what a rebuild gives; the others are large, and only steps on the way.
+        by_hand: no part of the pipeline.
+    """
+
+    name: str
+    after: tuple[str, ...]
+    options: Callable[[Config, options.Context], dict[str, Any]]
+    reads: tuple[str, ...] = ()
+    locks: tuple[str, ...] = ()
+    exact: bool = False
+    shared: bool = False
+    skipped: Callable[[Config], bool] = lambda config: False
+    beside_float: bool = False
+    compared: bool = False
+    gated: bool = False
+    rebuilt: bool = False
+    kept: bool = True
+    by_hand: bool = False
+
+
+def is_baseline(config: Config) -> bool:
+    """Whether a configuration is the float model itself."""
+    return config.method.name == BASELINE
+
+
+def _uncalibrated(config: Config) -> bool:
+    return config.method.name not in CALIBRATED
+
+
+_TABLE = (
+    Stage(
+        "download", (), options.download, ("model",), ("reference",),
+        exact=True, shared=True, gated=True, rebuilt=True, kept=False,
+    ),
+    Stage(
+        "calibrate", ("download",), options.calibrate, ("calibration",),
+        exact=True, skipped=_uncalibrated, rebuilt=True,
+    ),
+    Stage(
+        "quantize", ("download", "calibrate"), options.quantize,
+        ("method", "bits", "group_size", "backend", "dtype", "lm_head", "low_memory", "layers", "coverage", "seed",
+         "threads", "device", "frozen.backends"), ("quantizer",),
+        exact=True, skipped=is_baseline, compared=True, gated=True, rebuilt=True, kept=False,
+    ),
+    Stage(
+        "convert", ("quantize",), options.convert, ("convert", "serve.runtime", "serve.dtype", "device"), ("server",),
+        exact=True, skipped=is_baseline, gated=True, rebuilt=True,
+    ),
+    Stage(
+        "serve_smoke", ("convert",), options.serve_smoke, (*_SERVING, "serve.smoke", *_WINDOWS, "device"), ("server",),
+        beside_float=True, compared=True, gated=True, rebuilt=True,
+    ),
+    Stage(
+        "evaluate", ("serve_smoke",), options.evaluate, ("evaluate",), ("reference",),
+        beside_float=True, compared=True, gated=True, rebuilt=True,
+    ),
+    Stage(
+        "tasks", ("serve_smoke",), options.tasks, ("tasks", *_SERVING, "device"), ("tasks", "server"),
+        beside_float=True, compared=True,
+    ),
+    Stage("speed", ("convert",), options.speed, ("speed", *_SERVING, "device"), ("server",), compared=True),
+    Stage("noise", ("quantize",), options.noise, by_hand=True),
+)  # fmt: skip
+
+STAGES = {stage.name: stage for stage in _TABLE}
+PIPELINE = tuple(stage.name for stage in _TABLE if not stage.by_hand)
+
+
+def names(holds: Callable[[Stage], bool]) -> tuple[str, ...]:
+    """The pipeline's stages for which something holds, in order."""
+    return tuple(name for name in PIPELINE if holds(STAGES[name]))
+
+
+def of_config(config: Config) -> tuple[str, ...]:
+    """The pipeline's stages that a configuration has results of: the float baseline is not quantized."""
+    return names(lambda stage: not (is_baseline(config) and _left_out_by_baseline(stage)))
+
+
+def baseline_stages() -> tuple[str, ...]:
+    """The pipeline's stages that the float baseline has results of."""
+    return names(lambda stage: not _left_out_by_baseline(stage))
+
+
+def _left_out_by_baseline(stage: Stage) -> bool:
+    return stage.name == "calibrate" or stage.skipped is is_baseline
+
+
+def before(config: Config, stage: str) -> tuple[str, ...]:
+    """The stages whose outputs a stage's output follows from under a configuration: the nearest that are not skipped."""
+    found: list[str] = []
+    for name in STAGES[stage].after:
+        found += before(config, name) if STAGES[name].skipped(config) else [name]
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,175 @@
+"""The table of stages, and dvc.yaml, which says the same to DVC."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from quantline.pipeline.compose import freeze
+from quantline.pipeline.config import parse
+from quantline.pipeline.stages import PIPELINE, STAGES, baseline_stages, before, names, of_config
+
+
+@pytest.fixture(scope="module")
+def pipeline(root):
+    return yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+def body(stage):
+    return stage.get("do", stage)
+
+
+def entries(pipeline):
+    """(stage of the table, its entry in dvc.yaml), the baseline's entries too."""
+    return [
+        (name.removesuffix("_baseline"), body(entry))
+        for name, entry in pipeline.items()
+        if name.removesuffix("_baseline") in PIPELINE
+    ]
+
+
+def params(entry):
+    """Watched keys by file; the variant's file is called `variant`."""
+    found = {}
+    for group in entry["params"]:
+        ((file, keys),) = group.items()
+        found["variant" if file.startswith("variants/") else file] = set(keys)
+    return found
+
+
+def outputs_of(entry):
+    return {dep for dep in entry["deps"] if dep.startswith("artifacts/")}
+
+
+def test_dvc_watches_what_the_table_says_that_a_stage_reads(pipeline):
+    for name, entry in entries(pipeline):
+        stage = STAGES[name]
+        wanted = {*stage.reads, *(f"frozen.locks.{role}" for role in stage.locks)}
+        assert params(entry) == {"code.yaml": {name}, "variant": wanted}, name
+
+
+def test_dvc_has_the_stages_of_the_table_in_its_order_and_the_baselines_beside_them(pipeline):
+    each = [name for name in pipeline if name in PIPELINE]
+    assert sorted(each) == sorted(PIPELINE)
+    assert [name for name in each if name != "download"] == [name for name in PIPELINE if name != "download"]
+    of_the_baseline = {name.removesuffix("_baseline") for name in pipeline if name.endswith("_baseline")} - {"compose"}
+    assert of_the_baseline == set(names(lambda stage: stage.beside_float))
+    assert of_the_baseline < set(baseline_stages())
+
+
+def test_a_stage_depends_on_the_outputs_of_those_it_follows_and_on_the_baselines_where_it_compares(pipeline):
+    for name, entry in entries(pipeline):
+        stage, variant = STAGES[name], "float" if "float" in str(entry["outs"]) else "${key}"
+        assert entry["outs"] == [f"artifacts/{'shared' if stage.shared else variant}/{name}"]
+        assert entry["metrics"] == [f"{entry['outs'][0]}.json"]
+        found = outputs_of(entry)
+        if variant == "${key}":
+            for earlier in stage.after:
+                home = "shared" if STAGES[earlier].shared else variant
+                assert f"artifacts/{home}/{earlier}" in found, (name, earlier)
+            assert (f"artifacts/float/{name}" in found) == stage.beside_float, name
+
+
+def test_no_entry_names_a_source_file_but_compose(pipeline):
+    for name, entry in pipeline.items():
+        if not name.startswith(("compose", "code")):
+            assert [dep for dep in body(entry)["deps"] if dep.startswith(("src", "stages"))] == [], name
+
+
+def test_a_watched_list_is_written_once(root):
+    text = (root / "dvc.yaml").read_text(encoding="utf-8")
+    assert text.count("evaluate.max_document_tokens") == 1
+    assert len(text.splitlines()) <= 260
+
+
+def test_the_nearest_stages_that_are_not_skipped_come_before(composed):
+    gptq, rtn, baseline = (parse(composed(f"method={name}")) for name in ("gptq", "rtn", "float"))
+    assert before(gptq, "quantize") == ("download", "calibrate")
+    assert before(rtn, "quantize") == ("download",)
+    assert before(gptq, "serve_smoke") == ("convert",)
+    assert before(baseline, "serve_smoke") == ("download",)
+    assert before(baseline, "evaluate") == ("serve_smoke",)
+    assert (before(gptq, "noise"), before(gptq, "download")) == (("quantize",), ())
+
+
+def test_the_baseline_is_not_quantized_and_every_variant_has_all_stages(composed):
+    assert of_config(parse(composed("method=float"))) == ("download", "serve_smoke", "evaluate", "tasks", "speed")
+    assert of_config(parse(composed("method=rtn"))) == PIPELINE
+
+
+def test_every_stage_of_the_table_has_an_entrypoint(root):
+    for name in STAGES:
+        assert (root / "stages" / f"{name}.py").is_file(), name
+
+
+def test_every_dependency_in_the_repository_exists(root, pipeline):
+    for entry in pipeline.values():
+        for dep in body(entry)["deps"]:
+            made = dep.split("/")[0] in ("artifacts", "variants")
+            assert made or (root / dep).exists(), dep
+
+
+@pytest.fixture(scope="module")
+def frozen(root, tmp_path_factory):
+    """Frozen configurations of params.yaml's variants and of the baseline, made beside a checkout's conf/ and envs/."""
+    folder = tmp_path_factory.mktemp("frozen")
+    for name in ("conf", "envs", "params.yaml"):
+        (folder / name).symlink_to(root / name)
+    names = ["float", *yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["variants"]]
+    return {name: yaml.safe_load(freeze(folder, name).read_text(encoding="utf-8")) for name in names}
+
+
+def test_every_parameter_of_a_stage_is_in_every_frozen_configuration(pipeline, frozen):
+    referenced = 0
+    for entry, stage in pipeline.items():
+        for group in body(stage).get("params", []):
+            if not isinstance(group, dict):
+                continue
+            ((file, keys),) = group.items()
+            if file == "code.yaml":
+                continue
+            name = re.fullmatch(r"variants/(.+)\.yaml", file)[1]
+            for values in frozen.values() if name == "${key}" else [frozen[name]]:
+                for key in keys:
+                    referenced += 1
+                    place = values
+                    for part in key.split("."):
+                        assert part in place, f"{entry}: {key}"
+                        place = place[part]
+    assert referenced > 50
+
+
+def test_dvc_resolves_the_pipeline_to_the_stages_of_each_variant(root, tmp_path):
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    code = "from dvc.repo import Repo\nRepo.init(no_scm=True)\nprint('#', *(s.addressing for s in Repo().index.stages))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    once = {
+        "code", "compose_baseline", "download", "serve_smoke_baseline", "evaluate_baseline", "tasks_baseline", "report"
+    }  # fmt: skip
+    each = ("compose", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks", "speed")
+    variants = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["variants"]
+    assert len(variants) >= 3
+    assert set(done.stdout.rpartition("#")[2].split()) == once | {
+        f"{stage}@{name}" for stage in each for name in variants
+    }
+
+
+def test_each_stage_runs_the_command_of_its_name_from_its_frozen_configuration(pipeline):
+    for entry, stage in pipeline.items():
+        name = entry.removesuffix("_baseline")
+        if name == "code":
+            assert stage["cmd"] == "python -m stages.code"
+            continue
+        variant = "${key}" if "do" in stage else "float"
+        expected = (
+            f"python -m stages.compose variant={variant}"
+            if name == "compose"
+            else f"python -m stages.{name} -cp ../variants -cn {variant}"
+        )
+        assert body(stage)["cmd"] == expected
