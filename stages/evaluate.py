@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @stage("evaluate")
 def evaluate(run: StageRun) -> None:
-    from quantline.data.windows import build_windows
+    from quantline.data.windows import Protocol, build_windows
     from quantline.evaluation import evaluate as verdicts
     from quantline.evaluation.bootstrap import Bootstrap
 
     options = run.config.evaluate
     float_model = run.input("download") / "model"
-    windows, tools = build_windows(float_model, run.protocol()), instruments(run)
+    windows, tools = build_windows(float_model, Protocol(**options.protocol())), instruments(run)
     with run.output() as out:
         verdict = verdicts.evaluate(
             checkpoint=run.checkpoint(), windows=windows, served=run.input("serve_smoke"), float_model=float_model,
@@ -62,8 +62,18 @@ def instruments(run: StageRun) -> Instruments:
 
     noise = noise_floor(run.root, noise_of)
     return Instruments(
-        options.divergence.tokens, generations, layers, limits, tuple(options.fail_on), noise, run.changed_files()
+        options.divergence.tokens, generations, layers, limits, tuple(options.fail_on), noise, changed_files(run)
     )
+
+
+def changed_files(run: StageRun) -> int:
+    """How many files of the checkpoint's folder are not what its result recorded: changed, added or lost."""
+    from quantline.pipeline.identity import differing, file_hashes
+    from quantline.pipeline.paths import read_result
+    from quantline.pipeline.run import stage_paths_of
+
+    folder = run.input(run.checkpoint_stage)
+    return len(differing(read_result(stage_paths_of(folder).result)["outputs"], file_hashes(folder)))
 
 
 if __name__ == "__main__":

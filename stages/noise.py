@@ -18,16 +18,18 @@ def noise(run: StageRun) -> None:
     import stages.calibrate
     import stages.convert
     import stages.quantize  # noqa: F401
+    from quantline.core.errors import UserError
     from quantline.core.files import write_json
-    from quantline.data.windows import build_windows
+    from quantline.data.windows import Protocol, build_windows
     from quantline.evaluation import evaluate, seed_noise
     from quantline.evaluation.bootstrap import Bootstrap
     from quantline.pipeline.execute import made, seeded
 
     run.refuse_float()
-    run.refuse_frozen()
+    if run.frozen:
+        raise UserError(f"{run.stage}: is run by hand, with overrides; leave -cp and -cn out")
     options, float_model = run.config.evaluate, run.input("download") / "model"
-    windows, baseline = build_windows(float_model, run.protocol()), run.input("evaluate", baseline=True)
+    windows, baseline = build_windows(float_model, Protocol(**options.protocol())), run.input("evaluate", baseline=True)
 
     def make(seed: int) -> tuple[Path, str]:
         return made(seeded(run.config, seed), f"{run.variant}-seed{seed}", WORK, ROOT)

@@ -8,6 +8,7 @@ from stages import stage
 
 if TYPE_CHECKING:
     from quantline.pipeline.run import StageRun
+    from quantline.quantization.quantize import Request
 
 
 @stage("quantize")
@@ -20,7 +21,7 @@ def quantize(run: StageRun) -> None:
     early = layer_errors.early(run.early_side_worker, enabled=run.config.coverage.enabled)
     with run.output() as out, run.work_folder() as work, early:
         outcome = quantization.quantize(
-            run.quantization_request(), model=download / "model", probe=download / "probe.safetensors",
+            request(run), model=download / "model", probe=download / "probe.safetensors",
             calibration=calibration, out=out, work=work, run_worker=run.worker,
         )  # fmt: skip
         run.environment["backend"] = outcome.backend
@@ -34,6 +35,20 @@ def quantize(run: StageRun) -> None:
         run.warnings.extend([*outcome.warnings, *covered.warnings])
         run.tables["layers"] = covered.rows
         run.files += covered.files
+
+
+def request(run: StageRun) -> Request:
+    """What is to be done, and which backends may come to do it."""
+    from quantline.pipeline.identity import backends_of
+    from quantline.quantization.quantize import Request
+    from quantline.quantization.requirements import wish_of
+
+    config = run.config
+    return Request(
+        method=config.method.model_dump(), bits=config.bits, group_size=config.group_size, backend=config.backend,
+        order=backends_of(config), wish=wish_of(config.model_dump()), rules=config.layers.model_dump()["rules"],
+        seed=config.seed, threads=config.threads, device=run.device,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

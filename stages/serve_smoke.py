@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 @stage("serve_smoke")
 def serve_smoke(run: StageRun) -> None:
-    from quantline.data.windows import build_windows
+    from quantline.data.windows import Protocol, build_windows
+    from quantline.pipeline.server import server_of, server_options
     from quantline.serving.serve_smoke import Questions, serve_and_score
 
     serve, baseline = run.config.serve, run.is_baseline
-    options = run.server_options(quantized=not baseline)
-    windows = build_windows(run.input("download") / "model", run.protocol())
-    python, version = run.server()
+    options = server_options(run, quantized=not baseline)
+    windows = build_windows(run.input("download") / "model", Protocol(**run.config.evaluate.protocol()))
+    python, version = server_of(run)
     run.files += ["answers.json", "verdict.json"]
     with run.output() as out:
         served = serve_and_score(

@@ -63,10 +63,11 @@ def ask(run: StageRun, job: dict[str, Any]) -> JobResult:
 
 def server(run: StageRun, checkpoint: Path) -> AbstractContextManager[Server]:
     """The variant's server, as serve_smoke starts it."""
+    from quantline.pipeline.server import server_of, server_options
     from quantline.serving.server import serve
 
-    options = run.server_options(quantized=not run.is_baseline)
-    return serve(run.server()[0], checkpoint, options, log=run.paths.log)
+    options = server_options(run, quantized=not run.is_baseline)
+    return serve(server_of(run)[0], checkpoint, options, log=run.paths.log)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from quantline.pipeline.config import parse
 from quantline.pipeline.execute import execute
 from quantline.pipeline.identity import combined, file_hashes, stage_fingerprint
 from quantline.pipeline.run import StageRun
+from stages.evaluate import changed_files
 
 
 @pytest.fixture
@@ -219,12 +220,12 @@ def test_the_float_model_is_served_as_downloaded_and_a_variant_as_converted(chec
 def test_a_checkpoint_that_changed_since_it_was_made_is_told_by_its_files(checkout, config):
     execute("convert", write(), config("method=gptq"), checkout, ())
     run = StageRun("evaluate", config("method=gptq"), checkout, ())
-    assert run.changed_files() == 0
+    assert changed_files(run) == 0
     folder = run.checkpoint()
     first = next(path for path in sorted(folder.rglob("*")) if path.is_file())
     first.write_bytes(first.read_bytes() + b" ")
     (folder / "added").write_text("")
-    assert run.changed_files() == 2
+    assert changed_files(run) == 2
 
 
 def test_what_was_measured_is_said(checkout, config, capsys):

@@ -10,33 +10,27 @@ from __future__ import annotations
 
 import os
 import resource
-import shlex
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from quantline.config.method import BASELINE, FloatMethod
+from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.files import write_json
-from quantline.pipeline import identity as lineage
 from quantline.pipeline.config import Config
 from quantline.pipeline.hashing import hash_folder
+from quantline.pipeline.identity import combined, identity, options_fingerprint, stage_fingerprint
+from quantline.pipeline.inputs import command_for, float_config, output_with_fingerprint, pipeline_output
 from quantline.pipeline.paths import StagePaths, checked_name, derived_name, read_result, stage_paths
-from quantline.quantization.requirements import wish_of
+from quantline.pipeline.stages import is_baseline
 from quantline.toolchains import environments, runner
-from quantline.toolchains import toolchain as toolchain_module
 from quantline.toolchains.protocol import JobResult, installed_versions
 from quantline.toolchains.runner import Ask, early_worker
-
-if TYPE_CHECKING:
-    from quantline.data.windows import Protocol
-    from quantline.evaluation.speed.vllm_bench import Plan
-    from quantline.quantization.quantize import Request
-    from quantline.serving.server import ServerOptions
+from quantline.toolchains.toolchain import Toolchain
 
 RESULT_SCHEMA = 1
 _CORE_VERSIONS = ("numpy", "safetensors", "transformers", "huggingface-hub", "dvc", "hydra-core")
@@ -99,7 +93,7 @@ class StageRun:
     @property
     def fingerprint(self) -> str:
         """What this run's output follows from."""
-        return lineage.stage_fingerprint(self.config, self.stage, self.root)
+        return stage_fingerprint(self.config, self.stage, self.root)
 
     def refuse_float(self) -> None:
         """Refuse the baseline where a stage has nothing to do for it.
@@ -112,16 +106,7 @@ class StageRun:
                 f"method=float: the baseline skips {self.stage}; choose method=awq, gptq, rtn, bnb or autoround"
             )
 
-    def refuse_frozen(self) -> None:
-        """Refuse a frozen configuration where a stage is no part of the pipeline.
-
-        Raises:
-            UserError: the configuration is frozen.
-        """
-        if self.frozen:
-            raise UserError(f"{self.stage}: is run by hand, with overrides; leave -cp and -cn out")
-
-    def toolchain(self, name: str) -> toolchain_module.Toolchain:
+    def toolchain(self, name: str) -> Toolchain:
         """The named environment, ready to use."""
         return environments.ensure(self.root, name, python=self.config.toolchains.get(name), platform=self.device)
 
@@ -162,54 +147,25 @@ class StageRun:
         Raises:
             UserError: it is not there; the message names the command that makes it.
         """
-        config = float_config(self.config) if baseline else self.config
-        path = self._pipeline_input(stage, baseline) if self.frozen else self._manual_input(stage, config, baseline)
+        if self.frozen:
+            path = pipeline_output(self.root, BASELINE if baseline else self.variant, stage)
+        else:
+            config = float_config(self.config) if baseline else self.config
+            found = output_with_fingerprint(self.root, stage, stage_fingerprint(config, stage, self.root))
+            if found is None:
+                command = command_for(stage, self.overrides, baseline=baseline)
+                raise UserError(
+                    f"{self.stage} needs the output of {stage}, which is not there for these options; run: {command}"
+                )
+            path = found
         name = f"{BASELINE}/{stage}" if baseline else stage
         self.inputs[name] = str(read_result(stage_paths_of(path).result)["output_hash"])
         return path
 
-    def _pipeline_input(self, stage: str, baseline: bool) -> Path:
-        places = stage_paths(self.home, BASELINE if baseline else self.variant, stage)
-        if not places.output.is_dir() or not places.result.is_file():
-            raise UserError(f"{places.output.relative_to(self.root)} is missing: run `dvc repro`, which makes it first")
-        return places.output
-
-    def _manual_input(self, stage: str, config: Config, baseline: bool) -> Path:
-        wanted = lineage.stage_fingerprint(config, stage, self.root)
-        for home in ("scratch", "artifacts"):
-            for result in sorted((self.root / home).glob(f"*/{stage}.json")):
-                output = result.with_suffix("")
-                if output.is_dir() and read_result(result).get("fingerprint") == wanted:
-                    return output
-        overrides = [
-            part for part in self.overrides if not (baseline and part.startswith(("method", "bits", "group_size")))
-        ]
-        command = shlex.join(["python", "-m", f"stages.{stage}", *(["method=float"] if baseline else []), *overrides])
-        raise UserError(
-            f"{self.stage} needs the output of {stage}, which is not there for these options; run: {command}"
-        )
-
     @property
     def is_baseline(self) -> bool:
         """Whether this is the float model itself."""
-        return self.config.method.name == BASELINE
-
-    def protocol(self) -> Protocol:
-        """The evaluation's text and windows."""
-        from quantline.data.windows import Protocol
-
-        return Protocol(**self.config.evaluate.protocol())
-
-    def quantization_request(self) -> Request:
-        """What the quantize stage is asked for."""
-        from quantline.quantization.quantize import Request
-
-        config = self.config
-        return Request(
-            method=config.method.model_dump(), bits=config.bits, group_size=config.group_size, backend=config.backend,
-            order=lineage.backends_of(config), wish=wish_of(config.model_dump()),
-            rules=config.layers.model_dump()["rules"], seed=config.seed, threads=config.threads, device=self.device,
-        )  # fmt: skip
+        return is_baseline(self.config)
 
     @contextmanager
     def work_folder(self) -> Iterator[Path]:
@@ -218,35 +174,6 @@ class StageRun:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
-
-    def server(self) -> tuple[Path, str]:
-        """Interpreter and version of the server's toolchain."""
-        chosen = self.toolchain("vllm")
-        version = environments.distribution_version(chosen, "vllm")
-        self.environment.update(toolchain="vllm", lock_sha256=chosen.lock_sha256, versions={"vllm": version})
-        return chosen.python, version
-
-    def server_options(self, *, quantized: bool) -> ServerOptions:
-        """How the server is started for a checkpoint."""
-        from quantline.serving.rules import serving_dtype
-        from quantline.serving.server import ServerOptions
-
-        serve = self.config.serve
-        process = serve.process.model_dump(exclude={"concurrency", "request_timeout_seconds", "extra_args"})
-        return ServerOptions(
-            device=self.device, dtype=serving_dtype(serve.dtype, quantized=quantized), max_model_len=serve.max_model_len,
-            enforce_eager=serve.enforce_eager, trust_remote_code=self.config.model.trust_remote_code,
-            extra_args=tuple(serve.process.extra_args), **process,
-        )  # fmt: skip
-
-    def speed_plan(self) -> Plan:
-        """What the speed stage measures."""
-        from quantline.evaluation.speed.vllm_bench import Level, Plan
-
-        speed = self.config.speed
-        levels = tuple(Level(level.concurrency, level.prompts) for level in speed.levels)
-        own = speed.model_dump(exclude={"name", "tools", "levels"})
-        return Plan(tools=tuple(speed.tools), levels=levels, **own)
 
     @property
     def checkpoint_stage(self) -> str:
@@ -257,12 +184,6 @@ class StageRun:
         """The checkpoint to serve and judge: the converted one, or the float model itself."""
         folder = self.input(self.checkpoint_stage)
         return folder / "model" if self.checkpoint_stage == "download" else folder
-
-    def changed_files(self) -> int:
-        """How many files of the checkpoint's folder are not what its result recorded: changed, added or lost."""
-        folder = self.input(self.checkpoint_stage)
-        recorded = read_result(stage_paths_of(folder).result)["outputs"]
-        return len(lineage.differing(recorded, lineage.file_hashes(folder)))
 
     @property
     def partial(self) -> Path:
@@ -300,10 +221,10 @@ class StageRun:
         here = self.paths.output.relative_to(self.root).as_posix()
         result = {
             "schema": RESULT_SCHEMA, "stage": self.stage, "variant": self.variant, "fingerprint": self.fingerprint,
-            "identity": lineage.identity(self.config, self.stage, self.root),
-            "options": lineage.options_fingerprint(self.config, self.stage, self.root),
+            "identity": identity(self.config, self.stage, self.root),
+            "options": options_fingerprint(self.config, self.stage, self.root),
             "status": self.status, "reason": self.reason, "metrics": self.metrics, "inputs": self.inputs,
-            "outputs": hashes.files, "output_hash": lineage.combined(hashes.files), "tensors": hashes.tensors,
+            "outputs": hashes.files, "output_hash": combined(hashes.files), "tensors": hashes.tensors,
             "timings": {"started_at": started_at, "total_seconds": time.time() - started_at},
             "peak_memory_bytes": max(own, self.peak_memory_bytes), "environment": environment,
             "warnings": self.warnings, "files": [f"{here}/{name}" for name in self.files], "tables": self.tables,
@@ -316,11 +237,6 @@ class StageRun:
 def stage_paths_of(output: Path) -> StagePaths:
     """The paths that go with an output folder."""
     return StagePaths(output)
-
-
-def float_config(config: Config) -> Config:
-    """The baseline's configuration: the same model, serving and evaluation, no method."""
-    return config.model_copy(update={"method": FloatMethod(name="float")})
 
 
 def _alive(pid: int) -> bool:

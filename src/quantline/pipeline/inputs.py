@@ -1,0 +1,47 @@
+"""Where a stage finds the outputs of the stages before it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantline.config.method import BASELINE, FloatMethod
+from quantline.core.errors import UserError
+from quantline.pipeline.config import Config
+from quantline.pipeline.paths import read_result, stage_paths
+
+
+def pipeline_output(root: Path, variant: str, stage: str) -> Path:
+    """The output of a stage that DVC ran.
+
+    Raises:
+        UserError: it is not there.
+    """
+    places = stage_paths(root / "artifacts", variant, stage)
+    if not places.output.is_dir() or not places.result.is_file():
+        raise UserError(f"{places.output.relative_to(root)} is missing: run `dvc repro`, which makes it first")
+    return places.output
+
+
+def output_with_fingerprint(root: Path, stage: str, fingerprint: str) -> Path | None:
+    """The output of a stage that carries a fingerprint, made by hand or by the pipeline; None where there is none."""
+    for home in ("scratch", "artifacts"):
+        for result in sorted((root / home).glob(f"*/{stage}.json")):
+            output = result.with_suffix("")
+            if output.is_dir() and read_result(result).get("fingerprint") == fingerprint:
+                return output
+    return None
+
+
+def command_for(stage: str, overrides: Sequence[str], *, baseline: bool) -> str:
+    """The command that makes a stage's output by hand, for the options of a run, or for the float baseline's."""
+    if baseline:
+        kept = [part for part in overrides if not part.startswith(("method", "bits", "group_size"))]
+        overrides = [f"method={BASELINE}", *kept]
+    return shlex.join(["python", "-m", f"stages.{stage}", *overrides])
+
+
+def float_config(config: Config) -> Config:
+    """The baseline's configuration: the same model, serving and evaluation, no method."""
+    return config.model_copy(update={"method": FloatMethod(name="float")})
