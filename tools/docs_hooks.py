@@ -1,4 +1,4 @@
-"""MkDocs hooks: the decisions put themselves into the menu and into their index, so that one more needs no edit elsewhere."""
+"""MkDocs hooks: the decisions are put into the menu and into their index, so that one more needs no edit elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def decisions(docs: Path) -> list[tuple[str, str]]:
 
 def on_config(config: Any) -> Any:
     """Replace the index in the menu by a section: the index, then every decision."""
-    pages: list[Any] = [{title: f"{FOLDER}/{name}"} for name, title in decisions(Path(config.docs_dir))]
+    pages: list[Any] = [
+        {title.replace("`", ""): f"{FOLDER}/{name}"} for name, title in decisions(Path(config.docs_dir))
+    ]
     for section in config.nav:
         for entries in section.values():
             if isinstance(entries, list):
