@@ -53,7 +53,7 @@ $(DOCS)/ready: envs/docs.txt | .venv/ready
 
 docs: $(DOCS)/ready  ## build the documentation into site/; a broken link or a page outside the menu fails
 	@PYTHONPATH=src python tools/options_reference.py docs/reference/options.md
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build -q --strict
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 	@echo "$(CURDIR)/site/index.html; with search: python -m http.server -b 127.0.0.1 -d site"
 
 lint: setup  ## ruff, its formatter, and mypy
