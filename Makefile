@@ -51,6 +51,7 @@ $(DOCS)/ready: envs/docs.txt | .venv/ready
 	@$(BIN)/uv pip install -q --python $(DOCS)/bin/python --no-deps -r envs/docs.txt
 	@touch $@
 
+# Not with -q: mkdocs 1.6.1 counts no warnings then, and --strict lets everything pass.
 docs: $(DOCS)/ready  ## build the documentation into site/; a broken link or a page outside the menu fails
 	@PYTHONPATH=src python tools/options_reference.py docs/reference/options.md
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
