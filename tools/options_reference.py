@@ -227,7 +227,11 @@ def options(section: type[BaseModel], place: str, values: Any, said: Mapping[str
 
 
 def _value(info: FieldInfo) -> str:
-    return ", ".join([_kind(info.annotation), *_limits(info)])
+    members = [member for member in _members(info.annotation) if member is not type(None)]
+    limits = _limits(info)
+    told = ", ".join([" or ".join(dict.fromkeys(map(_kind, members))), *limits])
+    null = len(members) < len(_members(info.annotation))
+    return f"{told}{',' if limits else ''} or null" if null else told
 
 
 def _first(doc: str | None) -> Lines:
