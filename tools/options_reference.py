@@ -213,7 +213,8 @@ def options(section: type[BaseModel], place: str, values: Any, said: Mapping[str
             later += options(inner[0], full, default, said)
             continue
         required = not given and info.is_required()
-        yield Option(full, _value(info), "required" if required else f"`{_shown(default)}`", said.get(full, ()))
+        told = (info.description,) if info.description else ()  # where conf/ has no line for it
+        yield Option(full, _value(info), "required" if required else f"`{_shown(default)}`", said.get(full) or told)
         for entry in inner:
             later.append(Part(full, _first(entry.__doc__)))
             later += options(entry, full, default, said)
