@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # dvc asks the network whether there is a newer dvc, and reports usage, unless told not to
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup repro report test lint format ui push pull verify gc lock clean
+.PHONY: help setup repro report test docs lint format ui push pull verify gc lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -41,6 +41,22 @@ report: setup  ## bring the report up to date and open it, or print where it is
 test: setup  ## the whole test suite, in two processes
 	@python -m pytest -n 2 --dist loadgroup
 
+DOCS := .venvs/docs
+
+# The site has an environment of its own, since nothing of the pipeline needs it.
+$(DOCS)/ready: envs/docs.txt | .venv/ready
+	@rm -rf $(DOCS)
+	@echo "building $(DOCS) from envs/docs.txt"
+	@$(PYTHON) -m venv $(DOCS)
+	@$(BIN)/uv pip install -q --python $(DOCS)/bin/python --no-deps -r envs/docs.txt
+	@touch $@
+
+# Not with -q: mkdocs 1.6.1 counts no warnings then, and --strict lets everything pass.
+docs: $(DOCS)/ready  ## build the documentation into site/; a broken link or a page outside the menu fails
+	@PYTHONPATH=src python tools/options_reference.py docs/reference/options.md
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+	@echo "$(CURDIR)/site/index.html; with search: python -m http.server -b 127.0.0.1 -d site"
+
 lint: setup  ## ruff, its formatter, mypy, and which package may import which
 	@ruff check .
 	@ruff format --check .
@@ -71,5 +87,5 @@ lock: setup  ## resolve envs/*.in into envs/*.txt again
 	@tools/lock_envs.sh
 
 clean:  ## remove environments, scratch and caches; artifacts, DVC's cache and MLflow's store stay
-	@rm -rf .venv .venvs scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venvs scratch site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,8 @@ if [ -n "$only" ] && [ ! -f "$only.in" ] && [ ! -f "$source.in" ]; then
 fi
 lock() { if [ -z "$only" ] || [ "$only" = "$2" ]; then echo "envs/$2.txt"; "$1" "$3.in" -o "$2.txt"; fi; }
 lock cpu core core
-for name in $(ls ./*.in | xargs -n1 basename -s .in | grep -v -e ^core$ -e ^vllm-); do
+lock cpu docs docs
+for name in $(ls ./*.in | xargs -n1 basename -s .in | grep -v -e ^core$ -e ^docs$ -e ^vllm-); do
   lock cpu "$name-cpu" "$name"
   lock cuda "$name-cuda" "$name"
 done
