@@ -112,7 +112,7 @@ def main(model: str, words: list[str]) -> None:
     scratch, python = ROOT / "scratch", sys.executable
     path = DEMO if model == "demo" else make_model(model)
     common = [
-        f"model.path={path}", "device=cuda", "tracking.enabled=false", "speed=sweep", "coverage.enabled=false",
+        f"model.path={path}", "device=cuda", "tracking.enabled=false", "speed=sweep", "layer_errors.enabled=false",
         "calibration.n_samples=1", "serve.process.kv_cache_gib=1", "serve.process.gpu_memory_utilization=0.4",
         f"toolchains.vllm={python}", f"toolchains.reference={python}", *overrides,
     ]  # fmt: skip

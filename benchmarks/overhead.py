@@ -5,12 +5,12 @@ The same job at 4 bits on the demo model and its calibration tokens, twice:
 bare    a script in AutoGPTQ's or AutoAWQ's environment: import, load, the library's `quantize`, the library's own way of
         saving (with what the library needs on a machine without a GPU, or it does not run at all)
 stage   `python -m stages.quantize`: configuration, preflight, the parity probe, the same library call, our writer, the
-        reading back of the result, the coverage gate
+        reading back of the result, the gate on layer errors
 
 The stage starts two interpreters more. The pipeline's starts before all else; what it takes until its imports are done is
-measured apart, stated, and taken off. The coverage gate's starts beside the library's and imports on the other core, so its
-wall time is not taken off, its CPU time is. Bare and staged runs are paired, in turns; medians over the rounds are printed.
-CPU seconds are those of all processes: on a machine that others use, they say more than the wall's.
+measured apart, stated, and taken off. The one that measures layer errors starts beside the library's and imports on the
+other core, so its wall time is not taken off, its CPU time is. Bare and staged runs are paired, in turns; medians over the
+rounds are printed. CPU seconds are those of all processes: on a machine that others use, they say more than the wall's.
 """
 
 from __future__ import annotations

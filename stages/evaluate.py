@@ -48,7 +48,7 @@ def instruments(run: StageRun) -> Instruments:
     try:
         layers = Layers(
             quantized=run.input("quantize"), calibration=run.input("calibrate") / "tokens.safetensors",
-            samples=config.coverage.samples, unfold=True if config.method.name == "awq" else None,
+            samples=config.layer_errors.samples, unfold=True if config.method.name == "awq" else None,
             restore=options.restore.layers, tokens=options.restore.tokens,
         )  # fmt: skip
     except UserError:  # a checkpoint by hand, of which nobody kept what it was made from

@@ -18,7 +18,7 @@ def quantize(run: StageRun) -> None:
 
     run.refuse_float()
     download, calibration = run.input("download"), run.input("calibrate") / "tokens.safetensors"
-    early = layer_errors.early(run.early_side_worker, enabled=run.config.coverage.enabled)
+    early = layer_errors.early(run.early_side_worker, enabled=run.config.layer_errors.enabled)
     with run.output() as out, run.work_folder() as work, early:
         outcome = quantization.quantize(
             request(run), model=download / "model", probe=download / "probe.safetensors",
@@ -28,7 +28,7 @@ def quantize(run: StageRun) -> None:
         config = run.config
         covered = layer_errors.measure(
             model=download / "model", output=out, calibration=calibration, linears=outcome.linears,
-            method=config.method.name, settings=config.coverage.model_dump(), run_worker=run.side_worker,
+            method=config.method.name, settings=config.layer_errors.model_dump(), run_worker=run.side_worker,
             threads=config.threads, device=run.device, backend_rows=outcome.layers, failed=work,
         )  # fmt: skip
         run.metrics.update({**outcome.metrics, **covered.metrics})

@@ -59,7 +59,7 @@ def ran(done):
 
 def test_a_first_repro_runs_every_stage_of_every_variant(pipeline, first_run):
     once = [
-        "compose_baseline", "download", "serve_smoke_baseline", "evaluate_baseline", "tasks_baseline", "report"
+        "code", "compose_baseline", "download", "serve_smoke_baseline", "evaluate_baseline", "tasks_baseline", "report"
     ]  # fmt: skip
     expected = {*once, *(f"{stage}@{name}" for stage in ("compose", *EACH) for name in VARIANTS)}
     assert set(ran(first_run)) == expected

@@ -7,7 +7,8 @@ import pytest
 from quantline.lifecycle.promotion_gates import Gates, faults_of
 
 GATES = Gates(
-    max_perplexity_increase=0.05, served=True, coverage=True, min_recovery=0.95, max_alarms=1, alarms=("slower_than_float",)
+    max_perplexity_increase=0.05, served=True, layer_errors=True, min_recovery=0.95, max_alarms=1,
+    alarms=("slower_than_float",),
 )  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def test_a_variant_within_its_limits_may_be_promoted(results):
         ("evaluate", {"nll_difference_high": 1e9}, "quality: perplexity may be +inf %"),
         ("evaluate", {"nll_difference_high": None}, "quality: the interval against float was not measured"),
         ("evaluate", {"nll_difference_high": math.nan}, "quality: perplexity may be +nan %"),
-        ("quantize", {"linears_quantized": 34}, "coverage: 34 of 35 linears"),
+        ("quantize", {"linears_quantized": 34}, "layer errors: 34 of 35 linears"),
         (
             "tasks",
             {"recovery/arc_easy/vllm": 0.94},
@@ -61,7 +62,7 @@ def test_a_variant_that_is_not_served_is_refused_with_the_reason_unless_that_is_
 
 def test_coverage_that_was_switched_off_does_not_pass(results):
     del results["quantize"]["metrics"]["output_error_max"]
-    assert faults_of(results, GATES) == ["coverage: no error was measured; set coverage.enabled=true"]
+    assert faults_of(results, GATES) == ["layer errors: no error was measured; set layer_errors.enabled=true"]
 
 
 def test_every_stage_that_is_missing_is_named(results):

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from quantline.core.errors import ServerError, UserError
+from quantline.core.errors import ConfigError, ServerError, UserError
 from quantline.pipeline.config import parse
 from quantline.pipeline.execute import check_caller
 from quantline.pipeline.user_messages import explain, option_names
@@ -93,6 +93,12 @@ def test_options_are_known_of_every_choice_of_a_group(conf):
     names = option_names(conf)
     assert {"bits", "method.damp_percent", "method.clip", "serve.process.port", "evaluate.bootstrap.seed"} <= set(names)
     assert not [name for name in names if name.startswith(("hydra", "defaults"))]
+
+
+def test_a_former_name_is_answered_with_the_one_of_today(failure, composed):
+    assert failure("coverage.samples=4") == ("coverage.samples: is called layer_errors.samples now", 2)
+    with pytest.raises(ConfigError, match="coverage: is called layer_errors now"):
+        parse({**composed(), "coverage": {"enabled": True}})
 
 
 def test_a_frozen_configuration_with_overrides_is_refused(frozen):

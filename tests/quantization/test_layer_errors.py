@@ -1,4 +1,4 @@
-"""The coverage gate on tiny models: every number against one that plain hooks on the float model give."""
+"""The gate on layer errors on tiny models: every number against one that plain hooks on the float model give."""
 
 from __future__ import annotations
 
@@ -357,15 +357,15 @@ def test_awq_is_always_unfolded_and_others_where_norms_differ(gate):
 
 def test_an_error_above_the_limit_fails_and_names_the_worst_linears(made, gate, tmp_path):
     worst = max(made.answers["dense"]["rows"], key=lambda row: row["output_error"])
-    with pytest.raises(WorkerError, match=r"coverage\.max_output_error\.bits4.* in 14 of 14 linears") as caught:
+    with pytest.raises(WorkerError, match=r"layer_errors\.max_output_error\.bits4.* in 14 of 14 linears") as caught:
         gate("dense", max_output_error={**SETTINGS["max_output_error"], "bits4": 0.01})
     assert f"{worst['name']} {worst['output_error']:.3g}" in str(caught.value)
     assert (tmp_path / "failed/coverage/layers.csv").is_file()
     assert str(tmp_path / "failed/coverage/layers.csv") in str(caught.value)
-    with pytest.raises(WorkerError, match=r"coverage\.max_weight_error\.bits4"):
+    with pytest.raises(WorkerError, match=r"layer_errors\.max_weight_error\.bits4"):
         gate("dense", max_weight_error={**SETTINGS["max_weight_error"], "bits4": 0.01})
     # The option that is named lets it pass, and nothing much smaller does.
-    (raised,) = re.findall(r"raise the limit.*: coverage\.max_output_error\.bits4=([0-9.]+)", str(caught.value))
+    (raised,) = re.findall(r"raise the limit.*: layer_errors\.max_output_error\.bits4=([0-9.]+)", str(caught.value))
     assert worst["output_error"] <= float(raised) < worst["output_error"] + 0.01
     gate("dense", max_output_error={**SETTINGS["max_output_error"], "bits4": float(raised)})
     none = dict.fromkeys(SETTINGS["max_output_error"])
@@ -391,11 +391,11 @@ def test_a_blind_expert_warns_fails_or_is_ignored(gate):
 
     (few, untouched) = blind(method="gptq")
     assert "quantized blind" in few
-    assert "no token of coverage.samples reached them" in untouched
+    assert "no token of layer_errors.samples reached them" in untouched
     assert blind(method="gptq", few_tokens="ignore") == [untouched]
     # What needs no calibration is not blind without it.
     assert blind(method="rtn", few_tokens="fail") == [untouched]
-    with pytest.raises(WorkerError, match=r"fewer than 1 calibration tokens \(coverage\.min_tokens\)"):
+    with pytest.raises(WorkerError, match=r"fewer than 1 calibration tokens \(layer_errors\.min_tokens\)"):
         blind(method="gptq", few_tokens="fail")
     with pytest.raises(WorkerError, match="fewer than 500 calibration tokens"):
         gate("dense", method="gptq", few_tokens="fail", min_tokens=500)

@@ -177,7 +177,7 @@ def options(name: str, method: str, bits: int) -> dict[str, Any]:
     values["evaluate"] = {"name": "perplexity", "path": "assets/demo/evaluation.jsonl", "mode": "documents",
                           "window": 512, "stride": 512, "bos": "none",
                           "bootstrap": {"resamples": 10000, "level": 0.95, "seed": 0}}  # fmt: skip
-    values["coverage"] = {"levels": {"moderate": 0.1, "high": 0.25}}
+    values["layer_errors"] = {"levels": {"moderate": 0.1, "high": 0.25}}
     return values
 
 

@@ -1,4 +1,4 @@
-"""The options of the coverage gate."""
+"""The options of the gate on layer errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ErrorLevels(Section):
         return self
 
 
-class CoverageConfig(Section):
+class LayerErrorsConfig(Section):
     """What a quantized model must come through, see `quantline.quantization.layer_errors`."""
 
     enabled: bool

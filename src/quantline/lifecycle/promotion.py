@@ -38,7 +38,7 @@ def gates_of(config: Config) -> Gates:
     """The gates that a configuration asks for."""
     asked = config.promote
     return Gates(
-        asked.max_perplexity_increase, asked.served, asked.coverage, asked.min_recovery, asked.max_alarms,
+        asked.max_perplexity_increase, asked.served, asked.layer_errors, asked.min_recovery, asked.max_alarms,
         tuple(asked.alarms),
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ class Gates:
 
     max_perplexity_increase: float
     served: bool
-    coverage: bool
+    layer_errors: bool
     min_recovery: float
     max_alarms: int
     alarms: tuple[str, ...]
@@ -42,7 +42,7 @@ def faults_of(results: Mapping[str, Mapping[str, Any]], gates: Gates) -> list[st
             faults.append(f"alarms: the evaluation raised {_number(raised)}, promote.max_alarms={gates.max_alarms}")
     if gates.served and "serve_smoke" in results and results["serve_smoke"].get("status") != "ok":
         faults.append(f"served: it is not, {results['serve_smoke'].get('reason') or 'no reason given'}")
-    if gates.coverage and "quantize" in results:
+    if gates.layer_errors and "quantize" in results:
         faults += _coverage(metrics["quantize"])
     for stage in metrics.values():
         faults += [
@@ -78,9 +78,11 @@ def _quality(metrics: Mapping[str, Any], limit: float) -> list[str]:
 def _coverage(metrics: Mapping[str, Any]) -> list[str]:
     expected, found = metrics.get("linears_expected"), metrics.get("linears_quantized")
     if expected is None or expected != found:
-        return [f"coverage: {_number(found)} of {_number(expected)} linears were quantized"]
+        return [f"layer errors: {_number(found)} of {_number(expected)} linears were quantized"]
     # What is beyond a limit has failed the quantize stage; without an error nothing was held against the limits.
-    return [] if "output_error_max" in metrics else ["coverage: no error was measured; set coverage.enabled=true"]
+    return (
+        [] if "output_error_max" in metrics else ["layer errors: no error was measured; set layer_errors.enabled=true"]
+    )
 
 
 def _at_least(value: Any, limit: Any) -> bool:

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from quantline.config.convert import ConvertConfig, ConvertSourceConfig
 from quantline.config.data import EMBEDDED_MODEL, CalibrationConfig, ModelConfig
 from quantline.config.evaluate import EvaluateConfig, NoiseConfig
-from quantline.config.layer_errors import CoverageConfig
+from quantline.config.layer_errors import LayerErrorsConfig
 from quantline.config.method import Backend, LayersConfig, Method
 from quantline.config.promote import PromoteConfig
 from quantline.config.report import ReportConfig
@@ -59,7 +59,7 @@ class Config(Section):
     low_memory: bool
     layers: LayersConfig
     calibration: CalibrationConfig
-    coverage: CoverageConfig
+    layer_errors: LayerErrorsConfig
     convert: ConvertConfig
     source: ConvertSourceConfig = ConvertSourceConfig()
     out: str | None = None
@@ -99,12 +99,26 @@ def parse(values: Mapping[str, Any]) -> Config:
     return config
 
 
+# Former names of groups and options.
+_RENAMED = {"coverage": "layer_errors", "promote.coverage": "promote.layer_errors"}
+
+
+def renamed(key: str) -> str | None:
+    """What an option with a former name is called now; None where the name is no former one."""
+    for old, new in _RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key[len(old) :]
+    return None
+
+
 def _describe(fault: Mapping[str, Any]) -> str:
     # The discriminator's tag stands in the location of a method's fault and means nothing to a user.
     places = [str(part) for part in fault["loc"]]
     if len(places) > 2 and places[0] == "method":
         del places[1]
     key, given, kind = ".".join(places), fault["input"], fault["type"]
+    if kind == "extra_forbidden" and (now := renamed(key)):
+        return f"{key}: is called {now} now"
     if kind == "extra_forbidden":
         return f"{key}: no such option; see the allowed ones with --help"
     if kind == "missing":

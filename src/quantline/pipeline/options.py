@@ -43,7 +43,7 @@ def quantize(config: Config, context: Context) -> dict[str, Any]:
     """The method and everything that decides which weights come out of it."""
     own = {"method": config.method.model_dump(), "bits": config.bits, "group_size": config.group_size}
     own.update(backends=context.backends, seed=config.seed, threads=config.threads, dtype=config.dtype)
-    own.update(coverage=config.coverage.model_dump())
+    own.update(coverage=config.layer_errors.model_dump())  # its former name: results that there are stay current
     own.update(layers=config.layers.model_dump(), lm_head=config.lm_head, low_memory=config.low_memory)
     return {**own, "environment": context.locks["quantizer"]}
 

@@ -77,7 +77,7 @@ _TABLE = (
     ),
     Stage(
         "quantize", ("download", "calibrate"), options.quantize,
-        ("method", "bits", "group_size", "backend", "dtype", "lm_head", "low_memory", "layers", "coverage", "seed",
+        ("method", "bits", "group_size", "backend", "dtype", "lm_head", "low_memory", "layers", "layer_errors", "seed",
          "threads", "device", "frozen.backends"), ("quantizer",),
         exact=True, skipped=is_baseline, compared=True, gated=True, rebuilt=True, kept=False,
     ),

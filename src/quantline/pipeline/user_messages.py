@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from quantline.core.errors import QuantlineError
 from quantline.core.text import nearest
+from quantline.pipeline.config import renamed
 
 if TYPE_CHECKING:
     pass
@@ -43,6 +44,8 @@ def _explain_composition(error: Exception, conf: Path) -> str:
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         key = unknown.group(1)
+        if now := renamed(key):
+            return f"{key}: is called {now} now"
         if owners := _owners(conf, key):
             group = key.partition(".")[0]
             return f"{key}: this {group} has no such option, {group}={' or '.join(owners)} has it; see --help"

@@ -1,8 +1,8 @@
-"""The coverage gate: whether a quantized checkpoint is whole, and how far each of its linears is from the float one.
+"""The gate on layer errors: whether a quantized checkpoint is whole, and how far each of its linears is from the float one.
 
-The files are looked at first (`coverage_files`): a fault there ends it. Then `coverage_worker`, in the reference toolchain,
-runs the float model over calibration samples and measures every linear. What is measured is a table, a picture and metrics;
-limits come from the configuration's section `coverage`.
+The files are checked first (`file_checks`); a fault there ends it. Then the worker `layer_errors`, in the reference
+environment, runs the float model over calibration samples and measures every linear. The results are a table, a picture and
+metrics. The limits come from the configuration's section `layer_errors`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TITLES = {"output_error": "the output's", "weight_error": "the weights'"}
 
 
 @dataclass(frozen=True)
-class Coverage:
+class LayerErrors:
     """What was measured of one quantized checkpoint.
 
     rows: one per linear, by layer: name, layer (number; -1 outside of the layers), module (name inside it),
@@ -84,7 +84,7 @@ def measure(
     device: str = "cpu",
     backend_rows: Sequence[Mapping[str, Any]] = (),
     failed: Path | None = None,
-) -> Coverage:
+) -> LayerErrors:
     """Measure a quantized checkpoint and let it pass, or not.
 
     Args:
@@ -93,7 +93,7 @@ def measure(
         calibration: tokens.safetensors, `input_ids` int32 (n, length).
         linears: what should be quantized, by name.
         method: awq, gptq, rtn, bnb or autoround; of awq, folded scales are undone before weights are compared.
-        settings: the plain values of `CoverageConfig`.
+        settings: the plain values of `LayerErrorsConfig`.
         run_worker: (toolchain, module, job, label) -> its result.
         threads, device: of the worker.
         backend_rows: the backend's own rows: `layer` and `module`, or `module` with the whole name.
@@ -104,11 +104,11 @@ def measure(
     """
     found = inspect(model, output, list(linears))
     if found.faults:
-        raise WorkerError(f"the quantized model does not pass the coverage gate: {'; '.join(found.faults)}")
+        raise WorkerError(f"the quantized model does not pass the gate on layer errors: {'; '.join(found.faults)}")
     rows = _rows(found, linears, backend_rows)
     metrics, warnings = _file_metrics(found, len(linears)), list(found.warnings)
     if not settings["enabled"]:
-        return Coverage(rows, metrics, warnings)
+        return LayerErrors(rows, metrics, warnings)
     job = {
         "model": str(model), "checkpoint": str(output), "calibration": str(calibration),
         "linears": [row["name"] for row in rows], "samples": settings["samples"],
@@ -131,8 +131,8 @@ def measure(
         kept = ""
         if failed is not None and _write(rows, failed, title):
             kept = f"; all linears: {failed / TABLE}"
-        raise WorkerError(f"the quantized model does not pass the coverage gate: {'; '.join(faults)}{kept}")
-    return Coverage(rows, metrics, warnings, _write(rows, output, title), _worst(rows, "output_error"))
+        raise WorkerError(f"the quantized model does not pass the gate on layer errors: {'; '.join(faults)}{kept}")
+    return LayerErrors(rows, metrics, warnings, _write(rows, output, title), _worst(rows, "output_error"))
 
 
 def _rows(found: Files, linears: Mapping[str, Width], backend_rows: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -200,7 +200,7 @@ def _error_faults(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]
             if value is not None and not (math.isfinite(value) and (limit is None or value <= limit)):
                 above.append(row)
         if above:
-            options = {f"coverage.max_{key}.bits{row['bits']}" for row in above}
+            options = {f"layer_errors.max_{key}.bits{row['bits']}" for row in above}
             faults.append(
                 f"{whose} error is above its limit ({', '.join(sorted(options))}) in {len(above)} of {len(rows)} linears: "
                 f"{_worst(above, key)}; give these more bits or leave them float by layers.rules{_or_raise(above, key)}"
@@ -212,7 +212,7 @@ def _or_raise(rows: Sequence[Row], key: str) -> str:
     """The limits that these rows would pass, as options; where a weight is worse than zeros would be, no limit helps."""
     needed: dict[str, float] = {}
     for row in rows:
-        option = f"coverage.max_{key}.bits{row['bits']}"
+        option = f"layer_errors.max_{key}.bits{row['bits']}"
         needed[option] = max(needed.get(option, 0.0), row[key] if math.isfinite(row[key]) else math.inf)
     if max(needed.values()) >= 1:
         return "; weights that are all zero have an error of 1, so something went wrong with those above it"
@@ -236,7 +236,7 @@ def _few_tokens(rows: Sequence[Row], least: int) -> list[str]:
         return []
     named = some([f"{row['name']} {row['tokens']}" for row in few], _WORST)
     return [
-        f"{len(few)} of {len(rows)} linears saw fewer than {least} calibration tokens (coverage.min_tokens), so they were "
+        f"{len(few)} of {len(rows)} linears saw fewer than {least} calibration tokens (layer_errors.min_tokens) and were "
         f"quantized blind: {named}; give more text, calibration.n_samples"
     ]
 
@@ -251,7 +251,7 @@ def _unmeasured(rows: Sequence[Row]) -> list[str]:
         )
     if untouched:
         notes.append(
-            f"no output error of {len(untouched)} linears, no token of coverage.samples reached them: {some(untouched)}"
+            f"no output error of {len(untouched)} linears, no token of layer_errors.samples reached them: {some(untouched)}"
         )
     return notes
 

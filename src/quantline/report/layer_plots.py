@@ -35,7 +35,7 @@ def _heat_map(
     cells = np.where(np.isfinite(cells), cells, np.nan)
     if np.isnan(cells).all():
         return None
-    levels = (item.record.config.get("coverage") or {}).get("levels") or {}
+    levels = (item.record.config.get("layer_errors") or {}).get("levels") or {}
     least = max(span[0], span[1] / 1e4) * 0.999
     scale = LogNorm(least, span[1] * 1.001)
     ramp = LinearSegmentedColormap.from_list("errors", _RAMP)

@@ -10,7 +10,7 @@ absent is left out:
                `divergence_tokens` tokens, null is all, and NaN at the others.
 `generate`     prompts (lists of equally many token ids), new_tokens. Result `generations`: `tokens`, the greedy
                continuations, which no token ends, and `margins`, by how much each is above the runner-up, in nats.
-`layers`       linears (names), calibration, samples and unfold, as of `coverage_worker`; wants `baseline`. Result `errors`:
+`layers`       linears (names), calibration, samples and unfold, as of `layer_errors`; wants `baseline`. Result `errors`:
                its rows, measured on this checkpoint.
 `restore`      count, windows, output; wants `layers`. The `count` linears with the largest output errors are put back to
                float, one at a time, and the windows are scored again; the output has `logprobs` and `kl`, float32
@@ -18,7 +18,7 @@ absent is left out:
                the output, or null) and `note`.
 
 A method may have folded scales of a linear into its neighbours. The float weight is put back with the same scales, as far as
-they can be found again (`coverage_unfold.folded_scales`). Activations that a checkpoint rounds stay rounded.
+they can be found again (`folded_scales`). Activations that a checkpoint rounds stay rounded.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
     """Do one job, see the module's description.
 
     Raises:
-        JobError: whatever the reference engine and `coverage_worker` refuse.
+        JobError: whatever the reference engine and `layer_errors` refuse.
     """
     import torch
 
