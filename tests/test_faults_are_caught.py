@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
-from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import linear_shapes
 from quantline.data.windows import Protocol, build_windows
 from quantline.evaluation.bootstrap import bootstrap
@@ -87,7 +87,7 @@ class Bench:
         """Measure every linear, as the quantize stage does."""
         layer_errors.measure(
             model=self.model, output=checkpoint, calibration=self.folder / "tokens.safetensors", method="rtn",
-            linears={name: Width(bits, 128) for name in linear_shapes(Checkpoint.open(self.model))},
+            linears={name: LinearSpec(bits, 128) for name in linear_shapes(Checkpoint.open(self.model))},
             settings=self.settings, run_worker=self.worker,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantline.checkpoints.checkpoint import Checkpoint, iter_dequantized, write_safetensors
-from quantline.checkpoints.layouts import LAYOUTS, QuantizedLinear, quantize_rtn
+from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, quantize_rtn
 from quantline.checkpoints.layouts.affine import sequential_groups
 from quantline.checkpoints.quantization_config import describe
 from quantline.conversion import passthrough
@@ -169,7 +169,7 @@ def extreme_linears(draw):
     zeros = random.integers(0, 16, (groups, columns)) if zeros is None else np.full((groups, columns), zeros)
     scales = random.choice(np.array([2.0**-24, 1e-3, 1.0, 65504.0], np.float16), (groups, columns))
     index = sequential_groups(rows, group)
-    return QuantizedLinear(codes, scales, zeros.astype(np.int16), index, 4, group)
+    return AffineLinear(codes, scales, zeros.astype(np.int16), index, 4, group)
 
 
 @pytest.mark.parametrize("one", LAYOUT_OF)

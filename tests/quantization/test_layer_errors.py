@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from tiny_model import write_tokenizer
 
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
-from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import planned
 from quantline.checkpoints.model_config import read_config
 from quantline.core.errors import WorkerError
@@ -412,7 +412,7 @@ def test_calls_that_cannot_be_seen_are_a_warning(gate):
 def test_a_fault_of_the_files_ends_it_before_the_worker(gate):
     reached = []
     with pytest.raises(WorkerError, match=r"1 of 15 linears were not quantized: model\.layers\.9\.mlp\.up_proj"):
-        gate("dense", also={"model.layers.9.mlp.up_proj": Width(4, 32)}, change=reached.append)
+        gate("dense", also={"model.layers.9.mlp.up_proj": LinearSpec(4, 32)}, change=reached.append)
     assert not reached
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, write_safetensors
-from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import linear_shapes, planned
 from quantline.core.errors import UserError, WorkerError
 from quantline.quantization.capabilities import Wish
@@ -152,14 +152,14 @@ def test_a_worker_that_writes_nothing_is_no_success(places):
 
 def test_an_output_with_other_bits_or_groups_than_asked_for_is_refused(quantized, widths):
     with pytest.raises(WorkerError, match="asked for 8 bits in groups of 128, got 4 in 128"):
-        check_output(quantized, {name: Width(8, 128) for name in widths})
+        check_output(quantized, {name: LinearSpec(8, 128) for name in widths})
     with pytest.raises(WorkerError, match="asked for 4 bits in groups of 64, got 4 in 128"):
-        check_output(quantized, {name: Width(4, 64) for name in widths})
+        check_output(quantized, {name: LinearSpec(4, 64) for name in widths})
 
 
 def test_an_output_that_leaves_linears_out_is_refused(quantized, widths):
     with pytest.raises(WorkerError, match=r"1 of 36 linears were left in float without a word \(1 x more\)"):
-        check_output(quantized, {**widths, "model.layers.0.more": Width(4, 128)})
+        check_output(quantized, {**widths, "model.layers.0.more": LinearSpec(4, 128)})
 
 
 def test_an_output_that_quantizes_what_should_stay_float_is_refused(quantized, widths):

@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from quantline.checkpoints.layouts import QuantizedLinear
+from quantline.checkpoints.layouts import AffineLinear
 from quantline.checkpoints.layouts.affine import sequential_groups
 
 
-def build(
-    bits: int, in_features: int, out_features: int, group_size: int, seed: int = 0, **parts: Any
-) -> QuantizedLinear:
+def build(bits: int, in_features: int, out_features: int, group_size: int, seed: int = 0, **parts: Any) -> AffineLinear:
     rng = np.random.default_rng(seed)
     groups = 1 if group_size == -1 else in_features // group_size
     top = 2**bits
@@ -23,11 +21,11 @@ def build(
         "zeros": rng.integers(0, top, (groups, out_features)).astype(np.int16),
         "group_index": sequential_groups(in_features, group_size),
     }
-    return QuantizedLinear(**{**values, **parts}, bits=bits, group_size=group_size)
+    return AffineLinear(**{**values, **parts}, bits=bits, group_size=group_size)
 
 
 @st.composite
-def linears(draw: st.DrawFn, bits: st.SearchStrategy[int], groups: tuple[int, ...], reorder: bool) -> QuantizedLinear:
+def linears(draw: st.DrawFn, bits: st.SearchStrategy[int], groups: tuple[int, ...], reorder: bool) -> AffineLinear:
     b = draw(bits)
     group_size = draw(st.sampled_from(groups))
     in_features = draw(st.sampled_from([128, 256, 384]))
@@ -46,4 +44,4 @@ def linears(draw: st.DrawFn, bits: st.SearchStrategy[int], groups: tuple[int, ..
     if bias is None:
         return linear
     parts = {name: getattr(linear, name) for name in ("codes", "scales", "zeros", "group_index")}
-    return QuantizedLinear(**parts, bits=b, group_size=group_size, bias=np.arange(out_features, dtype=bias))
+    return AffineLinear(**parts, bits=b, group_size=group_size, bias=np.arange(out_features, dtype=bias))

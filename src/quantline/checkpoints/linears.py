@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
-from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.core.errors import UserError
 
 LM_HEAD = "lm_head"
@@ -38,7 +38,7 @@ def planned(
     group_size: int,
     rules: Sequence[Mapping[str, Any]] = (),
     lm_head: bool = False,
-) -> dict[str, Width]:
+) -> dict[str, LinearSpec]:
     """What to quantize and how, by name in the order of the checkpoint; linears that are not named stay float.
 
     Args:
@@ -71,7 +71,9 @@ def planned(
         rule = next((rule for rule in rules if fnmatchcase(name, rule["match"])), {})
         if not rule.get("skip"):
             own_bits, own_group = rule.get("bits"), rule.get("group_size")
-            widths[name] = Width(bits if own_bits is None else own_bits, group_size if own_group is None else own_group)
+            widths[name] = LinearSpec(
+                bits if own_bits is None else own_bits, group_size if own_group is None else own_group
+            )
     if names and not widths:
         raise UserError(
             "layers.rules: every linear is skipped, so nothing would be quantized; use method=float for that"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers
-from quantline.checkpoints.layouts import QuantizedLinear
+from quantline.checkpoints.layouts import AffineLinear
 from quantline.checkpoints.layouts.affine import Grid
 from quantline.checkpoints.layouts.msmodelslim import files as msmodelslim_files
 from quantline.checkpoints.layouts.registry import MSMODELSLIM, family
@@ -140,7 +140,7 @@ class Proof:
         return lines
 
 
-def same_layer(one: QuantizedLinear, other: QuantizedLinear) -> list[str]:
+def same_layer(one: AffineLinear, other: AffineLinear) -> list[str]:
     """What of two layers differs: codes, zero points, scales, group index."""
     return [*([] if _equal(one.codes, other.codes) else ["codes"]), *same_grid(one.grid, other.grid)]
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of
-from quantline.checkpoints.layouts import LAYOUTS, QuantizedLinear, bitsandbytes
+from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, bitsandbytes
 from quantline.checkpoints.layouts.msmodelslim import codec, files
 from quantline.checkpoints.layouts.msmodelslim.codec import OutlierReport
 from quantline.checkpoints.layouts.registry import MSMODELSLIM
@@ -79,7 +79,7 @@ class Source:
         """Suffix of the scales."""
         return "scales" if self.layout.startswith(("awq", "gptq")) else "weight_scale"
 
-    def read(self, layer: SourceLayer, requantize: bool) -> tuple[QuantizedLinear, OutlierReport | None]:
+    def read(self, layer: SourceLayer, requantize: bool) -> tuple[AffineLinear, OutlierReport | None]:
         """A linear without its bias, and the groups that were quantized again where that is allowed.
 
         Raises:
@@ -100,7 +100,7 @@ class Source:
         if self.layout == MSMODELSLIM and layer.bits == 4 and not layer.packed:
             codec.check_range(*self.tensors.extremes(layer.tensors["weight"]))
 
-    def outline(self, layer: SourceLayer, requantize: bool) -> tuple[QuantizedLinear, int]:
+    def outline(self, layer: SourceLayer, requantize: bool) -> tuple[AffineLinear, int]:
         """Scales and zero points of a linear, as a linear of fewer columns where that is cheaper; and its outliers.
 
         Raises:
@@ -119,7 +119,7 @@ class Source:
 
     def _decode(
         self, layer: SourceLayer, stored: Mapping[str, NDArray[Any]], requantize: bool, group_size: int, packed: bool
-    ) -> tuple[QuantizedLinear, OutlierReport | None]:
+    ) -> tuple[AffineLinear, OutlierReport | None]:
         if self.layout != MSMODELSLIM:
             return LAYOUTS[self.layout].read(stored, bits=layer.bits, group_size=group_size), None
         if requantize:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.checkpoints.layouts import FormatError, QuantizedLinear, round_scales
+from quantline.checkpoints.layouts import AffineLinear, FormatError, round_scales
 from quantline.checkpoints.layouts.affine import Grid
 from quantline.checkpoints.layouts.compressed_tensors import pack_quantized
 from quantline.checkpoints.layouts.msmodelslim.codec import OutlierReport
@@ -141,7 +141,7 @@ def _whole(plan: Plan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, Gr
     return before.grid, after.grid, report
 
 
-def _written(plan: Plan, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+def _written(plan: Plan, linear: AffineLinear) -> dict[str, NDArray[Any]]:
     if plan.layout == "compressed_tensors":
         return pack_quantized.write(linear, zero_points=plan.zero_points)
     return FORMS[plan.layout].write(linear)

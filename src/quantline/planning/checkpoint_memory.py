@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
-from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.layouts.sizes import LinearBytes, linear_bytes
 from quantline.checkpoints.linears import LM_HEAD
 from quantline.serving.memory import GIB
@@ -54,7 +54,7 @@ class Weights:
 def weights_of(
     checkpoint: Checkpoint,
     config: Mapping[str, Any],
-    widths: Mapping[str, Width],
+    widths: Mapping[str, LinearSpec],
     layout: str,
     *,
     symmetric: bool,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantline.checkpoints.errors import FormatError
-from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import LM_HEAD
 from quantline.checkpoints.quantization_config import LayerSettings, describe
 from quantline.conversion.targets import TARGETS
@@ -25,7 +25,7 @@ def is_symmetric(method: str, options: Mapping[str, Any]) -> bool:
 
 
 def written(
-    backend: str, method: str, options: Mapping[str, Any], widths: Mapping[str, Width], *, symmetric: bool
+    backend: str, method: str, options: Mapping[str, Any], widths: Mapping[str, LinearSpec], *, symmetric: bool
 ) -> str:
     """The layout of a backend's output, a key of `formats.LAYOUTS`, or bitsandbytes; empty for the float model."""
     if method == "float":
@@ -52,7 +52,7 @@ def converted(layout: str, target: str, *, symmetric: bool) -> str:
     return "gptq" if layout == "gptq_v2" and symmetric else layout
 
 
-def faults(layout: str, shapes: Mapping[str, tuple[int, int]], widths: Mapping[str, Width]) -> list[str]:
+def faults(layout: str, shapes: Mapping[str, tuple[int, int]], widths: Mapping[str, LinearSpec]) -> list[str]:
     """What a layout cannot hold of the linears to quantize: one fault of each kind, with the first linear that has it."""
     if layout.startswith(("compressed_tensors", BITSANDBYTES, MSMODELSLIM)):
         return []
@@ -85,14 +85,16 @@ def loses_activations(source: str, layout: str) -> bool:
     return source == "compressed_tensors_int" and layout != source
 
 
-def described(layout: str, variant: Planned, widths: Mapping[str, Width], skipped: Sequence[str]) -> dict[str, Any]:
+def described(
+    layout: str, variant: Planned, widths: Mapping[str, LinearSpec], skipped: Sequence[str]
+) -> dict[str, Any]:
     """The quantization_config that the checkpoint will have."""
     if layout == BITSANDBYTES:
         return {"quant_method": BITSANDBYTES, f"load_in_{variant.bits}bit": True}
     if layout.startswith(MSMODELSLIM):
         return {"quant_method": MSMODELSLIM}
     symmetric = is_symmetric(variant.method, variant.options)
-    main = Width(variant.bits, variant.group_size)
+    main = LinearSpec(variant.bits, variant.group_size)
     overrides = {
         name: LayerSettings(width.bits, width.group_size, symmetric) for name, width in widths.items() if width != main
     }

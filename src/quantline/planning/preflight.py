@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import planned
 from quantline.checkpoints.quantization_config import LayerSettings
 from quantline.core.errors import UserError
@@ -73,7 +73,7 @@ def _target(variant: Planned, place: Place) -> Target:
     return replace(place.target, dtype=dtype, tensor_parallel_size=variant.tensor_parallel_size)
 
 
-def _quantizable(variant: Planned, model: Model, place: Place) -> tuple[str, list[Finding], dict[str, Width]]:
+def _quantizable(variant: Planned, model: Model, place: Place) -> tuple[str, list[Finding], dict[str, LinearSpec]]:
     if variant.method == FLOAT:
         return "none", [], {}
     order, findings = list(place.order.get(variant.method, ())), []
@@ -99,7 +99,7 @@ def _quantizable(variant: Planned, model: Model, place: Place) -> tuple[str, lis
 
 
 def _storable(
-    variant: Planned, model: Model, widths: Mapping[str, Width], source: str, layout: str
+    variant: Planned, model: Model, widths: Mapping[str, LinearSpec], source: str, layout: str
 ) -> Iterator[Finding]:
     if variant.method == FLOAT:
         return

@@ -18,7 +18,7 @@ from threading import Thread
 from typing import Any
 
 from quantline.checkpoints import linears as linears_module
-from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.core.errors import WorkerError
 from quantline.quantization import heat_map
 from quantline.quantization.capabilities import CALIBRATED
@@ -76,7 +76,7 @@ def measure(
     model: Path,
     output: Path,
     calibration: Path,
-    linears: Mapping[str, Width],
+    linears: Mapping[str, LinearSpec],
     method: str,
     settings: Mapping[str, Any],
     run_worker: RunWorker,
@@ -135,7 +135,7 @@ def measure(
     return LayerErrors(rows, metrics, warnings, _write(rows, output, title), _worst(rows, "output_error"))
 
 
-def _rows(found: Files, linears: Mapping[str, Width], backend_rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _rows(found: Files, linears: Mapping[str, LinearSpec], backend_rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     said: dict[tuple[int, str], dict[str, Any]] = {}
     for own in backend_rows:
         layer, module = own.get("layer"), str(own.get("module"))

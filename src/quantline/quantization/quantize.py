@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers
-from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import linear_shapes, planned
 from quantline.core.errors import UserError, WorkerError
 from quantline.core.files import read_json
@@ -56,10 +56,10 @@ class Outcome:
     metrics: dict[str, float]
     layers: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    linears: Mapping[str, Width] = field(default_factory=dict)
+    linears: Mapping[str, LinearSpec] = field(default_factory=dict)
 
 
-def check_group_size(shapes: Mapping[str, tuple[int, int]], widths: Mapping[str, Width]) -> None:
+def check_group_size(shapes: Mapping[str, tuple[int, int]], widths: Mapping[str, LinearSpec]) -> None:
     """Refuse a group size that does not divide a linear's in-features.
 
     Args:
@@ -150,7 +150,7 @@ def _run_here(module: str, job: dict[str, Any]) -> dict[str, Any]:
         raise UserError(str(error)) from error
 
 
-def check_output(out: Path, widths: Mapping[str, Width], *, groups: bool = True) -> None:
+def check_output(out: Path, widths: Mapping[str, LinearSpec], *, groups: bool = True) -> None:
     """Refuse an output that is not what was asked for: other bits or groups, linears left out, files missing.
 
     Args:

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_strategies import build
 
-from quantline.checkpoints.layouts import FormatError, QuantizedLinear, dequantize, quantize_rtn, round_scales
+from quantline.checkpoints.layouts import AffineLinear, FormatError, dequantize, quantize_rtn, round_scales
 from quantline.checkpoints.layouts.affine import transposed
 
 
 def test_dequantize_is_code_minus_zero_times_scale_output_first() -> None:
-    linear = QuantizedLinear(
+    linear = AffineLinear(
         codes=np.array([[0, 3], [1, 2]], np.uint8),  # (in=2, out=2)
         scales=np.array([[0.5, 2.0]], np.float16),
         zeros=np.array([[1, 3]], np.int16),

@@ -8,8 +8,8 @@ from linear_strategies import build, linears
 
 from quantline.checkpoints.layouts import (
     LAYOUTS,
+    AffineLinear,
     FormatError,
-    QuantizedLinear,
     awq_gemm,
     awq_gemv,
     gptq,
@@ -22,7 +22,7 @@ def words(array: np.ndarray) -> list[list[int]]:
     return array.view(np.uint32).tolist()
 
 
-def assert_equal(left: QuantizedLinear, right: QuantizedLinear) -> None:
+def assert_equal(left: AffineLinear, right: AffineLinear) -> None:
     assert (left.bits, left.group_size) == (right.bits, right.group_size)
     for name in ("codes", "scales", "zeros", "group_index", "bias"):
         a, b = getattr(left, name), getattr(right, name)
@@ -32,7 +32,7 @@ def assert_equal(left: QuantizedLinear, right: QuantizedLinear) -> None:
             assert np.array_equal(a, b), name
 
 
-def check_round_trip(layout: str, linear: QuantizedLinear) -> None:
+def check_round_trip(layout: str, linear: AffineLinear) -> None:
     module = LAYOUTS[layout]
     kept = [array.copy() for array in (linear.codes, linear.scales, linear.zeros, linear.group_index)]
     tensors = module.write(linear)
@@ -51,19 +51,19 @@ def test_every_layout_is_registered_under_its_name() -> None:
 
 @given(linears(st.just(4), (16, 32, 64, 128, -1), reorder=False))
 @settings(max_examples=40, deadline=None)
-def test_awq_gemm_reads_back_what_it_wrote(linear: QuantizedLinear) -> None:
+def test_awq_gemm_reads_back_what_it_wrote(linear: AffineLinear) -> None:
     check_round_trip("awq_gemm", linear)
 
 
 @given(linears(st.just(4), (32, 64, 128, -1), reorder=False))
 @settings(max_examples=40, deadline=None)
-def test_awq_gemv_reads_back_what_it_wrote(linear: QuantizedLinear) -> None:
+def test_awq_gemv_reads_back_what_it_wrote(linear: AffineLinear) -> None:
     check_round_trip("awq_gemv", linear)
 
 
 @given(st.sampled_from(["gptq", "gptq_v2"]), linears(st.sampled_from([2, 3, 4, 8]), (16, 32, 128, -1), reorder=True))
 @settings(max_examples=80, deadline=None)
-def test_gptq_reads_back_what_it_wrote(layout: str, linear: QuantizedLinear) -> None:
+def test_gptq_reads_back_what_it_wrote(layout: str, linear: AffineLinear) -> None:
     check_round_trip(layout, linear)
 
 

@@ -20,7 +20,7 @@ from quantline.checkpoints.errors import FormatError
 from quantline.checkpoints.layouts.half import all_finite, narrowed
 from quantline.checkpoints.layouts.packing import BITS
 
-Gridded = TypeVar("Gridded", "Grid", "QuantizedLinear")
+Gridded = TypeVar("Gridded", "Grid", "AffineLinear")
 
 # Rows of the float weight dequantized at a time: bounds the float32 temporaries.
 _BLOCK = 256
@@ -31,7 +31,7 @@ _TINY = np.float16(2.0**-24)
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """What the codes of a linear layer stand for: all of `QuantizedLinear` but its codes and its bias, not checked again."""
+    """What the codes of a linear layer stand for: all of `AffineLinear` but its codes and its bias, not checked again."""
 
     scales: NDArray[Any]
     zeros: NDArray[np.int16]
@@ -66,7 +66,7 @@ class Grid:
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedLinear:
+class AffineLinear:
     """Codes, scales and zero points of one linear layer, checked when it is built.
 
     Attributes:
@@ -184,7 +184,7 @@ def transposed(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return result
 
 
-def dequantize(linear: QuantizedLinear, dtype: Any = np.float32) -> NDArray[Any]:
+def dequantize(linear: AffineLinear, dtype: Any = np.float32) -> NDArray[Any]:
     """The weight (out, in), contiguous, that the codes stand for.
 
     ``(u - z) * s`` is evaluated in float32: exact for float16 scales (8 + 11 significant bits fit into 24), correctly
@@ -222,7 +222,7 @@ def round_scales(linear: Gridded) -> Gridded:
     return rounded
 
 
-def quantize_rtn(weight: NDArray[Any], bits: int, group_size: int, symmetric: bool) -> QuantizedLinear:
+def quantize_rtn(weight: NDArray[Any], bits: int, group_size: int, symmetric: bool) -> AffineLinear:
     """Plain round-to-nearest, the baseline every method has to beat.
 
     Per group of ``group_size`` consecutive input columns of a row (the whole row for -1):
@@ -267,7 +267,7 @@ def quantize_rtn(weight: NDArray[Any], bits: int, group_size: int, symmetric: bo
     np.rint(grouped, out=grouped)
     grouped += zeros[:, :, None]
     np.clip(grouped, 0, top, out=grouped)
-    return QuantizedLinear(
+    return AffineLinear(
         codes=grouped.reshape(out_features, in_features).astype(np.uint8).T,
         scales=np.ascontiguousarray(scales.T),
         zeros=np.ascontiguousarray(zeros.T.astype(np.int16)),

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.errors import FormatError
-from quantline.checkpoints.layouts.affine import Grid, QuantizedLinear, group_count, sequential_groups
+from quantline.checkpoints.layouts.affine import AffineLinear, Grid, group_count, sequential_groups
 from quantline.checkpoints.layouts.checks import (
     Tensors,
     as_float,
@@ -42,7 +42,7 @@ TENSORS: Mapping[str, bool] = {"qweight": True, "qzeros": True, "scales": True, 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
+def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
 
     Raises:
@@ -53,7 +53,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
         raise FormatError(f"bits={bits}: awq_gemm holds 4 bits only; check the checkpoint's config")
     codes = unpack(tensors["qweight"], bits, axis=1, order=ORDER)  # (in, out)
     grid = read_grid(tensors, codes.shape, bits=bits, group_size=group_size)
-    return QuantizedLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
+    return AffineLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
 
 
 def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
@@ -75,7 +75,7 @@ def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size
     )
 
 
-def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
     """Write one layer, keyed by suffix.
 
     Raises:

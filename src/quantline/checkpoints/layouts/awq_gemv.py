@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.errors import FormatError
-from quantline.checkpoints.layouts.affine import QuantizedLinear, group_count, sequential_groups
+from quantline.checkpoints.layouts.affine import AffineLinear, group_count, sequential_groups
 from quantline.checkpoints.layouts.checks import (
     Tensors,
     as_float,
@@ -54,7 +54,7 @@ def zeros_width(in_features: int, group_size: int) -> int:
     return -(-width // multiple) * multiple
 
 
-def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
+def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
 
     Raises:
@@ -75,7 +75,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
         raise FormatError(
             f"the padding after {groups} groups is not zero: check group_size={group_size} against the config"
         )
-    return QuantizedLinear(
+    return AffineLinear(
         codes=codes.T,
         scales=np.ascontiguousarray(scales[:, :groups].T),
         zeros=np.ascontiguousarray(zeros[:, :groups].T.astype(np.int16)),
@@ -86,7 +86,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
     )
 
 
-def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
     """Write one layer, keyed by suffix.
 
     Raises:

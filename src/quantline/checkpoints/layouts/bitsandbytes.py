@@ -1,6 +1,6 @@
 """The serialized form of bitsandbytes: 4-bit blocks on a table of 16 values (NF4, FP4), and LLM.int8.
 
-Its codes lie on no even grid with a zero point, so there is no `QuantizedLinear` of them: they are read as weights, and no
+Its codes lie on no even grid with a zero point, so there is no `AffineLinear` of them: they are read as weights, and no
 layout can be converted to or from it. Tensors of a linear X with a weight (out, in), as transformers loads them:
 
     4 bits  X.weight                                  uint8 (out * in / 2, 1), first weight in the high half of a byte

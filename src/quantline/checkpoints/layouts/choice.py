@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 
 
-def layout_of(widths: set[Width], symmetric: bool) -> str:
+def layout_of(widths: set[LinearSpec], symmetric: bool) -> str:
     """The layout that a result is written in; AWQ knows one width of 4 bits."""
     if symmetric:
         return "gptq"

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.errors import FormatError
-from quantline.checkpoints.layouts.affine import Grid, QuantizedLinear, group_count, sequential_groups
+from quantline.checkpoints.layouts.affine import AffineLinear, Grid, group_count, sequential_groups
 from quantline.checkpoints.layouts.checks import Tensors, as_float, bias_of, check_shape, check_suffixes
 from quantline.checkpoints.layouts.packing import pack, unpack, values_per_run
 
@@ -36,7 +36,7 @@ CODES = "qweight"
 TENSORS: Mapping[str, bool] = {"qweight": True, "qzeros": True, "scales": True, "g_idx": False, "bias": False}
 
 
-def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
+def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
 
     Raises:
@@ -45,7 +45,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
     return read_stored(tensors, bits=bits, group_size=group_size, subtracted=1)
 
 
-def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
     """Write one layer, keyed by suffix; g_idx is always written.
 
     Raises:
@@ -64,12 +64,12 @@ def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
     return write_stored_grid(grid, subtracted=1)
 
 
-def read_stored(tensors: Tensors, *, bits: int, group_size: int, subtracted: int) -> QuantizedLinear:
+def read_stored(tensors: Tensors, *, bits: int, group_size: int, subtracted: int) -> AffineLinear:
     """Read a layer whose qzeros hold ``(z - subtracted) & mask``."""
     check_suffixes(tensors, TENSORS)
     codes = unpack(tensors[CODES], bits, axis=0)  # (in, out)
     grid = read_stored_grid(tensors, codes.shape, bits=bits, group_size=group_size, subtracted=subtracted)
-    return QuantizedLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
+    return AffineLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
 
 
 def read_stored_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int, subtracted: int) -> Grid:
@@ -95,7 +95,7 @@ def read_stored_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, gro
     )
 
 
-def write_stored(linear: QuantizedLinear, *, subtracted: int) -> dict[str, NDArray[Any]]:
+def write_stored(linear: AffineLinear, *, subtracted: int) -> dict[str, NDArray[Any]]:
     """Write a layer with ``(z - subtracted) & mask`` in qzeros."""
     partners = write_stored_grid(linear.grid, subtracted=subtracted)
     tensors: dict[str, NDArray[Any]] = {CODES: pack(linear.codes, linear.bits, axis=0), **partners}

@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from quantline.checkpoints.layouts.affine import Grid, QuantizedLinear
+from quantline.checkpoints.layouts.affine import AffineLinear, Grid
 from quantline.checkpoints.layouts.checks import Tensors
 from quantline.checkpoints.layouts.gptq import (
     CODES,
@@ -25,7 +25,7 @@ __all__ = ["CODES", "NAME", "TENSORS", "read", "read_grid", "write", "write_grid
 NAME = "gptq_v2"
 
 
-def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
+def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
 
     Raises:
@@ -34,7 +34,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
     return read_stored(tensors, bits=bits, group_size=group_size, subtracted=0)
 
 
-def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
     """Write one layer, keyed by suffix; g_idx is always written.
 
     Raises:

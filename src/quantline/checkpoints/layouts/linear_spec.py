@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Width:
+class LinearSpec:
     """How a linear is quantized: bits of a weight, input columns that share a scale (-1: all)."""
 
     bits: int

@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from quantline.checkpoints.layouts import QuantizedLinear, Tensors
+from quantline.checkpoints.layouts import AffineLinear, Tensors
 from quantline.checkpoints.layouts.msmodelslim import codec
 
 MSMODELSLIM = "msmodelslim"
@@ -36,12 +36,12 @@ class _MsModelSlim:
         self.NAME, self.packed = name, packed
         self.TENSORS: Mapping[str, bool] = codec.TENSORS
 
-    def read(self, tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
+    def read(self, tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
         """Raises what `msmodelslim.read` raises."""
         own = -1 if tensors["weight_scale"].shape[-1] == 1 else group_size
         return codec.read(tensors, bits=bits, group_size=own, packed=self.packed and bits == 4)
 
-    def write(self, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+    def write(self, linear: AffineLinear) -> dict[str, NDArray[Any]]:
         """One group over the whole input is told by its one scale a channel; raises what `msmodelslim.write` raises."""
         own = replace(linear, group_size=-1) if linear.groups == 1 else linear
         return codec.write(own, packed=self.packed and linear.bits == 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantline.checkpoints.layouts.awq_gemv import zeros_width
-from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LinearBytes:
 
 
 def linear_bytes(
-    layout: str, in_features: int, out_features: int, width: Width, *, symmetric: bool, double_quant: bool = True
+    layout: str, in_features: int, out_features: int, width: LinearSpec, *, symmetric: bool, double_quant: bool = True
 ) -> LinearBytes:
     """What a layout's tensors take for one linear (see `quantline.checkpoints.layouts` for their shapes); float16 scales.
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from linear_strategies import build
 
 from quantline.checkpoints.checkpoint import iter_dequantized
-from quantline.checkpoints.layouts import FormatError, QuantizedLinear, dequantize
+from quantline.checkpoints.layouts import AffineLinear, FormatError, dequantize
 from quantline.checkpoints.layouts.compressed_tensors import int_quantized
 from quantline.checkpoints.quantization_config import LayerSettings, describe, quantization_of
 from quantline.checkpoints.safetensors_file import write_safetensors
@@ -25,7 +25,7 @@ PYTHON = ROOT / ".venvs" / "llmcompressor" / "bin" / "python"
 LAYOUT = "compressed_tensors_int"
 
 
-def linear(in_features: int, out_features: int, seed: int = 0, **parts: Any) -> QuantizedLinear:
+def linear(in_features: int, out_features: int, seed: int = 0, **parts: Any) -> AffineLinear:
     zeros = np.full((1, out_features), 128, np.int16)
     return build(8, in_features, out_features, -1, seed, **{"zeros": zeros, **parts})
 
@@ -116,7 +116,7 @@ def test_other_schemes_are_refused_by_name(tmp_path: Path, config: dict[str, Any
         quantization_of(written(tmp_path, config))
 
 
-def checkpoint(folder: Path) -> tuple[Path, QuantizedLinear]:
+def checkpoint(folder: Path) -> tuple[Path, AffineLinear]:
     folder.mkdir()
     held = linear(64, 32)
     tensors = {f"a.0.{suffix}": array for suffix, array in int_quantized.write(held).items()}

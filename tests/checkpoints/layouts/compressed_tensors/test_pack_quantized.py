@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from linear_strategies import build, linears
 
 from quantline.checkpoints.checkpoint import iter_dequantized
-from quantline.checkpoints.layouts import FormatError, QuantizedLinear, dequantize
+from quantline.checkpoints.layouts import AffineLinear, FormatError, dequantize
 from quantline.checkpoints.layouts.compressed_tensors import pack_quantized
 from quantline.checkpoints.quantization_config import LayerSettings, describe, quantization_of
 from quantline.checkpoints.safetensors_file import write_safetensors
@@ -54,7 +54,7 @@ def test_symmetric_layers_have_no_zero_points_unless_asked() -> None:
         pack_quantized.write(build(4, 8, 8, -1, zeros=np.zeros((1, 8), np.int16)), zero_points=False)
 
 
-def check_round_trip(linear: QuantizedLinear, zero_points: bool | None) -> None:
+def check_round_trip(linear: AffineLinear, zero_points: bool | None) -> None:
     tensors = pack_quantized.write(linear, zero_points=zero_points)
     again = pack_quantized.read(tensors, bits=linear.bits, group_size=linear.group_size)
     for name in ("codes", "scales", "zeros", "group_index"):
@@ -64,7 +64,7 @@ def check_round_trip(linear: QuantizedLinear, zero_points: bool | None) -> None:
 
 @given(linears(st.sampled_from([2, 3, 4, 8]), (1, 16, 32, 128, -1), reorder=True), st.sampled_from([None, True]))
 @settings(max_examples=80, deadline=None)
-def test_reads_back_what_it_wrote(linear: QuantizedLinear, zero_points: bool | None) -> None:
+def test_reads_back_what_it_wrote(linear: AffineLinear, zero_points: bool | None) -> None:
     check_round_trip(linear, zero_points)
 
 

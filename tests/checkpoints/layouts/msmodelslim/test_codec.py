@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_strategies import build, linears
 
-from quantline.checkpoints.layouts import FormatError, QuantizedLinear, dequantize
+from quantline.checkpoints.layouts import AffineLinear, FormatError, dequantize
 from quantline.checkpoints.layouts.msmodelslim import codec
 from quantline.checkpoints.layouts.msmodelslim.codec import geometry, read, read_with_outliers, write
 
@@ -21,7 +21,7 @@ def stored(weight: Any, scale: Any, offset: Any, dtype: Any = np.float32) -> dic
     }
 
 
-def same(left: QuantizedLinear, right: QuantizedLinear) -> None:
+def same(left: AffineLinear, right: AffineLinear) -> None:
     for name in ("codes", "scales", "zeros", "group_index", "bias"):
         a, b = getattr(left, name), getattr(right, name)
         assert (a is None) == (b is None), name
@@ -78,7 +78,7 @@ def test_writing_packs_the_same_bytes() -> None:
     st.sampled_from(["matrix", "column", "vector"]),
 )
 @settings(max_examples=80, deadline=None)
-def test_reads_back_what_it_wrote(linear: QuantizedLinear, packed: bool, shape: Any) -> None:
+def test_reads_back_what_it_wrote(linear: AffineLinear, packed: bool, shape: Any) -> None:
     packed, shape = packed and linear.bits == 4, "column" if shape == "vector" and linear.groups > 1 else shape
     tensors = write(linear, packed=packed, scale_shape=shape)
     kept = {name: array.tobytes() for name, array in tensors.items()}

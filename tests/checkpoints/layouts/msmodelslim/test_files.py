@@ -10,7 +10,7 @@ import pytest
 from linear_strategies import build
 
 from quantline.checkpoints.checkpoint import Checkpoint
-from quantline.checkpoints.layouts import QuantizedLinear
+from quantline.checkpoints.layouts import AffineLinear
 from quantline.checkpoints.layouts.msmodelslim import codec, files
 from quantline.checkpoints.layouts.msmodelslim.files import Plan, plan, recognises, write_files
 from quantline.checkpoints.safetensors_file import write_safetensors
@@ -24,11 +24,11 @@ FLOATS = {
 }
 
 
-def layers(group_size: int = 32) -> dict[str, QuantizedLinear]:
+def layers(group_size: int = 32) -> dict[str, AffineLinear]:
     return {"a.q_proj": build(4, 64, 32, group_size, 1), "a.o_proj": build(8, 64, 64, -1, 2)}
 
 
-def read(found: Plan, name: str) -> QuantizedLinear:
+def read(found: Plan, name: str) -> AffineLinear:
     layer = found.layers[name]
     checkpoint = Checkpoint(found.folder, found.files, found.infos)
     tensors = {suffix: checkpoint.tensor(tensor) for suffix, tensor in layer.tensors.items()}

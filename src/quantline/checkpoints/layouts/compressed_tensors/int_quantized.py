@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.errors import FormatError
-from quantline.checkpoints.layouts.affine import QuantizedLinear, sequential_groups
+from quantline.checkpoints.layouts.affine import AffineLinear, sequential_groups
 from quantline.checkpoints.layouts.checks import Tensors, as_float, bias_of, check_shape, check_suffixes
 
 NAME = "compressed_tensors_int"
@@ -32,7 +32,7 @@ _MIDDLE = 128
 TENSORS: Mapping[str, bool] = {"weight": True, "weight_scale": True, "bias": False}
 
 
-def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
+def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
 
     Raises:
@@ -45,7 +45,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
         raise FormatError(f"weight is {weight.dtype} {weight.shape}: this layout stores a non-empty int8 (out, in)")
     out_features, in_features = weight.shape
     check_shape("weight_scale", tensors["weight_scale"], (out_features, 1))
-    return QuantizedLinear(
+    return AffineLinear(
         codes=(weight.view(np.uint8) ^ np.uint8(_MIDDLE)).T,  # adds 128 to two's complement; by columns, as it lies
         scales=np.ascontiguousarray(as_float("weight_scale", tensors["weight_scale"]).T),
         zeros=np.full((1, out_features), _MIDDLE, dtype=np.int16),
@@ -56,7 +56,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
     )
 
 
-def write(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
     """Write one layer, keyed by suffix.
 
     Raises:

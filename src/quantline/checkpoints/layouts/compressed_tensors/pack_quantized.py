@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.errors import FormatError
-from quantline.checkpoints.layouts.affine import Grid, QuantizedLinear, group_count, sequential_groups
+from quantline.checkpoints.layouts.affine import AffineLinear, Grid, group_count, sequential_groups
 from quantline.checkpoints.layouts.checks import Tensors, as_float, bias_of, check_shape, check_suffixes
 from quantline.checkpoints.layouts.packing import pack, unpack
 
@@ -43,7 +43,7 @@ TENSORS: Mapping[str, bool] = {
 }
 
 
-def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
+def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     """Read one layer; ``tensors`` is keyed by suffix and stays unchanged. Without zero points they are 2**(b-1).
 
     Raises:
@@ -57,7 +57,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> QuantizedLinear:
     check_shape(CODES, tensors[CODES], (out_features, _words(in_features, bits)))
     codes = _unpack(tensors[CODES], bits, in_features).T  # by columns, as it lies
     grid = read_grid(tensors, codes.shape, bits=bits, group_size=group_size)
-    return QuantizedLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
+    return AffineLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
 
 
 def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
@@ -95,7 +95,7 @@ def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size
     )
 
 
-def write(linear: QuantizedLinear, *, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
+def write(linear: AffineLinear, *, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
     """Write one layer, keyed by suffix; weight_g_idx only where groups are reordered.
 
     Args:

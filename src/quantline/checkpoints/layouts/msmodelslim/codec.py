@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.errors import FormatError
-from quantline.checkpoints.layouts.affine import QuantizedLinear, group_count, sequential_groups, transposed
+from quantline.checkpoints.layouts.affine import AffineLinear, group_count, sequential_groups, transposed
 from quantline.checkpoints.layouts.checks import Tensors, as_float, bias_of, check_shape, check_suffixes
 from quantline.checkpoints.layouts.msmodelslim.outliers import OutlierReport, requantize
 from quantline.checkpoints.layouts.packing import turned
@@ -94,7 +94,7 @@ def geometry(weight: tuple[int, ...], scale: tuple[int, ...], packed: bool) -> G
     return Geometry(out_features, columns, columns // groups, packed)
 
 
-def read(tensors: Tensors, *, bits: int, group_size: int, packed: bool = False) -> QuantizedLinear:
+def read(tensors: Tensors, *, bits: int, group_size: int, packed: bool = False) -> AffineLinear:
     """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
 
     Args:
@@ -116,7 +116,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int, packed: bool = False) 
 
 def read_with_outliers(
     tensors: Tensors, *, bits: int, group_size: int, packed: bool = False
-) -> tuple[QuantizedLinear, OutlierReport]:
+) -> tuple[AffineLinear, OutlierReport]:
     """Read one layer and quantize again those groups whose offset is no code; every other group stays exact.
 
     Groups of zeros (scale 0, offset NaN) become codes at the zero point, which is exact. The rest is rounded to
@@ -141,7 +141,7 @@ def read_with_outliers(
 
 
 def write(
-    linear: QuantizedLinear, *, packed: bool = False, scale_shape: Literal["matrix", "column", "vector"] = "matrix"
+    linear: AffineLinear, *, packed: bool = False, scale_shape: Literal["matrix", "column", "vector"] = "matrix"
 ) -> dict[str, NDArray[Any]]:
     """Write one layer, keyed by suffix; offsets in the dtype of the scales.
 
@@ -277,9 +277,9 @@ def _describe(parts: _Parts, bits: int, bad: NDArray[np.bool_]) -> str:
     )
 
 
-def _linear(parts: _Parts, bits: int, group_size: int) -> QuantizedLinear:
+def _linear(parts: _Parts, bits: int, group_size: int) -> AffineLinear:
     zeros = parts.offsets.astype(np.int16) + np.int16(2 ** (bits - 1))
-    return QuantizedLinear(
+    return AffineLinear(
         codes=parts.codes.T,  # by columns, as it lies
         scales=turned(parts.scales),
         zeros=turned(zeros),

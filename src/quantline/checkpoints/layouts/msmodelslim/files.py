@@ -20,7 +20,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from quantline.checkpoints.layouts.affine import QuantizedLinear
+from quantline.checkpoints.layouts.affine import AffineLinear
 from quantline.checkpoints.layouts.msmodelslim import codec
 from quantline.checkpoints.layouts.msmodelslim.tensors import (
     ASCEND_V1,
@@ -131,7 +131,7 @@ def _whole(bits: Iterable[int]) -> str:
 
 def write_files(
     folder: str | Path,
-    linears: Mapping[str, QuantizedLinear],
+    linears: Mapping[str, AffineLinear],
     tensors: Mapping[str, NDArray[Any]],
     *,
     variant: str = SAFE_TENSOR,

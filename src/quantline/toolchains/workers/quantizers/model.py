@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.checkpoints.layouts import QuantizedLinear
+from quantline.checkpoints.layouts import AffineLinear
 from quantline.checkpoints.layouts.affine import sequential_groups
 from quantline.checkpoints.model_config import legacy_copy, misread_values
 from quantline.toolchains.protocol import JobError
@@ -282,7 +282,7 @@ def add_layer(
             )
     index = sequential_groups(codes.shape[1], group_size) if group_index is None else _numpy(group_index)
     with _output.refusals():
-        linear = QuantizedLinear(
+        linear = AffineLinear(
             codes=np.ascontiguousarray(values["codes"].T.astype(np.uint8)),
             scales=np.ascontiguousarray(_output.half(f"{name}.scales", _numpy(scales)).T),
             zeros=np.ascontiguousarray(values["zeros"].T.astype(np.int16)),

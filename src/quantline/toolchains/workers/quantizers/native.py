@@ -19,7 +19,7 @@ import numpy as np
 from quantline.checkpoints.checkpoint import Checkpoint, to_float32
 from quantline.checkpoints.layouts import dequantize, quantize_rtn
 from quantline.checkpoints.layouts.choice import layout_of
-from quantline.checkpoints.layouts.linear_spec import Width
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.layouts.packing import BITS
 from quantline.checkpoints.linears import LM_HEAD, linear_shapes
 from quantline.core.errors import UserError
@@ -32,7 +32,7 @@ DEFAULTS = {"sym": True}
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
 
 
-def check(widths: dict[str, Width]) -> None:
+def check(widths: dict[str, LinearSpec]) -> None:
     """Refuse bits and group sizes that rounding to nearest does not have.
 
     Raises:
@@ -64,7 +64,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     if not shapes:
         _output.check_widths({}, "gptq", 4, -1)
     asked = job.get("linears") or dict.fromkeys(shapes, job)
-    widths = {name: Width(own["bits"], own["group_size"]) for name, own in asked.items()}
+    widths = {name: LinearSpec(own["bits"], own["group_size"]) for name, own in asked.items()}
     check(widths)
     layout = layout_of(set(widths.values()), symmetric)
     if LM_HEAD in widths:
@@ -118,7 +118,7 @@ def _quantize(
     checkpoint: Checkpoint,
     layer: str,
     layout: str,
-    width: Width,
+    width: LinearSpec,
     *,
     symmetric: bool,
     errors: list[dict[str, Any]],

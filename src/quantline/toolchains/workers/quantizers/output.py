@@ -25,7 +25,7 @@ from quantline.checkpoints.checkpoint import (
     write_safetensors,
 )
 from quantline.checkpoints.companions import COMPANIONS
-from quantline.checkpoints.layouts import LAYOUTS, QuantizedLinear
+from quantline.checkpoints.layouts import LAYOUTS, AffineLinear
 from quantline.checkpoints.layouts.awq_gemv import zeros_width
 from quantline.checkpoints.layouts.compressed_tensors import pack_quantized
 from quantline.checkpoints.layouts.packing import values_per_run
@@ -131,7 +131,7 @@ def half(name: str, array: NDArray[Any]) -> NDArray[Any]:
     return narrow
 
 
-def pack(name: str, linear: QuantizedLinear, layout: str, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
+def pack(name: str, linear: AffineLinear, layout: str, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
     """One quantized layer's tensors under their full names; its bias has to be float16 already.
 
     zero_points: whether to write them, where the layout (compressed_tensors) can leave them out.
