@@ -39,9 +39,11 @@ _MODULES: dict[str, ModuleType] = {
 
 
 def worth_it(plan: Plan) -> bool:
-    """Whether the plan's linears that can be converted in bands have that many codes."""
+    """Whether the linears that the kernels can convert have `LEAST_CODES` codes or more, and the kernels are usable."""
+    from quantline.conversion.kernels_jit import usable
+
     layers = [layer for layer in plan.source.layers.values() if fits(plan, layer)]
-    return sum(layer.in_features * layer.out_features for layer in layers) >= LEAST_CODES
+    return sum(layer.in_features * layer.out_features for layer in layers) >= LEAST_CODES and usable()
 
 
 def fits(plan: Plan, layer: SourceLayer) -> bool:
