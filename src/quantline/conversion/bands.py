@@ -75,7 +75,7 @@ def convert(plan: Plan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, G
         file.put(f"{layer.name}.{suffix}", array)
     name = f"{layer.name}.{module.CODES}"
     info = file.infos[name]
-    codes = plan.source.tensors.mapped(layer.tensors["weight"])
+    codes = plan.source.tensors.view(layer.tensors["weight"])
     file.put_chunks(name, info.dtype, info.shape, _words(plan.layout, layer, codes, file, name))
     stored = {suffix: file.get(f"{layer.name}.{suffix}") for suffix in partners}
     shape = (layer.in_features, layer.out_features)
