@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from quantline.checkpoints.safetensors_file import read_header
-from quantline.checkpoints.safetensors_stream import CHUNK, StreamedFile, TensorSpec, flushed, opened, streamed
+from quantline.checkpoints.safetensors_file import CHUNK, read_header
+from quantline.checkpoints.safetensors_stream import StreamedFile, TensorSpec, flushed, opened, streamed
 from quantline.core.errors import CheckpointError
 
 SPECS = {

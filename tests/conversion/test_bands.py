@@ -175,6 +175,8 @@ def test_small_checkpoints_need_no_kernels(source, out, monkeypatch):
     assert not bands.worth_it(plan)
     monkeypatch.setattr(bands, "LEAST_CODES", 6 * 160 * 64)
     assert bands.worth_it(plan)
+    monkeypatch.setattr(kernels_jit, "version", lambda _: "0.99.0")  # an untried numba
+    assert not bands.worth_it(plan)
 
 
 @pytest.mark.parametrize("target", ["awq", "gptq", "compressed_tensors"])

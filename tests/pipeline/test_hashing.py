@@ -21,6 +21,8 @@ def test_a_tensor_is_the_same_whatever_file_it_stands_in(tmp_path):
     write_safetensors(tmp_path / "other.safetensors", {"a": A})
     one, other = (tensor_hashes(tmp_path / name) for name in ("one.safetensors", "other.safetensors"))
     assert one["a"] == other["a"] != one["b"]
+    write_safetensors(tmp_path / "other.safetensors", {"a": A + 1})
+    assert tensor_hashes(tmp_path / "other.safetensors")["a"] != one["a"]
 
 
 def test_shape_and_dtype_tell_equal_bytes_apart(tmp_path):

@@ -11,7 +11,7 @@ from tiny_quantized import write_float
 
 from quantline.core.errors import ConfigError, UserError
 from quantline.pipeline.config import parse
-from quantline.pipeline.preflight import machine_memory, preflight, split_options
+from quantline.pipeline.preflight import preflight, split_options
 from quantline.pipeline.run import StageRun
 from quantline.planning.spec import RefusedError
 from quantline.serving.rules import cpu_instructions
@@ -128,9 +128,3 @@ def test_the_instruction_set_is_read_from_the_cpus_flags(tmp_path, monkeypatch, 
     assert cpu_instructions(tmp_path / "missing") is None
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert cpu_instructions(tmp_path / "cpuinfo") is None
-
-
-def test_the_machines_memory_is_read_in_bytes(tmp_path):
-    (tmp_path / "meminfo").write_text("MemTotal:       16384 kB\nMemFree: 1 kB\n")
-    assert machine_memory(tmp_path / "meminfo") == 16 * 2**20
-    assert machine_memory(tmp_path / "missing") is None

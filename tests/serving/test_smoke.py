@@ -9,7 +9,6 @@ import pytest
 
 from quantline.checkpoints.companions import has_chat_template
 from quantline.core.errors import ServerError, UserError
-from quantline.core.gpu import AcceleratorUse, accelerator_use
 from quantline.serving.server import ServerOptions, serve
 from quantline.serving.smoke import Answer, read_counter, run_smoke
 
@@ -93,10 +92,13 @@ def test_smoke_without_prompts_is_a_user_error(start):
 
 
 def test_a_counter_is_summed_over_its_labels():
-    text = '# HELP x_total y\nx_total{a="1"} 2.0\nx_total{a="2"} 3.5\nx_total_created{a="1"} 99\nbare 7\n'
+    samples = 'x_total{a="}1"} 2.0\nx_total{a="2"} 3.5\nx_total_created{a="1"} 99\nbare 7\n'
+    text = f"# HELP x_total y\n# TYPE x_total counter\n{samples}"
     assert read_counter(text, "x_total") == 5.5
     assert read_counter(text, "bare") == 7
     assert read_counter(text, "absent") is None
+    with pytest.raises(ValueError, match="metric name"):
+        read_counter("<html>no metrics</html>\n", "x_total")
 
 
 def test_a_chat_template_is_found_in_a_file_or_in_the_tokenizer_config(tmp_path):
@@ -108,8 +110,3 @@ def test_a_chat_template_is_found_in_a_file_or_in_the_tokenizer_config(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert has_chat_template(tmp_path)
-
-
-def test_the_use_of_the_gpu_is_told_or_there_is_none():
-    use = accelerator_use()
-    assert use is None or isinstance(use, AcceleratorUse)

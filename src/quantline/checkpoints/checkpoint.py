@@ -6,9 +6,8 @@ whether and how its linears are quantized.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 from quantline.checkpoints.layouts import LAYOUTS, FormatError, bitsandbytes, dequantize
 from quantline.checkpoints.quantization_config import QuantizationInfo, quantization_of
 from quantline.checkpoints.safetensors_file import (
+    SafetensorsFile,
     TensorInfo,
-    numpy_dtype,
     read_header,
     read_index,
     safetensors_dtype,
@@ -53,7 +52,6 @@ class Checkpoint:
     folder: Path
     shards: Mapping[str, str]  # tensor name -> file name
     _infos: Mapping[str, TensorInfo]
-    _maps: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -90,29 +88,13 @@ class Checkpoint:
         return self._infos[name]
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """A read-only view of the file's bytes, in the dtype that `container.numpy_dtype` gives.
+        """A read-only view of the file's bytes, in the dtype that `numpy_dtype` gives.
 
         Raises:
             CheckpointError: there is no such tensor.
         """
-        info = self.info(name)
-        return self._bytes(name, info).view(numpy_dtype(info.dtype)).reshape(info.shape)
-
-    def tensor_hashes(self) -> dict[str, str]:
-        """SHA-256 of every tensor, over ``"<dtype> <d0>x<d1>...\\n"`` and its bytes; the sharding does not matter."""
-        hashes = {}
-        for name in self.names:
-            info = self.info(name)
-            digest = hashlib.sha256(f"{info.dtype} {'x'.join(map(str, info.shape))}\n".encode())
-            digest.update(self._bytes(name, info).data)
-            hashes[name] = digest.hexdigest()
-        return hashes
-
-    def _bytes(self, name: str, info: TensorInfo) -> NDArray[np.uint8]:
-        shard = self.shards[name]
-        if shard not in self._maps:
-            self._maps[shard] = np.asarray(np.memmap(self.folder / shard, dtype=np.uint8, mode="r"))
-        return self._maps[shard][info.offset : info.offset + info.nbytes]
+        self.info(name)
+        return SafetensorsFile(self.folder / self.shards[name], self._infos).view(name)
 
 
 def quantized_layers(checkpoint: Checkpoint, info: QuantizationInfo | None) -> dict[str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The safetensors container: header, dtypes, atomic writing.
+"""The safetensors container: header, dtypes, reading a tensor, atomic writing.
 
 A file is an unsigned 64-bit little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}`` with an
 optional ``__metadata__`` of strings, and the tensors' little-endian bytes without gaps (the safetensors format, v1).
@@ -6,11 +6,14 @@ optional ``__metadata__`` of strings, and the tensors' little-endian bytes witho
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
+import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +27,9 @@ from quantline.core.files import _unique_keys, read_json
 
 # The format itself limits headers to this, so that a corrupt length cannot ask for terabytes.
 MAX_HEADER_BYTES = 100_000_000
+
+# Bytes of a tensor in memory at a time, where it is read in pieces.
+CHUNK = 1 << 22
 
 _REMEDY = "the file is truncated or corrupt; fetch or write it again"
 
@@ -175,6 +181,111 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A file whose tensors are read one at a time; several threads may read at once.
+
+    `safetensors.safe_open` (0.8.0) is not used: it needs ml_dtypes for bfloat16, which workers may lack, it copies every
+    tensor, and the pages that it read stay in the process's memory until the file is closed.
+
+    Attributes:
+        path: the file.
+        infos: its header.
+    """
+
+    path: Path
+    infos: Mapping[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: Path) -> SafetensorsFile:
+        """Read and check the header.
+
+        Raises:
+            CheckpointError: anything about the file is inconsistent.
+        """
+        return cls(path, read_header(path))
+
+    def view(self, name: str) -> NDArray[Any]:
+        """A tensor as a read-only array over the mapped file. The mapping ends with the last reference to the array.
+
+        Raises:
+            CheckpointError: there is no such tensor, or the file has become shorter.
+        """
+        info = self._info(name)
+        if not info.nbytes:
+            data = np.empty(0, dtype=np.uint8)
+            data.flags.writeable = False
+        else:
+            with self._opened() as descriptor:
+                if os.fstat(descriptor).st_size < info.offset + info.nbytes:
+                    raise CheckpointError(f"{self.path}: ends inside {name}: {_REMEDY}")
+                start = info.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+                pages = mmap.mmap(descriptor, info.offset + info.nbytes - start, prot=mmap.PROT_READ, offset=start)
+            data = np.frombuffer(pages, dtype=np.uint8, offset=info.offset - start)
+        return data.view(numpy_dtype(info.dtype)).reshape(info.shape)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A tensor as an array of its own.
+
+        Raises:
+            CheckpointError: there is no such tensor, or the file has become shorter.
+        """
+        info = self._info(name)
+        data = np.empty(info.nbytes, dtype=np.uint8)
+        with self._opened() as descriptor:
+            read_into(descriptor, data.data, info.offset)
+        return data.view(numpy_dtype(info.dtype)).reshape(info.shape)
+
+    def chunks(self, name: str) -> Iterator[bytearray]:
+        """The bytes of a tensor in pieces of `CHUNK`; the last may be shorter.
+
+        Raises:
+            CheckpointError: there is no such tensor, or the file has become shorter.
+        """
+        info = self._info(name)
+        with self._opened() as descriptor:
+            for start in range(0, info.nbytes, CHUNK):
+                piece = bytearray(min(CHUNK, info.nbytes - start))
+                read_into(descriptor, memoryview(piece), info.offset + start)
+                yield piece
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of a tensor: over ``["<dtype>", [<shape>]]`` as JSON and its bytes, wherever it lies in the file."""
+        info = self._info(name)
+        digest = hashlib.sha256(json.dumps([info.dtype, list(info.shape)]).encode())
+        digest.update(self.view(name).reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.infos:
+            raise CheckpointError(f"{self.path}: has no tensor {name}: check the name, or fetch the file again")
+        return self.infos[name]
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror}): fetch or write it again") from error
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def read_into(descriptor: int, target: memoryview, position: int) -> None:
+    """Fill `target` from a position in a file.
+
+    Raises:
+        CheckpointError: the file ends before that.
+    """
+    while target:
+        count = os.preadv(descriptor, [target], position)
+        if not count:
+            raise CheckpointError("a weights file ends before its tensors do: fetch or write it again")
+        target, position = target[count:], position + count
 
 
 def write_safetensors(

@@ -18,11 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.checkpoints.safetensors_file import TensorInfo, numpy_dtype, read_header, safetensors_dtype
+from quantline.checkpoints.safetensors_file import (
+    CHUNK,
+    TensorInfo,
+    numpy_dtype,
+    read_header,
+    read_into,
+    safetensors_dtype,
+)
 from quantline.core.errors import CheckpointError
-
-# Bytes of a carried tensor in memory at a time.
-CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -107,19 +111,6 @@ class StreamedFile:
         while data:
             count = os.pwrite(self.descriptor, data, position)
             data, position = data[count:], position + count
-
-
-def read_into(descriptor: int, target: memoryview, position: int) -> None:
-    """Fill `target` from a place in a file.
-
-    Raises:
-        CheckpointError: the file ends before.
-    """
-    while target:
-        count = os.preadv(descriptor, [target], position)
-        if not count:
-            raise CheckpointError("a weights file ends before its tensors do: fetch or write it again")
-        target, position = target[count:], position + count
 
 
 @contextmanager

@@ -39,9 +39,11 @@ _MODULES: dict[str, ModuleType] = {
 
 
 def worth_it(plan: Plan) -> bool:
-    """Whether the plan's linears that can be converted in bands have that many codes."""
+    """Whether the linears that the kernels can convert have `LEAST_CODES` codes or more, and the kernels are usable."""
+    from quantline.conversion.kernels_jit import usable
+
     layers = [layer for layer in plan.source.layers.values() if fits(plan, layer)]
-    return sum(layer.in_features * layer.out_features for layer in layers) >= LEAST_CODES
+    return sum(layer.in_features * layer.out_features for layer in layers) >= LEAST_CODES and usable()
 
 
 def fits(plan: Plan, layer: SourceLayer) -> bool:
@@ -73,7 +75,7 @@ def convert(plan: Plan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, G
         file.put(f"{layer.name}.{suffix}", array)
     name = f"{layer.name}.{module.CODES}"
     info = file.infos[name]
-    codes = plan.source.tensors.mapped(layer.tensors["weight"])
+    codes = plan.source.tensors.view(layer.tensors["weight"])
     file.put_chunks(name, info.dtype, info.shape, _words(plan.layout, layer, codes, file, name))
     stored = {suffix: file.get(f"{layer.name}.{suffix}") for suffix in partners}
     shape = (layer.in_features, layer.out_features)

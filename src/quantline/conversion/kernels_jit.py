@@ -1,10 +1,15 @@
 """Machine code of `kernels`, made once by numba and kept; later runs load it without importing numba.
 
-Importing numba and having it load its own cache takes as long as converting a gigabyte. The kernels need nothing of its
-runtime, so their object code alone is kept, and LLVM's loader, which numba brings along, takes 0.1 s for it.
+Importing numba and loading its own cache takes as long as converting a gigabyte. The kernels need nothing of numba's
+runtime, so only their object code is kept. LLVM's loader, which comes with numba, loads it in 0.1 s.
 
-It is kept beside the module in `__pycache__`, as Python's own compiled code is, or where that cannot be written in
-`NUMBA_CACHE_DIR` or below the user's cache folder, under a name that stands for the source, the versions and the processor.
+The object code lies beside this module in `__pycache__`. If that folder cannot be written, it lies in `NUMBA_CACHE_DIR` or
+below the user's cache folder. Its name is a hash of the source, the versions and the processor.
+
+The kernels are called as numba calls them internally: addresses for the result and for an exception come first, then the
+arguments. numba does not promise this convention, so envs/core.in pins its version. `TRIED` lists the versions for which
+tests/conversion/test_bands.py compared the kernels with NumPy, byte for byte. With any other version `usable` is false, and
+conversion uses NumPy.
 """
 
 from __future__ import annotations
@@ -16,13 +21,27 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from quantline.conversion import kernels
 
+TRIED = ("0.66.0", "0.67.0", "0.68.1")
 _LOCK = threading.Lock()
 _TYPES: dict[str, Any] = {"b": ctypes.c_void_p, "w": ctypes.c_void_p, "n": ctypes.c_int64}
+
+
+def usable() -> bool:
+    """Whether numba is installed in a version whose calling convention was tried; numba is not imported."""
+    return _numba_version() in TRIED
+
+
+def _numba_version() -> str | None:
+    try:
+        return version("numba")
+    except PackageNotFoundError:
+        return None
 
 
 def kernel(name: str) -> Callable[..., int]:
@@ -30,7 +49,7 @@ def kernel(name: str) -> Callable[..., int]:
     with _LOCK:
         address = _engine().get_function_address(name)
     arguments = [_TYPES[kind] for kind in kernels.SIGNATURES[name]]
-    # numba's convention: places for the result and for an exception, of which there are none, then the arguments.
+    # numba's convention: addresses for the result and for an exception, then the arguments. No kernel raises.
     called = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *arguments)(address)
 
     def call(*values: int) -> int:
@@ -43,7 +62,7 @@ def kernel(name: str) -> Callable[..., int]:
 
 @cache
 def _engine() -> Any:
-    """All kernels, loaded; it must live as long as their addresses are in use."""
+    """All kernels, loaded. The engine must live as long as their addresses are in use."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -77,8 +96,9 @@ def _object_code(llvm: Any, machine: Any) -> bytes:
 
 def _name(llvm: Any) -> str:
     source = Path(kernels.__file__).read_bytes() + Path(__file__).read_bytes()
-    processor = f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()} {llvm.llvm_version_info}"
-    return f"kernels.{hashlib.sha256(source + processor.encode()).hexdigest()[:16]}.o"
+    processor = f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
+    versions = f"{llvm.llvm_version_info} {_numba_version()}"
+    return f"kernels.{hashlib.sha256(source + f'{processor} {versions}'.encode()).hexdigest()[:16]}.o"
 
 
 def _folders() -> Iterator[Path]:
@@ -106,7 +126,7 @@ def _compile(llvm: Any, machine: Any) -> bytes:
 
     pointer: Any = types.CPointer
     kinds = {"b": pointer(types.uint8), "w": pointer(types.uint32), "n": types.int64}
-    # No wrappers, which need numba's runtime; and what cannot fail needs no way to say so.
+    # No wrappers, since they need numba's runtime. With error_model=numpy no exception is raised.
     options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "error_model": "numpy"}
     whole = llvm.parse_assembly("")
     for name, signature in kernels.SIGNATURES.items():

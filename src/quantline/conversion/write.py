@@ -50,23 +50,20 @@ def write_weights(plan: Plan, out: Path, threads: int = 2) -> tuple[list[LinearP
     carried: list[CarriedProof] = []
     total = sum(spec.nbytes for shard in plan.shards for spec in shard.specs.values())
     done = 0
-    try:
-        with bar(f"convert to {plan.layout}") as progress:
-            for shard in plan.shards:
-                with (
-                    streamed(out / shard.name, shard.specs) as file,
-                    closing(_work(plan, shard, file, threads)) as work,
-                ):
-                    for outcome, name in work:
-                        if isinstance(outcome, LinearProof):
-                            linears.append(outcome)
-                            done += _layer_bytes(shard, name)
-                        else:
-                            carried.append(outcome)
-                            done += shard.specs[name].nbytes
-                        progress.update(done, total, name)
-    finally:
-        plan.source.tensors.close()
+    with bar(f"convert to {plan.layout}") as progress:
+        for shard in plan.shards:
+            with (
+                streamed(out / shard.name, shard.specs) as file,
+                closing(_work(plan, shard, file, threads)) as work,
+            ):
+                for outcome, name in work:
+                    if isinstance(outcome, LinearProof):
+                        linears.append(outcome)
+                        done += _layer_bytes(shard, name)
+                    else:
+                        carried.append(outcome)
+                        done += shard.specs[name].nbytes
+                    progress.update(done, total, name)
     if len(plan.shards) > 1:
         weight_map = {name: shard.name for shard in plan.shards for name in shard.specs}
         write_json(out / plan.index_name, {"metadata": {"total_size": total}, "weight_map": weight_map})

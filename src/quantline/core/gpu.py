@@ -1,46 +1,49 @@
-"""What an NVIDIA GPU says about its use; nothing where there is none."""
+"""The visible NVIDIA GPUs: what they are and how much of them is in use. Everything here asks NVML."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class AcceleratorUse:
-    """Memory in use summed over the visible GPUs, and the highest share of time that one of them was busy."""
+    """Memory in use, summed over the visible GPUs, and the utilisation of the busiest one (None if none reports it)."""
 
     memory_bytes: int
-    utilisation_percent: float
+    utilisation_percent: float | None
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One visible GPU now, used by whomever. power_watts is None where the board does not tell."""
+    """One visible GPU and its present use by all processes.
+
+    utilisation_percent, power_watts and compute_capability are None where the board or the driver does not report them.
+    compute_capability: 89 for 8.9.
+    """
 
     name: str
     memory_used_bytes: int
     memory_total_bytes: int
-    utilisation_percent: float
+    utilisation_percent: float | None
     power_watts: float | None
+    compute_capability: int | None
 
 
 def accelerator_use() -> AcceleratorUse | None:
-    """The use of the visible GPUs now, by everybody; None without a driver or without the library that asks it."""
+    """The present use of the visible GPUs by all processes; None without a GPU, a driver or the NVML library."""
     gpus = visible_gpus()
     if not gpus:
         return None
-    return AcceleratorUse(sum(gpu.memory_used_bytes for gpu in gpus), max(gpu.utilisation_percent for gpu in gpus))
+    busy = [gpu.utilisation_percent for gpu in gpus if gpu.utilisation_percent is not None]
+    return AcceleratorUse(sum(gpu.memory_used_bytes for gpu in gpus), max(busy, default=None))
 
 
 def visible_gpus() -> list[Gpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves; none without a driver or without the library that asks it."""
+    """The GPUs that CUDA_VISIBLE_DEVICES selects; empty without a GPU, a driver or the NVML library."""
     try:
         import pynvml
 
@@ -57,31 +60,27 @@ def visible_gpus() -> list[Gpu]:
 
 def _gpu(nvml: Any, index: int) -> Gpu:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    power = None
-    with suppress(nvml.NVMLError):
-        power = float(nvml.nvmlDeviceGetPowerUsage(handle)) / 1000
-    name = nvml.nvmlDeviceGetName(handle)
+
+    def reported(ask: Callable[[Any], Any]) -> Any:
+        with suppress(nvml.NVMLError):
+            return ask(handle)
+        return None
+
+    memory, name = nvml.nvmlDeviceGetMemoryInfo(handle), nvml.nvmlDeviceGetName(handle)
+    rates = reported(nvml.nvmlDeviceGetUtilizationRates)
+    milliwatts = reported(nvml.nvmlDeviceGetPowerUsage)
+    capability = reported(nvml.nvmlDeviceGetCudaComputeCapability)
     return Gpu(
-        name.decode() if isinstance(name, bytes) else str(name), int(memory.used), int(memory.total),
-        float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu), power,
-    )  # fmt: skip
+        name=name.decode() if isinstance(name, bytes) else str(name),
+        memory_used_bytes=int(memory.used),
+        memory_total_bytes=int(memory.total),
+        utilisation_percent=None if rates is None else float(rates.gpu),
+        power_watts=None if milliwatts is None else float(milliwatts) / 1000,
+        compute_capability=None if capability is None else 10 * int(capability[0]) + int(capability[1]),
+    )
 
 
 def _visible(count: int) -> list[int]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     chosen = [int(name) for name in named if name.strip().isdigit()]
     return [index for index in chosen if index < count] or list(range(count))
-
-
-def this_gpu() -> tuple[int | None, int | None]:
-    """Compute capability (89 for 8.9) and memory in bytes of the first GPU; None where nobody can tell."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        return 10 * int(major) + int(minor), int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-    except Exception:  # the library is optional, and its errors are classes made at run time
-        return None, None

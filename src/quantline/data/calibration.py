@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.checkpoints.checkpoint import read_header, write_safetensors
+from quantline.checkpoints.safetensors_file import SafetensorsFile, write_safetensors
 from quantline.core.errors import ConfigError, UserError
 from quantline.core.files import building, sha256_of, write_json
 from quantline.core.progress import Progress, bar
@@ -47,10 +47,8 @@ def load(folder: Path) -> tuple[NDArray[np.int32], dict[str, Any]]:
     path = folder / TOKENS_NAME
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        info = read_header(path)["input_ids"]
-        ids = np.fromfile(path, dtype="<i4", offset=info.offset, count=info.nbytes // 4).reshape(info.shape)
-        tokens = ids.astype(np.int32, copy=False)
-    except (OSError, ValueError, KeyError) as error:
+        tokens: NDArray[np.int32] = SafetensorsFile.open(path).read("input_ids").astype(np.int32, copy=False)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: holds no complete calibration data ({error}); run the stage calibrate again"
         ) from error

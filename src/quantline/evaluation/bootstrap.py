@@ -8,6 +8,7 @@ Bootstrap", 1993, chapters 8 and 13; Koehn, "Statistical significance tests for 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from quantline.core.errors import UserError
 
-# Drawn document numbers held at a time: bounds the memory, whatever the number of documents.
+# Drawn item numbers held at a time. It bounds the memory, whatever the number of documents.
 _DRAWS = 2_000_000
 
 
@@ -85,17 +86,32 @@ def paired_bootstrap(
     if not 0 < level < 1 or resamples < 1:
         raise UserError(f"bootstrap: level={level}, resamples={resamples}: give 0 < level < 1 and resamples >= 1")
     differences = values - baseline
-    generator = np.random.default_rng(seed)
-    ratios = np.empty(resamples)
-    step = max(1, _DRAWS // documents)
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
-        drawn = generator.integers(0, documents, size=(rows, documents))
+
+    def ratio(drawn: NDArray[np.int64]) -> NDArray[np.float64]:
         # Sums, not matrix products: their order, and so the last bit, does not depend on the number of threads.
-        ratios[start : start + rows] = differences[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
+        ratios: NDArray[np.float64] = differences[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
+        return ratios
+
+    ratios = _resampled(ratio, documents, resamples, seed)
     tail = (1 - level) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return Interval(math.fsum(differences) / math.fsum(weights), float(low), float(high))
+
+
+def _resampled(
+    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], items: int, resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """A statistic of `resamples` samples of as many items, drawn with replacement.
+
+    statistic: from drawn item numbers, int64 (samples, items), to float64 (samples,).
+    """
+    generator = np.random.default_rng(seed)
+    found = np.empty(resamples)
+    step = max(1, _DRAWS // items)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        found[start : start + rows] = statistic(generator.integers(0, items, size=(rows, items)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -142,17 +158,13 @@ def paired_recovery(
         with np.errstate(divide="ignore", invalid="ignore"):
             return own / other if higher_is_better else other / own
 
-    generator = np.random.default_rng(seed)
-    ratios = np.empty(resamples)
-    step = max(1, _DRAWS // len(values))
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
-        drawn = generator.integers(0, len(values), size=(rows, len(values)))
-        ratios[start : start + rows] = ratio(values[drawn].mean(axis=1), baseline[drawn].mean(axis=1))
+    ratios = _resampled(
+        lambda drawn: ratio(values[drawn].mean(axis=1), baseline[drawn].mean(axis=1)), len(values), resamples, seed
+    )
     (estimate,) = ratio(values.mean(keepdims=True), baseline.mean(keepdims=True))
     if not math.isfinite(estimate):
         return Recovery(None, None, None)
     tail = (1 - level) / 2
-    # A resample in which the baseline scored nothing says nothing where the variant did not either, else "more".
+    # 0/0 is left out: both models scored zero in that resample. The variant alone above zero is infinite, and counts.
     low, high = np.quantile(ratios[~np.isnan(ratios)], [tail, 1 - tail], method="nearest")
     return Recovery(float(estimate), *(float(end) if math.isfinite(end) else None for end in (low, high)))

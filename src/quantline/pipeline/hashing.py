@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantline.checkpoints.safetensors_file import TensorInfo, read_header
+from quantline.checkpoints.safetensors_file import SafetensorsFile
 from quantline.core.files import sha256_of
 
 
@@ -25,8 +22,8 @@ class FolderHashes:
 def hash_folder(folder: Path, threads: int = 2) -> FolderHashes:
     """Hash every file below a folder and every tensor of its safetensors files.
 
-    hashlib lets other threads run while it works, so the two hashes of a large file are computed side by side and its second
-    reading comes from the page cache.
+    hashlib releases the interpreter's lock, so both hashes of a large file are computed at once. The second read comes
+    from the page cache.
 
     Raises:
         CheckpointError: a file named as safetensors that is none.
@@ -51,31 +48,13 @@ def _merged(by_file: dict[str, dict[str, str]]) -> dict[str, str]:
 
 
 def tensor_hashes(path: Path) -> dict[str, str]:
-    """SHA-256 of each tensor of a safetensors file: over its dtype, shape and bytes, wherever in the file they stand.
+    """`SafetensorsFile.sha256` of each tensor of a file, sorted by name.
 
     Raises:
-        CheckpointError: the file is none.
+        CheckpointError: it is no safetensors file.
     """
-    header = read_header(path)
-    if not any(info.nbytes for info in header.values()):
-        return {name: _tensor_hash(info, b"") for name, info in sorted(header.items())}
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as view,
-    ):
-        return {
-            name: _tensor_hash(info, view[info.offset : info.offset + info.nbytes])
-            for name, info in sorted(header.items())
-        }
-
-
-def _tensor_hash(info: TensorInfo, content: bytes | memoryview) -> str:
-    digest = hashlib.sha256(json.dumps([info.dtype, list(info.shape)]).encode())
-    digest.update(content)
-    if isinstance(content, memoryview):
-        content.release()
-    return digest.hexdigest()
+    file = SafetensorsFile.open(path)
+    return {name: file.sha256(name) for name in sorted(file.infos)}
 
 
 def files_below(folder: Path) -> Iterator[Path]:

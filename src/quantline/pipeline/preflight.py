@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import yaml
 from pydantic import Field, ValidationError
 
 from quantline.config.section import Section
 from quantline.core.errors import ConfigError, QuantlineError
-from quantline.core.gpu import this_gpu
+from quantline.core.gpu import visible_gpus
 from quantline.data.download import ModelSource, model_name
 from quantline.pipeline.command_line import split_own
 from quantline.pipeline.config import Config, parse
@@ -83,7 +84,9 @@ def place_of(config: Config, root: Path, options: PlanOptions | None = None) -> 
     version = locked_version(root, "vllm", device)
     if named is not None:
         version = distribution_version(ensure(root, "vllm", python=named, platform=device), "vllm")
-    capability, found = this_gpu() if device == "cuda" else (None, None)
+    gpu = next(iter(visible_gpus()), None) if device == "cuda" else None
+    capability = gpu.compute_capability if gpu else None
+    found = gpu.memory_total_bytes if gpu else None
     if options.compute_capability is not None:
         capability = round(options.compute_capability * 10)
     memory = found if options.gpu_memory_gb is None else round(options.gpu_memory_gb * GIB)
@@ -98,18 +101,9 @@ def place_of(config: Config, root: Path, options: PlanOptions | None = None) -> 
         order=order, context=options.context or config.serve.max_model_len,
         batch=options.batch or config.serve.process.concurrency, memory_bytes=memory,
         utilization=config.serve.process.gpu_memory_utilization if device == "cuda" else 1.0,
-        quantizer_bytes=memory if device == "cuda" else machine_memory(),
+        quantizer_bytes=memory if device == "cuda" else psutil.virtual_memory().total,
         calibration_tokens=config.calibration.n_samples * config.calibration.seq_len,
     )  # fmt: skip
-
-
-def machine_memory(info: Path = Path("/proc/meminfo")) -> int | None:
-    """Memory of this machine in bytes; None where it does not say."""
-    try:
-        lines = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines() if ":" in line)
-        return int(lines["MemTotal"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def method_defaults(root: Path) -> dict[str, dict[str, Any]]:

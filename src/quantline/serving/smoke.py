@@ -1,12 +1,11 @@
-"""Proof that a served model answers: every endpoint, greedy answers to fixed prompts, and what they cost.
+"""Check that a served model answers: every endpoint, greedy answers to fixed prompts, their speed and memory.
 
-Faults are collected, not raised one at a time; only a server that does not answer at all, or not in time, raises.
+Faults are collected and returned together. Only a server that does not answer, or not in time, raises.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import threading
 import time
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from quantline.core.errors import ServerError, UserError
-from quantline.core.gpu import AcceleratorUse, accelerator_use
+from quantline.core.gpu import accelerator_use
 from quantline.core.progress import bar
 from quantline.serving.server import SERVED_NAME, Server
 from quantline.serving.server_log import kernels, weights_bytes
@@ -43,7 +43,7 @@ class SmokeReport:
     """What the server did.
 
     metrics: name with unit -> value. kernels: those of the quantized layers, as vLLM's log names them. faults: what the
-    server did wrong; empty for a good one. Whether the answers are any good is `judging.judge_answers`.
+    server did wrong; empty for a good one. Whether the answers are any good is for `answer_checks`.
     """
 
     answers: tuple[Answer, ...]
@@ -110,9 +110,10 @@ def run_smoke(
     weights = weights_bytes(log)
     if weights is not None:
         metrics["weights_bytes"] = float(weights)
-    if watch.accelerator is not None:
-        metrics["gpu_memory_bytes"] = float(watch.accelerator.memory_bytes)
-        metrics["gpu_utilisation_percent"] = watch.accelerator.utilisation_percent
+    if watch.memory_bytes:
+        metrics["gpu_memory_bytes"] = float(max(watch.memory_bytes))
+    if watch.utilisation_percent:
+        metrics["gpu_utilisation_percent"] = max(watch.utilisation_percent)
     return SmokeReport(tuple(answers), metrics, version, tuple(kernels(log)), tuple(faults))
 
 
@@ -129,23 +130,22 @@ def _errors_explained(server: Server) -> Iterator[None]:
 class _Watch:
     def __init__(self) -> None:
         self.rss_bytes = 0
-        self.accelerator: AcceleratorUse | None = None
+        self.memory_bytes: list[int] = []
+        self.utilisation_percent: list[float] = []
 
     def look(self, server: Server) -> None:
         self.rss_bytes = max(self.rss_bytes, server.memory_bytes())
         if server.options.device == "cuda":
             use = accelerator_use()
-            if use is not None and self.accelerator is not None:
-                use = AcceleratorUse(
-                    max(use.memory_bytes, self.accelerator.memory_bytes),
-                    max(use.utilisation_percent, self.accelerator.utilisation_percent),
-                )
-            self.accelerator = use or self.accelerator
+            if use is not None:
+                self.memory_bytes.append(use.memory_bytes)
+                if use.utilisation_percent is not None:
+                    self.utilisation_percent.append(use.utilisation_percent)
 
 
 @contextmanager
 def _watched(server: Server, every_seconds: float = 0.25) -> Iterator[_Watch]:
-    """Peaks of memory and use over a `with` block."""
+    """Record memory and GPU use during a `with` block."""
     watch, over = _Watch(), threading.Event()
     watch.look(server)
 
@@ -241,9 +241,14 @@ def _stream_faults(kind: str, prompt: str, whole: _Reply, streamed: _Reply) -> l
 
 
 def read_counter(metrics: str, name: str) -> float | None:
-    """Sum of a counter over its labels in Prometheus' text form; None where it is missing."""
-    found = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", metrics, flags=re.MULTILINE)
-    return sum(map(float, found)) if found else None
+    """Sum of a counter over its labels, from Prometheus' text format; None if it is missing.
+
+    Raises:
+        ValueError: the text is not in that format.
+    """
+    families = text_string_to_metric_families(metrics)
+    found = [sample.value for family in families for sample in family.samples if sample.name == name]
+    return sum(found) if found else None
 
 
 def _counters(client: httpx.Client) -> dict[str, float | None]:

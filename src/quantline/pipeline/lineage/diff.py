@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from quantline.checkpoints.safetensors_file import TensorInfo, numpy_dtype, read_header, to_float32
+from quantline.checkpoints.safetensors_file import SafetensorsFile, to_float32
 from quantline.pipeline.lineage.chain import Chain
 from quantline.pipeline.stages import STAGES
 
@@ -165,14 +165,15 @@ def _tensor_difference(
 
 def tensor_notes(name: str, one: Path, other: Path) -> list[str]:
     """How a tensor differs between two folders on this disk: its dtype and shape, else its first element that differs."""
-    places = [_find_tensor(folder, name) for folder in (one, other)]
-    if places[0] is None or places[1] is None:
+    inner = name.rpartition(":")[2]
+    file, other_file = (_file_with(folder, name) for folder in (one, other))
+    if file is None or other_file is None:
         return []
-    (path, info), (other_path, other_info) = places[0], places[1]
-    said = [f"{item.dtype} {list(item.shape)}" for item in (info, other_info)]
+    info = file.infos[inner]
+    said = [f"{item.dtype} {list(item.shape)}" for item in (info, other_file.infos[inner])]
     if said[0] != said[1]:
         return [f"dtype and shape: {said[0]} | {said[1]}"]
-    ours, theirs = _values(path, info), _values(other_path, other_info)
+    ours, theirs = file.view(inner).reshape(-1), other_file.view(inner).reshape(-1)
     unequal = np.flatnonzero(_bits(ours) != _bits(theirs))
     if not unequal.size:
         return ["the files on this disk hold the same values, so they are no longer what the results say"]
@@ -183,22 +184,16 @@ def tensor_notes(name: str, one: Path, other: Path) -> list[str]:
     return [f"{said[0]}, {unequal.size} of {ours.size} elements; the first is {at}: {values[0]!s} | {values[1]!s}"]
 
 
-def _find_tensor(folder: Path, name: str) -> tuple[Path, TensorInfo] | None:
+def _file_with(folder: Path, name: str) -> SafetensorsFile | None:
+    """The file that holds a tensor: `name` is the tensor's, or `file:tensor`."""
     file, _, inner = name.rpartition(":")
     paths = [folder / file] if file else sorted(folder.rglob("*.safetensors"))
     for path in paths:
         if path.is_file():
-            info = read_header(path).get(inner)
-            if info is not None:
-                return path, info
+            opened = SafetensorsFile.open(path)
+            if inner in opened.infos:
+                return opened
     return None
-
-
-def _values(path: Path, info: TensorInfo) -> np.ndarray[Any, Any]:
-    dtype = numpy_dtype(info.dtype)
-    if not info.nbytes:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, "r", info.offset, (info.nbytes // dtype.itemsize,))
 
 
 def _bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

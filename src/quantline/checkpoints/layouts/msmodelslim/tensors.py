@@ -14,7 +14,7 @@ import numpy as np
 
 from quantline.checkpoints.errors import FormatError
 from quantline.checkpoints.layouts.msmodelslim.codec import geometry
-from quantline.checkpoints.safetensors_file import TensorInfo, numpy_dtype, to_float32
+from quantline.checkpoints.safetensors_file import SafetensorsFile, TensorInfo, to_float32
 
 SAFE_TENSOR, ASCEND_V1, V1 = "safe_tensor", "ascendV1", "v1"
 SCHEMES = {"W4A16": 4, "W8A16": 8}
@@ -215,9 +215,7 @@ class Planner:
         return name in self.infos and len(self.infos[name].shape) == 1
 
     def _norm_bias(self, name: str) -> None:
-        info = self.infos[name]
-        raw = np.fromfile(self.folder / self.files[name], np.uint8, count=info.nbytes, offset=info.offset)
-        values = to_float32(raw.view(numpy_dtype(info.dtype)))
+        values = to_float32(SafetensorsFile(self.folder / self.files[name], self.infos).read(name))
         if values.any():
             largest = float(np.abs(values).max())
             fact = f"is the bias of a norm and not zero (largest magnitude {largest:.3g}); an RMSNorm cannot load it"
