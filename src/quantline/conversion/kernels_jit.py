@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.conversion import kernels
+from quantline.core.files import replaced
 
 _LOCK = threading.Lock()
 _TYPES: dict[str, Any] = {"b": ctypes.c_void_p, "w": ctypes.c_void_p, "n": ctypes.c_int64}
@@ -68,7 +68,8 @@ def _object_code(llvm: Any, machine: Any) -> bytes:
     code = _compile(llvm, machine)
     for folder in _folders():
         try:
-            _keep(folder / name, hashlib.sha256(code).digest() + code)
+            with replaced(folder / name) as temporary:
+                temporary.write_bytes(hashlib.sha256(code).digest() + code)
             break
         except OSError:
             continue
@@ -86,18 +87,6 @@ def _folders() -> Iterator[Path]:
     if "NUMBA_CACHE_DIR" in os.environ:
         yield Path(os.environ["NUMBA_CACHE_DIR"])
     yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantline"
-
-
-def _keep(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _compile(llvm: Any, machine: Any) -> bytes:
