@@ -8,19 +8,19 @@ otherwise run the code of the repository it was copied from.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
 sys.path.insert(0, str(ROOT / "src"))
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from quantline.pipeline.command_line import Option
     from quantline.pipeline.run import StageRun
 
 
@@ -59,66 +59,51 @@ def run_and_publish(
         publish_by_hand(config, result["variant"], root)
 
 
-def main(task: Callable[[DictConfig], Any], filename: str) -> None:
-    """Run a Hydra task; a user's mistake ends in a message and an exit code, anything else in a traceback."""
+def main(task: Callable[..., Any], filename: str, options: Sequence[Option] = (), about: str | None = None) -> None:
+    """Run a command that takes the pipeline's configuration; see `command_line` for how it ends.
+
+    task: gets the configuration, and the values of `options` where there are any. filename: of the command's module.
+    """
+    from quantline.pipeline.command_line import ending, read, report, usage
+
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us
     os.environ.pop("HYDRA_MAIN_MODULE", None)
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
     failures: list[int] = []
+    with ending(CONF):
+        helped = bool({"--help", "-h"} & set(sys.argv[1:]))
+        if helped and about:
+            print(usage(about, options, configured=True), flush=True)
+        own: dict[str, str | None] = {}
+        if not helped:  # Hydra ignores what stands beside --help
+            own, sys.argv[1:] = read(sys.argv[1:], options, configured=True)
+        given = [own] if options else []
 
-    # A failure must not end the other jobs of a sweep, and Hydra would print its own account of it.
-    def guarded(cfg: DictConfig) -> None:
-        try:
-            task(cfg)
-        except Exception as error:
-            failures.append(_report(error))
+        # A failure must not end the other jobs of a sweep, and Hydra would print its own account of it.
+        def guarded(cfg: DictConfig) -> None:
+            try:
+                task(cfg, *given)
+            except Exception as error:
+                failures.append(report(error, CONF))
 
-    # Hydra names the job and finds conf/ by the file in which its task was written: the stage's, not this one.
-    guarded.__module__ = "__main__"
-    guarded.__code__ = guarded.__code__.replace(co_filename=filename)
-    try:
+        # Hydra names the job and finds conf/ by the file in which its task was written: the stage's, not this one.
+        guarded.__module__ = "__main__"
+        guarded.__code__ = guarded.__code__.replace(co_filename=filename)
         import hydra
 
         hydra.main(version_base="1.3", config_path="../conf", config_name="config")(guarded)()
-    except KeyboardInterrupt:
-        print("interrupted; nothing half written was left", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "hydra":
-            sys.exit("error: this Python has no hydra; run `make setup`, then `source .venv/bin/activate`")
-        sys.exit(_report(error))
     if failures:
         sys.exit(failures[0])
 
 
-def own_main(
-    task: Callable[[DictConfig, dict[str, str]], Any], names: Sequence[str], usage: str, filename: str, argv: list[str]
-) -> None:
-    """Run a task that takes options of its own, `names`, beside the configuration's."""
-    from quantline.core.errors import UserError
-    from quantline.pipeline.command_line import split_own
+def command(
+    task: Callable[[dict[str, str | None]], int | None], options: Sequence[Option] = (), about: str | None = None
+) -> NoReturn:
+    """Run a command that takes no configuration: `task` gets the values of `options` and returns the exit code."""
+    from quantline.pipeline.command_line import ending, read, usage
 
-    if "--help" in argv or "-h" in argv:
-        print(usage)
-    try:
-        own, argv[1:] = split_own(argv[1:], names)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    main(lambda cfg: task(cfg, own), filename)
-
-
-def _report(error: Exception) -> int:
-    """Print what a user should read of a failure; a fault of ours keeps its traceback."""
-    from quantline.pipeline.user_messages import explain
-
-    explained = explain(error, ROOT / "conf")
-    if explained is None:
-        traceback.print_exception(error)
-        return 70  # EX_SOFTWARE
-    print(f"error: {explained[0]}", file=sys.stderr)
-    return explained[1]
-
-
-def _interrupt() -> NoReturn:
-    raise KeyboardInterrupt
+    with ending(CONF):
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(usage(about, options, configured=False))
+            sys.exit(0)
+        sys.exit(task(read(sys.argv[1:], options, configured=False)[0]))
+    raise AssertionError("unreachable")

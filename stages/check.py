@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from stages import ROOT
+from stages import ROOT, command
 
 
-def check(_words: dict[str, str | None]) -> int:
+def check(_own: dict[str, str | None]) -> int:
     from quantline.pipeline.compose import read_params, variant_overrides
 
     params = ROOT / "params.yaml"
@@ -15,6 +15,4 @@ def check(_words: dict[str, str | None]) -> int:
 
 
 if __name__ == "__main__":
-    from quantline.pipeline.command_line import run_words
-
-    run_words(check, __doc__, {})
+    command(check, about=__doc__)

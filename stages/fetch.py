@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
-from stages import ROOT, own_main
+from quantline.pipeline.command_line import Option
+from stages import ROOT, main
 
-OWN = """Options of stages.fetch alone, the rest is the pipeline's (tracking.uri=...):
-  model=NAME alias=NAME    as `python -m stages.registry` lists them
-  out=DIR                  a folder to make; every file is verified before it appears
-"""
+OPTIONS = [
+    Option("model", "NAME", "as `python -m stages.registry` lists it", required=True),
+    Option("alias", "NAME", "as `python -m stages.registry` lists it", required=True),
+    Option("out", "DIR", "a folder to make; every file is verified before it appears", required=True),
+]
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def fetch(cfg: DictConfig, own: dict[str, str]) -> None:
+def fetch(cfg: DictConfig, own: dict[str, str | None]) -> None:
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
 
     from quantline.lifecycle.tracking import registry
     from quantline.lifecycle.tracking.reader import tracking_of
-    from quantline.pipeline.command_line import required
     from quantline.pipeline.hydra_values import plain
 
-    model, alias, out = required(own, "model", "alias", "out")
+    model, alias, out = (str(own[name]) for name in ("model", "alias", "out"))
     place = Path(out).expanduser().absolute()
     tracking = tracking_of(plain(cfg), HydraConfig.get().overrides.task, ROOT)
     version = registry.fetch(tracking, ROOT, model, alias, place)
@@ -34,4 +34,4 @@ def fetch(cfg: DictConfig, own: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    own_main(fetch, ("model", "alias", "out"), OWN, __file__, sys.argv)
+    main(fetch, __file__, OPTIONS, __doc__)

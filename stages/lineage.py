@@ -6,16 +6,16 @@ Either side is the name of a variant, a folder of results, or a run of MLflow by
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
-from stages import ROOT, own_main
+from quantline.pipeline.command_line import Option
+from stages import ROOT, main
 
-OWN = """Options of stages.lineage alone, the rest is the pipeline's:
-  variant=NAME             a variant of params.yaml or one run by hand, a folder of results, or a run of MLflow
-  against=NAME             another: name the first value in which the two differ
-  lineage.format=json      the same as JSON
-"""
+OPTIONS = [
+    Option("variant", "NAME", "of params.yaml or run by hand, a folder of results, or a run of MLflow", required=True),
+    Option("against", "NAME", "another one: name the first value in which the two differ"),
+    Option("lineage.format", "json", "the same as JSON", allowed=("text", "json")),
+]
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,21 +25,17 @@ if TYPE_CHECKING:
     from quantline.pipeline.lineage.chain import Chain
 
 
-def lineage(cfg: DictConfig, own: dict[str, str]) -> None:
+def lineage(cfg: DictConfig, own: dict[str, str | None]) -> None:
     import json
     from dataclasses import asdict
 
-    from quantline.core.errors import UserError
-    from quantline.pipeline.command_line import chosen
     from quantline.pipeline.lineage.chain import as_values
     from quantline.pipeline.lineage.diff import first_difference
     from quantline.pipeline.lineage.report import as_text, difference_text
 
-    as_json = chosen(own, "lineage.format", ("text", "json")) == "json"
-    if "variant" not in own:
-        raise UserError("variant: is not set; give variant=NAME, a variant's, or a run's id")
-    one = chain_of(cfg, own["variant"], ROOT)
-    if "against" not in own:
+    as_json = own["lineage.format"] == "json"
+    one = chain_of(cfg, str(own["variant"]), ROOT)
+    if own["against"] is None:
         print(json.dumps(as_values(one), indent=2) if as_json else as_text(one))
         return
     other = chain_of(cfg, own["against"], ROOT)
@@ -66,4 +62,4 @@ def chain_of(cfg: DictConfig, given: str, root: Path) -> Chain:
 
 
 if __name__ == "__main__":
-    own_main(lineage, ("variant", "against", "lineage.format"), OWN, __file__, sys.argv)
+    main(lineage, __file__, OPTIONS, __doc__)

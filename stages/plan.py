@@ -1,30 +1,33 @@
 """Say whether a variant would work, and what it takes, before anything is computed: `python -m stages.plan method=gptq`.
 
-Options of its own: gpu_memory_gb, critical (both also ask for a recommendation), context, batch, compute_capability, json.
+With gpu_memory_gb or critical it also recommends a variant.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
+from quantline.pipeline.command_line import Option
 from stages import ROOT, main
 
-OWN = """Options of stages.plan alone, the rest is the pipeline's:
-  gpu_memory_gb=24         memory of each GPU: does it fit, and what is recommended; with device=auto a GPU is planned for
-  critical=true            recommend what loses least, rather than what is small
-  context=4096 batch=8     tokens of a sequence, and sequences at a time; else serve.max_model_len and concurrency
-  compute_capability=8.9   of the GPU; else that of the one here
-  json=true                the same as JSON
-"""
+OPTIONS = [
+    Option(
+        "gpu_memory_gb",
+        "24",
+        "memory of each GPU: does it fit, what is recommended; device=auto then means a GPU",
+    ),
+    Option("critical", "true", "recommend what loses least, rather than what is small"),
+    Option("context", "4096", "tokens of a sequence; else serve.max_model_len"),
+    Option("batch", "8", "sequences at a time; else serve.process.concurrency"),
+    Option("compute_capability", "8.9", "of the GPU, as NVIDIA writes it; else that of the one here"),
+    Option("json", "true", "the same as JSON"),
+]
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from quantline.pipeline.preflight import PlanOptions
 
-
-def plan(cfg: DictConfig, options: PlanOptions) -> None:
+def plan(cfg: DictConfig, own: dict[str, str | None]) -> None:
     import json
 
     from hydra.core.hydra_config import HydraConfig
@@ -39,7 +42,7 @@ def plan(cfg: DictConfig, options: PlanOptions) -> None:
     from quantline.planning.recommend import recommend
     from quantline.planning.report import as_json, as_text
 
-    values = plain(cfg)
+    options, values = preflight.plan_options(own), plain(cfg)
     try:
         config = parse(values)
     except ConfigError as error:
@@ -67,19 +70,5 @@ def plan(cfg: DictConfig, options: PlanOptions) -> None:
         raise UserError(f"this variant is refused ({reasons}){f'; the nearest that works: {near}' if near else ''}")
 
 
-def entry() -> None:
-    from quantline.core.errors import QuantlineError
-    from quantline.pipeline.preflight import split_options
-
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(OWN)
-    try:
-        options, sys.argv[1:] = split_options(sys.argv[1:])
-    except QuantlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    main(lambda cfg: plan(cfg, options), __file__)
-
-
 if __name__ == "__main__":
-    entry()
+    main(plan, __file__, OPTIONS, __doc__)

@@ -4,21 +4,21 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
-from stages import ROOT, own_main
+from quantline.pipeline.command_line import Option
+from stages import ROOT, main
 
-OWN = """Options of stages.promote alone, the rest is the pipeline's (promote.max_perplexity_increase=0.03):
-  variant=NAME             a variant of params.yaml, or one run by hand
-  alias=NAME               such as production
-"""
+OPTIONS = [
+    Option("variant", "NAME", "a variant of params.yaml, or one run by hand", required=True),
+    Option("alias", "NAME", "such as production", required=True),
+]
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def promote(cfg: DictConfig, own: dict[str, str]) -> None:
+def promote(cfg: DictConfig, own: dict[str, str | None]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from quantline.core.errors import GateError, TrackingError
@@ -27,11 +27,10 @@ def promote(cfg: DictConfig, own: dict[str, str]) -> None:
     from quantline.lifecycle.publish import publish_records
     from quantline.lifecycle.tracking import registry
     from quantline.lifecycle.tracking.reader import current_run, tracking_of
-    from quantline.pipeline.command_line import required
     from quantline.pipeline.config import parse
     from quantline.pipeline.hydra_values import plain
 
-    name, alias = required(own, "variant", "alias")
+    name, alias = str(own["variant"]), str(own["alias"])
     registry.check_alias(alias)
     values = plain(cfg)
     record = promotion.record_of(ROOT, name)
@@ -51,4 +50,4 @@ def promote(cfg: DictConfig, own: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    own_main(promote, ("variant", "alias"), OWN, __file__, sys.argv)
+    main(promote, __file__, OPTIONS, __doc__)

@@ -2,7 +2,7 @@
 
 python -m stages.restore from=DIR [snapshot=NAME]
 
-The latest snapshot is taken where none is named. Nothing is changed where the backup is not whole.
+Nothing is changed when something of the backup is missing or damaged.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stages import ROOT
+from quantline.pipeline.command_line import Option
+from stages import ROOT, command
+
+OPTIONS = [
+    Option("from", "DIR", "folder of the backup", required=True),
+    Option("snapshot", "NAME", "one of DIR/snapshots; else the latest"),
+]
 
 
-def restore(words: dict[str, str | None]) -> int:
-    from quantline.core.errors import UserError
+def restore(own: dict[str, str | None]) -> int:
     from quantline.lifecycle.restore import restore as bring_back
     from stages.verify import verify
 
-    if not words["from"]:
-        raise UserError("from: is not set; give the folder of the backup, from=DIR")
-    restored = bring_back(ROOT, Path(words["from"]), name=words["snapshot"])
+    restored = bring_back(ROOT, Path(str(own["from"])), name=own["snapshot"])
     print(f"{restored.snapshot}: {restored.objects} objects and {restored.files} files are back")
     for note in restored.notes:
         print(f"  note: {note}", file=sys.stderr)
@@ -30,6 +33,4 @@ def restore(words: dict[str, str | None]) -> int:
 
 
 if __name__ == "__main__":
-    from quantline.pipeline.command_line import run_words
-
-    run_words(restore, __doc__, {"from": None, "snapshot": None})
+    command(restore, OPTIONS, __doc__)

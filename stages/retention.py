@@ -1,26 +1,31 @@
-"""Remove from DVC's cache what no variant needs any more, and from here what former variants left; what promoted variants
-need stays in the cache:
+"""Remove what no variant needs any more: objects of DVC's cache, and what former variants left in this checkout.
 
 python -m stages.retention [keep=workspace|branches|tags|commits] [remote=NAME] [apply=true]
 
-Without apply=true it only lists what would go and how many bytes that is. See docs/guide/storage.md.
+Objects of promoted variants are kept. Without apply=true nothing is removed. See docs/guide/storage.md.
 """
 
 from __future__ import annotations
 
-from stages import ROOT
+from quantline.pipeline.command_line import Option
+from stages import ROOT, command
 
 SHOWN = 20
+OPTIONS = [
+    Option("keep", "workspace", "keep also what git's branches, tags or commits need",
+           allowed=("workspace", "branches", "tags", "commits")),
+    Option("remote", "NAME", "clean this remote of DVC along with the cache"),
+    Option("apply", "true", "remove it; else it is only listed, with its size", allowed=("false", "true")),
+]  # fmt: skip
 
 
-def retention(words: dict[str, str | None]) -> int:
+def retention(own: dict[str, str | None]) -> int:
     from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former
-    from quantline.pipeline.command_line import is_true
 
-    apply = is_true("apply", words["apply"])
+    apply = own["apply"] == "true"
     kept = promoted(ROOT)
     former = former_outputs(ROOT)
-    garbage = collect_garbage(ROOT, kept, keep=str(words["keep"]), remote=words["remote"], apply=apply)
+    garbage = collect_garbage(ROOT, kept, keep=str(own["keep"]), remote=own["remote"], apply=apply)
     if apply:
         remove_former(former)
     for place in former:
@@ -38,6 +43,4 @@ def retention(words: dict[str, str | None]) -> int:
 
 
 if __name__ == "__main__":
-    from quantline.pipeline.command_line import run_words
-
-    run_words(retention, __doc__, {"keep": "workspace", "remote": None, "apply": "false"})
+    command(retention, OPTIONS, __doc__)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 
-from stages import ROOT
+from stages import ROOT, command
 
 
-def verify(_words: dict[str, str | None]) -> int:
+def verify(_own: dict[str, str | None]) -> int:
     from quantline.lifecycle.storage.dvc_cache import cache_folder
     from quantline.lifecycle.verify import verify as check
 
@@ -27,6 +27,4 @@ def verify(_words: dict[str, str | None]) -> int:
 
 
 if __name__ == "__main__":
-    from quantline.pipeline.command_line import run_words
-
-    run_words(verify, __doc__, {})
+    command(verify, about=__doc__)

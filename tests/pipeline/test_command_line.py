@@ -1,27 +1,56 @@
 from __future__ import annotations
 
+import importlib
+import subprocess
 import sys
 
 import pytest
 
 from quantline.core.errors import UserError
-from quantline.pipeline.command_line import is_true, read_words, run_words
+from quantline.pipeline.command_line import Option, ending, read, usage
+
+TO, KEEP = (
+    Option("to", "DIR", "where", required=True),
+    Option("keep", "workspace", "what", allowed=("workspace", "tags")),
+)
+PORT = Option("port", "PORT", "a port", default="5000", bare=True)
+WITH_OPTIONS = ("backup", "demote", "fetch", "lineage", "plan", "promote", "rebuild", "restore", "retention", "ui")
 
 
-def test_words_come_over_their_defaults():
-    assert read_words(["to=a=b"], {"to": None, "keep": "workspace"}) == {"to": "a=b", "keep": "workspace"}
+def test_values_come_over_their_defaults():
+    assert read(["to=a=b"], [TO, KEEP], configured=False) == ({"to": "a=b", "keep": "workspace"}, [])
+    assert read(["to=x", "keep=tags"], [TO, KEEP], configured=False)[0] == {"to": "x", "keep": "tags"}
 
 
-@pytest.mark.parametrize("word", ["kep=tags", "keep", "--dry"])
-def test_a_word_that_is_none_is_refused_with_those_that_are(word):
-    with pytest.raises(UserError, match=r"is no option.*give KEY=VALUE of to=\.\.\., keep=workspace"):
-        read_words([word], {"to": None, "keep": "workspace"})
+def test_what_is_left_is_the_configurations():
+    own, rest = read(["bits=8", "to=x", "-cn", "awq"], [TO], configured=True)
+    assert (own, rest) == ({"to": "x"}, ["bits=8", "-cn", "awq"])
 
 
-def test_true_and_false_are_the_only_ones():
-    assert (is_true("apply", "true"), is_true("apply", "false")) == (True, False)
-    with pytest.raises(UserError, match="apply=yes: give true or false"):
-        is_true("apply", "yes")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["kep=tags"], r"kep=tags: is no option \(did you mean keep\?\); give NAME=VALUE of to=DIR, keep=workspace"),
+        (["keep"], "keep: is no option"),
+        (["--dry"], "--dry: is no option"),
+        (["to=a", "to=b"], "to=b: give to=VALUE, once"),
+        (["to="], "to=: give to=VALUE, once"),
+        (["to=a", "keep=all"], "keep=all: allowed are workspace, tags"),
+        (["keep=tags"], "to: is not set; give to=DIR"),
+    ],
+)
+def test_a_wrong_option_is_refused_with_those_that_are_right(given, said):
+    with pytest.raises(UserError, match=said):
+        read(given, [TO, KEEP], configured=False)
+
+
+def test_one_option_may_be_given_by_its_value_alone():
+    assert read([], [PORT], configured=False)[0] == {"port": "5000"}
+    assert read(["5001"], [PORT], configured=False)[0] == read(["port=5001"], [PORT], configured=False)[0]
+    with pytest.raises(UserError, match="5002: give port=VALUE, once"):
+        read(["5001", "5002"], [PORT], configured=False)
+    with pytest.raises(UserError, match="this command has none"):
+        read(["5001"], [], configured=False)
 
 
 @pytest.mark.parametrize(
@@ -29,24 +58,58 @@ def test_true_and_false_are_the_only_ones():
     [
         (UserError("no"), 2, "error: no\n"),
         (KeyboardInterrupt(), 130, "interrupted; nothing half written was left\n"),
-        (PermissionError(13, "Permission denied", "/x"), 1, "error: /x: Permission denied\n"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "error: /x: Permission denied; make it writable\n"),
+        (
+            NotADirectoryError(20, "Not a directory", "/x"),
+            1,
+            "error: /x: Not a directory; check the path",
+        ),
+        (ValueError("ours"), 70, "Traceback"),
     ],
 )
-def test_what_goes_wrong_is_a_message_and_an_exit_code(monkeypatch, capsys, error, code, said):
-    monkeypatch.setattr(sys, "argv", ["stage"])
-
-    def work(_words):
+def test_what_goes_wrong_is_a_message_and_an_exit_code(root, capsys, error, code, said):
+    with pytest.raises(SystemExit) as ended, ending(root / "conf"):
         raise error
-
-    with pytest.raises(SystemExit) as ended:
-        run_words(work, "About.", {})
     assert ended.value.code == code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err.startswith(said)
 
 
-def test_help_is_printed_and_nothing_runs(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["stage", "--help"])
-    with pytest.raises(SystemExit) as ended:
-        run_words(lambda _words: pytest.fail("it ran"), "\nAbout.\n", {})
-    assert not ended.value.code
-    assert capsys.readouterr().out == "About.\n"
+def test_help_names_every_option_with_its_value():
+    text = usage("\nAbout.\n", [TO, KEEP], configured=True)
+    assert text.startswith("About.\n\nOptions of this command:\n  to=DIR          where\n  keep=workspace  what\n")
+    assert text.endswith("All other options are the configuration's:")
+    assert usage("About.", [], configured=False) == "About."
+
+
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_every_command_with_options_of_its_own_declares_them(name):
+    assert all(option.about for option in importlib.import_module(f"stages.{name}").OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        (["backup", "--help"], 0, "  to=DIR  folder of the backup"),
+        (["promote", "--help"], 0, "  variant=NAME  a variant of params.yaml"),
+        (["promote", "--help"], 0, "Groups of options"),
+        (["backup"], 2, "error: to: is not set; give to=DIR\n"),
+        (["promote", "variant=awq-w4-g128"], 2, "error: alias: is not set; give variant=NAME alias=NAME\n"),
+        (
+            ["rebuild", "run=1234", "out=x", "until=quantise"],
+            2,
+            "error: until=quantise: allowed are evaluate, serve_smoke",
+        ),
+        (["retention", "apply=yes"], 2, "error: apply=yes: allowed are false, true\n"),
+        (["ui", "http"], 2, "error: http: is no port; give a number from 1 to 65535\n"),
+    ],
+)
+def test_commands_answer_as_they_are_called(root, command, code, said):
+    done = subprocess.run(
+        [sys.executable, "-m", f"stages.{command[0]}", *command[1:]],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr

@@ -9,12 +9,14 @@ import sys
 import pytest
 from tiny_quantized import write_float
 
-from quantline.core.errors import ConfigError, UserError
+from quantline.core.errors import ConfigError
+from quantline.pipeline.command_line import read
 from quantline.pipeline.config import parse
-from quantline.pipeline.preflight import preflight, split_options
+from quantline.pipeline.preflight import PlanOptions, plan_options, preflight
 from quantline.pipeline.run import StageRun
 from quantline.planning.spec import RefusedError
 from quantline.serving.rules import cpu_instructions
+from stages.plan import OPTIONS
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +105,19 @@ def test_a_model_that_was_not_downloaded_names_the_command(root):
 
 
 def test_options_of_its_own_are_checked_and_kept_from_hydra():
-    options, rest = split_options(["method=gptq", "gpu_memory_gb=24", "critical=true", "serve.dtype=float16"])
+    own, rest = read(
+        ["method=gptq", "gpu_memory_gb=24", "critical=true", "serve.dtype=float16"], OPTIONS, configured=True
+    )
+    options = plan_options(own)
     assert (options.gpu_memory_gb, options.critical, options.as_json) == (24, True, False)
     assert rest == ["method=gptq", "serve.dtype=float16"]
     for wrong in ("gpu_memory_gb=-1", "gpu_memory_gb=much", "critical=maybe", "batch=0", "context=1.5"):
+        name, _, value = wrong.partition("=")
         with pytest.raises(ConfigError, match=wrong.replace(".", r"\.")):
-            split_options([wrong])
-    with pytest.raises(UserError, match="give batch=VALUE, once"):
-        split_options(["batch=1", "batch=2"])
+            plan_options({name: value})
+    assert {option.name for option in OPTIONS} == {
+        field.alias or name for name, field in PlanOptions.model_fields.items()
+    }
 
 
 @pytest.mark.parametrize(

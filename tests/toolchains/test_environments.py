@@ -115,7 +115,7 @@ def test_a_worker_does_not_outlive_its_parent_whatever_ends_that(tmp_path, how):
     path = os.pathsep.join([str(tmp_path), source])
     pid = tmp_path / "pid"
     parent = (
-        "import sys; from pathlib import Path; from quantline.toolchains.environments import *\n"
+        "import sys; from pathlib import Path; from quantline.toolchains.runner import *\n"
         f"run_worker(Toolchain('reference', Path(sys.executable), None), 'work', {{'pid': {str(pid)!r}}},"
         f" log=Path({str(tmp_path / 'log')!r}), threads=1, label='w', extra_environment={{'PYTHONPATH': {path!r}}})"
     )
@@ -204,3 +204,10 @@ def test_a_lock_that_cannot_be_installed_leaves_nothing(small_lock):
     with pytest.raises(WorkerError, match="could not be installed"):
         ensure(small_lock, "reference", platform="cpu")
     assert not (small_lock / ".venvs" / "reference").exists()
+
+
+def test_who_waits_too_long_for_an_environment_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(environments, "BUILD_SECONDS", 0.1)
+    lock, build = tmp_path / ".venvs" / ".vllm.lock", environments._building_alone
+    with build(lock), pytest.raises(WorkerError, match="another process has been building"), build(lock):
+        pass

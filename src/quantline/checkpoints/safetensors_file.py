@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.core.errors import CheckpointError
-from quantline.core.files import _unique_keys, read_json
+from quantline.core.files import _unique_keys, read_json, replaced
 
 # The format itself limits headers to this, so that a corrupt length cannot ask for terabytes.
 MAX_HEADER_BYTES = 100_000_000
@@ -293,9 +293,6 @@ def write_safetensors(
 ) -> None:
     """Write a file completely or not at all; equal tensors give equal bytes.
 
-    The data goes to ``<path>.tmp`` beside the target, is flushed to disk and renamed into place, so that a reader never
-    sees half a file and a hard link to an older version keeps its content.
-
     Args:
         path: the file; its folder exists.
         tensors: name -> array. Taken one at a time, widest items first and then by name: every tensor is aligned.
@@ -320,30 +317,12 @@ def write_safetensors(
         position += array.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            for name in names:
-                little = np.ascontiguousarray(tensors[name])
-                file.write(little.reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    # The rename itself reaches the disk only with its folder.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with replaced(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in names:
+            little = np.ascontiguousarray(tensors[name])
+            file.write(little.reshape(-1).view(np.uint8).data)
 
 
 def read_index(index: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:

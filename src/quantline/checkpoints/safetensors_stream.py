@@ -27,6 +27,7 @@ from quantline.checkpoints.safetensors_file import (
     safetensors_dtype,
 )
 from quantline.core.errors import CheckpointError
+from quantline.core.files import replaced
 
 
 @dataclass(frozen=True)
@@ -121,23 +122,16 @@ def streamed(path: Path, specs: Mapping[str, TensorSpec]) -> Iterator[StreamedFi
         CheckpointError: a tensor that was announced did not come.
         OSError: the disk; nothing is left behind.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w+b") as file:
-            header = _header(specs)
-            file.write(header)
-            file.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
-            file.flush()
-            made = StreamedFile(temporary, file.fileno(), read_header(temporary))
-            yield made
-            missing = sorted(set(specs) - made.written)
-            if missing:
-                raise CheckpointError(f"{path}: {missing[0]} was planned and not written")
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replaced(path) as temporary, temporary.open("w+b") as file:
+        header = _header(specs)
+        file.write(header)
+        file.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
+        file.flush()
+        made = StreamedFile(temporary, file.fileno(), read_header(temporary))
+        yield made
+        missing = sorted(set(specs) - made.written)
+        if missing:
+            raise CheckpointError(f"{path}: {missing[0]} was planned and not written")
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.conversion import kernels
+from quantline.core.files import replaced
 
 TRIED = ("0.66.0", "0.67.0", "0.68.1")
 _LOCK = threading.Lock()
@@ -87,7 +87,8 @@ def _object_code(llvm: Any, machine: Any) -> bytes:
     code = _compile(llvm, machine)
     for folder in _folders():
         try:
-            _keep(folder / name, hashlib.sha256(code).digest() + code)
+            with replaced(folder / name) as temporary:
+                temporary.write_bytes(hashlib.sha256(code).digest() + code)
             break
         except OSError:
             continue
@@ -106,18 +107,6 @@ def _folders() -> Iterator[Path]:
     if "NUMBA_CACHE_DIR" in os.environ:
         yield Path(os.environ["NUMBA_CACHE_DIR"])
     yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantline"
-
-
-def _keep(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _compile(llvm: Any, machine: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, JSON files, and hashes of files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def room(folder: Path) -> Iterator[None]:
-    """Where the disk of `folder` has no room for what the block writes, that is said.
+    """Report a disk that is full while the block writes to `folder`.
 
     Raises:
-        DiskFullError: that.
+        DiskFullError: the disk is full.
     """
     try:
         yield
@@ -33,11 +33,40 @@ def room(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def passing(folder: Path) -> Iterator[Path]:
-    """An empty `folder` for the time of the block; what is in it afterwards, or was before, is gone.
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it becomes `path` when the block ends well, and is removed otherwise.
+
+    The content reaches the disk before the new name does, so a reader never sees half a file. An older file, and hard
+    links to it, keep their content until then. Two processes may write the same file at once: the last one wins.
 
     Raises:
-        DiskFullError: that.
+        OSError: the disk, or the block wrote no file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)  # the rename itself reaches the disk only with its folder
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def passing(folder: Path) -> Iterator[Path]:
+    """An empty `folder` for the time of the block. It is removed afterwards, and so is one that was there before.
+
+    Raises:
+        DiskFullError: the disk is full.
     """
     try:
         with room(folder.parent):
@@ -55,7 +84,7 @@ def building(out: Path) -> Iterator[Path]:
     An `out` that exists already stays as it is until then.
 
     Raises:
-        DiskFullError: that.
+        DiskFullError: the disk is full.
     """
     old = out.with_name(out.name + ".old")
     with passing(out.with_name(out.name + ".tmp")) as temporary:
@@ -104,13 +133,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON under a temporary name and move it into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=True)
-            file.write("\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write `value` as JSON, whole or not at all."""
+    with replaced(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=True)
+        file.write("\n")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.core.errors import QuantlineError, UserError
+from quantline.core.files import replaced
 from quantline.data.windows import Windows
 from quantline.evaluation.bootstrap import paired_bootstrap
 
@@ -324,17 +324,11 @@ def write_documents(path: Path, reference: Sequence[DocumentScore], vllm: Sequen
     """
     if vllm is not None:
         _same_documents(reference, vllm)
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for number, score in enumerate(reference):
-                row = {"id": score.id, "tokens": score.tokens, "nll_reference": score.nll_sum}
-                row["nll_vllm"] = vllm[number].nll_sum if vllm is not None else None
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for number, score in enumerate(reference):
+            row = {"id": score.id, "tokens": score.tokens, "nll_reference": score.nll_sum}
+            row["nll_vllm"] = vllm[number].nll_sum if vllm is not None else None
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_documents(path: Path) -> tuple[list[DocumentScore], list[DocumentScore] | None]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sqlite3
 import tempfile
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import UserError
-from quantline.core.files import room, sha256_of, write_json
+from quantline.core.files import replaced, room, sha256_of, write_json
 from quantline.lifecycle.storage import dvc_cache
 from quantline.pipeline.git import commit_of, patch_of
 
@@ -113,9 +112,8 @@ class _Store:
             raise UserError(f"{path}: is missing, dvc.lock needs it; see `python -m stages.verify`")
         target = self._folder / "objects" / "md5" / md5[:2] / md5[2:]
         if not target.is_file():
-            found = copy_hashed(path, target, "md5", md5.removesuffix(dvc_cache.DIR))
-            if found is not None:
-                raise UserError(f"{path}: is damaged, its content is {found}; see `python -m stages.verify`")
+            fault = "is damaged, its content is {found}; see `python -m stages.verify`"
+            copy_hashed(path, target, "md5", md5.removesuffix(dvc_cache.DIR), fault)
             self.copied += 1
         self.md5[md5] = target.stat().st_size
         self.bytes += self.md5[md5]
@@ -124,8 +122,7 @@ class _Store:
         sha256, size = sha256_of(path), path.stat().st_size
         target = self._folder / "objects" / "sha256" / sha256[:2] / sha256[2:]
         if not target.is_file():
-            if copy_hashed(path, target, "sha256", sha256) is not None:
-                raise UserError(f"{path}: changed while it was copied; run the backup again")
+            copy_hashed(path, target, "sha256", sha256, "changed while it was copied; run the backup again")
             self.copied += 1
         self.bytes += size
         return {"sha256": sha256, "size": size}
@@ -137,24 +134,22 @@ class _Store:
             return self.keep(path)
 
 
-def copy_hashed(source: Path, target: Path, kind: str, wanted: str) -> str | None:
-    """Copy under a temporary name, hash what was written, move into place; returns the hash where it is another."""
+def copy_hashed(source: Path, target: Path, kind: str, wanted: str, fault: str) -> None:
+    """Copy a file whole or not at all, and hash what is written.
+
+    kind: of hash, md5 or sha256. wanted: the hash in hexadecimal. fault: what another hash means, for the message;
+    `{found}` in it is that hash.
+
+    Raises:
+        UserError: the content has another hash; there is no copy then.
+    """
     digest = hashlib.new(kind, usedforsecurity=False)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        with source.open("rb") as read, temporary.open("wb") as write:
-            while block := read.read(2**20):
-                digest.update(block)
-                write.write(block)
-            write.flush()
-            os.fsync(write.fileno())
+    with replaced(target) as temporary, source.open("rb") as read, temporary.open("wb") as write:
+        while block := read.read(2**20):
+            digest.update(block)
+            write.write(block)
         if digest.hexdigest() != wanted:
-            return digest.hexdigest()
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return None
+            raise UserError(f"{source}: {fault.format(found=digest.hexdigest())}")
 
 
 def read_snapshot(folder: Path, name: str | None) -> tuple[Path, dict[str, Any]]:

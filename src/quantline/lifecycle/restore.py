@@ -106,8 +106,7 @@ def _stage(folder: Path, manifest: dict[str, Any], staging: Path, cache: Path, r
 
 
 def _copy(source: Path, target: Path, kind: str, wanted: str) -> None:
-    if copy_hashed(source, target, kind, wanted) is not None:
-        raise UserError(f"{source}: changed while it was restored; nothing was restored, run it again")
+    copy_hashed(source, target, kind, wanted, "changed while it was restored; nothing was restored, run it again")
 
 
 def move_addresses(database: Path, old: Path, new: Path) -> None:

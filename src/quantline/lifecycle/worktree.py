@@ -14,19 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError, WorkerError
 from quantline.core.files import sha256_of
+from quantline.pipeline.compose import write_frozen
 from quantline.pipeline.config import parse
 from quantline.pipeline.identity import backends_of, locks_of
 from quantline.pipeline.paths import stage_paths
 from quantline.toolchains.environments import HEALTH_CHECKS, PLATFORMS, environment_state, lock_file
 
 _PARTS = ("assets", "conf", "envs", "src", "stages", "dvc.yaml", "params.yaml", "pyproject.toml")
-_HYDRA = {"output_subdir": None, "run": {"dir": "."}, "sweep": {"dir": ".", "subdir": "."}}
-_DEFAULTS = ["_self_", {"override hydra/job_logging": "stdout"}, {"override hydra/hydra_logging": "none"}]
 _DROPPED = ("DVC_", "MLFLOW_", "PYTHON", "HYDRA_")
 
 
@@ -54,10 +51,7 @@ class WorkArea:
                     f"{str(locks.get(role))[:12]}): other packages can give other weights; check the commit of the run out"
                 )
         values["frozen"] = {**frozen, "variant": name, "locks": locks}
-        path = self.root / "variants" / f"{name}.yaml"
-        path.parent.mkdir(exist_ok=True)
-        document = {"defaults": _DEFAULTS, "hydra": _HYDRA, **values}
-        path.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_frozen(self.root, name, values)
 
     def run(self, stage: str, name: str) -> None:
         """Run a stage of a frozen variant; what it says is passed on.

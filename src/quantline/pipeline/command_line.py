@@ -1,105 +1,124 @@
-"""Options that belong to one command and not to the configuration: taken off the command line before Hydra sees it."""
+"""What every command shares: options of its own, its --help, and how it ends when something goes wrong.
+
+A command's own options are written NAME=VALUE, as Hydra's overrides are (docs/decisions/0016). They are taken off the
+command line before Hydra sees the rest.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NoReturn
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
-from quantline.core.errors import QuantlineError, UserError
+from quantline.core.errors import UserError
 from quantline.core.text import nearest
 
 
-def split_own(arguments: Sequence[str], names: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """A command's own options, KEY=VALUE by key, and the arguments that are left for Hydra.
+@dataclass(frozen=True)
+class Option:
+    """An option of one command.
+
+    value: how its value is shown, such as DIR. about: one line for --help. default: None where it may be left out.
+    allowed: the values that it takes, all where there are none; the first is the default. bare: VALUE alone will do.
+    """
+
+    name: str
+    value: str
+    about: str
+    default: str | None = None
+    required: bool = False
+    allowed: tuple[str, ...] = ()
+    bare: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The option as a user writes it."""
+        return f"{self.name}={self.value}"
+
+
+def read(
+    arguments: Sequence[str], options: Sequence[Option], *, configured: bool
+) -> tuple[dict[str, str | None], list[str]]:
+    """The values of a command's own options by name, and the arguments that are left.
+
+    configured: what is left goes to Hydra; without a configuration nothing may be left.
 
     Raises:
-        UserError: an option is given twice, or without a value.
+        UserError: an option is given twice, without a value or with one that it does not take, is missing, or is unknown.
     """
-    own: dict[str, str] = {}
+    known = {option.name: option for option in options}
+    bare = next((option.name for option in options if option.bare), "")
+    given: dict[str, str] = {}
     rest = []
     for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in names:
+        name, equals, value = argument.partition("=")
+        if not equals and bare and not argument.startswith("-"):
+            name, value = bare, argument
+        elif not equals or name not in known:
             rest.append(argument)
             continue
-        if key in own or not value:
-            raise UserError(f"{argument}: give {key}=VALUE, once")
-        own[key] = value
-    return own, rest
-
-
-def required(own: dict[str, str], *keys: str) -> list[str]:
-    """The values of options that have to be given.
-
-    Raises:
-        UserError: one is not.
-    """
-    missing = [key for key in keys if key not in own]
+        if name in given or not value:
+            raise UserError(f"{argument}: give {name}=VALUE, once")
+        allowed = known[name].allowed
+        if allowed and value not in allowed:
+            raise UserError(f"{name}={value}: allowed are {', '.join(allowed)}")
+        given[name] = value
+    if rest and not configured:
+        shown = ", ".join(option.shown for option in options)
+        raise UserError(
+            f"{rest[0]}: is no option{nearest(rest[0].partition('=')[0], list(known))}; "
+            + (f"give NAME=VALUE of {shown}" if options else "this command has none")
+        )
+    required = [option for option in options if option.required]
+    missing = [option.name for option in required if option.name not in given]
     if missing:
-        raise UserError(f"{missing[0]}: is not set; give {' '.join(f'{key}=...' for key in keys)}")
-    return [own[key] for key in keys]
+        raise UserError(f"{missing[0]}: is not set; give {' '.join(option.shown for option in required)}")
+    defaults = {name: option.allowed[0] if option.allowed else option.default for name, option in known.items()}
+    return {**defaults, **given}, rest
 
 
-def chosen(own: dict[str, str], key: str, allowed: Sequence[str]) -> str:
-    """The value of an option that takes one of a few; the first of them where it is not given.
-
-    Raises:
-        UserError: it takes no such value.
-    """
-    value = own.get(key, allowed[0])
-    if value not in allowed:
-        raise UserError(f"{key}={value}: allowed are {', '.join(allowed)}")
-    return value
-
-
-def read_words(given: Sequence[str], allowed: Mapping[str, str | None]) -> dict[str, str | None]:
-    """The words by key, those not given at their default.
-
-    Raises:
-        UserError: a word is none, or its key is not allowed.
-    """
-    words = dict(allowed)
-    for word in given:
-        key, mark, value = word.partition("=")
-        if not mark or key not in allowed:
-            options = ", ".join(f"{name}={default or '...'}" for name, default in allowed.items())
-            raise UserError(f"{word}: is no option{nearest(key, list(allowed))}; give KEY=VALUE of {options or 'none'}")
-        words[key] = value
-    return words
+def usage(about: str | None, options: Sequence[Option], *, configured: bool) -> str:
+    """What --help prints of a command itself; Hydra prints the configuration's options after it."""
+    lines = [(about or "").strip()]
+    if options:
+        width = max(len(option.shown) for option in options)
+        lines += ["", "Options of this command:"]
+        lines += [f"  {option.shown:<{width}}  {option.about}" for option in options]
+    if configured:
+        lines += ["", "All other options are the configuration's:"]
+    return "\n".join(lines)
 
 
-def is_true(key: str, value: str | None) -> bool:
-    """A word that is true or false.
+@contextmanager
+def ending(conf: Path) -> Iterator[None]:
+    """The frame of a command: what escapes the block becomes a message and an exit code.
 
-    Raises:
-        UserError: it is neither.
-    """
-    if value not in ("true", "false"):
-        raise UserError(f"{key}={value}: give true or false")
-    return value == "true"
-
-
-def run_words(
-    work: Callable[[dict[str, str | None]], int], about: str | None, allowed: Mapping[str, str | None]
-) -> NoReturn:
-    """Run an entrypoint; a user's mistake ends in a message and an exit code, Ctrl-C in 130.
-
-    work: gets the words, returns the exit code. about: what --help prints.
+    conf: the folder of configurations, for messages that name options. Ctrl-C and SIGTERM end with 130.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print((about or "").strip())
-        sys.exit(0)
     try:
-        sys.exit(work(read_words(sys.argv[1:], allowed)))
+        yield
     except KeyboardInterrupt:
         print("interrupted; nothing half written was left", file=sys.stderr)
         sys.exit(130)
-    except QuantlineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        print(f"error: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+    except Exception as error:  # the border: nothing is above this but the shell
+        sys.exit(report(error, conf))
+
+
+def report(error: Exception, conf: Path) -> int:
+    """Print what a user should read of a failure and return its exit code; a fault of ours keeps its traceback."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "hydra":
+        print("error: this Python has no hydra; run `make setup`, then `source .venv/bin/activate`", file=sys.stderr)
+        return 1
+    from quantline.pipeline.user_messages import explain
+
+    explained = explain(error, conf)
+    if explained is None:
+        traceback.print_exception(error)
+        return 70  # EX_SOFTWARE
+    print(f"error: {explained[0]}", file=sys.stderr)
+    return explained[1]

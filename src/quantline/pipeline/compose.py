@@ -5,13 +5,14 @@ DVC's own Hydra mode recomposes only when params.yaml changes, not when conf/ do
 
 from __future__ import annotations
 
-import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
+from quantline.core.files import replaced
 from quantline.core.text import nearest
 from quantline.pipeline.config import parse
 from quantline.pipeline.hydra_values import plain
@@ -73,7 +74,6 @@ def freeze(root: Path, name: str) -> Path:
     Raises:
         UserError: its line does not make a valid configuration.
     """
-    import yaml
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -87,11 +87,16 @@ def freeze(root: Path, name: str) -> Path:
         raise UserError(f"variant={name}: method={config.method.name} is for the variant called {BASELINE} alone")
     values["frozen"] = {"variant": name, "overrides": " ".join(overrides), "backends": backends_of(config)}
     values["frozen"]["locks"] = locks_of(values["frozen"]["backends"], root)
-    path = root / "variants" / f"{name}.yaml"
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    return write_frozen(root, name, values)
+
+
+def write_frozen(root: Path, name: str, values: Mapping[str, Any]) -> Path:
+    """Write a variant's composed configuration as `variants/<name>.yaml`, in the form that Hydra reads as it stands."""
+    import yaml
+
     document = {"defaults": _DEFAULTS, "hydra": _HYDRA, **values}
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=1000)
-    temporary.write_text(_HEADER.format(name=name) + text, encoding="utf-8")
-    os.replace(temporary, path)
+    path = root / "variants" / f"{name}.yaml"
+    with replaced(path) as temporary:
+        temporary.write_text(_HEADER.format(name=name) + text, encoding="utf-8")
     return path

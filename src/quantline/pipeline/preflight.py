@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from quantline.config.section import Section
 from quantline.core.errors import ConfigError, QuantlineError
 from quantline.core.gpu import visible_gpus
 from quantline.data.download import ModelSource, model_name
-from quantline.pipeline.command_line import split_own
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.options import located
 from quantline.pipeline.paths import read_result
@@ -41,19 +40,15 @@ class PlanOptions(Section):
     as_json: bool = Field(default=False, alias="json")
 
 
-OPTION_NAMES = tuple(field.alias or name for name, field in PlanOptions.model_fields.items())
-
-
-def split_options(arguments: Sequence[str]) -> tuple[PlanOptions, list[str]]:
-    """Plan's own options, and the arguments that are left for Hydra.
+def plan_options(own: Mapping[str, str | None]) -> PlanOptions:
+    """The options of `stages.plan` from their text; None where one was not given.
 
     Raises:
         ConfigError: a value that an option does not take.
-        UserError: an option is given twice, or without a value.
     """
-    own, rest = split_own(arguments, OPTION_NAMES)
+    given = {key: yaml.safe_load(value) for key, value in own.items() if value is not None}
     try:
-        return PlanOptions.model_validate({key: yaml.safe_load(value) for key, value in own.items()}), rest
+        return PlanOptions.model_validate(given)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         raise ConfigError([f"{fault['loc'][0]}={fault['input']}: {fault['msg'].lower()}" for fault in faults]) from None

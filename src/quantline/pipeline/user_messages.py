@@ -1,18 +1,17 @@
-"""From Hydra's configuration to a stage's run, and from any exception to what a user should read."""
+"""From any exception to the message that a user should read."""
 
 from __future__ import annotations
 
 import errno
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quantline.core.errors import QuantlineError
 from quantline.core.text import nearest
 from quantline.pipeline.config import renamed
 
-if TYPE_CHECKING:
-    pass
+# A disk that fails or is gone, or a path that leads through a file: no fault of the code.
+_BROKEN_PLACES = (errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def explain(error: BaseException, conf: Path) -> tuple[str, int] | None:
@@ -27,6 +26,11 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int] | None:
         return f"the disk is full{where}; free some space and run the stage again, nothing half written was left", 1
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         return f"{error.filename}: {error.strerror}; make it writable", 1
+    if isinstance(error, OSError) and error.filename and error.errno in _BROKEN_PLACES:
+        return (
+            f"{error.filename}: {error.strerror}; check the path, and that its disk is there",
+            1,
+        )
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_composition(error, conf), 2
     return None

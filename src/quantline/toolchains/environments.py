@@ -8,7 +8,6 @@ one and is removed. An interpreter that exists already can be named instead (`to
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from quantline.core.errors import UserError, WorkerError
 from quantline.core.files import sha256_of, write_json
@@ -39,6 +40,8 @@ HEALTH_CHECKS: dict[str, str] = {
     "bitsandbytes": "import bitsandbytes, torch, transformers",
 }
 PLATFORMS = ("cpu", "cuda")
+# The largest one, vLLM with CUDA, is a download of several GB.
+BUILD_SECONDS = 2 * 3600.0
 
 
 @cache
@@ -97,7 +100,7 @@ def ensure(root: Path, name: str, *, python: str | None = None, platform: str | 
     interpreter = folder / "bin" / "python"
     if environment_state(folder) == digest:
         return Toolchain(name, interpreter, digest)
-    with _exclusive(root / ".venvs" / f".{name}.lock"):
+    with _building_alone(root / ".venvs" / f".{name}.lock"):
         if environment_state(folder) != digest:
             _build(folder, name, lock, digest)
     return Toolchain(name, interpreter, digest)
@@ -113,11 +116,21 @@ def environment_state(folder: Path) -> str | None:
 
 
 @contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
+def _building_alone(path: Path) -> Iterator[None]:
+    """One process at a time builds an environment; the others wait for it.
+
+    Raises:
+        WorkerError: another process has held the lock for longer than any build takes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    try:
+        with FileLock(path, timeout=BUILD_SECONDS):
+            yield
+    except Timeout as error:
+        raise WorkerError(
+            f"{path}: another process has been building this environment for {BUILD_SECONDS / 3600:g} h; end it and run "
+            "the stage again"
+        ) from error
 
 
 def _uv() -> list[str]:

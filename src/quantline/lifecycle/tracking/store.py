@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import ssl
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +12,8 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
+
+from filelock import FileLock, Timeout
 
 from quantline.config.data import ModelConfig
 from quantline.config.tracking import TrackingConfig
@@ -81,7 +81,7 @@ def _no_answer(reason: object, timeout_seconds: float) -> str:
 
 @contextmanager
 def locked(uri: str, wait_seconds: float) -> Iterator[None]:
-    """Let one publisher at a time at a SQLite file; servers keep order themselves, for them this does nothing.
+    """Let one process at a time publish to a SQLite file. Servers serialize writes themselves and need no lock.
 
     Raises:
         TrackingError: another process held the lock for longer than `wait_seconds`.
@@ -91,18 +91,15 @@ def locked(uri: str, wait_seconds: float) -> Iterator[None]:
         yield
         return
     database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f"{database.name}.lock").open("w") as file:
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    waited = f"{wait_seconds:g} s"
-                    raise TrackingError(f"another publish has held {file.name} for more than {waited}") from None
-                time.sleep(0.05)
+    lock = FileLock(database.with_name(f"{database.name}.lock"))
+    try:
+        lock.acquire(timeout=wait_seconds)
+    except Timeout:
+        raise TrackingError(f"another publish has held {lock.lock_file} for more than {wait_seconds:g} s") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def experiment_name(tracking: TrackingConfig, model: ModelConfig) -> str:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import TrackingError
+from quantline.core.files import replaced
 from quantline.core.secrets import Scrubber
 from quantline.lifecycle.tracking.projection import Plan, plan_report, plan_variant
 from quantline.lifecycle.tracking.store import check_reachable, locked, resolve_uri, sqlite_path
@@ -148,11 +149,9 @@ def _ensure_database(uri: str) -> None:
     database = sqlite_path(uri)
     if database is None or database.exists():
         return
-    temporary = database.with_name(f"{database.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    address = f"sqlite:///{temporary}"
-    MlflowClient(tracking_uri=address, registry_uri=address).search_experiments(max_results=1)
-    os.replace(temporary, database)
+    with replaced(database) as temporary:
+        address = f"sqlite:///{temporary}"
+        MlflowClient(tracking_uri=address, registry_uri=address).search_experiments(max_results=1)
 
 
 class _Timed:

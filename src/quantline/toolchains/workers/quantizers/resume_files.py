@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from quantline.core.files import replaced
 
 # What says where a job runs and how far its proof may be off, and not what it makes.
 _PLACES = ("model", "output", "calibration", "probe", "work", "probe_tolerance")
@@ -45,9 +46,5 @@ def forget(job: Mapping[str, Any], kind: str, but: Path | None = None) -> None:
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which is moved to `path` when it is on the disk as a whole."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with replaced(path) as temporary, temporary.open("wb") as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
