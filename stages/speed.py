@@ -17,7 +17,7 @@ def speed(run: StageRun) -> None:
     from quantline.evaluation.speed.table import render_speed_table
 
     run.refuse_float()
-    plan, float_model = run.speed_plan(), run.input("download") / "model"
+    plan, float_model = run.config.speed, run.input("download") / "model"
     subjects = (
         Subject("float", float_model, run.server_options(quantized=False)),
         Subject("variant", run.checkpoint(), run.server_options(quantized=True)),

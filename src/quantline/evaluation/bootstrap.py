@@ -14,19 +14,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.config.evaluate import BootstrapConfig
 from quantline.core.errors import UserError
 
 # Drawn document numbers held at a time: bounds the memory, whatever the number of documents.
 _DRAWS = 2_000_000
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How intervals are made."""
-
-    resamples: int
-    level: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -41,23 +33,17 @@ class Interval:
 def bootstrap(
     values: NDArray[np.float64],
     weights: NDArray[np.float64],
-    *,
-    seed: int,
-    resamples: int = 10_000,
-    level: float = 0.95,
+    how: BootstrapConfig,
 ) -> Interval:
     """Percentile interval of `sum(values) / sum(weights)` over resampled documents, see `paired_bootstrap`."""
-    return paired_bootstrap(values, np.zeros_like(values), weights, seed=seed, resamples=resamples, level=level)
+    return paired_bootstrap(values, np.zeros_like(values), weights, how)
 
 
 def paired_bootstrap(
     values: NDArray[np.float64],
     baseline: NDArray[np.float64],
     weights: NDArray[np.float64],
-    *,
-    seed: int,
-    resamples: int = 10_000,
-    level: float = 0.95,
+    how: BootstrapConfig,
 ) -> Interval:
     """Percentile interval of `sum(values - baseline) / sum(weights)` over resampled documents.
 
@@ -67,13 +53,10 @@ def paired_bootstrap(
     Args:
         values, baseline: float64 (documents,), totals of a document under either model.
         weights: float64 (documents,), what the totals are over (tokens); positive.
-        seed: of the resampling.
-        resamples: number of resamples.
-        level: probability that the interval is meant to cover, in (0, 1).
+        how: number and seed of the resamples, and the interval's level.
 
     Raises:
-        UserError: fewer than two documents, other shapes, weights that are not positive, a level or a number of
-            resamples out of range.
+        UserError: fewer than two documents, other shapes, or weights that are not positive.
     """
     documents = len(weights)
     if values.shape != (documents,) or baseline.shape != (documents,):
@@ -82,18 +65,16 @@ def paired_bootstrap(
         raise UserError(f"bootstrap: {documents} document has no spread; evaluate two or more, better fifty")
     if not (weights > 0).all():
         raise UserError("bootstrap: a document without weight; leave it out")
-    if not 0 < level < 1 or resamples < 1:
-        raise UserError(f"bootstrap: level={level}, resamples={resamples}: give 0 < level < 1 and resamples >= 1")
     differences = values - baseline
-    generator = np.random.default_rng(seed)
-    ratios = np.empty(resamples)
+    generator = np.random.default_rng(how.seed)
+    ratios = np.empty(how.resamples)
     step = max(1, _DRAWS // documents)
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
+    for start in range(0, how.resamples, step):
+        rows = min(step, how.resamples - start)
         drawn = generator.integers(0, documents, size=(rows, documents))
         # Sums, not matrix products: their order, and so the last bit, does not depend on the number of threads.
         ratios[start : start + rows] = differences[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
-    tail = (1 - level) / 2
+    tail = (1 - how.level) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return Interval(math.fsum(differences) / math.fsum(weights), float(low), float(high))
 
@@ -113,9 +94,7 @@ def paired_recovery(
     *,
     aggregation: Literal["mean", "perplexity"],
     higher_is_better: bool,
-    seed: int,
-    resamples: int = 10_000,
-    level: float = 0.95,
+    how: BootstrapConfig,
 ) -> Recovery:
     """Percentile interval of how much of the baseline's score a variant keeps, over resampled items.
 
@@ -126,7 +105,7 @@ def paired_recovery(
         values, baseline: float64 (items,), scores of the same items; for `perplexity` their log-likelihoods.
         aggregation: how scores become one: their mean, or exp(-mean).
         higher_is_better: of the aggregated score.
-        seed, resamples, level: see `paired_bootstrap`.
+        how: see `paired_bootstrap`.
 
     Raises:
         UserError: fewer than two items, or other shapes.
@@ -142,17 +121,17 @@ def paired_recovery(
         with np.errstate(divide="ignore", invalid="ignore"):
             return own / other if higher_is_better else other / own
 
-    generator = np.random.default_rng(seed)
-    ratios = np.empty(resamples)
+    generator = np.random.default_rng(how.seed)
+    ratios = np.empty(how.resamples)
     step = max(1, _DRAWS // len(values))
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
+    for start in range(0, how.resamples, step):
+        rows = min(step, how.resamples - start)
         drawn = generator.integers(0, len(values), size=(rows, len(values)))
         ratios[start : start + rows] = ratio(values[drawn].mean(axis=1), baseline[drawn].mean(axis=1))
     (estimate,) = ratio(values.mean(keepdims=True), baseline.mean(keepdims=True))
     if not math.isfinite(estimate):
         return Recovery(None, None, None)
-    tail = (1 - level) / 2
+    tail = (1 - how.level) / 2
     # A resample in which the baseline scored nothing says nothing where the variant did not either, else "more".
     low, high = np.quantile(ratios[~np.isnan(ratios)], [tail, 1 - tail], method="nearest")
     return Recovery(float(estimate), *(float(end) if math.isfinite(end) else None for end in (low, high)))

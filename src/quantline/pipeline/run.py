@@ -33,10 +33,8 @@ from quantline.toolchains.protocol import JobResult, installed_versions
 from quantline.toolchains.runner import Ask, early_worker
 
 if TYPE_CHECKING:
-    from quantline.data.windows import Protocol
-    from quantline.evaluation.speed.vllm_bench import Plan
     from quantline.quantization.quantize import Request
-    from quantline.serving.server import ServerOptions
+    from quantline.serving.server import ServerOptions, Vllm
 
 RESULT_SCHEMA = 1
 _CORE_VERSIONS = ("numpy", "safetensors", "transformers", "huggingface-hub", "dvc", "hydra-core")
@@ -194,12 +192,6 @@ class StageRun:
         """Whether this is the float model itself."""
         return self.config.method.name == BASELINE
 
-    def protocol(self) -> Protocol:
-        """The evaluation's text and windows."""
-        from quantline.data.windows import Protocol
-
-        return Protocol(**self.config.evaluate.protocol())
-
     def quantization_request(self) -> Request:
         """What the quantize stage is asked for."""
         from quantline.quantization.quantize import Request
@@ -219,12 +211,14 @@ class StageRun:
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
 
-    def server(self) -> tuple[Path, str]:
+    def server(self) -> Vllm:
         """Interpreter and version of the server's toolchain."""
+        from quantline.serving.server import Vllm
+
         chosen = self.toolchain("vllm")
         version = environments.distribution_version(chosen, "vllm")
         self.environment.update(toolchain="vllm", lock_sha256=chosen.lock_sha256, versions={"vllm": version})
-        return chosen.python, version
+        return Vllm(chosen.python, version)
 
     def server_options(self, *, quantized: bool) -> ServerOptions:
         """How the server is started for a checkpoint."""
@@ -232,21 +226,11 @@ class StageRun:
         from quantline.serving.server import ServerOptions
 
         serve = self.config.serve
-        process = serve.process.model_dump(exclude={"concurrency", "request_timeout_seconds", "extra_args"})
         return ServerOptions(
-            device=self.device, dtype=serving_dtype(serve.dtype, quantized=quantized), max_model_len=serve.max_model_len,
-            enforce_eager=serve.enforce_eager, trust_remote_code=self.config.model.trust_remote_code,
-            extra_args=tuple(serve.process.extra_args), **process,
+            serve.process, device=self.device, dtype=serving_dtype(serve.dtype, quantized=quantized),
+            max_model_len=serve.max_model_len, enforce_eager=serve.enforce_eager,
+            trust_remote_code=self.config.model.trust_remote_code,
         )  # fmt: skip
-
-    def speed_plan(self) -> Plan:
-        """What the speed stage measures."""
-        from quantline.evaluation.speed.vllm_bench import Level, Plan
-
-        speed = self.config.speed
-        levels = tuple(Level(level.concurrency, level.prompts) for level in speed.levels)
-        own = speed.model_dump(exclude={"name", "tools", "levels"})
-        return Plan(tools=tuple(speed.tools), levels=levels, **own)
 
     @property
     def checkpoint_stage(self) -> str:
