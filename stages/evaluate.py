@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 @stage("evaluate")
 def evaluate(run: StageRun) -> None:
-    from quantline.data.windows import Protocol, build_windows
+    from quantline.data.windows import build_windows
     from quantline.evaluation import evaluate as verdicts
-    from quantline.evaluation.bootstrap import Bootstrap
 
     options = run.config.evaluate
     float_model = run.input("download") / "model"
-    windows, tools = build_windows(float_model, Protocol(**options.protocol())), instruments(run)
+    windows, tools = build_windows(float_model, options), instruments(run)
     with run.output() as out:
-        verdict = verdicts.evaluate(
-            checkpoint=run.checkpoint(), windows=windows, served=run.input("serve_smoke"), float_model=float_model,
+        inputs = verdicts.Inputs(
+            checkpoint=run.checkpoint(), float_model=float_model, served=run.input("serve_smoke"),
             baseline=None if run.is_baseline else run.input("evaluate", baseline=True),
-            bootstrap=Bootstrap(**options.bootstrap.model_dump()), engine_tolerance=options.engine_tolerance,
-            batch_tokens=options.batch_tokens, device=run.device, threads=run.config.threads, out=out,
-            run_worker=run.worker, instruments=tools,
+        )  # fmt: skip
+        verdict = verdicts.evaluate(
+            inputs, windows, options, device=run.device, threads=run.config.threads, out=out, run_worker=run.worker,
+            instruments=tools,
         )  # fmt: skip
         run.metrics.update(verdict.metrics)
         run.tables.update(verdict.tables)
@@ -37,19 +37,18 @@ def evaluate(run: StageRun) -> None:
 def instruments(run: StageRun) -> Instruments:
     """What the options ask for, with the inputs that it needs."""
     from quantline.core.errors import UserError
-    from quantline.evaluation.measurements import Generations, Instruments, Layers
+    from quantline.evaluation.measurements import Instruments, Layers
     from quantline.pipeline.identity import stage_fingerprint
     from quantline.pipeline.records import noise_floor
 
     config, options = run.config, run.config.evaluate
-    generations, limits = Generations(**options.generations.model_dump()), options.limits.model_dump()
     if run.is_baseline:
-        return Instruments(generations=generations)
+        return Instruments(generations=options.generations)
     try:
         layers = Layers(
             quantized=run.input("quantize"), calibration=run.input("calibrate") / "tokens.safetensors",
             samples=config.layer_errors.samples, unfold=True if config.method.name == "awq" else None,
-            restore=options.restore.layers, tokens=options.restore.tokens,
+            restore=options.restore,
         )  # fmt: skip
     except UserError:  # a checkpoint by hand, of which nobody kept what it was made from
         if run.frozen:
@@ -62,7 +61,13 @@ def instruments(run: StageRun) -> Instruments:
 
     noise = noise_floor(run.root, noise_of)
     return Instruments(
-        options.divergence.tokens, generations, layers, limits, tuple(options.fail_on), noise, changed_files(run)
+        options.divergence.tokens,
+        options.generations,
+        layers,
+        options.limits,
+        tuple(options.fail_on),
+        noise,
+        changed_files(run),
     )
 
 

@@ -20,16 +20,15 @@ def noise(run: StageRun) -> None:
     import stages.quantize  # noqa: F401
     from quantline.core.errors import UserError
     from quantline.core.files import write_json
-    from quantline.data.windows import Protocol, build_windows
+    from quantline.data.windows import build_windows
     from quantline.evaluation import evaluate, seed_noise
-    from quantline.evaluation.bootstrap import Bootstrap
     from quantline.pipeline.execute import made, seeded
 
     run.refuse_float()
     if run.frozen:
         raise UserError(f"{run.stage}: is run by hand, with overrides; leave -cp and -cn out")
     options, float_model = run.config.evaluate, run.input("download") / "model"
-    windows, baseline = build_windows(float_model, Protocol(**options.protocol())), run.input("evaluate", baseline=True)
+    windows, baseline = build_windows(float_model, options), run.input("evaluate", baseline=True)
 
     def make(seed: int) -> tuple[Path, str]:
         return made(seeded(run.config, seed), f"{run.variant}-seed{seed}", WORK, ROOT)
@@ -40,10 +39,8 @@ def noise(run: StageRun) -> None:
             folder = out / checkpoint.parent.name
             folder.mkdir()
             return evaluate.evaluate(
-                checkpoint=checkpoint, windows=windows, served=folder, float_model=float_model, baseline=baseline,
-                bootstrap=Bootstrap(**options.bootstrap.model_dump()), device=run.device, out=folder,
-                engine_tolerance=options.engine_tolerance, batch_tokens=options.batch_tokens,
-                threads=run.config.threads, run_worker=run.worker,
+                evaluate.Inputs(checkpoint, float_model, folder, baseline), windows, options, device=run.device,
+                threads=run.config.threads, out=folder, run_worker=run.worker,
             )  # fmt: skip
 
         seeds = range(run.config.seed, run.config.seed + run.config.noise.runs)

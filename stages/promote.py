@@ -36,7 +36,7 @@ def promote(cfg: DictConfig, own: dict[str, str | None]) -> None:
     record = promotion.record_of(ROOT, name)
     tracking = tracking_of(values, HydraConfig.get().overrides.task, ROOT)
     config = parse({**record.config, "tracking": tracking.model_dump(), "promote": values["promote"]})
-    faults = faults_of({result["stage"]: result for result in record.results}, promotion.gates_of(config))
+    faults = faults_of({result["stage"]: result for result in record.results}, config.promote)
     if faults:
         raise GateError(f"{record.name} is not promoted:\n  " + "\n  ".join(faults))
     if not publish_records([record], config, ROOT):

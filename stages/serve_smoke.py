@@ -12,22 +12,18 @@ if TYPE_CHECKING:
 
 @stage("serve_smoke")
 def serve_smoke(run: StageRun) -> None:
-    from quantline.data.windows import Protocol, build_windows
+    from quantline.data.windows import build_windows
     from quantline.pipeline.server import server_of, server_options
-    from quantline.serving.serve_smoke import Questions, serve_and_score
+    from quantline.serving.serve_smoke import serve_and_score
 
-    serve, baseline = run.config.serve, run.is_baseline
-    options = server_options(run, quantized=not baseline)
-    windows = build_windows(run.input("download") / "model", Protocol(**run.config.evaluate.protocol()))
-    python, version = server_of(run)
+    options = server_options(run, quantized=not run.is_baseline)
+    windows = build_windows(run.input("download") / "model", run.config.evaluate)
+    vllm = server_of(run)
     run.files += ["answers.json", "verdict.json"]
     with run.output() as out:
         served = serve_and_score(
-            python=python, version=version, checkpoint=run.checkpoint(), options=options,
-            questions=Questions(tuple(serve.smoke.prompts), tuple(serve.smoke.chat_prompts), serve.smoke.max_tokens),
-            windows=windows, concurrency=serve.process.concurrency,
-            request_timeout_seconds=serve.process.request_timeout_seconds,
-            baseline=None if baseline else run.input("serve_smoke", baseline=True), out=out, log=run.paths.log,
+            vllm, run.checkpoint(), options, questions=run.config.serve.smoke, windows=windows, out=out,
+            baseline=None if run.is_baseline else run.input("serve_smoke", baseline=True), log=run.paths.log,
         )  # fmt: skip
         run.metrics.update(served.metrics)
         run.warnings.extend(served.warnings)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 from stages import ROOT, stage
 
 if TYPE_CHECKING:
-    from quantline.config.speed import SpeedConfig
-    from quantline.evaluation.speed.vllm_bench import Plan
     from quantline.pipeline.run import StageRun
 
 
@@ -20,7 +18,7 @@ def speed(run: StageRun) -> None:
     from quantline.pipeline.server import server_of, server_options
 
     run.refuse_float()
-    plan, float_model = plan_of(run.config.speed), run.input("download") / "model"
+    plan, float_model = run.config.speed, run.input("download") / "model"
     subjects = (
         Subject("float", float_model, server_options(run, quantized=False)),
         Subject("variant", run.checkpoint(), server_options(run, quantized=True)),
@@ -38,14 +36,6 @@ def speed(run: StageRun) -> None:
         run.status, run.reason = "unsupported", measured.reason
     if measured.document["rows"]:
         print(render_speed_table(measured.document))
-
-
-def plan_of(speed: SpeedConfig) -> Plan:
-    """What is measured."""
-    from quantline.evaluation.speed.vllm_bench import Level, Plan
-
-    levels = tuple(Level(level.concurrency, level.prompts) for level in speed.levels)
-    return Plan(tools=tuple(speed.tools), levels=levels, **speed.model_dump(exclude={"name", "tools", "levels"}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 @stage("tasks")
 def tasks(run: StageRun) -> None:
-    from quantline.evaluation.bootstrap import Bootstrap
     from quantline.evaluation.tasks import run as tasks
 
     options = run.config.tasks
@@ -26,15 +25,10 @@ def tasks(run: StageRun) -> None:
         if not options.any:
             tasks.write_nothing(out)
             return
-        checkpoint, local = run.checkpoint(), options.local.model_dump(exclude_none=True)
-        items = tasks.local_items(
-            local, root=run.root, path=options.path, format_name=options.format, text_field=options.text_field,
-            seed=options.seed, limit=options.limit,
-        )  # fmt: skip
-        standard = {name: task.model_dump() for name, task in options.standard.items()}
+        checkpoint, items = run.checkpoint(), tasks.local_items(options, run.root)
         refused = tasks.refusal(run.input("serve_smoke")) if "vllm" in options.engines else ""
         report = tasks.evaluate(
-            asked=tasks.asked(items, standard, options.limit), items=items, engines=options.engines, refused=refused,
+            options, items, refused=refused,
             job={
                 "checkpoint": str(checkpoint), "device": run.device, "threads": run.config.threads, "seed": options.seed,
                 "batch_size": options.batch_size, "concurrency": run.config.serve.process.concurrency,
@@ -42,9 +36,7 @@ def tasks(run: StageRun) -> None:
                 "max_length": run.config.serve.max_model_len,
             },
             run_worker=lambda job: ask(run, job), server=lambda: server(run, checkpoint),
-            baseline=None if run.is_baseline else run.input("tasks", baseline=True),
-            bootstrap=Bootstrap(**options.bootstrap.model_dump()), gate=tasks.Gate(**options.gate.model_dump()),
-            out=out,
+            baseline=None if run.is_baseline else run.input("tasks", baseline=True), out=out,
         )  # fmt: skip
         run.files += sorted(path.name for path in out.glob("samples-*.jsonl"))
         run.metrics.update(report.metrics)

@@ -11,15 +11,17 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import sections
 from safetensors.numpy import load_file
 
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import linear_shapes
-from quantline.data.windows import Protocol, build_windows
+from quantline.config.evaluate import GenerationsConfig, RestoreConfig
+from quantline.data.windows import build_windows
 from quantline.evaluation.bootstrap import bootstrap
-from quantline.evaluation.evaluate import Bootstrap, evaluate
-from quantline.evaluation.measurements import Generations, Instruments, Layers
+from quantline.evaluation.evaluate import Inputs, evaluate
+from quantline.evaluation.measurements import Instruments, Layers
 from quantline.evaluation.perplexity import document_sums
 from quantline.pipeline.config import parse
 from quantline.quantization import layer_errors
@@ -50,14 +52,11 @@ class Bench:
     def __init__(self, root, folder, options):
         self.root, self.folder, self.options = root, folder, options
         self.model = root / "assets" / "demo" / "model"
-        values = {
-            **options.protocol(),
-            "path": str(root / options.path),
-            "max_tokens": 4000,
-            "max_document_tokens": 128,
-        }
-        self.windows = build_windows(self.model, Protocol(**values))
-        text = Protocol("c", str(root / "assets/demo/calibration.jsonl"), max_tokens=512, max_document_tokens=128)
+        limited = {"max_tokens": 4000, "max_document_tokens": 128}
+        text = options.model_copy(update={"path": str(root / options.path), **limited})
+        self.windows = build_windows(self.model, text)
+        path = str(root / "assets/demo/calibration.jsonl")
+        text = sections.protocol(name="c", path=path, max_tokens=512, max_document_tokens=128)
         samples = build_windows(self.model, text).input_ids[:512].reshape(4, 128)
         write_safetensors(folder / "tokens.safetensors", {"input_ids": samples})
         command = [str(ensure(root, "reference").python), "-c", SERVE]
@@ -116,16 +115,19 @@ class Bench:
         out.mkdir()
         layers = None
         if quantized:
-            layers = Layers(quantized, self.folder / "tokens.safetensors", 4, None, restore, tokens=1000)
+            layers = Layers(
+                quantized, self.folder / "tokens.safetensors", 4, None, RestoreConfig(layers=restore, tokens=1000)
+            )
         tools = Instruments(
-            divergence=None, generations=Generations(16, 32, 24, 1e-4), layers=layers,
-            limits=self.options.limits.model_dump(),
+            divergence=None, layers=layers, limits=self.options.limits,
+            generations=GenerationsConfig(prompts=16, prompt_tokens=32, new_tokens=24, tie_margin=1e-4),
         )  # fmt: skip
+        how = sections.bootstrap(resamples=1000)
+        options = self.options.model_copy(update={"bootstrap": how, "batch_tokens": 2048, "engine_tolerance": 0.01})
+        base = self.folder / "evaluate-float" if baseline else None
         return evaluate(
-            checkpoint=checkpoint, windows=self.windows, served=self.folder, float_model=self.model,
-            baseline=self.folder / "evaluate-float" if baseline else None, bootstrap=Bootstrap(1000, 0.95, 0),
-            engine_tolerance=0.01, batch_tokens=2048, device="cpu", threads=2, out=out, run_worker=self.worker,
-            instruments=tools,
+            Inputs(checkpoint, self.model, self.folder, base), self.windows, options, device="cpu", threads=2, out=out,
+            run_worker=self.worker, instruments=tools,
         )  # fmt: skip
 
 
@@ -196,7 +198,7 @@ def test_another_seed_and_either_half_of_the_text_say_the_same(judged, bench, se
     def interval(name, documents):
         kl = load_file(bench.folder / f"evaluate-{name}" / "reference.safetensors")["kl"]
         sums, tokens = document_sums(bench.windows, kl)
-        return bootstrap(sums[documents], tokens[documents], seed=seed, resamples=1000)
+        return bootstrap(sums[documents], tokens[documents], sections.bootstrap(seed=seed, resamples=1000))
 
     names = [f"w{bits}" for bits in BITS]
     for name in names:

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import sections
 
 from quantline.checkpoints.checkpoint import write_safetensors
 from quantline.checkpoints.layouts import dequantize
 from quantline.conversion.convert import Options, convert
 from quantline.conversion.source import open_source
 from quantline.core.files import read_json, write_json
-from quantline.serving.server import SERVED_NAME, ServerOptions, serve
+from quantline.serving.server import SERVED_NAME, serve
 from quantline.toolchains import environments, runner
 from tests.conversion.test_convert_msmodelslim import FIXTURES, needs_fixtures
 
 # The logits' standard deviation is 0.33; where tokens parted, margins of at most 0.0008 were seen.
 NEAR_TIE = 0.005
 MAX_TOKENS = 24
-OPTIONS = ServerOptions(dtype="float16", max_model_len=128, kv_cache_gib=0.25, threads=1)
+OPTIONS = sections.server(dtype="float16", max_model_len=128, kv_cache_gib=0.25, threads=1)
 
 pytestmark = [pytest.mark.usefixtures("serves_4_bits"), pytest.mark.toolchain("vllm"), needs_fixtures]
 

@@ -7,22 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sections
 from safetensors.numpy import load_file
 
 from quantline.checkpoints.checkpoint import write_safetensors
+from quantline.config.evaluate import RestoreConfig
 from quantline.core.errors import QuantlineError, UserError
 from quantline.core.files import write_json
 from quantline.data.windows import Windows
-from quantline.evaluation.evaluate import Bootstrap, evaluate
-from quantline.evaluation.measurements import Generations, Instruments, Layers
+from quantline.evaluation.evaluate import Inputs, evaluate
+from quantline.evaluation.measurements import Instruments, Layers
 from quantline.evaluation.perplexity import load_server_scores, read_documents
 from quantline.toolchains.protocol import JobResult
 
 DOCUMENTS, LENGTH = 12, 9
 LINEARS = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
-GENERATIONS = Generations(prompts=4, prompt_tokens=3, new_tokens=2, tie_margin=0.01)
+GENERATIONS = sections.generations(prompts=4, prompt_tokens=3, new_tokens=2, tie_margin=0.01)
 BARE = Instruments()
-BOOTSTRAP = Bootstrap(resamples=200, level=0.95, seed=0)
+OPTIONS = sections.evaluation()
 
 
 def windows_of(seed=0):
@@ -99,8 +101,7 @@ def run(tmp_path, model, served):
             return JobResult(data, 1.0, 0)
 
         verdict = evaluate(
-            checkpoint=model, windows=windows, served=served(logprobs if isinstance(server, str) else server),
-            baseline=baseline, float_model=model, bootstrap=BOOTSTRAP, engine_tolerance=0.01, batch_tokens=64,
+            Inputs(model, model, served(logprobs if isinstance(server, str) else server), baseline), windows, OPTIONS,
             device="cpu", threads=1, out=out, run_worker=worker, instruments=instruments,
         )  # fmt: skip
         return verdict, out
@@ -180,7 +181,7 @@ def layers(tmp_path):
     rows = [f"{name},{number},mlp.up_proj,0.1,0.1,0.3,0.05,moderate" for number, name in enumerate(LINEARS)]
     columns = "name,layer,module,output_error,weight_error,weight_error_max,weight_error_mean,level"
     (folder / "layers.csv").write_text("\n".join([columns, *rows]) + "\n")
-    return Layers(folder.parent, tmp_path / "tokens.safetensors", 2, None, restore=2, tokens=40)
+    return Layers(folder.parent, tmp_path / "tokens.safetensors", 2, None, RestoreConfig(layers=2, tokens=40))
 
 
 def test_the_float_model_from_itself_diverges_by_nothing_and_needs_no_second_model(run):
@@ -237,16 +238,18 @@ def test_a_variant_without_measured_linears_says_so(run, layers, tmp_path):
     bare = replace(layers, quantized=tmp_path / "elsewhere")
     verdict, _ = run("variant", FLOAT, baseline=baseline, instruments=Instruments(divergence=None, layers=bare))
     assert "layers" not in run.jobs[-1]
-    assert "not told apart by linear" in verdict.notes[0]
+    assert "errors of single linears are not measured" in verdict.notes[0]
 
 
 def test_alarms_are_told_and_fail_only_where_they_should(run, layers):
     _, baseline = run("float", FLOAT)
-    tools = Instruments(divergence=None, layers=layers, limits={"kl_divergence": 0.1, "output_error_change": 0.02})
+    tools = Instruments(
+        divergence=None, layers=layers, limits=sections.limits(kl_divergence=0.1, output_error_change=0.02)
+    )
     verdict, out = run("warned", FLOAT, baseline=baseline, errors=0.2, instruments=tools)
     assert [row["instrument"] for row in verdict.tables["flags"]] == ["kl_divergence", "output_error_change"]
     assert verdict.metrics["alarms"] == 2
-    spoilt = Instruments(divergence=None, layers=layers, limits={"changed_files": 0}, changed_files=1)
+    spoilt = Instruments(divergence=None, layers=layers, limits=sections.limits(changed_files=0), changed_files=1)
     told, _ = run("spoilt", FLOAT, baseline=baseline, instruments=spoilt)
     assert [row["message"] for row in told.tables["flags"]] == [
         "1 files of the checkpoint are not those that its conversion recorded; at most 0 (evaluate.limits.changed_files=0)"

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import pytest
+from sections import protocol
 
 from quantline.core.errors import UserError
 from quantline.core.files import write_json
-from quantline.data.windows import Protocol, cut_documents
+from quantline.data.windows import cut_documents
 from quantline.evaluation.generations import Prompts, choose_prompts, compare_generations, load_generations
 
 WINDOWS = cut_documents(
     [(f"d{number}", [10 * number + place for place in range(9 if number != 2 else 3)]) for number in range(6)],
-    Protocol("test", None, window=4, stride=4), [],
+    protocol(window=4, stride=4), [],
 )  # fmt: skip
 
 

@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sections
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from quantline.checkpoints.checkpoint import write_safetensors
-from quantline.config.evaluate import PROTOCOL_KEYS
+from quantline.config.evaluate import PROTOCOL_KEYS, ProtocolConfig
 from quantline.core.errors import ConfigError, QuantlineError, UserError
 from quantline.data.windows import (  # fmt: skip
-    Protocol,
     Windows,
     build_windows,
     cut_documents,
@@ -44,8 +45,8 @@ from quantline.evaluation.perplexity import (
 from quantline.pipeline.config import parse
 
 
-def protocol(**values: Any) -> Protocol:
-    return Protocol(**{"name": "test", "path": None, "window": 4, "stride": 4, **values})
+def protocol(**values: Any) -> ProtocolConfig:
+    return sections.protocol(**{"window": 4, "stride": 4, **values})
 
 
 def lines(path: Path, *rows: object) -> str:
@@ -218,9 +219,14 @@ def test_a_tokenizer_without_a_beginning_token_cannot_add_one(model: Path, tmp_p
 
 
 def test_all_faults_of_a_protocol_are_named_together() -> None:
-    with pytest.raises(ConfigError) as caught:
-        protocol(mode="pages", bos="maybe", window=1, stride=2, max_tokens=0, min_tokens=0)
-    assert len(caught.value.faults) == 6
+    with pytest.raises(ValidationError) as caught:
+        protocol(mode="pages", bos="maybe", window=1, stride=0, max_tokens=0, min_tokens=0)
+    assert caught.value.error_count() == 6
+
+
+def test_a_stride_that_leaves_text_out_is_refused(composed: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.stride=513: text would be left out; give 1 to 512, the window"):
+        parse(composed("evaluate.stride=513"))
 
 
 def test_saved_windows_come_back_and_equal_windows_give_equal_files(model: Path, tmp_path: Path) -> None:
@@ -233,7 +239,7 @@ def test_saved_windows_come_back_and_equal_windows_give_equal_files(model: Path,
     loaded = load_windows(tmp_path / "one")
     assert loaded.sha256 == windows.sha256
     assert loaded.document_ids == windows.document_ids
-    assert Protocol(**loaded.protocol) == protocol(path=path)
+    assert ProtocolConfig(**loaded.protocol) == protocol(path=path)
     assert sorted(entry.name for entry in (tmp_path / "one").iterdir()) == ["windows.json", "windows.safetensors"]
     tensors = {"input_ids": windows.input_ids[::-1], "offsets": windows.offsets}
     write_safetensors(file, {**tensors, "document": windows.document, "context": windows.context})
@@ -247,13 +253,12 @@ def test_saved_windows_come_back_and_equal_windows_give_equal_files(model: Path,
 def test_the_evaluation_configs_are_whole_protocols(root: Path, composed: Callable[..., dict[str, Any]]) -> None:
     files = sorted((root / "conf" / "evaluate").glob("*.yaml"))
     assert [file.stem for file in files] == ["c4", "perplexity", "wikitext2", "wikitext2_word"]
-    assert set(PROTOCOL_KEYS) == set(Protocol.__dataclass_fields__)
     for file in files:
-        made = Protocol(**parse(composed(f"evaluate={file.stem}")).evaluate.protocol())
+        made = parse(composed(f"evaluate={file.stem}")).evaluate
         assert made.name == file.stem
         assert made.level == ("word" if "word" in file.stem else "token")
         stated = set(yaml.safe_load(file.read_text()))
-        assert stated == {*Protocol.__dataclass_fields__, "batch_tokens", "bootstrap", "engine_tolerance"}
+        assert stated == {*PROTOCOL_KEYS, "batch_tokens", "bootstrap", "engine_tolerance"}
 
 
 def test_wikitext_on_the_demo_model_needs_a_shorter_window_and_says_so(
@@ -265,9 +270,9 @@ def test_wikitext_on_the_demo_model_needs_a_shorter_window_and_says_so(
     given = ["evaluate=wikitext2", f"evaluate.path={text}"]
     demo = root / "assets" / "demo" / "model"
     with pytest.raises(UserError, match=r"at most 1024 .*set evaluate\.window to that or less"):
-        build_windows(demo, Protocol(**parse(composed(*given)).evaluate.protocol()))
-    shorter = parse(composed(*given, "evaluate.window=512", "evaluate.max_tokens=20000")).evaluate.protocol()
-    windows = build_windows(demo, Protocol(**shorter))
+        build_windows(demo, parse(composed(*given)).evaluate)
+    shorter = parse(composed(*given, "evaluate.window=512", "evaluate.max_tokens=20000")).evaluate
+    windows = build_windows(demo, shorter)
     assert set(np.diff(windows.offsets).tolist()) == {512}
     assert len(windows.document_ids) == 20000 // 512
     assert windows.words is not None
@@ -317,14 +322,14 @@ def shifted(amount: float) -> list[DocumentScore]:
 
 
 def test_a_model_compared_with_itself_is_the_same_to_the_last_bit() -> None:
-    result = compare(BASE, BASE, seed=0)
+    result = compare(BASE, BASE, sections.bootstrap())
     assert (result.difference, result.ratio, result.nll_difference) == (0.0, 1.0, 0.0)
     assert (result.low, result.high, result.verdict) == (0.0, 0.0, "same")
 
 
 @pytest.mark.parametrize(("amount", "verdict"), [(0.125, "worse"), (-0.125, "better")])
 def test_a_shift_of_every_token_is_a_verdict_and_the_ratio_is_its_exponential(amount: float, verdict: str) -> None:
-    result = compare(shifted(amount), BASE, seed=0)
+    result = compare(shifted(amount), BASE, sections.bootstrap())
     assert result.verdict == verdict
     assert result.nll_difference == pytest.approx(amount)
     assert result.ratio == pytest.approx(math.exp(amount))
@@ -334,13 +339,13 @@ def test_a_shift_of_every_token_is_a_verdict_and_the_ratio_is_its_exponential(am
 
 def test_differences_that_cancel_are_not_told_apart() -> None:
     other = scores(("a", 22.0, 10), ("b", 88.0, 30), ("c", 10.5, 10))
-    assert compare(other, BASE, seed=0).verdict == "same"
+    assert compare(other, BASE, sections.bootstrap()).verdict == "same"
 
 
 @pytest.mark.parametrize("other", [BASE[:2], list(reversed(BASE)), scores(("a", 20.0, 11), *[("b", 1.0, 30)])])
 def test_only_the_same_documents_and_tokens_are_compared(other: list[DocumentScore]) -> None:
     with pytest.raises(UserError, match="not of the same documents"):
-        compare(other, BASE, seed=0)
+        compare(other, BASE, sections.bootstrap())
     with pytest.raises(UserError, match="not of the same documents"):
         relative_difference(BASE, other)
 
@@ -365,7 +370,7 @@ def test_agreement_counts_scored_tokens_only() -> None:
 
 
 def test_metrics_have_the_published_names_and_leave_out_what_was_not_measured() -> None:
-    comparison = compare(shifted(0.125), BASE, seed=0)
+    comparison = compare(shifted(0.125), BASE, sections.bootstrap())
     required = {"size_bytes": 100, "float_size_bytes": 400}
     metrics = evaluation_metrics(reference=shifted(0.125), comparison=comparison, **required)
     always = {
@@ -400,8 +405,8 @@ def test_by_word_and_by_byte_the_same_loss_is_over_other_units() -> None:
     windows = replace(TWO, words=np.array([2, 3]), text_bytes=np.array([12, 8]))
     reference = scores(("a", 6.0, 4), ("b", 4.0, 2))
     metrics = evaluation_metrics(
-        reference=reference, comparison=compare(reference, reference, seed=0), size_bytes=1, float_size_bytes=1,
-        windows=windows,
+        reference=reference, comparison=compare(reference, reference, sections.bootstrap()), size_bytes=1,
+        float_size_bytes=1, windows=windows,
     )  # fmt: skip
     assert metrics["word_perplexity"] == pytest.approx(math.exp(10 / 5))
     assert metrics["bits_per_byte"] == pytest.approx(10 / math.log(2) / 20)

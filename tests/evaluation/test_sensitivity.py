@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sections import bootstrap, protocol
 
-from quantline.data.windows import Protocol, cut_documents
+from quantline.data.windows import cut_documents
 from quantline.evaluation.sensitivity import changes, outlier, read_layers, shares, summarize, write_table
 
 HEADER = "name,layer,module,output_error,weight_error,weight_error_max,weight_error_mean,level"
-WINDOWS = cut_documents([("a", [1, 2, 3]), ("b", [4, 5, 6])], Protocol("test", None, window=3, stride=3), [])
+WINDOWS = cut_documents([("a", [1, 2, 3]), ("b", [4, 5, 6])], protocol(window=3, stride=3), [])
 
 
 def table(folder, *rows):
@@ -60,7 +61,7 @@ def test_a_restored_linears_share_is_what_the_loss_and_the_divergence_fall_by(ro
     (row, other) = shares(
         WINDOWS, places=[{"name": "l0.up", "tensor": 1, "note": ""}, {"name": "l1.up", "tensor": None, "note": "fused"}],
         logprobs=logprobs, kl=kl, floats=np.array([1.5, 3.5]), rows=rows,
-        seed=0, resamples=200, level=0.9,
+        how=bootstrap(resamples=200, level=0.9),
     )  # fmt: skip
     assert row["nll_difference_restored"] == pytest.approx((6 - 5) / 4)
     assert row["recovered_nll"] == row["recovered_low"] == row["recovered_high"] == pytest.approx(0.5)
@@ -73,7 +74,7 @@ def test_a_variant_that_lost_nothing_has_no_shares(rows):
     (row,) = shares(
         WINDOWS, places=[{"name": "l0.up", "tensor": 1, "note": ""}], logprobs=-np.ones((2, 6), np.float32),
         kl=np.zeros((2, 6), np.float32), floats=np.array([2.0, 2.0]), rows=rows,
-        seed=0, resamples=200, level=0.9,
+        how=bootstrap(resamples=200, level=0.9),
     )  # fmt: skip
     assert (row["recovered_share"], row["recovered_kl_share"], row["recovered_nll"]) == (None, None, 0.0)
 

@@ -3,16 +3,18 @@ from __future__ import annotations
 import math
 
 import pytest
+from sections import limits
 
-from quantline.core.errors import QuantlineError
-from quantline.evaluation.thresholds import INSTRUMENTS, raised, refuse
+from quantline.config.evaluate import ALARMS
+from quantline.core.errors import ConfigError, QuantlineError
+from quantline.evaluation.thresholds import raised, refuse
 from quantline.pipeline.config import parse
 
-LIMITS = {"kl_divergence": 0.1, "top1_agreement": 0.9, "perplexity_increase": None}
+LIMITS = limits(kl_divergence=0.1, top1_agreement=0.9)
 
 
-def names(measured, limits):
-    return [flag.instrument for flag in raised(measured, limits)]
+def names(measured, asked):
+    return [flag.instrument for flag in raised(measured, asked)]
 
 
 def test_at_its_limit_a_measurement_is_sound_and_beyond_it_is_not():
@@ -33,7 +35,7 @@ def test_an_alarm_says_what_was_found_what_is_allowed_and_where_to_change_it():
     assert (flag.value, flag.limit) == (0.5, 0.9)
     assert "50.0%" in flag.message
     assert "at least 90% (evaluate.limits.top1_agreement=0.9)" in flag.message
-    (flag,) = raised({"kl_divergence": 0.25}, {"kl_divergence": 0.1})
+    (flag,) = raised({"kl_divergence": 0.25}, limits(kl_divergence=0.1))
     assert "0.25 nats a token from the float model's; at most 0.1 (evaluate.limits.kl_divergence=0.1)" in flag.message
 
 
@@ -44,10 +46,18 @@ def test_only_the_named_instruments_fail():
         refuse(flags, ["kl_divergence", "top1_agreement"])
 
 
-def test_every_limit_of_the_configuration_has_an_instrument_and_the_other_way_round(composed):
+def test_every_measurement_with_a_limit_may_fail_the_stage_and_no_other_may(composed):
     options = parse(composed()).evaluate
-    assert set(options.limits.model_dump()) == set(INSTRUMENTS)
-    assert parse(composed(f"evaluate.fail_on=[{','.join(INSTRUMENTS)}]")).evaluate.fail_on == list(INSTRUMENTS)
+    assert list(options.limits.model_dump()) == list(ALARMS)
+    assert parse(composed(f"evaluate.fail_on=[{','.join(ALARMS)}]")).evaluate.fail_on == list(ALARMS)
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.fail_on\.0=loss: allowed are perplexity_increase, .* or restored_share"
+    ):
+        parse(composed("evaluate.fail_on=[loss]"))
+
+
+def test_without_limits_nothing_raises_an_alarm():
+    assert raised({"kl_divergence": 9.0}, None) == []
 
 
 def test_without_instruments_the_text_and_the_limits_stay(composed):

@@ -1,14 +1,14 @@
 import copy
 import math
-from dataclasses import replace
 
 import pytest
 
-from quantline.lifecycle.promotion_gates import Gates, faults_of
+from quantline.config.promote import PromoteConfig
+from quantline.lifecycle.promotion_gates import faults_of
 
-GATES = Gates(
+GATES = PromoteConfig(
     max_perplexity_increase=0.05, served=True, layer_errors=True, min_recovery=0.95, max_alarms=1,
-    alarms=("slower_than_float",),
+    alarms=["slower_than_float"],
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_what_was_measured_and_holds_is_no_fault(results):
 def test_a_variant_that_is_not_served_is_refused_with_the_reason_unless_that_is_not_asked_for(results):
     results["serve_smoke"].update(status="unsupported", reason="no kernel")
     assert faults_of(results, GATES) == ["served: it is not, no kernel"]
-    assert faults_of(results, replace(GATES, served=False)) == []
+    assert faults_of(results, GATES.model_copy(update={"served": False})) == []
 
 
 def test_coverage_that_was_switched_off_does_not_pass(results):

@@ -5,10 +5,11 @@ import time
 import fake_server
 import numpy as np
 import pytest
+import sections
 
 from quantline.core.errors import ServerError, UserError
 from quantline.serving.logprobs import read_choice, score
-from quantline.serving.server import ServerOptions, serve
+from quantline.serving.server import serve
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def start(tmp_path):
     (model / "config.json").write_text("{}")
 
     def started(fault: str = ""):
-        options = ServerOptions(environment={"FAULT": fault}, startup_timeout_seconds=20.0)
+        options = sections.server(environment={"FAULT": fault}, startup_timeout_seconds=20.0)
         return serve(fake_server.interpreter(tmp_path), model, options, log=tmp_path / "server.log")
 
     return started

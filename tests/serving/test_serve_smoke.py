@@ -5,17 +5,17 @@ import json
 import fake_server
 import numpy as np
 import pytest
+import sections
 
 from quantline.core.errors import ServerError, UserError
 from quantline.data.windows import Windows
 from quantline.evaluation.perplexity import load_server_scores
 from quantline.serving.rules import checkpoint_facts, facts_of, serving_dtype
-from quantline.serving.serve_smoke import Questions, read_answers, serve_and_score
-from quantline.serving.server import ServerOptions
+from quantline.serving.serve_smoke import read_answers, serve_and_score
+from quantline.serving.server import Vllm
 
 LENGTH, COUNT = 12, 5
 IDS = (np.arange(LENGTH * COUNT, dtype=np.int32) * 7) % 40
-QUESTIONS = Questions(("Tell me", "Say"), ("Hello?",), 3)
 GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": 128, "sym": True, "desc_act": False}
 
 
@@ -47,13 +47,14 @@ def serve(tmp_path):
     def of(model, fault="", windows=None, baseline=None, max_model_len=16, **changes):
         out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
         out.mkdir()
-        options = ServerOptions(
-            environment={"FAULT": fault}, startup_timeout_seconds=20.0, max_model_len=max_model_len, dtype="float16"
-        )
+        options = sections.server(
+            environment={"FAULT": fault}, startup_timeout_seconds=20.0, request_timeout_seconds=5.0,
+            max_model_len=max_model_len, dtype="float16",
+        )  # fmt: skip
         served = serve_and_score(
-            python=changes.get("python") or fake_server.interpreter(tmp_path), version="0.32.0", checkpoint=model,
-            options=options, questions=QUESTIONS, windows=windows or windows_of(), concurrency=3,
-            request_timeout_seconds=5.0, baseline=baseline, out=out, log=tmp_path / "server.log",
+            Vllm(changes.get("python") or fake_server.interpreter(tmp_path), "0.32.0"), model, options,
+            questions=sections.smoke(), windows=windows or windows_of(), baseline=baseline, out=out,
+            log=tmp_path / "server.log",
         )  # fmt: skip
         return served, out
 

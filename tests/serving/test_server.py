@@ -11,11 +11,12 @@ from contextlib import suppress
 import fake_server
 import psutil
 import pytest
+import sections
 from fake_server import IGNORING
 
 from quantline.core.errors import ServerError, UserError
 from quantline.serving.ports import require_free
-from quantline.serving.server import ServerOptions, command_line, serve
+from quantline.serving.server import command_line, serve
 from quantline.serving.server_log import ending, failure_reason, kernels, weights_bytes
 
 
@@ -28,7 +29,7 @@ def model(tmp_path):
 
 
 def start(tmp_path, model, fault="", **options):
-    chosen = ServerOptions(environment={"FAULT": fault}, **{"startup_timeout_seconds": 20.0, **options})
+    chosen = sections.server(environment={"FAULT": fault}, **{"startup_timeout_seconds": 20.0, **options})
     return serve(fake_server.interpreter(tmp_path), model, chosen, log=tmp_path / "logs" / "server.log")
 
 
@@ -59,7 +60,7 @@ def test_a_child_that_ignores_sigterm_in_a_session_of_its_own_is_ended_too(tmp_p
         "0.5",
         str(fake_server.interpreter(tmp_path)),
     ]
-    options = ServerOptions(port=0)
+    options = sections.server()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command += command_line(tmp_path, model, options, port)[1:]
@@ -134,7 +135,7 @@ def test_a_server_that_dies_while_loading_is_noticed_at_once_with_its_reason(tmp
 
 def test_an_interpreter_that_does_not_exist_is_a_server_error_with_its_log(tmp_path, model):
     with pytest.raises(ServerError, match="No such file or directory"):
-        serve(tmp_path / "absent", model, ServerOptions(), log=tmp_path / "log").__enter__()
+        serve(tmp_path / "absent", model, sections.server(), log=tmp_path / "log").__enter__()
 
 
 def test_a_server_that_is_never_ready_is_ended_at_the_timeout(tmp_path, model, capfd):
@@ -153,9 +154,10 @@ def test_another_server_on_our_port_is_not_taken_for_ours(tmp_path, model):
 OWNER = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {source!r})
-from quantline.serving import ServerOptions, serve
-with serve(Path({python!r}), Path({model!r}), ServerOptions(environment={{"FAULT": {fault!r}}}), log=Path({log!r})):
+sys.path[:0] = {source!r}
+from quantline.serving.server import serve
+from sections import server
+with serve(Path({python!r}), Path({model!r}), server(environment={{"FAULT": {fault!r}}}), log=Path({log!r})):
     print("ready", flush=True)
     time.sleep(600)
 """
@@ -165,7 +167,9 @@ with serve(Path({python!r}), Path({model!r}), ServerOptions(environment={{"FAULT
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_is_left_when_the_owner_is_interrupted(root, tmp_path, model, fault, how):
     python, log = str(fake_server.interpreter(tmp_path)), str(tmp_path / "log")
-    code = OWNER.format(source=str(root / "src"), python=python, model=str(model), fault=fault, log=log)
+    code = OWNER.format(
+        source=[str(root / "src"), str(root / "tests/support")], python=python, model=str(model), fault=fault, log=log
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as owner:
         if not fault:
             assert owner.stdout.readline() == b"ready\n"
@@ -179,7 +183,7 @@ def test_no_process_is_left_when_the_owner_is_interrupted(root, tmp_path, model,
 
 
 def test_the_command_line_trusts_no_remote_code_and_ignores_the_sampling_defaults_of_the_checkpoint(tmp_path):
-    command = command_line(tmp_path / "python", tmp_path, ServerOptions(max_model_len=99, kv_cache_gib=0.5), 8123)
+    command = command_line(tmp_path / "python", tmp_path, sections.server(max_model_len=99, kv_cache_gib=0.5), 8123)
     assert "--trust-remote-code" not in command
     for name, value in [
         ("--port", "8123"), ("--host", "127.0.0.1"), ("--max-model-len", "99"), ("--served-model-name", "quantline"),
@@ -187,7 +191,7 @@ def test_the_command_line_trusts_no_remote_code_and_ignores_the_sampling_default
     ]:  # fmt: skip
         assert command[command.index(name) + 1] == value
     assert "--gpu-memory-utilization" not in command
-    more = ServerOptions(device="cuda", trust_remote_code=True, enforce_eager=False, extra_args=("--seed", "1"))
+    more = sections.server(device="cuda", trust_remote_code=True, enforce_eager=False, extra_args=["--seed", "1"])
     command = command_line(tmp_path / "python", tmp_path, more, 8123)
     assert command[-2:] == ["--seed", "1"]
     assert {"--trust-remote-code", "--gpu-memory-utilization"} <= set(command)

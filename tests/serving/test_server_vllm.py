@@ -16,13 +16,14 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import sections
 
 from quantline.checkpoints.companions import has_chat_template
 from quantline.core.errors import ServerError, UserError
 from quantline.serving.answer_checks import judge_answers
 from quantline.serving.logprobs import score
 from quantline.serving.rules import Target, facts_of, verdict
-from quantline.serving.server import ServerOptions, serve
+from quantline.serving.server import serve
 from quantline.serving.smoke import run_smoke
 from quantline.toolchains.toolchain import worker_environment
 
@@ -31,7 +32,7 @@ PYTHON = ROOT / ".venvs" / "vllm" / "bin" / "python"
 REFERENCE = ROOT / ".venvs" / "reference" / "bin" / "python"
 MODEL = ROOT / "assets" / "demo" / "model"
 # One thread that is bound to no core: others may be busy on these.
-OPTIONS = ServerOptions(dtype="bfloat16", max_model_len=513, kv_cache_gib=0.25, threads=1)
+OPTIONS = sections.server(dtype="bfloat16", max_model_len=513, kv_cache_gib=0.25, threads=1)
 
 pytestmark = [
     pytest.mark.toolchain("vllm"),
@@ -121,7 +122,7 @@ def test_a_token_outside_the_vocabulary_is_refused_by_name(server):
 
 
 def test_the_port_of_a_running_server_is_busy(server, logs):
-    taken = ServerOptions(port=server.port)
+    taken = sections.server(port=server.port)
     with pytest.raises(UserError, match=f"port {server.port} of 127.0.0.1 is taken"):
         serve(PYTHON, MODEL, taken, log=logs / "second.log").__enter__()
     assert server.client().get("/health").status_code == httpx.codes.OK
@@ -162,8 +163,9 @@ def test_a_checkpoint_that_vllm_refuses_ends_the_real_server_with_its_reason(tmp
 
 OWNER = """
 from pathlib import Path
-from quantline.serving import ServerOptions, serve
-with serve(Path({python!r}), Path({model!r}), ServerOptions(dtype="bfloat16", kv_cache_gib=0.25), log=Path({log!r})):
+from quantline.serving.server import serve
+from sections import server
+with serve(Path({python!r}), Path({model!r}), server(dtype="bfloat16", kv_cache_gib=0.25), log=Path({log!r})):
     raise SystemExit("it was to be interrupted while loading")
 """
 
@@ -171,7 +173,7 @@ with serve(Path({python!r}), Path({model!r}), ServerOptions(dtype="bfloat16", kv
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_of_the_real_server_is_left_when_its_owner_ends_while_it_loads(tmp_path, how):
     code = OWNER.format(python=str(PYTHON), model=str(MODEL), log=str(tmp_path / "log"))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests' / 'support'}"}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL) as owner:
         found, deadline = [], time.monotonic() + 90
         # The server's own process, its resource tracker and the engine's process: vLLM has begun to load.

@@ -6,10 +6,11 @@ import time
 import fake_server
 import psutil
 import pytest
+import sections
 
 from quantline.checkpoints.companions import has_chat_template
 from quantline.core.errors import ServerError, UserError
-from quantline.serving.server import ServerOptions, serve
+from quantline.serving.server import serve
 from quantline.serving.smoke import Answer, read_counter, run_smoke
 
 
@@ -20,7 +21,7 @@ def start(tmp_path):
     (model / "config.json").write_text("{}")
 
     def started(fault: str = ""):
-        options = ServerOptions(environment={"FAULT": fault}, startup_timeout_seconds=20.0)
+        options = sections.server(environment={"FAULT": fault}, startup_timeout_seconds=20.0)
         return serve(fake_server.interpreter(tmp_path), model, options, log=tmp_path / "server.log")
 
     return started

@@ -11,14 +11,26 @@ from quantline.config.section import Section
 
 
 class LevelConfig(Section):
-    """One point of the sweep: so many requests at a time, so many in all."""
+    """One point of the sweep: requests at a time, and requests in all."""
 
     concurrency: int = Field(ge=1)
     prompts: int = Field(ge=1)
 
 
 class SpeedConfig(Section):
-    """What vLLM's benchmark tools are asked for, see `quantline.evaluation.speed.run`; without tools nothing is measured."""
+    """What vLLM's benchmark tools measure, see `quantline.evaluation.speed.run`; without tools nothing is measured.
+
+    Attributes:
+        name: of the group's file.
+        tools: vLLM's.
+        levels: of the sweep.
+        input_tokens, output_tokens: length of a prompt and of its answer, which no end of text shortens.
+        rounds: how often float and variant take turns.
+        warmup_waves: before each measurement so many times `concurrency` requests are sent that do not count.
+        seed: of the random prompts.
+        enforce_eager: no graph capture; `auto` captures on a GPU only.
+        side_by_side: whether both servers are up at once; `auto` does so where memory allows.
+    """
 
     name: str
     tools: list[Literal["serve", "latency", "throughput"]]

@@ -11,13 +11,19 @@ from quantline.config.section import Section
 
 
 class LastWordConfig(Section):
-    """Last-word prediction, see `quantline.evaluation.tasks.local`."""
+    """Last-word prediction, see `quantline.evaluation.tasks.local`; `context_words` come before the word."""
 
     context_words: int = Field(ge=4)
 
 
 class MultipleChoiceConfig(Section):
-    """The choice of a passage's true continuation, see `quantline.evaluation.tasks.local`."""
+    """The choice of a passage's true continuation, see `quantline.evaluation.tasks.local`.
+
+    Attributes:
+        context_words: before the choice.
+        choices: how many continuations.
+        continuation_words: in each of them.
+    """
 
     context_words: int = Field(ge=4)
     choices: int = Field(ge=2, le=10)
@@ -32,7 +38,7 @@ class LocalTasksConfig(Section):
 
 
 class StandardTaskConfig(Section):
-    """A task of lm-evaluation-harness; what is null goes by the task's own definition, or by `tasks.limit`.
+    """A task of lm-evaluation-harness. What is null goes by the task's own definition, the limit by `tasks.limit`.
 
     metric: the one that recovery is judged by, as the harness names it; after a comma the filter of its answers.
     """
@@ -43,7 +49,13 @@ class StandardTaskConfig(Section):
 
 
 class GateConfig(Section):
-    """The recovery that a variant must reach in every task, by every engine."""
+    """The recovery that a variant must reach in every task, by every engine.
+
+    Attributes:
+        min_recovery: share of the float model's score; null is no limit.
+        judged_by: the end of recovery's interval, or the estimate, that is held against the limit.
+        on_failure: whether the stage fails or warns.
+    """
 
     min_recovery: float | None = Field(gt=0)
     judged_by: Literal["low", "estimate", "high"]
@@ -51,7 +63,7 @@ class GateConfig(Section):
 
 
 class TasksConfig(Section):
-    """Which tasks are asked, by which engines, and what recovery is enough."""
+    """Which tasks are run, by which engines, and which recovery is enough."""
 
     name: str
     engines: list[Literal["reference", "vllm"]]

@@ -1,9 +1,9 @@
-"""Words and bytes of the text that was scored: perplexity per token means nothing between models of different tokenizers,
-per word and per byte it does.
+"""Token windows of an evaluation text, and the words and bytes of what is scored in them.
 
-A word is what white space parts, and belongs to where it begins; bytes are UTF-8. Both are counted as what a window's text
-has beyond its context's, so that a space which a tokenizer drops at the beginning of a text is not lost. A character cut
-in two by a window's border counts as what the tokenizer shows in its place.
+Perplexity per token cannot be compared between models of different tokenizers; per word and per byte it can. Words are
+separated by white space, and a word belongs to the window in which it begins. Bytes are UTF-8. A window's words and bytes
+are those of its whole text less those of its context, so that a space which a tokenizer drops at the beginning of a text
+is not lost. A character that a window's border cuts in two counts as what the tokenizer shows in its place.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.safetensors_file import write_safetensors
-from quantline.core.errors import ConfigError, UserError
+from quantline.config.evaluate import ProtocolConfig
+from quantline.core.errors import UserError
 from quantline.core.files import read_json, write_json
 from quantline.data.documents import Document, format_of, read_documents
 from quantline.data.tokenizer import TextEncoder
-
-if TYPE_CHECKING:
-    pass
 
 
 def count_units(tokenizer: Any, windows: Windows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -47,73 +45,6 @@ def count_units(tokenizer: Any, windows: Windows) -> tuple[NDArray[np.int64], ND
 
 def _text(tokenizer: Any, ids: NDArray[np.int32]) -> str:
     return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-LEVELS = ("token", "word")
-MODES = ("documents", "concatenated")
-BOS = ("none", "add")
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """A flavour of perplexity, stated in full.
-
-    Attributes:
-        name: what results are called by.
-        level: what the compared loss is per: "token" of the model's, or "word" of the text (see `data.windows`), by
-            which models of different tokenizers compare. Which tokens are scored does not depend on it.
-        path: the text, in a format of `quantline.data.documents`.
-        format: one of `texts.FORMATS`; None goes by the file's name.
-        text_field: key or column of the text; an `id` beside it in JSON lines names the document.
-        mode: "documents" or "concatenated", see the module.
-        separator: what joins the rows in mode "concatenated".
-        window: tokens in a window, at most.
-        stride: tokens from one window's beginning to the next one's. Equal to `window`: no overlap, and the first token
-            of a window is not scored, having no context. Smaller: windows overlap, and only tokens that no window
-            before has scored are; each then has at least `window - stride` tokens of context, once that many exist.
-        bos: "add" begins every window with the tokenizer's beginning-of-sequence token, which takes a place in the
-            window and is not scored, so that every token of the text is. "none" adds no special token.
-        max_documents, max_tokens: limits on the rows read and on the tokens of text; the last document is cut to fit.
-        max_document_tokens: only so many tokens of each document: more documents for the same number of tokens.
-        min_tokens: shorter documents are left out.
-    """
-
-    name: str
-    path: str | None
-    format: str | None = None
-    text_field: str = "text"
-    mode: str = "documents"
-    separator: str = "\n\n"
-    window: int = 512
-    stride: int = 512
-    bos: str = "none"
-    max_documents: int | None = None
-    max_document_tokens: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int = 2
-    level: str = "token"
-
-    def __post_init__(self) -> None:
-        """Check all values together."""
-        faults = []
-        if self.level not in LEVELS:
-            faults.append(f"evaluate.level={self.level}: allowed are {', '.join(LEVELS)}")
-        if self.mode not in MODES:
-            faults.append(f"evaluate.mode={self.mode}: allowed are {', '.join(MODES)}")
-        if self.bos not in BOS:
-            faults.append(f"evaluate.bos={self.bos}: allowed are {', '.join(BOS)}")
-        if self.window < 2:
-            faults.append(f"evaluate.window={self.window}: a window has 2 tokens or more")
-        if not 1 <= self.stride <= self.window:
-            faults.append(f"evaluate.stride={self.stride}: give 1 to {self.window}, the window")
-        if self.min_tokens < 1:
-            faults.append(f"evaluate.min_tokens={self.min_tokens}: give 1 or more")
-        for name in ("max_documents", "max_document_tokens", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                faults.append(f"evaluate.{name}={value}: give 1 or more, or null for no limit")
-        if faults:
-            raise ConfigError(faults)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +125,7 @@ def spans(tokens: int, capacity: int, stride: int) -> list[tuple[int, int, int]]
     return found
 
 
-def build_windows(model_dir: Path, protocol: Protocol) -> Windows:
+def build_windows(model_dir: Path, protocol: ProtocolConfig) -> Windows:
     """Read the text, tokenize it with the model's tokenizer and cut it.
 
     Raises:
@@ -215,7 +146,7 @@ def build_windows(model_dir: Path, protocol: Protocol) -> Windows:
     return replace(windows, words=words, text_bytes=text_bytes)
 
 
-def cut_documents(documents: list[tuple[str, list[int]]], protocol: Protocol, prefix: list[int]) -> Windows:
+def cut_documents(documents: list[tuple[str, list[int]]], protocol: ProtocolConfig, prefix: list[int]) -> Windows:
     """Cut documents, (name, token ids) each, into a protocol's windows; `prefix` begins every window, [] or [bos].
 
     Raises:
@@ -247,11 +178,11 @@ def cut_documents(documents: list[tuple[str, list[int]]], protocol: Protocol, pr
         document=np.array([number_of[name] for name, _, _ in pieces], dtype=np.int32),
         context=np.array([max(1, len(prefix) + overlap) for _, _, (_, _, overlap) in pieces], dtype=np.int32),
         document_ids=names,
-        protocol=asdict(protocol),
+        protocol=protocol.protocol(),
     )
 
 
-def _tokenized(encoder: TextEncoder, protocol: Protocol) -> list[tuple[str, list[int]]]:
+def _tokenized(encoder: TextEncoder, protocol: ProtocolConfig) -> list[tuple[str, list[int]]]:
     """The documents' names and ids within the protocol's limits; a single one in mode `concatenated`."""
     documents, names = _documents(protocol)
     path = Path(str(protocol.path))
@@ -271,7 +202,7 @@ def _tokenized(encoder: TextEncoder, protocol: Protocol) -> list[tuple[str, list
     return kept
 
 
-def _documents(protocol: Protocol) -> tuple[list[Document], list[str]]:
+def _documents(protocol: ProtocolConfig) -> tuple[list[Document], list[str]]:
     if protocol.path is None:
         raise UserError("evaluate.path is null: fetch the text and set evaluate.path=FILE")
     path = Path(protocol.path)

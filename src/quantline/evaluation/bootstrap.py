@@ -15,19 +15,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.config.evaluate import BootstrapConfig
 from quantline.core.errors import UserError
 
 # Drawn item numbers held at a time. It bounds the memory, whatever the number of documents.
 _DRAWS = 2_000_000
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How intervals are made."""
-
-    resamples: int
-    level: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -42,23 +34,17 @@ class Interval:
 def bootstrap(
     values: NDArray[np.float64],
     weights: NDArray[np.float64],
-    *,
-    seed: int,
-    resamples: int = 10_000,
-    level: float = 0.95,
+    how: BootstrapConfig,
 ) -> Interval:
     """Percentile interval of `sum(values) / sum(weights)` over resampled documents, see `paired_bootstrap`."""
-    return paired_bootstrap(values, np.zeros_like(values), weights, seed=seed, resamples=resamples, level=level)
+    return paired_bootstrap(values, np.zeros_like(values), weights, how)
 
 
 def paired_bootstrap(
     values: NDArray[np.float64],
     baseline: NDArray[np.float64],
     weights: NDArray[np.float64],
-    *,
-    seed: int,
-    resamples: int = 10_000,
-    level: float = 0.95,
+    how: BootstrapConfig,
 ) -> Interval:
     """Percentile interval of `sum(values - baseline) / sum(weights)` over resampled documents.
 
@@ -68,13 +54,10 @@ def paired_bootstrap(
     Args:
         values, baseline: float64 (documents,), totals of a document under either model.
         weights: float64 (documents,), what the totals are over (tokens); positive.
-        seed: of the resampling.
-        resamples: number of resamples.
-        level: probability that the interval is meant to cover, in (0, 1).
+        how: number and seed of the resamples, and the interval's level.
 
     Raises:
-        UserError: fewer than two documents, other shapes, weights that are not positive, a level or a number of
-            resamples out of range.
+        UserError: fewer than two documents, other shapes, or weights that are not positive.
     """
     documents = len(weights)
     if values.shape != (documents,) or baseline.shape != (documents,):
@@ -83,8 +66,6 @@ def paired_bootstrap(
         raise UserError(f"bootstrap: {documents} document has no spread; evaluate two or more, better fifty")
     if not (weights > 0).all():
         raise UserError("bootstrap: a document without weight; leave it out")
-    if not 0 < level < 1 or resamples < 1:
-        raise UserError(f"bootstrap: level={level}, resamples={resamples}: give 0 < level < 1 and resamples >= 1")
     differences = values - baseline
 
     def ratio(drawn: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -92,8 +73,8 @@ def paired_bootstrap(
         ratios: NDArray[np.float64] = differences[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
         return ratios
 
-    ratios = _resampled(ratio, documents, resamples, seed)
-    tail = (1 - level) / 2
+    ratios = _resampled(ratio, documents, how.resamples, how.seed)
+    tail = (1 - how.level) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return Interval(math.fsum(differences) / math.fsum(weights), float(low), float(high))
 
@@ -129,9 +110,7 @@ def paired_recovery(
     *,
     aggregation: Literal["mean", "perplexity"],
     higher_is_better: bool,
-    seed: int,
-    resamples: int = 10_000,
-    level: float = 0.95,
+    how: BootstrapConfig,
 ) -> Recovery:
     """Percentile interval of how much of the baseline's score a variant keeps, over resampled items.
 
@@ -142,7 +121,7 @@ def paired_recovery(
         values, baseline: float64 (items,), scores of the same items; for `perplexity` their log-likelihoods.
         aggregation: how scores become one: their mean, or exp(-mean).
         higher_is_better: of the aggregated score.
-        seed, resamples, level: see `paired_bootstrap`.
+        how: see `paired_bootstrap`.
 
     Raises:
         UserError: fewer than two items, or other shapes.
@@ -159,12 +138,15 @@ def paired_recovery(
             return own / other if higher_is_better else other / own
 
     ratios = _resampled(
-        lambda drawn: ratio(values[drawn].mean(axis=1), baseline[drawn].mean(axis=1)), len(values), resamples, seed
+        lambda drawn: ratio(values[drawn].mean(axis=1), baseline[drawn].mean(axis=1)),
+        len(values),
+        how.resamples,
+        how.seed,
     )
     (estimate,) = ratio(values.mean(keepdims=True), baseline.mean(keepdims=True))
     if not math.isfinite(estimate):
         return Recovery(None, None, None)
-    tail = (1 - level) / 2
+    tail = (1 - how.level) / 2
     # 0/0 is left out: both models scored zero in that resample. The variant alone above zero is infinite, and counts.
     low, high = np.quantile(ratios[~np.isnan(ratios)], [tail, 1 - tail], method="nearest")
     return Recovery(float(estimate), *(float(end) if math.isfinite(end) else None for end in (low, high)))

@@ -1,8 +1,8 @@
-"""The evaluate stage's work: score a checkpoint by the reference engine, compare it with the float baseline and
-with what the server made of it, and look at it with the other instruments.
+"""The evaluate stage's work: score a checkpoint by the reference engine, and compare it with the float baseline and
+with the server's scores.
 
 The output folder holds the windows, `reference.safetensors` (log-probabilities, likeliest tokens, divergences from the float
-model), `documents.jsonl`, `comparison.json` and, as far as they are measured, `generations.json`, `layer_errors.csv` and
+model), `documents.jsonl`, `comparison.json` and, where they are measured, `generations.json`, `layer_errors.csv` and
 `restored.csv`.
 """
 
@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.config.evaluate import BootstrapConfig, EvaluateConfig
 from quantline.core.errors import UserError
 from quantline.core.files import write_json
 from quantline.data.windows import Windows, save_windows
-from quantline.evaluation import bootstrap as statistics
 from quantline.evaluation import generations, perplexity, sensitivity, thresholds
-from quantline.evaluation.bootstrap import Bootstrap
-from quantline.evaluation.measurements import Instruments, Plan, plan
+from quantline.evaluation.bootstrap import bootstrap
+from quantline.evaluation.measurements import Instruments, Measurement, Plan, plan
 from quantline.evaluation.perplexity import DocumentScore
 from quantline.toolchains.protocol import JobResult
 
@@ -32,10 +32,33 @@ ENGINE = "reference: weights dequantized to float32, no quantized kernels"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The metrics, whether the variant is better, worse or the same as the baseline on this text, and the rest of it.
+class Inputs:
+    """The folders that an evaluation reads.
 
-    tables: rows by name, for the stage's result. files: written ones, relative to the output. notes: what is worth saying.
+    Attributes:
+        checkpoint: the one that is evaluated.
+        float_model: the model that it was quantized from.
+        served: the output of serve_smoke.
+        baseline: the float model's output of this stage; None where `checkpoint` is the float model, which is then compared
+            with itself.
+    """
+
+    checkpoint: Path
+    float_model: Path
+    served: Path
+    baseline: Path | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of an evaluation.
+
+    Attributes:
+        metrics: numbers by name.
+        verdict: whether the variant is "better", "worse" or the "same" as the baseline on this text.
+        tables: rows by table, for the stage's result.
+        files: written ones, relative to the output.
+        notes: sentences for the user.
     """
 
     metrics: dict[str, float]
@@ -55,15 +78,10 @@ class _Scores:
 
 
 def evaluate(
-    *,
-    checkpoint: Path,
+    inputs: Inputs,
     windows: Windows,
-    served: Path,
-    baseline: Path | None,
-    float_model: Path,
-    bootstrap: Bootstrap,
-    engine_tolerance: float,
-    batch_tokens: int,
+    options: EvaluateConfig,
+    *,
     device: str,
     threads: int,
     out: Path,
@@ -72,53 +90,60 @@ def evaluate(
 ) -> Verdict:
     """Score, compare, write.
 
-    baseline: the float model's output of this stage; None where `checkpoint` is the float model, which is then compared with
-    itself. served: the output of serve_smoke.
+    Args:
+        inputs: what is evaluated and compared with.
+        windows: the tokens to score.
+        options: of them the bootstrap, `engine_tolerance` and `batch_tokens` are used; what else is measured and limited
+            is in `instruments`.
+        device, threads: of the worker.
+        out: an empty folder.
+        run_worker: (toolchain, module, job, label) -> its result.
+        instruments: what is measured beside perplexity.
 
     Raises:
         QuantlineError: the server's perplexity is farther from the reference engine's than `engine_tolerance`, or an
-            instrument that should fail raised an alarm.
+            alarm was raised that should fail.
         UserError: the baseline was scored on other text.
     """
+    how, is_baseline = options.bootstrap, inputs.baseline is None
     scores = out / "reference.safetensors"
     with tempfile.TemporaryDirectory(prefix="quantline-evaluate-") as work:
         parts = plan(
-            instruments, windows, baseline=baseline is not None, float_model=float_model, work=Path(work)
+            instruments, windows, baseline=not is_baseline, float_model=inputs.float_model, work=Path(work)
         )  # fmt: skip
         job = {
-            "checkpoint": str(checkpoint), "windows": str(save_windows(windows, out)), "output": str(scores),
-            "device": device, "threads": threads, "batch_tokens": batch_tokens, **parts.job,
+            "checkpoint": str(inputs.checkpoint), "windows": str(save_windows(windows, out)), "output": str(scores),
+            "device": device, "threads": threads, "batch_tokens": options.batch_tokens, **parts.job,
         }  # fmt: skip
         worker = run_worker("reference", "quantline.toolchains.workers.reference.evaluate", job, "reference engine")
         own = _scores(scores, windows)
-        base = own if baseline is None else _baseline(baseline, windows)
-        restored = _restored(parts=parts, worker=worker, base=base, how=bootstrap)
+        base = own if inputs.baseline is None else _baseline(inputs.baseline, windows)
+        restored = _restored(parts, worker, base, how)
     level = str(windows.protocol.get("level", "token"))
     units = (own.documents, base.documents)
     if level == "word":
         units = (perplexity.in_words(own.documents, windows), perplexity.in_words(base.documents, windows))
-    comparison = perplexity.compare(*units, **asdict(bootstrap))
-    from_server = perplexity.load_server_scores(served, windows)
+    comparison = perplexity.compare(*units, how)
+    from_server = perplexity.load_server_scores(inputs.served, windows)
     vllm = None if from_server is None else perplexity.document_nlls(windows, from_server)
     if vllm is not None:
-        perplexity.check_engines(perplexity.relative_difference(own.documents, vllm), engine_tolerance)
+        perplexity.check_engines(perplexity.relative_difference(own.documents, vllm), options.engine_tolerance)
     metrics = perplexity.evaluation_metrics(
-        reference=own.documents, comparison=comparison, vllm=vllm, size_bytes=perplexity.weight_bytes(checkpoint),
-        float_size_bytes=perplexity.weight_bytes(float_model), windows=windows,
+        reference=own.documents, comparison=comparison, vllm=vllm, windows=windows,
+        size_bytes=perplexity.weight_bytes(inputs.checkpoint),
+        float_size_bytes=perplexity.weight_bytes(inputs.float_model),
     )  # fmt: skip
-    sections: dict[str, Any] = {"kl": None, "generations": None, "noise": instruments.noise and dict(instruments.noise)}
-    sections["kl"] = _divergence(metrics, windows, own, bootstrap, is_baseline=baseline is None)
-    sections["top1"] = _agreement(metrics, windows, own, base, bootstrap)
-    sections["generations"] = _generations(
-        metrics, parts=parts, worker=worker, baseline=baseline, out=out, wish=instruments
-    )
-    tables, files, notes = _layers(metrics, parts, worker, restored, out)
-    if instruments.noise:
-        metrics.update({f"noise_{key}": float(instruments.noise[key]) for key in ("low", "high", "runs")})
-    if baseline is not None and instruments.divergence != 0 and not parts.rows:
-        notes.append(
-            "errors of single linears: the quantize stage's are not here, so the loss is not told apart by linear"
-        )
+    sections = {
+        "kl": _divergence(windows, own, how, is_baseline=is_baseline), "top1": _agreement(windows, own, base, how),
+        "generations": _generations(parts, worker, inputs.baseline, instruments, out),
+        "noise": _noise(instruments),
+    }  # fmt: skip
+    layers = _layers(parts, worker, restored, out)
+    for found in (*sections.values(), layers):
+        metrics.update(found.metrics)
+    notes = list(layers.notes)
+    if not is_baseline and instruments.divergence != 0 and not parts.rows:
+        notes.append("the errors of single linears are not measured: the quantize stage's table of them is not here")
     if instruments.changed_files is not None:
         metrics["changed_files"] = float(instruments.changed_files)
     # By token, whatever the protocol's level: a limit by word would depend on how long words are.
@@ -129,13 +154,14 @@ def evaluate(
     thresholds.refuse(flags, instruments.fail_on)
     perplexity.write_documents(out / "documents.jsonl", own.documents, vllm)
     document = {
-        **asdict(comparison), "level": bootstrap.level, "seed": bootstrap.seed, "resamples": bootstrap.resamples,
-        "protocol": _protocol(windows, level), **sections, "flags": thresholds.rows(flags),
+        **asdict(comparison), "level": how.level, "seed": how.seed, "resamples": how.resamples,
+        "protocol": _protocol(windows, level), **{name: found.section for name, found in sections.items()},
+        "flags": thresholds.rows(flags),
     }  # fmt: skip
     write_json(out / "comparison.json", document)
     metrics["reference_tokens_per_second"] = float(worker.data["tokens_per_second"])
-    tables["flags"] = thresholds.rows(flags)
-    return Verdict(metrics, comparison.verdict, tables, ["documents.jsonl", "comparison.json", *files], notes)
+    tables = {**layers.tables, "flags": thresholds.rows(flags)}
+    return Verdict(metrics, comparison.verdict, tables, ["documents.jsonl", "comparison.json", *layers.files], notes)
 
 
 def _scores(path: Path, windows: Windows) -> _Scores:
@@ -151,7 +177,7 @@ def _baseline(folder: Path, windows: Windows) -> _Scores:
 
 
 def _protocol(windows: Windows, level: str) -> dict[str, Any]:
-    """The flavour of perplexity in full, with what it came to on this text."""
+    """The flavour of perplexity in full, with the counts of what was scored."""
     return {
         **windows.protocol, "level": level, "engine": ENGINE, "windows_sha256": windows.sha256,
         "documents": len(windows.document_ids), "windows": len(windows.document),
@@ -161,56 +187,57 @@ def _protocol(windows: Windows, level: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _interval(
-    metrics: dict[str, float], name: str, sums: NDArray[Any], tokens: NDArray[Any], how: Bootstrap
-) -> dict[str, Any]:
-    found = statistics.bootstrap(sums, tokens, **asdict(how))
-    metrics.update({name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high})
-    return asdict(found)
+def _interval(name: str, sums: NDArray[Any], tokens: NDArray[Any], how: BootstrapConfig) -> Measurement:
+    found = bootstrap(sums, tokens, how)
+    metrics = {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
+    return Measurement(metrics, asdict(found))
 
 
-def _divergence(
-    metrics: dict[str, float], windows: Windows, own: _Scores, how: Bootstrap, *, is_baseline: bool
-) -> dict[str, Any] | None:
-    """KL(float || variant); of the float model from itself it is 0, and needs no second model to say so."""
+def _divergence(windows: Windows, own: _Scores, how: BootstrapConfig, *, is_baseline: bool) -> Measurement:
+    """KL(float || variant). Of the float model from itself it is 0, without a second model."""
     if own.kl is None and not is_baseline:
-        return None
+        return Measurement()
     kl = np.zeros(len(windows.input_ids)) if own.kl is None else own.kl
     measured = ~np.isnan(kl)
     sums, tokens = perplexity.document_sums(windows, kl, measured)
     scored = kl[windows.scored & measured].astype(np.float64)
-    found = {**_interval(metrics, "kl_divergence", sums[tokens > 0], tokens[tokens > 0], how), "tokens": len(scored)}
-    found["direction"] = "float || variant"
-    return {**found, "unit": "nats/token", "median": float(np.median(scored)), "p99": float(np.quantile(scored, 0.99))}
+    found = _interval("kl_divergence", sums[tokens > 0], tokens[tokens > 0], how)
+    section = {
+        **(found.section or {}), "tokens": len(scored), "direction": "float || variant", "unit": "nats/token",
+        "median": float(np.median(scored)), "p99": float(np.quantile(scored, 0.99)),
+    }  # fmt: skip
+    return Measurement(found.metrics, section)
 
 
-def _agreement(
-    metrics: dict[str, float], windows: Windows, own: _Scores, base: _Scores, how: Bootstrap
-) -> dict[str, Any]:
+def _agreement(windows: Windows, own: _Scores, base: _Scores, how: BootstrapConfig) -> Measurement:
     sums, tokens = perplexity.top1_matches(windows, own.top1, base.top1)
-    return _interval(metrics, "top1_agreement", sums, tokens, how)
+    return _interval("top1_agreement", sums, tokens, how)
 
 
 def _generations(
-    metrics: dict[str, float], *, parts: Plan, worker: JobResult, baseline: Path | None, out: Path, wish: Instruments
-) -> dict[str, Any] | None:
-    own = worker.data.get("generations")
-    if own is None or wish.generations is None:
-        return None
+    parts: Plan, worker: JobResult, baseline: Path | None, instruments: Instruments, out: Path
+) -> Measurement:
+    own, asked = worker.data.get("generations"), instruments.generations
+    if own is None or asked is None:
+        return Measurement()
     prompts = [list(tokens) for tokens in parts.prompts.tokens]
     write_json(out / generations.FILE, {"documents": list(parts.prompts.documents), "prompts": prompts, **own})
     floats = own if baseline is None else generations.load_generations(baseline, parts.prompts)
-    found = generations.compare_generations(
-        parts.prompts.documents, own, floats, wish.generations.tie_margin
-    )  # fmt: skip
-    if found["identical"] is not None:
-        metrics["identical_generations"] = float(found["identical"])
-        metrics["first_divergence_median"] = float(found["first_divergence_median"])
-    return {"prompt_tokens": wish.generations.prompt_tokens, **found}
+    found = generations.compare_generations(parts.prompts.documents, own, floats, asked.tie_margin)
+    names = {"identical": "identical_generations", "first_divergence_median": "first_divergence_median"}
+    metrics = {} if found["identical"] is None else {name: float(found[key]) for key, name in names.items()}
+    return Measurement(metrics, {"prompt_tokens": asked.prompt_tokens, **found})
 
 
-def _restored(*, parts: Plan, worker: JobResult, base: _Scores, how: Bootstrap) -> list[dict[str, Any]]:
-    """What each of the worst linears costs: read while the worker's files are there."""
+def _noise(instruments: Instruments) -> Measurement:
+    noise = instruments.noise
+    if not noise:
+        return Measurement()
+    return Measurement({f"noise_{key}": float(noise[key]) for key in ("low", "high", "runs")}, dict(noise))
+
+
+def _restored(parts: Plan, worker: JobResult, base: _Scores, how: BootstrapConfig) -> list[dict[str, Any]]:
+    """What each of the worst linears costs. Must be called while the worker's temporary files are there."""
     from safetensors.numpy import load_file
 
     places = worker.data.get("restored")
@@ -220,24 +247,23 @@ def _restored(*, parts: Plan, worker: JobResult, base: _Scores, how: Bootstrap) 
     floats = np.array([score.nll_sum for score in base.documents])[parts.chosen]
     errors = {row["name"]: row["output_error"] for row in worker.data["errors"]}
     return sensitivity.shares(
-        parts.part, places=places, logprobs=tensors["logprobs"], kl=tensors["kl"], floats=floats, **asdict(how),
+        parts.part, places=places, logprobs=tensors["logprobs"], kl=tensors["kl"], floats=floats, how=how,
         rows=[{**row, "output_error": errors[row["name"]]} for row in parts.rows],
     )  # fmt: skip
 
 
-def _layers(
-    metrics: dict[str, float], parts: Plan, worker: JobResult, restored: list[dict[str, Any]], out: Path
-) -> tuple[dict[str, list[dict[str, Any]]], list[str], list[str]]:
-    """Tables, files and notes on single linears."""
+def _layers(parts: Plan, worker: JobResult, restored: list[dict[str, Any]], out: Path) -> Measurement:
+    """Metrics, tables, files and notes on single linears."""
     judged = worker.data.get("errors")
     if not judged:
-        return {}, [], []
+        return Measurement()
+    metrics: dict[str, float] = {}
     summary = sensitivity.summarize(parts.rows)
     sensitivity.write_table(out / sensitivity.SUMMARY, summary, list(summary[0]))
     tables, files, notes = {"layer_errors": summary}, [sensitivity.SUMMARY], []
     for key in ("output_error", "weight_error"):
         changed = sensitivity.changes(parts.rows, judged, key).values()
-        if changed:  # no number is worse than any
+        if changed:  # a change that is not a number counts as the largest
             metrics[f"{key}_change"] = max(changed, key=lambda change: change if math.isfinite(change) else math.inf)
     if (apart := sensitivity.outlier(parts.rows, judged)) is not None:
         metrics["output_error_outlier"] = apart[1]
@@ -248,7 +274,7 @@ def _layers(
         if told:
             metrics["restored_share_max"], metrics["restored_share_sum"] = max(told), sum(told)
         notes.append("worst linears: " + ", ".join(_share(row) for row in restored))
-    return tables, files, notes
+    return Measurement(metrics, None, tables, files, notes)
 
 
 def _share(row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What an evaluation measures beside perplexity, and what the job to the worker says of it."""
+"""What an evaluation measures beside perplexity: what it needs for that, what the worker is told, and what is found."""
 
 from __future__ import annotations
 
@@ -10,50 +10,66 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.config.evaluate import GenerationsConfig, LimitsConfig, RestoreConfig
 from quantline.data.windows import Windows, save_windows, some_documents
 from quantline.evaluation import generations, sensitivity
 
 
 @dataclass(frozen=True)
-class Generations:
-    """Greedy continuations: how many prompts, tokens in and out, and the margin in nats that counts as a tie."""
+class Measurement:
+    """What one part of an evaluation found.
 
-    prompts: int
-    prompt_tokens: int
-    new_tokens: int
-    tie_margin: float
+    Attributes:
+        metrics: numbers by name.
+        section: plain values for `comparison.json`; None where nothing was measured.
+        tables: rows by table, for the stage's result.
+        files: written ones, relative to the output.
+        notes: sentences for the user.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    section: dict[str, Any] | None = None
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Errors of the single linears, and what the worst of them cost.
+    """The files and options for measuring single linears.
 
-    quantized: output of the quantize stage. calibration: tokens that its errors were measured on, `samples` of them. unfold:
-    whether scales were folded into neighbours; None finds out. restore: how many linears are put back to float, one at a
-    time. tokens: scored for each.
+    Attributes:
+        quantized: output of the quantize stage.
+        calibration: the tokens that its errors were measured on.
+        samples: how many of them were used.
+        unfold: whether scales were folded into neighbours; None finds out.
+        restore: how many linears are put back to float, one at a time.
     """
 
     quantized: Path
     calibration: Path
     samples: int
     unfold: bool | None
-    restore: int
-    tokens: int
+    restore: RestoreConfig
 
 
 @dataclass(frozen=True)
 class Instruments:
-    """All of it; by default perplexity and likeliest tokens alone.
+    """What is measured; by default perplexity and likeliest tokens alone.
 
-    divergence: from the float model, of so many tokens; None is all. limits, fail_on: see `thresholds`. noise: what
-    `stages.noise` measured of the variant, where it did. changed_files: how many files of the checkpoint are not what they
-    were, where that is known.
+    Attributes:
+        divergence: of how many tokens the distributions are compared with the float model's; None is all.
+        generations: the continuations to compare.
+        layers: for errors of single linears.
+        limits, fail_on: see `thresholds`.
+        noise: what `stages.noise` measured of the variant, if it did.
+        changed_files: how many files of the checkpoint are not what they were, if that is known.
     """
 
     divergence: int | None = 0
-    generations: Generations | None = None
+    generations: GenerationsConfig | None = None
     layers: Layers | None = None
-    limits: Mapping[str, float | None] = field(default_factory=dict)
+    limits: LimitsConfig | None = None
     fail_on: tuple[str, ...] = ()
     noise: Mapping[str, Any] | None = None
     changed_files: int | None = None
@@ -61,10 +77,15 @@ class Instruments:
 
 @dataclass(frozen=True)
 class Plan:
-    """What goes to the worker (`job`), and what is needed to read its answer.
+    """What the worker is told, and what is needed to read its answer.
 
-    rows: of the quantize stage's table. part: the windows that are scored again, `chosen` their documents. restored: where
-    the worker puts what came of it.
+    Attributes:
+        job: keys of the worker's job.
+        prompts: of the continuations.
+        rows: of the quantize stage's table.
+        part: the windows that are scored again for each restored linear.
+        chosen: numbers of their documents.
+        restored: the file that the worker writes those scores to.
     """
 
     job: dict[str, Any]
@@ -76,17 +97,18 @@ class Plan:
 
 
 def plan(instruments: Instruments, windows: Windows, *, baseline: bool, float_model: Path, work: Path) -> Plan:
-    """Settle the worker's parts.
+    """Choose prompts and windows, and say to the worker what to measure.
 
     Args:
-        baseline: whether there is a float model other than the one judged: without it there is nothing to compare with.
-        work: a folder for what is not kept.
+        baseline: whether the checkpoint is another model than the float model; if not, nothing can be compared.
+        float_model: folder of the float model.
+        work: a folder for temporary files.
     """
-    wish = instruments.generations
-    prompts = generations.choose_prompts(windows, wish.prompts, wish.prompt_tokens) if wish else _NO_PROMPTS
+    asked = instruments.generations
+    prompts = generations.choose_prompts(windows, asked.prompts, asked.prompt_tokens) if asked else _NO_PROMPTS
     job: dict[str, Any] = {}
-    if wish and prompts.tokens:
-        job["generate"] = {"prompts": [list(tokens) for tokens in prompts.tokens], "new_tokens": wish.new_tokens}
+    if asked and prompts.tokens:
+        job["generate"] = {"prompts": [list(tokens) for tokens in prompts.tokens], "new_tokens": asked.new_tokens}
     if not baseline or instruments.divergence == 0:
         return Plan(job, prompts, [])
     job.update(baseline=str(float_model), divergence_tokens=instruments.divergence)
@@ -98,11 +120,11 @@ def plan(instruments: Instruments, windows: Windows, *, baseline: bool, float_mo
         "linears": [row["name"] for row in rows], "calibration": str(layers.calibration), "samples": layers.samples,
         "unfold": layers.unfold,
     }  # fmt: skip
-    if not layers.restore:
+    if not layers.restore.layers:
         return Plan(job, prompts, rows)
-    part, chosen = some_documents(windows, layers.tokens)
+    part, chosen = some_documents(windows, layers.restore.tokens)
     restored = work / "restored.safetensors"
-    job["restore"] = {"count": layers.restore, "windows": str(save_windows(part, work)), "output": str(restored)}
+    job["restore"] = {"count": layers.restore.layers, "windows": str(save_windows(part, work)), "output": str(restored)}
     return Plan(job, prompts, rows, part, chosen, restored)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.config.evaluate import BootstrapConfig
 from quantline.core.errors import QuantlineError, UserError
 from quantline.core.files import replaced
 from quantline.data.windows import Windows
@@ -130,12 +131,9 @@ def _mean_nll(scores: Iterable[DocumentScore]) -> float:
 def compare(
     scores: Sequence[DocumentScore],
     baseline_scores: Sequence[DocumentScore],
-    *,
-    seed: int,
-    resamples: int = 10_000,
-    level: float = 0.95,
+    how: BootstrapConfig,
 ) -> Comparison:
-    """Compare a variant with the baseline, document by document; see `statistics.paired_bootstrap`.
+    """Compare a variant with the baseline, document by document; see `bootstrap.paired_bootstrap`.
 
     Raises:
         UserError: the scores are not of the same documents and tokens, or of fewer than two documents.
@@ -149,7 +147,7 @@ def compare(
             [score.tokens for score in scores],
         )
     )
-    interval = paired_bootstrap(values, baseline, tokens, seed=seed, resamples=resamples, level=level)
+    interval = paired_bootstrap(values, baseline, tokens, how)
     own, other = perplexity(scores), perplexity(baseline_scores)
     verdict: Literal["better", "same", "worse"] = "same"
     if interval.low > 0:

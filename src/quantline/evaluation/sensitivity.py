@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.config.evaluate import BootstrapConfig
 from quantline.data.windows import Windows
 from quantline.evaluation.bootstrap import paired_bootstrap
 from quantline.evaluation.perplexity import document_sums
@@ -118,9 +119,7 @@ def shares(
     kl: NDArray[np.float32],
     floats: NDArray[np.float64],
     rows: Sequence[Mapping[str, Any]],
-    seed: int,
-    resamples: int,
-    level: float,
+    how: BootstrapConfig,
 ) -> list[Row]:
     """What each linear that was put back to float brings back, see `RESTORED_COLUMNS`.
 
@@ -133,6 +132,7 @@ def shares(
         logprobs, kl: float32 (1 + restored linears, tokens), first of the variant as it is.
         floats: the float model's loss, float64 (documents,).
         rows: the judged linears' errors, with `layer` and `module`.
+        how: the intervals are made.
     """
     known = {row["name"]: row for row in rows}
     (own, tokens), before = document_sums(windows, -logprobs[0]), document_sums(windows, kl[0])[0]
@@ -147,7 +147,7 @@ def shares(
         if place["tensor"] is None:
             continue
         nll, after = (document_sums(windows, of[place["tensor"]])[0] for of in (-logprobs, kl))
-        back = paired_bootstrap(own, nll, tokens, seed=seed, resamples=resamples, level=level)
+        back = paired_bootstrap(own, nll, tokens, how)
         row.update(
             nll_difference_restored=math.fsum(nll - floats) / math.fsum(tokens), recovered_nll=back.estimate,
             recovered_low=back.low, recovered_high=back.high, kl_restored=math.fsum(after) / math.fsum(tokens),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import UserError
-from quantline.lifecycle.promotion_gates import Gates, perplexity_increase_high
+from quantline.lifecycle.promotion_gates import perplexity_increase_high
 from quantline.lifecycle.storage.dvc_outputs import hashes_of
 from quantline.lifecycle.tracking.registry import Promotion
 from quantline.lifecycle.tracking.store import experiment_name
@@ -32,15 +32,6 @@ def record_of(root: Path, name: str) -> VariantRecord:
     if (root / "scratch" / name.removeprefix("by-hand/") / "config.json").is_file():
         return manual_record(root, name.removeprefix("by-hand/"))
     raise UserError(f"variant={name}: there are {', '.join(records) or 'none yet, run `dvc repro`'}, and none by hand")
-
-
-def gates_of(config: Config) -> Gates:
-    """The gates that a configuration asks for."""
-    asked = config.promote
-    return Gates(
-        asked.max_perplexity_increase, asked.served, asked.layer_errors, asked.min_recovery, asked.max_alarms,
-        tuple(asked.alarms),
-    )  # fmt: skip
 
 
 def model_name_of(config: Config) -> str:

@@ -1,35 +1,23 @@
-"""Whether a variant may be promoted: every gate that does not hold, with what was measured and what is asked for."""
+"""Whether a variant may be promoted: every gate that it fails, with the measured value and the required one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from quantline.config.promote import PromoteConfig
 from quantline.pipeline.stages import names
 
 _NEEDED = names(lambda stage: stage.gated)
 
 
-@dataclass(frozen=True)
-class Gates:
-    """What is asked for; see conf/promote/default.yaml."""
-
-    max_perplexity_increase: float
-    served: bool
-    layer_errors: bool
-    min_recovery: float
-    max_alarms: int
-    alarms: tuple[str, ...]
-
-
-def faults_of(results: Mapping[str, Mapping[str, Any]], gates: Gates) -> list[str]:
-    """Every gate that does not hold, in words; none where the variant may be promoted.
+def faults_of(results: Mapping[str, Mapping[str, Any]], gates: PromoteConfig) -> list[str]:
+    """Every gate that a variant fails, one sentence each; none where it may be promoted.
 
     Args:
-        results: the variant's results by stage, those that are out of date left out.
-        gates: what is asked for.
+        results: the variant's results by stage, without those that are out of date.
+        gates: of the configuration.
     """
     faults = [
         f"{stage}: has no result that is up to date; run `dvc repro`" for stage in _NEEDED if stage not in results

@@ -148,7 +148,7 @@ def _repository_over_embedded(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _source_faults(values: Mapping[str, Any]) -> list[str]:
     faults = []
-    model, calibration, evaluate = (values.get(key) for key in ("model", "calibration", "evaluate"))
+    model, calibration = values.get("model"), values.get("calibration")
     if isinstance(model, Mapping):
         given = [key for key in ("repo", "path") if model.get(key)]
         if not given:
@@ -173,10 +173,6 @@ def _source_faults(values: Mapping[str, Any]) -> list[str]:
                 f"calibration.path={path}: calibration={calibration.get('name')} does not read it; give "
                 "calibration=jsonl with it"
             )
-    if isinstance(evaluate, Mapping):
-        window, stride = evaluate.get("window"), evaluate.get("stride")
-        if isinstance(window, int) and isinstance(stride, int) and stride > window:
-            faults.append(f"evaluate.stride={stride}: text would be left out; give 1 to {window}, the window")
     return faults
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantline.toolchains.environments import distribution_version
 
 if TYPE_CHECKING:
     from quantline.pipeline.run import StageRun
-    from quantline.serving.server import ServerOptions
+    from quantline.serving.server import ServerOptions, Vllm
 
 
-def server_of(run: StageRun) -> tuple[Path, str]:
+def server_of(run: StageRun) -> Vllm:
     """Interpreter and version of the server's environment, which becomes the stage's."""
+    from quantline.serving.server import Vllm
+
     chosen = run.toolchain("vllm")
     version = distribution_version(chosen, "vllm")
     run.environment.update(toolchain="vllm", lock_sha256=chosen.lock_sha256, versions={"vllm": version})
-    return chosen.python, version
+    return Vllm(chosen.python, version)
 
 
 def server_options(run: StageRun, *, quantized: bool) -> ServerOptions:
@@ -26,9 +27,8 @@ def server_options(run: StageRun, *, quantized: bool) -> ServerOptions:
     from quantline.serving.server import ServerOptions
 
     serve = run.config.serve
-    process = serve.process.model_dump(exclude={"concurrency", "request_timeout_seconds", "extra_args"})
     return ServerOptions(
-        device=run.device, dtype=serving_dtype(serve.dtype, quantized=quantized), max_model_len=serve.max_model_len,
-        enforce_eager=serve.enforce_eager, trust_remote_code=run.config.model.trust_remote_code,
-        extra_args=tuple(serve.process.extra_args), **process,
+        serve.process, device=run.device, dtype=serving_dtype(serve.dtype, quantized=quantized),
+        max_model_len=serve.max_model_len, enforce_eager=serve.enforce_eager,
+        trust_remote_code=run.config.model.trust_remote_code,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The serve_smoke stage's work: serve a checkpoint once, ask it, judge its answers, score the evaluation text.
+"""The serve_smoke stage's work: serve a checkpoint, ask it fixed questions, check its answers, score the evaluation text.
 
 The output folder holds `answers.json`, `verdict.json` and, where the target serves the variant, `scores.safetensors` (the
 server's log-probability of every token, float32, aligned with the evaluation's windows) with the windows' hash in
@@ -16,28 +16,20 @@ import numpy as np
 
 from quantline.checkpoints.checkpoint import write_safetensors
 from quantline.checkpoints.companions import has_chat_template
+from quantline.config.serve import SmokeConfig
 from quantline.core.errors import ServerError, UserError
 from quantline.core.files import write_json
 from quantline.data.windows import Windows
 from quantline.serving.answer_checks import judge_answers
 from quantline.serving.logprobs import score
 from quantline.serving.rules import checkpoint_facts, verdict, vllm_here
-from quantline.serving.server import ServerOptions, serve
+from quantline.serving.server import ServerOptions, Vllm, serve
 from quantline.serving.smoke import Answer, run_smoke
 
 
 @dataclass(frozen=True)
-class Questions:
-    """The fixed greedy questions; those of a chat go to models with a chat template."""
-
-    prompts: tuple[str, ...]
-    chat_prompts: tuple[str, ...]
-    max_tokens: int
-
-
-@dataclass(frozen=True)
 class Served:
-    """What was seen. `reason` is empty where the target serves the checkpoint."""
+    """Metrics and warnings. `reason` says why the target does not serve the checkpoint; it is empty where it does."""
 
     reason: str
     metrics: dict[str, float]
@@ -45,29 +37,34 @@ class Served:
 
 
 def serve_and_score(
-    *,
-    python: Path,
-    version: str,
+    vllm: Vllm,
     checkpoint: Path,
     options: ServerOptions,
-    questions: Questions,
+    *,
+    questions: SmokeConfig,
     windows: Windows,
-    concurrency: int,
-    request_timeout_seconds: float,
     baseline: Path | None,
     out: Path,
     log: Path,
 ) -> Served:
-    """Serve `checkpoint` by the vLLM of `python` and write what it answered and how it scores to `out`.
+    """Serve `checkpoint` and write its answers and its scores to `out`.
 
-    baseline: the float model's output of this stage; an answer may be as poor as its. None for the float model itself.
+    Args:
+        vllm: serves it.
+        checkpoint: its folder.
+        options: of the server, and of the requests to it.
+        questions: fixed prompts; those of a chat go to models with a chat template.
+        windows: the evaluation text, to be scored.
+        baseline: the float model's output of this stage, whose answers may be as poor; None for the float model itself.
+        out: an empty folder.
+        log: the server's.
 
     Raises:
         ServerError: the server could not be started, died, or gave answers that cannot be accepted.
         UserError: a window does not fit the server's max_model_len.
     """
     facts = checkpoint_facts(checkpoint)
-    known = verdict(vllm_here(version, options.device, options.dtype), facts)
+    known = verdict(vllm_here(vllm.version, options.device, options.dtype), facts)
     document: dict[str, Any] = {"supported": known.supported, "reason": known.reason, "rule": known.rule_id}
     if not known.supported:
         write_json(out / "verdict.json", document)
@@ -79,18 +76,18 @@ def serve_and_score(
             f"evaluate.window={longest}: the server takes prompts shorter than serve.max_model_len="
             f"{options.max_model_len}; raise that or shorten the window"
         )
-    chat_prompts = questions.chat_prompts if has_chat_template(checkpoint) else ()
-    with serve(python, checkpoint, options, log=log) as server:
+    chat_prompts = questions.chat_prompts if has_chat_template(checkpoint) else []
+    timeout = options.process.request_timeout_seconds
+    with serve(vllm.python, checkpoint, options, log=log) as server:
         report = run_smoke(
-            server, questions.prompts, chat_prompts, max_tokens=questions.max_tokens,
-            timeout_seconds=request_timeout_seconds,
-        )  # fmt: skip
+            server, questions.prompts, chat_prompts, max_tokens=questions.max_tokens, timeout_seconds=timeout
+        )
         # The float model's answers are the measure, however poor they are.
         faults = list(report.faults) + (judge_answers(report.answers, read_answers(baseline)) if baseline else [])
         if faults:
             raise ServerError("\n  ".join(["the served model's answers cannot be accepted:", *faults, f"log: {log}"]))
         pieces = [windows.input_ids[a:b] for a, b in zip(windows.offsets[:-1], windows.offsets[1:], strict=True)]
-        logprobs = score(server, pieces, concurrency=concurrency, timeout_seconds=request_timeout_seconds)
+        logprobs = score(server, pieces, concurrency=options.process.concurrency, timeout_seconds=timeout)
     # The first token of a window follows nothing: the server gives no probability for it.
     flat = np.concatenate([piece for window in logprobs for piece in ([np.nan], window)]).astype(np.float32)
     write_safetensors(out / "scores.safetensors", {"logprobs": flat})

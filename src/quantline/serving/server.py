@@ -1,10 +1,10 @@
 """An OpenAI-compatible inference server for the time of a `with` block, and no process of it afterwards.
 
-    with serve(toolchain.python, folder, ServerOptions(max_model_len=513), log=log) as server:
+    with serve(toolchain.python, folder, ServerOptions(config.serve.process, max_model_len=513), log=log) as server:
         server.client().get("/v1/models")
 
-vLLM runs as several processes that rename themselves, so that neither their command line nor their environment tells
-whose they are; `supervisor.py` therefore holds the whole tree, and ends it when this process ends, however it does.
+vLLM runs as several processes that rename themselves, so that neither their command line nor their environment says
+whose they are. `process_tree.py` therefore holds the whole tree and ends it when this process ends, in whatever way.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import httpx
 import psutil
 
+from quantline.config.serve import ProcessConfig
 from quantline.core.errors import ServerError, UserError
 from quantline.core.progress import bar
 from quantline.serving.ports import free_port, require_free
@@ -37,28 +38,33 @@ GIB = 1024**3
 class ServerOptions:
     """How a model is served.
 
-    port: None takes a free one. device: `cpu` or `cuda`. dtype: of the activations, as vLLM names it; quantized
-    checkpoints take `float16` and `bfloat16`. max_model_len: tokens of prompt and answer together; None takes the
-    model's own limit. kv_cache_gib: memory of the key-value cache; None leaves it to vLLM, which on a GPU fills
-    `gpu_memory_utilization` of its memory. threads: OpenMP threads of a CPU worker, not bound to cores; None lets vLLM
-    bind it to all cores but one, which was the fastest of what was tried on two busy cores. environment: further
-    variables of the server. extra_args: further arguments of `vllm serve`, last, so that they win.
+    Attributes:
+        process: the configuration's section: address, timeouts, memory, further arguments.
+        device: `cpu` or `cuda`.
+        dtype: of the activations, as vLLM names it; quantized checkpoints take `float16` and `bfloat16`.
+        max_model_len: tokens of prompt and answer together; None takes the model's own limit.
+        enforce_eager: no graph capture.
+        trust_remote_code: run the Python code that a model brings.
+        threads: OpenMP threads of a CPU worker, not bound to cores. None lets vLLM bind it to all cores but one, which was
+            the fastest of what was tried on two busy cores.
+        environment: further variables of the server.
     """
 
-    host: str = "127.0.0.1"
-    port: int | None = None
+    process: ProcessConfig
     device: str = "cpu"
     dtype: str = "auto"
     max_model_len: int | None = None
-    kv_cache_gib: float | None = None
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
     enforce_eager: bool = True
-    threads: int | None = None
     trust_remote_code: bool = False
-    startup_timeout_seconds: float = 600.0
-    extra_args: tuple[str, ...] = ()
+    threads: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Vllm(NamedTuple):
+    """The vLLM that serves: its interpreter, and its version."""
+
+    python: Path
+    version: str
 
 
 @dataclass
@@ -77,7 +83,7 @@ class Server:
     @property
     def url(self) -> str:
         """Where it listens."""
-        host = self.options.host
+        host = self.options.process.host
         reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (read, not bound)
         return f"http://[{reached}]:{self.port}" if ":" in reached else f"http://{reached}:{self.port}"
 
@@ -162,8 +168,9 @@ def serve(python: Path, model: Path, options: ServerOptions, *, log: Path) -> It
     """
     if not (model / "config.json").is_file():
         raise UserError(f"{model}: no config.json there; give the folder of a checkpoint")
-    port = options.port if options.port is not None else free_port(options.host)
-    require_free(options.host, port)
+    host = options.process.host
+    port = options.process.port if options.process.port is not None else free_port(host)
+    require_free(host, port)
     log.parent.mkdir(parents=True, exist_ok=True)
     variables = worker_environment(options.threads or 1, {**_variables(options), **options.environment})
     started = time.monotonic()
@@ -209,7 +216,7 @@ def _supervised(command: Sequence[str], variables: Mapping[str, str], sink: IO[b
 
 
 def _tell_up(process: subprocess.Popen[bytes]) -> None:
-    """Let the supervisor know that the server is owed an orderly end from now on."""
+    """Tell the supervisor that the server is up: from now on it is given time to shut down by itself."""
     if process.stdin is not None:
         process.stdin.write(b"+")
         process.stdin.flush()
@@ -219,8 +226,8 @@ def command_line(python: Path, model: Path, options: ServerOptions, port: int) -
     """The arguments that start vLLM's server."""
     command = [
         str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model),
-        "--served-model-name", SERVED_NAME, "--host", options.host, "--port", str(port), "--dtype", options.dtype,
-        "--tensor-parallel-size", str(options.tensor_parallel_size),
+        "--served-model-name", SERVED_NAME, "--host", options.process.host, "--port", str(port), "--dtype", options.dtype,
+        "--tensor-parallel-size", str(options.process.tensor_parallel_size),
         # The checkpoint's own sampling defaults (a repetition penalty, say) would change greedy answers.
         "--generation-config", "vllm",
         # A prompt found in the cache takes another path through the kernels, and may give another greedy answer.
@@ -228,15 +235,15 @@ def command_line(python: Path, model: Path, options: ServerOptions, port: int) -
     ]  # fmt: skip
     if options.max_model_len is not None:
         command += ["--max-model-len", str(options.max_model_len)]
-    if options.kv_cache_gib is not None:
-        command += ["--kv-cache-memory-bytes", str(int(options.kv_cache_gib * GIB))]
+    if options.process.kv_cache_gib is not None:
+        command += ["--kv-cache-memory-bytes", str(int(options.process.kv_cache_gib * GIB))]
     if options.device == "cuda":
-        command += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
+        command += ["--gpu-memory-utilization", str(options.process.gpu_memory_utilization)]
     if options.enforce_eager:
         command.append("--enforce-eager")
     if options.trust_remote_code:
         command.append("--trust-remote-code")
-    return [*command, *options.extra_args]
+    return [*command, *options.process.extra_args]
 
 
 def _variables(options: ServerOptions) -> dict[str, str]:
@@ -250,8 +257,8 @@ def _variables(options: ServerOptions) -> dict[str, str]:
 
 
 def _wait_until_ready(server: Server, started: float) -> None:
-    limit = server.options.startup_timeout_seconds
-    where = f"{server.model.name} on {server.options.host}:{server.port}"
+    limit = server.options.process.startup_timeout_seconds
+    where = f"{server.model.name} on {server.options.process.host}:{server.port}"
     say = _Milestones(f"serving {where}; log: {server.log}")
     with server.client(timeout_seconds=2.0) as client, bar(f"loading {where}", milestones=False) as progress:
         while True:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sections
 from tiny_model import write_config, write_model
 
 from quantline.core.errors import ConfigError
 from quantline.evaluation.speed import run as speed
 from quantline.evaluation.speed.ratios import metrics_of
-from quantline.evaluation.speed.run import Plan, Subject, measure, nothing, tensor_bytes
-from quantline.evaluation.speed.vllm_bench import Level
+from quantline.evaluation.speed.run import Subject, measure, nothing, tensor_bytes
 from quantline.pipeline.config import parse
-from quantline.serving.server import ServerOptions
 
-PLAN = Plan(("serve",), (Level(1, 4), Level(64, 64)), 256, 256, 2, 1, 0)
+LENGTHS = {"input_tokens": 256, "output_tokens": 256}
+PLAN = sections.speed((1, 4), (64, 64), **LENGTHS)
 SHAPE = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 4096}
 GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": 128, "sym": True, "desc_act": False}
 
@@ -34,7 +33,7 @@ def model(tmp_path):
 
 
 def subjects_of(model, **options):
-    own = ServerOptions(**{"dtype": "float16", "max_model_len": 1024, **options})
+    own = sections.server(**{"dtype": "float16", "max_model_len": 1024, **options})
     return Subject("float", model, own), Subject("variant", model, own)
 
 
@@ -49,7 +48,7 @@ def measured(model, tmp_path, plan):
 
 
 def test_without_tools_the_result_is_empty_and_nothing_is_started(model, tmp_path):
-    found = measured(model, tmp_path, replace(PLAN, tools=()))
+    found = measured(model, tmp_path, PLAN.model_copy(update={"tools": []}))
     assert (found.document, found.metrics, found.reason) == (nothing(), {}, "")
 
 
@@ -65,24 +64,24 @@ def test_the_cache_holds_every_request_of_the_largest_level(model):
     subject = speed._prepared(subjects_of(model, kv_cache_gib=1.0)[0], PLAN)
     # Keys and values of 32 layers and 4096 numbers at two bytes are half a MiB a token.
     needed = 64 * (256 + 256 + 32) / 2 / 1024
-    assert needed * 1.05 < subject.options.kv_cache_gib < needed * 1.15
-    small = speed._prepared(subjects_of(model, kv_cache_gib=1.0)[0], replace(PLAN, levels=(Level(1, 4),)))
-    assert small.options.kv_cache_gib == 1.0
-    longest = speed._prepared(subjects_of(model, kv_cache_gib=0.1)[0], replace(PLAN, levels=(Level(1, 4),)))
-    assert longest.options.kv_cache_gib > 0.5  # vLLM asks for room for one sequence of full length
+    assert needed * 1.05 < subject.options.process.kv_cache_gib < needed * 1.15
+    small = speed._prepared(subjects_of(model, kv_cache_gib=1.0)[0], sections.speed((1, 4), **LENGTHS))
+    assert small.options.process.kv_cache_gib == 1.0
+    longest = speed._prepared(subjects_of(model, kv_cache_gib=0.1)[0], sections.speed((1, 4), **LENGTHS))
+    assert longest.options.process.kv_cache_gib > 0.5  # vLLM asks for room for one sequence of full length
 
 
 def test_graphs_are_captured_on_a_gpu_unless_told_otherwise(model):
     for device, asked, eager in (("cpu", "auto", True), ("cuda", "auto", False), ("cuda", True, True)):
         subject = subjects_of(model, device=device, enforce_eager=not eager)[0]
-        assert speed._prepared(subject, replace(PLAN, enforce_eager=asked)).options.enforce_eager is eager
+        assert speed._prepared(subject, PLAN.model_copy(update={"enforce_eager": asked})).options.enforce_eager is eager
 
 
 def test_both_servers_are_up_at_once_where_memory_allows(model):
     small, large = subjects_of(model, kv_cache_gib=0.01), subjects_of(model, kv_cache_gib=100_000.0)
     assert not speed._together(large, PLAN)
-    assert speed._together(large, replace(PLAN, side_by_side="always"))
-    assert not speed._together(small, replace(PLAN, side_by_side="never"))
+    assert speed._together(large, PLAN.model_copy(update={"side_by_side": "always"}))
+    assert not speed._together(small, PLAN.model_copy(update={"side_by_side": "never"}))
 
 
 def test_a_server_that_holds_more_weights_than_its_checkpoint_is_told_of():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import sections
 
-from quantline.evaluation.speed.run import Plan, Subject, measure, tensor_bytes
-from quantline.evaluation.speed.vllm_bench import MEASURED, Level
-from quantline.serving.server import ServerOptions
+from quantline.evaluation.speed.run import Subject, measure, tensor_bytes
+from quantline.evaluation.speed.vllm_bench import MEASURED
 from quantline.serving.server_log import weights_bytes
 from quantline.toolchains.runner import run_worker
 from quantline.toolchains.toolchain import Toolchain
@@ -19,7 +19,7 @@ from quantline.toolchains.toolchain import Toolchain
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = ROOT / ".venvs" / "vllm" / "bin" / "python"
 MODEL = ROOT / "assets" / "demo" / "model"
-PLAN = Plan(("serve",), (Level(1, 2), Level(4, 4)), 24, 6, 1, 1, 0, side_by_side="always")
+PLAN = sections.speed((1, 2), (4, 4), input_tokens=24, output_tokens=6, rounds=1, side_by_side="always")
 
 pytestmark = [
     pytest.mark.toolchain("vllm"),
@@ -30,7 +30,7 @@ pytestmark = [
 def test_a_model_against_itself_is_measured_by_vllm_in_turns_with_its_memory_beside_it(tmp_path):
     out, log = tmp_path / "out", tmp_path / "speed.log"
     out.mkdir()
-    options = ServerOptions(dtype="bfloat16", max_model_len=64, kv_cache_gib=0.25, threads=1)
+    options = sections.server(dtype="bfloat16", max_model_len=64, kv_cache_gib=0.25, threads=1)
     labels = []
 
     def bench(job, label):

@@ -6,22 +6,20 @@ import itertools
 from pathlib import Path
 
 import pytest
+import sections
 
 from quantline.core.errors import ServerError
 from quantline.evaluation.speed.vllm_bench import (
-    Level,
-    Plan,
     Subject,
     offline_arguments,
     offline_row,
     serve_arguments,
     serve_row,
 )
-from quantline.serving.server import ServerOptions
 
-PLAN = Plan(("serve",), (Level(8, 16),), 64, 32, 2, 1, 3)
+PLAN = sections.speed((8, 16), seed=3)
 LEVEL = PLAN.levels[0]
-SUBJECT = Subject("variant", Path("/model"), ServerOptions(dtype="float16", max_model_len=128, kv_cache_gib=0.5))
+SUBJECT = Subject("variant", Path("/model"), sections.server(dtype="float16", max_model_len=128, kv_cache_gib=0.5))
 # The fields of what `vllm bench serve` 0.32.0 saved, shortened.
 SAVED = {
     "completed": 16, "failed": 0, "total_input_tokens": 1024, "total_output_tokens": 512, "duration": 4.0,

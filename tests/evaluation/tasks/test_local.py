@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
+from quantline.config.tasks import LastWordConfig, LocalTasksConfig, MultipleChoiceConfig
 from quantline.core.errors import UserError
 from quantline.data.documents import read_documents
-from quantline.evaluation.tasks.local import LastWord, MultipleChoice, write_tasks
+from quantline.evaluation.tasks.local import items_of, last_word_items, multiple_choice_items, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -17,23 +19,25 @@ def texts(root):
     return [document.text for document in read_documents(path, "jsonl", ("text",))]
 
 
-TASKS = (LastWord(48), MultipleChoice(32, 4, 12))
+LAST_WORD = LastWordConfig(context_words=48)
+MULTIPLE_CHOICE = MultipleChoiceConfig(context_words=32, choices=4, continuation_words=12)
+TASKS = (partial(last_word_items, LAST_WORD), partial(multiple_choice_items, MULTIPLE_CHOICE))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_same_seed_gives_the_same_items_and_another_gives_others(texts, task):
-    assert task.items(texts, 0, 50) == task.items(texts, 0, 50)
-    assert task.items(texts, 0, 50) != task.items(texts, 1, 50)
+    assert task(texts, 0, 50) == task(texts, 0, 50)
+    assert task(texts, 0, 50) != task(texts, 1, 50)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_fewer_items_are_the_first_of_more(texts, task):
-    assert task.items(texts, 0, 20) == task.items(texts, 0, 200)[:20]
-    assert len(task.items(texts, 0, 200)) == 200
+    assert task(texts, 0, 20) == task(texts, 0, 200)[:20]
+    assert len(task(texts, 0, 200)) == 200
 
 
 def test_a_last_word_follows_its_context_in_the_text_after_one_blank(texts):
-    for item in LastWord(48).items(texts, 0, 200):
+    for item in last_word_items(LAST_WORD, texts, 0, 200):
         assert any(item["context"] + item["target"] in text for text in texts)
         assert item["target"][0] == " "
         assert item["target"][1:].isalpha()
@@ -43,7 +47,7 @@ def test_a_last_word_follows_its_context_in_the_text_after_one_blank(texts):
 
 def test_only_the_labelled_continuation_is_the_passages_own(texts):
     labels = []
-    for item in MultipleChoice(32, 4, 12).items(texts, 0, 200):
+    for item in multiple_choice_items(MULTIPLE_CHOICE, texts, 0, 200):
         own = [any(item["context"] + choice in text for text in texts) for choice in item["choices"]]
         assert own.index(True) == item["label"]
         assert own.count(True) == 1
@@ -55,19 +59,20 @@ def test_only_the_labelled_continuation_is_the_passages_own(texts):
 
 def test_every_document_gives_one_item_before_any_gives_a_second():
     texts = [" ".join([f"{name}word"] * 300) for name in ("red", "blue", "green")]
-    first = [item["context"].split()[0][:3] for item in LastWord(20).items(texts, 0, 6)]
+    first = [item["context"].split()[0][:3] for item in last_word_items(LastWordConfig(context_words=20), texts, 0, 6)]
     assert sorted(first[:3]) == sorted(first[3:]) == ["blu", "gre", "red"]
 
 
 def test_a_text_that_is_too_short_is_refused_by_name():
     with pytest.raises(UserError, match=r"tasks\.local\.last_word: the text gives 0 items"):
-        LastWord(48).items(["a few words"], 0, None)
+        last_word_items(LAST_WORD, ["a few words"], 0, None)
     with pytest.raises(UserError, match=r"tasks\.local\.multiple_choice"):
-        MultipleChoice(32, 4, 12).items(["a few words"], 0, None)
+        multiple_choice_items(MULTIPLE_CHOICE, ["a few words"], 0, None)
 
 
 def test_a_definition_names_its_items_and_a_cache_of_its_own(tmp_path, texts):
-    items = {"last_word": TASKS[0].items(texts, 0, 3), "multiple_choice": TASKS[1].items(texts, 0, 3)}
+    items = items_of(LocalTasksConfig(last_word=LAST_WORD, multiple_choice=MULTIPLE_CHOICE), texts, 0, 3)
+    assert list(items) == ["last_word", "multiple_choice"]
     write_tasks(items, tmp_path)
     for name, rows in items.items():
         definition = yaml.safe_load((tmp_path / f"{name}.yaml").read_text())

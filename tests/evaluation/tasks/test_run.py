@@ -7,15 +7,14 @@ import math
 
 import numpy as np
 import pytest
+import sections
 
+from quantline.config.tasks import StandardTaskConfig
 from quantline.core.errors import QuantlineError, UserError
 from quantline.evaluation.tasks import run as tasks
-from quantline.evaluation.tasks.run import Asked, Bootstrap, Gate
 from quantline.toolchains.protocol import JobResult
 
 ITEMS = {"last_word": [{"context": f"word {number}", "target": " x"} for number in range(40)]}
-BOOTSTRAP = Bootstrap(resamples=500, level=0.95, seed=0)
-NO_GATE = Gate(None, "high", "warn")
 
 
 def answers(right, hashes="h"):
@@ -38,15 +37,15 @@ def answers(right, hashes="h"):
     return run_worker
 
 
-def evaluate(out, run_worker, *, baseline=None, gate=NO_GATE, engines=("reference",), refused="", asked=None):
+def evaluate(out, run_worker, *, baseline=None, refused="", **options):
     out.mkdir()
 
     def no_server():
         raise AssertionError("a server was started")
 
     report = tasks.evaluate(
-        asked=asked or [Asked("last_word")], items=ITEMS, job={}, run_worker=run_worker, engines=engines,
-        refused=refused, server=no_server, baseline=baseline, bootstrap=BOOTSTRAP, gate=gate, out=out,
+        sections.tasks(**options), ITEMS, job={}, run_worker=run_worker, refused=refused, server=no_server,
+        baseline=baseline, out=out,
     )  # fmt: skip
     return report, json.loads((out / "tasks.json").read_text())
 
@@ -77,7 +76,9 @@ def test_recovery_is_the_variants_share_of_the_float_models_score(tmp_path, base
 
 @pytest.mark.parametrize(("judged_by", "passed"), [("low", False), ("estimate", False), ("high", True)])
 def test_the_gate_is_judged_by_the_end_that_was_asked_for(tmp_path, baseline, judged_by, passed):
-    report, written = evaluate(tmp_path / "one", answers(30), baseline=baseline, gate=Gate(0.95, judged_by, "warn"))
+    report, written = evaluate(
+        tmp_path / "one", answers(30), baseline=baseline, gate=sections.gate(0.95, judged_by, "warn")
+    )
     assert written["gate"]["passed"] is passed
     assert bool(report.warnings) is not passed
     assert [one.split(":")[0] for one in written["gate"]["failed"]] == ([] if passed else ["last_word by reference"])
@@ -85,7 +86,7 @@ def test_the_gate_is_judged_by_the_end_that_was_asked_for(tmp_path, baseline, ju
 
 def test_a_gate_fails_the_stage_where_that_is_asked_for(tmp_path, baseline):
     with pytest.raises(QuantlineError, match=r"below tasks\.gate\.min_recovery=0\.95 .*last_word by reference: 0\.250"):
-        evaluate(tmp_path / "one", answers(8), baseline=baseline, gate=Gate(0.95, "high", "fail"))
+        evaluate(tmp_path / "one", answers(8), baseline=baseline, gate=sections.gate(0.95, "high", "fail"))
 
 
 def test_other_items_than_the_baselines_are_refused(tmp_path, baseline):
@@ -95,7 +96,7 @@ def test_other_items_than_the_baselines_are_refused(tmp_path, baseline):
 
 def test_a_refused_variant_is_asked_by_the_reference_engine_alone(tmp_path, baseline):
     report, written = evaluate(
-        tmp_path / "one", answers(30), baseline=baseline, engines=("reference", "vllm"), refused="no kernel for it"
+        tmp_path / "one", answers(30), baseline=baseline, engines=["reference", "vllm"], refused="no kernel for it"
     )
     assert [row["engine"] for row in written["rows"]] == ["reference"]
     assert written["skipped"] == {"vllm": "no kernel for it"}
@@ -104,7 +105,7 @@ def test_a_refused_variant_is_asked_by_the_reference_engine_alone(tmp_path, base
 
 def test_a_metric_that_a_task_does_not_have_is_refused_with_those_it_has(tmp_path):
     with pytest.raises(UserError, match="metric=f1: it has acc, perplexity"):
-        evaluate(tmp_path / "one", answers(30), asked=[Asked("last_word", metric="f1")])
+        evaluate(tmp_path / "one", answers(30), standard={"last_word": StandardTaskConfig(metric="f1")})
 
 
 def test_a_score_that_the_items_do_not_give_is_an_error(tmp_path):
@@ -146,8 +147,8 @@ def test_no_task_makes_an_empty_table_that_passes(tmp_path):
 
 
 def test_the_harnesss_own_tasks_take_the_limit_where_they_have_none():
-    standard = {"mmlu": {"num_fewshot": 5, "limit": None, "metric": None}, "gsm8k": {"num_fewshot": 5, "limit": 9,
-                "metric": "exact_match,strict-match"}}  # fmt: skip
-    assert tasks.asked(ITEMS, standard, 100) == [
-        Asked("last_word"), Asked("mmlu", 5, 100), Asked("gsm8k", 5, 9, "exact_match,strict-match"),
+    exact = StandardTaskConfig(num_fewshot=5, limit=9, metric="exact_match,strict-match")
+    options = sections.tasks(limit=100, standard={"mmlu": StandardTaskConfig(num_fewshot=5), "gsm8k": exact})
+    assert list(tasks.asked(ITEMS, options).items()) == [
+        ("last_word", StandardTaskConfig()), ("mmlu", StandardTaskConfig(num_fewshot=5, limit=100)), ("gsm8k", exact)
     ]  # fmt: skip

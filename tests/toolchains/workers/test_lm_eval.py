@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sections
 
+from quantline.config.tasks import LastWordConfig, LocalTasksConfig, MultipleChoiceConfig
 from quantline.core import files
 from quantline.core.errors import UserError
 from quantline.evaluation.tasks import run as tasks
-from quantline.evaluation.tasks.run import Bootstrap, Gate
-from quantline.serving.server import ServerOptions, serve
+from quantline.serving.server import serve
 from quantline.toolchains import environments, runner
 
 pytestmark = [pytest.mark.toolchain("lm_eval"), pytest.mark.toolchain("vllm")]
@@ -52,18 +53,21 @@ class Asking:
 def both(root, worker, tmp_path_factory):
     """The demo model, asked by both engines in float32: what is left between them is how they compute."""
     model = root / "assets" / "demo" / "model"
-    local = {"last_word": {"context_words": 24},
-             "multiple_choice": {"context_words": 16, "choices": 3, "continuation_words": 6}}  # fmt: skip
-    items = tasks.local_items(
-        local, root=root, path="assets/demo/evaluation.jsonl", format_name=None, text_field="text", seed=0, limit=ITEMS
+    local = LocalTasksConfig(
+        last_word=LastWordConfig(context_words=24),
+        multiple_choice=MultipleChoiceConfig(context_words=16, choices=3, continuation_words=6),
     )
+    asked = sections.tasks(
+        local=local, path="assets/demo/evaluation.jsonl", limit=ITEMS, engines=["reference", "vllm"],
+        gate=sections.gate(0.95, "low", "fail"),
+    )  # fmt: skip
+    items = tasks.local_items(asked, root)
     out = tmp_path_factory.mktemp("tasks")
     python = environments.ensure(root, "vllm").python
-    options = ServerOptions(dtype="float32", max_model_len=512, kv_cache_gib=0.25)
+    options = sections.server(dtype="float32", max_model_len=512, kv_cache_gib=0.25)
     report = tasks.evaluate(
-        asked=tasks.asked(items, {}, None), items=items, job={**JOB, "checkpoint": str(model)}, run_worker=worker,
-        engines=("reference", "vllm"), refused="", server=lambda: serve(python, model, options, log=out / "server.log"),
-        baseline=None, bootstrap=Bootstrap(500, 0.95, 0), gate=Gate(0.95, "low", "fail"), out=out,
+        asked, items, job={**JOB, "checkpoint": str(model)}, run_worker=worker, refused="", baseline=None, out=out,
+        server=lambda: serve(python, model, options, log=out / "server.log"),
     )  # fmt: skip
     samples = {engine: tasks.read_samples(out / f"samples-{engine}.jsonl") for engine in ("reference", "vllm")}
     return Asking(report, json.loads((out / "tasks.json").read_text()), samples, out)

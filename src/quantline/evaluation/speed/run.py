@@ -21,11 +21,11 @@ from typing import Any
 import psutil
 
 from quantline.checkpoints.checkpoint import Checkpoint
+from quantline.config.speed import SpeedConfig
 from quantline.core.files import read_json, write_json
 from quantline.core.gpu import accelerator_use, visible_gpus
 from quantline.evaluation.speed.ratios import medians, metrics_of, ratios
 from quantline.evaluation.speed.vllm_bench import (
-    Plan,
     Subject,
     offline_arguments,
     offline_row,
@@ -60,7 +60,14 @@ class Measured:
 
 
 def measure(
-    *, python: Path, version: str, subjects: tuple[Subject, Subject], plan: Plan, bench: Bench, out: Path, log: Path
+    *,
+    python: Path,
+    version: str,
+    subjects: tuple[Subject, Subject],
+    plan: SpeedConfig,
+    bench: Bench,
+    out: Path,
+    log: Path,
 ) -> Measured:
     """Measure the float model and the variant and write `speed.json` to `out`.
 
@@ -131,7 +138,7 @@ def _kept(measured: Measured, out: Path) -> Measured:
 class _Session:
     python: Path
     subjects: tuple[Subject, Subject]
-    plan: Plan
+    plan: SpeedConfig
     bench: Bench
     out: Path
     log: Path
@@ -210,35 +217,38 @@ def tensor_bytes(checkpoint: Path) -> int:
     return sum(opened.info(name).nbytes for name in opened.names)
 
 
-def _prepared(subject: Subject, plan: Plan) -> Subject:
+def _prepared(subject: Subject, plan: SpeedConfig) -> Subject:
     """The subject as it is measured: its cache holds every request of the largest level, so that none has to wait for it."""
     options, cache = subject.options, kv_cache(read_json(subject.checkpoint / "config.json"))
     length = plan.input_tokens + plan.output_tokens + 32
     most = cache.bytes(length, max(level.concurrency for level in plan.levels))
     needed = 1.1 * max(most, cache.bytes(options.max_model_len or length, 1)) / GIB
     eager = options.device == "cpu" if plan.enforce_eager == "auto" else bool(plan.enforce_eager)
-    kv_cache_gib = max(options.kv_cache_gib or 0, round(needed, 3))
-    return replace(subject, options=replace(options, kv_cache_gib=kv_cache_gib, enforce_eager=eager))
+    kv_cache_gib = max(options.process.kv_cache_gib or 0, round(needed, 3))
+    process = options.process.model_copy(update={"kv_cache_gib": kv_cache_gib})
+    return replace(subject, options=replace(options, process=process, enforce_eager=eager))
 
 
-def _together(subjects: tuple[Subject, Subject], plan: Plan) -> bool:
+def _together(subjects: tuple[Subject, Subject], plan: SpeedConfig) -> bool:
     """Whether both servers are to be up at once."""
     if plan.side_by_side != "auto":
         return plan.side_by_side == "always"
     device = subjects[0].options.device
     needed = sum(
-        1.2 * tensor_bytes(subject.checkpoint) + (subject.options.kv_cache_gib or 0) * GIB + _OVERHEAD_BYTES[device]
+        1.2 * tensor_bytes(subject.checkpoint)
+        + (subject.options.process.kv_cache_gib or 0) * GIB
+        + _OVERHEAD_BYTES[device]
         for subject in subjects
     )
     gpus = visible_gpus()
     if device == "cuda":
         # Each asks for its share of the memory to be free when it starts.
-        share = sum(subject.options.gpu_memory_utilization for subject in subjects)
+        share = sum(subject.options.process.gpu_memory_utilization for subject in subjects)
         return bool(gpus) and share < 0.95 and needed < gpus[0].memory_total_bytes - gpus[0].memory_used_bytes
     return bool(needed < 0.8 * psutil.virtual_memory().available)
 
 
-def _described(version: str, subjects: tuple[Subject, Subject], plan: Plan) -> dict[str, Any]:
+def _described(version: str, subjects: tuple[Subject, Subject], plan: SpeedConfig) -> dict[str, Any]:
     options = subjects[1].options
     return {
         "host": platform.node(), "device": options.device, "device_name": _device_name(options.device),
@@ -247,7 +257,7 @@ def _described(version: str, subjects: tuple[Subject, Subject], plan: Plan) -> d
         "rounds": plan.rounds, "seed": plan.seed, "enforce_eager": options.enforce_eager,
         "levels": [[level.concurrency, level.prompts] for level in plan.levels],
         "dtypes": {subject.model: subject.options.dtype for subject in subjects},
-        "kv_cache_gib": {subject.model: subject.options.kv_cache_gib for subject in subjects},
+        "kv_cache_gib": {subject.model: subject.options.process.kv_cache_gib for subject in subjects},
         "side_by_side": None, "weights_memory_is": None,
     }  # fmt: skip
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantline.config.speed import LevelConfig, SpeedConfig
 from quantline.core.errors import ServerError
 from quantline.serving.server import SERVED_NAME, ServerOptions
 
@@ -30,34 +31,6 @@ MEASURED = tuple(_COLUMNS)
 
 
 @dataclass(frozen=True)
-class Level:
-    """One point of the sweep: requests at a time, and requests in all."""
-
-    concurrency: int
-    prompts: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured. Lengths are tokens of a prompt and of its answer, which no end of text shortens.
-
-    rounds: how often float and variant take turns. warmup_waves: before each measurement so many times `concurrency`
-    requests are sent that do not count. enforce_eager: no graph capture; `auto` captures on a GPU only. side_by_side:
-    `auto`, `always` or `never`.
-    """
-
-    tools: tuple[str, ...]
-    levels: tuple[Level, ...]
-    input_tokens: int
-    output_tokens: int
-    rounds: int
-    warmup_waves: int
-    seed: int
-    enforce_eager: bool | str = "auto"
-    side_by_side: str = "auto"
-
-
-@dataclass(frozen=True)
 class Subject:
     """A model to measure: `float` or `variant`, its checkpoint, and how it is served."""
 
@@ -66,7 +39,7 @@ class Subject:
     options: ServerOptions
 
 
-def serve_arguments(subject: Subject, url: str, level: Level, plan: Plan, result: Path) -> list[str]:
+def serve_arguments(subject: Subject, url: str, level: LevelConfig, plan: SpeedConfig, result: Path) -> list[str]:
     """`vllm bench serve` against a server that is up."""
     return [
         "bench", "serve", "--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions",
@@ -79,7 +52,7 @@ def serve_arguments(subject: Subject, url: str, level: Level, plan: Plan, result
     ]  # fmt: skip
 
 
-def serve_row(result: Mapping[str, Any], model: str, level: Level, plan: Plan) -> dict[str, Any]:
+def serve_row(result: Mapping[str, Any], model: str, level: LevelConfig, plan: SpeedConfig) -> dict[str, Any]:
     """The row of one `vllm bench serve`.
 
     Raises:
@@ -98,20 +71,20 @@ def serve_row(result: Mapping[str, Any], model: str, level: Level, plan: Plan) -
     return {"model": model, "concurrency": level.concurrency, "prompts": level.prompts, **measured}
 
 
-def offline_arguments(tool: str, subject: Subject, level: Level, plan: Plan, result: Path) -> list[str]:
+def offline_arguments(tool: str, subject: Subject, level: LevelConfig, plan: SpeedConfig, result: Path) -> list[str]:
     """`vllm bench latency` (a batch of `concurrency`) or `vllm bench throughput` (all prompts at once)."""
     options = subject.options
     common = [
         "--model", str(subject.checkpoint), "--dtype", options.dtype, "--seed", str(plan.seed),
-        "--tensor-parallel-size", str(options.tensor_parallel_size), "--output-json", str(result),
+        "--tensor-parallel-size", str(options.process.tensor_parallel_size), "--output-json", str(result),
         "--input-len", str(plan.input_tokens), "--output-len", str(plan.output_tokens), "--no-enable-prefix-caching",
     ]  # fmt: skip
     if options.max_model_len is not None:
         common += ["--max-model-len", str(options.max_model_len)]
-    if options.kv_cache_gib is not None:
-        common += ["--kv-cache-memory-bytes", str(int(options.kv_cache_gib * 1024**3))]
+    if options.process.kv_cache_gib is not None:
+        common += ["--kv-cache-memory-bytes", str(int(options.process.kv_cache_gib * 1024**3))]
     if options.device == "cuda":
-        common += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
+        common += ["--gpu-memory-utilization", str(options.process.gpu_memory_utilization)]
     if options.enforce_eager:
         common.append("--enforce-eager")
     if tool == "latency":
@@ -121,7 +94,9 @@ def offline_arguments(tool: str, subject: Subject, level: Level, plan: Plan, res
     return ["bench", tool, *common, "--dataset-name", "random", *prompts]
 
 
-def offline_row(tool: str, result: Mapping[str, Any], model: str, level: Level, plan: Plan) -> dict[str, Any]:
+def offline_row(
+    tool: str, result: Mapping[str, Any], model: str, level: LevelConfig, plan: SpeedConfig
+) -> dict[str, Any]:
     """The row of one `vllm bench latency` or `throughput`: output tokens a second, and seconds of a batch or of all."""
     if tool == "latency":
         seconds = float(result["avg_latency"])

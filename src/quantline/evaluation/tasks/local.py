@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantline.config.tasks import LastWordConfig, LocalTasksConfig, MultipleChoiceConfig
 from quantline.core.errors import UserError
 
+Item = dict[str, Any]
 # A word that can be asked for: nothing but letters, and enough of them to be no mere particle.
 _ASKED = re.compile(r"[A-Za-z]{4,}")
 # An answer is looked for among so many words behind a passage's context.
@@ -44,82 +46,81 @@ class Passage:
         return self.text[self.words[first][0] : self.words[last - 1][1]]
 
 
-@dataclass(frozen=True)
-class LastWord:
-    """context_words: words before the one that is asked for."""
+def last_word_items(options: LastWordConfig, texts: Sequence[str], seed: int, limit: int | None) -> list[Item]:
+    """The items of `last_word`, `context` and `target` each.
 
-    context_words: int
-
-    def items(self, texts: Sequence[str], seed: int, limit: int | None) -> list[dict[str, Any]]:
-        """The items, `context` and `target` each.
-
-        Raises:
-            UserError: the text has no passage long enough.
-        """
-        chance = random.Random(f"{seed} last_word")  # noqa: S311 (to be repeated, not to be secret)
-        found: list[dict[str, Any]] = []
-        for passage in _spread(texts, self.context_words, _ROOM, chance):
-            if len(found) == limit:
-                break
-            starts = [at for at in passage.starts if self._asked(passage, at)]
-            if starts:
-                at = chance.choice(starts)
-                context, target = passage.between(at - self.context_words, at), passage.between(at, at + 1)
-                found.append({"context": context, "target": f" {target}"})
-        return _enough(found, "last_word")
-
-    def _asked(self, passage: Passage, at: int) -> bool:
-        word = passage.between(at, at + 1)
-        if not _ASKED.fullmatch(word):
-            return False
-        before = passage.between(at - self.context_words, at)
-        return re.search(rf"\b{word}\b", before) is not None
+    Raises:
+        UserError: the text has no passage long enough.
+    """
+    chance = random.Random(f"{seed} last_word")  # noqa: S311 (to be repeated, not to be secret)
+    found: list[Item] = []
+    for passage in _spread(texts, options.context_words, _ROOM, chance):
+        if len(found) == limit:
+            break
+        starts = [at for at in passage.starts if _occurs_before(passage, at, options.context_words)]
+        if starts:
+            at = chance.choice(starts)
+            context, target = passage.between(at - options.context_words, at), passage.between(at, at + 1)
+            found.append({"context": context, "target": f" {target}"})
+    return _enough(found, "last_word")
 
 
-@dataclass(frozen=True)
-class MultipleChoice:
-    """context_words: words before the choice. choices: continuations. continuation_words: words of each."""
-
-    context_words: int
-    choices: int
-    continuation_words: int
-
-    def items(self, texts: Sequence[str], seed: int, limit: int | None) -> list[dict[str, Any]]:
-        """The items, `context`, `choices` and `label`, the number of the true one, each.
-
-        Raises:
-            UserError: the text has no passage long enough, or too few of them.
-        """
-        chance = random.Random(f"{seed} multiple_choice")  # noqa: S311
-        room = _ROOM + self.continuation_words
-        passages = [one for one in _spread(texts, self.context_words, room, chance) if self._starts(one)]
-        places = [(passage, chance.choice(self._starts(passage))) for passage in passages]
-        ends = [f" {passage.between(at, at + self.continuation_words)}" for passage, at in places]
-        near: dict[str, list[str]] = {}
-        for passage, end in zip(passages, ends, strict=True):
-            near.setdefault(passage.text, []).append(end)
-        everywhere = sorted(set(ends))
-        found: list[dict[str, Any]] = []
-        for (passage, at), end in zip(places, ends, strict=True):
-            if len(found) == limit:
-                break
-            others = sorted(set(near[passage.text]) - {end})
-            if len(others) < self.choices - 1:
-                others = [one for one in everywhere if one != end]
-            if len(others) < self.choices - 1:
-                continue
-            label = chance.randrange(self.choices)
-            choices = chance.sample(others, self.choices - 1)
-            choices.insert(label, end)
-            context = passage.between(at - self.context_words, at)
-            found.append({"context": context, "choices": choices, "label": label})
-        return _enough(found, "multiple_choice")
-
-    def _starts(self, passage: Passage) -> list[int]:
-        return [at for at in passage.starts if at + self.continuation_words <= len(passage.words)]
+def _occurs_before(passage: Passage, at: int, context_words: int) -> bool:
+    word = passage.between(at, at + 1)
+    if not _ASKED.fullmatch(word):
+        return False
+    return re.search(rf"\b{word}\b", passage.between(at - context_words, at)) is not None
 
 
-TASKS: dict[str, type[LastWord] | type[MultipleChoice]] = {"last_word": LastWord, "multiple_choice": MultipleChoice}
+def multiple_choice_items(
+    options: MultipleChoiceConfig, texts: Sequence[str], seed: int, limit: int | None
+) -> list[Item]:
+    """The items of `multiple_choice`: `context`, `choices` and `label`, the number of the true one, each.
+
+    Raises:
+        UserError: the text has no passage long enough, or too few of them.
+    """
+    chance = random.Random(f"{seed} multiple_choice")  # noqa: S311
+    context_words, length = options.context_words, options.continuation_words
+
+    def starts_of(passage: Passage) -> list[int]:
+        return [at for at in passage.starts if at + length <= len(passage.words)]
+
+    passages = [one for one in _spread(texts, context_words, _ROOM + length, chance) if starts_of(one)]
+    places = [(passage, chance.choice(starts_of(passage))) for passage in passages]
+    ends = [f" {passage.between(at, at + length)}" for passage, at in places]
+    near: dict[str, list[str]] = {}
+    for passage, end in zip(passages, ends, strict=True):
+        near.setdefault(passage.text, []).append(end)
+    everywhere = sorted(set(ends))
+    found: list[Item] = []
+    for (passage, at), end in zip(places, ends, strict=True):
+        if len(found) == limit:
+            break
+        others = sorted(set(near[passage.text]) - {end})
+        if len(others) < options.choices - 1:
+            others = [one for one in everywhere if one != end]
+        if len(others) < options.choices - 1:
+            continue
+        label = chance.randrange(options.choices)
+        choices = chance.sample(others, options.choices - 1)
+        choices.insert(label, end)
+        found.append({"context": passage.between(at - context_words, at), "choices": choices, "label": label})
+    return _enough(found, "multiple_choice")
+
+
+def items_of(options: LocalTasksConfig, texts: Sequence[str], seed: int, limit: int | None) -> dict[str, list[Item]]:
+    """The items of each task that the configuration asks for, by its name.
+
+    Raises:
+        UserError: the text gives too few items of a task.
+    """
+    found = {}
+    if options.last_word is not None:
+        found["last_word"] = last_word_items(options.last_word, texts, seed, limit)
+    if options.multiple_choice is not None:
+        found["multiple_choice"] = multiple_choice_items(options.multiple_choice, texts, seed, limit)
+    return found
 
 
 def _spread(texts: Sequence[str], before: int, room: int, chance: random.Random) -> Iterator[Passage]:
@@ -139,7 +140,7 @@ def _spread(texts: Sequence[str], before: int, room: int, chance: random.Random)
         yield from (pile[turn] for pile in piles if turn < len(pile))
 
 
-def _enough(items: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def _enough(items: list[Item], name: str) -> list[Item]:
     if len(items) < 2:
         raise UserError(
             f"tasks.local.{name}: the text gives {len(items)} items, which is none to measure by; give more text "

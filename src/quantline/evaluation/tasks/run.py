@@ -1,4 +1,4 @@
-"""The tasks stage's work: ask both engines, and hold what they scored against the float model's scores.
+"""The tasks stage's work: run the tasks by both engines and compare their scores with the float model's.
 
 The output folder holds `tasks.json` (a row for each task and engine, and the gate's verdict), `items/` with the tasks that
 were made of a text, and `samples-<engine>.jsonl`, a line with the scores of every item.
@@ -10,48 +10,32 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from quantline.config.evaluate import BootstrapConfig
+from quantline.config.tasks import GateConfig, StandardTaskConfig, TasksConfig
 from quantline.core.errors import QuantlineError, UserError
 from quantline.core.files import read_json, sha256_of, write_json
 from quantline.data.documents import format_of, read_documents
-from quantline.evaluation.bootstrap import Bootstrap, paired_recovery
-from quantline.evaluation.tasks.local import TASKS, write_tasks
+from quantline.evaluation.bootstrap import paired_recovery
+from quantline.evaluation.tasks.local import Item, items_of, write_tasks
 from quantline.serving.server import Server
 from quantline.toolchains.protocol import JobResult
 
-# By which metric a task is judged where nothing is said: the first that it has.
+# The metric that a task is judged by unless the configuration names one: the first of these that it has.
 PREFERRED = ("acc_norm", "acc", "exact_match")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A task. What is None goes by the task's own definition; limit None takes all items."""
-
-    name: str
-    num_fewshot: int | None = None
-    limit: int | None = None
-    metric: str | None = None
-
-
-@dataclass(frozen=True)
-class Gate:
-    """The recovery that every task must reach by every engine, at the `judged_by` end of its interval; None asks nothing."""
-
-    min_recovery: float | None
-    judged_by: Literal["low", "estimate", "high"]
-    on_failure: Literal["warn", "fail"]
+Row = Mapping[str, Any]
 
 
 @dataclass
 class Scores:
-    """What one engine scored: `told` by the worker of each task, and the items' rows by task."""
+    """What one engine scored: by task what the worker says of it (`told`), and the rows of its items."""
 
     told: dict[str, Any]
     rows: dict[str, list[dict[str, Any]]]
@@ -66,59 +50,61 @@ class Report:
 
 
 def write_nothing(out: Path) -> None:
-    """The output of a stage that asks no task."""
+    """Write the output of a stage without tasks."""
     write_json(out / "tasks.json", {"rows": [], "gate": {"passed": True, "limit": None, "failed": []}})
 
 
-def local_items(
-    tasks: Mapping[str, Mapping[str, int]], *, root: Path, path: str, format_name: str | None, text_field: str, seed: int,
-    limit: int | None,
-) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
-    """The items of the tasks that are made of the text in `path` (from `root`, where it is relative), by task.
-
-    tasks: names of `local_tasks.TASKS` and their settings.
+def local_items(options: TasksConfig, root: Path) -> dict[str, list[Item]]:
+    """The items of the tasks that are made of the text in `options.path`, by task; a relative path starts at `root`.
 
     Raises:
         UserError: the text cannot be read, or gives too few items.
     """
-    if not tasks:
+    if options.local.last_word is None and options.local.multiple_choice is None:
         return {}
-    file = root / Path(path).expanduser()
-    documents = read_documents(file, format_of(file, format_name), (text_field,))
+    file = root / Path(options.path).expanduser()
+    documents = read_documents(file, format_of(file, options.format), (options.text_field,))
     texts = [document.text for document in documents if document.text]
-    return {name: TASKS[name](**settings).items(texts, seed, limit) for name, settings in tasks.items()}
+    return items_of(options.local, texts, options.seed, options.limit)
 
 
-def asked(items: Mapping[str, Any], standard: Mapping[str, Mapping[str, Any]], limit: int | None) -> list[Asked]:
-    """The tasks that were made of a text, and then the harness's own; `limit` where one of these has none."""
-    own = [Asked(name) for name in items]
-    return own + [Asked(name, **{**known, "limit": known["limit"] or limit}) for name, known in standard.items()]
+def asked(items: Iterable[str], options: TasksConfig) -> dict[str, StandardTaskConfig]:
+    """The tasks by name: those that are made of a text, then the harness's own, with `tasks.limit` where one has none."""
+    standard = {
+        name: task.model_copy(update={"limit": task.limit or options.limit}) for name, task in options.standard.items()
+    }
+    return {**{name: StandardTaskConfig() for name in items}, **standard}
 
 
 def evaluate(
-    *,
-    asked: Sequence[Asked],
+    options: TasksConfig,
     items: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
     job: Mapping[str, Any],
     run_worker: Callable[[dict[str, Any]], JobResult],
-    engines: Sequence[str],
-    refused: str,
     server: Callable[[], AbstractContextManager[Server]],
+    refused: str,
     baseline: Path | None,
-    bootstrap: Bootstrap,
-    gate: Gate,
     out: Path,
 ) -> Report:
-    """Ask, compare, write.
+    """Run the tasks by each engine, compare with the float model, write.
 
-    items: of the tasks that were made of a text. job: what every engine is told alike, see `toolchains.workers.lm_eval`.
-    run_worker: runs that worker. refused: why the server does not take the variant; empty where it does. baseline: the
-    float model's output of this stage, None for the float model itself.
+    Args:
+        options: the tasks, engines, bootstrap and gate.
+        items: of the tasks that are made of a text.
+        job: what every engine is told, see `toolchains.workers.lm_eval`.
+        run_worker: runs that worker.
+        server: starts the variant's server.
+        refused: why the server does not take the variant; empty where it does.
+        baseline: the float model's output of this stage, None for the float model itself.
+        out: an empty folder.
 
     Raises:
         UserError: a task is unknown, its data cannot be reached, or the baseline was asked other items.
-        QuantlineError: the gate says so, or a score is not what the harness made of it.
+        QuantlineError: the recovery is below the gate's and the gate is to fail, or a score is not what the harness
+            computed from its items.
     """
+    tasks, bootstrap, gate = asked(items, options), options.bootstrap, options.gate
     scores: dict[str, Scores] = {}
     with tempfile.TemporaryDirectory(prefix="quantline-tasks-") as scratch:
         if items:
@@ -127,15 +113,17 @@ def evaluate(
             for name in items:
                 shutil.copyfile(Path(scratch, f"{name}.jsonl"), out / "items" / f"{name}.jsonl")
         local = scratch if items else None
-        questions = [{"name": task.name, "num_fewshot": task.num_fewshot, "limit": task.limit} for task in asked]
+        questions = [
+            {"name": name, "num_fewshot": task.num_fewshot, "limit": task.limit} for name, task in tasks.items()
+        ]
 
         def ask(engine: str, **more: Any) -> JobResult:
             output = str(out / f"samples-{engine}.jsonl")
             return run_worker({**job, "engine": engine, "local": local, "tasks": questions, "output": output, **more})
 
-        if any(task.name not in items for task in asked):
+        if any(name not in items for name in tasks):
             ask("check")  # before an engine starts: whether all of it can be asked
-        for engine in engines:
+        for engine in options.engines:
             if engine == "vllm" and refused:
                 continue
             if engine == "vllm":
@@ -144,17 +132,10 @@ def evaluate(
             else:
                 told = ask(engine).data["tasks"]
             scores[engine] = Scores(told, read_samples(out / f"samples-{engine}.jsonl"))
-    rows, more = [], []
-    for engine, own in scores.items():
-        path = out if baseline is None else baseline
-        float_rows = read_samples(path / f"samples-{engine}.jsonl")
-        for task in asked:
-            kept = _rows(task, engine, own, float_rows.get(task.name, []), bootstrap)
-            rows.append(kept[0])
-            more.extend(kept[1:])
+    rows, more = _compared(scores, tasks, out if baseline is None else baseline, bootstrap)
     verdict = judge(rows, gate)
     agreement = engine_agreement(scores)
-    skipped = {"vllm": refused} if refused and "vllm" in engines else {}
+    skipped = {"vllm": refused} if refused and "vllm" in options.engines else {}
     document = {
         "rows": rows, "more": more, "gate": verdict, "level": bootstrap.level, "seed": bootstrap.seed,
         "items": {name: sha256_of(out / "items" / f"{name}.jsonl") for name in items},
@@ -171,7 +152,7 @@ def evaluate(
 
 
 def _warnings(
-    verdict: Mapping[str, Any], gate: Gate, skipped: Mapping[str, str], scores: Mapping[str, Scores]
+    verdict: Mapping[str, Any], gate: GateConfig, skipped: Mapping[str, str], scores: Mapping[str, Scores]
 ) -> list[str]:
     warnings = [f"tasks were not asked of {engine}: {reason}" for engine, reason in skipped.items()]
     left_out = sorted({metric for own in scores.values() for told in own.told.values() for metric in told["left_out"]})
@@ -188,10 +169,10 @@ def _warnings(
     return warnings
 
 
-def judge(rows: Sequence[Mapping[str, Any]], gate: Gate) -> dict[str, Any]:
+def judge(rows: Sequence[Mapping[str, Any]], gate: GateConfig) -> dict[str, Any]:
     """`passed`, `limit` and what `failed`, as `task by engine: recovery [low, high]`.
 
-    A recovery that cannot be told, since the float model scored nothing, fails nothing.
+    A recovery that is unknown, because the float model scored nothing, does not fail.
     """
     failed = []
     key = "recovery" if gate.judged_by == "estimate" else f"recovery_{gate.judged_by}"
@@ -203,49 +184,60 @@ def judge(rows: Sequence[Mapping[str, Any]], gate: Gate) -> dict[str, Any]:
     return {"passed": not failed, "limit": gate.min_recovery, "judged_by": gate.judged_by, "failed": failed}
 
 
-def _rows(
-    task: Asked, engine: str, own: Scores, float_rows: Sequence[Mapping[str, Any]], bootstrap: Bootstrap
-) -> list[dict[str, Any]]:
-    """A row for each metric of a task, that which it is judged by first."""
-    told, rows = own.told[task.name], own.rows[task.name]
+def _compared(
+    scores: Mapping[str, Scores], tasks: Mapping[str, StandardTaskConfig], baseline: Path, how: BootstrapConfig
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of each engine and task by the metric that it is judged by, and rows of its other metrics."""
+    rows, more = [], []
+    for engine, own in scores.items():
+        float_rows = read_samples(baseline / f"samples-{engine}.jsonl")
+        for name, task in tasks.items():
+            base = float_rows.get(name, [])
+            _require_same_items(name, engine, own.rows[name], base)
+            first, *others = (
+                _row((name, engine, metric), own, base, how)
+                for metric in _in_order(name, task.metric, own.told[name]["metrics"])
+            )
+            rows.append(first)
+            more.extend(others)
+    return rows, more
+
+
+def _require_same_items(name: str, engine: str, rows: Sequence[Row], float_rows: Sequence[Row]) -> None:
     if [(row["item"], row["hash"]) for row in rows] != [(row["item"], row["hash"]) for row in float_rows]:
         raise UserError(
-            f"{task.name}: the float model was asked other items by {engine}; run stages.tasks method=float with the "
+            f"{name}: the float model was asked other items by {engine}; run stages.tasks method=float with the "
             "same options of tasks"
         )
-    return [
-        _row(task.name, engine, metric, told["metrics"][metric], rows=rows, float_rows=float_rows, bootstrap=bootstrap)
-        for metric in _in_order(task, told["metrics"])
-    ]
 
 
-def _in_order(task: Asked, metrics: Mapping[str, Any]) -> list[str]:
+def _in_order(name: str, chosen: str | None, metrics: Mapping[str, Any]) -> list[str]:
+    """A task's metrics, the one that it is judged by first."""
     names = sorted(metrics)
-    if task.metric is not None and task.metric not in names:
-        raise UserError(f"tasks.standard.{task.name}.metric={task.metric}: it has {', '.join(names)}")
-    wanted = [task.metric] if task.metric else [
-        name for one in PREFERRED for name in names if name.split(",")[0] == one
-    ]  # fmt: skip
+    if chosen is not None and chosen not in names:
+        raise UserError(f"tasks.standard.{name}.metric={chosen}: it has {', '.join(names)}")
+    wanted = [chosen] if chosen else [metric for one in PREFERRED for metric in names if metric.split(",")[0] == one]
     first = wanted[0] if wanted else names[0] if names else None
     if first is None:
-        raise UserError(f"{task.name}: has no metric that is a mean over its items; leave it out")
-    return [first, *(name for name in names if name != first)]
+        raise UserError(f"{name}: has no metric that is a mean over its items; leave it out")
+    return [first, *(metric for metric in names if metric != first)]
 
 
-def _row(
-    name: str, engine: str, metric: str, known: Mapping[str, Any], *, rows: Sequence[Mapping[str, Any]],
-    float_rows: Sequence[Mapping[str, Any]], bootstrap: Bootstrap,
-) -> dict[str, Any]:  # fmt: skip
-    own, other = (np.array([row["scores"][metric] for row in each], dtype=np.float64) for each in (rows, float_rows))
-    value, stderr = aggregate(own, known["aggregation"])
+def _row(key: tuple[str, str, str], own: Scores, float_rows: Sequence[Row], how: BootstrapConfig) -> dict[str, Any]:
+    name, engine, metric = key
+    known = own.told[name]["metrics"][metric]
+    mine, theirs = (
+        np.array([row["scores"][metric] for row in rows], dtype=np.float64) for rows in (own.rows[name], float_rows)
+    )
+    value, stderr = aggregate(mine, known["aggregation"])
     if known["value"] is not None and not math.isclose(value, known["value"], rel_tol=1e-6, abs_tol=1e-9):
         raise QuantlineError(f"{name}: its items give {metric} {value}, the harness says {known['value']}")
     recovery = paired_recovery(
-        own, other, aggregation=known["aggregation"], higher_is_better=known["higher_is_better"], **asdict(bootstrap)
+        mine, theirs, aggregation=known["aggregation"], higher_is_better=known["higher_is_better"], how=how
     )
     return {
-        "task": name, "metric": metric, "engine": engine, "value": value, "stderr": stderr, "n": len(own),
-        "float_value": aggregate(other, known["aggregation"])[0], "recovery": recovery.estimate,
+        "task": name, "metric": metric, "engine": engine, "value": value, "stderr": stderr, "n": len(mine),
+        "float_value": aggregate(theirs, known["aggregation"])[0], "recovery": recovery.estimate,
         "recovery_low": recovery.low, "recovery_high": recovery.high, "higher_is_better": known["higher_is_better"],
     }  # fmt: skip
 

@@ -6,15 +6,16 @@ import json
 
 import numpy as np
 import pytest
+import sections
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from quantline.checkpoints.checkpoint import quantization_of
 from quantline.serving.logprobs import score
-from quantline.serving.server import ServerOptions, serve
+from quantline.serving.server import serve
 from quantline.toolchains import environments, runner
 
-OPTIONS = ServerOptions(dtype="bfloat16", max_model_len=257, kv_cache_gib=0.25, threads=1)
+OPTIONS = sections.server(dtype="bfloat16", max_model_len=257, kv_cache_gib=0.25, threads=1)
 WINDOWS, LENGTH = 8, 256
 
 pytestmark = [
