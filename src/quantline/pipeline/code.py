@@ -88,7 +88,7 @@ def _references(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if _NAME.fullmatch(node.value):
                 names.append(node.value)
-            elif re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)*", node.value) and (path.parent / node.value).exists():
+            elif re.fullmatch(r"[a-z][a-z_0-9]*(\.[a-z0-9]+)*", node.value) and (path.parent / node.value).exists():
                 beside += _data(path.parent / node.value)
     beside += _data(path.with_suffix(".yaml"))
     return tuple(name for name in dict.fromkeys(names) if name.split(".")[0] in ("quantline", "stages")), tuple(beside)
