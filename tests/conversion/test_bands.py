@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantline.checkpoints.checkpoint import write_safetensors
-from quantline.checkpoints.layouts import FormatError
+from quantline.checkpoints.layouts import TARGETS, FormatError
 from quantline.checkpoints.layouts.awq_gemm import ORDER
 from quantline.checkpoints.layouts.compressed_tensors import pack_quantized
 from quantline.checkpoints.layouts.packing import pack
@@ -23,7 +23,6 @@ from quantline.conversion.errors import ProofError
 from quantline.conversion.kernels_jit import kernel
 from quantline.conversion.plan import make_plan
 from quantline.conversion.source import open_source
-from quantline.conversion.targets import TARGETS
 
 
 def write_source(folder, shapes, bits=4, group=8):
@@ -163,7 +162,7 @@ work = bands.convert
 def test_linears_too_small_for_the_kernels_go_the_other_way(tmp_path, shape, fitting):
     opened = open_source(write_source(tmp_path / "source", [shape], group=-1))
     (layer,) = opened.layers.values()
-    plan = make_plan(opened, "compressed_tensors")
+    plan = make_plan(opened, TARGETS["compressed_tensors"])
     plans = {target: replace(plan, layout=TARGETS[target]) for target in ("awq", "gptq", "compressed_tensors")}
     assert {target for target, plan in plans.items() if bands.fits(plan, layer)} == fitting
 
@@ -171,7 +170,7 @@ def test_linears_too_small_for_the_kernels_go_the_other_way(tmp_path, shape, fit
 def test_small_checkpoints_need_no_kernels(source, out, monkeypatch):
     monkeypatch.setattr(bands, "convert", None)
     convert(source, out, Options(target="awq"))
-    plan = make_plan(open_source(source), "awq_gemm")
+    plan = make_plan(open_source(source), TARGETS["awq"])
     assert not bands.worth_it(plan)
     monkeypatch.setattr(bands, "LEAST_CODES", 6 * 160 * 64)
     assert bands.worth_it(plan)
@@ -213,7 +212,7 @@ def test_partners_that_change_on_their_way_to_the_disk_are_caught(source, out, m
 
 
 def test_a_source_that_ends_early_is_an_error_and_no_crash(source, out, in_bands, monkeypatch):
-    plan = make_plan(open_source(source), "gptq")
+    plan = make_plan(open_source(source), TARGETS["gptq"])
     (weights,) = source.glob("*.safetensors")
     os.truncate(weights, weights.stat().st_size // 2)
     with pytest.raises(Exception, match="fetch or write it again"):

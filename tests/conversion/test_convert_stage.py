@@ -95,14 +95,14 @@ def test_refusals_exit_with_2_and_leave_nothing(root, tmp_path, source):
 SLOW = """
 import sys, time
 sys.path[:0] = [{root!r}, {root!r} + "/src"]
-from quantline.conversion import engine
-work = engine._linear
+from quantline.conversion import write
+work = write._linear
 def slow(*arguments):
     outcome = work(*arguments)
     print("one", flush=True)
     time.sleep(0.5)
     return outcome
-engine._linear = slow
+write._linear = slow
 sys.argv = ["convert", "source=auto", "source.path=" + {source!r}, "convert.target=gptq", "out=" + {out!r}]
 from stages.convert import convert
 convert()

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantline.checkpoints.layouts import bitsandbytes
-from quantline.checkpoints.layouts.registry import MSMODELSLIM
+from quantline.checkpoints.layouts import TARGETS, Layout
+from quantline.checkpoints.layouts.choice import converted
 from quantline.conversion.config_files import write_description
 from quantline.conversion.facts import LayerFacts
 from quantline.conversion.passthrough import facts_of_kept, keep
@@ -21,7 +21,6 @@ from quantline.conversion.plan import make_plan, parse_size
 from quantline.conversion.proof import Proof, check_output
 from quantline.conversion.serving_notes import serving_notes
 from quantline.conversion.source import Source, open_source
-from quantline.conversion.targets import TARGETS
 from quantline.conversion.write import write_weights
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
@@ -47,33 +46,21 @@ class Options:
     threads: int = 2
 
 
-def choose_layout(target: str, source: Source, symmetric: bool) -> str:
+def choose_layout(target: str, source: Source, symmetric: bool) -> Layout:
     """The layout to write. `auto` keeps what vLLM reads and brings the rest to its nearest kin that vLLM does read.
 
     Raises:
-        UserError: `keep` of what no server reads, or another layout than its own for bitsandbytes.
+        UserError: `keep` of what no server reads, or another layout than its own for one that is read as weights.
     """
-    if source.layout == bitsandbytes.NAME:
-        if target not in ("auto", "keep"):
-            raise UserError(
-                f"convert.target={target}: bitsandbytes' weights have no codes on a grid, which other layouts hold; give "
-                "convert.target=keep, or quantize the float model with method=rtn, gptq or awq"
-            )
-        return source.layout
-    if source.layout == MSMODELSLIM:
-        if target == "keep":
-            raise UserError(f"convert.target=keep: a {source.kind} checkpoint serves nowhere as it is; name a target")
-        bits = {layer.bits for layer in source.layers.values()}
-        nearest = "awq_gemm" if bits == {4} else "compressed_tensors"
-        return nearest if target == "auto" else TARGETS[target]
-    if target == "keep":
-        return source.layout
-    if target != "auto":
-        return TARGETS[target]
-    if source.layout == "awq_gemv":
-        return "awq_gemm"
-    # Some readers do not mask the v1 field of a zero point 0, so only symmetric checkpoints go back to v1.
-    return "gptq" if source.layout == "gptq_v2" and symmetric else source.layout
+    layout = source.layout
+    if layout.affine is None and target not in ("auto", "keep"):
+        raise UserError(
+            f"convert.target={target}: {layout.name}'s weights have no codes on a grid, which other layouts hold; give "
+            "convert.target=keep, or quantize the float model with method=rtn, gptq or awq"
+        )
+    if target == "keep" and not layout.servable:
+        raise UserError(f"convert.target=keep: a {source.kind} checkpoint serves nowhere as it is; name a target")
+    return converted(layout, target, {layer.bits for layer in source.layers.values()}, symmetric=symmetric)
 
 
 def convert(source: Path, out: Path, options: Options, *, kind: str = "auto") -> Proof:
@@ -87,21 +74,20 @@ def convert(source: Path, out: Path, options: Options, *, kind: str = "auto") ->
     opened = open_source(source, kind)
     promised = opened.info is not None and opened.info.symmetric
     layout = choose_layout(options.target, opened, promised)
-    # msModelSlim has several save modes, of which one is written.
-    kept = layout == opened.layout != MSMODELSLIM
+    kept = layout is opened.layout and layout.servable
     proof = _keep(opened, out, options) if kept else _rewrite(opened, layout, out, options)
     proof.write(out)
     return proof
 
 
-def _rewrite(source: Source, layout: str, out: Path, options: Options) -> Proof:
+def _rewrite(source: Source, layout: Layout, out: Path, options: Options) -> Proof:
     limit = parse_size(options.shard_size)
     plan = make_plan(source, layout, requantize=options.requantize_outliers, shard_bytes=limit)
     notes = [*plan.warnings, *_notes(source, layout, plan.settings, plan.facts, options)]
     linears, carried = write_weights(plan, out, options.threads)
     left_out = write_description(plan, out)
     check_output(out, linears, carried, layout)
-    return Proof(source.kind, layout, True, linears, carried, source.left_out, left_out, notes)
+    return Proof(source.kind, layout.name, True, linears, carried, source.left_out, left_out, notes)
 
 
 def _keep(source: Source, out: Path, options: Options) -> Proof:
@@ -111,7 +97,7 @@ def _keep(source: Source, out: Path, options: Options) -> Proof:
 
 
 def _notes(
-    source: Source, layout: str, settings: Mapping[str, Any], facts: Mapping[str, LayerFacts], options: Options
+    source: Source, layout: Layout, settings: Mapping[str, Any], facts: Mapping[str, LayerFacts], options: Options
 ) -> list[str]:
     if options.serving is None:
         return []
