@@ -15,7 +15,7 @@ from quantline.checkpoints.layouts import TARGETS, dequantize, quantize_rtn
 from quantline.checkpoints.layouts.msmodelslim import codec
 from quantline.checkpoints.layouts.msmodelslim import files as msmodelslim_files
 from quantline.checkpoints.layouts.msmodelslim.tensors import PACKED
-from quantline.conversion.convert import Options
+from quantline.config.convert import ConvertConfig
 from quantline.conversion.convert import convert as convert_with
 from quantline.conversion.errors import ConversionError, ProofError
 from quantline.conversion.source import open_source
@@ -30,9 +30,9 @@ TO = ("msmodelslim", "msmodelslim_ascend_v1")
 OTHERS = tuple(target for target in TARGETS if target not in TO)
 
 
-def convert(source, out, target, **options):
+def convert(source, out, target, serving=None, **options):
     out.mkdir()
-    return convert_with(source, out, Options(target=target, **options))
+    return convert_with(source, out, ConvertConfig(target=target, **options), serving=serving)
 
 
 def linear(bits=4, *, rows=64, columns=64, group=32, symmetric=False, seed=0):
@@ -185,7 +185,7 @@ def test_that_vllm_does_not_read_it_is_a_note_or_on_request_an_error(tmp_path):
         "compressed_tensors"
     ]
     with pytest.raises(ConversionError, match=r"convert\.for=vllm: vllm 0\.32\.0 on cpu will not serve it"):
-        convert(source, tmp_path / "refused", "msmodelslim", serving=VLLM, must_serve=True)
+        convert(source, tmp_path / "refused", "msmodelslim", serving=VLLM, must_serve="vllm")
     assert list((tmp_path / "refused").iterdir()) == []
 
 

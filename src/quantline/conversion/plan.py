@@ -6,7 +6,6 @@ error, since a checkpoint that fails for one reason often fails for several.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +21,6 @@ from quantline.conversion.errors import ConversionError
 from quantline.conversion.facts import LayerFacts, scale_loss
 from quantline.conversion.source import Source, SourceLayer
 from quantline.conversion.targets import casts_scales, checkpoint_faults, target_faults, tensor_specs, weights_stem
-from quantline.core.errors import UserError
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -179,17 +175,3 @@ def _shards(
         else [f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     )
     return [Shard(name, tuple(file[0]), *file[1:]) for name, file in zip(names, files, strict=True)]
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `4GB`, `500 MB`, `2GiB`.
-
-    Raises:
-        UserError: it is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    factor = _UNITS.get(match.group(2).upper()) if match else None
-    size = int(float(match.group(1)) * factor) if match and factor else 0
-    if size < 1:
-        raise UserError(f"convert.shard_size={text}: give a size such as 4GB or 500MB")
-    return size

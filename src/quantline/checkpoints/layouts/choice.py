@@ -17,12 +17,17 @@ def layout_of(specs: set[LinearSpec], symmetric: bool) -> str:
     return awq.VERSIONS["gemm"] if len(specs) == 1 and next(iter(specs)).bits == 4 else gptq_v2.NAME
 
 
+def compressed_tensors_of(activations: bool) -> str:
+    """The layout of compressed-tensors; activations: runtimes are to round those too."""
+    return int_quantized.NAME if activations else pack_quantized.NAME
+
+
 def written_by(backend: str, method: str, options: Mapping[str, Any], specs: set[LinearSpec], symmetric: bool) -> str:
     """The layout of a backend's output."""
     if method == "bnb":
         return bitsandbytes.NAME
     if backend == "llmcompressor":
-        return int_quantized.NAME if options.get("activation_bits") else pack_quantized.NAME
+        return compressed_tensors_of(bool(options.get("activation_bits")))
     if backend == "native":
         return layout_of(specs, symmetric)
     version = str(options.get("version"))

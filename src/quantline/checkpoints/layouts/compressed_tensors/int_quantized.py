@@ -114,10 +114,10 @@ def shape_of(tensors: Tensors, _bits: int) -> Shape:
     return in_features, out_features
 
 
-def faults(shape: Shape, spec: LinearSpec, storage: Storage) -> list[Fault]:
+def faults(_shape: Shape, spec: LinearSpec, storage: Storage) -> list[Fault]:
     """Other than 8 bits with one scale an output channel."""
     found = [*bits_faults(NAME, (BITS,), spec), *order_faults(NAME, storage, "use gptq or compressed_tensors")]
-    if spec.group_size not in (-1, shape[0]):
+    if spec.group_size != -1:
         fact = f"has groups of {spec.group_size}, {NAME} holds one scale an output channel (-1)"
         found.append(Fault("groups", fact, "use compressed_tensors"))
     return found

@@ -74,7 +74,7 @@ AWQ_LAYOUTS = {version: VERSIONS[version] for version in ("gemm", "gemv", "exlla
 class Run:
     """One quantize job inside the library: what it is to do, and what it did.
 
-    layout: key in `formats.LAYOUTS`. store: layers that are done, from an earlier run too. wanted: linears to quantize, by
+    layout: key in `layouts.LAYOUTS`. store: layers that are done, from an earlier run too. wanted: linears to quantize, by
     name in the files -> module. rows: one per linear. notes: what the library did other than asked, by linear.
     unmasked: groups with the zero point 0 in a layout that stores it minus 1.
     """
