@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 @stage("convert")
 def convert(run: StageRun) -> None:
     from quantline.conversion.convert import convert as write_converted
-    from quantline.pipeline.convert_folder import convert_folder, options_of
+    from quantline.pipeline.convert_folder import convert_folder, serving_target
 
-    options = options_of(run.config, run.root, run.device)
+    serving = serving_target(run.config, run.root, run.device)
     if run.config.source.kind != "pipeline":
-        convert_folder(run, options)
+        convert_folder(run, serving)
         return
     run.refuse_float()
     source = run.input("quantize")
     with run.output() as out:
-        proof = write_converted(source, out, options)
+        proof = write_converted(source, out, run.config.convert, serving=serving)
         run.metrics.update(proof.metrics)
         run.warnings.extend(proof.warnings)
         run.files.append("conversion_proof.json")

@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantline.checkpoints.checkpoint import write_safetensors
-from quantline.checkpoints.layouts import FormatError
+from quantline.checkpoints.layouts import TARGETS, FormatError
 from quantline.checkpoints.layouts.awq_gemm import ORDER
 from quantline.checkpoints.layouts.compressed_tensors import pack_quantized
 from quantline.checkpoints.layouts.packing import pack
 from quantline.checkpoints.safetensors_stream import StreamedFile
+from quantline.config.convert import ConvertConfig
 from quantline.conversion import bands, kernels, kernels_jit, write
-from quantline.conversion.convert import Options, convert
+from quantline.conversion.convert import convert
 from quantline.conversion.errors import ProofError
 from quantline.conversion.kernels_jit import kernel
 from quantline.conversion.plan import make_plan
 from quantline.conversion.source import open_source
-from quantline.conversion.targets import TARGETS
 
 
 def write_source(folder, shapes, bits=4, group=8):
@@ -144,7 +144,7 @@ def test_bands_write_what_the_layouts_write(tmp_path, monkeypatch, case, group):
     for label, least in (("in bands", 0), ("whole", 2**40)):
         monkeypatch.setattr(bands, "LEAST_CODES", least)
         (tmp_path / label).mkdir()
-        convert(source, tmp_path / label, Options(target=target))
+        convert(source, tmp_path / label, ConvertConfig(target=target))
         files.append({path.name: path.read_bytes() for path in (tmp_path / label).iterdir()})
     assert files[0] == files[1]
     assert len(done) >= 3
@@ -163,15 +163,15 @@ work = bands.convert
 def test_linears_too_small_for_the_kernels_go_the_other_way(tmp_path, shape, fitting):
     opened = open_source(write_source(tmp_path / "source", [shape], group=-1))
     (layer,) = opened.layers.values()
-    plan = make_plan(opened, "compressed_tensors")
+    plan = make_plan(opened, TARGETS["compressed_tensors"])
     plans = {target: replace(plan, layout=TARGETS[target]) for target in ("awq", "gptq", "compressed_tensors")}
     assert {target for target, plan in plans.items() if bands.fits(plan, layer)} == fitting
 
 
 def test_small_checkpoints_need_no_kernels(source, out, monkeypatch):
     monkeypatch.setattr(bands, "convert", None)
-    convert(source, out, Options(target="awq"))
-    plan = make_plan(open_source(source), "awq_gemm")
+    convert(source, out, ConvertConfig(target="awq"))
+    plan = make_plan(open_source(source), TARGETS["awq"])
     assert not bands.worth_it(plan)
     monkeypatch.setattr(bands, "LEAST_CODES", 6 * 160 * 64)
     assert bands.worth_it(plan)
@@ -193,7 +193,7 @@ def test_a_code_that_changes_on_its_way_to_the_disk_is_caught(source, out, in_ba
 
     monkeypatch.setattr(StreamedFile, "put_chunks", faulty)
     with pytest.raises(ProofError, match=r"model.layers.4.mlp.up_proj: codes read back from .* differ"):
-        convert(source, out, Options(target=target))
+        convert(source, out, ConvertConfig(target=target))
     assert list(out.iterdir()) == []
 
 
@@ -210,12 +210,12 @@ def test_partners_that_change_on_their_way_to_the_disk_are_caught(source, out, m
 
     monkeypatch.setattr(StreamedFile, "put", faulty)
     with pytest.raises(ProofError, match=rf"model.layers.2.mlp.up_proj: {said} read back from .* differ"):
-        convert(source, out, Options(target="gptq"))
+        convert(source, out, ConvertConfig(target="gptq"))
     assert list(out.iterdir()) == []
 
 
 def test_a_source_that_ends_early_is_an_error_and_no_crash(source, out, in_bands, monkeypatch):
-    plan = make_plan(open_source(source), "gptq")
+    plan = make_plan(open_source(source), TARGETS["gptq"])
     (weights,) = source.glob("*.safetensors")
     os.truncate(weights, weights.stat().st_size // 2)
     with pytest.raises(Exception, match="fetch or write it again"):
@@ -245,7 +245,7 @@ def test_what_a_thread_raises_is_raised_and_nothing_is_left(source, out, monkeyp
     fail(monkeypatch, error)
     before = threading.active_count()
     with pytest.raises(type(error)) as caught:
-        convert(source, out, Options(target="gptq"))
+        convert(source, out, ConvertConfig(target="gptq"))
     assert caught.value is error
     assert list(out.iterdir()) == []
     assert threading.active_count() == before
@@ -261,7 +261,7 @@ def test_linears_that_were_not_begun_when_one_fails_are_not_begun(source, out, m
 
     monkeypatch.setattr(write, "_linear", failing)
     with pytest.raises(ProofError):
-        convert(source, out, Options(target="gptq"))
+        convert(source, out, ConvertConfig(target="gptq"))
     assert len(begun) < 6
 
 

@@ -13,18 +13,17 @@ from quantline.checkpoints.checkpoint import Checkpoint, iter_dequantized, write
 from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, quantize_rtn
 from quantline.checkpoints.layouts.affine import sequential_groups
 from quantline.checkpoints.quantization_config import describe
+from quantline.config.convert import ConvertConfig
 from quantline.conversion import passthrough
-from quantline.conversion.convert import Options
 from quantline.conversion.convert import convert as convert_with
 from quantline.conversion.errors import ProofError
-from quantline.conversion.plan import parse_size
 from quantline.conversion.proof import PROOF_NAME
 from quantline.core.errors import UserError
 from quantline.pipeline.hashing import hash_folder
 
 
-def convert(source, out, target, **options):
-    return convert_with(source, out, Options(target=target, **options))
+def convert(source, out, target, threads=2, **options):
+    return convert_with(source, out, ConvertConfig(target=target, **options), threads=threads)
 
 
 def make_checkpoint(folder, layout, bits, *, symmetric, shards=1):
@@ -387,14 +386,3 @@ def test_a_file_that_changes_while_it_is_copied_is_noticed(tmp_path, monkeypatch
     monkeypatch.setattr(passthrough, "carry_file", copied)
     with pytest.raises(UserError, match=r"tokenizer_config\.json: changed while it was carried over"):
         convert(source, tmp_path / "out", "auto")
-
-
-@pytest.mark.parametrize(("text", "size"), [("4GB", 4 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("10b", 10)])
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "4", "GB", "0GB", "-1GB", "4XB"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(UserError, match="give a size such as 4GB"):
-        parse_size(text)

@@ -14,7 +14,8 @@ from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quanti
 from quantline.checkpoints.layouts import quantize_rtn
 from quantline.checkpoints.layouts.msmodelslim.files import write_files
 from quantline.checkpoints.safetensors_file import read_header, to_float32
-from quantline.conversion.convert import Options, convert
+from quantline.config.convert import ConvertConfig
+from quantline.conversion.convert import convert
 from quantline.conversion.proof import PROOF_NAME
 from quantline.core.errors import UserError
 from quantline.pipeline.hashing import hash_folder
@@ -85,7 +86,7 @@ def fields(words, bits, axis, order=None):
 def test_codes_zero_points_and_scales_of_every_linear_are_those_of_the_source(tmp_path, per_channel_w8, mode):
     fixture, target, bits, group_size = mode
     source = source_of(fixture, per_channel_w8)
-    proof = convert(source, tmp_path, Options(target=target))
+    proof = convert(source, tmp_path, ConvertConfig(target=target))
     before, after = raw(source), raw(tmp_path)
     linears = [name.removesuffix(".weight_scale") for name in before if name.endswith(".weight_scale")]
     assert len(linears) == 14 == proof.counts["linears"]
@@ -118,7 +119,7 @@ def test_codes_zero_points_and_scales_of_every_linear_are_those_of_the_source(tm
 def test_everything_else_is_carried_over_and_accounted_for(tmp_path, per_channel_w8, mode):
     fixture, target = mode[:2]
     source = source_of(fixture, per_channel_w8)
-    proof = convert(source, tmp_path, Options(target=target))
+    proof = convert(source, tmp_path, ConvertConfig(target=target))
     before, after = raw(source), raw(tmp_path)
     for tensor in proof.carried:
         assert after[tensor.name].tobytes() == before[tensor.source].tobytes()
@@ -145,7 +146,7 @@ def test_everything_else_is_carried_over_and_accounted_for(tmp_path, per_channel
 
 def test_norms_smoothed_by_m3_come_from_their_wrapped_copy_and_zero_biases_go(tmp_path):
     source = FIXTURES / "w4a16_g64_awq_asym"
-    proof = convert(source, tmp_path, Options(target="awq"))
+    proof = convert(source, tmp_path, ConvertConfig(target="awq"))
     names = {tensor.name: tensor.source for tensor in proof.carried}
     assert names["model.layers.0.input_layernorm.weight"] == "model.layers.0.input_layernorm.module.weight"
     assert "model.layers.0.input_layernorm.bias" in proof.left_out_tensors
@@ -156,7 +157,7 @@ def test_auto_takes_awq_for_four_bits_and_compressed_tensors_for_eight(tmp_path)
     for fixture, layout in (("w4a16_g64_awq_asym", "awq_gemm"), ("w8a16_g64_gptq_sym", "compressed_tensors")):
         out = tmp_path / fixture
         out.mkdir()
-        assert convert(FIXTURES / fixture, out, Options()).target == layout
+        assert convert(FIXTURES / fixture, out, ConvertConfig(target="auto")).target == layout
         assert quantization_of(out).layout == layout
 
 
@@ -178,7 +179,7 @@ def test_every_save_mode_whole_or_sharded_gives_the_same_output(tmp_path, varian
         out.mkdir()
         write_files(folder, linears, rest, variant=kind, shards=count)
         (folder / "config.json").write_text('{"model_type": "qwen2"}')
-        convert(folder, out, Options(target="gptq"))
+        convert(folder, out, ConvertConfig(target="gptq"))
         hashes.append(hash_folder(out).tensors)
     assert hashes[0] == hashes[1]
 
@@ -195,10 +196,10 @@ def test_mixed_bits_go_to_compressed_tensors_and_nowhere_else(tmp_path):
     (source / "config.json").write_text('{"model_type": "qwen2"}')
     for target in ("awq", "gptq", "gptq_v2"):
         with pytest.raises(UserError, match=r"several kinds .*use compressed_tensors"):
-            convert(source, tmp_path / "nowhere", Options(target=target))
+            convert(source, tmp_path / "nowhere", ConvertConfig(target=target))
     out = tmp_path / "out"
     out.mkdir()
-    proof = convert(source, out, Options(target="compressed_tensors"))
+    proof = convert(source, out, ConvertConfig(target="compressed_tensors"))
     assert {linear.name: linear.bits for linear in proof.linears} == {name: one.bits for name, one in linears.items()}
     info = quantization_of(out)
     assert set(quantized_layers(Checkpoint.open(out), info)) == set(linears)
@@ -209,4 +210,4 @@ def test_a_folder_of_float_weights_is_refused(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", {"a.weight": np.ones((8, 8), np.float16)})
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="is not quantized"):
-        convert(tmp_path, tmp_path / "out", Options(target="awq"))
+        convert(tmp_path, tmp_path / "out", ConvertConfig(target="awq"))

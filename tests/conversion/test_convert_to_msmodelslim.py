@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantline.checkpoints.checkpoint import Checkpoint
-from quantline.checkpoints.layouts import dequantize, quantize_rtn
+from quantline.checkpoints.layouts import TARGETS, dequantize, quantize_rtn
 from quantline.checkpoints.layouts.msmodelslim import codec
 from quantline.checkpoints.layouts.msmodelslim import files as msmodelslim_files
-from quantline.conversion.convert import TARGETS, Options
+from quantline.checkpoints.layouts.msmodelslim.tensors import PACKED
+from quantline.config.convert import ConvertConfig
 from quantline.conversion.convert import convert as convert_with
 from quantline.conversion.errors import ConversionError, ProofError
 from quantline.conversion.source import open_source
@@ -29,9 +30,9 @@ TO = ("msmodelslim", "msmodelslim_ascend_v1")
 OTHERS = tuple(target for target in TARGETS if target not in TO)
 
 
-def convert(source, out, target, **options):
+def convert(source, out, target, serving=None, **options):
     out.mkdir()
-    return convert_with(source, out, Options(target=target, **options))
+    return convert_with(source, out, ConvertConfig(target=target, **options), serving=serving)
 
 
 def linear(bits=4, *, rows=64, columns=64, group=32, symmetric=False, seed=0):
@@ -50,7 +51,7 @@ def tensors_of(folder):
 @given(one_linear=extreme_linears(), data=st.data())
 def test_every_layout_goes_through_it_and_back_without_a_change(tmp_path_factory, one, through, one_linear, data):
     home = tmp_path_factory.mktemp("round")
-    write_checkpoint(home / "in", TARGETS[one], {NAME.format(0): one_linear})
+    write_checkpoint(home / "in", TARGETS[one].name, {NAME.format(0): one_linear})
     size = data.draw(st.sampled_from(["1KB", "4GB"]))
     convert(home / "in", home / "there", through, shard_size=size)
     convert(home / "there", home / "back", one)
@@ -119,7 +120,7 @@ def test_linears_of_4_and_8_bits_of_groups_and_channels_share_a_checkpoint(tmp_p
     for name, one in linears.items():
         layer = opened.layers[name]
         assert (layer.bits, layer.group_size) == (one.bits, one.group_size)
-        assert layer.packed == (one.bits == 4 and target != "msmodelslim")
+        assert (layer.layout.name == PACKED) == (one.bits == 4 and target != "msmodelslim")
         assert np.array_equal(dequantize(opened.read(layer, False)[0]), dequantize(one))
 
 
@@ -184,7 +185,7 @@ def test_that_vllm_does_not_read_it_is_a_note_or_on_request_an_error(tmp_path):
         "compressed_tensors"
     ]
     with pytest.raises(ConversionError, match=r"convert\.for=vllm: vllm 0\.32\.0 on cpu will not serve it"):
-        convert(source, tmp_path / "refused", "msmodelslim", serving=VLLM, must_serve=True)
+        convert(source, tmp_path / "refused", "msmodelslim", serving=VLLM, must_serve="vllm")
     assert list((tmp_path / "refused").iterdir()) == []
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from quantline.checkpoints.model_config import legacy_copy
-from quantline.conversion.convert import Options, convert
+from quantline.config.convert import ConvertConfig
+from quantline.conversion.convert import convert
 from quantline.toolchains import environments, runner, toolchain
 from tests.conversion.test_convert_msmodelslim import FIXTURES, needs_fixtures
 
@@ -55,7 +56,7 @@ def test_the_tool_computes_what_the_weights_mean(root, tmp_path, case):
         pytest.skip(f"the {names[target]} and reference environments are not built")
     out = tmp_path / "out"
     out.mkdir()
-    convert(FIXTURES / fixture, out, Options(target=target))
+    convert(FIXTURES / fixture, out, ConvertConfig(target=target))
     # These tools' transformers reads older configs; the weights are the converted ones.
     folder = legacy_copy(out, tmp_path / "legacy")
     found = tmp_path / "logits.npy"

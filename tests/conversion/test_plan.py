@@ -12,8 +12,9 @@ from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
 from quantline.checkpoints.layouts import LAYOUTS, dequantize, quantize_rtn
 from quantline.checkpoints.layouts.msmodelslim.files import write_files
 from quantline.checkpoints.quantization_config import describe
+from quantline.config.convert import ConvertConfig
 from quantline.conversion import tensor_reader
-from quantline.conversion.convert import Options, convert
+from quantline.conversion.convert import convert
 from quantline.conversion.errors import ConversionError
 from quantline.core.errors import UserError
 from quantline.serving.rules import Target, facts_of, verdict
@@ -65,9 +66,9 @@ def gptq(folder, linears, layout="gptq"):
     return folder
 
 
-def refused(source, out, target, **options):
+def refused(source, out, target, serving=None, **options):
     with pytest.raises(UserError) as caught:
-        convert(source, out, Options(target=target, **options))
+        convert(source, out, ConvertConfig(target=target, **options), serving=serving)
     assert list(out.iterdir()) == []
     return str(caught.value)
 
@@ -108,7 +109,7 @@ def test_groups_without_an_exact_zero_point_are_quantized_again_on_request_and_e
         tmp_path / "in", {name: linear(), NAME.format(1): linear(seed=1)},
         changed={f"{name}.weight_offset": put((3, 1), -35.0)},
     )  # fmt: skip
-    proof = convert(source, out, Options(target="awq", requantize_outliers=True))
+    proof = convert(source, out, ConvertConfig(target="awq", requantize_outliers=True))
     (group,) = proof.requantized
     assert (group["channel"], group["group"], group["old_offset"]) == (3, 1, -35.0)
     assert group["max_abs_error"] > 0
@@ -144,7 +145,7 @@ def test_scales_outside_float16_are_refused_where_it_is_needed(tmp_path, out):
         assert "compressed_tensors keeps float32" in message
         exact = tmp_path / f"{label}-exact"
         exact.mkdir()
-        proof = convert(source, exact, Options(target="compressed_tensors"))
+        proof = convert(source, exact, ConvertConfig(target="compressed_tensors"))
         assert proof.linears[0].scales == "equal"
 
 
@@ -161,7 +162,7 @@ def test_widths_that_fill_no_words_are_refused_by_the_words_layouts(tmp_path, ou
     source = msmodelslim(tmp_path / "in", {NAME.format(0): linear(columns=60)})
     for target in ("awq", "gptq", "gptq_v2"):
         assert "out_features=60 does not fill whole words" in refused(source, out, target)
-    convert(source, out, Options(target="compressed_tensors"))
+    convert(source, out, ConvertConfig(target="compressed_tensors"))
 
 
 def test_a_missing_partner_of_a_gptq_linear_is_named_beside_other_faults(tmp_path, out):
@@ -200,12 +201,12 @@ def test_an_index_that_leaves_its_folder_is_refused(tmp_path, out):
 def test_pickled_weights_are_refused_and_other_pickles_left_out(tmp_path, out):
     source = gptq(tmp_path / "in", {NAME.format(0): linear()})
     (source / "training_args.bin").write_bytes(b"\x80")
-    proof = convert(source, out, Options(target="awq"))
+    proof = convert(source, out, ConvertConfig(target="awq"))
     assert proof.left_out_files["training_args.bin"] == "a pickle, which can run code"
     assert not (out / "training_args.bin").exists()
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickled weights only"):
-        convert(source, out, Options(target="awq"))
+        convert(source, out, ConvertConfig(target="awq"))
 
 
 def test_codes_wider_than_described_are_refused_before_anything_is_written_all_layers_at_once(
@@ -244,14 +245,14 @@ def test_zero_points_that_the_config_promises_and_no_file_holds_are_refused(tmp_
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True
     (folder / "config.json").write_text(json.dumps(config))
-    convert(folder, out, Options(target="awq"))
+    convert(folder, out, ConvertConfig(target="awq"))
 
 
 def test_what_the_target_cannot_serve_is_a_note_or_on_request_an_error(tmp_path, out):
     source = msmodelslim(tmp_path / "in", {NAME.format(0): linear()})
-    message = refused(source, out, "gptq", serving=VLLM, must_serve=True)
+    message = refused(source, out, "gptq", serving=VLLM, must_serve="vllm")
     assert "convert.for=vllm: vllm 0.32.0 on cpu will not serve it: vLLM 0.32.0 serves symmetric GPTQ only" in message
-    proof = convert(source, out, Options(target="gptq", serving=VLLM))
+    proof = convert(source, out, ConvertConfig(target="gptq"), serving=VLLM)
     (note,) = [note for note in proof.warnings if "serve" in note]
     assert note.startswith("vllm 0.32.0 on cpu will not serve it")
 
@@ -260,7 +261,7 @@ def test_a_zero_point_of_0_in_gptq_v1_is_noted(tmp_path, out):
     one = linear()
     proof = convert(
         msmodelslim(tmp_path / "in", {NAME.format(0): replace(one, zeros=np.zeros_like(one.zeros))}), out,
-        Options(target="gptq"),
+        ConvertConfig(target="gptq"),
     )  # fmt: skip
     assert "1 linears have a zero point of 0, which some readers of gptq mistake; gptq_v2 is safe" in proof.warnings
 

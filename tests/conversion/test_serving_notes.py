@@ -10,7 +10,8 @@ import pytest
 from quantline.checkpoints.layouts import quantize_rtn
 from quantline.checkpoints.layouts.msmodelslim.files import write_files
 from quantline.checkpoints.quantization_config import quantization_of
-from quantline.conversion.convert import Options, convert
+from quantline.config.convert import ConvertConfig
+from quantline.conversion.convert import convert
 from quantline.conversion.errors import ConversionError
 from quantline.serving.rules import Target
 from tests.conversion.test_convert import format_of
@@ -34,10 +35,10 @@ def source(folder, kinds, rest=()):
     return folder
 
 
-def run(tmp_path, folder, target, **options):
+def run(tmp_path, folder, target, serving=None, **options):
     out = tmp_path / target
     out.mkdir()
-    return convert(folder, out, Options(target=target, **options)), out
+    return convert(folder, out, ConvertConfig(target=target, **options), serving=serving), out
 
 
 def attention(**own):
@@ -48,7 +49,7 @@ def attention(**own):
 @pytest.mark.parametrize("target", ["awq", "gptq", "gptq_v2", "compressed_tensors"])
 def test_a_quantized_output_layer_is_named_in_the_config(tmp_path, target):
     folder = source(tmp_path / "in", {f"{LAYER}mlp.down_proj": (4, 32), HEAD: (4, 32)}, rest=[f"{LAYER}mlp.other"])
-    proof, out = run(tmp_path, folder, target, serving=VLLM, must_serve=True)
+    proof, out = run(tmp_path, folder, target, serving=VLLM, must_serve="vllm")
     said = format_of(out)
     assert HEAD not in (said.get("modules_to_not_convert") or said.get("ignore"))
     if target == "compressed_tensors":
@@ -99,14 +100,16 @@ def test_parts_of_one_linear_that_differ_are_named_in_a_note_or_on_request_an_er
     refused = tmp_path / "refused"
     refused.mkdir()
     with pytest.raises(ConversionError, match=r"convert\.for=vllm: vllm 0\.32\.0 on cpu .* as one linear"):
-        convert(folder, refused, Options(target="compressed_tensors", serving=VLLM, must_serve=True))
+        convert(folder, refused, ConvertConfig(target="compressed_tensors", must_serve="vllm"), serving=VLLM)
     assert list(refused.iterdir()) == []
 
 
 def test_layers_that_are_quantized_or_float_as_a_whole_are_fine(tmp_path):
     kinds = {**attention(o_proj=(4, 64)), f"{LAYER}mlp.down_proj": (4, 16)}
     rest = [f"{LAYER}mlp.gate_proj", f"{LAYER}mlp.up_proj"]
-    proof, _ = run(tmp_path, source(tmp_path / "in", kinds, rest), "compressed_tensors", serving=VLLM, must_serve=True)
+    proof, _ = run(
+        tmp_path, source(tmp_path / "in", kinds, rest), "compressed_tensors", serving=VLLM, must_serve="vllm"
+    )
     assert proof.warnings == []
 
 
@@ -114,11 +117,11 @@ def test_a_kept_checkpoint_is_told_the_same(tmp_path):
     folder = source(tmp_path / "in", attention(k_proj=(4, 64)))
     _, out = run(tmp_path, folder, "compressed_tensors")
     (tmp_path / "again").mkdir()
-    proof = convert(out, tmp_path / "again", Options(target="keep", serving=VLLM))
+    proof = convert(out, tmp_path / "again", ConvertConfig(target="keep"), serving=VLLM)
     assert not proof.rewritten
     assert any("as one linear" in note for note in proof.warnings)
     with pytest.raises(ConversionError, match="as one linear"):
-        convert(out, tmp_path / "again", Options(target="keep", serving=VLLM, must_serve=True))
+        convert(out, tmp_path / "again", ConvertConfig(target="keep", must_serve="vllm"), serving=VLLM)
 
 
 def test_many_parts_that_differ_are_named_up_to_eight(tmp_path):
@@ -142,7 +145,7 @@ def test_float32_scales_are_kept_exactly_and_a_server_that_rounds_them_is_named(
         for name, value in tensors.items() if name.endswith(("weight_scale", "weight_offset"))
     }  # fmt: skip
     save_file({**tensors, **wide}, weights)
-    proof, out = run(tmp_path, folder, "compressed_tensors", serving=VLLM, must_serve=True)
+    proof, out = run(tmp_path, folder, "compressed_tensors", serving=VLLM, must_serve="vllm")
     assert proof.warnings == [
         "vllm 0.32.0 on cpu rounds scales to the dtype that it computes in; 4 linears have float32 scales"
     ]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny_quantized import write_quantized
 
-from quantline.conversion.convert import Options, convert
+from quantline.config.convert import ConvertConfig
+from quantline.conversion.convert import convert
 from quantline.toolchains import environments, runner, toolchain
 
 TOKENS = list(range(3, 35))
@@ -46,7 +47,7 @@ def test_transformers_computes_what_the_weights_mean(root, tmp_path, case, symme
     write_quantized(tmp_path / "source", "gptq_v2" if target == "awq" else "awq_gemm", sym=symmetric, group_size=64)
     for label, folder, goal in (("middle", "source", "msmodelslim"), ("out", "middle", target)):
         (tmp_path / label).mkdir()
-        convert(tmp_path / folder, tmp_path / label, Options(target=goal))
+        convert(tmp_path / folder, tmp_path / label, ConvertConfig(target=goal))
     found = tmp_path / "logits.npy"
     done = subprocess.run(
         [python, "-c", LOAD, tmp_path / "out", found, backend], env=toolchain.worker_environment(1),

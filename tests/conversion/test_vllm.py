@@ -13,7 +13,8 @@ import sections
 
 from quantline.checkpoints.checkpoint import write_safetensors
 from quantline.checkpoints.layouts import dequantize
-from quantline.conversion.convert import Options, convert
+from quantline.config.convert import ConvertConfig
+from quantline.conversion.convert import convert
 from quantline.conversion.source import open_source
 from quantline.core.files import read_json, write_json
 from quantline.serving.server import SERVED_NAME, serve
@@ -52,7 +53,7 @@ def test_vllm_gives_the_greedy_tokens_of_the_dequantized_source(root, tmp_path, 
         pytest.skip("the vllm and reference environments are not built")
     converted, plain = tmp_path / "converted", tmp_path / "float"
     converted.mkdir()
-    proof = convert(FIXTURES / fixture, converted, Options(target=target))
+    proof = convert(FIXTURES / fixture, converted, ConvertConfig(target=target))
     assert proof.counts["linears"] == 14
     write_float(FIXTURES / fixture, plain)
     random = np.random.default_rng(0)

@@ -9,9 +9,9 @@ import pytest
 from tiny_quantized import float_config, write_float
 
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
-from quantline.checkpoints.layouts import LAYOUTS, choice, quantize_rtn
+from quantline.checkpoints.layouts import LAYOUTS, Storage, choice, quantize_rtn
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
-from quantline.checkpoints.layouts.sizes import LinearBytes, linear_bytes
+from quantline.checkpoints.layouts.sizes import LinearBytes
 from quantline.checkpoints.linears import planned
 from quantline.planning.checkpoint_memory import weights_of
 from quantline.planning.quantization_memory import quantization_peak
@@ -37,7 +37,7 @@ LLAMA_2_7B = {
 def test_the_bytes_of_a_linear_are_those_of_the_tensors_that_its_layout_writes(layout, bits, symmetric, group_size):
     weight = np.random.default_rng(0).normal(size=(96, 192)).astype(np.float32)
     tensors = LAYOUTS[layout].write(quantize_rtn(weight, bits, group_size, symmetric))
-    found = linear_bytes(layout, 192, 96, LinearSpec(bits, group_size), symmetric=symmetric)
+    found = LAYOUTS[layout].bytes_of((192, 96), LinearSpec(bits, group_size), Storage(zero_points=not symmetric))
     assert found.total == sum(tensor.nbytes for tensor in tensors.values())
     codes = tensors.get("qweight", tensors.get("weight_packed"))
     assert found.codes == codes.nbytes
@@ -47,21 +47,21 @@ def test_the_bytes_of_a_linear_are_those_of_the_tensors_that_its_layout_writes(l
 def test_w8a8_takes_a_byte_a_weight_and_a_scale_a_row():
     linear = quantize_rtn(np.random.default_rng(0).normal(size=(96, 192)).astype(np.float32), 8, -1, True)
     tensors = LAYOUTS["compressed_tensors_int"].write(linear)
-    found = linear_bytes("compressed_tensors_int", 192, 96, LinearSpec(8, -1), symmetric=True)
+    found = LAYOUTS["compressed_tensors_int"].bytes_of((192, 96), LinearSpec(8, -1), Storage())
     assert found == LinearBytes(codes=192 * 96, scales=96 * 2)
     assert found.total == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_nf4_in_blocks_of_64_takes_4_127_bits_a_weight():
     # 4 bits, 8 bits of scale a block, 32 bits a 256 blocks: 4 + 8/64 + 32/(64*256), as in arXiv:2305.14314
-    found = linear_bytes("bitsandbytes", 4096, 4096, LinearSpec(4, 64), symmetric=True)
+    found = LAYOUTS["bitsandbytes"].bytes_of((4096, 4096), LinearSpec(4, 64), Storage())
     assert 8 * found.total / 4096**2 == pytest.approx(4.127, abs=1e-3)
-    plain = linear_bytes("bitsandbytes", 4096, 4096, LinearSpec(4, 64), symmetric=True, double_quant=False)
+    plain = LAYOUTS["bitsandbytes"].bytes_of((4096, 4096), LinearSpec(4, 64), Storage(double_quant=False))
     assert 8 * plain.total / 4096**2 == pytest.approx(4.5, abs=1e-3)
 
 
 def test_a_group_size_of_128_costs_0_156_bits_a_weight_in_awq():
-    found = linear_bytes("awq_gemm", 4096, 4096, LinearSpec(4, 128), symmetric=False)
+    found = LAYOUTS["awq_gemm"].bytes_of((4096, 4096), LinearSpec(4, 128), Storage())
     assert 8 * found.total / 4096**2 == 4 + (16 + 4) / 128
 
 
@@ -76,7 +76,7 @@ def test_the_planned_size_of_a_checkpoint_is_that_of_the_one_that_is_made(tmp_pa
     job = {"model": str(model), "output": str(output), "bits": bits, "group_size": 64, "options": {"sym": sym}}
     native.run(job, lambda *_: None)
     made = Checkpoint.open(output)
-    found = weights_of(checkpoint, config, widths, layout, symmetric=sym)
+    found = weights_of(checkpoint, config, widths, layout, Storage(zero_points=not sym))
     assert found.total == sum(made.info(name).nbytes for name in made.names)
     assert found.float_source == sum(checkpoint.info(name).nbytes for name in checkpoint.names)
     assert found.parameters == sum(np.prod(checkpoint.info(name).shape) for name in checkpoint.names)
@@ -87,8 +87,8 @@ def test_the_planned_size_of_a_checkpoint_is_that_of_the_one_that_is_made(tmp_pa
 def test_a_tied_head_that_is_stored_twice_is_counted_once(tmp_path):
     model = write_float(tmp_path / "model", tied=False)
     config = float_config(tied=True)
-    untied = weights_of(Checkpoint.open(model), float_config(tied=False), {}, "gptq", symmetric=True)
-    tied = weights_of(Checkpoint.open(model), config, {}, "gptq", symmetric=True)
+    untied = weights_of(Checkpoint.open(model), float_config(tied=False), {}, "gptq", Storage())
+    tied = weights_of(Checkpoint.open(model), config, {}, "gptq", Storage())
     rows, columns = Checkpoint.open(model).info("lm_head.weight").shape
     assert untied.total - tied.total == rows * columns * 2
 

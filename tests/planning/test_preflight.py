@@ -283,6 +283,7 @@ def test_every_candidate_has_a_tier_and_says_what_is_known_of_its_loss():
 
 
 def test_a_conversion_is_foreseen_as_it_is_chosen():
+    from quantline.checkpoints.layouts import LAYOUTS
     from quantline.conversion.convert import choose_layout
 
     for layout, target, symmetric in product(
@@ -290,6 +291,6 @@ def test_a_conversion_is_foreseen_as_it_is_chosen():
         ("auto", "keep", "awq", "gptq"),
         (True, False),
     ):
-        source = SimpleNamespace(layout=layout, layers={}, kind="pipeline")
+        source = SimpleNamespace(layout=LAYOUTS[layout], layers={}, kind="pipeline")
         found = layouts.converted(layout, target, symmetric=symmetric)
-        assert found == choose_layout(target, source, symmetric), (layout, target, symmetric)
+        assert found == choose_layout(target, source, symmetric).name, (layout, target, symmetric)

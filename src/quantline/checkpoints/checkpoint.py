@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.checkpoints.layouts import LAYOUTS, FormatError, bitsandbytes, dequantize
+from quantline.checkpoints.layouts import LAYOUTS, FormatError
+from quantline.checkpoints.layouts.layout import Found
+from quantline.checkpoints.layouts.registry import packed_linear
 from quantline.checkpoints.quantization_config import QuantizationInfo, quantization_of
 from quantline.checkpoints.safetensors_file import (
     SafetensorsFile,
@@ -34,6 +36,8 @@ __all__ = [
     "TensorInfo",
     "dequantized",
     "iter_dequantized",
+    "linears_of",
+    "plain",
     "quantization_of",
     "quantized_layers",
     "read_header",
@@ -104,50 +108,33 @@ def quantized_layers(checkpoint: Checkpoint, info: QuantizationInfo | None) -> d
         CheckpointError: config and tensors disagree: packed tensors in a float checkpoint, none in a quantized one,
             an incomplete layer, or a layer that is also there in float.
     """
-    if info is not None and info.layout == bitsandbytes.NAME:
-        return _bitsandbytes_layers(checkpoint)
-    # Without a config, what gives a packed linear away are the codes of GPTQ and AWQ, or the scales of others.
-    marks = {**LAYOUTS["gptq"].TENSORS, "weight_scale": True, "absmax": True, "SCB": True}
-    known = LAYOUTS[info.layout].TENSORS if info else marks
-    names = set(checkpoint.names)
-    packed = [suffix for suffix in known if suffix not in ("weight", "bias")]  # float layers have those as well
-    layers = sorted({name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in packed})
-    if "weight" in known:  # a layout whose codes have the float weight's name: only their dtype tells them apart
-        codes = {name.removesuffix(".weight") for name in names if name.endswith(".weight")} - set(layers)
-        layers = sorted([*layers, *(layer for layer in codes if checkpoint.info(f"{layer}.weight").dtype == "I8")])
     if info is None:
-        if layers:
+        packed = packed_linear(checkpoint.names)
+        if packed is not None:
             raise CheckpointError(
-                f"{checkpoint.folder}: {layers[0]} is packed, config.json says float: restore the config"
+                f"{checkpoint.folder}: {packed} is packed, config.json says float: restore the config"
             )
         return {}
+    layers = linears_of(checkpoint, info.layout)
     if not layers:
         raise CheckpointError(
             f"{checkpoint.folder}: config.json says {info.method}, no linear is packed: quantize it again"
         )
-    found = {}
-    for layer in layers:
-        missing = [suffix for suffix, required in known.items() if required and f"{layer}.{suffix}" not in names]
-        if missing:
-            raise CheckpointError(f"{checkpoint.folder}: {layer} lacks {', '.join(missing)}: fetch or write it again")
-        if "weight" not in known and f"{layer}.weight" in names:
+    for layer, found in layers.items():
+        if found.missing:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {layer} lacks {', '.join(found.missing)}: fetch or write it again"
+            )
+        if found.also_float:
             raise CheckpointError(
                 f"{checkpoint.folder}: {layer} is there packed and as float weight: remove one of them"
             )
-        found[layer] = {suffix: f"{layer}.{suffix}" for suffix in known if f"{layer}.{suffix}" in names}
-    return found
+    return {layer: dict(found.tensors) for layer, found in layers.items()}
 
 
-def _bitsandbytes_layers(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
-    try:
-        layers = bitsandbytes.layers(checkpoint.names)
-    except FormatError as error:
-        raise CheckpointError(f"{checkpoint.folder}: {error}") from error
-    if not layers:
-        raise CheckpointError(
-            f"{checkpoint.folder}: config.json says bitsandbytes, no linear is packed: quantize it again"
-        )
-    return layers
+def linears_of(checkpoint: Checkpoint, layout: str) -> dict[str, Found]:
+    """The linears of a layout, complete or not, by name."""
+    return LAYOUTS[layout].linears({name: checkpoint.info(name).dtype for name in checkpoint.names})
 
 
 def iter_dequantized(folder: str | Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -183,18 +170,14 @@ def dequantized(
         CheckpointError: its tensors do not make a linear of the layout.
     """
     settings = info.of(layer)
+    tensors = {suffix: plain(checkpoint.tensor(name)) for suffix, name in suffixes.items()}
     try:
-        if info.layout == bitsandbytes.NAME:
-            raw = {suffix: checkpoint.tensor(name) for suffix, name in suffixes.items()}
-            return bitsandbytes.dequantize(raw, bits=settings.bits)
-        tensors = {suffix: _plain(checkpoint.tensor(name)) for suffix, name in suffixes.items()}
-        linear = LAYOUTS[info.layout].read(tensors, bits=settings.bits, group_size=settings.group_size)
+        return LAYOUTS[info.layout].dequantize(tensors, bits=settings.bits, group_size=settings.group_size)
     except FormatError as error:
         raise CheckpointError(f"{checkpoint.folder}: {layer}: {error}") from error
-    return dequantize(linear)
 
 
-def _plain(array: NDArray[Any]) -> NDArray[Any]:
+def plain(array: NDArray[Any]) -> NDArray[Any]:
     """bfloat16 widened here, where it is decoded with or without ml_dtypes."""
     return to_float32(array) if safetensors_dtype(array.dtype) == "BF16" else array
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from quantline.config.section import Section
 
+_SIZE = TypeAdapter(ByteSize)
+
 
 class ConvertConfig(Section):
-    """The layout to hand to the serving target."""
+    """The layout to hand to the serving target.
+
+    Attributes:
+        target: auto, keep, or the `target` of a layout.
+        shard_size: of the output files, such as 4GB. It stays as it was given, since it is in the identity as a text.
+        requantize_outliers: quantize groups again that have no exact zero point.
+        must_serve: refuse what the serving target cannot load, instead of warning.
+    """
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
@@ -20,6 +30,22 @@ class ConvertConfig(Section):
     shard_size: str = "4GB"
     requantize_outliers: bool = False
     must_serve: Literal["vllm"] | None = Field(default=None, alias="for")
+
+    @field_validator("shard_size")
+    @classmethod
+    def _is_a_size(cls, text: str) -> str:
+        try:
+            size = int(_SIZE.validate_python(text))
+        except ValidationError:
+            size = 0
+        if size < 1 or not text.strip()[-1].isalpha():
+            raise PydanticCustomError("size", "give a size such as 4GB or 500MB")
+        return text
+
+    @property
+    def shard_bytes(self) -> int:
+        """The size of an output file in bytes."""
+        return int(_SIZE.validate_python(self.shard_size))
 
 
 class ConvertSourceConfig(Section):

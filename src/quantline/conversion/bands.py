@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.checkpoints.layouts import FormatError, awq_gemm, gptq, gptq_v2, round_scales
+from quantline.checkpoints.layouts import FormatError, Layout, round_scales
 from quantline.checkpoints.layouts.affine import Grid, sequential_groups
-from quantline.checkpoints.layouts.compressed_tensors import pack_quantized
-from quantline.checkpoints.layouts.registry import MSMODELSLIM
+from quantline.checkpoints.layouts.layout import Bands
 from quantline.checkpoints.safetensors_stream import StreamedFile
 from quantline.conversion import kernels
 from quantline.conversion.errors import ProofError
@@ -33,9 +31,8 @@ _LARGE = 1 << 20
 LEAST_CODES = 1 << 28
 # Columns of a band at least, so that a row of it is a line of the cache; a multiple of the codes of a word.
 _LEAST_COLUMNS = 64
-_MODULES: dict[str, ModuleType] = {
-    "awq_gemm": awq_gemm, "gptq": gptq, "gptq_v2": gptq_v2, "compressed_tensors": pack_quantized,
-}  # fmt: skip
+# Rows of words that a kernel takes at a time, in codes of the side that it packs along.
+_LEAST_ROWS = {"across": 8 * kernels.ROWS, "along": kernels.ROWS, "flat": 1}
 
 
 def worth_it(plan: Plan) -> bool:
@@ -48,10 +45,18 @@ def worth_it(plan: Plan) -> bool:
 
 def fits(plan: Plan, layer: SourceLayer) -> bool:
     """Whether the kernels can do it: one code a byte, whole words, and no fewer rows of words than they take at a time."""
-    if plan.source.layout != MSMODELSLIM or layer.packed or plan.requantize or plan.layout not in _MODULES:
+    written = _bands(plan.layout)
+    if not _lies_by_bytes(layer) or plan.requantize or written is None:
         return False
-    least = {"awq_gemm": 8 * kernels.ROWS, "compressed_tensors": 1}.get(plan.layout, kernels.ROWS)
-    return layer.in_features % 8 == 0 and layer.out_features >= least
+    return layer.in_features % 8 == 0 and layer.out_features >= _LEAST_ROWS[written.kernel]
+
+
+def _lies_by_bytes(layer: SourceLayer) -> bool:
+    return layer.layout.affine is not None and layer.layout.affine.check_bytes is not None
+
+
+def _bands(layout: Layout) -> Bands | None:
+    return None if layout.affine is None else layout.affine.bands
 
 
 def convert(plan: Plan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, Grid]:
@@ -68,19 +73,20 @@ def convert(plan: Plan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, G
     groups = sequential_groups(layer.in_features, layer.group_size)
     before = Grid(outline.scales, outline.zeros, groups, layer.bits, layer.group_size)
     after = round_scales(before) if plan.cast_scales and before.scales.dtype != np.float16 else before
-    module = _MODULES[plan.layout]
-    options = {"zero_points": plan.zero_points} if plan.layout == "compressed_tensors" else {}
-    partners = module.write_grid(after, **options)
+    affine, written = plan.layout.affine, _bands(plan.layout)
+    assert affine is not None
+    assert written is not None
+    partners = written.write_grid(after, **({"zero_points": plan.zero_points} if affine.optional_zeros else {}))
     for suffix, array in partners.items():
         file.put(f"{layer.name}.{suffix}", array)
-    name = f"{layer.name}.{module.CODES}"
+    name = f"{layer.name}.{plan.layout.codes}"
     info = file.infos[name]
-    codes = plan.source.tensors.view(layer.tensors["weight"])
-    file.put_chunks(name, info.dtype, info.shape, _words(plan.layout, layer, codes, file, name))
+    codes = plan.source.tensors.view(layer.tensors[layer.layout.codes])
+    file.put_chunks(name, info.dtype, info.shape, _words(written.kernel, layer, codes, file, name))
     stored = {suffix: file.get(f"{layer.name}.{suffix}") for suffix in partners}
     shape = (layer.in_features, layer.out_features)
     try:
-        again = module.read_grid(stored, shape, bits=layer.bits, group_size=layer.group_size)
+        again = written.read_grid(stored, shape, bits=layer.bits, group_size=layer.group_size)
     except FormatError as error:
         raise ProofError(f"{layer.name}: what was written to {file.path.name} does not read back: {error}") from error
     if faults := same_grid(after, again):
@@ -89,12 +95,12 @@ def convert(plan: Plan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, G
 
 
 def _words(
-    layout: str, layer: SourceLayer, codes: NDArray[np.int8], file: StreamedFile, name: str
+    kind: str, layer: SourceLayer, codes: NDArray[np.int8], file: StreamedFile, name: str
 ) -> Iterator[memoryview]:
     """The words, a band at a time; what was made of a band is compared with the file when the next is asked for."""
     words = np.empty(0, dtype=np.uint32)
     position = 0
-    for size, pack, differ in bands(layout, layer, codes):
+    for size, pack, differ in bands(kind, layer, codes):
         if words.size < size:
             words, back = (np.empty(max(size, _LARGE), dtype=np.uint32) for _ in range(2))
         pack(words.ctypes.data)
@@ -106,15 +112,17 @@ def _words(
 
 
 def bands(
-    layout: str, layer: SourceLayer, codes: NDArray[np.int8]
+    kind: str, layer: SourceLayer, codes: NDArray[np.int8]
 ) -> Iterator[tuple[int, Callable[[int], int], Callable[[int], int]]]:
-    """Of every band the number of its words, and how to pack it to an address and to compare what lies at one."""
+    """Of every band the number of its words, and how to pack it to an address and to compare what lies at one.
+
+    kind: the way that codes are packed: along, across or flat.
+    """
     from quantline.conversion.kernels_jit import kernel
 
     rows, columns, bits = layer.out_features, layer.in_features, layer.bits
     tile = np.empty((kernels.ROWS, kernels.COLUMNS), dtype=np.uint32)
     start, scratch = codes.ctypes.data, tile.ctypes.data
-    kind = {"awq_gemm": "across", "compressed_tensors": "flat"}.get(layout, "along")
     pack, differ = kernel(f"pack_{kind}"), kernel(f"differ_{kind}")
     if kind == "flat":
         for first, count in _spans(rows, BAND // columns, 1):

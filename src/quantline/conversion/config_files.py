@@ -6,11 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from quantline.checkpoints.layouts.msmodelslim import files
-from quantline.checkpoints.layouts.registry import MSMODELSLIM, family
+from quantline.checkpoints.quantization_config import own_file
 from quantline.conversion.plan import Plan
 from quantline.conversion.source import PICKLES
-from quantline.conversion.targets import save_mode
 from quantline.core.files import write_json
 
 # What describes the old weights, or what this project writes anew.
@@ -20,18 +18,21 @@ _REPLACED = ("config.json", "quantize_config.json", "quant_config.json", "conver
 def write_description(plan: Plan, out: Path) -> dict[str, str]:
     """config.json, what describes the quantization, and every other file of the source but its weights.
 
-    That is a section of config.json, for AutoGPTQ quantize_config.json too, and for msModelSlim its own description.
+    What describes the quantization is a section of config.json, in some layouts a file of its own too or instead.
 
     Returns:
         file of the source -> why it was left out.
     """
-    if family(plan.layout) == MSMODELSLIM:
-        write_json(out / "config.json", dict(plan.source.config))
-        _describe_tensors(plan, out)
-    else:
-        write_json(out / "config.json", {**plan.source.config, "quantization_config": dict(plan.settings)})
-    if plan.settings.get("quant_method") == "gptq":
-        write_json(out / "quantize_config.json", dict(plan.settings))
+    section = {"quantization_config": dict(plan.settings)} if plan.layout.config is not None else {}
+    write_json(out / "config.json", {**plan.source.config, **section})
+    if plan.layout.folder is not None:
+        layers, carried = plan.source.layers, {name for shard in plan.shards for name in shard.carried}
+        names = [name for shard in plan.shards for name in shard.specs]
+        specs = {name: None if name in carried else layers[name.rpartition(".")[0]].spec for name in names}
+        plan.layout.folder.describe(out, specs)
+    own = own_file(plan.settings)
+    if own is not None:
+        write_json(out / own, dict(plan.settings))
     left_out = {}
     for path in sorted(plan.source.folder.iterdir()):
         reason = _reason(path)
@@ -40,19 +41,6 @@ def write_description(plan: Plan, out: Path) -> dict[str, str]:
         else:
             carry_file(path, out / path.name)
     return left_out
-
-
-def _describe_tensors(plan: Plan, out: Path) -> None:
-    layers = plan.source.layers
-    schemes: dict[str, str] = {}
-    for shard in plan.shards:
-        for name in shard.specs:
-            layer = None if name in shard.carried else layers[name.rpartition(".")[0]]
-            schemes[name] = files.FLOAT if layer is None else files.scheme_of(layer.bits)
-    files.write_description(
-        out, dict(sorted(schemes.items())), [layer.bits for layer in layers.values()],
-        max(layer.group_size for layer in layers.values()), save_mode(plan.layout),
-    )  # fmt: skip
 
 
 def _reason(path: Path) -> str | None:

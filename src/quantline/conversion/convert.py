@@ -7,77 +7,64 @@ cast that the proof names. What a target cannot hold is refused before anything 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantline.checkpoints.layouts import bitsandbytes
-from quantline.checkpoints.layouts.registry import MSMODELSLIM
+from quantline.checkpoints.layouts import TARGETS, Layout
+from quantline.checkpoints.layouts.choice import converted
+from quantline.config.convert import ConvertConfig
 from quantline.conversion.config_files import write_description
 from quantline.conversion.facts import LayerFacts
 from quantline.conversion.passthrough import facts_of_kept, keep
-from quantline.conversion.plan import make_plan, parse_size
+from quantline.conversion.plan import Plan, make_plan
 from quantline.conversion.proof import Proof, check_output
 from quantline.conversion.serving_notes import serving_notes
 from quantline.conversion.source import Source, open_source
-from quantline.conversion.targets import TARGETS
 from quantline.conversion.write import write_weights
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 from quantline.serving.rules import Target
 
-__all__ = ["TARGETS", "Options", "choose_layout", "convert"]
+__all__ = ["TARGETS", "choose_layout", "convert"]
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a conversion may do.
-
-    target: auto, keep, or a key of `TARGETS`. shard_size: of the output files, such as 4GB. requantize_outliers: quantize
-    groups again that have no exact zero point. serving: the target that the result should load on, with its device.
-    must_serve: refuse what that target cannot load, instead of warning.
-    """
-
-    target: str = "auto"
-    shard_size: str = "4GB"
-    requantize_outliers: bool = False
-    serving: Target | None = None
-    must_serve: bool = False
-    threads: int = 2
-
-
-def choose_layout(target: str, source: Source, symmetric: bool) -> str:
+def choose_layout(target: str, source: Source, symmetric: bool) -> Layout:
     """The layout to write. `auto` keeps what vLLM reads and brings the rest to its nearest kin that vLLM does read.
 
     Raises:
-        UserError: `keep` of what no server reads, or another layout than its own for bitsandbytes.
+        UserError: `keep` of what no server reads, or another layout than its own for one that is read as weights.
     """
-    if source.layout == bitsandbytes.NAME:
-        if target not in ("auto", "keep"):
-            raise UserError(
-                f"convert.target={target}: bitsandbytes' weights have no codes on a grid, which other layouts hold; give "
-                "convert.target=keep, or quantize the float model with method=rtn, gptq or awq"
-            )
-        return source.layout
-    if source.layout == MSMODELSLIM:
-        if target == "keep":
-            raise UserError(f"convert.target=keep: a {source.kind} checkpoint serves nowhere as it is; name a target")
-        bits = {layer.bits for layer in source.layers.values()}
-        nearest = "awq_gemm" if bits == {4} else "compressed_tensors"
-        return nearest if target == "auto" else TARGETS[target]
-    if target == "keep":
-        return source.layout
-    if target != "auto":
-        return TARGETS[target]
-    if source.layout == "awq_gemv":
-        return "awq_gemm"
-    # Some readers do not mask the v1 field of a zero point 0, so only symmetric checkpoints go back to v1.
-    return "gptq" if source.layout == "gptq_v2" and symmetric else source.layout
+    layout = source.layout
+    if layout.affine is None and target not in ("auto", "keep"):
+        raise UserError(
+            f"convert.target={target}: {layout.name}'s weights have no codes on a grid, which other layouts hold; give "
+            "convert.target=keep, or quantize the float model with method=rtn, gptq or awq"
+        )
+    if target == "keep" and not layout.servable:
+        raise UserError(f"convert.target=keep: a {source.kind} checkpoint serves nowhere as it is; name a target")
+    return converted(layout, target, {layer.bits for layer in source.layers.values()}, symmetric=symmetric)
 
 
-def convert(source: Path, out: Path, options: Options, *, kind: str = "auto") -> Proof:
+def convert(
+    source: Path,
+    out: Path,
+    options: ConvertConfig,
+    *,
+    kind: str = "auto",
+    serving: Target | None = None,
+    threads: int = 2,
+) -> Proof:
     """Write the checkpoint in `source` to the empty folder `out`; the caller removes `out` if this raises.
+
+    Args:
+        source: the quantized checkpoint.
+        out: an empty folder.
+        options: the section `convert` of the configuration.
+        kind: auto, or the method of layouts that folders are recognised by.
+        serving: the target that the result should load on, with its device; what is known against it joins the proof's
+            warnings, or is refused where `options.must_serve` says so.
+        threads: how many work at once.
 
     Raises:
         ConversionError: everything that speaks against it, before anything is written.
@@ -87,32 +74,35 @@ def convert(source: Path, out: Path, options: Options, *, kind: str = "auto") ->
     opened = open_source(source, kind)
     promised = opened.info is not None and opened.info.symmetric
     layout = choose_layout(options.target, opened, promised)
-    # msModelSlim has several save modes, of which one is written.
-    kept = layout == opened.layout != MSMODELSLIM
-    proof = _keep(opened, out, options) if kept else _rewrite(opened, layout, out, options)
+
+    def notes(settings: Mapping[str, Any], facts: Mapping[str, LayerFacts]) -> list[str]:
+        if serving is None:
+            return []
+        must_serve = options.must_serve is not None
+        return serving_notes(serving, opened, layout, settings, facts, must_serve=must_serve)
+
+    if layout is opened.layout and layout.servable:
+        proof = _keep(opened, out, notes, threads)
+    else:
+        requantize, limit = options.requantize_outliers, options.shard_bytes
+        plan = make_plan(opened, layout, requantize=requantize, shard_bytes=limit)
+        proof = _rewrite(plan, out, [*plan.warnings, *notes(plan.settings, plan.facts)], threads)
     proof.write(out)
     return proof
 
 
-def _rewrite(source: Source, layout: str, out: Path, options: Options) -> Proof:
-    limit = parse_size(options.shard_size)
-    plan = make_plan(source, layout, requantize=options.requantize_outliers, shard_bytes=limit)
-    notes = [*plan.warnings, *_notes(source, layout, plan.settings, plan.facts, options)]
-    linears, carried = write_weights(plan, out, options.threads)
+Notes = Callable[[Mapping[str, Any], Mapping[str, LayerFacts]], list[str]]
+
+
+def _rewrite(plan: Plan, out: Path, notes: list[str], threads: int) -> Proof:
+    linears, carried = write_weights(plan, out, threads)
     left_out = write_description(plan, out)
-    check_output(out, linears, carried, layout)
-    return Proof(source.kind, layout, True, linears, carried, source.left_out, left_out, notes)
+    check_output(out, linears, carried, plan.layout)
+    source = plan.source
+    return Proof(source.kind, plan.layout.name, True, linears, carried, source.left_out, left_out, notes)
 
 
-def _keep(source: Source, out: Path, options: Options) -> Proof:
-    facts = facts_of_kept(source, options.threads)
+def _keep(source: Source, out: Path, notes: Notes, threads: int) -> Proof:
+    facts = facts_of_kept(source, threads)
     settings = read_json(source.folder / "config.json").get("quantization_config", {})
-    return keep(source, facts, out, [*source.warnings, *_notes(source, source.layout, settings, facts, options)])
-
-
-def _notes(
-    source: Source, layout: str, settings: Mapping[str, Any], facts: Mapping[str, LayerFacts], options: Options
-) -> list[str]:
-    if options.serving is None:
-        return []
-    return serving_notes(options.serving, source, layout, settings, facts, must_serve=options.must_serve)
+    return keep(source, facts, out, [*source.warnings, *notes(settings, facts)])

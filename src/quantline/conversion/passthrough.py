@@ -57,7 +57,7 @@ def keep(source: Source, facts: Mapping[str, LayerFacts], out: Path, notes: list
     carried = [
         CarriedProof(name, old, tensors[old], source.tensors.infos[old].nbytes) for name, old in source.carried.items()
     ]
-    return Proof(source.kind, source.layout, False, linears, carried, {}, {}, notes, files)
+    return Proof(source.kind, source.layout.name, False, linears, carried, {}, {}, notes, files)
 
 
 def _kept(source: Source, name: str, fact: LayerFacts, tensors: Mapping[str, str]) -> LinearProof:

@@ -6,25 +6,21 @@ error, since a checkpoint that fails for one reason often fails for several.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from quantline.checkpoints.layouts import FormatError, bitsandbytes, round_scales
-from quantline.checkpoints.layouts.registry import MSMODELSLIM, family, holds_mixed
+from quantline.checkpoints.layouts import FormatError, Layout, round_scales
+from quantline.checkpoints.layouts.description import Description
 from quantline.checkpoints.linears import LM_HEAD
-from quantline.checkpoints.quantization_config import LayerSettings, describe
+from quantline.checkpoints.quantization_config import LayerSettings, section_of
 from quantline.checkpoints.safetensors_stream import TensorSpec
 from quantline.conversion.errors import ConversionError
 from quantline.conversion.facts import LayerFacts, scale_loss
 from quantline.conversion.source import Source, SourceLayer
 from quantline.conversion.targets import casts_scales, checkpoint_faults, target_faults, tensor_specs, weights_stem
-from quantline.core.errors import UserError
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -39,10 +35,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion that nothing speaks against; settings: the quantization_config, of which msModelSlim has none."""
+    """A conversion that nothing speaks against; settings: the quantization_config; empty for layouts that have none."""
 
     source: Source
-    layout: str
+    layout: Layout
     shards: tuple[Shard, ...]
     index_name: str
     facts: Mapping[str, LayerFacts]
@@ -54,7 +50,7 @@ class Plan:
 
 
 def examine(
-    source: Source, layout: str, *, requantize: bool, threads: int = 2
+    source: Source, layout: Layout, *, requantize: bool, threads: int = 2
 ) -> tuple[dict[str, LayerFacts], list[str]]:
     """Facts of every linear, and the faults of those that cannot be read or whose scales cannot be cast."""
     half = casts_scales(source, layout)
@@ -73,9 +69,8 @@ def _examine(source: Source, layer: SourceLayer, half: bool, requantize: bool) -
     except FormatError as error:
         faults.append(f"{layer.name}: {error}")
     try:
-        if source.layout == bitsandbytes.NAME:  # kept as it is, so that it can be read is all there is to know
-            stored = {suffix: source.tensors.read(name) for suffix, name in layer.tensors.items()}
-            bitsandbytes.dequantize(stored, bits=layer.bits)
+        if layer.layout.affine is None:  # kept as it is, so that it can be read is all there is to know
+            source.check_weights(layer)
             return LayerFacts(True, True, 0, 0.0, "F32")
         linear, outliers = source.outline(layer, requantize)
     except FormatError as error:
@@ -90,7 +85,7 @@ def _examine(source: Source, layer: SourceLayer, half: bool, requantize: bool) -
     return faults or LayerFacts(linear.symmetric, linear.sequential, int(linear.zeros.min()), loss, dtype, outliers)
 
 
-def make_plan(source: Source, layout: str, *, requantize: bool = False, shard_bytes: int = 4 * 10**9) -> Plan:
+def make_plan(source: Source, layout: Layout, *, requantize: bool = False, shard_bytes: int = 4 * 10**9) -> Plan:
     """Everything that will be written.
 
     Raises:
@@ -102,11 +97,11 @@ def make_plan(source: Source, layout: str, *, requantize: bool = False, shard_by
     for name, layer in source.layers.items():
         faults += [f"{name}: {fault}" for fault in target_faults(layout, layer, facts.get(name))]
     shared: Counter[tuple[int, int]] = Counter((layer.bits, layer.group_size) for layer in source.layers.values())
-    if len(shared) > 1 and not holds_mixed(layout):
+    if len(shared) > 1 and not layout.mixed_target:
         kinds = ", ".join(
             f"{count} of {bits} bits in groups of {size}" for (bits, size), count in sorted(shared.items())
         )
-        faults.append(f"its linears are of several kinds ({kinds}), {layout} has one; use compressed_tensors")
+        faults.append(f"its linears are of several kinds ({kinds}), {layout.name} has one; use compressed_tensors")
     if faults or not facts:
         raise ConversionError(faults or ["it holds no quantized linear; give a quantized checkpoint"])
     symmetric = all(fact.symmetric for fact in facts.values())
@@ -117,13 +112,11 @@ def make_plan(source: Source, layout: str, *, requantize: bool = False, shard_by
         if (layer.bits, layer.group_size) != (bits, group_size)
     }
     settings: dict[str, Any] = {}
-    if family(layout) != MSMODELSLIM:
-        settings = describe(
-            layout, bits=bits, group_size=group_size, symmetric=symmetric,
-            desc_act=any(not fact.sequential for fact in facts.values()),
-            modules_to_not_convert=_left_float(source, layout), overrides=overrides or None,
-            quantized_head=LM_HEAD in source.layers,
-        )  # fmt: skip
+    if layout.config is not None:
+        settings = section_of(layout.name, Description(
+            LayerSettings(bits, group_size, symmetric), any(not fact.sequential for fact in facts.values()),
+            tuple(_left_float(source, layout)), overrides, quantized_head=LM_HEAD in source.layers,
+        ))  # fmt: skip
     return Plan(
         source=source, layout=layout, facts=facts, settings=settings, zero_points=not symmetric, requantize=requantize,
         shards=tuple(_shards(source, layout, facts, not symmetric, shard_bytes)),
@@ -132,28 +125,30 @@ def make_plan(source: Source, layout: str, *, requantize: bool = False, shard_by
     )  # fmt: skip
 
 
-def _left_float(source: Source, layout: str) -> list[str]:
+def _left_float(source: Source, layout: Layout) -> list[str]:
     floats = list(source.float_linears)
-    # Tied to the embeddings it has no tensor, and is still a module that "Linear" means to readers of compressed-tensors.
-    if layout == "compressed_tensors" and LM_HEAD not in (*source.layers, *floats):
+    tied = layout.config is not None and layout.config.names_tied_head
+    if tied and LM_HEAD not in (*source.layers, *floats):
         floats.append(LM_HEAD)
     return floats
 
 
-def _warnings(source: Source, layout: str, facts: Mapping[str, LayerFacts]) -> list[str]:
+def _warnings(source: Source, layout: Layout, facts: Mapping[str, LayerFacts]) -> list[str]:
     notes = list(source.warnings)
     if source.info is not None and source.info.activation_bits is not None:
         notes.append("the source also rounds activations, to 8 bits a token; the result has its weights only")
     zero = sum(fact.least_zero == 0 for fact in facts.values())
-    if layout == "gptq" and zero:
-        notes.append(f"{zero} linears have a zero point of 0, which some readers of gptq mistake; gptq_v2 is safe")
+    if layout.zero_hazard and zero:
+        notes.append(f"{zero} linears have a zero point of 0, {layout.zero_hazard}")
     coarse = sum(fact.scale_loss > 2.0**-11 for fact in facts.values())
     if coarse:
         notes.append(f"{coarse} linears have scales below the normal range of float16, rounded by more than 2**-11")
     return notes
 
 
-def _shards(source: Source, layout: str, facts: Mapping[str, LayerFacts], zero_points: bool, limit: int) -> list[Shard]:
+def _shards(
+    source: Source, layout: Layout, facts: Mapping[str, LayerFacts], zero_points: bool, limit: int
+) -> list[Shard]:
     """Tensors in the order of the source, a new file wherever the next linear or tensor would exceed the limit."""
     files: list[tuple[list[str], dict[str, str], dict[str, TensorSpec]]] = []
     filled = 0
@@ -180,17 +175,3 @@ def _shards(source: Source, layout: str, facts: Mapping[str, LayerFacts], zero_p
         else [f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     )
     return [Shard(name, tuple(file[0]), *file[1:]) for name, file in zip(names, files, strict=True)]
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `4GB`, `500 MB`, `2GiB`.
-
-    Raises:
-        UserError: it is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    factor = _UNITS.get(match.group(2).upper()) if match else None
-    size = int(float(match.group(1)) * factor) if match and factor else 0
-    if size < 1:
-        raise UserError(f"convert.shard_size={text}: give a size such as 4GB or 500MB")
-    return size

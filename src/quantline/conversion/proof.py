@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers
-from quantline.checkpoints.layouts import AffineLinear
+from quantline.checkpoints.layouts import AffineLinear, Layout
 from quantline.checkpoints.layouts.affine import Grid
-from quantline.checkpoints.layouts.msmodelslim import files as msmodelslim_files
-from quantline.checkpoints.layouts.registry import MSMODELSLIM, family
+from quantline.checkpoints.layouts.folder import FolderForm
 from quantline.conversion.errors import ProofError
 from quantline.core.files import write_json
 
@@ -176,18 +175,18 @@ def _words(array: NDArray[Any]) -> NDArray[Any]:
     return rows.view(np.uint64 if rows.shape[-1] * rows.itemsize % 8 == 0 else f"u{rows.itemsize}")
 
 
-def check_output(out: Path, linears: Sequence[LinearProof], carried: Sequence[CarriedProof], layout: str) -> None:
+def check_output(out: Path, linears: Sequence[LinearProof], carried: Sequence[CarriedProof], layout: Layout) -> None:
     """Open the finished checkpoint as a loader would: config, index, headers and the list of linears must agree.
 
     Raises:
         ProofError: they do not.
     """
-    if family(layout) == MSMODELSLIM:
-        _check_msmodelslim(out, linears, carried)
+    if layout.folder is not None:
+        _check_folder(layout.folder, out, linears, carried)
         return
     checkpoint, info = Checkpoint.open(out), quantization_of(out)
-    if info is None or info.layout != layout:
-        raise ProofError(f"{out.name}: config.json does not say {layout}")
+    if info is None or info.layout != layout.name:
+        raise ProofError(f"{out.name}: config.json does not say {layout.name}")
     found = quantized_layers(checkpoint, info)
     if set(found) != {linear.name for linear in linears}:
         raise ProofError(f"{out.name}: holds {len(found)} linears, {len(linears)} were written")
@@ -204,8 +203,8 @@ def check_output(out: Path, linears: Sequence[LinearProof], carried: Sequence[Ca
         raise ProofError(f"{out.name}: lacks {sorted(lost)[0]}")
 
 
-def _check_msmodelslim(out: Path, linears: Sequence[LinearProof], carried: Sequence[CarriedProof]) -> None:
-    plan = msmodelslim_files.plan(out)
+def _check_folder(form: FolderForm, out: Path, linears: Sequence[LinearProof], carried: Sequence[CarriedProof]) -> None:
+    plan = form.contents(out)
     if plan.refusals:
         raise ProofError(f"{out.name}: {plan.refusals[0]}")
     if set(plan.layers) != {linear.name for linear in linears}:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantline.checkpoints.layouts.registry import MSMODELSLIM, family
+from quantline.checkpoints.layouts import Layout
 from quantline.checkpoints.quantization_config import LayerSettings
 from quantline.conversion.errors import ConversionError
 from quantline.conversion.facts import LayerFacts
@@ -20,7 +20,7 @@ _NAMED = 8
 def serving_notes(
     target: Target,
     source: Source,
-    layout: str,
+    layout: Layout,
     settings: Mapping[str, Any],
     facts: Mapping[str, LayerFacts],
     *,
@@ -44,8 +44,8 @@ def serving_notes(
     for name in source.float_linears:
         out_features, in_features = source.tensors.infos[source.carried[f"{name}.weight"]].shape
         shapes[name] = (in_features, out_features)
-    if family(layout) == MSMODELSLIM:
-        known = [CheckpointFacts(MSMODELSLIM)]
+    if layout.config is None:
+        known = [CheckpointFacts(layout.method)]
     else:
         known = facts_of_layers(
             settings, linears, shapes, heads=source.config.get("num_attention_heads"),
@@ -61,13 +61,13 @@ def serving_notes(
     if against and must_serve:
         raise ConversionError([f"convert.for={target.runtime}: {note}" for note in against])
     wide = sum(fact.scale_dtype == "F32" for fact in facts.values())
-    if wide and layout == "compressed_tensors":
+    if wide and layout.affine is not None and layout.affine.casts_at_loading:
         against.append(f"{where} rounds scales to the dtype that it computes in; {wide} linears have float32 scales")
     return against
 
 
-def _settings_of(source: Source, layout: str, facts: Mapping[str, LayerFacts]) -> dict[str, LayerSettings]:
-    if layout == source.layout and source.info is not None:
+def _settings_of(source: Source, layout: Layout, facts: Mapping[str, LayerFacts]) -> dict[str, LayerSettings]:
+    if layout is source.layout and source.info is not None:
         return {name: source.info.of(name) for name in source.layers}
     symmetric = all(fact.symmetric for fact in facts.values())
     return {name: LayerSettings(one.bits, one.group_size, symmetric) for name, one in source.layers.items()}

@@ -1,7 +1,7 @@
 """A quantized checkpoint of any known tool as one thing: its linears, what is carried over, and how to read a linear.
 
-Recognised are msModelSlim folders by their description or weights, the others by config.json. What bitsandbytes wrote has
-no codes on a grid: its linears are listed and can be kept, not converted.
+Folders that a description of their own describes are recognised by it, the others by config.json. Linears of a layout that
+is read as weights, such as bitsandbytes, are listed and can be kept, not converted.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from quantline.checkpoints.checkpoint import Checkpoint, quantization_of
-from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, bitsandbytes
-from quantline.checkpoints.layouts.msmodelslim import codec, files
-from quantline.checkpoints.layouts.msmodelslim.codec import OutlierReport
-from quantline.checkpoints.layouts.registry import MSMODELSLIM
+from quantline.checkpoints.checkpoint import Checkpoint, linears_of, plain, quantization_of
+from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, FormatError, Layout
+from quantline.checkpoints.layouts.layout import Found, Shape
+from quantline.checkpoints.layouts.linear_spec import LayerSettings, LinearSpec
+from quantline.checkpoints.layouts.registry import folder_layout
 from quantline.checkpoints.quantization_config import QuantizationInfo
-from quantline.checkpoints.safetensors_file import to_float32
 from quantline.conversion.errors import ConversionError
 from quantline.conversion.tensor_reader import TensorFiles
 from quantline.core.errors import UserError
@@ -32,15 +30,25 @@ _FLOATS = ("F16", "BF16", "F32")
 
 @dataclass(frozen=True)
 class SourceLayer:
-    """A quantized linear: its settings, its widths, and suffix -> tensor name; the bias is a tensor carried over."""
+    """A quantized linear: its layout, settings, widths, and suffix -> tensor name; the bias is a tensor carried over."""
 
     name: str
+    layout: Layout
     bits: int
     group_size: int
     in_features: int
     out_features: int
     tensors: Mapping[str, str]
-    packed: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        """(in_features, out_features)."""
+        return self.in_features, self.out_features
+
+    @property
+    def spec(self) -> LinearSpec:
+        """Bits and group size."""
+        return LinearSpec(self.bits, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Source:
 
     Attributes:
         folder: where it is.
-        layout: key of `formats.LAYOUTS`, msmodelslim or bitsandbytes.
+        layout: of the checkpoint as a whole; linears have their own.
         kind: what to call it.
         tensors: how to get at them.
         layers: name -> quantized linear.
@@ -57,12 +65,12 @@ class Source:
         left_out: source tensor -> why it is neither.
         float_linears: modules with a float weight matrix.
         config: content of config.json without its quantization_config.
-        info: what the config says of the quantization; None for msModelSlim.
+        info: what the config says of the quantization; None where a description of its own does.
         faults, warnings: what speaks against it, and what a user should know.
     """
 
     folder: Path
-    layout: str
+    layout: Layout
     kind: str
     tensors: TensorFiles
     layers: Mapping[str, SourceLayer]
@@ -77,28 +85,39 @@ class Source:
     @property
     def scale_suffix(self) -> str:
         """Suffix of the scales."""
-        return "scales" if self.layout.startswith(("awq", "gptq")) else "weight_scale"
+        return self.layout.scales[0]
 
-    def read(self, layer: SourceLayer, requantize: bool) -> tuple[AffineLinear, OutlierReport | None]:
-        """A linear without its bias, and the groups that were quantized again where that is allowed.
+    def read(self, layer: SourceLayer, requantize: bool) -> tuple[AffineLinear, Any | None]:
+        """A linear without its bias, and a report of the groups that were quantized again where that is allowed.
 
         Raises:
             FormatError: its tensors are not what the layout says.
         """
-        stored = {suffix: _plain(self.tensors.read(name)) for suffix, name in layer.tensors.items()}
-        return self._decode(layer, stored, requantize, layer.group_size, layer.packed)
+        affine, stored = layer.layout.affine, self._stored(layer)
+        if requantize and affine is not None and affine.mend is not None:
+            return affine.mend(stored, bits=layer.bits, group_size=layer.group_size)
+        return layer.layout.read(stored, bits=layer.bits, group_size=layer.group_size), None
+
+    def check_weights(self, layer: SourceLayer) -> None:
+        """Dequantize a linear, to know that it can be read: for layouts that have nothing else to be checked.
+
+        Raises:
+            FormatError: its tensors are not what the layout says.
+        """
+        layer.layout.dequantize(self._stored(layer), bits=layer.bits, group_size=layer.group_size)
 
     def check_codes(self, layer: SourceLayer) -> None:
-        """Read the codes once where their bytes could hold more than their bits: 4-bit msModelSlim linears, one a byte.
+        """Read the codes once where their bytes could hold more than their bits: 4-bit linears of one code a byte.
 
-        A tenth of a second of a processor for a gigabyte, so that codes which are not what the description says are found
+        It takes a tenth of a second of a processor for a gigabyte, and finds codes that are not what the description says
         before anything is written.
 
         Raises:
             FormatError: they are wider than described.
         """
-        if self.layout == MSMODELSLIM and layer.bits == 4 and not layer.packed:
-            codec.check_range(*self.tensors.extremes(layer.tensors["weight"]))
+        check = layer.layout.affine.check_bytes if layer.layout.affine is not None else None
+        if check is not None and layer.bits < 8:
+            check(*self.tensors.extremes(layer.tensors[layer.layout.codes]), layer.bits)
 
     def outline(self, layer: SourceLayer, requantize: bool) -> tuple[AffineLinear, int]:
         """Scales and zero points of a linear, as a linear of fewer columns where that is cheaper; and its outliers.
@@ -106,25 +125,15 @@ class Source:
         Raises:
             FormatError: as `read`.
         """
-        if self.layout != MSMODELSLIM:
+        affine = layer.layout.affine
+        if affine is None or affine.outline is None:
             return self.read(layer, requantize)[0], 0
-        # One column a group, of codes 0, has the same scales and offsets as the linear itself.
-        partners = {
-            suffix: _plain(self.tensors.read(name)) for suffix, name in layer.tensors.items() if suffix != "weight"
-        }
-        groups = partners["weight_scale"].size // layer.out_features
-        stored = {"weight": np.zeros((layer.out_features, groups), dtype=np.int8), **partners}
-        linear, report = self._decode(layer, stored, requantize, -1 if layer.group_size == -1 else 1, False)
+        partners = self._stored(layer, without=layer.layout.codes)
+        linear, report = affine.outline(partners, out_features=layer.out_features, spec=layer.spec, mend=requantize)
         return linear, len(report) if report is not None else 0
 
-    def _decode(
-        self, layer: SourceLayer, stored: Mapping[str, NDArray[Any]], requantize: bool, group_size: int, packed: bool
-    ) -> tuple[AffineLinear, OutlierReport | None]:
-        if self.layout != MSMODELSLIM:
-            return LAYOUTS[self.layout].read(stored, bits=layer.bits, group_size=group_size), None
-        if requantize:
-            return codec.read_with_outliers(stored, bits=layer.bits, group_size=group_size, packed=packed)
-        return codec.read(stored, bits=layer.bits, group_size=group_size, packed=packed), None
+    def _stored(self, layer: SourceLayer, without: str | None = None) -> dict[str, NDArray[Any]]:
+        return {suffix: plain(self.tensors.read(name)) for suffix, name in layer.tensors.items() if suffix != without}
 
     def order(self) -> list[tuple[str, str | None]]:
         """Output linears (name, None) and carried tensors (name, source name), as they lie in the source's files."""
@@ -140,7 +149,7 @@ class Source:
 
 
 def open_source(folder: Path, kind: str = "auto") -> Source:
-    """Recognise and open a checkpoint; `kind` is auto or msmodelslim.
+    """Recognise and open a checkpoint; `kind` is auto, or the method of layouts that folders are recognised by.
 
     Raises:
         ConversionError: it is no quantized checkpoint that is known, or its files cannot be read.
@@ -149,9 +158,8 @@ def open_source(folder: Path, kind: str = "auto") -> Source:
         raise ConversionError([f"{folder}: is not a folder; check source.path"])
     config, faults = _config(folder)
     try:
-        if kind == MSMODELSLIM or files.recognises(folder):
-            return _msmodelslim(folder, config, faults)
-        return _described(folder, config, faults)
+        layout = folder_layout(folder, kind)
+        return _described(folder, config, faults) if layout is None else _own_form(folder, layout, config, faults)
     except ConversionError:
         raise
     except UserError as error:
@@ -167,20 +175,21 @@ def _config(folder: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [str(error)]
 
 
-def _msmodelslim(folder: Path, config: dict[str, Any], faults: list[str]) -> Source:
-    plan = files.plan(folder)
+def _own_form(folder: Path, layout: Layout, config: dict[str, Any], faults: list[str]) -> Source:
+    """A folder that a description of its own describes."""
+    assert layout.folder is not None
+    found = layout.folder.contents(folder)
     layers = {
         name: SourceLayer(
-            name, layer.bits, layer.group_size, layer.in_features, layer.out_features, layer.tensors, layer.packed
+            name, LAYOUTS[one.layout], one.bits, one.group_size, one.in_features, one.out_features, one.tensors
         )
-        for name, layer in plan.layers.items()
+        for name, one in found.layers.items()
     }
     return Source(
-        folder=folder, layout=MSMODELSLIM, kind=f"msmodelslim {plan.variant}",
-        tensors=TensorFiles(folder, plan.files, plan.infos), layers=layers, carried=plan.carried,
-        left_out=dict.fromkeys(plan.dropped, "a copy or a zero bias that anti-outlier m3 adds to norms"),
-        float_linears=plan.float_linears, config=_float_config(config), info=None,
-        faults=(*faults, *(str(fault) for fault in plan.refusals)),
+        folder=folder, layout=LAYOUTS[found.layout], kind=f"{layout.method} {found.variant}",
+        tensors=TensorFiles(folder, found.files, found.infos), layers=layers, carried=found.carried,
+        left_out=found.dropped, float_linears=found.float_linears, config=_float_config(config), info=None,
+        faults=(*faults, *(str(fault) for fault in found.refusals)),
     )  # fmt: skip
 
 
@@ -192,8 +201,7 @@ def _described(folder: Path, config: dict[str, Any], faults: list[str]) -> Sourc
         raise ConversionError([f"{folder.name}: is not quantized, so there is nothing to convert; quantize it first"])
     checkpoint = Checkpoint.open(folder)
     infos = {name: checkpoint.info(name) for name in checkpoint.names}
-    found = _bitsandbytes_layers if info.layout == bitsandbytes.NAME else _packed_layers
-    layers, taken = found(checkpoint, info, faults)
+    layers, taken = _layers(checkpoint, info, faults)
     carried = {name: name for name in infos if name not in taken}
     floats = tuple(
         name.removesuffix(".weight") for name in carried
@@ -201,53 +209,50 @@ def _described(folder: Path, config: dict[str, Any], faults: list[str]) -> Sourc
         and "embed" not in name and not name.endswith("wte.weight")
     )  # fmt: skip
     return Source(
-        folder=folder, layout=info.layout, kind=info.layout, tensors=TensorFiles(folder, checkpoint.shards, infos),
+        folder=folder, layout=LAYOUTS[info.layout], kind=info.layout, tensors=TensorFiles(folder, checkpoint.shards, infos),
         layers=layers, carried=carried, left_out={}, float_linears=floats, config=_float_config(config), info=info,
         faults=tuple(faults),
     )  # fmt: skip
 
 
-def _bitsandbytes_layers(
-    checkpoint: Checkpoint, info: QuantizationInfo, _faults: list[str]
-) -> tuple[dict[str, SourceLayer], set[str]]:
-    layers = {}
-    for layer, suffixes in bitsandbytes.layers(checkpoint.names).items():
-        names = {suffix: name for suffix, name in suffixes.items() if suffix != "bias"}
-        tensors = {suffix: checkpoint.tensor(name) for suffix, name in names.items()}
-        rows, columns = bitsandbytes.shape_of(tensors, info.bits)
-        layers[layer] = SourceLayer(layer, info.bits, info.group_size, columns, rows, names)
-    return layers, {name for layer in layers.values() for name in layer.tensors.values()}
-
-
-def _packed_layers(
+def _layers(
     checkpoint: Checkpoint, info: QuantizationInfo, faults: list[str]
 ) -> tuple[dict[str, SourceLayer], set[str]]:
-    """The linears in the layouts of `formats.LAYOUTS`, and the tensors that are theirs; what is amiss joins the faults."""
-    infos = set(checkpoint.names)
-    known = {suffix: needed for suffix, needed in LAYOUTS[info.layout].TENSORS.items() if suffix != "bias"}
+    """The quantized linears, and the tensors that are theirs; what is amiss joins the faults."""
+    layout = LAYOUTS[info.layout]
     layers: dict[str, SourceLayer] = {}
     taken: set[str] = set()
-    marks = set(known) - {"weight"}  # the name of float weights too
-    for layer in sorted({name.rpartition(".")[0] for name in infos if name.rpartition(".")[2] in marks}):
-        names = {suffix: f"{layer}.{suffix}" for suffix in known if f"{layer}.{suffix}" in infos}
+    for layer, found in linears_of(checkpoint, info.layout).items():
+        names = {suffix: name for suffix, name in found.tensors.items() if suffix != "bias"}
         taken.update(names.values())
-        missing = [f"{layer}.{suffix}" for suffix, needed in known.items() if needed and suffix not in names]
-        if missing:
-            faults.append(f"{layer}: lacks {', '.join(missing)}; fetch or write the checkpoint again")
-            continue
-        if "weight" not in known and f"{layer}.weight" in infos:
-            faults.append(f"{layer}: is there packed and as float weight; remove one of them")
-            continue
         settings = info.of(layer)
-        if "weight_zero_point" in known and not settings.symmetric and "weight_zero_point" not in names:
-            faults.append(
-                f"{layer}: lacks {layer}.weight_zero_point, and config.json says symmetric: false; fetch all tensors, or "
-                "correct the config where every zero point is the middle one"
-            )
+        fault = _fault(layer, layout, found, settings)
+        if fault is not None:
+            faults.append(f"{layer}: {fault}")
             continue
-        rows, columns = _widths(checkpoint, info.layout, names, settings.bits)
-        layers[layer] = SourceLayer(layer, settings.bits, settings.group_size, rows, columns, names)
+        stored = {suffix: checkpoint.tensor(name) for suffix, name in names.items()}
+        try:
+            wide, high = layout.shape(stored, settings.bits)
+        except FormatError as error:
+            faults.append(f"{layer}: {error}")
+            continue
+        layers[layer] = SourceLayer(layer, layout, settings.bits, settings.group_size, wide, high, names)
     return layers, taken
+
+
+def _fault(layer: str, layout: Layout, found: Found, settings: LayerSettings) -> str | None:
+    if found.missing:
+        missing = ", ".join(f"{layer}.{suffix}" for suffix in found.missing)
+        return f"lacks {missing}; fetch or write the checkpoint again"
+    if found.also_float:
+        return "is there packed and as float weight; remove one of them"
+    absent = [suffix for suffix in layout.zeros if suffix not in found.tensors]
+    if absent and not settings.symmetric:
+        return (
+            f"lacks {layer}.{absent[0]}, and config.json says symmetric: false; fetch all tensors, or correct the config "
+            "where every zero point is the middle one"
+        )
+    return None
 
 
 def _opening_fault(folder: Path) -> list[str]:
@@ -260,22 +265,3 @@ def _opening_fault(folder: Path) -> list[str]:
 
 def _float_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
-
-
-def _widths(checkpoint: Checkpoint, layout: str, names: Mapping[str, str], bits: int) -> tuple[int, int]:
-    """In and out of a linear, from headers; packed compressed-tensors states them in a tensor."""
-    if layout == "compressed_tensors_int":
-        out_features, in_features = (*checkpoint.info(names["weight"]).shape, 0, 0)[:2]
-        return in_features, out_features
-    if layout == "compressed_tensors":
-        out_features, in_features = (int(size) for size in checkpoint.tensor(names["weight_shape"]).reshape(-1)[:2])
-        return in_features, out_features
-    rows, columns = (*checkpoint.info(names["qweight"]).shape, 0, 0)[:2]
-    if layout == "awq_gemm":
-        return rows, columns * 8
-    return (columns * 8, rows) if layout == "awq_gemv" else (rows * 32 // bits, columns)
-
-
-def _plain(array: NDArray[Any]) -> NDArray[Any]:
-    """bfloat16 widened, which is exact."""
-    return to_float32(array) if array.dtype.itemsize == 2 and array.dtype.name in ("bfloat16", "void16") else array

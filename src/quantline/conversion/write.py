@@ -15,27 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from quantline.checkpoints.layouts import AffineLinear, FormatError, round_scales
+from quantline.checkpoints.layouts import FormatError, round_scales
 from quantline.checkpoints.layouts.affine import Grid
-from quantline.checkpoints.layouts.compressed_tensors import pack_quantized
-from quantline.checkpoints.layouts.msmodelslim.codec import OutlierReport
 from quantline.checkpoints.layouts.packing import turned
-from quantline.checkpoints.layouts.registry import MSMODELSLIM, MSMODELSLIM_PACKED
 from quantline.checkpoints.safetensors_stream import StreamedFile, flushed, streamed
 from quantline.conversion import bands
 from quantline.conversion.errors import ProofError
 from quantline.conversion.plan import Plan, Shard
 from quantline.conversion.proof import CarriedProof, LinearProof, same_layer
 from quantline.conversion.source import Source, SourceLayer
-from quantline.conversion.targets import FORMS
 from quantline.core.files import write_json
 from quantline.core.progress import bar
-
-# Layouts that store codes (out, in); the others (in, out).
-_ROWS_ARE_OUTPUTS = ("awq_gemv", "compressed_tensors", MSMODELSLIM, MSMODELSLIM_PACKED)
-_CODES = {"qweight", "weight_packed", "weight"}
 
 
 def write_weights(plan: Plan, out: Path, threads: int = 2) -> tuple[list[LinearProof], list[CarriedProof]]:
@@ -50,7 +41,7 @@ def write_weights(plan: Plan, out: Path, threads: int = 2) -> tuple[list[LinearP
     carried: list[CarriedProof] = []
     total = sum(spec.nbytes for shard in plan.shards for spec in shard.specs.values())
     done = 0
-    with bar(f"convert to {plan.layout}") as progress:
+    with bar(f"convert to {plan.layout.name}") as progress:
         for shard in plan.shards:
             with (
                 streamed(out / shard.name, shard.specs) as file,
@@ -59,7 +50,7 @@ def write_weights(plan: Plan, out: Path, threads: int = 2) -> tuple[list[LinearP
                 for outcome, name in work:
                     if isinstance(outcome, LinearProof):
                         linears.append(outcome)
-                        done += _layer_bytes(shard, name)
+                        done += _layer_bytes(plan, shard, name)
                     else:
                         carried.append(outcome)
                         done += shard.specs[name].nbytes
@@ -70,8 +61,8 @@ def write_weights(plan: Plan, out: Path, threads: int = 2) -> tuple[list[LinearP
     return sorted(linears, key=lambda proof: proof.name), sorted(carried, key=lambda proof: proof.name)
 
 
-def _layer_bytes(shard: Shard, layer: str) -> int:
-    suffixes = {suffix for layout in FORMS.values() for suffix in layout.TENSORS if suffix != "bias"}
+def _layer_bytes(plan: Plan, shard: Shard, layer: str) -> int:
+    suffixes = [suffix for suffix in plan.layout.tensors if suffix != "bias"]
     return sum(shard.specs[f"{layer}.{suffix}"].nbytes for suffix in suffixes if f"{layer}.{suffix}" in shard.specs)
 
 
@@ -115,33 +106,27 @@ def _linear(plan: Plan, name: str, file: StreamedFile, in_bands: bool) -> Linear
     )  # fmt: skip
 
 
-def _whole(plan: Plan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, Grid, OutlierReport | None]:
+def _whole(plan: Plan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, Grid, Any | None]:
     before, report = plan.source.read(layer, plan.requantize)
     after = round_scales(before) if plan.cast_scales and before.scales.dtype != np.float16 else before
-    for suffix, array in _written(plan, after).items():
+    for suffix, array in plan.layout.write(after, zero_points=plan.zero_points).items():
         file.put(f"{layer.name}.{suffix}", array)
     stored = {
         suffix: file.get(f"{layer.name}.{suffix}")
-        for suffix in FORMS[plan.layout].TENSORS
+        for suffix in plan.layout.tensors
         if suffix != "bias" and f"{layer.name}.{suffix}" in file.infos
     }
-    for suffix in _CODES & set(stored):
-        # Codes in the memory order of the source's compare many times faster.
-        if before.codes.flags.c_contiguous == (plan.layout in _ROWS_ARE_OUTPUTS):
-            stored[suffix] = turned(stored[suffix]).T
+    codes, affine = plan.layout.codes, plan.layout.affine
+    # Codes in the memory order of the source's compare many times faster.
+    if affine is not None and before.codes.flags.c_contiguous == affine.rows_are_outputs:
+        stored[codes] = turned(stored[codes]).T
     try:
-        again = FORMS[plan.layout].read(stored, bits=layer.bits, group_size=layer.group_size)
+        again = plan.layout.read(stored, bits=layer.bits, group_size=layer.group_size)
     except FormatError as error:
         raise ProofError(f"{layer.name}: what was written to {file.path.name} does not read back: {error}") from error
     if faults := same_layer(after, again):
         raise ProofError(f"{layer.name}: {', '.join(faults)} read back from {file.path.name} differ from the source's")
     return before.grid, after.grid, report
-
-
-def _written(plan: Plan, linear: AffineLinear) -> dict[str, NDArray[Any]]:
-    if plan.layout == "compressed_tensors":
-        return pack_quantized.write(linear, zero_points=plan.zero_points)
-    return FORMS[plan.layout].write(linear)
 
 
 def _carry(source: Source, name: str, old: str, shard: Shard, file: StreamedFile) -> CarriedProof:

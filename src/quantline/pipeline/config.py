@@ -202,6 +202,12 @@ def _toolchain_faults(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _servable(target: str) -> bool:
+    from quantline.checkpoints.layouts import TARGETS  # NumPy, which most commands need not import
+
+    return target not in TARGETS or TARGETS[target].servable
+
+
 def _convert_faults(values: Mapping[str, Any]) -> list[str]:
     source, out = values.get("source"), values.get("out")
     if not isinstance(source, Mapping):
@@ -214,7 +220,7 @@ def _convert_faults(values: Mapping[str, Any]) -> list[str]:
             f"out={out}: goes with source=auto or source=msmodelslim; without them a stage knows its output's place"
         ]
     target = str((values.get("convert") or {}).get("target"))
-    if kind == "pipeline" and target.startswith("msmodelslim"):
+    if kind == "pipeline" and target not in ("auto", "keep") and not _servable(target):
         return [
             f"convert.target={target}: the pipeline serves what it converts, and no server here reads msModelSlim; convert "
             "by hand with source=auto source.path=DIR"

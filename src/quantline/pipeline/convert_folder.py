@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantline.conversion.convert import Options, convert
+from quantline.conversion.convert import convert
 from quantline.core.errors import UserError
 from quantline.core.files import building
 from quantline.pipeline.config import Config
@@ -17,17 +17,12 @@ if TYPE_CHECKING:
     from quantline.pipeline.run import StageRun
 
 
-def options_of(config: Config, root: Path, device: str) -> Options:
-    """The conversion's options, and the serving target that the environments' locks name."""
-    chosen = config.convert
-    return Options(
-        target=chosen.target, shard_size=chosen.shard_size, requantize_outliers=chosen.requantize_outliers,
-        serving=Target("vllm", locked_version(root, "vllm", device), device, config.serve.dtype),
-        must_serve=chosen.must_serve is not None,
-    )  # fmt: skip
+def serving_target(config: Config, root: Path, device: str) -> Target:
+    """The serving target that the environments' locks name."""
+    return Target("vllm", locked_version(root, "vllm", device), device, config.serve.dtype)
 
 
-def convert_folder(run: StageRun, options: Options) -> None:
+def convert_folder(run: StageRun, serving: Target) -> None:
     """Convert `source.path` to `out`, or to the stage's place below scratch/, and print what the proof says.
 
     Raises:
@@ -44,6 +39,6 @@ def convert_folder(run: StageRun, options: Options) -> None:
     if source.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"out={out}: lies within source.path={source}; name a folder beside it")
     with building(out) as partial:
-        proof = convert(source, partial, options, kind=config.source.kind)
+        proof = convert(source, partial, config.convert, kind=config.source.kind, serving=serving)
     for line in [*proof.summary(), *(f"  note: {warning}" for warning in proof.warnings), f"convert -> {out}"]:
         print(line, file=sys.stderr)

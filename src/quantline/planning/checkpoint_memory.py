@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
+from quantline.checkpoints.layouts import LAYOUTS, Storage
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
-from quantline.checkpoints.layouts.sizes import LinearBytes, linear_bytes
+from quantline.checkpoints.layouts.sizes import LinearBytes
 from quantline.checkpoints.linears import LM_HEAD
 from quantline.serving.memory import GIB
 
@@ -56,11 +57,12 @@ def weights_of(
     config: Mapping[str, Any],
     widths: Mapping[str, LinearSpec],
     layout: str,
-    *,
-    symmetric: bool,
-    double_quant: bool = True,
+    storage: Storage,
 ) -> Weights:
-    """The size of the checkpoint that quantizing makes, from the float model's headers; options as for `linear_bytes`."""
+    """The size of the checkpoint that quantizing makes, from the float model's headers.
+
+    layout: key of `layouts.LAYOUTS`; empty where nothing is quantized. storage: what else decides its tensors.
+    """
     packed, left, quantized, parameters, source = LinearBytes(), 0, 0, 0, 0
     for name in checkpoint.names:
         info = checkpoint.info(name)
@@ -72,7 +74,7 @@ def weights_of(
         layer, _, suffix = name.rpartition(".")
         if suffix == "weight" and layer in widths:
             wide, high = info.shape[1], info.shape[0]
-            packed += linear_bytes(layout, wide, high, widths[layer], symmetric=symmetric, double_quant=double_quant)
+            packed += LAYOUTS[layout].bytes_of((wide, high), widths[layer], storage)
             quantized += values
         else:
             left += values * 2

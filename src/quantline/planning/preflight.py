@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from quantline.checkpoints.layouts import Storage
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import planned
 from quantline.checkpoints.quantization_config import LayerSettings
@@ -36,7 +37,7 @@ def check(variant: Planned, model: Model, place: Place, *, sizes_of_refused: boo
         return Plan(variant, backend, "", tuple(findings))
     symmetric = layouts.is_symmetric(variant.method, variant.options)
     source = layouts.written(backend, variant.method, variant.options, widths, symmetric=symmetric)
-    layout = layouts.converted(source, variant.convert, symmetric=symmetric)
+    layout = layouts.converted(source, variant.convert, symmetric=symmetric, widths=widths)
     findings += _storable(variant, model, widths, source, layout)
     if any(finding.refused for finding in findings):
         return Plan(variant, backend, layout, tuple(findings))
@@ -54,8 +55,8 @@ def check(variant: Planned, model: Model, place: Place, *, sizes_of_refused: boo
     if not sizes_of_refused and any(finding.refused for finding in findings):
         return Plan(variant, backend, layout, tuple(findings))
     weights = checkpoint_memory.weights_of(
-        model.checkpoint, model.config, widths, layout or "gptq", symmetric=symmetric,
-        double_quant=bool(variant.options.get("double_quant", True)),
+        model.checkpoint, model.config, widths, layout,
+        Storage(zero_points=not symmetric, double_quant=bool(variant.options.get("double_quant", True))),
     )  # fmt: skip
     kv = memory.kv_cache(model.config)
     plan = Plan(
@@ -107,14 +108,7 @@ def _storable(
         yield Finding("layout", "quantize", f"{source}: {fault}", "leave such layers float, or take another method")
     if layout == source:
         return
-    faults = list(layouts.faults(layout, model.shapes, widths))
-    if len(set(widths.values())) > 1 and layout != "compressed_tensors" and not faults:
-        faults.append("a conversion to it takes linears of one width; compressed_tensors takes several")
-    if layouts.loses_activations(source, layout):
-        faults.append(f"rounds no activations, {source} does")
-    if source == layouts.BITSANDBYTES:
-        faults.append("holds integers, and bitsandbytes' codes are none")
-    for fault in faults:
+    for fault in [*layouts.faults(layout, model.shapes, widths), *layouts.conversion_faults(source, layout, widths)]:
         yield Finding("layout", "convert", f"{layout}: {fault}", "set convert.target=auto")
 
 

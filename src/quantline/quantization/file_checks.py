@@ -16,12 +16,11 @@ import numpy as np
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers, to_float32
 from quantline.checkpoints.companions import COMPANIONS
+from quantline.checkpoints.layouts import LAYOUTS
 from quantline.checkpoints.linears import LM_HEAD
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 
-# In the layouts of GPTQ and AWQ, of compressed-tensors, and of bitsandbytes at 4 and at 8 bits.
-_SCALES = re.compile(r"(?:^|_)scales?$|absmax$|^SCB$")
 # Tables that older checkpoints hold and that models compute anew: angles of rotary embeddings, causal masks.
 _BUFFERS = re.compile(r"(?:inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 _FLOATS = ("F16", "BF16", "F32", "F64")
@@ -93,7 +92,8 @@ def inspect(model: Path, output: Path, expected: Sequence[str]) -> Files:
         own = [tensor for suffix, tensor in suffixes.items() if suffix != "bias"]
         found.stored_bits[name] = 8 * sum(checkpoint.info(tensor).nbytes for tensor in own)
     _absent(found, floats, checkpoint, layers, tied=bool(read_json(model / "config.json").get("tie_word_embeddings")))
-    _scales(found, checkpoint, layers)
+    if info is not None:
+        _scales(found, checkpoint, layers, LAYOUTS[info.layout].scales)
     return found
 
 
@@ -127,11 +127,13 @@ def _absent(
         found.faults.append(f"{len(missing)} tensors of the float model are gone: {some(missing)}")
 
 
-def _scales(found: Files, checkpoint: Checkpoint, layers: Mapping[str, Mapping[str, str]]) -> None:
+def _scales(
+    found: Files, checkpoint: Checkpoint, layers: Mapping[str, Mapping[str, str]], scales: Sequence[str]
+) -> None:
     unsound, dead, partly = [], [], []
     for layer, suffixes in layers.items():
         for suffix, name in suffixes.items():
-            if not _SCALES.search(suffix) or checkpoint.info(name).dtype not in _FLOATS:
+            if suffix not in scales or checkpoint.info(name).dtype not in _FLOATS:
                 continue
             values = to_float32(checkpoint.tensor(name))
             zeros = int((values == 0).sum())

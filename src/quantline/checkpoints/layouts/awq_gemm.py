@@ -15,12 +15,14 @@ interleaving lets the GEMM kernel of AWQ (Lin et al. 2023, arXiv:2306.00978) unp
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.errors import FormatError
+from quantline.checkpoints.layouts import awq
 from quantline.checkpoints.layouts.affine import AffineLinear, Grid, group_count, sequential_groups
 from quantline.checkpoints.layouts.checks import (
     Tensors,
@@ -31,7 +33,20 @@ from quantline.checkpoints.layouts.checks import (
     check_suffixes,
     to_half,
 )
+from quantline.checkpoints.layouts.layout import (
+    Affine,
+    Bands,
+    ConfigSection,
+    Layout,
+    Shape,
+    Storage,
+    groups_of,
+    sizes_of,
+    weights_of,
+)
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.layouts.packing import pack, unpack
+from quantline.checkpoints.safetensors_stream import TensorSpec
 
 NAME = "awq_gemm"
 CODES = "qweight"
@@ -95,3 +110,36 @@ def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
         "qzeros": pack(grid.zeros.astype(np.uint8), 4, axis=1, order=ORDER),
         "scales": to_half("scales", grid.scales, "round them first (round_scales), or use gptq"),
     }
+
+
+def specs(shape: Shape, spec: LinearSpec, _storage: Storage) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor, as `write` gives them."""
+    (rows, columns), groups = shape, groups_of(shape, spec)
+    return {
+        "qweight": TensorSpec("I32", (rows, columns // 8)),
+        "qzeros": TensorSpec("I32", (groups, columns // 8)),
+        "scales": TensorSpec("F16", (groups, columns)),
+    }
+
+
+def shape_of(tensors: Tensors, _bits: int) -> Shape:
+    """(in, out), from headers."""
+    rows, words = sizes_of(tensors[CODES])
+    return rows, 8 * words
+
+
+LAYOUT = Layout(
+    name=NAME,
+    method=awq.METHOD,
+    tensors=TENSORS,
+    codes=CODES,
+    scales=("scales",),
+    zeros=("qzeros",),
+    specs=specs,
+    shape=shape_of,
+    faults=partial(awq.faults, NAME),
+    dequantize=weights_of(read),
+    affine=Affine(read, write, half_scales=True, bands=Bands("across", read_grid, write_grid)),
+    config=ConfigSection(partial(awq.describe, NAME), awq.parse),
+    target="awq",
+)

@@ -16,12 +16,14 @@ Bit order: sequential, nibble k (bits 4k .. 4k+3) of a word holds element k of i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.errors import FormatError
+from quantline.checkpoints.layouts import awq, awq_gemm
 from quantline.checkpoints.layouts.affine import AffineLinear, group_count, sequential_groups
 from quantline.checkpoints.layouts.checks import (
     Tensors,
@@ -32,7 +34,19 @@ from quantline.checkpoints.layouts.checks import (
     check_suffixes,
     to_half,
 )
+from quantline.checkpoints.layouts.layout import (
+    Affine,
+    ConfigSection,
+    Fault,
+    Layout,
+    Shape,
+    Storage,
+    sizes_of,
+    weights_of,
+)
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.layouts.packing import pack, unpack
+from quantline.checkpoints.safetensors_stream import TensorSpec
 
 NAME = "awq_gemv"
 
@@ -107,3 +121,47 @@ def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
     if linear.bias is not None:
         tensors["bias"] = to_half("bias", linear.bias, "round it first, or use gptq")
     return tensors
+
+
+def specs(shape: Shape, spec: LinearSpec, _storage: Storage) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor, as `write` gives them."""
+    (in_features, out_features), words = shape, zeros_width(shape[0], spec.group_size)
+    return {
+        "qweight": TensorSpec("I32", (out_features, in_features // 8)),
+        "qzeros": TensorSpec("I32", (out_features, words)),
+        "scales": TensorSpec("F16", (out_features, 8 * words)),
+    }
+
+
+def shape_of(tensors: Tensors, _bits: int) -> Shape:
+    """(in, out), from headers."""
+    out_features, words = sizes_of(tensors["qweight"])
+    return 8 * words, out_features
+
+
+def faults(shape: Shape, spec: LinearSpec, storage: Storage) -> list[Fault]:
+    """What no AWQ layout can hold, and group sizes without a padding rule."""
+    found = awq.faults(NAME, shape, spec, storage)
+    try:
+        zeros_width(shape[0], spec.group_size)
+    except FormatError as error:
+        fact, _, remedy = str(error).partition("; ")
+        found.append(Fault("groups", fact, remedy or "use another group size"))
+    return found
+
+
+LAYOUT = Layout(
+    name=NAME,
+    method=awq.METHOD,
+    tensors=TENSORS,
+    codes="qweight",
+    scales=("scales",),
+    zeros=("qzeros",),
+    specs=specs,
+    shape=shape_of,
+    faults=faults,
+    dequantize=weights_of(read),
+    affine=Affine(read, write, rows_are_outputs=True, half_scales=True),
+    config=ConfigSection(partial(awq.describe, NAME), awq.parse),
+    nearest=lambda _bits, _symmetric: awq_gemm.NAME,
+)

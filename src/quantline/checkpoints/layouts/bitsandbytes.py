@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,11 @@ from numpy.typing import NDArray
 
 from quantline.checkpoints.errors import FormatError
 from quantline.checkpoints.layouts.checks import check_shape
+from quantline.checkpoints.layouts.description import Description, QuantizationInfo
+from quantline.checkpoints.layouts.layout import ConfigSection, Fault, Found, Layout, Shape, Storage, bits_faults
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
+from quantline.checkpoints.safetensors_stream import TensorSpec
+from quantline.core.errors import CheckpointError
 
 NAME = "bitsandbytes"
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -50,6 +56,13 @@ TABLES: Mapping[str, NDArray[np.float32]] = {"nf4": NF4, "fp4": FP4}
 _STATE = "weight.quant_state.bitsandbytes__"
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 _NESTED_BLOCK = 256
+# The tensor that gives a linear away -> what it needs, at 4 and at 8 bits.
+_MARKS = {"weight.absmax": ("weight", "weight.absmax", "weight.quant_map"), "SCB": ("weight", "SCB")}
+# suffix -> required; which of them there are depends on the bits and the options, see `find`.
+TENSORS: Mapping[str, bool] = {
+    "weight": True, "weight.absmax": False, "weight.quant_map": False, **dict.fromkeys(_NESTED, False),
+    f"{_STATE}nf4": False, f"{_STATE}fp4": False, "SCB": False, "weight_format": False, "bias": False,
+}  # fmt: skip
 _PER_127 = np.float32(7.874015718698502e-3)
 # Bytes of codes that are widened at a time: bounds the temporaries.
 _PIECE = 1 << 22
@@ -57,43 +70,38 @@ _PIECE = 1 << 22
 Raw = Mapping[str, NDArray[Any]]
 
 
-def layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The quantized linears among tensor names: layer -> tensor suffix -> tensor name.
-
-    Raises:
-        FormatError: a layer lacks a tensor.
-    """
-    found: dict[str, dict[str, str]] = {}
+def find(names: Iterable[str]) -> dict[str, Found]:
+    """The quantized linears among tensor names."""
+    found: dict[str, Found] = {}
     everything = set(names)
     for name in sorted(everything):
-        for mark, needed in (
-            (".SCB", ("weight", "SCB")),
-            (".weight.absmax", ("weight", "weight.absmax", "weight.quant_map")),
-        ):
-            if not name.endswith(mark):
-                continue
-            layer = name.removesuffix(mark)
-            state = [f"{_STATE}{kind}" for kind in TABLES if f"{layer}.{_STATE}{kind}" in everything]
-            missing = [suffix for suffix in needed if f"{layer}.{suffix}" not in everything]
-            if mark != ".SCB" and len(state) != 1:
-                missing.append(f"{_STATE}nf4 or fp4")
-            if missing:
-                raise FormatError(f"{layer} lacks {', '.join(missing)}: fetch or write it again")
-            known = (*needed, *state, *(_NESTED if mark != ".SCB" else ("weight_format",)), "bias")
-            found[layer] = {suffix: f"{layer}.{suffix}" for suffix in known if f"{layer}.{suffix}" in everything}
+        mark = next((mark for mark in _MARKS if name.endswith(f".{mark}")), None)
+        if mark is None:
+            continue
+        layer = name.removesuffix(f".{mark}")
+        needed = _MARKS[mark]
+        state = [f"{_STATE}{kind}" for kind in TABLES if f"{layer}.{_STATE}{kind}" in everything]
+        missing = [suffix for suffix in needed if f"{layer}.{suffix}" not in everything]
+        if mark != "SCB" and len(state) != 1:
+            missing.append(f"{_STATE}nf4 or fp4")
+        known = (*needed, *state, *(("weight_format",) if mark == "SCB" else _NESTED), "bias")
+        tensors = {suffix: f"{layer}.{suffix}" for suffix in known if f"{layer}.{suffix}" in everything}
+        found[layer] = Found(tensors, tuple(missing))
     return found
 
 
-def dequantize(tensors: Raw, *, bits: int) -> NDArray[np.float32]:
+def dequantize(tensors: Raw, *, bits: int, group_size: int = -1) -> NDArray[np.float32]:
     """One layer's weight, float32 (out, in), as the library reads it.
 
     Args:
-        tensors: by suffix as `layers` gives them, in the dtypes of the file.
+        tensors: by suffix as `find` gives them, in the dtypes of the file.
         bits: 4 or 8.
+        group_size: not used; at 4 bits the tensors say themselves how large a block is.
 
     Raises:
         FormatError: tensors that do not make a layer of so many bits.
     """
+    del group_size
     if bits == 8:
         return _dequantize_8bit(tensors)
     if bits != 4:
@@ -255,3 +263,68 @@ _ROUNDINGS: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] =
 
 def _rounding(dtype: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     return _ROUNDINGS[dtype]
+
+
+def specs(shape: Shape, spec: LinearSpec, storage: Storage) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor but the JSON of some hundred bytes, whose length is not fixed."""
+    values = shape[0] * shape[1]
+    if spec.bits == 8:
+        return {
+            "weight": TensorSpec("I8", (shape[1], shape[0])),
+            "SCB": TensorSpec("F32", (shape[1],)),
+            "weight_format": TensorSpec("U8", ()),
+        }
+    blocks = -(-values // spec.group_size)
+    found = {"weight": TensorSpec("U8", (values // 2, 1)), "weight.quant_map": TensorSpec("F32", (16,))}
+    if not storage.double_quant:
+        return {**found, "weight.absmax": TensorSpec("F32", (blocks,))}
+    return {
+        **found,
+        "weight.absmax": TensorSpec("U8", (blocks,)),
+        "weight.nested_absmax": TensorSpec("F32", (-(-blocks // _NESTED_BLOCK),)),
+        "weight.nested_quant_map": TensorSpec("F32", (256,)),
+    }
+
+
+def _faults(_shape: Shape, spec: LinearSpec, _storage: Storage) -> list[Fault]:
+    return bits_faults(NAME, (4, 8), spec)
+
+
+def _shape(tensors: Raw, bits: int) -> Shape:
+    rows, columns = shape_of(tensors, bits)
+    return columns, rows
+
+
+def _section(wanted: Description) -> dict[str, Any]:
+    return describe(
+        bits=wanted.main.bits, block_size=wanted.main.group_size,
+        quant_type=str(wanted.options.get("quant_type", "nf4")),
+        double_quant=bool(wanted.options.get("double_quant", True)), modules_to_not_convert=wanted.left_float,
+    )  # fmt: skip
+
+
+def _info(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
+    try:
+        bits, group_size, skipped = parse(config)
+    except FormatError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return QuantizationInfo(
+        method=NAME, layout=NAME, bits=bits, group_size=group_size, desc_act=False, symmetric=True,
+        modules_to_not_convert=skipped,
+    )  # fmt: skip
+
+
+LAYOUT = Layout(
+    name=NAME,
+    method=NAME,
+    tensors=TENSORS,
+    codes="weight",
+    scales=("weight.absmax", "weight.nested_absmax", "SCB"),
+    specs=specs,
+    shape=_shape,
+    faults=_faults,
+    dequantize=dequantize,
+    config=ConfigSection(_section, _info),
+    finder=find,
+    marks=tuple(_MARKS),
+)

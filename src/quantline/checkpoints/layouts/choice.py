@@ -1,12 +1,51 @@
-"""The layout that round to nearest is written in."""
+"""Which layout a quantizer writes, where its options or its linears decide, and which one a conversion makes of it."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from quantline.checkpoints.layouts import LAYOUTS, TARGETS, Layout, awq, bitsandbytes, gptq, gptq_v2
+from quantline.checkpoints.layouts.compressed_tensors import int_quantized, pack_quantized
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 
 
-def layout_of(widths: set[LinearSpec], symmetric: bool) -> str:
-    """The layout that a result is written in; AWQ knows one width of 4 bits."""
+def layout_of(specs: set[LinearSpec], symmetric: bool) -> str:
+    """The layout that round to nearest is written in; AWQ knows one kind of linears, of 4 bits."""
     if symmetric:
-        return "gptq"
-    return "awq_gemm" if len(widths) == 1 and next(iter(widths)).bits == 4 else "gptq_v2"
+        return gptq.NAME
+    return awq.VERSIONS["gemm"] if len(specs) == 1 and next(iter(specs)).bits == 4 else gptq_v2.NAME
+
+
+def compressed_tensors_of(activations: bool) -> str:
+    """The layout of compressed-tensors; activations: runtimes are to round those too."""
+    return int_quantized.NAME if activations else pack_quantized.NAME
+
+
+def written_by(backend: str, method: str, options: Mapping[str, Any], specs: set[LinearSpec], symmetric: bool) -> str:
+    """The layout of a backend's output."""
+    if method == "bnb":
+        return bitsandbytes.NAME
+    if backend == "llmcompressor":
+        return compressed_tensors_of(bool(options.get("activation_bits")))
+    if backend == "native":
+        return layout_of(specs, symmetric)
+    version = str(options.get("version"))
+    return awq.VERSIONS.get(version, awq.VERSIONS["gemm"]) if method == "awq" else gptq.NAME
+
+
+def converted(layout: Layout, target: str, bits: Collection[int], *, symmetric: bool) -> Layout:
+    """What a conversion makes of a layout; `auto` keeps what vLLM reads and brings the rest to its nearest kin.
+
+    Args:
+        layout: of the source.
+        target: `convert.target`: auto, keep or a key of `TARGETS`.
+        bits: of its linears.
+        symmetric: its config promises that every zero point is the middle one.
+    """
+    if target == "keep":
+        return layout
+    if target != "auto":
+        return TARGETS[target]
+    nearest = layout.nearest(bits, symmetric)
+    return layout if nearest is None else LAYOUTS[nearest]

@@ -19,15 +19,32 @@ mask, so that they see 2**b. Prefer gptq_v2 for layers with a zero point of 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.errors import FormatError
+from quantline.checkpoints.layouts import gptq_config
 from quantline.checkpoints.layouts.affine import AffineLinear, Grid, group_count, sequential_groups
 from quantline.checkpoints.layouts.checks import Tensors, as_float, bias_of, check_shape, check_suffixes
+from quantline.checkpoints.layouts.layout import (
+    Affine,
+    Bands,
+    ConfigSection,
+    Fault,
+    Layout,
+    Shape,
+    Storage,
+    groups_of,
+    sizes_of,
+    weights_of,
+    word_faults,
+)
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.layouts.packing import pack, unpack, values_per_run
+from quantline.checkpoints.safetensors_stream import TensorSpec
 
 NAME = "gptq"
 CODES = "qweight"
@@ -155,3 +172,45 @@ def _check_widths(in_features: int, out_features: int, bits: int) -> None:
                 f"{name}={width} does not fill whole 32-bit words at {bits} bits: it must be a multiple of "
                 f"{values_per_run(bits)}; leave the layer unquantized"
             )
+
+
+def specs(shape: Shape, spec: LinearSpec, storage: Storage) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor, as `write` gives them."""
+    (rows, columns), groups = shape, groups_of(shape, spec)
+    return {
+        "qweight": TensorSpec("I32", (rows * spec.bits // 32, columns)),
+        "qzeros": TensorSpec("I32", (groups, columns * spec.bits // 32)),
+        "scales": TensorSpec(storage.scale_dtype, (groups, columns)),
+        "g_idx": TensorSpec("I32", (rows,)),
+    }
+
+
+def shape_of(tensors: Tensors, bits: int) -> Shape:
+    """(in, out), from headers."""
+    words, columns = sizes_of(tensors[CODES])
+    return words * 32 // bits, columns
+
+
+def faults(layout: str, shape: Shape, spec: LinearSpec, _storage: Storage) -> list[Fault]:
+    """Widths that do not fill whole words."""
+    return word_faults(layout, shape, values_per_run(spec.bits))
+
+
+LAYOUT = Layout(
+    name=NAME,
+    method=gptq_config.METHOD,
+    tensors=TENSORS,
+    codes=CODES,
+    scales=("scales",),
+    zeros=("qzeros",),
+    specs=specs,
+    shape=shape_of,
+    faults=partial(faults, NAME),
+    dequantize=weights_of(read),
+    affine=Affine(read, write, half_scales=True, bands=Bands("along", read_grid, write_grid)),
+    config=ConfigSection(partial(gptq_config.describe, NAME), gptq_config.parse, own_file=gptq_config.OWN_FILE),
+    mixed=True,
+    desc_act=True,
+    target="gptq",
+    zero_hazard="which some readers of gptq mistake; gptq_v2 is safe",
+)

@@ -5,10 +5,12 @@ Shapes, dtypes, bit order and formula are those of `gptq`; a zero point of 0 nee
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from numpy.typing import NDArray
 
+from quantline.checkpoints.layouts import gptq, gptq_config
 from quantline.checkpoints.layouts.affine import AffineLinear, Grid
 from quantline.checkpoints.layouts.checks import Tensors
 from quantline.checkpoints.layouts.gptq import (
@@ -19,8 +21,9 @@ from quantline.checkpoints.layouts.gptq import (
     write_stored,
     write_stored_grid,
 )
+from quantline.checkpoints.layouts.layout import Affine, Bands, ConfigSection, Layout, weights_of
 
-__all__ = ["CODES", "NAME", "TENSORS", "read", "read_grid", "write", "write_grid"]
+__all__ = ["CODES", "LAYOUT", "NAME", "TENSORS", "read", "read_grid", "write", "write_grid"]
 
 NAME = "gptq_v2"
 
@@ -51,3 +54,24 @@ def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size
 def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
     """All but the codes of a layer; raises what `write` raises."""
     return write_stored_grid(grid, subtracted=0)
+
+
+# Some readers do not mask the v1 field of a zero point 0, so only symmetric checkpoints go back to v1.
+LAYOUT = Layout(
+    name=NAME,
+    method=gptq_config.METHOD,
+    tensors=TENSORS,
+    codes=CODES,
+    scales=("scales",),
+    zeros=("qzeros",),
+    specs=gptq.specs,
+    shape=gptq.shape_of,
+    faults=partial(gptq.faults, NAME),
+    dequantize=weights_of(read),
+    affine=Affine(read, write, half_scales=True, bands=Bands("along", read_grid, write_grid)),
+    config=ConfigSection(partial(gptq_config.describe, NAME), gptq_config.parse, own_file=gptq_config.OWN_FILE),
+    mixed=True,
+    desc_act=True,
+    target="gptq_v2",
+    nearest=lambda _bits, symmetric: gptq.NAME if symmetric else None,
+)

@@ -11,3 +11,12 @@ class LinearSpec:
 
     bits: int
     group_size: int
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """How one quantized linear is stored: bits, group size (-1 per output channel), and whether zeros are middle."""
+
+    bits: int
+    group_size: int
+    symmetric: bool

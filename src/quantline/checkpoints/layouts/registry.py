@@ -1,47 +1,50 @@
-"""The layouts that can be written, and what tells them apart."""
+"""All weight layouts, and what can be asked of them together. A new layout is a module of its own and a line here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from numpy.typing import NDArray
+from quantline.checkpoints.layouts import awq_gemm, awq_gemv, bitsandbytes, gptq, gptq_v2
+from quantline.checkpoints.layouts.compressed_tensors import int_quantized, pack_quantized
+from quantline.checkpoints.layouts.layout import ConfigSection, Layout
+from quantline.checkpoints.layouts.msmodelslim import layout as msmodelslim
 
-from quantline.checkpoints.layouts import AffineLinear, Tensors
-from quantline.checkpoints.layouts.msmodelslim import codec
+LAYOUTS: Mapping[str, Layout] = {
+    "awq_gemm": awq_gemm.LAYOUT,
+    "awq_gemv": awq_gemv.LAYOUT,
+    "gptq": gptq.LAYOUT,
+    "gptq_v2": gptq_v2.LAYOUT,
+    "compressed_tensors": pack_quantized.LAYOUT,
+    "compressed_tensors_int": int_quantized.LAYOUT,
+    "bitsandbytes": bitsandbytes.LAYOUT,
+    "msmodelslim": msmodelslim.SAFE_TENSOR,
+    "msmodelslim_ascend_v1": msmodelslim.ASCEND_V1,
+    "msmodelslim_v1": msmodelslim.V1,
+}
 
-MSMODELSLIM = "msmodelslim"
-MSMODELSLIM_PACKED = "msmodelslim_ascend_v1"
-# Layouts whose readers keep scales in float16; compressed-tensors and msModelSlim hold them as they are.
-HALF_SCALES = ("awq_gemm", "awq_gemv", "gptq", "gptq_v2")
-# Layouts that know linears of several kinds in one checkpoint.
-_MIXED = ("compressed_tensors", MSMODELSLIM, MSMODELSLIM_PACKED)
+# convert.target -> layout
+TARGETS: Mapping[str, Layout] = {
+    layout.target: layout for layout in LAYOUTS.values() if layout.target is not None
+}  # fmt: skip
+
+# quant_method in config.json -> its section
+CONFIG_SECTIONS: Mapping[str, ConfigSection] = {
+    layout.method: layout.config for layout in LAYOUTS.values() if layout.config is not None
+}
 
 
-def family(layout: str) -> str:
-    """awq, gptq, compressed or msmodelslim."""
-    return layout.split("_", maxsplit=1)[0]
+def packed_linear(names: Iterable[str]) -> str | None:
+    """The first linear that is packed in any layout, going by the names of its tensors."""
+    marks = {mark for layout in LAYOUTS.values() for mark in layout.telling}
+    found = [(name, mark) for name in sorted(names) for mark in marks if name.endswith(f".{mark}")]
+    return min((name.removesuffix(f".{mark}") for name, mark in found), default=None)
 
 
-def holds_mixed(layout: str) -> bool:
-    """Whether linears of one checkpoint may differ in bits and group size."""
-    return layout in _MIXED
-
-
-class _MsModelSlim:
-    """msModelSlim in one save mode, whose tensors alone do not say whether they are packed."""
-
-    def __init__(self, name: str, packed: bool) -> None:
-        self.NAME, self.packed = name, packed
-        self.TENSORS: Mapping[str, bool] = codec.TENSORS
-
-    def read(self, tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
-        """Raises what `msmodelslim.read` raises."""
-        own = -1 if tensors["weight_scale"].shape[-1] == 1 else group_size
-        return codec.read(tensors, bits=bits, group_size=own, packed=self.packed and bits == 4)
-
-    def write(self, linear: AffineLinear) -> dict[str, NDArray[Any]]:
-        """One group over the whole input is told by its one scale a channel; raises what `msmodelslim.write` raises."""
-        own = replace(linear, group_size=-1) if linear.groups == 1 else linear
-        return codec.write(own, packed=self.packed and linear.bits == 4)
+def folder_layout(folder: Path, method: str) -> Layout | None:
+    """The layout whose folders look like this one, or are of this method; None for what config.json describes."""
+    known = (layout for layout in LAYOUTS.values() if layout.folder is not None)
+    return next(
+        (one for one in known if one.method == method or (one.folder is not None and one.folder.recognises(folder))),
+        None,
+    )

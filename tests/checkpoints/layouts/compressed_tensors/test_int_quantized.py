@@ -16,7 +16,8 @@ from quantline.checkpoints.layouts import AffineLinear, FormatError, dequantize
 from quantline.checkpoints.layouts.compressed_tensors import int_quantized
 from quantline.checkpoints.quantization_config import LayerSettings, describe, quantization_of
 from quantline.checkpoints.safetensors_file import write_safetensors
-from quantline.conversion.convert import Options, convert
+from quantline.config.convert import ConvertConfig
+from quantline.conversion.convert import convert
 from quantline.core.errors import CheckpointError
 from quantline.serving.rules import Target, facts_of, verdict
 
@@ -148,7 +149,7 @@ def test_convert_keeps_it_and_says_what_is_lost_elsewhere(tmp_path: Path) -> Non
     for label, target, rewritten in (("kept", "auto", False), ("packed", "compressed_tensors", True)):
         out = tmp_path / label
         out.mkdir()
-        proof = convert(folder, out, Options(target=target))
+        proof = convert(folder, out, ConvertConfig(target=target))
         assert (proof.rewritten, proof.counts["linears"], proof.counts["carried_tensors"]) == (rewritten, 1, 2)
         assert any("also rounds activations" in note for note in proof.warnings) == rewritten
         assert np.array_equal(dict(iter_dequantized(out))["a.0.weight"], dequantize(held))

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from linear_strategies import build, linears
 
 from quantline.checkpoints.layouts import AffineLinear, FormatError, dequantize
-from quantline.checkpoints.layouts.msmodelslim import codec
 from quantline.checkpoints.layouts.msmodelslim.codec import geometry, read, read_with_outliers, write
 
 
@@ -263,9 +262,3 @@ def test_only_reported_groups_change_and_by_the_reported_error(bits: int, group:
     assert np.allclose(difference, expected, rtol=1e-5, atol=1e-5 * np.abs(old).max())
     assert (difference[~wild] <= 1e-6 * np.abs(old).max()).all()
     assert (report.errors <= report.new_scales * 1.01 + 1e-6).all()  # half a step for the code, half for the zero point
-
-
-def test_the_registry_does_not_hold_it_for_it_is_no_target() -> None:
-    from quantline.checkpoints.layouts import LAYOUTS
-
-    assert codec.NAME not in LAYOUTS

@@ -11,8 +11,10 @@ from linear_strategies import build
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.layouts import AffineLinear
+from quantline.checkpoints.layouts.folder import FolderContents
 from quantline.checkpoints.layouts.msmodelslim import codec, files
-from quantline.checkpoints.layouts.msmodelslim.files import Plan, plan, recognises, write_files
+from quantline.checkpoints.layouts.msmodelslim.files import plan, recognises, write_files
+from quantline.checkpoints.layouts.msmodelslim.tensors import PACKED
 from quantline.checkpoints.safetensors_file import write_safetensors
 from quantline.core.errors import CheckpointError
 
@@ -28,11 +30,11 @@ def layers(group_size: int = 32) -> dict[str, AffineLinear]:
     return {"a.q_proj": build(4, 64, 32, group_size, 1), "a.o_proj": build(8, 64, 64, -1, 2)}
 
 
-def read(found: Plan, name: str) -> AffineLinear:
+def read(found: FolderContents, name: str) -> AffineLinear:
     layer = found.layers[name]
     checkpoint = Checkpoint(found.folder, found.files, found.infos)
     tensors = {suffix: checkpoint.tensor(tensor) for suffix, tensor in layer.tensors.items()}
-    return codec.read(tensors, bits=layer.bits, group_size=layer.group_size, packed=layer.packed)
+    return codec.read(tensors, bits=layer.bits, group_size=layer.group_size, packed=layer.layout == PACKED)
 
 
 def description(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -57,8 +59,8 @@ def test_every_save_mode_reads_back(tmp_path: Path, variant: str, group_size: in
     write_files(tmp_path, layers(group_size), FLOATS, variant=variant, shards=shards)
     assert recognises(tmp_path)
     found = plan(tmp_path)
-    assert (found.variant, found.refusals, found.dropped) == (variant, (), ())
-    assert {name: (layer.bits, layer.group_size, layer.packed) for name, layer in found.layers.items()} == {
+    assert (found.variant, found.refusals, found.dropped) == (variant, (), {})
+    assert {name: (layer.bits, layer.group_size, layer.layout == PACKED) for name, layer in found.layers.items()} == {
         "a.o_proj": (8, -1, False),
         "a.q_proj": (4, group_size, variant == "ascendV1"),
     }

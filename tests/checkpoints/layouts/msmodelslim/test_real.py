@@ -10,6 +10,7 @@ import pytest
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.layouts import dequantize
 from quantline.checkpoints.layouts.msmodelslim.files import plan, write_files
+from quantline.checkpoints.layouts.msmodelslim.tensors import PACKED
 from tests.checkpoints.layouts.msmodelslim.test_files import read
 
 FIXTURES = Path(__file__).resolve().parents[5] / "shared" / "fixtures"
@@ -36,7 +37,12 @@ def test_a_real_checkpoint_means_its_float_model(mode: str) -> None:
     checkpoint = Checkpoint(found.folder, found.files, found.infos)
     for name, layer in found.layers.items():
         linear = read(found, name)
-        assert (layer.bits, layer.group_size, layer.packed, linear.symmetric) == (bits, group_size, False, symmetric)
+        assert (layer.bits, layer.group_size, layer.layout == PACKED, linear.symmetric) == (
+            bits,
+            group_size,
+            False,
+            symmetric,
+        )
         weight = original.tensor(f"{name}.weight").astype(np.float64)
         # m3 moves a factor per input column from the norm into the linears behind it.
         norm = norm_before(name)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from quantline.checkpoints.checkpoint import Checkpoint, iter_dequantized, quantization_of, quantized_layers
-from quantline.conversion.convert import Options, convert
+from quantline.config.convert import ConvertConfig
+from quantline.conversion.convert import convert
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.quantizers import bitsandbytes
@@ -122,7 +123,7 @@ def test_the_same_job_gives_the_same_bytes(batch, again):
 
 @pytest.mark.parametrize(("label", "bits", "size"), [("nf4", 4, 64), ("int8", 8, -1)])
 def test_convert_keeps_it_as_it_is(batch, tmp_path, label, bits, size):
-    proof = convert(batch[label][0], tmp_path, Options(target="auto"))
+    proof = convert(batch[label][0], tmp_path, ConvertConfig(target="auto"))
     assert {(linear.bits, linear.group_size) for linear in proof.linears} == {(bits, size)}
     assert len(proof.linears) == 14
     down = next(linear for linear in proof.linears if linear.name.endswith("down_proj"))
@@ -132,7 +133,7 @@ def test_convert_keeps_it_as_it_is(batch, tmp_path, label, bits, size):
 
 def test_convert_refuses_other_layouts_by_name(batch, tmp_path):
     with pytest.raises(UserError, match=r"convert\.target=gptq: bitsandbytes' weights have no codes on a grid"):
-        convert(batch["nf4"][0], tmp_path, Options(target="gptq"))
+        convert(batch["nf4"][0], tmp_path, ConvertConfig(target="gptq"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,22 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from quantline.checkpoints.layouts.description import Description, QuantizationInfo
+from quantline.checkpoints.layouts.linear_spec import LayerSettings
 from quantline.checkpoints.layouts.packing import BITS
 from quantline.core.errors import CheckpointError
 
+METHOD = "compressed-tensors"
 _FORMAT = "pack-quantized"
 _INT_FORMAT = "int-quantized"
 # How activations are rounded in it: to int8, symmetrically, with one scale a token that the runtime finds.
 _ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """How one quantized linear is stored: bits, group size (-1 per output channel), and whether zeros are middle."""
-
-    bits: int
-    group_size: int
-    symmetric: bool
 
 
 _INT_WEIGHTS = LayerSettings(8, -1, True)
@@ -42,6 +36,25 @@ class Scheme:
     desc_act: bool
     ignored: tuple[str, ...]
     activation_bits: int | None = None
+
+
+def section(wanted: Description, *, activations: bool) -> dict[str, Any]:
+    """The section; raises what `describe` raises."""
+    own = {**wanted.overrides}
+    if wanted.quantized_head:
+        own.setdefault("lm_head", wanted.main)
+    return describe(wanted.main, own, wanted.desc_act, wanted.left_float, activations=activations)
+
+
+def info_of(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
+    """What a section says; raises what `parse` raises."""
+    scheme = parse(path, config)
+    return QuantizationInfo(
+        method=METHOD, layout="compressed_tensors_int" if scheme.activation_bits else "compressed_tensors",
+        bits=scheme.main.bits, group_size=scheme.main.group_size, desc_act=scheme.desc_act,
+        symmetric=scheme.main.symmetric, modules_to_not_convert=scheme.ignored, overrides=scheme.overrides,
+        activation_bits=scheme.activation_bits,
+    )  # fmt: skip
 
 
 def describe(
@@ -89,7 +102,7 @@ def describe(
         for index, (settings, names) in enumerate(targets.items())
     }
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": METHOD,
         "format": _INT_FORMAT if activations else _FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,

@@ -15,6 +15,7 @@ Source: the compressed-tensors package 0.19 (Apache-2.0), whose own reading the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,21 @@ from numpy.typing import NDArray
 from quantline.checkpoints.errors import FormatError
 from quantline.checkpoints.layouts.affine import AffineLinear, sequential_groups
 from quantline.checkpoints.layouts.checks import Tensors, as_float, bias_of, check_shape, check_suffixes
+from quantline.checkpoints.layouts.compressed_tensors import config
+from quantline.checkpoints.layouts.layout import (
+    Affine,
+    ConfigSection,
+    Fault,
+    Layout,
+    Shape,
+    Storage,
+    bits_faults,
+    order_faults,
+    sizes_of,
+    weights_of,
+)
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
+from quantline.checkpoints.safetensors_stream import TensorSpec
 
 NAME = "compressed_tensors_int"
 BITS = 8
@@ -81,3 +97,43 @@ def _check(bits: int, group_size: int) -> None:
             f"bits={bits} group_size={group_size}: this layout holds 8 bits and one scale an output channel (-1); "
             "use compressed_tensors"
         )
+
+
+def specs(shape: Shape, _spec: LinearSpec, storage: Storage) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor, as `write` gives them."""
+    in_features, out_features = shape
+    return {
+        "weight": TensorSpec("I8", (out_features, in_features)),
+        "weight_scale": TensorSpec(storage.scale_dtype, (out_features, 1)),
+    }
+
+
+def shape_of(tensors: Tensors, _bits: int) -> Shape:
+    """(in, out), from headers."""
+    out_features, in_features = sizes_of(tensors["weight"])
+    return in_features, out_features
+
+
+def faults(_shape: Shape, spec: LinearSpec, storage: Storage) -> list[Fault]:
+    """Other than 8 bits with one scale an output channel."""
+    found = [*bits_faults(NAME, (BITS,), spec), *order_faults(NAME, storage, "use gptq or compressed_tensors")]
+    if spec.group_size != -1:
+        fact = f"has groups of {spec.group_size}, {NAME} holds one scale an output channel (-1)"
+        found.append(Fault("groups", fact, "use compressed_tensors"))
+    return found
+
+
+LAYOUT = Layout(
+    name=NAME,
+    method=config.METHOD,
+    tensors=TENSORS,
+    codes="weight",
+    scales=("weight_scale",),
+    specs=specs,
+    shape=shape_of,
+    faults=faults,
+    dequantize=weights_of(read),
+    affine=Affine(read, write, rows_are_outputs=True),
+    config=ConfigSection(partial(config.section, activations=True), config.info_of, names_tied_head=True),
+    activations=True,
+)

@@ -19,6 +19,7 @@ whose own packing the tests compare with this one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,22 @@ from numpy.typing import NDArray
 from quantline.checkpoints.errors import FormatError
 from quantline.checkpoints.layouts.affine import AffineLinear, Grid, group_count, sequential_groups
 from quantline.checkpoints.layouts.checks import Tensors, as_float, bias_of, check_shape, check_suffixes
-from quantline.checkpoints.layouts.packing import pack, unpack
+from quantline.checkpoints.layouts.compressed_tensors import config
+from quantline.checkpoints.layouts.layout import (
+    Affine,
+    Bands,
+    ConfigSection,
+    Fault,
+    Layout,
+    Shape,
+    Storage,
+    bits_faults,
+    groups_of,
+    weights_of,
+)
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
+from quantline.checkpoints.layouts.packing import BITS, pack, unpack
+from quantline.checkpoints.safetensors_stream import TensorSpec
 
 NAME = "compressed_tensors"
 CODES = "weight_packed"
@@ -161,3 +177,51 @@ def _unpack(words: NDArray[Any], bits: int, width: int) -> NDArray[np.uint8]:
         fields = np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts
         codes = (fields & np.uint32(7)).astype(np.uint8).reshape(words.shape[0], -1)
     return codes if codes.shape[1] == width else np.ascontiguousarray(codes[:, :width])
+
+
+def specs(shape: Shape, spec: LinearSpec, storage: Storage) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor, as `write` gives them."""
+    (in_features, out_features), groups = shape, groups_of(shape, spec)
+    found = {
+        "weight_packed": TensorSpec("I32", (out_features, _words(in_features, spec.bits))),
+        "weight_scale": TensorSpec(storage.scale_dtype, (out_features, groups)),
+        "weight_shape": TensorSpec("I64", (2,)),
+    }
+    if storage.zero_points:
+        found["weight_zero_point"] = TensorSpec("I32", (_words(out_features, spec.bits), groups))
+    if not storage.sequential:
+        found["weight_g_idx"] = TensorSpec("I32", (in_features,))
+    return found
+
+
+def shape_of(tensors: Tensors, _bits: int) -> Shape:
+    """(in, out), as a tensor states them."""
+    out_features, in_features = (int(size) for size in tensors["weight_shape"].reshape(-1)[:2])
+    return in_features, out_features
+
+
+def faults(_shape: Shape, spec: LinearSpec, _storage: Storage) -> list[Fault]:
+    """Bits that are not packed; every width can be held."""
+    return bits_faults("compressed-tensors", BITS, spec)
+
+
+LAYOUT = Layout(
+    name=NAME,
+    method=config.METHOD,
+    tensors=TENSORS,
+    codes=CODES,
+    scales=("weight_scale",),
+    zeros=("weight_zero_point",),
+    specs=specs,
+    shape=shape_of,
+    faults=faults,
+    dequantize=weights_of(read),
+    affine=Affine(
+        read, write, rows_are_outputs=True, optional_zeros=True, casts_at_loading=True,
+        bands=Bands("flat", read_grid, write_grid),
+    ),
+    config=ConfigSection(partial(config.section, activations=False), config.info_of, names_tied_head=True),
+    mixed=True,
+    mixed_target=True,
+    target="compressed_tensors",
+)  # fmt: skip

@@ -21,15 +21,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from quantline.checkpoints.layouts.affine import AffineLinear
+from quantline.checkpoints.layouts.folder import FolderContents
 from quantline.checkpoints.layouts.msmodelslim import codec
 from quantline.checkpoints.layouts.msmodelslim.tensors import (
     ASCEND_V1,
     FLOAT,
     SAFE_TENSOR,
     V1,
-    Fault,
-    LayerPlan,
-    Plan,
     Planner,
 )
 from quantline.checkpoints.safetensors_file import read_header, read_index, write_safetensors
@@ -37,7 +35,7 @@ from quantline.core.errors import CheckpointError
 from quantline.core.files import read_json
 
 __all__ = [
-    "ASCEND_V1", "FLOAT", "SAFE_TENSOR", "V1", "Fault", "LayerPlan", "Plan", "plan", "recognises", "scheme_of", "stem_of",
+    "ASCEND_V1", "FLOAT", "SAFE_TENSOR", "V1", "plan", "recognises", "scheme_of", "stem_of",
     "write_description", "write_files",
 ]  # fmt: skip
 
@@ -51,12 +49,12 @@ def recognises(folder: str | Path) -> bool:
     return any(Path(folder).glob(_DESCRIPTION)) or bool(_weights_in(Path(folder)))
 
 
-def plan(folder: str | Path) -> Plan:
+def plan(folder: str | Path) -> FolderContents:
     """Read description and headers and decide about every tensor.
 
     Raises:
         CheckpointError: no description or no weights or several, unreadable JSON, a damaged header, an index that
-            leaves the folder. Faults of single tensors are no exceptions: all of them are in `Plan.refusals`.
+            leaves the folder. Faults of single tensors are no exceptions: all of them are in `FolderContents.refusals`.
     """
     folder = Path(folder)
     description, weights = _find(folder)

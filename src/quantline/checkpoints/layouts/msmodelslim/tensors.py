@@ -13,77 +13,20 @@ from typing import Any
 import numpy as np
 
 from quantline.checkpoints.errors import FormatError
+from quantline.checkpoints.layouts.folder import FolderContents, FolderFault, FolderLinear
 from quantline.checkpoints.layouts.msmodelslim.codec import geometry
 from quantline.checkpoints.safetensors_file import SafetensorsFile, TensorInfo, to_float32
 
 SAFE_TENSOR, ASCEND_V1, V1 = "safe_tensor", "ascendV1", "v1"
 SCHEMES = {"W4A16": 4, "W8A16": 8}
 FLOAT = "FLOAT"
+# How the layout of each save mode is called; of a linear whose codes lie two in a byte it is that of ascendV1.
+NAMES = {SAFE_TENSOR: "msmodelslim", ASCEND_V1: "msmodelslim_ascend_v1", V1: "msmodelslim_v1"}
+PACKED = NAMES[ASCEND_V1]
 
 _PARTNERS = ("weight_scale", "weight_offset")
 _AGAIN = "save the model again"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why a checkpoint cannot be read: the tensor (or module), the fact, the remedy."""
-
-    tensor: str
-    fact: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.tensor}: {self.fact}: {self.remedy}"
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One quantized linear.
-
-    Attributes:
-        bits: 4 or 8.
-        group_size: input columns per group; -1 per output channel.
-        packed: two codes a byte.
-        out_features, in_features: of the linear.
-        tensors: suffix ("weight", "weight_scale", "weight_offset") -> tensor name. Its bias, which stays float, is
-            among the carried tensors.
-    """
-
-    bits: int
-    group_size: int
-    packed: bool
-    out_features: int
-    in_features: int
-    tensors: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a folder holds; nothing but headers and the biases of norms was read.
-
-    Attributes:
-        folder: where it is.
-        variant: "safe_tensor", "ascendV1" or "v1".
-        description: file name of the description.
-        files: tensor name -> file name, all tensors of the folder.
-        infos: tensor name -> dtype, shape and place in its file.
-        layers: module name -> quantized linear.
-        carried: output name -> source tensor, for everything that stays as it is.
-        dropped: source tensors that are neither: second copies and zero biases that anti-outlier m3 adds to norms.
-        float_linears: modules with a float weight matrix, embeddings left out (by "embed" or "wte" in the name).
-        refusals: everything that stands against reading it; only without any may `layers` be used.
-    """
-
-    folder: Path
-    variant: str
-    description: str
-    files: Mapping[str, str]
-    infos: Mapping[str, TensorInfo]
-    layers: Mapping[str, LayerPlan]
-    carried: Mapping[str, str]
-    dropped: tuple[str, ...]
-    float_linears: tuple[str, ...]
-    refusals: tuple[Fault, ...]
+_DROPPED = "a copy or a zero bias that anti-outlier m3 adds to norms"
 
 
 @dataclass(eq=False)
@@ -96,13 +39,13 @@ class Planner:
     files: Mapping[str, str]
     infos: Mapping[str, TensorInfo]
     schemes: Mapping[str, Any]
-    faults: list[Fault] = field(default_factory=list)
-    layers: dict[str, LayerPlan] = field(default_factory=dict)
+    faults: list[FolderFault] = field(default_factory=list)
+    layers: dict[str, FolderLinear] = field(default_factory=dict)
     carried: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)  # modules that have had their fault
 
-    def plan(self) -> Plan:
+    def plan(self) -> FolderContents:
         """Decide about every tensor."""
         names = sorted(self.files)
         for name in names:
@@ -119,15 +62,16 @@ class Planner:
             for name in sorted(self.carried)
             if name.endswith(".weight") and len(self.infos[self.carried[name]].shape) == 2
         ]
-        return Plan(
+        return FolderContents(
             folder=self.folder,
+            layout=NAMES[self.variant],
             variant=self.variant,
             description=self.description,
             files=self.files,
             infos=self.infos,
             layers=self.layers,
             carried=dict(sorted(self.carried.items())),
-            dropped=tuple(self.dropped),
+            dropped=dict.fromkeys(self.dropped, _DROPPED),
             float_linears=tuple(name for name in floats if "embed" not in name and not name.endswith("wte")),
             refusals=tuple(self.faults),
         )
@@ -148,20 +92,22 @@ class Planner:
         missing = [names[suffix] for suffix in names if suffix not in present]
         if weight is not None and not integer:
             fact = f"is described as {scheme!r} but stored as {weight.dtype} {weight.shape}"
-            found: Fault | LayerPlan = Fault(names["weight"], fact, _AGAIN)
+            found: FolderFault | FolderLinear = FolderFault(names["weight"], fact, _AGAIN)
         elif missing and integer and scheme not in (*SCHEMES, FLOAT, None):
             found = _unknown(names["weight"], scheme)
         elif weight is None or missing:
-            found = Fault(module, f"is quantized, but lacks {', '.join(missing)}", "fetch all tensors, or " + _AGAIN)
+            found = FolderFault(
+                module, f"is quantized, but lacks {', '.join(missing)}", "fetch all tensors, or " + _AGAIN
+            )
         else:
             found = self._quantized(module, names, weight)
-        if isinstance(found, Fault):
+        if isinstance(found, FolderFault):
             self.refused.add(module)
             self.faults.append(found)
         else:
             self.layers[module] = found
 
-    def _quantized(self, module: str, names: Mapping[str, str], weight: TensorInfo) -> Fault | LayerPlan:
+    def _quantized(self, module: str, names: Mapping[str, str], weight: TensorInfo) -> FolderFault | FolderLinear:
         """An int8 matrix with both partners."""
         scale, offset = (self.infos[names[suffix]] for suffix in _PARTNERS)
         described = [self.schemes[name] for name in names.values() if name in self.schemes]
@@ -170,21 +116,28 @@ class Planner:
         if not isinstance(scheme, str) or scheme not in SCHEMES:
             return _unknown(names["weight"], scheme)
         if any(other != scheme for other in schemes):
-            return Fault(names["weight"], f"and its partners are described as {schemes}", "correct the description")
+            return FolderFault(
+                names["weight"], f"and its partners are described as {schemes}", "correct the description"
+            )
         if scale.shape != offset.shape or {scale.dtype, offset.dtype} - {"F16", "BF16", "F32"} or weight.dtype != "I8":
             fact = ", ".join(f"{names[s]} is {self.infos[names[s]].dtype} {self.infos[names[s]].shape}" for s in names)
-            return Fault(module, fact + "; expected int8 and two equal float shapes", _AGAIN)
+            return FolderFault(module, fact + "; expected int8 and two equal float shapes", _AGAIN)
         bits = SCHEMES[scheme]
         try:
             shape = geometry(weight.shape, scale.shape, bits == 4 and self.variant == ASCEND_V1)
         except FormatError as error:
-            return Fault(names["weight"], str(error), _AGAIN)
+            return FolderFault(names["weight"], str(error), _AGAIN)
         if shape.packed and bits != 4:
-            return Fault(names["weight"], f"holds two codes a byte, described as {scheme}", "correct the description")
+            return FolderFault(
+                names["weight"], f"holds two codes a byte, described as {scheme}", "correct the description"
+            )
         if shape.packed and not described:
             fact = "holds two codes a byte, and the description does not name it"
-            return Fault(names["weight"], fact, f"add it to {self.description}")
-        return LayerPlan(bits, shape.group_size, shape.packed, shape.out_features, shape.in_features, dict(names))
+            return FolderFault(names["weight"], fact, f"add it to {self.description}")
+        return FolderLinear(
+            PACKED if shape.packed else NAMES[SAFE_TENSOR], bits, shape.group_size, shape.out_features, shape.in_features,
+            dict(names),
+        )  # fmt: skip
 
     def _keep(self, name: str) -> None:
         """A tensor outside quantized weights: carried over, dropped as a copy, or a fault."""
@@ -220,7 +173,7 @@ class Planner:
             largest = float(np.abs(values).max())
             fact = f"is the bias of a norm and not zero (largest magnitude {largest:.3g}); an RMSNorm cannot load it"
             remedy = "quantize without the anti-outlier method that made it (m3 leaves zeros)"
-            self.faults.append(Fault(name, fact, remedy))
+            self.faults.append(FolderFault(name, fact, remedy))
         else:
             self.dropped.append(name)
 
@@ -242,9 +195,11 @@ class Planner:
             if suffix == "bias" and self._is_vector(f"{module}.weight"):
                 continue  # a zero bias that m3 would have added to a norm
             fact = f"is described as {scheme} in {self.description}, and no weights file holds it"
-            self.faults.append(Fault(name, fact, "fetch all weights files, or " + _AGAIN))
+            self.faults.append(FolderFault(name, fact, "fetch all weights files, or " + _AGAIN))
 
 
-def _unknown(tensor: str, scheme: Any) -> Fault:
+def _unknown(tensor: str, scheme: Any) -> FolderFault:
     known = f"known are {', '.join(SCHEMES)} and {FLOAT}"
-    return Fault(tensor, f"has the scheme {scheme!r}; {known}", "quantize it with one of them, or leave it in float")
+    return FolderFault(
+        tensor, f"has the scheme {scheme!r}; {known}", "quantize it with one of them, or leave it in float"
+    )

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from quantline.checkpoints.layouts.awq import VERSIONS
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model, rounding, selection
 from quantline.toolchains.workers.quantizers import output as _output
@@ -33,7 +34,7 @@ from quantline.toolchains.workers.quantizers import output as _output
 # Those that were run and beat plain rounding; the library lists more.
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma", "gemma2", "phi3")
 # exllama is a choice of kernels at loading time: such weights are stored as gemm.
-LAYOUTS = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm"}
+LAYOUTS = {version: VERSIONS[version] for version in ("gemm", "gemv", "exllama")}
 DEFAULTS = {"zero_point": True, "version": "gemm", "clip": True}
 
 # Calibration samples that go through a module at a time; bounds the memory for activations.

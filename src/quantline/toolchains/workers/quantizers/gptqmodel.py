@@ -25,6 +25,8 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
+from quantline.checkpoints.layouts import LAYOUTS
+from quantline.checkpoints.layouts.awq import VERSIONS
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model as _common
 from quantline.toolchains.workers.quantizers import output, rounding, selection
@@ -65,14 +67,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 # exllama is a choice of kernels at loading time: such weights are stored as gemm.
-AWQ_LAYOUTS = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm"}
+AWQ_LAYOUTS = {version: VERSIONS[version] for version in ("gemm", "gemv", "exllama")}
 
 
 @dataclass
 class Run:
     """One quantize job inside the library: what it is to do, and what it did.
 
-    layout: key in `formats.LAYOUTS`. store: layers that are done, from an earlier run too. wanted: linears to quantize, by
+    layout: key in `layouts.LAYOUTS`. store: layers that are done, from an earlier run too. wanted: linears to quantize, by
     name in the files -> module. rows: one per linear. notes: what the library did other than asked, by linear.
     unmasked: groups with the zero point 0 in a layout that stores it minus 1.
     """
@@ -91,7 +93,7 @@ class Run:
     def done(self, name: str, row: dict[str, Any], **parts: Any) -> None:
         """One linear is quantized; `name` as in the files, parts as for `_common.add_layer`."""
         _common.add_layer(self.work, name, self.layout, **parts)
-        if self.layout == "gptq":
+        if LAYOUTS[self.layout].zero_hazard:
             with self.lock:
                 self.unmasked += int((parts["zeros"] == 0).sum())
         found = re.search(r"\.(\d+)\.(.+)$", name)

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from quantline.checkpoints.layouts.choice import compressed_tensors_of
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model, output, selection
 
@@ -117,7 +118,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     work.renamed = lambda path: selection.file_name(path, config["model_type"])
     linearize_moe(work.model)  # experts as separate linears, which is what they are in the files
     symmetric = not options["zero_point"] if method == "awq" else bool(options["sym"])
-    layout = "compressed_tensors_int" if options.get("activation_bits") else "compressed_tensors"
+    layout = compressed_tensors_of(bool(options.get("activation_bits")))
     state = modifiers.Run(work, report, options, symmetric, layout)
     _survey(state)
     started = time.perf_counter()

@@ -214,7 +214,7 @@ METHODS: dict[str, Callable[[Run], None]] = {"gptq": gptq, "rtn": rtn, "awq": aw
 class Run:
     """One quantize job inside the library. Names are those in the model's files.
 
-    symmetric: every zero point is the middle one. layout: key in `formats.LAYOUTS`. wanted: linears to quantize, name ->
+    symmetric: every zero point is the middle one. layout: key in `layouts.LAYOUTS`. wanted: linears to quantize, name ->
     module. floats: modules with a matrix that stays float. paths: name -> what the library calls it. rows: one per
     linear, or per scaled layer for awq. current: what is being worked on.
     """

@@ -25,13 +25,11 @@ from quantline.checkpoints.checkpoint import (
     write_safetensors,
 )
 from quantline.checkpoints.companions import COMPANIONS
-from quantline.checkpoints.layouts import LAYOUTS, AffineLinear
-from quantline.checkpoints.layouts.awq_gemv import zeros_width
-from quantline.checkpoints.layouts.compressed_tensors import pack_quantized
-from quantline.checkpoints.layouts.packing import values_per_run
+from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, Storage
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import LM_HEAD
 from quantline.checkpoints.model_config import read_config, restore_config, write_config
-from quantline.checkpoints.quantization_config import LayerSettings, describe, quantization_of
+from quantline.checkpoints.quantization_config import LayerSettings, describe, own_file, quantization_of
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError
 
@@ -95,20 +93,14 @@ def check_widths(widths: Mapping[str, tuple[int, int]], layout: str, bits: int, 
         if group_size != -1 and in_features % group_size:
             faults.append(f"{name}: group_size={group_size} does not divide its input width {in_features}")
             continue
-        awq = layout.startswith("awq")
-        for side, width in (("input", in_features), ("output", out_features)):
-            multiple = 8 if awq else 1 if layout.startswith("compressed") else values_per_run(bits)
-            if width % multiple:
-                faults.append(f"{name}: its {side} width {width} is not a multiple of {multiple}, which packing needs")
+        found = LAYOUTS[layout].faults((in_features, out_features), LinearSpec(bits, group_size), Storage())
+        faults += [f"{name}: {fault.fact}" for fault in found]
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults)
         raise JobError(
             f"{len(faults)} of {len(widths)} linear layers cannot be quantized:\n{listed}\n"
             "choose a group_size that divides every width, or -1 where the method allows one group per channel"
         )
-    if layout == "awq_gemv":
-        with refusals():
-            zeros_width(next(iter(widths.values()))[0], group_size)
 
 
 def half(name: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -134,13 +126,10 @@ def half(name: str, array: NDArray[Any]) -> NDArray[Any]:
 def pack(name: str, linear: AffineLinear, layout: str, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
     """One quantized layer's tensors under their full names; its bias has to be float16 already.
 
-    zero_points: whether to write them, where the layout (compressed_tensors) can leave them out.
+    zero_points: whether to write them, where the layout can leave them out.
     """
     try:
-        if layout == pack_quantized.NAME:
-            tensors = pack_quantized.write(linear, zero_points=zero_points)
-        else:
-            tensors = LAYOUTS[layout].write(linear)
+        tensors = LAYOUTS[layout].write(linear, zero_points=zero_points)
     except UserError as error:
         raise JobError(f"{name}: {error}") from error
     return {f"{name}.{suffix}": array for suffix, array in tensors.items()}
@@ -215,13 +204,14 @@ def described(
 def write_configs(
     source: Path, output: Path, source_config: Mapping[str, Any], quantization: Mapping[str, Any]
 ) -> None:
-    """Write config.json, quantize_config.json where the method is GPTQ, and copy the model's other files."""
+    """Write config.json, quantize_config.json where readers look for it, and copy the model's other files."""
     saved = {"quantization_config": dict(quantization), "dtype": "float16"}
     write_config(output / "config.json", restore_config(source_config, saved))
-    if quantization["quant_method"] == "gptq":
+    own = own_file(quantization)
+    if own is not None:
         # AutoGPTQ looks for a file named after bits and group unless it is told the name.
         extra = {"model_name_or_path": None, "model_file_base_name": "model"}
-        write_config(output / "quantize_config.json", {**quantization, **extra})
+        write_config(output / own, {**quantization, **extra})
     for path in sorted(source.iterdir()):
         if not any(fnmatch(path.name, pattern) for pattern in COMPANIONS):
             continue

@@ -1,0 +1,68 @@
+"""What the two AWQ layouts share: their config section, as AutoAWQ writes it, and what neither can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantline.checkpoints.layouts.config_values import bits_and_groups, one_of, patterns
+from quantline.checkpoints.layouts.description import Description, QuantizationInfo
+from quantline.checkpoints.layouts.layout import Fault, Shape, Storage, bits_faults, order_faults, word_faults
+from quantline.checkpoints.layouts.linear_spec import LayerSettings, LinearSpec
+from quantline.core.errors import CheckpointError
+
+METHOD = "awq"
+# version in the config -> layout. exllama is a choice of kernels at loading time: such weights are stored as GEMM.
+VERSIONS = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm", "exllamav2": "awq_gemm"}
+_TITLE = "AWQ"
+
+
+def describe(layout: str, wanted: Description) -> dict[str, Any]:
+    """The section. ``zero_point`` is always true: the tensors hold zero points, which readers ignore where it is false.
+
+    Raises:
+        CheckpointError: linears that differ, other than 4 bits, or reordered groups.
+    """
+    if wanted.overrides:
+        raise CheckpointError(
+            f"{layout}: {next(iter(wanted.overrides))} and {len(wanted.overrides) - 1} other linears have settings of "
+            "their own, which readers of this layout do not know: convert to gptq or compressed_tensors"
+        )
+    if wanted.main.bits != 4 or wanted.desc_act:
+        raise CheckpointError(f"{layout}: holds 4 bits and no desc_act: convert to gptq or compressed_tensors")
+    return {
+        "quant_method": METHOD,
+        "bits": wanted.main.bits,
+        "group_size": wanted.main.group_size,
+        "version": next(version for version, name in VERSIONS.items() if name == layout),
+        "zero_point": True,
+        **({"lm_head": True} if wanted.quantized_head else {}),
+        "modules_to_not_convert": list(wanted.left_float) or None,
+    }
+
+
+def parse(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
+    """Read a section.
+
+    Raises:
+        CheckpointError: an unknown version, bits other than 4, or a group size that is none.
+    """
+    version = config.get("version") or config.get("checkpoint_format") or "gemm"
+    layout = one_of(path, METHOD, version, VERSIONS)
+    bits, group_size = bits_and_groups(path, METHOD, config, (4,))
+    symmetric = not config.get("zero_point", True)
+    return QuantizationInfo(
+        method=METHOD, layout=layout, bits=bits, group_size=group_size, desc_act=bool(config.get("desc_act", False)),
+        symmetric=symmetric, modules_to_not_convert=tuple(config.get("modules_to_not_convert") or ()),
+        patterns=patterns(path, config.get("dynamic") or {}, LayerSettings(bits, group_size, symmetric)),
+    )  # fmt: skip
+
+
+def faults(layout: str, shape: Shape, spec: LinearSpec, storage: Storage) -> list[Fault]:
+    """Other than 4 bits, reordered groups, widths that do not fill words of eight."""
+    return [
+        *bits_faults(_TITLE, (4,), spec),
+        *order_faults(_TITLE, storage, "use gptq"),
+        *word_faults(layout, shape, 8),
+    ]

@@ -1,0 +1,85 @@
+"""The config section of both GPTQ layouts: AutoGPTQ's, with GPTQModel's ``dynamic`` for linears that differ.
+
+The same section is the content of quantize_config.json, which AutoGPTQ looks for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantline.checkpoints.layouts.config_values import bits_and_groups, one_of, patterns
+from quantline.checkpoints.layouts.description import Description, QuantizationInfo
+from quantline.checkpoints.layouts.linear_spec import LayerSettings
+from quantline.checkpoints.layouts.packing import BITS
+
+METHOD = "gptq"
+OWN_FILE = "quantize_config.json"
+# checkpoint_format in the config -> layout
+FORMATS = {"gptq": "gptq", "gptq_v2": "gptq_v2"}
+# What vLLM makes of several linears.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def describe(layout: str, wanted: Description) -> dict[str, Any]:
+    """The section.
+
+    Float linears other than lm_head are negative ``dynamic`` patterns, which GPTQModel and vLLM know; transformers and
+    AutoGPTQ find them by their tensors. Readers ignore zero points where ``sym`` is true.
+    """
+    config: dict[str, Any] = {
+        "quant_method": METHOD,
+        "checkpoint_format": layout,
+        "bits": wanted.main.bits,
+        "group_size": wanted.main.group_size,
+        "desc_act": wanted.desc_act,
+        "sym": wanted.main.symmetric,
+    }
+    excluded = [name for name in wanted.left_float if name != "lm_head"]
+    if excluded or wanted.overrides:
+        config["dynamic"] = _dynamic(excluded, wanted.overrides)
+    return {**config, "lm_head": wanted.quantized_head, "modules_to_not_convert": list(wanted.left_float)}
+
+
+def parse(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
+    """Read a section.
+
+    Raises:
+        CheckpointError: an unknown format, bits or a group size that are none, or patterns that set what is not known.
+    """
+    version = "marlin" if config.get("is_marlin_format") else config.get("checkpoint_format") or "gptq"
+    layout = one_of(path, METHOD, version, FORMATS)
+    bits, group_size = bits_and_groups(path, METHOD, config, BITS)
+    symmetric = bool(config.get("sym", False))
+    return QuantizationInfo(
+        method=METHOD, layout=layout, bits=bits, group_size=group_size, desc_act=bool(config.get("desc_act", False)),
+        symmetric=symmetric, modules_to_not_convert=tuple(config.get("modules_to_not_convert") or ()),
+        patterns=patterns(path, config.get("dynamic") or {}, LayerSettings(bits, group_size, symmetric)),
+    )  # fmt: skip
+
+
+def _dynamic(excluded: Sequence[str], overrides: Mapping[str, LayerSettings]) -> dict[str, dict[str, Any]]:
+    """Patterns of names for GPTQ readers: `-:` leaves a module in float, `+:` gives it settings of its own.
+
+    vLLM asks for the fused modules that it makes of q, k, v and of gate and up, so these are named too where all of their
+    parts agree.
+    """
+    patterns: dict[str, dict[str, Any]] = {
+        f"-:^{re.escape(name)}$": {} for name in _with_fused(dict.fromkeys(excluded))
+    }
+    for name, own in _with_fused(overrides).items():
+        patterns[f"+:^{re.escape(name)}$"] = {"bits": own.bits, "group_size": own.group_size, "sym": own.symmetric}
+    return patterns
+
+
+def _with_fused(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(settings)
+    for name, own in settings.items():
+        parent, _, last = name.rpartition(".")
+        for fused, parts in _FUSED.items():
+            others = [f"{parent}.{part}" for part in parts[1:]]
+            if last == parts[0] and all(other in settings and settings[other] == own for other in others):
+                found[f"{parent}.{fused}"] = own
+    return found
