@@ -216,6 +216,9 @@ def test_the_token_is_sent_and_shown_nowhere(served, out, monkeypatch, caplog, c
 def test_scrub_takes_the_token_out_of_a_text(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert hub.scrub(f"Authorization: Bearer {TOKEN}!") == "Authorization: Bearer ***!"
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "stored-by-login")
+    assert hub.scrub("with stored-by-login") == "with ***"
 
 
 def test_pickled_weights_alone_are_refused_and_the_option_is_named(served, files, out):

@@ -14,15 +14,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.numpy import load_file
 
 from quantline.checkpoints.checkpoint import write_safetensors
 from quantline.config.evaluate import PROTOCOL_KEYS, ProtocolConfig
 from quantline.core.errors import ConfigError, QuantlineError, UserError
+from quantline.core.files import read_json
 from quantline.data.windows import (  # fmt: skip
     Windows,
     build_windows,
     cut_documents,
-    load_windows,
     save_windows,
     some_documents,
     spans,
@@ -229,25 +230,20 @@ def test_a_stride_that_leaves_text_out_is_refused(composed: Callable[..., dict[s
         parse(composed("evaluate.stride=513"))
 
 
-def test_saved_windows_come_back_and_equal_windows_give_equal_files(model: Path, tmp_path: Path) -> None:
+def test_saved_windows_hold_everything_and_equal_windows_give_equal_files(model: Path, tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", {"text": "abcdef"}, {"text": "ghi"})
     windows = build_windows(model, protocol(path=path))
     file = save_windows(windows, tmp_path / "one")
     save_windows(build_windows(model, protocol(path=path)), tmp_path / "two")
     for name in ("windows.safetensors", "windows.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    loaded = load_windows(tmp_path / "one")
-    assert loaded.sha256 == windows.sha256
-    assert loaded.document_ids == windows.document_ids
-    assert ProtocolConfig(**loaded.protocol) == protocol(path=path)
+    manifest = read_json(tmp_path / "one" / "windows.json")
+    assert manifest["sha256"] == windows.sha256
+    assert tuple(manifest["document_ids"]) == windows.document_ids
+    assert ProtocolConfig(**manifest["protocol"]) == protocol(path=path)
+    tensors = load_file(file)
+    assert all(np.array_equal(tensors[name], getattr(windows, name)) for name in tensors)
     assert sorted(entry.name for entry in (tmp_path / "one").iterdir()) == ["windows.json", "windows.safetensors"]
-    tensors = {"input_ids": windows.input_ids[::-1], "offsets": windows.offsets}
-    write_safetensors(file, {**tensors, "document": windows.document, "context": windows.context})
-    with pytest.raises(UserError, match=r"is not what windows\.json describes"):
-        load_windows(tmp_path / "one")
-    file.unlink()
-    with pytest.raises(UserError, match="damaged"):
-        load_windows(tmp_path / "one")
 
 
 def test_the_evaluation_configs_are_whole_protocols(root: Path, composed: Callable[..., dict[str, Any]]) -> None:
@@ -396,9 +392,7 @@ def test_words_and_bytes_are_those_of_the_scored_text(model: Path, tmp_path: Pat
     assert windows.text_bytes is not None
     assert windows.words.tolist() == [2, 1]  # "c" and "e"; "ä"
     assert windows.text_bytes.tolist() == [3 + 3, 3]
-    saved = load_windows(save_windows(windows, tmp_path / "saved").parent)
-    assert saved.words is not None
-    assert saved.words.tolist() == [2, 1]
+    assert load_file(save_windows(windows, tmp_path / "saved"))["words"].tolist() == [2, 1]
 
 
 def test_by_word_and_by_byte_the_same_loss_is_over_other_units() -> None:

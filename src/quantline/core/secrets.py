@@ -1,9 +1,10 @@
-"""Secrets are taken out of everything that is kept or shown."""
+"""Takes secrets out of everything that is kept or shown."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import unquote
 
@@ -15,12 +16,12 @@ SECRET_VARIABLES = (
 
 
 class Scrubber:
-    """Takes credentials out of text: those of `uri`, of the environment, and whatever looks like user:password@."""
+    """Takes credentials out of text: those of `uri`, of the environment, `also`, and whatever looks like user:password@."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str = "", also: Iterable[str | None] = ()) -> None:
         _, mark, rest = uri.partition("://")
         userinfo, at, _ = ("", "", rest) if uri.startswith("sqlite:///") else rest.rpartition("@")
-        secrets = [os.environ.get(name, "") for name in SECRET_VARIABLES]
+        secrets = [(secret or "").strip() for secret in (*map(os.environ.get, SECRET_VARIABLES), *also)]
         self._userinfo = f"{mark}{userinfo}{at}" if at else ""
         if at:
             password = userinfo.partition(":")[2]

@@ -1,11 +1,52 @@
-"""Words for messages."""
+"""Wording of messages and reports: lists of alternatives, numbers and sizes for people."""
 
 from __future__ import annotations
 
 import difflib
+import math
+from collections.abc import Iterable, Sequence
 
 
 def nearest(word: str, allowed: list[str]) -> str:
     """A hint at the word that was meant, as ` (did you mean X?)`, or nothing."""
     matches = difflib.get_close_matches(word, allowed, n=1)
     return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def alternatives(values: Iterable[object]) -> str:
+    """`a, b or c`, each value as it is written in a configuration."""
+    return _joined(["null" if value is None else str(value).lower() for value in values], "or")
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return _joined(words, "and")
+
+
+def _joined(words: Sequence[str], last: str) -> str:
+    return f"{', '.join(words[:-1])} {last} {words[-1]}" if len(words) > 1 else "".join(words)
+
+
+def digits(number: float, significant: int) -> str:
+    """A number with so many significant digits, without an exponent where a reader can do without."""
+    if number == 0:
+        return "0"
+    if abs(number) >= 1e6 or abs(number) < 1e-4:
+        return f"{number:.{significant - 1}e}"
+    return f"{number:.{max(0, significant - 1 - math.floor(math.log10(abs(number))))}f}"
+
+
+def decimal_size(count: float) -> str:
+    """Bytes in powers of ten, with three digits: what was measured of files and processes."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            return f"{digits(count / size, 3)} {unit}"
+    return f"{count:.0f} B"
+
+
+def binary_size(count: int) -> str:
+    """Bytes in powers of two, as memory is sold and asked for."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}" if count < 100 * size else f"{count / size:.0f} {unit}"
+    return f"{count} B"

@@ -19,12 +19,12 @@ from urllib.parse import urlsplit
 
 from quantline.core.errors import UserError
 from quantline.core.files import DISK_FULL, disk_full
+from quantline.core.secrets import Scrubber
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _TIMEOUT_SECONDS = 10.0
 
 
@@ -80,16 +80,13 @@ def _api() -> HfApi:
 
 
 def scrub(text: str) -> str:
-    """`text` without any access token of this environment."""
+    """`text` without credentials: those of this environment, and the token of `hf auth login`."""
     from huggingface_hub import get_token
 
-    secrets = [os.environ.get(name) for name in _TOKEN_VARIABLES]
+    stored = None
     with suppress(Exception):  # no token is stored: nothing to hide
-        secrets.append(get_token())
-    for secret in secrets:
-        if secret and secret.strip():
-            text = text.replace(secret.strip(), "***")
-    return text
+        stored = get_token()
+    return Scrubber(also=[stored])(text)
 
 
 def fetch_snapshot(source: HubRepo, allow: Sequence[str], ignore: Sequence[str]) -> Path:

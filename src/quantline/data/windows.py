@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from quantline.checkpoints.safetensors_file import write_safetensors
 from quantline.config.evaluate import ProtocolConfig
 from quantline.core.errors import UserError
-from quantline.core.files import read_json, write_json
+from quantline.core.files import write_json
 from quantline.data.documents import Document, format_of, read_documents
 from quantline.data.tokenizer import TextEncoder
 
@@ -251,23 +251,3 @@ def save_windows(windows: Windows, folder: Path) -> Path:
     }
     write_json(folder / "windows.json", manifest)
     return folder / "windows.safetensors"
-
-
-def load_windows(folder: Path) -> Windows:
-    """Read what `save_windows` wrote.
-
-    Raises:
-        UserError: a file is missing or damaged, or the two are not of the same windows.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    manifest = read_json(folder / "windows.json")
-    try:
-        tensors = load_file(folder / "windows.safetensors")
-        windows = Windows(**tensors, document_ids=tuple(manifest["document_ids"]), protocol=manifest["protocol"])
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: the evaluation windows are damaged ({error}); build them again") from error
-    if windows.sha256 != manifest["sha256"]:
-        raise UserError(f"{folder}: windows.safetensors is not what windows.json describes; build them again")
-    return windows

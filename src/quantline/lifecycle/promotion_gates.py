@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from quantline.config.promote import PromoteConfig
+from quantline.evaluation.growth import growth_of
 from quantline.pipeline.stages import names
 
 _NEEDED = names(lambda stage: stage.gated)
@@ -49,9 +49,7 @@ def faults_of(results: Mapping[str, Mapping[str, Any]], gates: PromoteConfig) ->
 def perplexity_increase_high(metrics: Mapping[str, Any]) -> float | None:
     """Upper end of the interval of perplexity's growth against float, as a share: exp(difference of mean losses) - 1."""
     high = metrics.get("nll_difference_high")
-    if not isinstance(high, (int, float)):
-        return None
-    return math.inf if high > 700 else math.expm1(high)
+    return growth_of(high) if isinstance(high, (int, float)) else None
 
 
 def _quality(metrics: Mapping[str, Any], limit: float) -> list[str]:

@@ -14,6 +14,7 @@ from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import planned
 from quantline.checkpoints.quantization_config import LayerSettings
 from quantline.core.errors import UserError
+from quantline.core.text import binary_size
 from quantline.planning import checkpoint_memory, layouts
 from quantline.planning.checkpoint_memory import Weights
 from quantline.planning.quantization_memory import Peak, quantization_peak
@@ -131,21 +132,19 @@ def _peak(variant: Planned, backend: str, model: Model, place: Place, weights: W
 
 def _too_large(plan: Plan, place: Place) -> Iterator[Finding]:
     needed, given = plan.serving_bytes(), place.memory_bytes
+    needs, has = binary_size(needed), binary_size(given or 0)
     if given is not None and needed > given:
-        reason = f"it needs {_gib(needed)} with {place.batch} x {place.context} tokens, and there are {_gib(given)}"
+        reason = f"it needs {needs} with {place.batch} x {place.context} tokens, and there are {has}"
         yield Finding("memory", "memory", reason, "take fewer bits, a shorter context, a smaller batch or more GPUs")
     elif given is not None and needed > given * place.utilization:
-        reason = (
-            f"the server is given {_gib(int(given * place.utilization))} of {_gib(given)}, and needs {_gib(needed)}"
-        )
+        share_bytes = int(given * place.utilization)
+        reason = f"the server is given {binary_size(share_bytes)} of {has}, and needs {needs}"
         share = min(1.0, -(-100 * needed // given) / 100)
         remedy = f"set serve.process.gpu_memory_utilization={share:.2f} and serve.process.kv_cache_gib=null"
         yield Finding("memory-share", "memory", reason, remedy, refused=False)
     if plan.peak is not None and place.quantizer_bytes is not None and plan.peak.total > place.quantizer_bytes:
-        reason = f"quantizing may take {_gib(plan.peak.total)}, and there are {_gib(place.quantizer_bytes)}"
+        reason = (
+            f"quantizing may take {binary_size(plan.peak.total)}, and there are {binary_size(place.quantizer_bytes)}"
+        )
         remedy = "set low_memory=true, fewer or shorter calibration samples, or dtype=float16"
         yield Finding("quantization-memory", "quantize", reason, remedy, refused=False)
-
-
-def _gib(count: int) -> str:
-    return f"{count / memory.GIB:.1f} GiB"

@@ -8,6 +8,7 @@ from typing import Any
 
 import tabulate
 
+from quantline.core.text import binary_size
 from quantline.planning.recommend import Choice, Recommendation
 from quantline.planning.spec import FLOAT, Finding, Model, Place, Plan
 from quantline.serving.memory import GIB
@@ -89,26 +90,27 @@ def _sizes_table(plan: Plan, place: Place) -> str:
     assert weights is not None
     assert kv is not None
     packed = weights.packed
-    window = f", {_bytes(kv.window_bytes_per_token)} a token of the last {kv.window}" if kv.window else ""
+    window = f", {binary_size(kv.window_bytes_per_token)} a token of the last {kv.window}" if kv.window else ""
     rows = [
-        ("float weights", _bytes(weights.float_source), "as downloaded"),
-        ("weights", _bytes(weights.total), f"{weights.bits_per_weight:.2f} bits a weight over the whole model"),
+        ("float weights", binary_size(weights.float_source), "as downloaded"),
+        ("weights", binary_size(weights.total), f"{weights.bits_per_weight:.2f} bits a weight over the whole model"),
     ]
     if packed.total:
         share = f"{weights.bits_per_quantized_weight:.2f} bits a weight"
         rows += [
-            ("  quantized", _bytes(packed.total), f"{share}: codes {_bytes(packed.codes)}, scales {_bytes(packed.scales)}, "
-             f"zero points {_bytes(packed.zeros)}, other {_bytes(packed.other)}"),
-            ("  left float", _bytes(weights.left_float), "embeddings, norms, biases, linears that are not quantized"),
+            ("  quantized", binary_size(packed.total),
+             f"{share}: codes {binary_size(packed.codes)}, scales {binary_size(packed.scales)}, "
+             f"zero points {binary_size(packed.zeros)}, other {binary_size(packed.other)}"),
+            ("  left float", binary_size(weights.left_float), "embeddings, norms, biases, linears that are not quantized"),
         ]  # fmt: skip
     rows += [
-        ("KV cache", _bytes(plan.kv_bytes),
-         f"{place.batch} x {place.context} tokens, {_bytes(kv.bytes_per_token)} a token{window}"),
-        ("activations", _bytes(plan.overhead_bytes), "with the GPU's context; an assumption, see memory.py"),
-        ("needed", _bytes(plan.serving_bytes()), _fit(plan, place)),
+        ("KV cache", binary_size(plan.kv_bytes),
+         f"{place.batch} x {place.context} tokens, {binary_size(kv.bytes_per_token)} a token{window}"),
+        ("activations", binary_size(plan.overhead_bytes), "with the GPU's context; an assumption, see memory.py"),
+        ("needed", binary_size(plan.serving_bytes()), _fit(plan, place)),
     ]  # fmt: skip
     if plan.peak is not None:
-        rows.append(("quantizing", _bytes(plan.peak.total), f"peak, a model of it: {plan.peak.formula}"))
+        rows.append(("quantizing", binary_size(plan.peak.total), f"peak, a model of it: {plan.peak.formula}"))
     return str(tabulate.tabulate(rows, tablefmt="plain", disable_numparse=True, preserve_whitespace=True))
 
 
@@ -141,8 +143,8 @@ def _row(choice: Choice, recommendation: Recommendation, place: Place) -> list[s
         "->" if choice is recommendation.best else "",
         choice.overrides.replace("method=", "", 1),
         f"{plan.weights.bits_per_weight:.2f}" if plan.weights else "-",
-        _bytes(plan.weights.total) if plan.weights else "-",
-        _bytes(plan.serving_bytes()) if plan.weights else "-",
+        binary_size(plan.weights.total) if plan.weights else "-",
+        binary_size(plan.serving_bytes()) if plan.weights else "-",
         serves, fits, choice.measured or choice.loss,
     ]  # fmt: skip
 
@@ -169,10 +171,3 @@ def _variant(plan: Plan) -> Mapping[str, Any]:
 
 def _finding(finding: Finding) -> dict[str, Any]:
     return {**asdict(finding), "verdict": "refused" if finding.refused else "note"}
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}" if count < 100 * size else f"{count / size:.0f} {unit}"
-    return f"{count} B"

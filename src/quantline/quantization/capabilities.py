@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import UserError
+from quantline.core.text import alternatives
 
 _TABLE = Path(__file__).with_suffix(".yaml")
 # Methods whose result depends on calibration text.
@@ -83,39 +84,41 @@ def faults(backend: str, wish: Wish) -> list[str]:
     methods = table()[backend]["methods"]
     if wish.method not in methods:
         others = [name for name, entry in table().items() if wish.method in entry["methods"]]
-        return [f"backend={backend}: does {_listed(methods)}, {wish.method} is done by {_listed(others)}"]
+        return [f"backend={backend}: does {alternatives(methods)}, {wish.method} is done by {alternatives(others)}"]
     known: dict[str, Any] = able(backend, wish.method)
     found: list[str] = []
     asked = dict.fromkeys((wish.bits, *wish.rule_bits))
     found += [
-        f"bits={bits}: {wish.method} by {backend} takes {_listed(known['bits'])}"
+        f"bits={bits}: {wish.method} by {backend} takes {alternatives(known['bits'])}"
         for bits in asked
         if bits not in known["bits"]
     ]
     # Without groups (bitsandbytes at 8 bits) the size means nothing.
     sizes = known.get("group_size") if wish.bits not in known.get("groupless_bits", ()) else None
     found += [
-        f"group_size={size}: {wish.method} by {backend} takes {_listed(sizes)}"
+        f"group_size={size}: {wish.method} by {backend} takes {alternatives(sizes)}"
         for size in dict.fromkeys((wish.group_size, *wish.rule_groups))
         if sizes and size not in sizes
     ]
     for key, allowed in known.get("options", {}).items():
         if key in wish.options and wish.options[key] not in allowed:
             shown = "null" if wish.options[key] is None else str(wish.options[key]).lower()
-            found.append(f"method.{key}={shown}: {backend} takes {_listed(allowed)}")
+            found.append(f"method.{key}={shown}: {backend} takes {alternatives(allowed)}")
     if wish.layers != "none" and known["layers"] == "none":
-        found.append(f"layers: {backend} has no rules by layer; others have: {_listed(_with('layers', 'skip'))}")
+        found.append(f"layers: {backend} has no rules by layer; others have: {alternatives(_with('layers', 'skip'))}")
     elif wish.layers == "widths" and known["layers"] != "widths":
         found.append(
             f"layers: {backend} has one width for all layers and can only skip some; "
-            f"other bits or groups by layer have {_listed(_with('layers', 'widths'))}"
+            f"other bits or groups by layer have {alternatives(_with('layers', 'widths'))}"
         )
     if wish.lm_head and not known["lm_head"]:
-        found.append(f"lm_head=quantized: {backend} leaves it float; it is quantized by {_listed(_with('lm_head'))}")
+        found.append(
+            f"lm_head=quantized: {backend} leaves it float; it is quantized by {alternatives(_with('lm_head'))}"
+        )
     if wish.low_memory and not known["low_memory"]:
-        found.append(f"low_memory=true: {backend} holds the whole model; {_listed(_with('low_memory'))} does not")
+        found.append(f"low_memory=true: {backend} holds the whole model; {alternatives(_with('low_memory'))} does not")
     if wish.dtype not in known["dtypes"]:
-        found.append(f"dtype={wish.dtype}: {backend} computes in {_listed(known['dtypes'])}")
+        found.append(f"dtype={wish.dtype}: {backend} computes in {alternatives(known['dtypes'])}")
     return found
 
 
@@ -157,8 +160,3 @@ def choose(backend: str, order: Sequence[str], wish: Wish, model_type: str) -> t
         remedy = f"; give backend={others[0]}, or backend=auto" if others else ""
         raise UserError("; ".join(passed) + remedy)
     raise UserError(f"method={wish.method}: no backend can do this: " + "; ".join(passed) + "; method=rtn takes any")
-
-
-def _listed(values: Any) -> str:
-    words = ["null" if value is None else str(value).lower() for value in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

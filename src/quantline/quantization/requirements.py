@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantline.core.text import alternatives
 from quantline.quantization import capabilities
 
 
@@ -72,8 +73,8 @@ def _bits_faults(wish: capabilities.Wish, backends: Mapping[str, list[str]]) -> 
         remedy = f"; method={others[0]} takes bits={bits}" if others else ""
         if not others and len(allowed[wish.method]) == 1:
             wider = next(method for method, widths in allowed.items() if len(widths) > 1)
-            remedy = f"; method={wider} takes {_either(allowed[wider])}"
-        faults.append(f"bits={bits}: {wish.method} takes {_either(allowed[wish.method])}{remedy}")
+            remedy = f"; method={wider} takes {alternatives(allowed[wider])}"
+        faults.append(f"bits={bits}: {wish.method} takes {alternatives(allowed[wish.method])}{remedy}")
     return faults
 
 
@@ -83,10 +84,5 @@ def _group_faults(wish: capabilities.Wish, order: list[str]) -> list[str]:
     for size in dict.fromkeys((wish.group_size, *wish.rule_groups)):
         if allowed and size not in allowed:
             near = min((one for one in allowed if one > 0), key=lambda one: abs(one - size))
-            faults.append(f"group_size={size}: {wish.method} takes {_either(allowed)}; the nearest is {near}")
+            faults.append(f"group_size={size}: {wish.method} takes {alternatives(allowed)}; the nearest is {near}")
     return faults
-
-
-def _either(allowed: tuple[int, ...]) -> str:
-    words = [str(value) for value in allowed]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

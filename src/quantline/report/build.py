@@ -41,7 +41,7 @@ def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, o
 
     if not records:
         raise UserError("there is nothing to report on yet; run `dvc repro` first")
-    scrubber = Scrubber("")
+    scrubber = Scrubber()
     clean = [
         VariantRecord(record.name, scrubber.value(record.config), scrubber(record.overrides),
                       scrubber.value(record.results), record.folder)

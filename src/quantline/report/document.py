@@ -1,13 +1,95 @@
-"""What a report holds."""
+"""What a report holds, and its sections: one list for the page and for Markdown."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from quantline.report.evidence import Row
 from quantline.report.recommendation import Recommendation
 from quantline.report.svg import Plot
 from quantline.report.table import Table
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a section.
+
+    kind: plot, table or files (links to a table that is only a file). name: of the plot or table; a plot's that ends with
+    `-` stands for one of each variant. folded: heading under which the page hides it; a plot of each variant has its own.
+    said: a sentence for it; a table's is shown where nothing was measured.
+    """
+
+    kind: Literal["plot", "table", "files"]
+    name: str
+    said: str = ""
+    folded: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section between the alarms and the glossary. key: its anchor. name: in the page's navigation. said: its first
+    paragraph, in which `{level}` is the level of the intervals in per cent.
+    """
+
+    key: str
+    name: str
+    heading: str
+    parts: tuple[Part, ...]
+    said: str = ""
+
+
+SECTIONS = (
+    Section("glance", "At a glance", "At a glance", (Part("plot", "quality-size"), Part("table", "variants"))),
+    Section(
+        "quality", "Quality", "How much quality is lost, and is it real?",
+        (Part("plot", "distances"), Part("table", "quality"), Part("table", "generations")),
+        "Variant and float model score the same tokens. Intervals are a paired bootstrap over documents at {level} %: "
+        "“worse” means that the whole interval lies above zero, “same” that this text does not tell the two apart.",
+    ),
+    Section(
+        "tasks", "Tasks", "Tasks",
+        (Part("plot", "tasks"), Part("table", "tasks", "Choose tasks with the group conf/tasks.")),
+    ),
+    Section(
+        "errors", "Errors by layer", "Where the error comes from",
+        (
+            Part("plot", "errors-", "The relative output error of each linear over calibration text, on one scale for all "
+                 "variants: darker is worse."),
+            Part("table", "worst_layers"), Part("files", "layers", "Every linear:"),
+            Part("plot", "restored"), Part("table", "restored"),
+        ),
+    ),
+    Section(
+        "speed", "Speed", "How fast is it here?",
+        (
+            Part("plot", "speed-up"), Part("plot", "speed"), Part("table", "speed_ratios"),
+            Part("table", "speed", "The column “tokens/s, one request” of data/variants.csv is of the serving check: one "
+                 "short request at a time."),
+            Part("table", "servers"),
+        ),
+    ),
+    Section("memory", "Memory", "How much memory does it need?", (Part("plot", "memory"), Part("table", "memory"))),
+    Section(
+        "stages", "Stages", "What the stages noted, took and loaded",
+        (
+            Part("table", "notes"), Part("table", "costs", folded="Time and memory of every stage"),
+            Part("plot", "monitor-", folded="Load while the stages ran."),
+        ),
+    ),
+    Section(
+        "protocol", "Protocol", "Protocol", (Part("table", "protocol"),),
+        "Everything under which quality and speed were measured. A perplexity by another protocol is another quantity.",
+    ),
+    Section(
+        "again", "Make it again", "Make it again",
+        (
+            Part("table", "commands"), Part("table", "environment", folded="Environments and versions"),
+            Part("table", "fingerprints", folded="Fingerprints"),
+        ),
+        "At the same commit, with the variant’s line in params.yaml; equal fingerprints mean the same recipe.",
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,6 +106,12 @@ class Report:
     alarms: dict[str, list[Row]]
     unwatched: list[str]
 
-    def plots_of(self, kind: str) -> list[Plot]:
-        """The plots that each variant has one of."""
-        return [plot for name, plot in self.plots.items() if name.startswith(f"{kind}-")]
+    def plots_of(self, name: str) -> list[Plot]:
+        """The plot of a name, or with `errors-` those that each variant has one of; empty where nothing was drawn."""
+        if not name.endswith("-"):
+            return [self.plots[name]] if name in self.plots else []
+        return [plot for key, plot in self.plots.items() if key.startswith(name)]
+
+    def said(self, section: Section) -> str:
+        """The first paragraph of a section."""
+        return section.said.format(level=f"{100 * self.level:g}")

@@ -3,25 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from quantline.report.document import SECTIONS, Part, Report
 from quantline.report.table import Table
-
-if TYPE_CHECKING:
-    from quantline.report.document import Report
-
-_SECTIONS = (
-    ("At a glance", ("quality-size",), ("variants",)),
-    ("Quality", ("distances",), ("quality", "generations")),
-    ("Tasks", ("tasks",), ("tasks",)),
-    ("Where the error comes from", ("errors-", "restored"), ("worst_layers", "restored")),
-    ("Speed", ("speed-up", "speed"), ("speed_ratios", "speed", "servers")),
-    ("Memory", ("memory",), ("memory",)),
-    ("What the stages noted", (), ("notes",)),
-    ("Cost and load of the stages", ("monitor-",), ("costs",)),
-    ("Protocol", (), ("protocol",)),
-    ("Make it again", (), ("commands", "environment", "fingerprints")),
-)
 
 
 def as_markdown(report: Report) -> str:
@@ -45,15 +29,30 @@ def _lines(report: Report) -> Iterator[str]:
     for name, flags in report.alarms.items():
         yield from (f"- **`{name}`**, {flag.get('instrument')}: {flag.get('message')}" for flag in flags)
     yield from ("", *(f"- {label}: {text}" for label, text in report.summary))
-    for heading, plots, tables in _SECTIONS:
-        yield from ("", f"## {heading}")
-        for wanted in plots:
-            for name, plot in report.plots.items():
-                if name == wanted or (wanted.endswith("-") and name.startswith(wanted)):
-                    yield from ("", f"![{plot.title}](plots/{name}.svg)", "", plot.caption)
-        for name in tables:
-            yield from ("", *_table(report.tables[name]))
+    for section in SECTIONS:
+        yield from ("", f"## {section.heading}")
+        if section.said:
+            yield from ("", report.said(section))
+        for part in section.parts:
+            yield from _part(report, part)
     yield from ("", "## Words", "", *(f"- **{term}**: {meaning}" for term, meaning in report.glossary.items()))
+
+
+def _part(report: Report, part: Part) -> Iterator[str]:
+    if part.kind == "table":
+        yield from ("", *_table(report.tables[part.name]))
+    elif part.kind == "files":
+        yield from ("", f"{part.said} {_links(part.name)}")
+    else:
+        found = report.plots_of(part.name)
+        if found and part.said:
+            yield from ("", part.said)
+        for plot in found:
+            yield from ("", f"![{plot.title}](plots/{plot.name}.svg)", "", plot.caption)
+
+
+def _links(name: str) -> str:
+    return f"[CSV](data/{name}.csv), [JSON](data/{name}.json)"
 
 
 def _watched(report: Report) -> str:
@@ -67,7 +66,7 @@ def _watched(report: Report) -> str:
 def _table(table: Table) -> Iterator[str]:
     import tabulate
 
-    yield from (f"{table.caption} [CSV](data/{table.name}.csv), [JSON](data/{table.name}.json)", "")
+    yield from (f"{table.caption} {_links(table.name)}", "")
     if not table.page_rows:
         yield "Not measured."
         return

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from quantline.report.document import SECTIONS, Report
 from quantline.report.table import Table
-
-if TYPE_CHECKING:
-    from quantline.report.document import Report
 
 _TEMPLATES = Path(__file__).parent / "templates"
 # A larger table is linked to as a file beside the page alone.
@@ -28,7 +25,8 @@ def as_html(report: Report) -> str:
     style = (_TEMPLATES / "style.css").read_text(encoding="utf-8")
     page = environment.get_template("page.html.j2")
     return page.render(
-        report=report, rec=report.recommendation, tables=report.tables, plots=report.plots, style=Markup(style),  # noqa: S704
+        report=report, sections=SECTIONS, rec=report.recommendation, tables=report.tables,
+        style=Markup(style),  # noqa: S704
         svg=lambda plot: Markup(plot.inline), csv_link=_csv_link,  # noqa: S704 - our own drawing, its texts are escaped
     )  # fmt: skip
 

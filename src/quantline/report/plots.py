@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from quantline.core.text import listed
 from quantline.report import svg
 from quantline.report.evidence import Evidence, Row
 from quantline.report.svg import Plot, ink
 from quantline.report.table import Table
-from quantline.report.units import listed, written
+from quantline.report.units import written
 
 
 def order_of(evidence: Sequence[Evidence]) -> dict[str, int]:

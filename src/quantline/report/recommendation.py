@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quantline.config.report import Preference, ReportConfig, Rule
+from quantline.core.text import listed
 from quantline.report.evidence import Row
-from quantline.report.units import Column, Kind, listed, written
+from quantline.report.units import Column, Kind, written
 
 # How a column is called in a sentence, and how its values are written.
 SPOKEN: dict[str, tuple[str, Kind]] = {

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from quantline.core.text import decimal_size, digits
+
 MISSING = "not measured"
 BASELINE = "baseline"
 Kind = Literal[
@@ -68,7 +70,7 @@ def written(value: Any, kind: Kind) -> str:
         case "count":
             return f"{number:,.0f}".replace(",", " ")
         case "bytes":
-            return amount(number)
+            return decimal_size(number)
         case "growth":
             return f"{number:+.{_growth_digits(number)}f} %"
         case "share":
@@ -87,28 +89,6 @@ def written(value: Any, kind: Kind) -> str:
             return digits(number, 4)
 
 
-def amount(number: float) -> str:
-    """Bytes in the unit that leaves one to three digits before the point."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(number) >= size:
-            return f"{digits(number / size, 3)} {unit}"
-    return f"{number:.0f} B"
-
-
-def digits(number: float, significant: int) -> str:
-    """A number with so many significant digits, without an exponent where a reader can do without."""
-    if number == 0:
-        return "0"
-    if abs(number) >= 1e6 or abs(number) < 1e-4:
-        return f"{number:.{significant - 1}e}"
-    return f"{number:.{max(0, significant - 1 - math.floor(math.log10(abs(number))))}f}"
-
-
 def _growth_digits(*values: float) -> int:
     widest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     return 0 if widest >= 100 else 1 if widest >= 10 else 2 if widest >= 0.1 else 3
-
-
-def listed(words: list[str]) -> str:
-    """`a, b and c`."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""

@@ -24,14 +24,15 @@ import psutil
 from quantline.config.serve import ProcessConfig
 from quantline.core.errors import ServerError, UserError
 from quantline.core.progress import bar
+from quantline.serving.memory import GIB
 from quantline.serving.ports import free_port, require_free
 from quantline.serving.server_log import ending, failure_reason
+from quantline.toolchains import protocol
 from quantline.toolchains.toolchain import worker_environment
 
-SERVED_NAME = "quantline"
+SERVED_NAME = protocol.SERVED_NAME
 # An orderly end of vLLM was seen to take 2 s.
 GRACE_SECONDS = 10.0
-GIB = 1024**3
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ from quantline.core.files import write_json
 
 PROGRESS_PREFIX = "@progress "
 WAIT = "--wait"
+# The name under which a server lists a variant, and a worker asks for it.
+SERVED_NAME = "quantline"
 _PR_SET_PDEATHSIG = 1
 
 

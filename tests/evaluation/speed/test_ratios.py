@@ -93,5 +93,5 @@ def test_the_table_gives_each_speed_with_the_weights_memory_beside_it():
     assert "-75 %" in text
     assert "4.00x [2.00, 8.00]" in text
     assert "0.85x [0.80, 0.90] slower" in text
-    assert "1 GB" in text
+    assert "1.00 GB" in text
     assert "64 tokens in, 32 out" in text

@@ -14,7 +14,6 @@ import pytest
 
 from quantline.pipeline.monitor import monitor
 from quantline.pipeline.monitor.monitor import Monitor
-from quantline.report.monitor_plot import draw
 
 BASE = ["seconds", "cpu_percent", "rss_bytes", "system_memory_used_bytes", "system_memory_total_bytes"]
 # A process below this one that holds 200 MB and keeps a core busy.
@@ -93,17 +92,3 @@ def test_a_sampler_ends_when_the_stage_is_killed():
         time.sleep(0.3)
         stage.kill()
     assert psutil.wait_procs([sampler], timeout=5)[1] == []
-
-
-def test_the_plot_is_drawn_from_a_series_and_not_from_an_empty_one(tmp_path):
-    columns = [*BASE, *(f"gpu0_{what}" for what in
-               ("memory_used_bytes", "memory_total_bytes", "utilisation_percent", "power_watts"))]  # fmt: skip
-    samples = [[i, 50.0 * i, 1e9 * i, 2e9, 16e9, 3e9 * i, 80e9, 10.0 * i, None] for i in range(5)]
-    series = {"columns": columns, "samples": samples}
-    assert draw(series, tmp_path / "gpu.png", "quantize")
-    assert draw({"columns": BASE, "samples": [row[:5] for row in samples]}, tmp_path / "cpu.png", "quantize")
-    for name in ("gpu.png", "cpu.png"):
-        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (tmp_path / "gpu.png").stat().st_size > (tmp_path / "cpu.png").stat().st_size
-    assert not draw({}, tmp_path / "none.png", "quantize")
-    assert not (tmp_path / "none.png").exists()

@@ -132,39 +132,6 @@ def write_stored_grid(grid: Grid, *, subtracted: int) -> dict[str, NDArray[Any]]
     }
 
 
-def suspect_zero_fields(qzeros: NDArray[Any], bits: int) -> NDArray[np.bool_]:
-    """Zero points that a faulty v1 writer may have overwritten.
-
-    AutoGPTQ 0.7.1 packs z - 1 without masking it: with z = 0 it ORs 0xFFFFFFFF shifted to the field's place, which
-    turns that field and everything above it in the word into ones. So every field is flagged that lies above another
-    one from whose start upwards the word is all ones; no damage escapes. A single all-ones field with anything else
-    above it proves a writer that masks, and then nothing is flagged. Without such a proof, a sound writer's zero points
-    of 0 at the end of a word look the same as damage: compare with the float weight, or quantize again.
-
-    Args:
-        qzeros: int32 (groups, words), as stored.
-        bits: 2, 3, 4 or 8.
-
-    Returns:
-        bool (groups, out), True where a zero point cannot be trusted; always all False for symmetric layers.
-    """
-    run = values_per_run(bits)
-    step = run * bits // 32
-    words = qzeros.view(np.uint32)
-    suspect = np.zeros((words.shape[0], words.shape[1] * 32 // bits), dtype=bool)
-    for position in range(run):  # the places inside a run; the data is handled whole
-        word, start = divmod(position * bits, 32)
-        upwards = words[:, word::step] >> np.uint32(start)  # this field and everything above it
-        to_the_end = upwards == np.uint32(0xFFFFFFFF >> start)
-        if start + bits <= 32 and (((upwards & np.uint32(2**bits - 1)) == 2**bits - 1) & ~to_the_end).any():
-            return np.zeros_like(suspect)
-        for above in range(position + 1, run):
-            if above * bits // 32 != word:
-                break
-            suspect[:, above::run] |= to_the_end
-    return suspect
-
-
 def _check_widths(in_features: int, out_features: int, bits: int) -> None:
     for name, width in (("in_features", in_features), ("out_features", out_features)):
         if width * bits % 32:

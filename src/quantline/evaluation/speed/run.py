@@ -32,9 +32,9 @@ from quantline.evaluation.speed.vllm_bench import (
     serve_arguments,
     serve_row,
 )
-from quantline.serving.memory import kv_cache
+from quantline.serving.memory import GIB, kv_cache
 from quantline.serving.rules import checkpoint_facts, verdict, vllm_here
-from quantline.serving.server import GIB, Server, run_vllm, serve
+from quantline.serving.server import Server, run_vllm, serve
 from quantline.serving.server_log import kernels, weights_bytes
 from quantline.toolchains.protocol import JobResult
 

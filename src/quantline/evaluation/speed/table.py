@@ -7,6 +7,8 @@ from typing import Any
 
 import tabulate
 
+from quantline.core.text import decimal_size
+
 HEADERS = (
     "at a time", "model", "weights", "server", "first token", "between", "request", "tokens/s", "memory", "speed-up",
 )  # fmt: skip
@@ -61,14 +63,10 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         gain = f"{row['speed_up']:.2f}x [{row['speed_up_low']:.2f}, {row['speed_up_high']:.2f}]"
         gain += " slower" if row["slower_than_float"] else ""
     return [
-        str(row["concurrency"]), row["model"], _megabytes(row["weights_memory_bytes"]),
-        _megabytes(row["peak_memory_bytes"]), _milliseconds(row["ttft_ms"]), _milliseconds(row["itl_ms"]),
+        str(row["concurrency"]), row["model"], decimal_size(row["weights_memory_bytes"]),
+        decimal_size(row["peak_memory_bytes"]), _milliseconds(row["ttft_ms"]), _milliseconds(row["itl_ms"]),
         _milliseconds(row["latency_ms"]), f"{row['output_tokens_per_second']:.4g}", saved, gain,
     ]  # fmt: skip
-
-
-def _megabytes(value: float) -> str:
-    return f"{value / 1e6:.3g} MB" if value < 1e9 else f"{value / 1e9:.3g} GB"
 
 
 def _milliseconds(value: float) -> str:

@@ -28,10 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from quantline.toolchains.protocol import JobError, Reporter, worker_main
+from quantline.toolchains.protocol import SERVED_NAME, JobError, Reporter, worker_main
 from quantline.toolchains.workers.reference import engine as reference
 
-SERVED_NAME = "quantline"
 ENGINES = ("reference", "vllm", "check")
 
 

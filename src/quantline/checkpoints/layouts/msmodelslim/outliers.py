@@ -47,11 +47,6 @@ class OutlierReport:
         return int((self.errors == 0).sum())
 
     @property
-    def largest_error(self) -> float:
-        """Over all groups, in the unit of the weights; 0 without groups."""
-        return float(self.errors.max(initial=0.0))
-
-    @property
     def largest_relative_error(self) -> float:
         """Largest error of a group over its largest weight; 0 without groups."""
         relative = np.divide(self.errors, self.peaks, out=np.zeros_like(self.errors), where=self.peaks > 0)
