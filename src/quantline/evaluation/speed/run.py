@@ -82,7 +82,7 @@ def measure(
         python, version: of vLLM.
         subjects: float, then the variant.
         plan: what to measure.
-        bench: runs a job of `bench_worker` under a label.
+        bench: runs a job of `toolchains.workers.vllm_bench` under a label.
         out: an empty folder.
         log: beside it the servers' own logs are put, with the model in their name.
 
