@@ -12,14 +12,12 @@ if TYPE_CHECKING:
 
 @stage("calibrate")
 def calibrate(run: StageRun) -> None:
-    from quantline.data.calibration import CalibrationSpec, SourceSpec, build
+    from quantline.data.calibration import build
 
-    options = run.config.calibration.model_dump(exclude={"name", "path"})
-    sources = [SourceSpec(name=name, **source) for name, source in options.pop("sources").items()]
     model = run.input("download") / "model"
     run.files += ["manifest.json"]
     with run.output() as out:
-        report = build(model, CalibrationSpec(sources=tuple(sources), **options), out)
+        report = build(model, run.config.calibration, out)
         run.metrics.update(samples=run.config.calibration.n_samples, tokens=report["total_tokens"])
 
 

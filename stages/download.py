@@ -12,13 +12,11 @@ if TYPE_CHECKING:
 
 @stage("download")
 def download(run: StageRun) -> None:
-    from quantline.data.download import ModelSource, fetch
+    from quantline.data.download import fetch
     from quantline.data.parity_probe import record_probe
 
-    model = run.config.model
-    source = ModelSource(model.repo, model.revision, model.path, model.allow_pickle, model.trust_remote_code)
     with run.output() as out:
-        report = fetch(source, out / "model")
+        report = fetch(run.config.model, out / "model")
         if report["weights"] == "pickle":
             run.worker(
                 "reference",

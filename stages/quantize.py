@@ -27,9 +27,10 @@ def quantize(run: StageRun) -> None:
         run.environment["backend"] = outcome.backend
         config = run.config
         covered = layer_errors.measure(
-            model=download / "model", output=out, calibration=calibration, linears=outcome.linears,
-            method=config.method.name, settings=config.layer_errors.model_dump(), run_worker=run.side_worker,
-            threads=config.threads, device=run.device, backend_rows=outcome.layers, failed=work,
+            layer_errors.Quantized(
+                download / "model", out, calibration, outcome.linears, config.method.name, outcome.layers
+            ),
+            config.layer_errors, run_worker=run.side_worker, threads=config.threads, device=run.device, failed=work,
         )  # fmt: skip
         run.metrics.update({**outcome.metrics, **covered.metrics})
         run.warnings.extend([*outcome.warnings, *covered.warnings])

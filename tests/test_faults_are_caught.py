@@ -18,6 +18,7 @@ from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import linear_shapes
 from quantline.config.evaluate import GenerationsConfig, RestoreConfig
+from quantline.config.layer_errors import LayerErrorsConfig
 from quantline.data.windows import build_windows
 from quantline.evaluation.bootstrap import bootstrap
 from quantline.evaluation.evaluate import Inputs, evaluate
@@ -84,19 +85,17 @@ class Bench:
 
     def measure(self, checkpoint, bits):
         """Measure every linear, as the quantize stage does."""
-        layer_errors.measure(
-            model=self.model, output=checkpoint, calibration=self.folder / "tokens.safetensors", method="rtn",
-            linears={name: LinearSpec(bits, 128) for name in linear_shapes(Checkpoint.open(self.model))},
-            settings=self.settings, run_worker=self.worker,
-        )  # fmt: skip
+        linears = {name: LinearSpec(bits, 128) for name in linear_shapes(Checkpoint.open(self.model))}
+        made = layer_errors.Quantized(self.model, checkpoint, self.folder / "tokens.safetensors", linears, "rtn")
+        layer_errors.measure(made, self.settings, run_worker=self.worker)
 
     @property
     def settings(self):
         limits = {f"bits{bits}": None for bits in (8, 4, 3, 2)}
-        return {
+        return LayerErrorsConfig.model_validate({
             "enabled": True, "samples": 4, "max_output_error": limits, "max_weight_error": limits, "min_tokens": 0,
             "few_tokens": "warn", "levels": {"moderate": 0.1, "high": 0.25},
-        }  # fmt: skip
+        })  # fmt: skip
 
     def swap(self, source, linear, rows):
         """A copy of a checkpoint with two rows of one linear's scales swapped."""

@@ -1,21 +1,24 @@
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sections
 from hub_server import COMMIT, Hub, serving
+from pydantic import ValidationError
 from text_files import parquet
 from tiny_model import CHAT_TEMPLATE, SENTENCES, VOCAB_SIZE, write_config, write_model
 
+from quantline.config.data import CalibrationConfig, SourceConfig
 from quantline.core.errors import ConfigError, UserError
 from quantline.data import documents, hub
 from quantline.data.calibration import build, load, tokens_sha256
-from quantline.data.sampling import PACKINGS, CalibrationSpec, SourceSpec, draw, shares
+from quantline.data.sampling import draw, shares
 from quantline.data.tokenizer import TextEncoder
+from quantline.pipeline.config import parse
 
 EOS = 0  # the tiny tokenizer's first special token
 TEXTS = [f"{SENTENCES[index % 3]} {index}" for index in range(40)]
@@ -54,8 +57,8 @@ def text_file(tmp_path):
 
 
 def spec(*sources, n_samples=4, seq_len=16, **options):
-    named = [SourceSpec("own", path=str(source)) if isinstance(source, Path) else source for source in sources]
-    return CalibrationSpec(tuple(named), n_samples, seq_len, **options)
+    named = [("own", {"path": str(source)}) if isinstance(source, Path) else source for source in sources]
+    return sections.calibration(dict(named), n_samples=n_samples, seq_len=seq_len, **options)
 
 
 def documents_in_order(rows, seed, name="own"):
@@ -175,16 +178,17 @@ def test_shares_go_by_largest_remainder():
 def test_a_mix_takes_each_source_by_its_weight(model, text_file, tmp_path, out):
     other = write_rows(tmp_path / "other.jsonl", [{"body": {"parts": ["0 1 2 3", text]}} for text in TEXTS])
     sources = (
-        SourceSpec("a", weight=3.0, path=str(text_file)),
-        SourceSpec("b", weight=1.0, path=str(other), text_field="body.parts"),
-        SourceSpec("c", weight=0.0, path="not/read"),
+        ("a", {"weight": 3.0, "path": str(text_file)}),
+        ("b", {"weight": 1.0, "path": str(other), "text_field": "body.parts"}),
+        ("c", {"weight": 1e-9, "path": "not/read"}),
     )
     report = build(model, spec(*sources, n_samples=8), out)
     assert {name: source["samples"] for name, source in report["sources"].items()} == {"a": 6, "b": 2}
 
 
-def test_only_the_first_rows_are_read_of_a_large_source(model, text_file, out):
-    assert build(model, spec(text_file, max_documents=10), out)["sources"]["own"]["documents_read"] == 10
+def test_only_the_first_rows_are_read_of_a_large_source(model, text_file, out, monkeypatch):
+    monkeypatch.setattr("quantline.data.calibration.MAX_DOCUMENTS", 10)
+    assert build(model, spec(text_file), out)["sources"]["own"]["documents_read"] == 10
 
 
 def test_tampered_tokens_are_found_on_loading(model, text_file, out):
@@ -280,27 +284,25 @@ def test_samples_longer_than_the_model_takes_are_refused(model, text_file, out):
         build(model, spec(text_file, seq_len=65), out)
 
 
-def test_all_faults_of_the_options_are_named_together(model, out):
-    sources = (SourceSpec("a", weight=-1.0, path="x"), SourceSpec("b", weight=float("nan")))
+def test_all_faults_of_the_options_are_named_together(composed):
+    given = ("n_samples=0", "seq_len=0", "packing=zip", "sources.demo.weight=-1.0")
     with pytest.raises(ConfigError) as info:
-        build(model, spec(*sources, n_samples=0, seq_len=0, packing="zip"), out)
-    keys = (
-        "n_samples=0",
-        "seq_len=0",
-        "packing=zip",
-        "a.weight=-1.0",
-        "b.weight=nan",
-        "b.path=FILE",
-        "weights are zero",
-    )
-    assert not [key for key in keys if key not in str(info.value)]
+        parse(composed(*(f"calibration.{option}" for option in given)))
+    assert not [option for option in given if f"calibration.{option}: " not in str(info.value)]
+    assert len(info.value.faults) == len(given)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 0.0])
+def test_a_weight_is_a_finite_number_above_zero(weight):
+    with pytest.raises(ValidationError, match="weight"):
+        sections.calibration({"a": {"path": "x", "weight": weight}})
 
 
 def test_a_missing_own_file_names_the_option(model, out):
     with pytest.raises(ConfigError, match=r"give calibration\.path=FILE"):
-        build(model, spec(SourceSpec("jsonl")), out)
+        build(model, spec(("jsonl", {})), out)
     with pytest.raises(UserError, match=r"own\.path=no/such\.jsonl: does not exist"):
-        build(model, spec(SourceSpec("own", path="no/such.jsonl")), out)
+        build(model, spec(("own", {"path": "no/such.jsonl"})), out)
 
 
 def test_ids_beyond_the_models_vocabulary_are_refused(tmp_path, text_file, out):
@@ -345,24 +347,24 @@ def served(tmp_path, monkeypatch):
         yield state
 
 
-HUB_SOURCE = SourceSpec(
-    "code", repo="owner/texts", revision=COMMIT, file="data/train.parquet", format="parquet", text_field="body"
-)
+HUB_SOURCE = {
+    "repo": "owner/texts", "revision": COMMIT, "file": "data/train.parquet", "format": "parquet", "text_field": "body",
+}  # fmt: skip
 
 
 def test_a_data_set_of_the_hub_is_fetched_at_its_commit_and_cached(served, model, out, monkeypatch):
-    report = build(model, spec(HUB_SOURCE), out)
+    report = build(model, spec(("code", HUB_SOURCE)), out)
     assert {key: report["sources"]["code"][key] for key in ("repo", "revision", "file")} == {
         "repo": "owner/texts",
         "revision": COMMIT,
         "file": "data/train.parquet",
     }
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert build(model, spec(HUB_SOURCE), out)["input_ids_sha256"] == report["input_ids_sha256"]
+    assert build(model, spec(("code", HUB_SOURCE)), out)["input_ids_sha256"] == report["input_ids_sha256"]
 
 
 def test_a_local_file_takes_the_place_of_the_hubs(served, model, text_file, out):
-    report = build(model, spec(dataclasses.replace(HUB_SOURCE, path=str(text_file))), out)
+    report = build(model, spec(("code", {**HUB_SOURCE, "path": str(text_file)})), out)
     assert report["sources"]["code"]["file"] == "texts.jsonl"
     assert not served.requests
 
@@ -378,7 +380,7 @@ def test_a_local_file_takes_the_place_of_the_hubs(served, model, text_file, out)
 )
 def test_faults_of_a_hubs_source_name_its_options(served, model, out, change, words):
     with pytest.raises(UserError, match=words):
-        build(model, spec(dataclasses.replace(HUB_SOURCE, **change)), out)
+        build(model, spec(("code", {**HUB_SOURCE, **change})), out)
 
 
 # --- conf/ and the embedded demo
@@ -389,14 +391,11 @@ def test_every_calibration_option_has_the_same_keys_and_pinned_sources(root):
 
     found = {path.stem: yaml.safe_load(path.read_text()) for path in (root / "conf/calibration").glob("*.yaml")}
     assert {"demo", "wikitext2", "c4", "pileval", "jsonl", "domain"} <= set(found)
-    keys = {"name", "path", "sources", *(field.name for field in dataclasses.fields(CalibrationSpec))} - {
-        "max_documents"
-    }
     for name, values in found.items():
-        assert set(values) == keys
+        assert set(values) == set(CalibrationConfig.model_fields)
         assert values["name"] == name
         for source in values["sources"].values():
-            assert {*source, "name"} == {field.name for field in dataclasses.fields(SourceSpec)}
+            assert set(source) == set(SourceConfig.model_fields)
             assert source["format"] is None or source["format"] in documents.FORMATS
             assert source["path"] or hub.COMMIT.fullmatch(source["revision"])
     assert found["jsonl"]["sources"]["jsonl"]["path"] == "${calibration.path}"
@@ -420,4 +419,3 @@ def test_the_embedded_demo_calibrates_with_its_default_options(root, out):
 def test_the_tiny_tokenizer_is_what_these_tests_say(tokenizer):
     assert tokenizer.eos_token_id == EOS
     assert len(tokenizer) <= VOCAB_SIZE
-    assert PACKINGS == ("concat", "document")

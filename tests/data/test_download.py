@@ -9,23 +9,24 @@ import traceback
 from pathlib import Path
 
 import pytest
+import sections
 from hub_server import COMMIT, Hub, serving
 from tiny_model import write_config, write_model
 
 from quantline.core.errors import UserError
 from quantline.data import download, hub
-from quantline.data.download import ModelSource, fetch, model_name
+from quantline.data.download import fetch, model_name
 
 REPO = "owner/tiny"
 TOKEN = "hf_secretSECRETsecret"  # planted, to be found nowhere
 
 
 def pinned(**changes):
-    return ModelSource(**{"repo": REPO, "revision": COMMIT, "path": None, **changes})
+    return sections.model(**{"repo": REPO, "revision": COMMIT, **changes})
 
 
 def local(path, **changes):
-    return ModelSource(repo=None, revision=None, path=str(path), **changes)
+    return sections.model(path=str(path), **changes)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -255,7 +256,7 @@ def test_code_of_the_repository_is_refused_unless_trusted(model, out):
     assert (out / "modeling_tiny.py").is_file()
 
 
-@pytest.mark.parametrize("source", [ModelSource(None, None, None), ModelSource("a/b", COMMIT, "folder")])
+@pytest.mark.parametrize("source", [sections.model(), sections.model(repo="a/b", revision=COMMIT, path="folder")])
 def test_exactly_one_of_repo_and_path_is_needed(source, out):
     with pytest.raises(UserError, match=r"model\.repo.*model\.path"):
         fetch(source, out)
@@ -357,10 +358,10 @@ def test_an_old_copy_survives_a_kill_between_the_two_renames(model, out):
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        (ModelSource("Qwen/Qwen2.5-0.5B-Instruct", None, None), "Qwen2.5-0.5B-Instruct"),
-        (ModelSource(None, None, "assets/demo/model"), "demo"),
-        (ModelSource(None, None, "./my models/tiny one/"), "tiny-one"),
-        (ModelSource(None, None, "model"), "model"),
+        (sections.model(repo="Qwen/Qwen2.5-0.5B-Instruct"), "Qwen2.5-0.5B-Instruct"),
+        (sections.model(path="assets/demo/model"), "demo"),
+        (sections.model(path="./my models/tiny one/"), "tiny-one"),
+        (sections.model(path="model"), "model"),
     ],
 )
 def test_a_model_is_named_after_its_repository_or_folder(source, name):

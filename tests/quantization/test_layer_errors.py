@@ -18,6 +18,7 @@ from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import planned
 from quantline.checkpoints.model_config import read_config
+from quantline.config.layer_errors import LayerErrorsConfig
 from quantline.core.errors import WorkerError
 from quantline.quantization import layer_errors
 from quantline.toolchains.environments import ensure
@@ -248,9 +249,11 @@ def gate(made, tmp_path):
 
         model = {"head": "dense", "widths": "dense"}.get(name, name)
         result = layer_errors.measure(
-            model=made.folder / model, output=output, calibration=made.folder / "tokens.safetensors",
-            linears={**made.widths[name], **(also or {})}, method=method, settings={**SETTINGS, **settings},
-            run_worker=worker, failed=tmp_path / "failed",
+            layer_errors.Quantized(
+                made.folder / model, output, made.folder / "tokens.safetensors", {**made.widths[name], **(also or {})},
+                method,
+            ),
+            LayerErrorsConfig.model_validate({**SETTINGS, **settings}), run_worker=worker, failed=tmp_path / "failed",
         )  # fmt: skip
         return SimpleNamespace(result=result, output=output, jobs=jobs)
 
@@ -381,8 +384,10 @@ def test_a_limit_is_that_of_the_linears_own_bits(gate):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_error_that_is_no_number_fails_without_any_limit(gate, value):
-    with pytest.raises(WorkerError, match=r"in 1 of 14 linears: model\.layers\.0\.mlp\.down_proj (nan|inf)"):
-        gate("dense", max_output_error={}, change=lambda rows: rows[0].update(output_error=value))
+    told = r"in 1 of 14 linears: model\.layers\.0\.mlp\.down_proj (nan|inf)"
+    none = dict.fromkeys(SETTINGS["max_output_error"])
+    with pytest.raises(WorkerError, match=told):
+        gate("dense", max_output_error=none, change=lambda rows: rows[0].update(output_error=value))
 
 
 def test_a_blind_expert_warns_fails_or_is_ignored(gate):

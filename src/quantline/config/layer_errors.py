@@ -1,4 +1,4 @@
-"""The options of the gate on layer errors."""
+"""The options of the gate on layer errors: limits on the errors of single linears."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ class ErrorLimits(Section):
     bits3: float | None = Field(gt=0)
     bits2: float | None = Field(gt=0)
 
+    def of_bits(self, bits: int) -> float | None:
+        """The limit of a linear of so many bits; None where there is none."""
+        limit: float | None = getattr(self, f"bits{bits}", None)
+        return limit
+
 
 class ErrorLevels(Section):
-    """From which output error on a linear's is called moderate, and high."""
+    """The output errors from which on a linear's error is called moderate, and high."""
 
     moderate: float = Field(gt=0)
     high: float = Field(gt=0)
@@ -32,7 +37,16 @@ class ErrorLevels(Section):
 
 
 class LayerErrorsConfig(Section):
-    """What a quantized model must come through, see `quantline.quantization.layer_errors`."""
+    """The gate on layer errors, see `quantline.quantization.layer_errors`.
+
+    Attributes:
+        enabled: whether errors are measured; the files are checked in any case.
+        samples: of the calibration data.
+        max_output_error, max_weight_error: limits by bits.
+        min_tokens: calibration tokens that a linear should see.
+        few_tokens: what to do where it saw fewer.
+        levels: of the output error.
+    """
 
     enabled: bool
     samples: int = Field(ge=1)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.safetensors_file import SafetensorsFile, write_safetensors
+from quantline.config.data import CalibrationConfig, SourceConfig
 from quantline.core.errors import ConfigError, UserError
 from quantline.core.files import building, sha256_of, write_json
 from quantline.core.progress import Progress, bar
 from quantline.data import hub
 from quantline.data.documents import Document, format_of, read_documents
-from quantline.data.sampling import PACKINGS, CalibrationSpec, Quota, SourceSpec, draw, shares
+from quantline.data.sampling import MAX_DOCUMENTS, Quota, draw, shares
 from quantline.data.tokenizer import TextEncoder
 
 TOKENS_NAME = "tokens.safetensors"
@@ -57,7 +57,7 @@ def load(folder: Path) -> tuple[NDArray[np.int32], dict[str, Any]]:
     return tokens, manifest
 
 
-def build(model_dir: Path, spec: CalibrationSpec, out: Path) -> dict[str, Any]:
+def build(model_dir: Path, spec: CalibrationConfig, out: Path) -> dict[str, Any]:
     """Write `tokens.safetensors` (`input_ids`, int32, (n_samples, seq_len)) and `manifest.json` to `out`.
 
     Equal inputs give equal bytes: neither file holds a time or an absolute path. `out` appears complete or not at all.
@@ -66,21 +66,23 @@ def build(model_dir: Path, spec: CalibrationSpec, out: Path) -> dict[str, Any]:
         the manifest, and `seconds`.
 
     Raises:
-        ConfigError: options out of range, all of them at once.
+        ConfigError: sources without a file, all of them at once.
         UserError: a source, a row or the tokenizer cannot be used, or there is too little text; nothing is written.
     """
     started = time.perf_counter()
-    _check(spec)
+    _check(spec.sources)
     encoder = TextEncoder.load(model_dir, chat=spec.chat_template)
     if encoder.max_length is not None and spec.seq_len > encoder.max_length:
         raise UserError(f"calibration.seq_len={spec.seq_len}: the model takes {encoder.max_length} tokens at most")
-    counts = shares({source.name: source.weight for source in spec.sources}, spec.n_samples)
+    counts = shares({name: source.weight for name, source in spec.sources.items()}, spec.n_samples)
     separator = None if spec.chat_template or spec.packing == "document" else encoder.separator
-    quotas = [Quota(source, spec, counts[source.name], separator) for source in spec.sources if counts[source.name]]
+    quotas = [
+        Quota(name, source, spec, counts[name], separator) for name, source in spec.sources.items() if counts[name]
+    ]
     with bar("tokenizing") as progress:
         for quota in quotas:
             _fill(quota, encoder, progress, sum(len(other.samples) for other in quotas))
-    samples = {(quota.source.name, index): row for quota in quotas for index, row in enumerate(quota.samples)}
+    samples = {(quota.name, index): row for quota in quotas for index, row in enumerate(quota.samples)}
     order = sorted(samples, key=lambda sample: draw(spec.seed, "sample", *sample))
     ids = np.array([samples[sample] for sample in order], dtype=np.int64)
     if ids.max() >= encoder.vocab_size:
@@ -91,10 +93,10 @@ def build(model_dir: Path, spec: CalibrationSpec, out: Path) -> dict[str, Any]:
         "schema": 1,
         "input_ids_sha256": tokens_sha256(tokens),
         "total_tokens": int(tokens.size),
-        "options": {key: value for key, value in asdict(spec).items() if key != "sources"},
+        "options": {**spec.model_dump(exclude={"name", "path", "sources"}), "max_documents": MAX_DOCUMENTS},
         "separator_id": separator,
         "tokenizer_sha256": encoder.sha256,
-        "sources": {quota.source.name: quota.summary() for quota in quotas},
+        "sources": {quota.name: quota.summary() for quota in quotas},
     }
     with building(out) as folder:
         write_safetensors(folder / TOKENS_NAME, {"input_ids": tokens})
@@ -102,33 +104,20 @@ def build(model_dir: Path, spec: CalibrationSpec, out: Path) -> dict[str, Any]:
     return {**manifest, "seconds": time.perf_counter() - started}
 
 
-def _check(spec: CalibrationSpec) -> None:
-    faults = [
-        f"calibration.{name}={value}: must be at least 1"
-        for name, value in (("n_samples", spec.n_samples), ("seq_len", spec.seq_len))
-        if value < 1
-    ]
-    if spec.packing not in PACKINGS:
-        faults.append(f"calibration.packing={spec.packing}: allowed are {' and '.join(PACKINGS)}")
-    names = [source.name for source in spec.sources]
-    if not names or len(set(names)) < len(names):
-        faults.append(f"calibration.sources: needs at least one source, each with its own name, got {names}")
-    for source in spec.sources:
-        key = f"calibration.sources.{source.name}"
-        if not math.isfinite(source.weight) or source.weight < 0:
-            faults.append(f"{key}.weight={source.weight}: must be a finite number, zero or more")
+def _check(sources: Mapping[str, SourceConfig]) -> None:
+    faults = []
+    for name, source in sources.items():
         if source.path is None and (source.repo is None or source.file is None):
-            remedy = "calibration.path=FILE" if len(spec.sources) == 1 else f"{key}.path=FILE"
+            key = f"calibration.sources.{name}"
+            remedy = "calibration.path=FILE" if len(sources) == 1 else f"{key}.path=FILE"
             faults.append(f"{key}: names neither a path nor a repo with a file; give {remedy}")
-    if names and not sum(source.weight for source in spec.sources) > 0:
-        faults.append("calibration.sources: all weights are zero; give one source a weight above zero")
     if faults:
         raise ConfigError(faults)
 
 
-def _locate(source: SourceSpec) -> tuple[Path, str, tuple[str, ...], dict[str, Any]]:
+def _locate(name: str, source: SourceConfig) -> tuple[Path, str, tuple[str, ...], dict[str, Any]]:
     """File, format, text fields and, for the manifest, the origin of a source."""
-    key = f"calibration.sources.{source.name}"
+    key = f"calibration.sources.{name}"
     if source.path is not None:
         path = Path(source.path).expanduser()
         if not path.is_file():
@@ -152,11 +141,11 @@ def _locate(source: SourceSpec) -> tuple[Path, str, tuple[str, ...], dict[str, A
 
 
 def _fill(quota: Quota, encoder: TextEncoder, progress: Progress, done: int) -> None:
-    source, spec = quota.source, quota.spec
-    path, format_name, fields, quota.origin = _locate(source)
+    name, spec = quota.name, quota.spec
+    path, format_name, fields, quota.origin = _locate(name, quota.source)
     documents: list[Document] = []
     empty: list[int] = []
-    for document in islice(read_documents(path, format_name, fields), spec.max_documents):
+    for document in islice(read_documents(path, format_name, fields), MAX_DOCUMENTS):
         quota.read += 1
         if document.empty:
             empty.append(document.line)
@@ -169,12 +158,12 @@ def _fill(quota: Quota, encoder: TextEncoder, progress: Progress, done: int) -> 
         raise UserError(f"{path}: {len(empty)} of {quota.read} rows are empty (lines {lines}); {remedy}")
     if not documents:
         raise UserError(f"{path}: has no text ({quota.read} rows, {quota.empty} of them empty); give a file with text")
-    documents.sort(key=lambda document: draw(spec.seed, source.name, document.line))
+    documents.sort(key=lambda document: draw(spec.seed, name, document.line))
     for start in range(0, len(documents), _BATCH):
         batch = documents[start : start + _BATCH]
         for document, ids in zip(batch, encoder.encode(batch, path), strict=True):
             quota.add(document, ids)
-        progress.update(done + len(quota.samples), spec.n_samples, source.name)
+        progress.update(done + len(quota.samples), spec.n_samples, name)
         if quota.full:
             return
     quota.add_later_pieces()

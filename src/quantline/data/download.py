@@ -10,12 +10,12 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.companions import TOKENIZER, VOCABULARIES
+from quantline.config.data import ModelConfig
 from quantline.core.errors import UserError
 from quantline.core.files import building, sha256_of
 from quantline.core.progress import bar
@@ -28,30 +28,14 @@ CODE = ("*.py",)
 _REMEDY = "or give a folder with model.path=DIR"
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a float model comes from: exactly one of `repo` and `path`.
-
-    repo: `owner/name` on the hub. revision: its commit, 40 hex digits. path: a folder; a relative one starts at the
-    working directory. allow_pickle: take pickled weights where there are no safetensors; loading them can run code.
-    trust_remote_code: accept a model that brings its own Python code, and take that code along.
-    """
-
-    repo: str | None
-    revision: str | None
-    path: str | None
-    allow_pickle: bool = False
-    trust_remote_code: bool = False
-
-
-def model_name(source: ModelSource) -> str:
-    """A name for a model: the last part of the repository or of the path, `model` itself being too common to be one."""
+def model_name(source: ModelConfig) -> str:
+    """A name for a model: the last part of the repository or of the path, but not `model`, which is too common."""
     parts = [part for part in (source.repo or source.path or "").replace("\\", "/").split("/") if part not in ("", ".")]
     named = [part for part in parts if part not in ("..", "model")] or parts
     return re.sub(r"[^A-Za-z0-9._-]+", "-", named[-1]).strip("-.") if named else "model"
 
 
-def fetch(source: ModelSource, out: Path) -> dict[str, Any]:
+def fetch(source: ModelConfig, out: Path) -> dict[str, Any]:
     """Bring a model to `out` and check it. `out` appears complete or not at all and holds plain files, no links.
 
     Safetensors weights, configuration, tokenizer, chat template and licence are taken, nothing else.
@@ -93,7 +77,7 @@ def fetch(source: ModelSource, out: Path) -> dict[str, Any]:
     }
 
 
-def _patterns(source: ModelSource) -> list[str]:
+def _patterns(source: ModelConfig) -> list[str]:
     return [*WEIGHTS, *TOKENIZER, *OTHERS, *(CODE if source.trust_remote_code else ())]
 
 
@@ -109,7 +93,7 @@ def _has_weights(files: Sequence[Path]) -> bool:
     return any(path.suffix == ".safetensors" for path in files)
 
 
-def _from_hub(source: ModelSource, repo: str, folder: Path) -> dict[str, str]:
+def _from_hub(source: ModelConfig, repo: str, folder: Path) -> dict[str, str]:
     origin = hub.HubRepo(repo, source.revision, "model", "model", _REMEDY)
     patterns = _patterns(source)
     cached = hub.fetch_snapshot(origin, patterns, ["*/*"])
@@ -123,7 +107,7 @@ def _from_hub(source: ModelSource, repo: str, folder: Path) -> dict[str, str]:
     return _transfer(files, folder, lambda path: hub.hash_checked(path, f"{repo}: {path.name}"), link=True)
 
 
-def _from_folder(source: ModelSource, given: Path, folder: Path, out: Path) -> dict[str, str]:
+def _from_folder(source: ModelConfig, given: Path, folder: Path, out: Path) -> dict[str, str]:
     path = given.expanduser().resolve()
     if not path.is_dir():
         fact = "is a file" if path.exists() else "does not exist"
@@ -171,7 +155,7 @@ def _no_weights(label: str, pickled: Sequence[str]) -> str:
     )
 
 
-def _checked(source: ModelSource, folder: Path, label: str) -> tuple[dict[str, Any], str]:
+def _checked(source: ModelConfig, folder: Path, label: str) -> tuple[dict[str, Any], str]:
     config = _config(folder, label)
     if config.get("auto_map") and not source.trust_remote_code:
         code = ", ".join(sorted({str(value) for value in config["auto_map"].values()}))

@@ -1,7 +1,7 @@
 """The Hugging Face hub, or a mirror of it: pinned commits, verified files, and errors that say what to do.
 
-Files go to the hub's ordinary cache. A transfer that breaks off goes on at the byte where it stopped; a run that was
-ended goes on with the files that it does not have yet. The endpoint is that of HF_ENDPOINT and the access token that of
+Files go to the hub's usual cache. An interrupted transfer continues at the byte where it stopped, and an interrupted run
+continues with the files that it does not have yet. The endpoint is that of HF_ENDPOINT and the access token that of
 HF_TOKEN (or of `hf auth login`); the token is taken out of every message.
 """
 

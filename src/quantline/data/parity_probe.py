@@ -1,5 +1,8 @@
-"""The parity probe: the float model's logits on fixed token ids, against which every toolchain proves that it reads the
-same model before it quantizes. An old toolchain misreads a new config silently (a rope_theta of 1e6 became 1e4)."""
+"""The parity probe: the float model's logits on fixed token ids.
+
+Every toolchain computes them before it quantizes, to prove that it reads the same model. An old toolchain can misread a new
+config silently (a rope_theta of 1e6 became 1e4).
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 All of it follows from the seed alone. Every choice is a number drawn by hashing: `draw(seed, *what)` is the first 8
 bytes, big-endian, of SHA-256 over its arguments joined by "/".
 
-* A source's documents are its first `max_documents` rows, ordered by draw(seed, source, row).
+* A source's documents are its first `MAX_DOCUMENTS` rows, ordered by draw(seed, source, row).
 * Packing `concat` cuts each document into pieces of at most `seq_len` tokens and joins pieces, each of plain text
   followed by the end-of-sequence token, to a stream that is cut into samples. First comes one piece of every document,
   number draw(seed, source, row, "piece") modulo the number of pieces, then the piece after it of every document, and
@@ -29,54 +29,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.config.data import CalibrationConfig, SourceConfig
 from quantline.core.errors import UserError
 from quantline.data.documents import Document
 
-PACKINGS = ("concat", "document")
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """One source of text: a local file, or a file of a hub's data set at a pinned commit.
-
-    path: a local file; a relative one starts at the working directory. Where it is set, repo, revision and file are not
-    used. format: one of `texts.FORMATS`, needed where the file's name does not tell it. text_field: the field or column
-    with the text, dots for nested ones; a local file put in the place of a hub's may also have `text`.
-    """
-
-    name: str
-    weight: float = 1.0
-    path: str | None = None
-    repo: str | None = None
-    revision: str | None = None
-    file: str | None = None
-    format: str | None = None
-    text_field: str = "text"
-
-
-@dataclass(frozen=True)
-class CalibrationSpec:
-    """How many samples of how many tokens, from which sources, and how they are cut.
-
-    max_documents: rows read of a source at most, which bounds time and memory with the large data sets.
-    """
-
-    sources: tuple[SourceSpec, ...]
-    n_samples: int
-    seq_len: int
-    seed: int = 0
-    chat_template: bool = False
-    packing: str = "concat"
-    skip_empty: bool = False
-    max_documents: int = 20_000
+# Rows read of a source at most, which bounds time and memory with large data sets.
+MAX_DOCUMENTS = 20_000
 
 
 @dataclass
 class Quota:
-    """A source's share of the samples while it is filled: `samples` has `wanted` rows of `seq_len` ids in the end."""
+    """A source's share of the samples while it is filled: in the end `samples` has `wanted` rows of `seq_len` ids."""
 
-    source: SourceSpec
-    spec: CalibrationSpec
+    name: str
+    source: SourceConfig
+    spec: CalibrationConfig
     wanted: int
     separator: int | None
     origin: dict[str, Any] = field(default_factory=dict)
@@ -102,11 +69,11 @@ class Quota:
             if len(ids) < length:
                 self.short += 1
                 return
-            start = draw(self.spec.seed, self.source.name, document.line, "window") % (len(ids) - length + 1)
+            start = draw(self.spec.seed, self.name, document.line, "window") % (len(ids) - length + 1)
             self.samples.append(list(ids[start : start + length]))
         else:
             pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
-            first = draw(self.spec.seed, self.source.name, document.line, "piece") % max(1, len(pieces))
+            first = draw(self.spec.seed, self.name, document.line, "piece") % max(1, len(pieces))
             self._join(pieces[first] if pieces else [])
             self.later.append([np.array(piece, dtype=np.int32) for piece in pieces[first + 1 :] + pieces[:first]])
         self.used += 1
@@ -130,7 +97,7 @@ class Quota:
     def too_little(self, path: Path) -> UserError:
         """The refusal of a source that gave fewer samples than are wanted of it."""
         spec, possible = self.spec, len(self.samples)
-        what = f"{path}: {self.wanted} samples of {spec.seq_len} tokens are wanted of source {self.source.name}"
+        what = f"{path}: {self.wanted} samples of {spec.seq_len} tokens are wanted of source {self.name}"
         if spec.packing == "document":
             fact = f"{possible} of its {self.read} documents are that long, {self.short} are shorter"
             remedy = "set calibration.packing=concat, which joins short documents, lower calibration.seq_len"

@@ -1,7 +1,8 @@
-"""Greedy continuations of a variant beside the float model's: how soon they part.
+"""Greedy continuations of a variant beside the float model's: after how many tokens they differ.
 
-The prompts are the beginnings of evaluation documents. Two likeliest tokens that are as good as equal part two models that
-are as good as equal: where they part at a margin of `tie_margin` nats or less in either, nothing is said of that prompt.
+The prompts are the beginnings of evaluation documents. Where the two likeliest tokens are nearly equally likely, any small
+change decides between them. A prompt is therefore left out as a tie if, at the first token that differs, the margin of
+either model is `tie_margin` nats or less.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FILE = "generations.json"
 
 @dataclass(frozen=True)
 class Prompts:
-    """Beginnings of documents, `tokens` of equal length, and by which documents they are called."""
+    """Beginnings of documents, `tokens` of equal length, and the documents' names."""
 
     documents: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
@@ -47,7 +48,7 @@ def choose_prompts(windows: Windows, count: int, length: int) -> Prompts:
 
 
 def load_generations(folder: Path, prompts: Prompts) -> dict[str, Any]:
-    """The float model's continuations, as its evaluation kept them.
+    """The float model's continuations, from the output of its evaluation.
 
     Raises:
         UserError: they are not there, or of other prompts.
@@ -62,7 +63,7 @@ def load_generations(folder: Path, prompts: Prompts) -> dict[str, Any]:
 def compare_generations(
     documents: Sequence[str], own: Mapping[str, Any], floats: Mapping[str, Any], tie_margin: float
 ) -> dict[str, Any]:
-    """Where the continuations part.
+    """Where the continuations differ first.
 
     Args:
         documents: names of the prompts.
@@ -71,7 +72,7 @@ def compare_generations(
 
     Returns:
         prompts, new_tokens, ties, identical (share of the prompts without ties; None where all are), first_divergence_median
-        (tokens before they part, all of them where they do not), and rows: document, first_divergence (None where the
+        (tokens before they differ, all of them where they do not), and rows: document, first_divergence (None where the
         continuations are identical), float_margin and margin (there, in nats), tie.
     """
     rows: list[dict[str, Any]] = []

@@ -1,9 +1,9 @@
 """Perplexity, the comparison with the float model, and the agreement of the two engines.
 
-Two engines score the same windows (`quantline.data.windows`): `reference` computes the dequantized weights without kernels,
-`vllm` is the server that will serve them. The variant is judged by the reference engine against the float baseline on
-the same documents; the engines are held against each other, and a difference beyond a tolerance is a failure.
-All log-probabilities are natural logarithms, all losses sums of `-log p` in nats.
+Two engines score the same windows (`quantline.data.windows`): `reference` computes with dequantized weights and without
+quantized kernels; `vllm` is the server. The reference engine's scores of the variant are compared with those of the float
+baseline on the same documents. The two engines' scores of the variant are compared as well, and a difference above a
+tolerance is a failure. All log-probabilities are natural logarithms, and losses are sums of `-log p` in nats.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Comparison:
         difference, ratio: of the two perplexities, variant minus (over) baseline.
         nll_difference: nats per token, variant minus baseline; the logarithm of `ratio`.
         low, high: confidence interval of `nll_difference`.
-        verdict: "worse" or "better" where the interval leaves out zero, else "same": not told apart by this text.
+        verdict: "worse" or "better" where the interval does not contain zero, else "same": this text shows no difference.
     """
 
     perplexity: float
@@ -184,7 +184,7 @@ def relative_difference(scores: Sequence[DocumentScore], others: Sequence[Docume
 
 
 def check_engines(difference: float, tolerance: float) -> None:
-    """Hold the `relative_difference` of the two engines against its limit.
+    """Refuse a `relative_difference` of the two engines above its limit.
 
     Raises:
         QuantlineError: the engines differ by more than `tolerance`.

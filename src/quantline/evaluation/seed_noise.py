@@ -1,7 +1,7 @@
 """How much of a measured loss is chance: one variant quantized several times, each time on other calibration samples.
 
-The seed draws the calibration samples and whatever the backend draws; everything else stays. What spreads between the runs
-is a property of the method on this model and text, and a difference between two variants that is smaller says nothing.
+The seed decides the calibration samples and the backend's random numbers; everything else stays the same. The spread of the
+runs is a property of the method on this model and text. Two variants whose difference is smaller cannot be told apart.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ from quantline.evaluation.growth import growth_of
 
 @dataclass(frozen=True)
 class SeededRun:
-    """One of the runs: its seed, what it lost against the float model, and the hash of the weights it made.
+    """One of the runs.
 
-    nll_difference: nats a token; perplexity_change: of the perplexity, relative.
+    Attributes:
+        seed: of the run.
+        nll_difference: from the float model, in nats a token.
+        perplexity_change: from the float model, relative.
+        top1_agreement: with the float model.
+        output_hash: of the weights that it made.
     """
 
     seed: int

@@ -1,8 +1,8 @@
 """Where a variant's loss comes from: its linears' errors by layer and by kind of module, and what the worst ones cost.
 
-What the quantize stage measured of each linear (`coverage/layers.csv`) is summarized; where the evaluation measured
-the linears of the checkpoint that it judges anew, the two are held against each other; and the worst linears' shares of the
-loss come from putting each of them back to float.
+The errors that the quantize stage measured of each linear (`coverage/layers.csv`) are summarized. Where the evaluation
+measured the linears again, on the checkpoint that it evaluates, the two measurements are compared. The worst linears are
+put back to float one at a time, and what the loss falls by is their share of it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def changes(rows: Sequence[Row], judged: Sequence[Mapping[str, Any]], key: str) 
 def outlier(rows: Sequence[Row], judged: Sequence[Mapping[str, Any]]) -> tuple[str, float] | None:
     """The linear whose output error is the most above its peers', and how many times it is their median.
 
-    Peers are of the same kind and bits, since kinds differ by nature; kinds of fewer than `_PEERS` say nothing.
+    Peers are of the same kind and bits, since kinds differ by nature; kinds of fewer than `_PEERS` are left out.
     """
     groups: dict[tuple[Any, Any], dict[str, float]] = {}
     errors = {row["name"]: row["output_error"] for row in judged}
@@ -121,7 +121,7 @@ def shares(
     rows: Sequence[Mapping[str, Any]],
     how: BootstrapConfig,
 ) -> list[Row]:
-    """What each linear that was put back to float brings back, see `RESTORED_COLUMNS`.
+    """What the loss falls by for each linear that was put back to float, see `RESTORED_COLUMNS`.
 
     nll_difference_restored is in nats a token against the float model; recovered_nll is what the loss fell by, with its
     interval over documents; shares are of the variant's whole loss, and None where it lost nothing.
@@ -132,7 +132,7 @@ def shares(
         logprobs, kl: float32 (1 + restored linears, tokens), first of the variant as it is.
         floats: the float model's loss, float64 (documents,).
         rows: the judged linears' errors, with `layer` and `module`.
-        how: the intervals are made.
+        how: number and seed of the resamples, and the intervals' level.
     """
     known = {row["name"]: row for row in rows}
     (own, tokens), before = document_sums(windows, -logprobs[0]), document_sums(windows, kl[0])[0]

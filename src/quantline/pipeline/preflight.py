@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from quantline.config.section import Section
 from quantline.core.errors import ConfigError, QuantlineError
 from quantline.core.gpu import visible_gpus
-from quantline.data.download import ModelSource, model_name
+from quantline.data.download import model_name
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.options import located
 from quantline.pipeline.paths import read_result
@@ -117,7 +117,7 @@ def model_of(run: StageRun) -> Model:
         UserError: it was not downloaded yet; the message names the command. Or it is no float model.
     """
     model = run.config.model
-    name = model.name or model_name(ModelSource(model.repo, model.revision, model.path))
+    name = model.name or model_name(model)
     if model.path:
         return Model.open(located(run.root, model.path), name)
     return Model.open(run.input("download") / "model", name)

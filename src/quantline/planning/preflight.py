@@ -17,7 +17,7 @@ from quantline.core.errors import UserError
 from quantline.core.text import binary_size
 from quantline.planning import checkpoint_memory, layouts
 from quantline.planning.checkpoint_memory import Weights
-from quantline.planning.quantization_memory import Peak, quantization_peak
+from quantline.planning.quantization_memory import Peak, computed_in, quantization_peak
 from quantline.planning.spec import FLOAT, Finding, Model, Place, Plan, Planned
 from quantline.quantization import capabilities
 from quantline.quantization.capabilities import CALIBRATED
@@ -125,8 +125,9 @@ def _peak(variant: Planned, backend: str, model: Model, place: Place, weights: W
         return None
     tokens = place.calibration_tokens if variant.method in CALIBRATED else 0
     return quantization_peak(
-        model.checkpoint, model.config, method=variant.method, backend=backend, dtype=variant.dtype,
-        device=place.target.device, tokens=tokens, low_memory=variant.low_memory, output=weights.total,
+        model.checkpoint, model.config, method=variant.method, backend=backend,
+        dtype=computed_in(variant.dtype, place.target.device), tokens=tokens, low_memory=variant.low_memory,
+        output=weights.total,
     )  # fmt: skip
 
 

@@ -34,6 +34,13 @@ class Peak:
         return self.model + self.calibration + self.solver + self.process
 
 
+def computed_in(dtype: str, device: str) -> str:
+    """The dtype that a quantizer computes in: `auto` is float32 on a CPU and float16 on a GPU."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if device == "cpu" else "float16"
+
+
 def quantization_peak(
     checkpoint: Checkpoint,
     config: Mapping[str, Any],
@@ -41,7 +48,6 @@ def quantization_peak(
     method: str,
     backend: str,
     dtype: str,
-    device: str,
     tokens: int,
     low_memory: bool,
     output: int,
@@ -51,8 +57,7 @@ def quantization_peak(
     Args:
         checkpoint, config: of the float model.
         method, backend: who computes.
-        dtype: of the computation; auto is float32 on a CPU, float16 on a GPU.
-        device: cpu or cuda.
+        dtype: of the computation, see `computed_in`.
         tokens: of the calibration, all samples.
         low_memory: one block of the model at a time.
         output: bytes of the result.
@@ -71,8 +76,7 @@ def quantization_peak(
     linears = shapes.values()
     largest = max((wide * high for wide, high in linears), default=0)
     widest = max((wide for wide, _ in linears), default=0)
-    resolved = dtype if dtype != "auto" else "float32" if device == "cpu" else "float16"
-    size = DTYPE_BYTES[resolved]
+    size = DTYPE_BYTES[dtype]
     if backend == "native":
         formula = "5 float32 copies of the largest linear, one shard of the result"
         return Peak(0, 0, 5 * largest * 4, PLAIN_PROCESS + min(SHARD, output), formula)
@@ -83,7 +87,7 @@ def quantization_peak(
     held = values - in_blocks + block if low_memory else values
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     streams = 2 * tokens * hidden * size
-    words = f"{'one block' if low_memory else 'all weights'} in {resolved}"
+    words = f"{'one block' if low_memory else 'all weights'} in {dtype}"
     if method == "bnb":
         return Peak(held * size, 0, largest * 4, TORCH_PROCESS + min(SHARD, output), f"{words}, the largest linear")
     if method == "awq":

@@ -1,6 +1,6 @@
-"""What the files of a quantized checkpoint say about it, without decoding a weight: NumPy and headers only.
+"""Checks of a quantized checkpoint's files that decode no weight: NumPy and headers only.
 
-Every fault that is found is reported, so that one run tells all of them.
+All faults are reported together.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ from quantline.checkpoints.linears import LM_HEAD
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 
-# Tables that older checkpoints hold and that models compute anew: angles of rotary embeddings, causal masks.
+# Tables that older checkpoints hold and that models compute themselves: angles of rotary embeddings, causal masks.
 _BUFFERS = re.compile(r"(?:inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Files:
-    """What was found.
+    """What the files of a quantized checkpoint say.
 
-    faults: what no result may have. warnings: what is worth knowing. linears: name -> (in_features, out_features) of those
-    that are quantized, as in the float model. stored_bits: bits of all tensors that stand for them, biases left out, by
-    name. zero_scales: scales that are zero, in all. weights, bits: number of weights and of bits in the whole model.
+    Attributes:
+        faults: what makes the checkpoint unusable.
+        warnings: what the user should know.
+        linears: name -> (in_features, out_features) of the quantized linears, as in the float model.
+        stored_bits: by name, bits of all tensors of a quantized linear but its bias.
+        zero_scales, scales: number of scales that are zero, and of all.
+        weights, bits: number of weights and of bits in the whole model.
     """
 
-    faults: list[str] = field(default_factory=list)
+    faults: list[str]
     warnings: list[str] = field(default_factory=list)
     linears: dict[str, tuple[int, int]] = field(default_factory=dict)
     stored_bits: dict[str, int] = field(default_factory=dict)
@@ -56,45 +60,45 @@ class Files:
 
 
 def inspect(model: Path, output: Path, expected: Sequence[str]) -> Files:
-    """Look at a quantized checkpoint beside the float model that it was made of.
+    """Compare a quantized checkpoint with the float model that it was made of.
 
     Args:
         model: folder of the float model.
         output: folder of the quantized one.
         expected: names of the linears that should be quantized.
     """
-    found = Files()
     floats = Checkpoint.open(model)
-    found.weights = sum(math.prod(floats.info(name).shape) for name in floats.names)
-    _companions(found, model, output)
+    weights = sum(math.prod(floats.info(name).shape) for name in floats.names)
+    faults = _companion_faults(model, output)
     try:
         checkpoint, info = Checkpoint.open(output), quantization_of(output)
         layers = quantized_layers(checkpoint, info)
-    except UserError as error:  # a shard is missing or cut off, an index names what is not there, a layer is incomplete
-        found.faults.append(str(error))
-        return found
-    found.bits = 8 * sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+    except UserError as error:  # a shard is missing or cut off, an index names a missing tensor, a layer is incomplete
+        return Files([*faults, str(error)], weights=weights)
+    bits = 8 * sum(checkpoint.info(name).nbytes for name in checkpoint.names)
     if not layers:
-        found.faults.append("nothing was quantized: every weight is as it was")
-        return found
+        return Files([*faults, "nothing was quantized: every weight is as it was"], weights=weights, bits=bits)
     left = [name for name in expected if name not in layers]
     if left:
-        found.faults.append(f"{len(left)} of {len(expected)} linears were not quantized: {some(left)}")
+        faults.append(f"{len(left)} of {len(expected)} linears were not quantized: {some(left)}")
     extra = [name for name in layers if name not in set(expected)]
     if extra:
-        found.faults.append(f"{len(extra)} linears were quantized and should have stayed float: {some(extra)}")
+        faults.append(f"{len(extra)} linears were quantized and should have stayed float: {some(extra)}")
+    linears, stored_bits = {}, {}
     for name, suffixes in layers.items():
         if f"{name}.weight" not in floats.names:
-            found.faults.append(f"{name} is quantized, and no linear of the float model")
+            faults.append(f"{name} is quantized, and no linear of the float model")
             continue
         tall, wide = floats.info(f"{name}.weight").shape
-        found.linears[name] = int(wide), int(tall)
+        linears[name] = int(wide), int(tall)
         own = [tensor for suffix, tensor in suffixes.items() if suffix != "bias"]
-        found.stored_bits[name] = 8 * sum(checkpoint.info(tensor).nbytes for tensor in own)
-    _absent(found, floats, checkpoint, layers, tied=bool(read_json(model / "config.json").get("tie_word_embeddings")))
-    if info is not None:
-        _scales(found, checkpoint, layers, LAYOUTS[info.layout].scales)
-    return found
+        stored_bits[name] = 8 * sum(checkpoint.info(tensor).nbytes for tensor in own)
+    tied = bool(read_json(model / "config.json").get("tie_word_embeddings"))
+    faults += _absent_faults(floats, checkpoint, layers, tied=tied)
+    scales = _scales(checkpoint, layers, LAYOUTS[info.layout].scales if info is not None else ())
+    return Files(
+        [*faults, *scales.faults], scales.warnings, linears, stored_bits, scales.zeros, scales.count, weights, bits
+    )
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:
@@ -102,56 +106,63 @@ def some(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
-def _companions(found: Files, model: Path, output: Path) -> None:
+def _companion_faults(model: Path, output: Path) -> list[str]:
+    faults = []
     wanted = ["config.json"]
     wanted += [path.name for path in sorted(model.iterdir()) if any(fnmatch(path.name, like) for like in COMPANIONS)]
     missing = [name for name in wanted if not (output / name).exists()]
     if missing:
-        found.faults.append(f"lacks {some(missing)}, which the float model has")
+        faults.append(f"lacks {some(missing)}, which the float model has")
     empty = [name for name in wanted if (output / name).is_file() and not (output / name).stat().st_size]
     empty = [name for name in empty if (model / name).stat().st_size]
     if empty:
-        found.faults.append(f"{some(empty)}: empty")
+        faults.append(f"{some(empty)}: empty")
+    return faults
 
 
-def _absent(
-    found: Files, floats: Checkpoint, checkpoint: Checkpoint, layers: Mapping[str, Mapping[str, str]], *, tied: bool
-) -> None:
+def _absent_faults(
+    floats: Checkpoint, checkpoint: Checkpoint, layers: Mapping[str, Mapping[str, str]], *, tied: bool
+) -> list[str]:
     names = set(checkpoint.names)
     missing = [
         name for name in floats.names
         if name not in names and name.removesuffix(".weight") not in layers
         and not (tied and name == f"{LM_HEAD}.weight") and not _BUFFERS.search(name)
     ]  # fmt: skip
-    if missing:
-        found.faults.append(f"{len(missing)} tensors of the float model are gone: {some(missing)}")
+    return [f"{len(missing)} tensors of the float model are gone: {some(missing)}"] if missing else []
+
+
+@dataclass(frozen=True)
+class _Scales:
+    zeros: int
+    count: int
+    faults: list[str]
+    warnings: list[str]
 
 
 def _scales(
-    found: Files, checkpoint: Checkpoint, layers: Mapping[str, Mapping[str, str]], scales: Sequence[str]
-) -> None:
+    checkpoint: Checkpoint, layers: Mapping[str, Mapping[str, str]], suffixes_of_scales: Sequence[str]
+) -> _Scales:
     unsound, dead, partly = [], [], []
+    count, zero = 0, 0
     for layer, suffixes in layers.items():
         for suffix, name in suffixes.items():
-            if suffix not in scales or checkpoint.info(name).dtype not in _FLOATS:
+            if suffix not in suffixes_of_scales or checkpoint.info(name).dtype not in _FLOATS:
                 continue
             values = to_float32(checkpoint.tensor(name))
             zeros = int((values == 0).sum())
-            found.scales += values.size
-            found.zero_scales += zeros
+            count, zero = count + values.size, zero + zeros
             if not np.isfinite(values).all():
                 unsound.append(layer)
             elif zeros == values.size:
                 dead.append(layer)
             elif zeros:
                 partly.append(layer)
+    faults, warnings = [], []
     if unsound:
-        found.faults.append(f"scales that are NaN or infinite in {len(unsound)} linears: {some(unsound)}")
+        faults.append(f"scales that are NaN or infinite in {len(unsound)} linears: {some(unsound)}")
     if dead:
-        found.faults.append(
-            f"nothing but zero scales, so nothing but zero weights, in {len(dead)} linears: {some(dead)}"
-        )
+        faults.append(f"nothing but zero scales, so nothing but zero weights, in {len(dead)} linears: {some(dead)}")
     if partly:
-        found.warnings.append(
-            f"{found.zero_scales} of {found.scales} scales are zero, and their weights with them, in {some(partly)}"
-        )
+        warnings.append(f"{zero} of {count} scales are zero, and their weights with them, in {some(partly)}")
+    return _Scales(zero, count, faults, warnings)

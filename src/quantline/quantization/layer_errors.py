@@ -1,8 +1,8 @@
 """The gate on layer errors: whether a quantized checkpoint is whole, and how far each of its linears is from the float one.
 
-The files are checked first (`file_checks`); a fault there ends it. Then the worker `layer_errors`, in the reference
-environment, runs the float model over calibration samples and measures every linear. The results are a table, a picture and
-metrics. The limits come from the configuration's section `layer_errors`.
+The files are checked first (`file_checks`), and a fault there is raised at once. Then the worker
+`toolchains.workers.reference.layer_errors` runs the float model over calibration samples and measures every linear. The
+result is a table, a picture and metrics. The limits are in the configuration's section `layer_errors`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from quantline.checkpoints import linears as linears_module
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
+from quantline.config.layer_errors import ErrorLevels, LayerErrorsConfig
 from quantline.core.errors import WorkerError
 from quantline.quantization import heat_map
 from quantline.quantization.capabilities import CALIBRATED
@@ -41,11 +42,15 @@ _TITLES = {"output_error": "the output's", "weight_error": "the weights'"}
 class LayerErrors:
     """What was measured of one quantized checkpoint.
 
-    rows: one per linear, by layer: name, layer (number; -1 outside of the layers), module (name inside it),
-    in_features, out_features, bits, group_size, effective_bits, tokens (calibration tokens that the float model gives to it,
-    None where that cannot be seen), output_error, weight_error, weight_error_max, weight_error_mean, level, and what the
-    backend said of it. metrics: numbers. files: written ones, relative to the output. worst: the linears with the largest
-    output errors, in words.
+    Attributes:
+        rows: one per linear, by layer: name, layer (number; -1 outside of the layers), module (name inside it),
+            in_features, out_features, bits, group_size, effective_bits, tokens (calibration tokens that the float model
+            gives to it, None where that cannot be seen), output_error, weight_error, weight_error_max, weight_error_mean,
+            level, and the backend's own columns.
+        metrics: numbers by name.
+        warnings: sentences for the user.
+        files: written ones, relative to the output.
+        worst: the linears with the largest output errors, in words.
     """
 
     rows: list[Row]
@@ -71,59 +76,71 @@ def early(start: Callable[[str, str], AbstractContextManager[None]], *, enabled:
         yield
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized checkpoint, and what it was made of.
+
+    Attributes:
+        model: folder of the float model.
+        output: folder of the quantized one.
+        calibration: tokens.safetensors, `input_ids` int32 (n, length).
+        linears: what should be quantized, by name.
+        method: awq, gptq, rtn, bnb or autoround. Scales that awq folded are undone before weights are compared.
+        backend_rows: the backend's own rows: `layer` and `module`, or `module` with the whole name.
+    """
+
+    model: Path
+    output: Path
+    calibration: Path
+    linears: Mapping[str, LinearSpec]
+    method: str
+    backend_rows: Sequence[Mapping[str, Any]] = ()
+
+
 def measure(
+    made: Quantized,
+    settings: LayerErrorsConfig,
     *,
-    model: Path,
-    output: Path,
-    calibration: Path,
-    linears: Mapping[str, LinearSpec],
-    method: str,
-    settings: Mapping[str, Any],
     run_worker: RunWorker,
     threads: int = 2,
     device: str = "cpu",
-    backend_rows: Sequence[Mapping[str, Any]] = (),
     failed: Path | None = None,
 ) -> LayerErrors:
-    """Measure a quantized checkpoint and let it pass, or not.
+    """Measure a quantized checkpoint, and refuse one with an error beyond its limit.
 
     Args:
-        model: folder of the float model.
-        output: folder of the quantized one; gets `coverage/layers.csv` and `coverage/output_error.png`.
-        calibration: tokens.safetensors, `input_ids` int32 (n, length).
-        linears: what should be quantized, by name.
-        method: awq, gptq, rtn, bnb or autoround; of awq, folded scales are undone before weights are compared.
-        settings: the plain values of `LayerErrorsConfig`.
+        made: the checkpoint; its folder gets `coverage/layers.csv` and `coverage/output_error.png`.
+        settings: samples, limits and levels.
         run_worker: (toolchain, module, job, label) -> its result.
         threads, device: of the worker.
-        backend_rows: the backend's own rows: `layer` and `module`, or `module` with the whole name.
         failed: a folder for the table and the picture of a checkpoint that does not pass.
 
     Raises:
         WorkerError: the checkpoint does not pass; every reason, with the worst linears of each.
     """
-    found = inspect(model, output, list(linears))
+    linears, method = made.linears, made.method
+    found = inspect(made.model, made.output, list(linears))
     if found.faults:
         raise WorkerError(f"the quantized model does not pass the gate on layer errors: {'; '.join(found.faults)}")
-    rows = _rows(found, linears, backend_rows)
+    rows = _rows(found, linears, made.backend_rows)
     metrics, warnings = _file_metrics(found, len(linears)), list(found.warnings)
-    if not settings["enabled"]:
+    if not settings.enabled:
         return LayerErrors(rows, metrics, warnings)
     job = {
-        "model": str(model), "checkpoint": str(output), "calibration": str(calibration),
-        "linears": [row["name"] for row in rows], "samples": settings["samples"],
+        "model": str(made.model), "checkpoint": str(made.output), "calibration": str(made.calibration),
+        "linears": [row["name"] for row in rows], "samples": settings.samples,
         "unfold": True if method == "awq" else None, "device": device, "threads": threads,
     }  # fmt: skip
     result = run_worker(*_WORKER, job, "measure every linear")
     for row, measured in zip(rows, result.data["rows"], strict=True):
         row.update(tokens=measured["tokens"], **{key: _rounded(measured[key]) for key in _MEASURED})
-        row["level"] = _level(row["output_error"], settings["levels"])
+        row["level"] = _level(row["output_error"], settings.levels)
     metrics.update(_error_metrics(rows, calibrated=method in CALIBRATED), coverage_seconds=result.seconds)
     faults = _error_faults(rows, settings)
-    few = _few_tokens(rows, settings["min_tokens"]) if method in CALIBRATED else []
-    if settings["few_tokens"] == "fail":
+    few = _few_tokens(rows, settings.min_tokens) if method in CALIBRATED else []
+    if settings.few_tokens == "fail":
         faults += few
-    elif settings["few_tokens"] == "warn":
+    elif settings.few_tokens == "warn":
         warnings += few
     warnings += _unmeasured(rows)
     title = f"Output error of each linear, {result.data['sample_tokens']} calibration tokens"
@@ -132,7 +149,7 @@ def measure(
         if failed is not None and _write(rows, failed, title):
             kept = f"; all linears: {failed / TABLE}"
         raise WorkerError(f"the quantized model does not pass the gate on layer errors: {'; '.join(faults)}{kept}")
-    return LayerErrors(rows, metrics, warnings, _write(rows, output, title), _worst(rows, "output_error"))
+    return LayerErrors(rows, metrics, warnings, _write(rows, made.output, title), _worst(rows, "output_error"))
 
 
 def _rows(found: Files, linears: Mapping[str, LinearSpec], backend_rows: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -159,10 +176,10 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def _level(error: float | None, levels: Mapping[str, float]) -> str | None:
+def _level(error: float | None, levels: ErrorLevels) -> str | None:
     if error is None:
         return None
-    return "high" if not error < levels["high"] else "moderate" if error >= levels["moderate"] else "low"
+    return "high" if not error < levels.high else "moderate" if error >= levels.moderate else "low"
 
 
 def _file_metrics(found: Files, expected: int) -> dict[str, float]:
@@ -190,13 +207,13 @@ def _error_metrics(rows: Sequence[Row], *, calibrated: bool) -> dict[str, float]
     return metrics
 
 
-def _error_faults(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
+def _error_faults(rows: Sequence[Row], settings: LayerErrorsConfig) -> list[str]:
     faults = []
+    limits_of = {"output_error": settings.max_output_error, "weight_error": settings.max_weight_error}
     for key, whose in _TITLES.items():
-        limits = settings[f"max_{key}"]
         above = []
         for row in rows:
-            value, limit = row[key], limits.get(f"bits{row['bits']}")
+            value, limit = row[key], limits_of[key].of_bits(row["bits"])
             if value is not None and not (math.isfinite(value) and (limit is None or value <= limit)):
                 above.append(row)
         if above:

@@ -1,4 +1,4 @@
-"""Whether answers are fit to be seen, next to the float model's: a small model may loop before any quantization."""
+"""Checks of a served model's answers, beside the float model's: a small model may loop before any quantization."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HABIT = 2
 
 
 class AnswerLike(Protocol):
-    """What is judged of an answer."""
+    """The parts of an answer that are checked."""
 
     @property
     def kind(self) -> str:
@@ -23,19 +23,21 @@ class AnswerLike(Protocol):
 
     @property
     def prompt(self) -> str:
-        """What was asked."""
+        """The question."""
 
     @property
     def text(self) -> str:
-        """What came."""
+        """The answer."""
 
 
 def judge_answers(answers: Sequence[AnswerLike], baseline: Sequence[AnswerLike] | None) -> list[str]:
-    """What is wrong with the answers, one line a fault.
+    """The faults of the answers, one line each.
 
-    baseline: the float model's answers; what is wrong with its answer to the same prompt too is not held against the
-    variant. A model that loops by itself loops for other prompts after any change of its weights, however small: so long as
-    no more than `HABIT` times as many answers loop as the float model's, none of them is. None judges by themselves.
+    Args:
+        answers: the variant's.
+        baseline: the float model's. A defect that its answer to the same prompt has too is no fault. A float model that
+            loops will loop for other prompts after any small change of its weights, so loops are no fault while no more
+            than `HABIT` times as many answers loop as the float model's. None accepts no defect.
     """
     excused = {(answer.kind, answer.prompt): defects(answer.text) for answer in baseline or ()}
     found = [(answer, defects(answer.text)) for answer in answers]
@@ -51,11 +53,11 @@ def judge_answers(answers: Sequence[AnswerLike], baseline: Sequence[AnswerLike] 
 
 
 def defects(text: str) -> dict[str, str]:
-    """What is wrong with a text, defect -> detail."""
+    """The defects of a text, each with its detail."""
     if not text.strip():
         return {EMPTY: "no visible character"}
     found = {}
-    # An answer cut off within a character ends in a replacement character, which is nobody's fault.
+    # An answer cut off within a character ends in a replacement character, which is no defect.
     whole = text.rstrip("\ufffd") or text
     unreadable = sum(not (letter.isprintable() or letter in "\n\t\r") or letter == "\ufffd" for letter in whole)
     if unreadable > UNREADABLE_SHARE * len(whole):

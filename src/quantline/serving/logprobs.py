@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, from a running server: what is served is what is judged.
+"""Log-probabilities of given tokens, from a running server.
 
 A window of token ids is sent as a completion's prompt with `prompt_logprobs: 0`, which returns the log-probability of
 each prompt token and no alternatives (with one alternative it took half as long again, with five twice as long). They

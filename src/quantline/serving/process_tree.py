@@ -1,11 +1,10 @@
-"""Runs one command and leaves nothing of it behind, whatever happens to the process that asked for it.
+"""Runs one command and ends all its processes, whatever happens to the process that started it.
 
-Started as `python supervisor.py GRACE_SECONDS COMMAND ...`, standard library only. Its standard input is a pipe whose
-other end the parent holds: when that end closes, because the parent is done or because it was killed with no chance to
-clean up, the command's whole process tree is ended. A byte in the pipe says that the command is up, and that it is owed
-the grace of an orderly end; vLLM loses a SIGTERM that comes while it loads, and there is nothing to put in order then.
-A pipe is used and not PR_SET_PDEATHSIG towards the parent, since that signal comes when the *thread* that started the
-process ends.
+A script of the core's own interpreter, started as `python process_tree.py GRACE_SECONDS COMMAND ...`; standard library
+only. Its standard input is a pipe whose other end the parent holds. When that end closes, because the parent is done or was
+killed, the command's whole process tree is ended. A byte in the pipe says that the command is up: from then on it gets
+GRACE_SECONDS to shut down. While it loads, vLLM ignores a SIGTERM and has nothing to clean up, so it gets less. A pipe is
+used and not PR_SET_PDEATHSIG towards the parent, because that signal comes when the *thread* that started the process ends.
 
 The supervisor is a child subreaper: a descendant whose own parent died, or which made a session of its own, is still
 found below it. The command gets a temporary folder of its own, which goes with it: vLLM leaves its sockets there.

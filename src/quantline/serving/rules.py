@@ -1,4 +1,4 @@
-"""Whether a runtime will load a checkpoint, known without starting it: the rules are data, in `serving_rules.yaml`."""
+"""Whether a runtime will load a checkpoint, known without starting it: the rules are data, in `rules.yaml`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class CheckpointFacts:
 
     method: `awq`, `gptq`, `compressed-tensors`, `bitsandbytes` or `float`. layout: `gemm`, `gemv`, ... for AWQ; `gptq` or
     `gptq_v2` for GPTQ; the format for compressed-tensors. group_size: -1 is one group a channel. The rest is known from
-    layers (see `serving_facts`): widths_divisible_by_32, whether in and out of every quantized layer are, on each GPU;
+    layers (see `checkpoint_facts`): widths_divisible_by_32, whether in and out of every quantized layer are, on each GPU;
     fused, `mixed` where linears that are computed as one differ, else `alike`; head, whether the config names a quantized
     output layer: `named`, `unnamed`, or `float` where it is not quantized; cut, what tensor parallelism would cut through:
     `heads`, `groups` or `nothing`.

@@ -43,7 +43,7 @@ class SmokeReport:
     """What the server did.
 
     metrics: name with unit -> value. kernels: those of the quantized layers, as vLLM's log names them. faults: what the
-    server did wrong; empty for a good one. Whether the answers are any good is for `answer_checks`.
+    server did wrong; empty for a good one. The quality of the answers is checked by `answer_checks`.
     """
 
     answers: tuple[Answer, ...]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sections
@@ -13,7 +15,9 @@ from quantline.core.errors import ConfigError
 from quantline.evaluation.speed import run as speed
 from quantline.evaluation.speed.ratios import metrics_of
 from quantline.evaluation.speed.run import Subject, measure, nothing, tensor_bytes
+from quantline.evaluation.speed.vllm_bench import _COLUMNS
 from quantline.pipeline.config import parse
+from quantline.toolchains.protocol import JobResult
 
 LENGTHS = {"input_tokens": 256, "output_tokens": 256}
 PLAN = sections.speed((1, 4), (64, 64), **LENGTHS)
@@ -58,6 +62,49 @@ def test_what_the_target_refuses_is_not_measured_and_the_reason_is_told(model, t
     assert "4 bits only" in found.reason
     assert found.document == nothing()
     assert metrics_of(found.document) == {}
+
+
+@pytest.mark.parametrize("side_by_side", ["always", "never"])
+def test_models_take_turns_and_their_servers_are_in_the_document(model, tmp_path, monkeypatch, side_by_side):
+    up = []
+
+    @contextmanager
+    def serve(_python, _checkpoint, options, *, log):
+        server = SimpleNamespace(
+            url=log.name, load_seconds=2.0, log_text=lambda: "", peak_memory_bytes=lambda: 7 * len(up), options=options
+        )
+        up.append(server)
+        yield server
+        up.remove(server)
+
+    def bench(job, _label):
+        assert len(up) == (2 if side_by_side == "always" else 1)
+        saved = dict.fromkeys(_COLUMNS.values(), 4.0)
+        told = [run["label"] for run in job["runs"]]
+        assert [label.split(",")[0] for label in told] == (
+            ["float", "variant"] * 2 + ["variant", "float"] * 2 if len(up) == 2 else [told[0].split(",")[0]] * 4
+        )
+        counts = [int(run["arguments"][run["arguments"].index("--num-prompts") + 1]) for run in job["runs"]]
+        results = [{**saved, "completed": count, "total_output_tokens": count * 256} for count in counts]
+        return JobResult({"results": results}, 1.0, 0)
+
+    monkeypatch.setattr(speed, "serve", serve)
+    out = tmp_path / "out"
+    out.mkdir()
+    plan = PLAN.model_copy(update={"side_by_side": side_by_side})
+    found = measure(python=Path("/no/python"), version="0.32.0", subjects=subjects_of(model), plan=plan, bench=bench,
+                    out=out, log=tmp_path / "speed.log")  # fmt: skip
+    assert not up
+    session = found.document["session"]
+    assert (session["side_by_side"], session["device"]) == (side_by_side == "always", "cpu")
+    assert "reports none" in session["weights_memory_is"]
+    assert [server["model"] for server in found.document["servers"]] == ["float", "variant"]
+    for server in found.document["servers"]:
+        assert server["weights_memory_bytes"] == server["checkpoint_bytes"] == tensor_bytes(model)
+        assert server["peak_memory_bytes"] == (14 if side_by_side == "always" else 7)  # read while it is up
+        assert server["gpu_memory_bytes"] is None
+    assert [ratio["speed_up"] for ratio in found.document["ratios"]] == [1.0, 1.0]
+    assert json.loads((out / "speed.json").read_text()) == found.document
 
 
 def test_the_cache_holds_every_request_of_the_largest_level(model):

@@ -1,11 +1,11 @@
 """How fast a variant is served, beside the float model in the same session, by vLLM's own benchmark tools.
 
-Both models are served in turn, or where memory allows both at once with one of them busy, and measured in rounds, float
-then variant, then the other way round: what another process does to the machine meanwhile then hits both. A speed is
-given with the weights' memory, without which it proves nothing: a server may have loaded floats where codes were meant.
+Both models are served in turn, or both at once where memory allows, and then only one of them is busy at a time. They are
+measured in rounds, float then variant, then the other way round, so that other load on the machine slows both. A speed is
+given with the memory of the weights. Without that it proves nothing: the server may have loaded float weights.
 
-The output folder holds `speed.json` (session, rows, servers, ratios, rounds, offline; `speed_table` makes it readable) and
-in `bench/` what each of vLLM's tools saved.
+The output folder holds `speed.json` (session, rows, servers, ratios, rounds, offline; `speed.table` makes it readable) and,
+in `bench/`, the files that vLLM's tools saved.
 """
 
 from __future__ import annotations
@@ -49,9 +49,16 @@ OFFLINE = ("latency", "throughput")
 Bench = Callable[[dict[str, Any], str], JobResult]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measured:
-    """What the stage reports. `reason` is empty where the target serves the checkpoint."""
+    """The result of the stage.
+
+    Attributes:
+        document: the content of `speed.json`.
+        metrics: numbers by name.
+        warnings: sentences for the user.
+        reason: why the target does not serve the checkpoint; empty where it does.
+    """
 
     document: dict[str, Any]
     metrics: dict[str, float] = field(default_factory=dict)
@@ -75,7 +82,7 @@ def measure(
         python, version: of vLLM.
         subjects: float, then the variant.
         plan: what to measure.
-        bench: runs a job of `bench_worker` under a label.
+        bench: runs a job of `toolchains.workers.vllm_bench` under a label.
         out: an empty folder.
         log: beside it the servers' own logs are put, with the model in their name.
 
@@ -95,7 +102,8 @@ def measure(
     busy = os.getloadavg()[0] / (os.cpu_count() or 1)
     (out / "bench").mkdir()
     if "serve" in plan.tools:
-        session.measure_served(document)
+        served = session.measure_served()
+        document.update(served, session={**document["session"], **served["session"]})
     document["offline"] = [row for tool in OFFLINE if tool in plan.tools for row in session.measure_offline(tool)]
     notes = memory_notes(document["servers"]) + bunch_notes(document["rows"])
     if busy > 1:
@@ -104,7 +112,7 @@ def measure(
 
 
 def memory_notes(servers: Sequence[dict[str, Any]]) -> list[str]:
-    """What to say of a server that holds more weights than its checkpoint: it loaded floats in place of codes."""
+    """A note on each server that holds more weights than its checkpoint: it loaded float weights."""
     return [
         f"{server['model']}: vLLM holds {server['weights_memory_bytes'] / 1e9:.2f} GB of weights, the checkpoint has "
         f"{server['checkpoint_bytes'] / 1e9:.2f} GB: it did not load what was quantized, and the speed is not the variant's"
@@ -114,7 +122,7 @@ def memory_notes(servers: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def bunch_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What to say where the tokens of an answer arrived together: their times say when they were sent, not when made."""
+    """A note where tokens of an answer arrived together: their times say when they were sent, not when they were made."""
     return [
         f"{row['model']}, {row['concurrency']} at a time: tokens arrived in bunches, half of them within "
         f"{row['itl_ms_median']:.2g} ms of the one before, where {row['tpot_ms_median']:.2g} ms is the mean; the machine is "
@@ -135,7 +143,29 @@ def _kept(measured: Measured, out: Path) -> Measured:
 
 
 @dataclass(frozen=True)
+class _Up:
+    """A server that answers, and the GPU memory that it took to load."""
+
+    server: Server
+    gpu_memory_bytes: int | None
+
+
+def _costs(subject: Subject, up: _Up) -> dict[str, Any]:
+    """Load time, memory and kernels of a server that is still up."""
+    text, stored = up.server.log_text(), tensor_bytes(subject.checkpoint)
+    logged = weights_bytes(text)
+    return {
+        "model": subject.model, "load_seconds": up.server.load_seconds,
+        "weights_memory_bytes": stored if logged is None else logged, "weights_memory_logged": logged is not None,
+        "checkpoint_bytes": stored, "peak_memory_bytes": up.server.peak_memory_bytes(), "kernels": kernels(text),
+        "gpu_memory_bytes": up.gpu_memory_bytes,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class _Session:
+    """Float and variant, as they are measured."""
+
     python: Path
     subjects: tuple[Subject, Subject]
     plan: SpeedConfig
@@ -143,40 +173,32 @@ class _Session:
     out: Path
     log: Path
 
-    def measure_served(self, document: dict[str, Any]) -> None:
-        """Fill in what `vllm bench serve` says of both models."""
+    def measure_served(self) -> dict[str, Any]:
+        """Measure both models by `vllm bench serve`: servers, rounds, rows, ratios, and what to add to `session`."""
         together = _together(self.subjects, self.plan)
         groups: Sequence[Sequence[Subject]] = [self.subjects] if together else [[each] for each in self.subjects]
         rounds: list[dict[str, Any]] = []
         servers: list[dict[str, Any]] = []
         for group in groups:
             with ExitStack() as stack:
-                up = {subject.model: stack.enter_context(self._served(subject, servers)) for subject in group}
-                rounds += self._benched(group, up)
+                up = {subject.model: stack.enter_context(self._up(subject)) for subject in group}
+                rounds += self._benched(group, {model: one.server for model, one in up.items()})
+                servers += [_costs(subject, up[subject.model]) for subject in group]
         by_log = all(server["weights_memory_logged"] for server in servers)
-        document["session"].update(side_by_side=together, weights_memory_is=_BY_LOG if by_log else _BY_TENSORS)
-        document.update(
-            servers=sorted(servers, key=lambda server: str(server["model"])), rounds=rounds, rows=medians(rounds),
-            ratios=ratios(rounds),
-        )  # fmt: skip
+        return {
+            "session": {"side_by_side": together, "weights_memory_is": _BY_LOG if by_log else _BY_TENSORS},
+            "servers": sorted(servers, key=lambda server: str(server["model"])), "rounds": rounds,
+            "rows": medians(rounds), "ratios": ratios(rounds),
+        }  # fmt: skip
 
     @contextmanager
-    def _served(self, subject: Subject, servers: list[dict[str, Any]]) -> Iterator[Server]:
-        """A server for the block; what it cost is put down when the block has ended well."""
+    def _up(self, subject: Subject) -> Iterator[_Up]:
+        """A server for the block."""
         before = accelerator_use()
         own = self.log.with_name(f"{self.log.stem}.{subject.model}.log")
         with serve(self.python, subject.checkpoint, subject.options, log=own) as server:
             loaded = accelerator_use()
-            yield server
-            text, stored = server.log_text(), tensor_bytes(subject.checkpoint)
-            logged = weights_bytes(text)
-            servers.append({
-                "model": subject.model, "load_seconds": server.load_seconds,
-                "weights_memory_bytes": stored if logged is None else logged,
-                "weights_memory_logged": logged is not None, "checkpoint_bytes": stored,
-                "peak_memory_bytes": server.peak_memory_bytes(), "kernels": kernels(text),
-                "gpu_memory_bytes": loaded.memory_bytes - before.memory_bytes if loaded and before else None,
-            })  # fmt: skip
+            yield _Up(server, loaded.memory_bytes - before.memory_bytes if loaded and before else None)
 
     def _benched(self, group: Sequence[Subject], up: dict[str, Server]) -> list[dict[str, Any]]:
         """Rounds of every level; within a round the models take turns, and who begins does so as well."""
@@ -218,7 +240,7 @@ def tensor_bytes(checkpoint: Path) -> int:
 
 
 def _prepared(subject: Subject, plan: SpeedConfig) -> Subject:
-    """The subject as it is measured: its cache holds every request of the largest level, so that none has to wait for it."""
+    """The subject as it is measured: its cache holds all requests of the largest level, so that none has to wait."""
     options, cache = subject.options, kv_cache(read_json(subject.checkpoint / "config.json"))
     length = plan.input_tokens + plan.output_tokens + 32
     most = cache.bytes(length, max(level.concurrency for level in plan.levels))
@@ -230,7 +252,7 @@ def _prepared(subject: Subject, plan: SpeedConfig) -> Subject:
 
 
 def _together(subjects: tuple[Subject, Subject], plan: SpeedConfig) -> bool:
-    """Whether both servers are to be up at once."""
+    """Whether both servers are up at once."""
     if plan.side_by_side != "auto":
         return plan.side_by_side == "always"
     device = subjects[0].options.device

@@ -1,8 +1,8 @@
-"""Two tasks made from any text, for lm-evaluation-harness: they need no network, and every model gets the same items.
+"""Two tasks made from any text, for lm-evaluation-harness. They need no network, and every model gets the same items.
 
 `last_word`        a passage without its last word, which the model must find likeliest, token by token, given the rest:
                    the form of LAMBADA (Paperno et al., "The LAMBADA dataset", 2016, arXiv:1606.06031). There people chose
-                   passages whose last word can be told from all of it; here it is one that stands in it before. Scored by
+                   passages whose last word follows from the whole; here it is a word that occurs before. Scored by
                    accuracy of the greedy answer, and by the perplexity of the word.
 `multiple_choice`  a passage, and continuations of which one is its own; the others continue other passages, of the same
                    document where it has enough of them. Scored by the likeliest one, as a whole (`acc`) and to a letter of

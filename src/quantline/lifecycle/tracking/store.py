@@ -104,7 +104,6 @@ def locked(uri: str, wait_seconds: float) -> Iterator[None]:
 
 def experiment_name(tracking: TrackingConfig, model: ModelConfig) -> str:
     """The configured experiment, else one for the model."""
-    from quantline.data.download import ModelSource, model_name
+    from quantline.data.download import model_name
 
-    source = ModelSource(model.repo, model.revision, model.path)
-    return tracking.experiment or f"quantline/{model.name or model_name(source)}"
+    return tracking.experiment or f"quantline/{model.name or model_name(model)}"
