@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 @stage("speed")
 def speed(run: StageRun) -> None:
     from quantline.evaluation.speed.run import measure
-    from quantline.evaluation.speed.vllm_bench import Subject
     from quantline.evaluation.speed.table import render_speed_table
+    from quantline.evaluation.speed.vllm_bench import Subject
     from quantline.pipeline.server import server_of, server_options
 
     run.refuse_float()
