@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantline.checkpoints.layouts import TARGETS, Layout
+from quantline.checkpoints.layouts import Layout
 from quantline.checkpoints.layouts.choice import converted
 from quantline.config.convert import ConvertConfig
 from quantline.conversion.config_files import write_description
@@ -26,7 +26,7 @@ from quantline.core.errors import UserError
 from quantline.core.files import read_json
 from quantline.serving.rules import Target
 
-__all__ = ["TARGETS", "choose_layout", "convert"]
+__all__ = ["choose_layout", "convert"]
 
 
 def choose_layout(target: str, source: Source, symmetric: bool) -> Layout:

@@ -15,7 +15,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantline.checkpoints.layouts import bitsandbytes as layout
+from quantline.checkpoints.layouts.description import Description
+from quantline.checkpoints.layouts.linear_spec import LayerSettings
 from quantline.checkpoints.linears import LM_HEAD
+from quantline.checkpoints.quantization_config import section_of
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model, output, selection
 
@@ -71,10 +74,8 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         report(len(rows), len(wanted), name)
         rows.append({"module": name, "relative_error": _quantize(work, name, module, options)})
     work.metrics["quantize_seconds"] = time.perf_counter() - started
-    settings = layout.describe(
-        bits=job["bits"], block_size=job["group_size"], quant_type=options["quant_type"],
-        double_quant=bool(options["double_quant"]), modules_to_not_convert=skipped,
-    )  # fmt: skip
+    main = LayerSettings(job["bits"], job["group_size"], symmetric=True)
+    settings = section_of(layout.NAME, Description(main, left_float=tuple(skipped), options=options))
     return {**model.finish(work, wanted, settings), "layers": rows}
 
 

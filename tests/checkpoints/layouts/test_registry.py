@@ -1,4 +1,4 @@
-"""What every layout answers, and that nothing outside of layouts/ asks for a layout's name."""
+"""All layouts together: what their methods share, what names tell, and that nobody outside asks for a layout's name."""
 
 from __future__ import annotations
 
@@ -6,58 +6,49 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from quantline.checkpoints.layouts import LAYOUTS, Storage, dequantize, quantize_rtn
-from quantline.checkpoints.layouts.layout import Layout
-from quantline.checkpoints.layouts.linear_spec import LinearSpec
-from quantline.checkpoints.safetensors_file import safetensors_dtype
+from quantline.checkpoints.layouts import LAYOUTS, TARGETS
+from quantline.checkpoints.layouts.registry import CONFIG_SECTIONS, folder_layout, packed_linear
 
-AFFINE = [layout for layout in LAYOUTS.values() if layout.affine is not None]
 # Names that are no method, backend or library too: in code outside of layouts/ they have no place at all.
 UNMISTAKABLE = set(LAYOUTS) - {"gptq", "bitsandbytes", "msmodelslim", "compressed_tensors"}
 # The values that a configuration may have; a test holds that they are the layouts' targets.
 ALLOWED = {"config/convert.py"}
 
 
-def specs_of(layout: Layout) -> list[LinearSpec]:
-    shape = (64, 128)
-    every = [LinearSpec(bits, size) for bits in (2, 3, 4, 8) for size in (-1, 32, 64)]
-    return [spec for spec in every if not layout.faults(shape, spec, Storage())]
+def test_layouts_of_one_method_are_read_by_one_section() -> None:
+    described = [layout for layout in LAYOUTS.values() if layout.config is not None]
+    for layout in described:
+        assert layout.config is not None
+        section = CONFIG_SECTIONS[layout.method]
+        assert (layout.config.parse, layout.config.own_file) == (section.parse, section.own_file)
+    assert set(CONFIG_SECTIONS) == {"awq", "gptq", "compressed-tensors", "bitsandbytes"}
 
 
-@pytest.mark.parametrize("layout", AFFINE, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_the_tensors_are_those_that_it_says(layout: Layout, symmetric: bool) -> None:
-    weight = np.random.default_rng(0).normal(size=(128, 64)).astype(np.float32)
-    specs = specs_of(layout)
-    assert specs
-    for spec in specs:
-        if layout.activations and not symmetric:
-            continue
-        linear = quantize_rtn(weight, spec.bits, spec.group_size, symmetric)
-        written = layout.write(linear)
-        storage = Storage(zero_points=not linear.symmetric)
-        said = layout.specs((64, 128), spec, storage)
-        assert {name: (safetensors_dtype(array.dtype), array.shape) for name, array in written.items()} == {
-            name: (one.dtype, one.shape) for name, one in said.items()
-        }
-        assert layout.bytes_of((64, 128), spec, storage).total == sum(array.nbytes for array in written.values())
-        assert layout.shape(written, spec.bits) == (64, 128)
-        read = layout.dequantize(written, bits=spec.bits, group_size=spec.group_size)
-        assert np.array_equal(read, dequantize(linear))
-        names = {f"a.b.{suffix}": safetensors_dtype(array.dtype) for suffix, array in written.items()}
-        (found,) = layout.linears({**names, "c.weight": "F16"}).items()
-        assert found[0] == "a.b"
-        assert not found[1].missing
-        assert set(found[1].tensors.values()) == set(names)
+def test_targets_are_layouts_that_can_be_written() -> None:
+    assert all(layout.affine is not None and layout.target == name for name, layout in TARGETS.items())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
-def test_its_parts_are_among_its_tensors(layout: Layout) -> None:
-    assert {layout.codes, *layout.scales, *layout.zeros} <= set(layout.tensors)
-    assert layout.nearest({4}, True) in {None, *LAYOUTS}
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["a.weight", "a.bias", "b.0.norm.weight"], None),
+        (["a.weight", "b.qweight", "b.scales"], "b"),
+        (["a.weight", "a.weight.absmax"], "a"),
+        (["z.SCB", "m.weight_packed"], "m"),
+        (["a.weight_offset"], "a"),
+    ],
+)
+def test_a_packed_linear_is_known_by_the_names_of_its_tensors(names: list[str], found: str | None) -> None:
+    assert packed_linear(names) == found
+
+
+def test_a_folder_is_recognised_by_its_files_or_by_the_method_that_is_given(tmp_path: Path) -> None:
+    assert folder_layout(tmp_path, "auto") is None
+    assert folder_layout(tmp_path, "msmodelslim") is LAYOUTS["msmodelslim"]
+    (tmp_path / "quant_model_description.json").write_text("{}")
+    assert folder_layout(tmp_path, "auto") is LAYOUTS["msmodelslim"]
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
