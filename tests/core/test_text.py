@@ -13,9 +13,10 @@ def test_lists_read_as_people_write_them():
     assert (listed(["a"]), listed([])) == ("a", "")
 
 
-def test_the_word_that_was_meant_is_named():
-    assert nearest("gtpq", ["gptq", "awq"]) == " (did you mean gptq?)"
-    assert nearest("zzz", ["gptq", "awq"]) == ""
+def test_a_misspelt_word_gets_a_hint_and_a_strange_one_none():
+    assert nearest("evalute", ["evaluate", "quantize"]) == " (did you mean evaluate?)"
+    assert nearest("xyz", ["evaluate", "quantize"]) == ""
+    assert nearest("evaluate", []) == ""
 
 
 @pytest.mark.parametrize(

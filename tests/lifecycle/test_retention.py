@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
-from quantline.core.errors import UserError
+from quantline.core.errors import QuantlineError, UserError
 from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former
 from quantline.lifecycle.storage.dvc_cache import all_objects, former_variants, objects_of, read_lock
 
@@ -58,6 +60,35 @@ def test_commits_may_be_kept_too(changed):
     assert collect_garbage(project.root, (), keep="commits").objects == ()
     with pytest.raises(UserError, match="keep=all: give workspace, branches, tags, commits"):
         collect_garbage(project.root, (), keep="all")
+
+
+def test_what_a_branch_or_a_tag_needs_is_kept_on_request(changed):
+    project, before = changed
+    whole = objects_of(project.cache, {before["artifacts/two/quantize"]})
+    project.git("branch", "former")  # as it was committed
+    project.git("commit", "-qam", "changed")
+    assert whole & set(collect_garbage(project.root, ()).objects)
+    assert not whole & set(collect_garbage(project.root, (), keep="branches").objects)
+    project.git("tag", "release", "former")
+    project.git("branch", "-qD", "former")
+    assert whole & set(collect_garbage(project.root, (), keep="branches").objects)
+    assert not whole & set(collect_garbage(project.root, (), keep="tags").objects)
+
+
+def test_a_remote_is_cleaned_along_with_the_cache(changed, tmp_path):
+    project, before = changed
+    project.dvc("remote", "add", "store", str(tmp_path / "store"))
+    shutil.copytree(project.cache / "files", tmp_path / "store" / "files")  # as if all had been pushed
+    there = set(all_objects(tmp_path / "store"))
+    kept = {before["artifacts/two/quantize"]}
+    needed = objects_of(project.cache, {*kept, *(output.md5 for output in read_lock(project.root))})
+    garbage = collect_garbage(project.root, kept, remote="store")
+    assert set(garbage.objects) == there - needed
+    assert set(all_objects(tmp_path / "store")) == there
+    assert collect_garbage(project.root, kept, remote="store", apply=True) == garbage
+    assert set(all_objects(tmp_path / "store")) == set(all_objects(project.cache)) == needed
+    with pytest.raises(QuantlineError, match="nothing-there"):
+        collect_garbage(project.root, kept, remote="nothing-there")
 
 
 def test_without_a_registry_nothing_is_promoted(tmp_path):

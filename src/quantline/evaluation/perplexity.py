@@ -22,8 +22,8 @@ from quantline.config.evaluate import BootstrapConfig
 from quantline.core.errors import QuantlineError, UserError
 from quantline.core.files import replaced
 from quantline.data.windows import Windows
+from quantline.evaluation import nats
 from quantline.evaluation.bootstrap import paired_bootstrap
-from quantline.evaluation.growth import growth_of, perplexity_of
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def in_words(scores: Sequence[DocumentScore], windows: Windows) -> list[Document
 
 def perplexity(scores: Iterable[DocumentScore]) -> float:
     """`exp(sum of nll / sum of tokens)`: every token counts the same. Infinite beyond the range of a float."""
-    return perplexity_of(_mean_nll(scores))
+    return nats.exp(_mean_nll(scores))
 
 
 def _mean_nll(scores: Iterable[DocumentScore]) -> float:
@@ -158,7 +158,7 @@ def compare(
         perplexity=own,
         baseline_perplexity=other,
         difference=own - other,
-        ratio=perplexity_of(interval.estimate),
+        ratio=nats.exp(interval.estimate),
         nll_difference=interval.estimate,
         low=interval.low,
         high=interval.high,
@@ -180,7 +180,7 @@ def relative_difference(scores: Sequence[DocumentScore], others: Sequence[Docume
         UserError: the scores are not of the same documents and tokens.
     """
     _same_documents(scores, others)
-    return growth_of(_mean_nll(others) - _mean_nll(scores))
+    return nats.growth(_mean_nll(others) - _mean_nll(scores))
 
 
 def check_engines(difference: float, tolerance: float) -> None:
@@ -307,7 +307,7 @@ def evaluation_metrics(
         words, size = int(windows.words.sum()), int(windows.text_bytes.sum())
         if words and size:
             metrics.update(words_scored=words, bytes_scored=size, bits_per_byte=nll / math.log(2) / size)
-            metrics["word_perplexity"] = perplexity_of(nll / words)
+            metrics["word_perplexity"] = nats.exp(nll / words)
     return metrics
 
 

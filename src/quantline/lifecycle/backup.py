@@ -4,9 +4,9 @@
     DIR/objects/sha256/ab/cdef...     everything else, by its SHA-256
     DIR/snapshots/<time>.json         what belongs together: names, hashes, sizes
 
-An object is written under a temporary name, hashed on its way and moved into place, and the snapshot's file comes last, so a
-snapshot that is there is whole; one more backup into the same folder copies only what is new. A restore checks and stages
-everything first and moves it afterwards, dvc.lock last; a restore that was killed while moving is finished by the next.
+Every object is hashed while it is copied, and the snapshot's file is written last. So a snapshot that exists is complete.
+Another backup into the same folder copies only new objects. A restore first checks and stages everything and then moves it,
+dvc.lock last. If it is killed while moving, the next restore completes it. Why this is no `dvc push`: docs/decisions/0017.
 """
 
 from __future__ import annotations

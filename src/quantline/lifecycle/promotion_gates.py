@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantline.config.promote import PromoteConfig
-from quantline.evaluation.growth import growth_of
+from quantline.evaluation.nats import growth
 from quantline.pipeline.stages import names
 
 _NEEDED = names(lambda stage: stage.gated)
@@ -49,7 +49,9 @@ def faults_of(results: Mapping[str, Mapping[str, Any]], gates: PromoteConfig) ->
 def perplexity_increase_high(metrics: Mapping[str, Any]) -> float | None:
     """Upper end of the interval of perplexity's growth against float, as a share: exp(difference of mean losses) - 1."""
     high = metrics.get("nll_difference_high")
-    return growth_of(high) if isinstance(high, (int, float)) else None
+    if not isinstance(high, (int, float)):
+        return None
+    return growth(high)
 
 
 def _quality(metrics: Mapping[str, Any], limit: float) -> list[str]:

@@ -1,26 +1,29 @@
-"""`dvc gc`, told what must stay: what the workspace and promoted variants need.
+"""What may be removed from DVC's cache: all but what the workspace, git's history as asked for, and promoted variants need.
 
-DVC keeps what other projects of a shared cache need, so the protected objects are given to it as such a project: a folder
-with one `.dvc` file an object.
+DVC says what is needed (`Repo.used_objs`) and removes the rest (`dvc_data.hashfile.gc`), as `dvc gc` does. The command
+itself names what it would remove only in printed text, and has no option to protect an object.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantline.core.errors import QuantlineError, UserError
 from quantline.lifecycle.storage import dvc_cache
 from quantline.pipeline.paths import checked_name
 
-KEEP = {"workspace": ["-w"], "branches": ["-a"], "tags": ["-a", "-T"], "commits": ["-A"]}
+# Arguments of DVC's `used_objs`, which always includes the workspace.
+KEEP: dict[str, dict[str, bool]] = {
+    "workspace": {}, "branches": {"all_branches": True}, "tags": {"all_branches": True, "all_tags": True},
+    "commits": {"all_commits": True},
+}  # fmt: skip
 _MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
@@ -71,9 +74,9 @@ def collect_garbage(
     remote: a DVC remote to be cleaned along with the cache; its objects are counted, their bytes are not known.
 
     Raises:
-        UserError: `keep` is none of these, an MD5 is none, or a protected object is not in the cache, whose content is then
-            not known to `dvc gc`; nothing is removed.
-        QuantlineError: `dvc gc` failed.
+        UserError: `keep` is none of these, an MD5 is none, or the list of a protected folder is not in the cache, so that
+            its files are not known; nothing is removed.
+        QuantlineError: DVC failed, with its own message.
     """
     if keep not in KEEP:
         raise UserError(f"keep={keep}: give {', '.join(KEEP)}")
@@ -87,44 +90,44 @@ def collect_garbage(
                 f"{dvc_cache.object_path(cache, md5)}: is missing or damaged, and a promoted variant needs it; get it with "
                 "`make pull`, or demote the variant. Nothing was removed"
             )
-    with _as_project(protected, cache) as project:
-        options = [*KEEP[keep], *(["-c", "-r", remote] if remote else []), "-f", "-p", str(project)]
-        said = _gc(root, [*options, "--dry"])
-        objects = tuple(sorted({_name_of(path) for path in re.findall(r"Removing (\S+)", said)}))
-        # Not what dvc says but what may be: a protected object among the garbage would be a fault, found before the act.
-        guarded = dvc_cache.objects_of(cache, protected)
-        lost = guarded.intersection(objects)
-        if lost:
-            raise QuantlineError(f"dvc gc would remove {sorted(lost)[0]}, which is protected; nothing was removed")
-        local = [dvc_cache.object_path(cache, name) for name in objects]
-        size = sum(path.stat().st_size for path in local if path.is_file())
+    guarded = dvc_cache.objects_of(cache, protected)
+    with dvc_cache.opened(root) as repo, _explained(), repo.lock:
+        used = _used(repo, KEEP[keep], guarded, remote)
+        stores = [repo.cache.local, *([repo.cloud.get_remote_odb(remote, "gc")] if remote else [])]
+        local, *others = ({md5 for md5 in store.all() if md5 not in used} for store in stores)
+        paths = [dvc_cache.object_path(cache, md5) for md5 in local]
+        size = sum(path.stat().st_size for path in paths if path.is_file())
+        objects = tuple(sorted(local.union(*others)))
         if apply and objects:
-            _gc(root, options)
+            for store in stores:
+                _remove(store, used, remote=store is not repo.cache.local)
     return Garbage(objects, size, len(guarded))
 
 
-def _name_of(path: str) -> str:
-    folder, name = Path(path).parts[-2:]
-    return folder + name
+def _used(repo: Any, history: Mapping[str, bool], guarded: Collection[str], remote: str | None) -> set[str]:
+    """MD5s of all objects that are needed, those inside folders among them."""
+    found = repo.used_objs(**history, remote=remote, force=True)
+    return {str(info.value) for infos in found.values() for info in infos if info.name == "md5"}.union(guarded)
 
 
-def _gc(root: Path, options: Sequence[str]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "gc", *options], cwd=root, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise QuantlineError(f"dvc gc failed: {(done.stderr or done.stdout).strip()}")
-    return f"{done.stdout}\n{done.stderr}"
+def _remove(store: Any, used: Collection[str], *, remote: bool) -> None:
+    from dvc_data.hashfile.db import get_index
+    from dvc_data.hashfile.gc import gc
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    gc(store, [HashInfo("md5", md5) for md5 in used])
+    if remote:
+        get_index(store).clear()  # what DVC remembers of it
 
 
 @contextmanager
-def _as_project(protected: Collection[str], cache: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="quantline-protected-") as scratch:
-        project = Path(scratch)
-        (project / ".dvc").mkdir()
-        config = f"[core]\n    no_scm = True\n    analytics = false\n[cache]\n    dir = {cache}\n"
-        (project / ".dvc" / "config").write_text(config, encoding="utf-8")
-        for number, md5 in enumerate(sorted(protected)):
-            out = f"outs:\n- md5: {md5}\n  hash: md5\n  path: object-{number}\n"
-            (project / f"object-{number}.dvc").write_text(out, encoding="utf-8")
-        yield project
+def _explained() -> Iterator[None]:
+    try:
+        with redirect_stderr(io.StringIO()):  # DVC's progress bars
+            yield
+    except QuantlineError:
+        raise
+    except Exception as error:  # the border: a remote's file system can raise anything, and not all is DVC's own
+        raise QuantlineError(
+            f"DVC could not tell or remove what is not needed: {error or type(error).__name__}"
+        ) from error

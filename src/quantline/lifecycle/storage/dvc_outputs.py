@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.config.method import BASELINE
-from quantline.core.errors import UserError
+from quantline.lifecycle.storage.dvc_cache import locked_outs, md5_of, opened
 from quantline.pipeline.records import VariantRecord
 from quantline.pipeline.stages import PIPELINE, STAGES
 
@@ -23,20 +22,16 @@ def variant_lock(root: Path, name: str) -> dict[str, Any]:
     Returns:
         stage of dvc.yaml -> {"outs": [{"path", "md5", "size", ...}]}, the shared download's among them.
     """
-    import yaml
-
-    path = root / "dvc.lock"
-    if not path.is_file():
+    if not (root / "dvc.lock").is_file():
         return {}
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    locked = (yaml.load(path.read_text(encoding="utf-8"), loader) or {}).get("stages") or {}  # noqa: S506 - a safe one
+    locked = locked_outs(root)
     kept = {}
     for stage in PIPELINE:
         key = stage if STAGES[stage].shared else f"{stage}_baseline" if name == BASELINE else f"{stage}@{name}"
-        outs = (locked.get(key) or {}).get("outs") or []
+        outs = locked.get(key, [])
         results = [out for out in outs if str(out["path"]).endswith(".json")]
         # A result that was made again since, but not by DVC, goes with other outputs than those in the lock.
-        if results and all(_md5(root / out["path"]) == out.get("md5") for out in results):
+        if results and all(_is_in_lock(root, out) for out in results):
             kept[key] = {"outs": outs}
     return kept
 
@@ -49,11 +44,9 @@ def with_locks(records: Iterable[VariantRecord]) -> list[VariantRecord]:
     ]
 
 
-def _md5(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+def _is_in_lock(root: Path, out: Mapping[str, Any]) -> bool:
+    path = root / str(out["path"])
+    return path.is_file() and md5_of(path) == out["md5"]
 
 
 def outputs_of(lock: Mapping[str, Any], stage: str) -> dict[str, dict[str, Any]]:
@@ -83,15 +76,9 @@ def fetch_outputs(root: Path, outs: Mapping[Path, Mapping[str, Any]], remote: st
     Raises:
         UserError: the checkout is no DVC repository.
     """
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
     from dvc_data.hashfile.hash_info import HashInfo
 
-    try:
-        repo = Repo(str(root))
-    except DvcException as error:
-        raise UserError(f"{root}: is no DVC repository ({error}); give from=source") from error
-    with contextlib.closing(repo):
+    with opened(root) as repo:
         wanted = {path: HashInfo("md5", str(out["md5"])) for path, out in outs.items()}
         faults: list[str] = []
         for _ in range(2):  # a folder's list of files first, then the files

@@ -1,6 +1,6 @@
 """Projects results onto MLflow: one parent run per variant, one child run per stage.
 
-Imports mlflow, as `tracked_runs` and `registry` do and nothing else, and only when it is used: the import takes seconds.
+Only this module, `reader` and `registry` import mlflow, and only when it is used, since the import takes seconds.
 
 The result files are the truth and the tracking server is a view of them, so `publish` compares what a run says with
 what it should say and logs what is missing. Twice the same is therefore no change at all, and a publish that was cut
