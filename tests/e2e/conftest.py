@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from checkout import Checkout, Done, copy_checkout
+from checkout import PLANTED, Checkout, Done, copy_checkout
 
 from quantline.toolchains import environments
-
-# In the environment of the whole pipeline, and to be found in nothing that it writes.
-PLANTED = {
-    "HF_TOKEN": "hf_plantedHubToken4711", "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-4711",
-    "AWS_SECRET_ACCESS_KEY": "planted-aws-4711", "MLFLOW_TRACKING_TOKEN": "planted-bearer-4711",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from checkout import SHARED, VARIANTS, Checkout
-from conftest import PLANTED
+from checkout import PLANTED, SHARED, VARIANTS, Checkout
 
 # Whichever of these tests comes first builds the pipeline, and the environments where they are not there.
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]

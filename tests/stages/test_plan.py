@@ -1,0 +1,77 @@
+"""`python -m stages.plan` as it is called."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny_quantized import write_float
+
+from quantline.serving.rules import cpu_instructions
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_float(tmp_path_factory.mktemp("m") / "tiny", layers=2)
+
+
+def plan(root, *arguments):
+    command = [sys.executable, "-m", "stages.plan", *map(str, arguments)]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+
+def on(model, *arguments):
+    return ["model=custom", f"model.path={model}", "device=cpu", *arguments]
+
+
+@pytest.mark.usefixtures("serves_4_bits")  # another variant is the nearest elsewhere
+def test_a_good_variant_is_ok_and_its_json_holds_its_sizes(root, model):
+    done = plan(root, *on(model, "json=true", "context=64", "batch=2"))
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert (found["verdict"], found["findings"], found["nearest"]) == ("ok", [], None)
+    sizes = found["sizes"]
+    assert sizes["weights"] == sizes["codes"] + sizes["scales"] + sizes["zeros"] + sizes["other"] + sizes["left_float"]
+    assert sizes["kv_cache"] == 64 * 2 * sizes["kv_cache_per_token"]
+    assert found["recommendation"] is None
+
+
+@pytest.mark.usefixtures("serves_4_bits")  # another variant is the nearest elsewhere
+def test_a_wrong_combination_is_refused_with_its_rule_and_the_nearest_that_works(root, model):
+    done = plan(root, *on(model, "method=gptq", "bits=8"))
+    assert done.returncode == 2
+    assert "REFUSED (gptq-cpu-bits)" in done.stdout
+    assert "source: ran: 0.32.0 on CPU" in done.stdout
+    assert "the nearest that works: method=gptq bits=4 group_size=128" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert plan(root, *on(model, "method=gptq", "bits=4", "group_size=128")).returncode == 0
+
+
+def test_what_no_configuration_allows_gets_a_nearest_variant_too(root, model):
+    done = plan(root, *on(model, "method=awq", "bits=8"))
+    assert done.returncode == 2
+    assert "bits=8: awq takes 4" in done.stderr
+    # Where vLLM serves no 4 bits, another variant is the nearest.
+    nearest = "method=" if cpu_instructions() in ("avx2", "none") else "method=awq bits=4 group_size=128"
+    assert f"the nearest that works: {nearest}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_memory_and_criticality_give_a_recommendation_for_a_gpu(root, model):
+    arguments = ["model=custom", f"model.path={model}", "gpu_memory_gb=24", "critical=true"]
+    done = plan(root, *arguments)
+    assert done.returncode == 0
+    assert "recommended, what loses least: method=gptq bits=8 group_size=128" in done.stdout
+    assert "fits in 24 GiB" in done.stdout
+    found = json.loads(plan(root, *arguments, "json=true").stdout)
+    assert found["target"]["device"] == "cuda"
+    assert found["recommendation"]["best"] == "method=gptq bits=8 group_size=128"
+    assert len(found["recommendation"]["choices"]) >= 8
+
+
+def test_a_model_that_was_not_downloaded_names_the_command(root):
+    done = plan(root, "model=qwen2_5_3b")
+    assert done.returncode == 2
+    assert "python -m stages.download model=qwen2_5_3b" in done.stderr
