@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+from checkout_paths import DEMO_MODEL as MODEL
+from checkout_paths import interpreter
 
 from quantline.checkpoints.companions import has_chat_template
 from quantline.core.errors import ServerError, UserError
@@ -26,10 +27,8 @@ from quantline.serving.server import ServerOptions, serve
 from quantline.serving.smoke import run_smoke
 from quantline.toolchains.toolchain import worker_environment
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ROOT / ".venvs" / "vllm" / "bin" / "python"
-REFERENCE = ROOT / ".venvs" / "reference" / "bin" / "python"
-MODEL = ROOT / "assets" / "demo" / "model"
+PYTHON = interpreter("vllm")
+REFERENCE = interpreter("reference")
 # One thread that is bound to no core: others may be busy on these.
 OPTIONS = ServerOptions(dtype="bfloat16", max_model_len=513, kv_cache_gib=0.25, threads=1)
 
@@ -87,12 +86,12 @@ def test_the_real_server_passes_the_smoke_and_reports_what_it_costs(server):
     print(report.metrics)
 
 
-def test_scores_through_the_server_agree_with_transformers(server, tmp_path):
+def test_scores_through_the_server_agree_with_transformers(root, server, tmp_path):
     if not REFERENCE.exists():
         pytest.skip("the reference environment is not built")
-    texts, out = ROOT / "assets" / "demo" / "evaluation.jsonl", tmp_path / "reference.npz"
+    texts, out = root / "assets" / "demo" / "evaluation.jsonl", tmp_path / "reference.npz"
     subprocess.run(
-        [REFERENCE, "-c", SCORE, str(MODEL), str(texts), str(out)], check=True, env=worker_environment(1), cwd=ROOT
+        [REFERENCE, "-c", SCORE, str(MODEL), str(texts), str(out)], check=True, env=worker_environment(1), cwd=root
     )
     reference = np.load(out)
     began = time.perf_counter()
@@ -162,16 +161,16 @@ def test_a_checkpoint_that_vllm_refuses_ends_the_real_server_with_its_reason(tmp
 
 OWNER = """
 from pathlib import Path
-from quantline.serving import ServerOptions, serve
+from quantline.serving.server import ServerOptions, serve
 with serve(Path({python!r}), Path({model!r}), ServerOptions(dtype="bfloat16", kv_cache_gib=0.25), log=Path({log!r})):
     raise SystemExit("it was to be interrupted while loading")
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_of_the_real_server_is_left_when_its_owner_ends_while_it_loads(tmp_path, how):
+def test_no_process_of_the_real_server_is_left_when_its_owner_ends_while_it_loads(root, tmp_path, how):
     code = OWNER.format(python=str(PYTHON), model=str(MODEL), log=str(tmp_path / "log"))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL) as owner:
         found, deadline = [], time.monotonic() + 90
         # The server's own process, its resource tracker and the engine's process: vLLM has begun to load.

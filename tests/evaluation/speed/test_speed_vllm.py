@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import psutil
 import pytest
+from checkout_paths import DEMO_MODEL as MODEL
+from checkout_paths import interpreter
 
 from quantline.evaluation.speed.run import Plan, Subject, measure, tensor_bytes
 from quantline.evaluation.speed.vllm_bench import MEASURED, Level
@@ -16,9 +17,7 @@ from quantline.serving.server_log import weights_bytes
 from quantline.toolchains.runner import run_worker
 from quantline.toolchains.toolchain import Toolchain
 
-ROOT = Path(__file__).resolve().parents[3]
-PYTHON = ROOT / ".venvs" / "vllm" / "bin" / "python"
-MODEL = ROOT / "assets" / "demo" / "model"
+PYTHON = interpreter("vllm")
 PLAN = Plan(("serve",), (Level(1, 2), Level(4, 4)), 24, 6, 1, 1, 0, side_by_side="always")
 
 pytestmark = [
