@@ -2,26 +2,11 @@ from __future__ import annotations
 
 import time
 
-import fake_server
 import psutil
 import pytest
 
 from quantline.core.errors import ServerError, UserError
-from quantline.serving.server import ServerOptions, serve
 from quantline.serving.smoke import Answer, read_counter, run_smoke
-
-
-@pytest.fixture
-def start(tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-
-    def started(fault: str = ""):
-        options = ServerOptions(environment={"FAULT": fault}, startup_timeout_seconds=20.0)
-        return serve(fake_server.interpreter(tmp_path), model, options, log=tmp_path / "server.log")
-
-    return started
 
 
 def smoke(server, **options):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from quantline.core.errors import QuantlineError, UserError
 from quantline.data.windows import Windows
+from quantline.evaluation import nats
 from quantline.evaluation.bootstrap import paired_bootstrap
 
 
@@ -115,8 +116,7 @@ def in_words(scores: Sequence[DocumentScore], windows: Windows) -> list[Document
 
 def perplexity(scores: Iterable[DocumentScore]) -> float:
     """`exp(sum of nll / sum of tokens)`: every token counts the same. Infinite beyond the range of a float."""
-    mean = _mean_nll(scores)
-    return math.exp(mean) if mean < 700 else math.inf
+    return nats.exp(_mean_nll(scores))
 
 
 def _mean_nll(scores: Iterable[DocumentScore]) -> float:
@@ -160,7 +160,7 @@ def compare(
         perplexity=own,
         baseline_perplexity=other,
         difference=own - other,
-        ratio=math.exp(interval.estimate) if interval.estimate < 700 else math.inf,
+        ratio=nats.exp(interval.estimate),
         nll_difference=interval.estimate,
         low=interval.low,
         high=interval.high,
@@ -182,8 +182,7 @@ def relative_difference(scores: Sequence[DocumentScore], others: Sequence[Docume
         UserError: the scores are not of the same documents and tokens.
     """
     _same_documents(scores, others)
-    difference = _mean_nll(others) - _mean_nll(scores)
-    return math.expm1(difference) if difference < 700 else math.inf
+    return nats.growth(_mean_nll(others) - _mean_nll(scores))
 
 
 def check_engines(difference: float, tolerance: float) -> None:
@@ -310,7 +309,7 @@ def evaluation_metrics(
         words, size = int(windows.words.sum()), int(windows.text_bytes.sum())
         if words and size:
             metrics.update(words_scored=words, bytes_scored=size, bits_per_byte=nll / math.log(2) / size)
-            metrics["word_perplexity"] = math.exp(nll / words) if nll / words < 700 else math.inf
+            metrics["word_perplexity"] = nats.exp(nll / words)
     return metrics
 
 

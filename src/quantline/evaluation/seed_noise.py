@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from quantline.evaluation.evaluate import Verdict
+from quantline.evaluation.nats import growth
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,6 @@ def measure(seeds: Sequence[int], make: Callable[[int], tuple[Path, str]], judge
         metrics = judge(checkpoint).metrics
         difference = metrics["nll_difference"]
         runs.append(
-            SeededRun(seed, difference, math.expm1(difference), metrics.get("top1_agreement", math.nan), output_hash)
+            SeededRun(seed, difference, growth(difference), metrics.get("top1_agreement", math.nan), output_hash)
         )
     return spread(runs)

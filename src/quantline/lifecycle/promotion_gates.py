@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from quantline.evaluation.nats import growth
 
 _NEEDED = ("download", "quantize", "convert", "serve_smoke", "evaluate")
 
@@ -61,7 +62,7 @@ def perplexity_increase_high(metrics: Mapping[str, Any]) -> float | None:
     high = metrics.get("nll_difference_high")
     if not isinstance(high, (int, float)):
         return None
-    return math.inf if high > 700 else math.expm1(high)
+    return growth(high)
 
 
 def _quality(metrics: Mapping[str, Any], limit: float) -> list[str]:

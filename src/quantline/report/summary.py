@@ -12,6 +12,7 @@ from typing import Any
 
 import tabulate
 
+from quantline.evaluation.nats import growth
 from quantline.pipeline.records import VariantRecord, by_stage
 
 BASELINE = "float"
@@ -76,7 +77,7 @@ def _percent(nll_difference: float | None) -> float | None:
     """A difference of mean log-likelihoods as growth of the perplexity: their exponential is the perplexities' ratio."""
     if nll_difference is None:
         return None
-    return math.inf if nll_difference > 700 else 100.0 * math.expm1(nll_difference)
+    return 100.0 * growth(nll_difference)
 
 
 def _growth(metrics: Mapping[str, Any]) -> float | None:

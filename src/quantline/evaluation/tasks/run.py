@@ -21,6 +21,7 @@ import numpy as np
 from quantline.core.errors import QuantlineError, UserError
 from quantline.core.files import read_json, sha256_of, write_json
 from quantline.data.documents import format_of, read_documents
+from quantline.evaluation import nats
 from quantline.evaluation.bootstrap import Bootstrap, paired_recovery
 from quantline.evaluation.tasks.local import TASKS, write_tasks
 from quantline.serving.server import Server
@@ -260,7 +261,7 @@ def aggregate(scores: np.ndarray[Any, np.dtype[np.float64]], aggregation: str) -
     error = float(scores.std(ddof=1)) / math.sqrt(len(scores))
     if aggregation == "mean":
         return mean, error
-    perplexity = math.exp(-mean) if mean > -700 else math.inf
+    perplexity = nats.exp(-mean)
     return perplexity, perplexity * error
 
 

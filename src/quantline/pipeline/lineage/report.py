@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from quantline.evaluation.nats import growth
 from quantline.pipeline.lineage.chain import Chain
 from quantline.pipeline.lineage.diff import Difference
 
@@ -78,8 +79,8 @@ def _verdict(chain: Chain) -> str:
         return "verdict: none yet, it has not been evaluated"
     parts = [f"perplexity {metrics['reference_perplexity']:.4g}"]
     ends = [metrics.get(f"nll_difference{end}") for end in ("", "_low", "_high")]
-    known = [100 * math.expm1(end) for end in ends if isinstance(end, (int, float)) and end < 700]
-    if len(known) == len(ends):
+    known = [100 * growth(end) for end in ends if isinstance(end, (int, float))]
+    if len(known) == len(ends) and all(map(math.isfinite, known)):
         middle, low, high = known
         parts.append(f"{middle:+.3g} % against float [{low:+.3g}, {high:+.3g}]")
     smoke = chain.results.get("serve_smoke")
