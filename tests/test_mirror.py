@@ -53,7 +53,7 @@ COVERED = {
     "pipeline/monitor/sampler": "tests/pipeline/monitor/test_monitor.py",
     "planning/report": "tests/stages/test_plan.py",
     "planning/spec": "tests/planning/test_preflight.py",
-    "quantization/requirements": "tests/quantization/test_capabilities.py",
+    "quantization/requirements": "tests/pipeline/test_preflight.py",
     "serving/process_tree": "tests/serving/test_server.py",
     "toolchains/toolchain": "tests/toolchains/test_environments.py",
     # parts of a worker, run with it in its environment
