@@ -53,8 +53,9 @@ def peak():
 before = peak()
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from quantline.conversion.convert import Options, convert
-options = Options(target=sys.argv[4])
+from quantline.config.convert import ConvertConfig
+from quantline.conversion.convert import convert
+options = ConvertConfig(target=sys.argv[4])
 used, started = sum(os.times()[:4]), time.perf_counter()
 convert(Path(sys.argv[2]), Path(sys.argv[3]), options)
 seconds = time.perf_counter() - started

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from checkout_paths import ROOT
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

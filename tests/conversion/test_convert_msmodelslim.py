@@ -5,10 +5,10 @@ converter: plain arithmetic on the source's int8 codes against plain arithmetic 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from checkout_paths import FIXTURES as SHARED
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers, write_safetensors
 from quantline.checkpoints.layouts import quantize_rtn
@@ -20,7 +20,6 @@ from quantline.conversion.proof import PROOF_NAME
 from quantline.core.errors import UserError
 from quantline.pipeline.hashing import hash_folder
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
 FIXTURES = SHARED / "msmodelslim"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the msModelSlim checkpoints are not there")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

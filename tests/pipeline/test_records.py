@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from quantline.core.errors import UserError
+from quantline.core.files import write_json
 from quantline.pipeline.compose import freeze
 from quantline.pipeline.config import parse
 from quantline.pipeline.execute import execute
-from quantline.pipeline.git import commit_of
-from quantline.pipeline.records import manual_record, pipeline_records
+from quantline.pipeline.records import manual_record, noise_floor, pipeline_records
 
 LINES = {"one": "method=gptq bits=8", "two": "method=awq"}
 EACH = ["download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks"]
@@ -160,5 +160,16 @@ def test_a_name_under_which_nothing_was_run_is_an_error(tmp_path):
         manual_record(tmp_path, "one")
 
 
-def test_outside_git_there_is_no_commit(tmp_path):
-    assert commit_of(tmp_path) == (None, False)
+def test_only_a_noise_result_of_the_same_identity_is_taken(tmp_path):
+    runs = [{"seed": seed, "nll_difference": lost} for seed, lost in enumerate((0.02, 0.01, 0.04))]
+    result = {
+        "schema": 1, "stage": "noise", "status": "ok", "metrics": {}, "fingerprint": "f3", "output_hash": "h",
+        "tables": {"runs": runs},
+    }  # fmt: skip
+    write_json(tmp_path / "scratch" / "v" / "noise.json", result)
+    found = noise_floor(tmp_path, "f{}".format)
+    assert found == {
+        "runs": 3, "low": 0.01, "high": 0.04, "seeds": [0, 1, 2], "unit": "nats/token", "output_hash": "h"
+    }  # fmt: skip
+    assert noise_floor(tmp_path, "other{}".format) is None
+    assert noise_floor(tmp_path / "nowhere", "f{}".format) is None

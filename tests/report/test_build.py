@@ -13,7 +13,7 @@ import yaml
 
 from quantline.config.report import ReportConfig
 from quantline.core.errors import UserError
-from quantline.report import layer_plots, plots, run_tables, svg, tables
+from quantline.report import run_tables, svg, tables
 from quantline.report.build import build, compile_report
 from quantline.report.evidence import current_report, gather, made_of
 
@@ -134,20 +134,6 @@ def test_text_of_a_result_is_no_markup(rules: ReportConfig, tmp_path: Path) -> N
     (line,) = [line for line in (tmp_path / "report" / "report.md").read_text().splitlines() if "alert(1)" in line]
     assert "<script" not in line
     assert line.replace("\\|", "").count("|") == 5
-
-
-def test_a_variant_that_no_other_beats_in_both_is_on_the_front() -> None:
-    found = [("a", 1, 9.0), ("b", 2, 3.0), ("c", 2, 4.0), ("d", 3, 3.0), ("e", 4, 1.0), ("f", 5, None)]
-    rows = [{"variant": name, "size_bytes": size, "difference_percent": loss} for name, size, loss in found]
-    assert plots.pareto(rows) == ["a", "b", "e"]
-
-
-def test_a_model_of_many_layers_is_drawn_without_numbers(tmp_path: Path) -> None:
-    (_, item) = gather(report_records.records(tmp_path, names=["gptq-w4-g128"]), tmp_path / "artifacts")
-    object.__setattr__(item, "layers", report_records.layer_rows(0.2, layers=60))
-    (plot,) = layer_plots.heat_maps([item])
-    assert plot.drawn.count("<text") < 60
-    assert plot.width > 1000
 
 
 def test_options_that_differ_are_told_by_variant(tmp_path: Path) -> None:

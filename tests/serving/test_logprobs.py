@@ -2,27 +2,11 @@ from __future__ import annotations
 
 import time
 
-import fake_server
 import numpy as np
 import pytest
-import sections
 
 from quantline.core.errors import ServerError, UserError
 from quantline.serving.logprobs import read_choice, score
-from quantline.serving.server import serve
-
-
-@pytest.fixture
-def start(tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-
-    def started(fault: str = ""):
-        options = sections.server(environment={"FAULT": fault}, startup_timeout_seconds=20.0)
-        return serve(fake_server.interpreter(tmp_path), model, options, log=tmp_path / "server.log")
-
-    return started
 
 
 def test_each_window_gets_its_own_scores_in_its_place_whatever_finishes_first(start):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from quantline.core.errors import UserError
-from quantline.serving.rules import CheckpointFacts, Target, facts_of, rules, verdict, verdicts
+from quantline.serving.rules import CheckpointFacts, Target, cpu_instructions, facts_of, rules, verdict, verdicts
 
 CPU = Target("vllm", "0.32.0+cpu", "cpu", "bfloat16")
 GPU = Target("vllm", "0.32.0", "cuda", "bfloat16")
@@ -116,3 +116,20 @@ def test_rule_ids_are_unique_and_every_rule_has_a_source():
     assert len(rules()) > 5
     assert len({rule.id for rule in rules()}) == len(rules())
     assert all(rule.source.startswith(("ran: ", "read: ")) for rule in rules())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu avx2 avx512f avx512dq avx512bw avx512vl", "avx512"),
+        ("fpu avx2 avx512f", "avx2"),
+        ("fpu sse2", "none"),
+    ],
+)
+def test_the_instruction_set_is_read_from_the_cpus_flags(tmp_path, monkeypatch, flags, expected):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert cpu_instructions(tmp_path / "cpuinfo") == expected
+    assert cpu_instructions(tmp_path / "missing") is None
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert cpu_instructions(tmp_path / "cpuinfo") is None

@@ -10,10 +10,10 @@ import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout_paths import interpreter
 from packaging.version import Version
 from tiny_quantized import LAYER, shapes_of, write_quantized
 
@@ -22,8 +22,7 @@ from quantline.serving.checkpoint_facts import facts_of_layers
 from quantline.serving.rules import Target, cpu_instructions, rules, verdicts
 from quantline.toolchains.toolchain import worker_environment
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ROOT / ".venvs" / "vllm" / "bin" / "python"
+PYTHON = interpreter("vllm")
 
 pytestmark = [
     pytest.mark.toolchain("vllm"),
@@ -187,7 +186,7 @@ HERE = {name: one for name, one in CASES.items() if cpu_instructions() not in ("
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(root, tmp_path_factory):
     """What vLLM does with each case: its quantization_config, the error or none, and how far off its linears are."""
     folder, configs, answers = tmp_path_factory.mktemp("checkpoints"), {}, {}
     for name, one in HERE.items():
@@ -208,7 +207,7 @@ def seen(tmp_path_factory):
         path, result = folder / "job.json", folder / "result.json"
         path.write_text(json.dumps(job))
         done = subprocess.run(
-            [PYTHON, ROOT / "tests" / "support" / "vllm_loads.py", path, result], env=worker_environment(1), cwd=folder,
+            [PYTHON, root / "tests" / "support" / "vllm_loads.py", path, result], env=worker_environment(1), cwd=folder,
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]

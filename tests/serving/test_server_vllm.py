@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import httpx
 import numpy as np
 import psutil
 import pytest
 import sections
+from checkout_paths import DEMO_MODEL as MODEL
+from checkout_paths import interpreter
 
 from quantline.checkpoints.companions import has_chat_template
 from quantline.core.errors import ServerError, UserError
@@ -27,10 +28,8 @@ from quantline.serving.server import serve
 from quantline.serving.smoke import run_smoke
 from quantline.toolchains.toolchain import worker_environment
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ROOT / ".venvs" / "vllm" / "bin" / "python"
-REFERENCE = ROOT / ".venvs" / "reference" / "bin" / "python"
-MODEL = ROOT / "assets" / "demo" / "model"
+PYTHON = interpreter("vllm")
+REFERENCE = interpreter("reference")
 # One thread that is bound to no core: others may be busy on these.
 OPTIONS = sections.server(dtype="bfloat16", max_model_len=513, kv_cache_gib=0.25, threads=1)
 
@@ -88,12 +87,12 @@ def test_the_real_server_passes_the_smoke_and_reports_what_it_costs(server):
     print(report.metrics)
 
 
-def test_scores_through_the_server_agree_with_transformers(server, tmp_path):
+def test_scores_through_the_server_agree_with_transformers(root, server, tmp_path):
     if not REFERENCE.exists():
         pytest.skip("the reference environment is not built")
-    texts, out = ROOT / "assets" / "demo" / "evaluation.jsonl", tmp_path / "reference.npz"
+    texts, out = root / "assets" / "demo" / "evaluation.jsonl", tmp_path / "reference.npz"
     subprocess.run(
-        [REFERENCE, "-c", SCORE, str(MODEL), str(texts), str(out)], check=True, env=worker_environment(1), cwd=ROOT
+        [REFERENCE, "-c", SCORE, str(MODEL), str(texts), str(out)], check=True, env=worker_environment(1), cwd=root
     )
     reference = np.load(out)
     began = time.perf_counter()
@@ -171,9 +170,9 @@ with serve(Path({python!r}), Path({model!r}), server(dtype="bfloat16", kv_cache_
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_of_the_real_server_is_left_when_its_owner_ends_while_it_loads(tmp_path, how):
+def test_no_process_of_the_real_server_is_left_when_its_owner_ends_while_it_loads(root, tmp_path, how):
     code = OWNER.format(python=str(PYTHON), model=str(MODEL), log=str(tmp_path / "log"))
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests' / 'support'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root / 'tests' / 'support'}"}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL) as owner:
         found, deadline = [], time.monotonic() + 90
         # The server's own process, its resource tracker and the engine's process: vLLM has begun to load.

@@ -1,30 +1,12 @@
 from __future__ import annotations
 
-import json
 import time
 
-import fake_server
 import psutil
 import pytest
-import sections
 
-from quantline.checkpoints.companions import has_chat_template
 from quantline.core.errors import ServerError, UserError
-from quantline.serving.server import serve
 from quantline.serving.smoke import Answer, read_counter, run_smoke
-
-
-@pytest.fixture
-def start(tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-
-    def started(fault: str = ""):
-        options = sections.server(environment={"FAULT": fault}, startup_timeout_seconds=20.0)
-        return serve(fake_server.interpreter(tmp_path), model, options, log=tmp_path / "server.log")
-
-    return started
 
 
 def smoke(server, **options):
@@ -100,14 +82,3 @@ def test_a_counter_is_summed_over_its_labels():
     assert read_counter(text, "absent") is None
     with pytest.raises(ValueError, match="metric name"):
         read_counter("<html>no metrics</html>\n", "x_total")
-
-
-def test_a_chat_template_is_found_in_a_file_or_in_the_tokenizer_config(tmp_path):
-    assert not has_chat_template(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": None}))
-    assert not has_chat_template(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    assert has_chat_template(tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    assert has_chat_template(tmp_path)

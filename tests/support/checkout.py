@@ -28,6 +28,11 @@ VARIANTS = {
     "gptq-w4-g128": "method=gptq bits=4 group_size=128",
     "gptq-w8-g128": "method=gptq bits=8 group_size=128",
 }
+# Secrets in the environment of the whole pipeline. Nothing that it writes may contain them.
+PLANTED = {
+    "HF_TOKEN": "hf_plantedHubToken4711", "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-4711",
+    "AWS_SECRET_ACCESS_KEY": "planted-aws-4711", "MLFLOW_TRACKING_TOKEN": "planted-bearer-4711",
+}  # fmt: skip
 _DROPPED = ("MLFLOW_", "DVC_", "PYTEST_", "HF_", "PYTHON", "GIT_")
 
 # In the environment of the whole pipeline, and to be found in nothing that it writes.

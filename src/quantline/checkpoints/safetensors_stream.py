@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.safetensors_file import (
-    CHUNK,
+    SafetensorsFile,
     TensorInfo,
     numpy_dtype,
     read_header,
@@ -50,7 +50,7 @@ class TensorSpec:
 
 @dataclass
 class StreamedFile:
-    """A file in the making, or a finished one that is read; `infos` is its header as it stands on the disk."""
+    """A file in the making, under its temporary name. `infos` is its header as it stands on the disk."""
 
     path: Path
     descriptor: int
@@ -79,24 +79,15 @@ class StreamedFile:
 
     def get(self, name: str) -> NDArray[Any]:
         """Read a tensor from the file into memory of its own."""
-        info = self.infos[name]
-        array = np.empty(info.nbytes, dtype=np.uint8)
-        read_into(self.descriptor, array.data, info.offset)
-        return array.view(numpy_dtype(info.dtype)).reshape(info.shape)
+        return SafetensorsFile(self.path, self.infos).read(name)
 
     def get_part(self, name: str, start: int, target: memoryview) -> None:
         """Read the bytes of a tensor from `start` on, as many as `target` holds."""
         read_into(self.descriptor, target, self.infos[name].offset + start)
 
-    def chunks(self, name: str) -> Iterator[bytes]:
+    def chunks(self, name: str) -> Iterator[bytearray]:
         """The bytes of a tensor, piece by piece."""
-        info = self.infos[name]
-        for start in range(0, info.nbytes, CHUNK):
-            size = min(CHUNK, info.nbytes - start)
-            piece = os.pread(self.descriptor, size, info.offset + start)
-            if len(piece) != size:
-                raise CheckpointError(f"{self.path}: ends inside {name}: fetch or write it again")
-            yield piece
+        return SafetensorsFile(self.path, self.infos).chunks(name)
 
     def _expected(self, name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
         info = self.infos.get(name)
@@ -162,21 +153,6 @@ def flushed(file: StreamedFile) -> Iterator[threading.Event]:
         thread.join()
     if errors:
         raise errors[0]
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[StreamedFile]:
-    """A finished file, to read from.
-
-    Raises:
-        CheckpointError: its header is damaged.
-    """
-    infos = read_header(path)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield StreamedFile(path, descriptor, infos)
-    finally:
-        os.close(descriptor)
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.checkpoints.companions import TOKENIZER, VOCABULARIES
+from quantline.checkpoints.model_config import read_config
 from quantline.core.errors import UserError
 from quantline.core.files import sha256_of
 from quantline.data.documents import Document
@@ -41,7 +41,7 @@ class TextEncoder:
         Raises:
             UserError: it is missing or damaged, wants code of its own, or has no chat template although `chat` is set.
         """
-        config = _config(model_dir)
+        config = read_config(model_dir)
         tokenizer = _load(model_dir)
         if chat and not getattr(tokenizer, "chat_template", None):
             raise UserError(
@@ -90,17 +90,6 @@ def tokenizer_sha256(model_dir: Path) -> str:
     for path in _matching(model_dir, TOKENIZER):
         digest.update(f"{sha256_of(path)} {path.name}\n".encode())
     return digest.hexdigest()
-
-
-def _config(model_dir: Path) -> dict[str, Any]:
-    path = model_dir / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run the stage download again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: is no JSON object; run the stage download again")
-    return config
 
 
 def _load(model_dir: Path) -> Any:

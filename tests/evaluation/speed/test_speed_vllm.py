@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import psutil
 import pytest
 import sections
+from checkout_paths import DEMO_MODEL as MODEL
+from checkout_paths import interpreter
 
 from quantline.evaluation.speed.run import Subject, measure, tensor_bytes
 from quantline.evaluation.speed.vllm_bench import MEASURED
@@ -16,9 +17,7 @@ from quantline.serving.server_log import weights_bytes
 from quantline.toolchains.runner import run_worker
 from quantline.toolchains.toolchain import Toolchain
 
-ROOT = Path(__file__).resolve().parents[3]
-PYTHON = ROOT / ".venvs" / "vllm" / "bin" / "python"
-MODEL = ROOT / "assets" / "demo" / "model"
+PYTHON = interpreter("vllm")
 PLAN = sections.speed((1, 2), (4, 4), input_tokens=24, output_tokens=6, rounds=1, side_by_side="always")
 
 pytestmark = [

@@ -24,7 +24,7 @@ from variant_records import COMMIT, REFUSED, four, record
 
 from quantline.core.errors import TrackingError
 from quantline.core.secrets import Scrubber
-from quantline.lifecycle.tracking.projection import flatten, variant_metrics
+from quantline.lifecycle.tracking.projection import variant_metrics
 from quantline.lifecycle.tracking.store import locked, resolve_uri
 from quantline.lifecycle.tracking.writer import publish, view_path
 from quantline.pipeline.records import VariantRecord
@@ -411,18 +411,6 @@ def test_experiment_gets_a_saved_view_and_an_edited_description_stays(root: Path
     assert client.get_experiment(experiment_id).tags["mlflow.note.content"] == "ours"
 
 
-def test_later_compared_stage_keeps_a_name_and_other_stages_are_prefixed() -> None:
-    results: list[dict[str, Any]] = [
-        {"stage": "download", "metrics": {"files": 7}},
-        {"stage": "quantize", "metrics": {"size_bytes": 1, "seconds": 5}, "timings": {"total_seconds": 6.0}},
-        {"stage": "evaluate", "metrics": {"size_bytes": 2, "note": "x"}, "peak_memory_bytes": 9},
-    ]
-    assert variant_metrics(results) == {
-        "download/files": 7, "quantize/size_bytes": 1, "seconds": 5, "size_bytes": 2, "seconds/quantize": 6,
-        "peak_memory_bytes/evaluate": 9,
-    }  # fmt: skip
-
-
 def test_metrics_that_are_no_finite_number_are_published_once(root: Path) -> None:
     float_model = baseline(root)
     float_model.results[2]["metrics"].update(reference_perplexity=float("inf"), nll_difference=float("nan"))
@@ -431,14 +419,6 @@ def test_metrics_that_are_no_finite_number_are_published_once(root: Path) -> Non
     before = dump(root)
     assert to(root, [float_model]).unchanged == ("float",)
     assert dump(root) == before
-
-
-def test_long_parameter_is_cut_with_the_hash_of_the_whole() -> None:
-    flat = flatten({"a": {"b+c": [1, None, "x"], "d": None, "e": True}, "long": "y" * 9000})
-    assert flat["a.b_c"] == '[1, null, "x"]'
-    assert (flat["a.d"], flat["a.e"]) == ("null", "true")
-    assert len(flat["long"]) == 6000
-    assert "sha256" in flat["long"]
 
 
 def server(root: Path, port: int) -> AbstractContextManager[subprocess.Popen[Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkout_paths import interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_strategies import build
@@ -21,8 +22,7 @@ from quantline.conversion.convert import convert
 from quantline.core.errors import CheckpointError
 from quantline.serving.rules import Target, facts_of, verdict
 
-ROOT = Path(__file__).resolve().parents[4]
-PYTHON = ROOT / ".venvs" / "llmcompressor" / "bin" / "python"
+PYTHON = interpreter("llmcompressor")
 LAYOUT = "compressed_tensors_int"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkout_paths import interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_strategies import build, linears
@@ -18,8 +19,7 @@ from quantline.checkpoints.quantization_config import LayerSettings, describe, q
 from quantline.checkpoints.safetensors_file import write_safetensors
 from quantline.core.errors import CheckpointError
 
-ROOT = Path(__file__).resolve().parents[4]
-PYTHON = ROOT / ".venvs" / "vllm" / "bin" / "python"
+PYTHON = interpreter("vllm")
 
 
 def words(array: np.ndarray) -> list[list[int]]:

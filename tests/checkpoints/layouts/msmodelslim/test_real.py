@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkout_paths import FIXTURES
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.layouts import dequantize
@@ -13,7 +14,6 @@ from quantline.checkpoints.layouts.msmodelslim.files import plan, write_files
 from quantline.checkpoints.layouts.msmodelslim.tensors import PACKED
 from tests.checkpoints.layouts.msmodelslim.test_files import read
 
-FIXTURES = Path(__file__).resolve().parents[5] / "shared" / "fixtures"
 pytestmark = pytest.mark.skipif(not (FIXTURES / "msmodelslim").is_dir(), reason="the shared fixtures are not there")
 
 MODES = {

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+from tiny_quantized import write_float
+
+from quantline.core.errors import ConfigError
+from quantline.pipeline.command_line import read
+from quantline.pipeline.config import parse
+from quantline.pipeline.preflight import PlanOptions, plan_options, preflight
+from quantline.pipeline.run import StageRun
+from quantline.planning.spec import RefusedError
+from stages.plan import OPTIONS
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_float(tmp_path_factory.mktemp("m") / "tiny", layers=2)
+
+
+def on(model, *arguments):
+    return ["model=custom", f"model.path={model}", "device=cpu", *arguments]
+
+
+def run_of(composed, root, *overrides):
+    return StageRun("quantize", parse(composed(*overrides)), root, overrides)
+
+
+@pytest.mark.usefixtures("serves_4_bits")  # another variant is the nearest elsewhere
+def test_the_quantize_stage_is_told_before_it_computes(root, composed, model):
+    own = on(model)
+    assert preflight(run_of(composed, root, *own)) == []
+    (note,) = preflight(run_of(composed, root, *own, "method=gptq", "bits=8"))
+    assert "GPTQ with 4 bits only" in note
+    with pytest.raises(RefusedError, match="nearest that works: method=gptq bits=4 group_size=128"):
+        preflight(run_of(composed, root, *own, "method=gptq", "bits=8", "convert.for=vllm"))
+    with pytest.raises(RefusedError, match="group_size=1024: does not divide"):
+        preflight(run_of(composed, root, *own, "method=gptq", "group_size=1024"))
+
+
+def test_without_a_model_to_read_the_quantize_stage_is_told_nothing(root, composed):
+    assert preflight(run_of(composed, root, "model=qwen2_5_3b", "method=gptq")) == []
+
+
+def test_options_of_its_own_are_checked_and_kept_from_hydra():
+    own, rest = read(
+        ["method=gptq", "gpu_memory_gb=24", "critical=true", "serve.dtype=float16"], OPTIONS, configured=True
+    )
+    options = plan_options(own)
+    assert (options.gpu_memory_gb, options.critical, options.as_json) == (24, True, False)
+    assert rest == ["method=gptq", "serve.dtype=float16"]
+    for wrong in ("gpu_memory_gb=-1", "gpu_memory_gb=much", "critical=maybe", "batch=0", "context=1.5"):
+        name, _, value = wrong.partition("=")
+        with pytest.raises(ConfigError, match=wrong.replace(".", r"\.")):
+            plan_options({name: value})
+    assert {option.name for option in OPTIONS} == {
+        field.alias or name for name, field in PlanOptions.model_fields.items()
+    }
