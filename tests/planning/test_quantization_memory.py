@@ -15,7 +15,7 @@ from quantline.toolchains.toolchain import worker_environment
 def peak(model, **changes):
     checkpoint, config = Checkpoint.open(model), json.loads((model / "config.json").read_text())
     options = {
-        "method": "gptq", "backend": "auto_gptq", "dtype": "float32", "device": "cpu", "tokens": 1000,
+        "method": "gptq", "backend": "auto_gptq", "dtype": "float32", "tokens": 1000,
         "low_memory": False, "output": 10_000, **changes,
     }  # fmt: skip
     return quantization_peak(checkpoint, config, **options)
@@ -31,7 +31,7 @@ def test_gptq_holds_the_model_the_activations_and_three_hessians(tmp_path):
     assert found.calibration == 2 * 1000 * 256 * 4
     assert found.solver == 3 * 4 * (512 * 512 + 512 * 256)
     assert found.total == found.model + found.calibration + found.solver + found.process
-    assert peak(tmp_path / "model", dtype="auto", device="cuda").model == values * 2
+    assert peak(tmp_path / "model", dtype=computed_in("auto", "cuda")).model == values * 2
 
 
 def test_low_memory_holds_a_block_and_what_is_outside_the_blocks(tmp_path):

@@ -115,7 +115,8 @@ def test_a_worker_does_not_outlive_its_parent_whatever_ends_that(tmp_path, how):
     path = os.pathsep.join([str(tmp_path), source])
     pid = tmp_path / "pid"
     parent = (
-        "import sys; from pathlib import Path; from quantline.toolchains.runner import *\n"
+        "import sys; from pathlib import Path; from quantline.toolchains.runner import run_worker\n"
+        "from quantline.toolchains.toolchain import Toolchain\n"
         f"run_worker(Toolchain('reference', Path(sys.executable), None), 'work', {{'pid': {str(pid)!r}}},"
         f" log=Path({str(tmp_path / 'log')!r}), threads=1, label='w', extra_environment={{'PYTHONPATH': {path!r}}})"
     )
