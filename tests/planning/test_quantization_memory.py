@@ -8,7 +8,7 @@ import numpy as np
 from tiny_quantized import write_float
 
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
-from quantline.planning.quantization_memory import quantization_peak
+from quantline.planning.quantization_memory import computed_in, quantization_peak
 from quantline.toolchains.toolchain import worker_environment
 
 
