@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stages import stage
 
 if TYPE_CHECKING:
-    from quantline.evaluation.measurements import Instruments
+    from quantline.evaluation.measurements import MeasurementOptions
     from quantline.pipeline.run import StageRun
 
 
@@ -34,18 +34,18 @@ def evaluate(run: StageRun) -> None:
         run.warnings += [f"against the float model: {verdict.verdict}", *verdict.notes]
 
 
-def instruments(run: StageRun) -> Instruments:
+def instruments(run: StageRun) -> MeasurementOptions:
     """What the options ask for, with the inputs that it needs."""
     from quantline.core.errors import UserError
-    from quantline.evaluation.measurements import Instruments, Layers
+    from quantline.evaluation.measurements import LayerInputs, MeasurementOptions
     from quantline.pipeline.identity import stage_fingerprint
     from quantline.pipeline.records import noise_floor
 
     config, options = run.config, run.config.evaluate
     if run.is_baseline:
-        return Instruments(generations=options.generations)
+        return MeasurementOptions(generations=options.generations)
     try:
-        layers = Layers(
+        layers = LayerInputs(
             quantized=run.input("quantize"), calibration=run.input("calibrate") / "tokens.safetensors",
             samples=config.layer_errors.samples, unfold=True if config.method.name == "awq" else None,
             restore=options.restore,
@@ -60,7 +60,7 @@ def instruments(run: StageRun) -> Instruments:
         return stage_fingerprint(config.model_copy(update={"noise": times}), "noise", run.root)
 
     noise = noise_floor(run.root, noise_of)
-    return Instruments(
+    return MeasurementOptions(
         options.divergence.tokens,
         options.generations,
         layers,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from quantline.pipeline.lineage.chain import Chain
+    from quantline.pipeline.lineage.chain import Lineage
 
 
 def lineage(cfg: DictConfig, own: dict[str, str | None]) -> None:
@@ -44,21 +44,23 @@ def lineage(cfg: DictConfig, own: dict[str, str | None]) -> None:
     print(json.dumps(values, indent=2) if as_json else difference_text(one, other, found))
 
 
-def chain_of(cfg: DictConfig, given: str, root: Path) -> Chain:
+def chain_of(cfg: DictConfig, given: str, root: Path) -> Lineage:
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
 
     from quantline.pipeline.hydra_values import plain
-    from quantline.pipeline.lineage.chain import folder_chain, local_chain, require_chain
+    from quantline.pipeline.lineage.chain import folder_lineage, local_lineage, require_lineage
 
-    found = local_chain(root, given.removeprefix("by-hand/")) or folder_chain(Path(given).expanduser().absolute(), root)
+    found = local_lineage(root, given.removeprefix("by-hand/")) or folder_lineage(
+        Path(given).expanduser().absolute(), root
+    )
     if found is None and len(given) >= 6 and set(given) <= set("0123456789abcdef"):
         from quantline.lifecycle.tracking.reader import read_run, tracking_of
 
         tracking = tracking_of(plain(cfg), HydraConfig.get().overrides.task, root)
         found = read_run(tracking, root, given).chain
-    return require_chain(found, given, root)
+    return require_lineage(found, given, root)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def plan(cfg: DictConfig, own: dict[str, str | None]) -> None:
     from quantline.pipeline.run import StageRun
     from quantline.planning.nearest import nearest
     from quantline.planning.preflight import check
-    from quantline.planning.recommend import recommend
+    from quantline.planning.recommend import suggest
     from quantline.planning.report import as_json, as_text
 
     options, values = preflight.plan_options(own), plain(cfg)
@@ -51,16 +51,16 @@ def plan(cfg: DictConfig, own: dict[str, str | None]) -> None:
     run = StageRun("plan", config, ROOT, tuple(HydraConfig.get().overrides.task))
     model, place, defaults = (
         preflight.model_of(run),
-        preflight.place_of(config, ROOT, options),
+        preflight.machine_of(config, ROOT, options),
         preflight.method_defaults(ROOT),
     )
-    variant = preflight.planned_of(config.model_dump())
+    variant = preflight.variant_spec(config.model_dump())
     found = check(variant, model, place)
     near = None if found.passes() else nearest(variant, model, place, defaults)
     choice = None
     if options.gpu_memory_gb is not None or options.critical:
         measured = preflight.measured_losses(ROOT, config)
-        choice = recommend(variant, model, place, critical=options.critical, defaults=defaults, measured=measured)
+        choice = suggest(variant, model, place, critical=options.critical, defaults=defaults, measured=measured)
     if options.as_json:
         print(json.dumps(as_json(found, model, place, near, choice), indent=2))
     else:

@@ -42,13 +42,13 @@ def request(run: StageRun) -> Request:
     """What is to be done, and which backends may come to do it."""
     from quantline.pipeline.identity import backends_of
     from quantline.quantization.quantize import Request
-    from quantline.quantization.requirements import wish_of
+    from quantline.quantization.requirements import requirements_of
 
     config = run.config
     return Request(
         method=config.method.model_dump(), bits=config.bits, group_size=config.group_size, backend=config.backend,
-        order=backends_of(config), wish=wish_of(config.model_dump()), rules=config.layers.model_dump()["rules"],
-        seed=config.seed, threads=config.threads, device=run.device,
+        order=backends_of(config), requirements=requirements_of(config.model_dump()),
+        rules=config.layers.model_dump()["rules"], seed=config.seed, threads=config.threads, device=run.device,
     )  # fmt: skip
 
 

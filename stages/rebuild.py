@@ -33,7 +33,7 @@ def rebuild(cfg: DictConfig, own: dict[str, str | None]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from quantline.core.errors import DifferentError, UserError
-    from quantline.lifecycle.rebuild import MADE_AGAIN, Making
+    from quantline.lifecycle.rebuild import MADE_AGAIN, RebuildOptions
     from quantline.lifecycle.rebuild import rebuild as bring_back
     from quantline.lifecycle.tracking.reader import read_run, tracking_of
     from quantline.pipeline.hydra_values import plain
@@ -41,7 +41,7 @@ def rebuild(cfg: DictConfig, own: dict[str, str | None]) -> None:
     given, place, source, until = (str(own[name]) for name in ("run", "out", "from", "until"))
     if until not in MADE_AGAIN:
         raise UserError(f"until={until}: allowed are {', '.join(MADE_AGAIN[::-1])}")
-    making = Making(until, plain(cfg)["toolchains"], trust_patch=own["patch"] == "apply")
+    making = RebuildOptions(until, plain(cfg)["toolchains"], trust_patch=own["patch"] == "apply")
     run = read_run(tracking_of(plain(cfg), HydraConfig.get().overrides.task, ROOT), ROOT, given)
     print(f"{run.name}, run {run.run_id}, of {run.experiment}", file=sys.stderr, flush=True)
     out = Path(place).expanduser().absolute()

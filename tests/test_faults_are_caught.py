@@ -22,7 +22,7 @@ from quantline.config.layer_errors import LayerErrorsConfig
 from quantline.data.windows import build_windows
 from quantline.evaluation.bootstrap import bootstrap
 from quantline.evaluation.evaluate import Inputs, evaluate
-from quantline.evaluation.measurements import Instruments, Layers
+from quantline.evaluation.measurements import LayerInputs, MeasurementOptions
 from quantline.evaluation.perplexity import document_sums
 from quantline.pipeline.config import parse
 from quantline.quantization import layer_errors
@@ -114,10 +114,10 @@ class Bench:
         out.mkdir()
         layers = None
         if quantized:
-            layers = Layers(
+            layers = LayerInputs(
                 quantized, self.folder / "tokens.safetensors", 4, None, RestoreConfig(layers=restore, tokens=1000)
             )
-        tools = Instruments(
+        tools = MeasurementOptions(
             divergence=None, layers=layers, limits=self.options.limits,
             generations=GenerationsConfig(prompts=16, prompt_tokens=32, new_tokens=24, tie_margin=1e-4),
         )  # fmt: skip

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
-from quantline.checkpoints.linears import linear_shapes, planned
+from quantline.checkpoints.linears import linear_shapes, select_linears
 from quantline.core.errors import UserError
 from quantline.quantization.quantize import check_group_size
 
@@ -22,7 +22,7 @@ def write(folder, **shapes):
 
 def check(folder, group_size):
     checkpoint = Checkpoint.open(folder)
-    check_group_size(linear_shapes(checkpoint), planned(checkpoint, {}, bits=4, group_size=group_size))
+    check_group_size(linear_shapes(checkpoint), select_linears(checkpoint, {}, bits=4, group_size=group_size))
 
 
 def test_the_linears_of_a_model_are_those_of_its_layers(model):

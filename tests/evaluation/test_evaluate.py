@@ -16,14 +16,14 @@ from quantline.core.errors import QuantlineError, UserError
 from quantline.core.files import write_json
 from quantline.data.windows import Windows
 from quantline.evaluation.evaluate import Inputs, evaluate
-from quantline.evaluation.measurements import Instruments, Layers
+from quantline.evaluation.measurements import LayerInputs, MeasurementOptions
 from quantline.evaluation.perplexity import load_server_scores, read_documents
 from quantline.toolchains.protocol import JobResult
 
 DOCUMENTS, LENGTH = 12, 9
 LINEARS = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
 GENERATIONS = sections.generations(prompts=4, prompt_tokens=3, new_tokens=2, tie_margin=0.01)
-BARE = Instruments()
+BARE = MeasurementOptions()
 OPTIONS = sections.evaluation()
 
 
@@ -181,11 +181,11 @@ def layers(tmp_path):
     rows = [f"{name},{number},mlp.up_proj,0.1,0.1,0.3,0.05,moderate" for number, name in enumerate(LINEARS)]
     columns = "name,layer,module,output_error,weight_error,weight_error_max,weight_error_mean,level"
     (folder / "layers.csv").write_text("\n".join([columns, *rows]) + "\n")
-    return Layers(folder.parent, tmp_path / "tokens.safetensors", 2, None, RestoreConfig(layers=2, tokens=40))
+    return LayerInputs(folder.parent, tmp_path / "tokens.safetensors", 2, None, RestoreConfig(layers=2, tokens=40))
 
 
 def test_the_float_model_from_itself_diverges_by_nothing_and_needs_no_second_model(run):
-    verdict, out = run("float", FLOAT, instruments=Instruments(divergence=None, generations=GENERATIONS))
+    verdict, out = run("float", FLOAT, instruments=MeasurementOptions(divergence=None, generations=GENERATIONS))
     assert "baseline" not in run.jobs[0]
     names = ("kl_divergence", "kl_divergence_low", "kl_divergence_high", "nll_difference_low", "nll_difference_high")
     assert [verdict.metrics[name] for name in names] == [0.0] * 5
@@ -197,7 +197,7 @@ def test_the_float_model_from_itself_diverges_by_nothing_and_needs_no_second_mod
 def test_the_divergence_is_a_mean_over_tokens_with_an_interval_over_documents(run):
     _, baseline = run("float", FLOAT)
     kl = np.repeat(np.linspace(0, 1.1, DOCUMENTS, dtype=np.float32), LENGTH)
-    verdict, out = run("variant", FLOAT, baseline=baseline, kl=kl, instruments=Instruments(divergence=None))
+    verdict, out = run("variant", FLOAT, baseline=baseline, kl=kl, instruments=MeasurementOptions(divergence=None))
     assert verdict.metrics["kl_divergence"] == pytest.approx(0.55)
     assert 0.3 < verdict.metrics["kl_divergence_low"] < 0.55 < verdict.metrics["kl_divergence_high"] < 0.8
     section = json.loads((out / "comparison.json").read_text())["kl"]
@@ -205,7 +205,7 @@ def test_the_divergence_is_a_mean_over_tokens_with_an_interval_over_documents(ru
 
 
 def test_continuations_are_held_against_those_that_the_float_model_kept(run):
-    tools = Instruments(generations=GENERATIONS)
+    tools = MeasurementOptions(generations=GENERATIONS)
     _, baseline = run("float", FLOAT, instruments=tools)
     verdict, out = run("variant", FLOAT, baseline=baseline, said=2, instruments=tools)
     assert (verdict.metrics["identical_generations"], verdict.metrics["first_divergence_median"]) == (0.0, 0.0)
@@ -218,7 +218,9 @@ def test_continuations_are_held_against_those_that_the_float_model_kept(run):
 
 def test_the_worst_linears_shares_are_told_and_what_cannot_be_put_back_says_why(run, layers):
     _, baseline = run("float", FLOAT)
-    verdict, out = run("variant", FLOAT, baseline=baseline, instruments=Instruments(divergence=None, layers=layers))
+    verdict, out = run(
+        "variant", FLOAT, baseline=baseline, instruments=MeasurementOptions(divergence=None, layers=layers)
+    )
     first, second = verdict.tables["restored"]
     assert (first["recovered_kl_share"], second["note"]) == (pytest.approx(0.6), "fused")
     assert second["recovered_nll"] is None
@@ -236,20 +238,22 @@ def test_the_worst_linears_shares_are_told_and_what_cannot_be_put_back_says_why(
 def test_a_variant_without_measured_linears_says_so(run, layers, tmp_path):
     _, baseline = run("float", FLOAT)
     bare = replace(layers, quantized=tmp_path / "elsewhere")
-    verdict, _ = run("variant", FLOAT, baseline=baseline, instruments=Instruments(divergence=None, layers=bare))
+    verdict, _ = run("variant", FLOAT, baseline=baseline, instruments=MeasurementOptions(divergence=None, layers=bare))
     assert "layers" not in run.jobs[-1]
     assert "errors of single linears are not measured" in verdict.notes[0]
 
 
 def test_alarms_are_told_and_fail_only_where_they_should(run, layers):
     _, baseline = run("float", FLOAT)
-    tools = Instruments(
+    tools = MeasurementOptions(
         divergence=None, layers=layers, limits=sections.limits(kl_divergence=0.1, output_error_change=0.02)
     )
     verdict, out = run("warned", FLOAT, baseline=baseline, errors=0.2, instruments=tools)
     assert [row["instrument"] for row in verdict.tables["flags"]] == ["kl_divergence", "output_error_change"]
     assert verdict.metrics["alarms"] == 2
-    spoilt = Instruments(divergence=None, layers=layers, limits=sections.limits(changed_files=0), changed_files=1)
+    spoilt = MeasurementOptions(
+        divergence=None, layers=layers, limits=sections.limits(changed_files=0), changed_files=1
+    )
     told, _ = run("spoilt", FLOAT, baseline=baseline, instruments=spoilt)
     assert [row["message"] for row in told.tables["flags"]] == [
         "1 files of the checkpoint are not those that its conversion recorded; at most 0 (evaluate.limits.changed_files=0)"
@@ -261,7 +265,7 @@ def test_alarms_are_told_and_fail_only_where_they_should(run, layers):
 
 def test_the_noise_floor_stands_beside_the_loss(run):
     noise = {"runs": 3, "low": 0.01, "high": 0.03, "seeds": [0, 1, 2]}
-    verdict, out = run("variant", FLOAT, instruments=Instruments(noise=noise))
+    verdict, out = run("variant", FLOAT, instruments=MeasurementOptions(noise=noise))
     assert (verdict.metrics["noise_low"], verdict.metrics["noise_high"], verdict.metrics["noise_runs"]) == (
         0.01,
         0.03,

@@ -17,7 +17,7 @@ from quantline.core.files import write_json
 from quantline.lifecycle.rebuild import _other_input, _stages, rebuild
 from quantline.lifecycle.storage.dvc_outputs import hashes_of, variant_lock
 from quantline.lifecycle.tracking.reader import TrackedRun
-from quantline.lifecycle.worktree import make_area
+from quantline.lifecycle.worktree import make_worktree
 from quantline.pipeline.code import CHECKOUT, code_files
 from quantline.pipeline.hashing import hash_folder
 from quantline.pipeline.identity import combined
@@ -133,12 +133,12 @@ def test_an_out_that_is_there_is_left_alone(made, tmp_path):
 def test_code_that_is_not_what_made_it_is_refused_and_the_file_is_named(tmp_path):
     here = code_files("convert", CHECKOUT)
     assert len(here) > 20
-    area = make_area(tmp_path / "area", CHECKOUT, commit=None, patch=None, code={"convert": here})
+    area = make_worktree(tmp_path / "area", CHECKOUT, commit=None, patch=None, code={"convert": here})
     assert area.origin == "the checkout"
     assert code_files("convert", tmp_path / "area") == here
     name = "src/quantline/conversion/convert.py"
     with pytest.raises(UserError, match=rf"0{{40}}: this repository does not have it\n  the checkout: {name} differs"):
-        make_area(tmp_path / "other", CHECKOUT, commit="0" * 40, patch=None, code={"convert": {**here, name: "0"}})
+        make_worktree(tmp_path / "other", CHECKOUT, commit="0" * 40, patch=None, code={"convert": {**here, name: "0"}})
     assert not (tmp_path / "other").exists()
 
 

@@ -7,7 +7,7 @@ from places import ORDER
 from tiny_quantized import write_float
 
 from quantline.pipeline.preflight import method_defaults
-from quantline.planning.spec import Model, Planned
+from quantline.planning.spec import Model, VariantSpec
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,6 @@ def untied(tmp_path_factory):
 def variant(defaults):
     def build(method, bits=4, group_size=128, **changes):
         own = {key: changes.pop(key) for key in tuple(changes) if key in defaults[method]}
-        return Planned(method, bits, group_size, {**defaults[method], **own}, **changes)
+        return VariantSpec(method, bits, group_size, {**defaults[method], **own}, **changes)
 
     return build

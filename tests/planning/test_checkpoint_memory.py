@@ -8,7 +8,7 @@ from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.layouts import LAYOUTS, Storage, choice, quantize_rtn
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.layouts.sizes import LinearBytes
-from quantline.checkpoints.linears import planned
+from quantline.checkpoints.linears import select_linears
 from quantline.planning.checkpoint_memory import weights_of
 from quantline.toolchains.workers.quantizers import native
 
@@ -64,7 +64,7 @@ def test_the_planned_size_of_a_checkpoint_is_that_of_the_one_that_is_made(tmp_pa
     model, output = write_float(tmp_path / "model", tied=tied, layers=2), tmp_path / "output"
     output.mkdir()
     checkpoint, config = Checkpoint.open(model), float_config(tied=tied)
-    widths = planned(checkpoint, config, bits=bits, group_size=64)
+    widths = select_linears(checkpoint, config, bits=bits, group_size=64)
     layout = choice.layout_of(set(widths.values()), sym)
     job = {"model": str(model), "output": str(output), "bits": bits, "group_size": 64, "options": {"sym": sym}}
     native.run(job, lambda *_: None)

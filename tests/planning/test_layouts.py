@@ -9,7 +9,7 @@ import pytest
 from places import HERE
 
 from quantline.checkpoints.checkpoint import Checkpoint
-from quantline.checkpoints.linears import planned
+from quantline.checkpoints.linears import select_linears
 from quantline.checkpoints.quantization_config import quantization_of
 from quantline.planning import layouts
 from quantline.planning.preflight import check
@@ -25,7 +25,7 @@ def test_the_config_that_is_foreseen_says_the_same_as_the_one_that_is_written(
     bits, sym = bits_and_sym
     asked = variant("rtn", bits, 64, sym=sym, rules=rules)
     plan = check(asked, model, HERE)
-    widths = planned(model.checkpoint, model.config, bits=bits, group_size=64, rules=rules)
+    widths = select_linears(model.checkpoint, model.config, bits=bits, group_size=64, rules=rules)
     job = {
         "model": str(model.checkpoint.folder), "output": str(tmp_path), "bits": bits, "group_size": 64,
         "options": {"sym": sym}, "linears": {name: asdict(width) for name, width in widths.items()},
@@ -44,7 +44,7 @@ def test_the_config_that_is_foreseen_says_the_same_as_the_one_that_is_written(
 def test_a_quantized_head_is_named_in_the_config_that_is_foreseen_and_written(variant, untied, tmp_path):
     asked = variant("rtn", 4, 64, lm_head=True)
     assert check(asked, untied, HERE).passes()
-    widths = planned(untied.checkpoint, untied.config, bits=4, group_size=64, lm_head=True)
+    widths = select_linears(untied.checkpoint, untied.config, bits=4, group_size=64, lm_head=True)
     job = {
         "model": str(untied.checkpoint.folder), "output": str(tmp_path), "bits": 4, "group_size": 64,
         "options": {"sym": True}, "linears": {name: asdict(width) for name, width in widths.items()},

@@ -8,7 +8,7 @@ from places import HERE, ORDER, THERE
 
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check
-from quantline.planning.spec import Planned
+from quantline.planning.spec import VariantSpec
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_nearest_variant_of_every_refused_one_is_not_refused(variant, model,
             again = variant(
                 name, int(words.get("bits", 4)), int(words.get("group_size", 128)),
                 convert=words.get("convert.target", convert), **values,
-            ) if name != "float" else Planned("float")  # fmt: skip
+            ) if name != "float" else VariantSpec("float")  # fmt: skip
             assert check(again, model, place).passes(), (asked, found)
     assert refused > 100
 

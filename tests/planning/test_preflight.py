@@ -10,7 +10,7 @@ from tiny_quantized import write_float
 from quantline.core.errors import UserError
 from quantline.pipeline.preflight import before_quantize
 from quantline.planning.preflight import check
-from quantline.planning.spec import Model, Place, RefusedError
+from quantline.planning.spec import Machine, Model, RefusedError
 from quantline.serving.memory import GIB
 from quantline.serving.rules import Target
 
@@ -57,12 +57,12 @@ def test_a_good_variant_has_nothing_against_it_and_its_sizes(variant, model):
         ("awq", {"zero_point": False}, HERE, []),
         ("awq", {"tensor_parallel_size": 3}, THERE, [("serve", "tensor-parallel-heads")]),
         ("awq", {"group_size": 256, "tensor_parallel_size": 2}, THERE, [("serve", "tensor-parallel-groups")]),
-        ("awq", {"serve_dtype": "bfloat16"}, Place(Target("vllm", "0.32.0", "cuda", compute_capability=75), ORDER),
+        ("awq", {"serve_dtype": "bfloat16"}, Machine(Target("vllm", "0.32.0", "cuda", compute_capability=75), ORDER),
          [("serve", "gpu-bfloat16")]),
-        ("awq", {}, Place(Target("vllm", "0.32.0", "cuda", compute_capability=70), ORDER), [("serve", "gpu-capability")]),
-        ("awq", {}, Place(Target("vllm", "0.32.0", "cpu", instructions="avx2"), ORDER),
+        ("awq", {}, Machine(Target("vllm", "0.32.0", "cuda", compute_capability=70), ORDER), [("serve", "gpu-capability")]),
+        ("awq", {}, Machine(Target("vllm", "0.32.0", "cpu", instructions="avx2"), ORDER),
          [("serve", "cpu-int4-needs-avx512")]),
-        ("awq", {}, Place(CPU, ORDER, memory_bytes=2**20), [("memory", "memory")]),
+        ("awq", {}, Machine(CPU, ORDER, memory_bytes=2**20), [("memory", "memory")]),
     ],
 )  # fmt: skip
 def test_what_is_refused_and_where(checked, method, changes, where, expected):
@@ -96,7 +96,7 @@ def test_gpus_share_weights_and_cache_and_copy_what_heads_cannot_be_shared(varia
 
 
 def test_a_server_that_is_given_too_small_a_share_is_told_which_would_do(variant, model):
-    given = Place(GPU, ORDER, memory_bytes=2 * GIB, utilization=0.25)
+    given = Machine(GPU, ORDER, memory_bytes=2 * GIB, utilization=0.25)
     (note,) = check(variant("awq"), model, given).findings
     assert (note.id, note.refused) == ("memory-share", False)
     share = float(note.remedy.partition("gpu_memory_utilization=")[2].split()[0])

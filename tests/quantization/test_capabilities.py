@@ -6,10 +6,10 @@ import pytest
 
 from quantline.core.errors import UserError
 from quantline.quantization import capabilities
-from quantline.quantization.capabilities import Wish, candidates, choose, faults
+from quantline.quantization.capabilities import Requirements, candidates, choose, faults
 from quantline.toolchains.environments import HEALTH_CHECKS
 
-GPTQ = Wish("gptq", 4, 128, {"sym": True, "desc_act": False, "activation_bits": None})
+GPTQ = Requirements("gptq", 4, 128, {"sym": True, "desc_act": False, "activation_bits": None})
 
 
 def test_every_backend_has_a_module_a_toolchain_with_locks_and_what_it_can_do(root):

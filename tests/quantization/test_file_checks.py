@@ -8,7 +8,7 @@ import pytest
 from tiny_quantized import LAYER, write_float, write_quantized
 
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
-from quantline.checkpoints.linears import planned
+from quantline.checkpoints.linears import select_linears
 from quantline.quantization.file_checks import inspect
 
 
@@ -24,7 +24,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def names(models):
-    return list(planned(Checkpoint.open(models / "float"), {}, bits=4, group_size=128))
+    return list(select_linears(Checkpoint.open(models / "float"), {}, bits=4, group_size=128))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tiny_model import write_tokenizer
 
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
-from quantline.checkpoints.linears import planned
+from quantline.checkpoints.linears import select_linears
 from quantline.checkpoints.model_config import read_config
 from quantline.config.layer_errors import LayerErrorsConfig
 from quantline.core.errors import WorkerError
@@ -142,7 +142,7 @@ def quantized(model, output, *, bits=4, lm_head=False, rules=(), sym=True):
     """Rounded to nearest by the native backend; returns what was asked for, by name."""
     output.mkdir()
     config = read_config(model)
-    widths = planned(Checkpoint.open(model), config, bits=bits, group_size=32, rules=rules, lm_head=lm_head)
+    widths = select_linears(Checkpoint.open(model), config, bits=bits, group_size=32, rules=rules, lm_head=lm_head)
     linears = {name: {"bits": width.bits, "group_size": width.group_size} for name, width in widths.items()}
     job = {"model": str(model), "output": str(output), "linears": linears, "bits": bits, "group_size": 32}
     native.run({**job, "options": {"sym": sym}}, lambda *progress: None)

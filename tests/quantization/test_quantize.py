@@ -6,9 +6,9 @@ import pytest
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
-from quantline.checkpoints.linears import planned
+from quantline.checkpoints.linears import select_linears
 from quantline.core.errors import UserError, WorkerError
-from quantline.quantization.capabilities import Wish
+from quantline.quantization.capabilities import Requirements
 from quantline.quantization.quantize import Request, check_output, quantize
 from quantline.toolchains.protocol import JobResult
 
@@ -22,9 +22,11 @@ def request(**changes):
     """Round to nearest, 4 bits in groups of 128."""
     method = changes.pop("method", {"name": "rtn", "sym": True})
     bits, group_size = changes.pop("bits", 4), changes.pop("group_size", 128)
-    wish = Wish(method["name"], bits, group_size, {key: value for key, value in method.items() if key != "name"})
+    requirements = Requirements(
+        method["name"], bits, group_size, {key: value for key, value in method.items() if key != "name"}
+    )
     order = {"rtn": ["native"], "gptq": ["auto_gptq"], "awq": ["autoawq"]}[method["name"]]
-    values = {"backend": "auto", "order": order, "wish": wish, "threads": 1, **changes}
+    values = {"backend": "auto", "order": order, "requirements": requirements, "threads": 1, **changes}
     return Request(method=method, bits=bits, group_size=group_size, **values)
 
 
@@ -54,7 +56,7 @@ def quantized(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def widths(model):
     """What that output was asked for."""
-    return planned(Checkpoint.open(model), {}, bits=4, group_size=128)
+    return select_linears(Checkpoint.open(model), {}, bits=4, group_size=128)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (8, 32), (3, 64), (4, -1)])

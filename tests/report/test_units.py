@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from quantline.report.units import Column, amount, digits, listed, written
+from quantline.core.text import decimal_size, digits, listed
+from quantline.report.units import Column, written
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_only_numbers_are_set_to_the_right():
 
 
 def test_sizes_digits_and_lists():
-    assert [amount(value) for value in (0, 1e3, 2.5e6, 1e12)] == ["0 B", "1.00 kB", "2.50 MB", "1.00 TB"]
+    assert [decimal_size(value) for value in (0, 1000, 2_500_000, 10**12)] == ["0 B", "1.00 kB", "2.50 MB", "1.00 TB"]
     assert [digits(value, 3) for value in (0, 0.00001234, 12345678, 99.99, 0.1)] == [
         "0",
         "1.23e-05",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from quantline.planning.spec import Place
+from quantline.planning.spec import Machine
 from quantline.serving.rules import Target
 
 ORDER = {"awq": ["autoawq"], "gptq": ["auto_gptq"], "rtn": ["native"]}
 CPU = Target("vllm", "0.32.0", "cpu", instructions="avx512")
 GPU = Target("vllm", "0.32.0", "cuda", compute_capability=90)
-HERE, THERE = Place(CPU, ORDER), Place(GPU, ORDER)
+HERE, THERE = Machine(CPU, ORDER), Machine(GPU, ORDER)

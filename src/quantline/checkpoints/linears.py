@@ -30,7 +30,7 @@ def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     return found
 
 
-def planned(
+def select_linears(
     checkpoint: Checkpoint,
     config: Mapping[str, Any],
     *,

@@ -18,7 +18,7 @@ from quantline.checkpoints.layouts.layout import Bands
 from quantline.checkpoints.safetensors_stream import StreamedFile
 from quantline.conversion import kernels
 from quantline.conversion.errors import ProofError
-from quantline.conversion.plan import Plan
+from quantline.conversion.plan import ConversionPlan
 from quantline.conversion.proof import same_grid
 from quantline.conversion.source import SourceLayer
 
@@ -35,7 +35,7 @@ _LEAST_COLUMNS = 64
 _LEAST_ROWS = {"across": 8 * kernels.ROWS, "along": kernels.ROWS, "flat": 1}
 
 
-def worth_it(plan: Plan) -> bool:
+def worth_it(plan: ConversionPlan) -> bool:
     """Whether the linears that the kernels can convert have `LEAST_CODES` codes or more, and the kernels are usable."""
     from quantline.conversion.kernels_jit import usable
 
@@ -43,7 +43,7 @@ def worth_it(plan: Plan) -> bool:
     return sum(layer.in_features * layer.out_features for layer in layers) >= LEAST_CODES and usable()
 
 
-def fits(plan: Plan, layer: SourceLayer) -> bool:
+def fits(plan: ConversionPlan, layer: SourceLayer) -> bool:
     """Whether the kernels can do it: one code a byte, whole words, and no fewer rows of words than they take at a time."""
     written = _bands(plan.layout)
     if not _lies_by_bytes(layer) or plan.requantize or written is None:
@@ -59,7 +59,7 @@ def _bands(layout: Layout) -> Bands | None:
     return None if layout.affine is None else layout.affine.bands
 
 
-def convert(plan: Plan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, Grid]:
+def convert(plan: ConversionPlan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, Grid]:
     """Write a linear and compare it, all of it, with what the file gives back.
 
     Returns:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from quantline.checkpoints.quantization_config import own_file
-from quantline.conversion.plan import Plan
+from quantline.conversion.plan import ConversionPlan
 from quantline.conversion.source import PICKLES
 from quantline.core.files import write_json
 
@@ -15,7 +15,7 @@ from quantline.core.files import write_json
 _REPLACED = ("config.json", "quantize_config.json", "quant_config.json", "conversion_proof.json")
 
 
-def write_description(plan: Plan, out: Path) -> dict[str, str]:
+def write_description(plan: ConversionPlan, out: Path) -> dict[str, str]:
     """config.json, what describes the quantization, and every other file of the source but its weights.
 
     What describes the quantization is a section of config.json, in some layouts a file of its own too or instead.

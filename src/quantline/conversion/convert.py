@@ -17,7 +17,7 @@ from quantline.config.convert import ConvertConfig
 from quantline.conversion.config_files import write_description
 from quantline.conversion.facts import LayerFacts
 from quantline.conversion.passthrough import facts_of_kept, keep
-from quantline.conversion.plan import Plan, make_plan
+from quantline.conversion.plan import ConversionPlan, make_plan
 from quantline.conversion.proof import Proof, check_output
 from quantline.conversion.serving_notes import serving_notes
 from quantline.conversion.source import Source, open_source
@@ -94,7 +94,7 @@ def convert(
 Notes = Callable[[Mapping[str, Any], Mapping[str, LayerFacts]], list[str]]
 
 
-def _rewrite(plan: Plan, out: Path, notes: list[str], threads: int) -> Proof:
+def _rewrite(plan: ConversionPlan, out: Path, notes: list[str], threads: int) -> Proof:
     linears, carried = write_weights(plan, out, threads)
     left_out = write_description(plan, out)
     check_output(out, linears, carried, plan.layout)

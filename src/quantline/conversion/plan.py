@@ -34,7 +34,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """A conversion that nothing speaks against; settings: the quantization_config; empty for layouts that have none."""
 
     source: Source
@@ -85,7 +85,9 @@ def _examine(source: Source, layer: SourceLayer, half: bool, requantize: bool) -
     return faults or LayerFacts(linear.symmetric, linear.sequential, int(linear.zeros.min()), loss, dtype, outliers)
 
 
-def make_plan(source: Source, layout: Layout, *, requantize: bool = False, shard_bytes: int = 4 * 10**9) -> Plan:
+def make_plan(
+    source: Source, layout: Layout, *, requantize: bool = False, shard_bytes: int = 4 * 10**9
+) -> ConversionPlan:
     """Everything that will be written.
 
     Raises:
@@ -117,7 +119,7 @@ def make_plan(source: Source, layout: Layout, *, requantize: bool = False, shard
             LayerSettings(bits, group_size, symmetric), any(not fact.sequential for fact in facts.values()),
             tuple(_left_float(source, layout)), overrides, quantized_head=LM_HEAD in source.layers,
         ))  # fmt: skip
-    return Plan(
+    return ConversionPlan(
         source=source, layout=layout, facts=facts, settings=settings, zero_points=not symmetric, requantize=requantize,
         shards=tuple(_shards(source, layout, facts, not symmetric, shard_bytes)),
         index_name=f"{weights_stem(layout, source)}.safetensors.index.json",

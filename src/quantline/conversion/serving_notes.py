@@ -11,7 +11,7 @@ from quantline.conversion.errors import ConversionError
 from quantline.conversion.facts import LayerFacts
 from quantline.conversion.source import Source
 from quantline.serving.checkpoint_facts import facts_of_layers, fused_apart
-from quantline.serving.rules import CheckpointFacts, Target, Verdict, verdicts
+from quantline.serving.rules import CheckpointFacts, Ruling, Target, verdicts
 
 # Linears named in a note; a model has hundreds.
 _NAMED = 8
@@ -73,7 +73,7 @@ def _settings_of(source: Source, layout: Layout, facts: Mapping[str, LayerFacts]
     return {name: LayerSettings(one.bits, one.group_size, symmetric) for name, one in source.layers.items()}
 
 
-def _named(found: Verdict, apart: Sequence[str]) -> str:
+def _named(found: Ruling, apart: Sequence[str]) -> str:
     if found.rule_id != "fused-layers-differ":
         return ""
     more = f" and {len(apart) - _NAMED} more" if len(apart) > _NAMED else ""

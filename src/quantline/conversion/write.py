@@ -22,14 +22,14 @@ from quantline.checkpoints.layouts.packing import turned
 from quantline.checkpoints.safetensors_stream import StreamedFile, flushed, streamed
 from quantline.conversion import bands
 from quantline.conversion.errors import ProofError
-from quantline.conversion.plan import Plan, Shard
+from quantline.conversion.plan import ConversionPlan, Shard
 from quantline.conversion.proof import CarriedProof, LinearProof, same_layer
 from quantline.conversion.source import Source, SourceLayer
 from quantline.core.files import write_json
 from quantline.core.progress import bar
 
 
-def write_weights(plan: Plan, out: Path, threads: int = 2) -> tuple[list[LinearProof], list[CarriedProof]]:
+def write_weights(plan: ConversionPlan, out: Path, threads: int = 2) -> tuple[list[LinearProof], list[CarriedProof]]:
     """Write all shards and the index; prove every tensor by what the disk gives back.
 
     Raises:
@@ -61,13 +61,13 @@ def write_weights(plan: Plan, out: Path, threads: int = 2) -> tuple[list[LinearP
     return sorted(linears, key=lambda proof: proof.name), sorted(carried, key=lambda proof: proof.name)
 
 
-def _layer_bytes(plan: Plan, shard: Shard, layer: str) -> int:
+def _layer_bytes(plan: ConversionPlan, shard: Shard, layer: str) -> int:
     suffixes = [suffix for suffix in plan.layout.tensors if suffix != "bias"]
     return sum(shard.specs[f"{layer}.{suffix}"].nbytes for suffix in suffixes if f"{layer}.{suffix}" in shard.specs)
 
 
 def _work(
-    plan: Plan, shard: Shard, file: StreamedFile, threads: int
+    plan: ConversionPlan, shard: Shard, file: StreamedFile, threads: int
 ) -> Generator[tuple[LinearProof | CarriedProof, str], None, None]:
     """Outcomes and names as they come; the first exception of a thread is raised here, and what was not begun is not."""
     in_bands = bands.worth_it(plan)
@@ -86,7 +86,7 @@ def _work(
             pool.shutdown(cancel_futures=True)
 
 
-def _linear(plan: Plan, name: str, file: StreamedFile, in_bands: bool) -> LinearProof:
+def _linear(plan: ConversionPlan, name: str, file: StreamedFile, in_bands: bool) -> LinearProof:
     layer = plan.source.layers[name]
     report = None
     try:
@@ -106,7 +106,7 @@ def _linear(plan: Plan, name: str, file: StreamedFile, in_bands: bool) -> Linear
     )  # fmt: skip
 
 
-def _whole(plan: Plan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, Grid, Any | None]:
+def _whole(plan: ConversionPlan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, Grid, Any | None]:
     before, report = plan.source.read(layer, plan.requantize)
     after = round_scales(before) if plan.cast_scales and before.scales.dtype != np.float16 else before
     for suffix, array in plan.layout.write(after, zero_points=plan.zero_points).items():

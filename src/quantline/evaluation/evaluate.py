@@ -24,7 +24,7 @@ from quantline.core.files import write_json
 from quantline.data.windows import Windows, save_windows
 from quantline.evaluation import generations, perplexity, sensitivity, thresholds
 from quantline.evaluation.bootstrap import bootstrap
-from quantline.evaluation.measurements import Instruments, Measurement, Plan, plan
+from quantline.evaluation.measurements import Measurement, MeasurementOptions, WorkerRequest, plan
 from quantline.evaluation.perplexity import DocumentScore
 from quantline.toolchains.protocol import JobResult
 
@@ -86,7 +86,7 @@ def evaluate(
     threads: int,
     out: Path,
     run_worker: Callable[[str, str, dict[str, Any], str], JobResult],
-    instruments: Instruments = Instruments(),  # noqa: B008  # frozen
+    instruments: MeasurementOptions = MeasurementOptions(),  # noqa: B008  # frozen
 ) -> Verdict:
     """Score, compare, write.
 
@@ -215,7 +215,7 @@ def _agreement(windows: Windows, own: _Scores, base: _Scores, how: BootstrapConf
 
 
 def _generations(
-    parts: Plan, worker: JobResult, baseline: Path | None, instruments: Instruments, out: Path
+    parts: WorkerRequest, worker: JobResult, baseline: Path | None, instruments: MeasurementOptions, out: Path
 ) -> Measurement:
     own, asked = worker.data.get("generations"), instruments.generations
     if own is None or asked is None:
@@ -229,14 +229,14 @@ def _generations(
     return Measurement(metrics, {"prompt_tokens": asked.prompt_tokens, **found})
 
 
-def _noise(instruments: Instruments) -> Measurement:
+def _noise(instruments: MeasurementOptions) -> Measurement:
     noise = instruments.noise
     if not noise:
         return Measurement()
     return Measurement({f"noise_{key}": float(noise[key]) for key in ("low", "high", "runs")}, dict(noise))
 
 
-def _restored(parts: Plan, worker: JobResult, base: _Scores, how: BootstrapConfig) -> list[dict[str, Any]]:
+def _restored(parts: WorkerRequest, worker: JobResult, base: _Scores, how: BootstrapConfig) -> list[dict[str, Any]]:
     """What each of the worst linears costs. Must be called while the worker's temporary files are there."""
     from safetensors.numpy import load_file
 
@@ -252,7 +252,7 @@ def _restored(parts: Plan, worker: JobResult, base: _Scores, how: BootstrapConfi
     )  # fmt: skip
 
 
-def _layers(parts: Plan, worker: JobResult, restored: list[dict[str, Any]], out: Path) -> Measurement:
+def _layers(parts: WorkerRequest, worker: JobResult, restored: list[dict[str, Any]], out: Path) -> Measurement:
     """Metrics, tables, files and notes on single linears."""
     judged = worker.data.get("errors")
     if not judged:

@@ -35,7 +35,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Layers:
+class LayerInputs:
     """The files and options for measuring single linears.
 
     Attributes:
@@ -54,7 +54,7 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class Instruments:
+class MeasurementOptions:
     """What is measured; by default perplexity and likeliest tokens alone.
 
     Attributes:
@@ -68,7 +68,7 @@ class Instruments:
 
     divergence: int | None = 0
     generations: GenerationsConfig | None = None
-    layers: Layers | None = None
+    layers: LayerInputs | None = None
     limits: LimitsConfig | None = None
     fail_on: tuple[str, ...] = ()
     noise: Mapping[str, Any] | None = None
@@ -76,7 +76,7 @@ class Instruments:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkerRequest:
     """What the worker is told, and what is needed to read its answer.
 
     Attributes:
@@ -96,7 +96,9 @@ class Plan:
     restored: Path | None = None
 
 
-def plan(instruments: Instruments, windows: Windows, *, baseline: bool, float_model: Path, work: Path) -> Plan:
+def plan(
+    instruments: MeasurementOptions, windows: Windows, *, baseline: bool, float_model: Path, work: Path
+) -> WorkerRequest:
     """Choose prompts and windows, and say to the worker what to measure.
 
     Args:
@@ -110,22 +112,22 @@ def plan(instruments: Instruments, windows: Windows, *, baseline: bool, float_mo
     if asked and prompts.tokens:
         job["generate"] = {"prompts": [list(tokens) for tokens in prompts.tokens], "new_tokens": asked.new_tokens}
     if not baseline or instruments.divergence == 0:
-        return Plan(job, prompts, [])
+        return WorkerRequest(job, prompts, [])
     job.update(baseline=str(float_model), divergence_tokens=instruments.divergence)
     layers = instruments.layers
     rows = sensitivity.read_layers(layers.quantized) if layers else []
     if not layers or not rows:
-        return Plan(job, prompts, rows)
+        return WorkerRequest(job, prompts, rows)
     job["layers"] = {
         "linears": [row["name"] for row in rows], "calibration": str(layers.calibration), "samples": layers.samples,
         "unfold": layers.unfold,
     }  # fmt: skip
     if not layers.restore.layers:
-        return Plan(job, prompts, rows)
+        return WorkerRequest(job, prompts, rows)
     part, chosen = some_documents(windows, layers.restore.tokens)
     restored = work / "restored.safetensors"
     job["restore"] = {"count": layers.restore.layers, "windows": str(save_windows(part, work)), "output": str(restored)}
-    return Plan(job, prompts, rows, part, chosen, restored)
+    return WorkerRequest(job, prompts, rows, part, chosen, restored)
 
 
 _NO_PROMPTS = generations.Prompts((), ())

@@ -17,7 +17,7 @@ from quantline.core.errors import QuantlineError
 
 
 @dataclass(frozen=True)
-class Flag:
+class RaisedAlarm:
     """An alarm: `value` of the measurement `instrument` is beyond `limit`; `message` says what that means."""
 
     instrument: str
@@ -26,7 +26,7 @@ class Flag:
     message: str
 
 
-def raised(measured: Mapping[str, float], limits: LimitsConfig | None) -> list[Flag]:
+def raised(measured: Mapping[str, float], limits: LimitsConfig | None) -> list[RaisedAlarm]:
     """The alarms: measurements that are beyond their limits or are not a number.
 
     Args:
@@ -44,11 +44,11 @@ def raised(measured: Mapping[str, float], limits: LimitsConfig | None) -> list[F
             allowed = f"{100 * limit:g}%" if alarm.percent else f"{limit:g}"
             option = f"evaluate.limits.{name}={limit:g}"
             message = f"{alarm.says.format(value=value)}; at {side} {allowed} ({option})"
-            flags.append(Flag(name, float(value), float(limit), message))
+            flags.append(RaisedAlarm(name, float(value), float(limit), message))
     return flags
 
 
-def refuse(flags: Sequence[Flag], fail_on: Sequence[str]) -> None:
+def refuse(flags: Sequence[RaisedAlarm], fail_on: Sequence[str]) -> None:
     """Fail if one of the named measurements raised an alarm.
 
     Raises:
@@ -60,6 +60,6 @@ def refuse(flags: Sequence[Flag], fail_on: Sequence[str]) -> None:
         raise QuantlineError(f"evaluate.fail_on={','.join(flag.instrument for flag in fatal)}: {told}")
 
 
-def rows(flags: Sequence[Flag]) -> list[dict[str, Any]]:
+def rows(flags: Sequence[RaisedAlarm]) -> list[dict[str, Any]]:
     """As plain values."""
     return [asdict(flag) for flag in flags]

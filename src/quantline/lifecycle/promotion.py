@@ -12,7 +12,7 @@ from quantline.lifecycle.storage.dvc_outputs import hashes_of
 from quantline.lifecycle.tracking.registry import Promotion
 from quantline.lifecycle.tracking.store import experiment_name
 from quantline.pipeline.config import Config
-from quantline.pipeline.lineage.chain import as_values, local_chain, require_chain
+from quantline.pipeline.lineage.chain import as_values, local_lineage, require_lineage
 from quantline.pipeline.lineage.report import as_text
 from quantline.pipeline.paths import stage_paths
 from quantline.pipeline.records import VariantRecord, manual_record, pipeline_records
@@ -53,7 +53,7 @@ def promotion_of(record: VariantRecord, model: str, run_id: str, fingerprint: st
     results = {str(result["stage"]): result for result in record.results}
     name, by_hand = record.name.rpartition("/")[2], "/" in record.name
     home = root / ("scratch" if by_hand else "artifacts")
-    chain = require_chain(local_chain(root, name), name, root)
+    chain = require_lineage(local_lineage(root, name), name, root)
     documents = {
         "lineage.json": json.dumps(as_values(chain), indent=2, sort_keys=True), "lineage.txt": as_text(chain) + "\n",
         "evaluation.json": json.dumps(results["evaluate"]["metrics"], indent=2, sort_keys=True),

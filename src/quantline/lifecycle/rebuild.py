@@ -19,10 +19,10 @@ from quantline.core.errors import UserError
 from quantline.core.files import passing, write_json
 from quantline.lifecycle.storage.dvc_outputs import fetch_outputs, outputs_of
 from quantline.lifecycle.tracking.reader import TrackedRun
-from quantline.lifecycle.worktree import WorkArea, baseline_config, make_area
+from quantline.lifecycle.worktree import Worktree, baseline_config, make_worktree
 from quantline.pipeline.hashing import hash_folder
 from quantline.pipeline.identity import combined
-from quantline.pipeline.lineage.chain import Chain
+from quantline.pipeline.lineage.chain import Lineage
 from quantline.pipeline.lineage.diff import Difference, outcome_difference, stage_difference
 from quantline.pipeline.paths import read_result
 from quantline.pipeline.stages import STAGES, baseline_stages, names
@@ -41,7 +41,7 @@ class Rebuilt:
 
 
 @dataclass(frozen=True)
-class Making:
+class RebuildOptions:
     """How a variant is made again.
 
     until: the last stage. toolchains: interpreters of this machine in place of its environments; those that the run names
@@ -54,7 +54,13 @@ class Making:
 
 
 def rebuild(
-    run: TrackedRun, out: Path, root: Path, *, source: str, remote: str | None = None, making: Making | None = None
+    run: TrackedRun,
+    out: Path,
+    root: Path,
+    *,
+    source: str,
+    remote: str | None = None,
+    making: RebuildOptions | None = None,
 ) -> Rebuilt:
     """Bring a variant back to `out`: a folder for each of its stages, `convert` being the checkpoint, and their results.
 
@@ -82,7 +88,7 @@ def rebuild(
             for reason in missing:
                 print(f"not from the cache: {reason}", file=sys.stderr, flush=True)
         if source == "source" or missing:
-            rebuilt = _from_source(run, folder, root, making or Making())
+            rebuilt = _from_source(run, folder, root, making or RebuildOptions())
         if rebuilt.difference is None:
             os.replace(folder / "result", out)
     return rebuilt
@@ -108,7 +114,7 @@ def _from_cache(run: TrackedRun, folder: Path, root: Path, remote: str | None) -
         return missing, rebuilt
     for stage in [stage for stage in _wanted(run) if (target / stage).is_dir()]:
         result = read_result(target / f"{stage}.json")
-        chain = Chain(run.name, "DVC's cache", {stage: _measured(result, target / stage)}, {stage: target / stage})
+        chain = Lineage(run.name, "DVC's cache", {stage: _measured(result, target / stage)}, {stage: target / stage})
         found = outcome_difference(stage, run.chain, chain, exact=True)
         rebuilt.compared.append(_said(stage, run.results[stage]))
         if found is not None:
@@ -132,7 +138,7 @@ def _said(stage: str, result: dict[str, Any]) -> str:
     return f"{stage} ({', '.join(parts)})"
 
 
-def _from_source(run: TrackedRun, folder: Path, root: Path, making: Making) -> Rebuilt:
+def _from_source(run: TrackedRun, folder: Path, root: Path, making: RebuildOptions) -> Rebuilt:
     stages = _stages(run, making.until)
     _check_device(run, stages)
     code = {
@@ -140,7 +146,7 @@ def _from_source(run: TrackedRun, folder: Path, root: Path, making: Making) -> R
     }
     if not code:
         raise UserError(f"run {run.run_id}: was published by a version that did not record its code; give from=cache")
-    area = make_area(
+    area = make_worktree(
         folder / "work", root, commit=run.commit, patch=run.patch, code=code, trust_patch=making.trust_patch
     )
     print(f"made again from {area.origin}", file=sys.stderr, flush=True)
@@ -155,7 +161,7 @@ def _from_source(run: TrackedRun, folder: Path, root: Path, making: Making) -> R
         if of != name:
             continue
         output = area.output(stage, of)
-        chain = Chain(run.name, area.origin, {stage: read_result(output.with_suffix(".json"))}, {stage: output})
+        chain = Lineage(run.name, area.origin, {stage: read_result(output.with_suffix(".json"))}, {stage: output})
         if stage in run.results:
             rebuilt.compared.append(_said(stage, run.results[stage]))
             found = stage_difference(stage, run.chain, chain)
@@ -210,7 +216,7 @@ def runnable(run: TrackedRun, stages: list[str], toolchains: Mapping[str, str | 
     return {**config, "device": device or config["device"], "toolchains": named, "tracking": tracking}
 
 
-def _collect(area: WorkArea, run: TrackedRun, name: str, target: Path) -> None:
+def _collect(area: Worktree, run: TrackedRun, name: str, target: Path) -> None:
     target.mkdir()
     for stage in _wanted(run):
         output = area.output(stage, name)

@@ -31,7 +31,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Report:
+class VerifyReport:
     """What was checked, and the faults. objects: of the cache. files: of the workspace."""
 
     objects: int
@@ -40,7 +40,7 @@ class Report:
     faults: tuple[Fault, ...]
 
 
-def verify(root: Path, cache: Path) -> Report:
+def verify(root: Path, cache: Path) -> VerifyReport:
     """Read and hash all files of the workspace and of the cache.
 
     Raises:
@@ -63,7 +63,7 @@ def verify(root: Path, cache: Path) -> Report:
             faults.append(
                 Fault(str(path), "no current variant", f"its content is not {md5}", f"nothing needs it now: rm {path}")
             )
-    return Report(sum(1 for _ in all_objects(cache)), count, size, tuple(faults))
+    return VerifyReport(sum(1 for _ in all_objects(cache)), count, size, tuple(faults))
 
 
 def _damaged_objects(cache: Path) -> tuple[dict[str, Path], int]:

@@ -28,7 +28,7 @@ _DROPPED = ("DVC_", "MLFLOW_", "PYTHON", "HYDRA_")
 
 
 @dataclass(frozen=True)
-class WorkArea:
+class Worktree:
     """A copy of the code. `origin` says of which."""
 
     root: Path
@@ -74,7 +74,7 @@ class WorkArea:
         return stage_paths(self.root / "artifacts", name, stage).output
 
 
-def make_area(
+def make_worktree(
     folder: Path,
     root: Path,
     *,
@@ -82,7 +82,7 @@ def make_area(
     patch: str | None,
     code: Mapping[str, Any],
     trust_patch: bool = False,
-) -> WorkArea:
+) -> Worktree:
     """Put the code that made a variant into `folder`: its commit where this repository has it, else what is checked out.
 
     Args:
@@ -110,7 +110,7 @@ def make_area(
         fault = fill() or _other_code(folder, code)
         if fault is None:
             _link_environments(folder, root)
-            return WorkArea(folder, origin)
+            return Worktree(folder, origin)
         reasons.append(f"{origin}: {fault}")
     shutil.rmtree(folder, ignore_errors=True)
     raise UserError(

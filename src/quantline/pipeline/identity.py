@@ -23,7 +23,7 @@ from quantline.pipeline.hashing import files_below
 from quantline.pipeline.options import Context
 from quantline.pipeline.stages import STAGES, before, is_baseline
 from quantline.quantization import capabilities
-from quantline.quantization.requirements import wish_of
+from quantline.quantization.requirements import requirements_of
 from quantline.toolchains.environments import locks_identity
 
 
@@ -39,7 +39,7 @@ def backends_of(config: Config) -> list[str]:
     if is_baseline(config):
         return []
     order = config.backends.get(config.method.name, [])
-    return capabilities.candidates(config.backend, order, wish_of(config.model_dump()))
+    return capabilities.candidates(config.backend, order, requirements_of(config.model_dump()))
 
 
 def locks_of(backends: Sequence[str], root: Path) -> dict[str, str]:

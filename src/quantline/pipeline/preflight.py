@@ -19,8 +19,8 @@ from quantline.pipeline.options import located
 from quantline.pipeline.paths import read_result
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check
-from quantline.planning.spec import Model, Place, Planned, RefusedError, Step, line
-from quantline.quantization.requirements import wish_of
+from quantline.planning.spec import Machine, Model, RefusedError, Step, VariantSpec, line
+from quantline.quantization.requirements import requirements_of
 from quantline.serving.memory import GIB
 from quantline.serving.rules import Target, cpu_instructions
 from quantline.toolchains.environments import detect_platform, distribution_version, ensure
@@ -54,17 +54,17 @@ def plan_options(own: Mapping[str, str | None]) -> PlanOptions:
         raise ConfigError([f"{fault['loc'][0]}={fault['input']}: {fault['msg'].lower()}" for fault in faults]) from None
 
 
-def planned_of(values: Mapping[str, Any]) -> Planned:
+def variant_spec(values: Mapping[str, Any]) -> VariantSpec:
     """The variant that a configuration, as plain values, asks for."""
-    wish = wish_of(values)
-    return Planned(
-        wish.method, wish.bits, wish.group_size, dict(wish.options), str(values["backend"]),
-        tuple(values["layers"]["rules"]), wish.lm_head, wish.low_memory, wish.dtype, str(values["convert"]["target"]),
+    needs = requirements_of(values)
+    return VariantSpec(
+        needs.method, needs.bits, needs.group_size, dict(needs.options), str(values["backend"]),
+        tuple(values["layers"]["rules"]), needs.lm_head, needs.low_memory, needs.dtype, str(values["convert"]["target"]),
         str(values["serve"]["dtype"]), int(values["serve"]["process"]["tensor_parallel_size"]),
     )  # fmt: skip
 
 
-def place_of(config: Config, root: Path, options: PlanOptions | None = None) -> Place:
+def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -> Machine:
     """Where a configuration's variant is to run: the locked server, this machine's CPU or GPU, the memory that is given.
 
     With device=auto, whoever gives a GPU's memory plans for a GPU, whether there is one here or not.
@@ -88,7 +88,7 @@ def place_of(config: Config, root: Path, options: PlanOptions | None = None) -> 
     order = dict(config.backends)
     if config.frozen is not None:
         order[config.method.name] = config.frozen.backends
-    return Place(
+    return Machine(
         target=Target(
             config.serve.runtime, version, device, instructions=cpu_instructions() if device == "cpu" else None,
             compute_capability=capability,
@@ -132,8 +132,8 @@ def hint(values: Mapping[str, Any], root: Path, options: PlanOptions) -> str | N
     try:
         method = {"name": "awq", **defaults["awq"]}
         config = parse({**values, **usual, "method": method, "layers": {"rules": []}})
-        model, place = model_of(StageRun("plan", config, root, ())), place_of(config, root, options)
-        return nearest(planned_of(values), model, place, defaults)
+        model, place = model_of(StageRun("plan", config, root, ())), machine_of(config, root, options)
+        return nearest(variant_spec(values), model, place, defaults)
     except (QuantlineError, KeyError, TypeError, AttributeError, ValueError):
         return None
 
@@ -148,7 +148,7 @@ def preflight(run: StageRun) -> list[str]:
         model = model_of(run)
     except QuantlineError:
         return []  # the stage itself asks for what is missing
-    variant, place = planned_of(run.config.model_dump()), place_of(run.config, run.root)
+    variant, place = variant_spec(run.config.model_dump()), machine_of(run.config, run.root)
     must_serve = run.config.convert.must_serve is not None
     return before_quantize(variant, model, place, must_serve=must_serve, defaults=method_defaults(run.root))
 
@@ -174,7 +174,7 @@ def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], st
 
 
 def before_quantize(
-    variant: Planned, model: Model, place: Place, *, must_serve: bool, defaults: Mapping[str, Mapping[str, Any]]
+    variant: VariantSpec, model: Model, place: Machine, *, must_serve: bool, defaults: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
     """What the quantize stage asks before it computes; returns what is worth saying.
 

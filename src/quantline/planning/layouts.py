@@ -12,7 +12,7 @@ from quantline.checkpoints.linears import LM_HEAD
 from quantline.checkpoints.quantization_config import section_of
 
 if TYPE_CHECKING:
-    from quantline.planning.spec import Planned
+    from quantline.planning.spec import VariantSpec
 
 
 def is_symmetric(method: str, options: Mapping[str, Any]) -> bool:
@@ -61,7 +61,7 @@ def conversion_faults(source: str, layout: str, widths: Mapping[str, LinearSpec]
 
 
 def described(
-    layout: str, variant: Planned, widths: Mapping[str, LinearSpec], skipped: Sequence[str]
+    layout: str, variant: VariantSpec, widths: Mapping[str, LinearSpec], skipped: Sequence[str]
 ) -> dict[str, Any]:
     """The quantization_config that the checkpoint will have, or its method where that is described elsewhere."""
     if LAYOUTS[layout].config is None:

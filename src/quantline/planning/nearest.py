@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from quantline.planning.preflight import check
-from quantline.planning.spec import FLOAT, Model, Place, Planned
+from quantline.planning.spec import FLOAT, Machine, Model, VariantSpec
 from quantline.quantization import capabilities
 
 # How far a change is from what was asked for: another number of the same kind is near, another method is far.
@@ -22,7 +22,7 @@ Change = tuple[float, str, Any]
 
 
 def nearest(
-    variant: Planned, model: Model, place: Place, defaults: Mapping[str, Mapping[str, Any]] | None = None
+    variant: VariantSpec, model: Model, place: Machine, defaults: Mapping[str, Mapping[str, Any]] | None = None
 ) -> str | None:
     """The overrides of the nearest variant that nothing is known against, or None.
 
@@ -31,7 +31,7 @@ def nearest(
     checks = too_large = 0
     for candidate in _candidates(variant, model, place, defaults or {}):
         order = place.order.get(candidate.method, ())
-        if candidate.method != FLOAT and not capabilities.candidates(candidate.backend, order, candidate.wish):
+        if candidate.method != FLOAT and not capabilities.candidates(candidate.backend, order, candidate.requirements):
             continue
         checks += 1
         if checks > _MOST_CHECKS or too_large > _MOST_TOO_LARGE:
@@ -43,7 +43,7 @@ def nearest(
     return None
 
 
-def overrides(candidate: Planned, asked: Planned, defaults: Mapping[str, Mapping[str, Any]]) -> str:
+def overrides(candidate: VariantSpec, asked: VariantSpec, defaults: Mapping[str, Mapping[str, Any]]) -> str:
     """A variant as overrides: what it is, and what must be said otherwise than it was asked for."""
     words = [f"method={candidate.method}"]
     if candidate.method != FLOAT:
@@ -69,8 +69,8 @@ _PLAIN = {
 
 
 def _candidates(
-    variant: Planned, model: Model, place: Place, defaults: Mapping[str, Mapping[str, Any]]
-) -> Iterator[Planned]:
+    variant: VariantSpec, model: Model, place: Machine, defaults: Mapping[str, Mapping[str, Any]]
+) -> Iterator[VariantSpec]:
     dimensions = list(_changes(variant, model, place, defaults))
     ways: list[tuple[float, tuple[Change, ...]]] = []
     for count in range(1, _MOST_CHANGES + 1):
@@ -95,7 +95,7 @@ def _product(dimensions: Sequence[Sequence[Change]]) -> Iterator[tuple[Change, .
             yield (change, *rest)
 
 
-def _changed(variant: Planned, key: str, value: Any, defaults: Mapping[str, Mapping[str, Any]]) -> Planned:
+def _changed(variant: VariantSpec, key: str, value: Any, defaults: Mapping[str, Mapping[str, Any]]) -> VariantSpec:
     if key == "method":
         return replace(variant, method=value, options=defaults.get(value, {}), backend="auto")
     if key.startswith("method."):
@@ -105,7 +105,7 @@ def _changed(variant: Planned, key: str, value: Any, defaults: Mapping[str, Mapp
 
 
 def _changes(
-    variant: Planned, model: Model, place: Place, defaults: Mapping[str, Mapping[str, Any]]
+    variant: VariantSpec, model: Model, place: Machine, defaults: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[list[Change]]:
     """For each thing that can be changed, its other values and how far they are."""
     sound = {"sym": True, "desc_act": False, "zero_point": True, "version": "gemm", "activation_bits": None}

@@ -11,14 +11,14 @@ from dataclasses import replace
 
 from quantline.checkpoints.layouts import Storage
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
-from quantline.checkpoints.linears import planned
+from quantline.checkpoints.linears import select_linears
 from quantline.checkpoints.quantization_config import LayerSettings
 from quantline.core.errors import UserError
 from quantline.core.text import binary_size
 from quantline.planning import checkpoint_memory, layouts
 from quantline.planning.checkpoint_memory import Weights
 from quantline.planning.quantization_memory import Peak, computed_in, quantization_peak
-from quantline.planning.spec import FLOAT, Finding, Model, Place, Plan, Planned
+from quantline.planning.spec import FLOAT, Finding, Machine, Model, Plan, VariantSpec
 from quantline.quantization import capabilities
 from quantline.quantization.capabilities import CALIBRATED
 from quantline.quantization.quantize import check_group_size
@@ -27,7 +27,7 @@ from quantline.serving.checkpoint_facts import facts_of_layers
 from quantline.serving.rules import Target, verdicts
 
 
-def check(variant: Planned, model: Model, place: Place, *, sizes_of_refused: bool = True) -> Plan:
+def check(variant: VariantSpec, model: Model, place: Machine, *, sizes_of_refused: bool = True) -> Plan:
     """Everything that is known against a variant, and what it takes.
 
     Where it cannot be quantized at all, nothing is said about serving it. sizes_of_refused: also count what a variant takes
@@ -68,25 +68,29 @@ def check(variant: Planned, model: Model, place: Place, *, sizes_of_refused: boo
     return replace(plan, findings=(*findings, *_too_large(plan, place)))
 
 
-def _target(variant: Planned, place: Place) -> Target:
+def _target(variant: VariantSpec, place: Machine) -> Target:
     dtype = variant.serve_dtype
     if dtype == "auto":
         dtype = "bfloat16" if variant.method == FLOAT else "float16"  # see `serving_rules.serving_dtype`
     return replace(place.target, dtype=dtype, tensor_parallel_size=variant.tensor_parallel_size)
 
 
-def _quantizable(variant: Planned, model: Model, place: Place) -> tuple[str, list[Finding], dict[str, LinearSpec]]:
+def _quantizable(
+    variant: VariantSpec, model: Model, place: Machine
+) -> tuple[str, list[Finding], dict[str, LinearSpec]]:
     if variant.method == FLOAT:
         return "none", [], {}
     order, findings = list(place.order.get(variant.method, ())), []
     backend = ""
     try:
-        backend, notes = capabilities.choose(variant.backend, order, variant.wish, str(model.config.get("model_type")))
+        backend, notes = capabilities.choose(
+            variant.backend, order, variant.requirements, str(model.config.get("model_type"))
+        )
         findings += [Finding("backend", "quantize", note, refused=False) for note in notes]
     except UserError as error:
         findings.append(Finding("backend", "quantize", str(error), source="capabilities.yaml"))
     try:
-        widths = planned(
+        widths = select_linears(
             model.checkpoint, model.config, bits=variant.bits, group_size=variant.group_size, rules=variant.rules,
             lm_head=variant.lm_head,
         )  # fmt: skip
@@ -101,7 +105,7 @@ def _quantizable(variant: Planned, model: Model, place: Place) -> tuple[str, lis
 
 
 def _storable(
-    variant: Planned, model: Model, widths: Mapping[str, LinearSpec], source: str, layout: str
+    variant: VariantSpec, model: Model, widths: Mapping[str, LinearSpec], source: str, layout: str
 ) -> Iterator[Finding]:
     if variant.method == FLOAT:
         return
@@ -113,14 +117,14 @@ def _storable(
         yield Finding("layout", "convert", f"{layout}: {fault}", "set convert.target=auto")
 
 
-def _overhead(model: Model, place: Place) -> int:
+def _overhead(model: Model, place: Machine) -> int:
     context = checkpoint_memory.GPU_CONTEXT if place.target.device == "cuda" or place.memory_bytes else 0
     large = place.memory_bytes is not None and place.memory_bytes >= memory.LARGE_GPU
     tokens = memory.BATCHED_TOKENS_LARGE if large else memory.BATCHED_TOKENS
     return context + memory.activations(model.config, place.batch, tokens)
 
 
-def _peak(variant: Planned, backend: str, model: Model, place: Place, weights: Weights) -> Peak | None:
+def _peak(variant: VariantSpec, backend: str, model: Model, place: Machine, weights: Weights) -> Peak | None:
     if variant.method == FLOAT:
         return None
     tokens = place.calibration_tokens if variant.method in CALIBRATED else 0
@@ -131,7 +135,7 @@ def _peak(variant: Planned, backend: str, model: Model, place: Place, weights: W
     )  # fmt: skip
 
 
-def _too_large(plan: Plan, place: Place) -> Iterator[Finding]:
+def _too_large(plan: Plan, place: Machine) -> Iterator[Finding]:
     needed, given = plan.serving_bytes(), place.memory_bytes
     needs, has = binary_size(needed), binary_size(given or 0)
     if given is not None and needed > given:

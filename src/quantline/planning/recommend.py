@@ -12,7 +12,7 @@ import yaml
 
 from quantline.planning.nearest import overrides
 from quantline.planning.preflight import check
-from quantline.planning.spec import FLOAT, Finding, Model, Place, Plan, Planned
+from quantline.planning.spec import FLOAT, Finding, Machine, Model, Plan, VariantSpec
 
 TIERS = ("float", "8 bits", "4 bits", "3 bits", "2 bits")
 # Which tier to take first. What matters goes to 8 bits, which halves the memory and loses next to nothing, and never below
@@ -44,7 +44,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Recommendation:
+class Suggestion:
     """Candidates in order of preference, those that work first; the first one is recommended where it works."""
 
     choices: tuple[Choice, ...]
@@ -64,15 +64,15 @@ def candidates() -> tuple[dict[str, Any], ...]:
     return tuple(yaml.safe_load(text))
 
 
-def recommend(
-    asked: Planned,
+def suggest(
+    asked: VariantSpec,
     model: Model,
-    place: Place,
+    place: Machine,
     *,
     critical: bool,
     defaults: Mapping[str, Mapping[str, Any]],
     measured: Mapping[tuple[str, int, int], str] | None = None,
-) -> Recommendation:
+) -> Suggestion:
     """Rank the candidates for a model, a server and its memory.
 
     Args:
@@ -96,10 +96,10 @@ def recommend(
     def preference(choice: Choice) -> tuple[bool, int]:
         return not choice.works or choice.tier not in order, (*order, *range(5)).index(choice.tier)
 
-    return Recommendation(tuple(sorted(choices, key=preference)), critical)
+    return Suggestion(tuple(sorted(choices, key=preference)), critical)
 
 
-def _best_groups(variant: Planned, model: Model, place: Place) -> Plan:
+def _best_groups(variant: VariantSpec, model: Model, place: Machine) -> Plan:
     """The candidate as it is, or with the first smaller groups that divide the widths (and each GPU's share of them)."""
     plan = check(variant, model, place)
     if variant.method in (FLOAT, "bnb") or variant.group_size == -1:
@@ -112,9 +112,9 @@ def _best_groups(variant: Planned, model: Model, place: Place) -> Plan:
     return plan
 
 
-def _variant(entry: Mapping[str, Any], asked: Planned, defaults: Mapping[str, Mapping[str, Any]]) -> Planned:
+def _variant(entry: Mapping[str, Any], asked: VariantSpec, defaults: Mapping[str, Mapping[str, Any]]) -> VariantSpec:
     method = str(entry["method"])
-    common = Planned(
+    common = VariantSpec(
         method=method, serve_dtype=asked.serve_dtype, tensor_parallel_size=asked.tensor_parallel_size,
         low_memory=asked.low_memory,
     )  # fmt: skip

@@ -9,13 +9,13 @@ from typing import Any
 import tabulate
 
 from quantline.core.text import binary_size
-from quantline.planning.recommend import Choice, Recommendation
-from quantline.planning.spec import FLOAT, Finding, Model, Place, Plan
+from quantline.planning.recommend import Choice, Suggestion
+from quantline.planning.spec import FLOAT, Finding, Machine, Model, Plan
 from quantline.serving.memory import GIB
 
 
 def as_json(
-    plan: Plan, model: Model, place: Place, nearest: str | None, recommendation: Recommendation | None
+    plan: Plan, model: Model, place: Machine, nearest: str | None, recommendation: Suggestion | None
 ) -> dict[str, Any]:
     """Everything, in bytes and plain values."""
     target = place.target
@@ -29,7 +29,7 @@ def as_json(
     }  # fmt: skip
 
 
-def sizes(plan: Plan, place: Place) -> dict[str, Any] | None:
+def sizes(plan: Plan, place: Machine) -> dict[str, Any] | None:
     """What a variant takes, in bytes; None where it cannot be stored."""
     weights, kv = plan.weights, plan.kv
     if weights is None or kv is None:
@@ -47,7 +47,7 @@ def sizes(plan: Plan, place: Place) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def as_text(plan: Plan, model: Model, place: Place, nearest: str | None, recommendation: Recommendation | None) -> str:
+def as_text(plan: Plan, model: Model, place: Machine, nearest: str | None, recommendation: Suggestion | None) -> str:
     """The same to be read."""
     variant, target = plan.planned, place.target
     name = variant.method if variant.method == FLOAT else f"{variant.method} {variant.bits} bits, {_groups(plan)}"
@@ -85,7 +85,7 @@ def _said(finding: Finding) -> str:
     return "\n".join(parts)
 
 
-def _sizes_table(plan: Plan, place: Place) -> str:
+def _sizes_table(plan: Plan, place: Machine) -> str:
     weights, kv = plan.weights, plan.kv
     assert weights is not None
     assert kv is not None
@@ -114,7 +114,7 @@ def _sizes_table(plan: Plan, place: Place) -> str:
     return str(tabulate.tabulate(rows, tablefmt="plain", disable_numparse=True, preserve_whitespace=True))
 
 
-def _fit(plan: Plan, place: Place) -> str:
+def _fit(plan: Plan, place: Machine) -> str:
     each = " on each GPU" if plan.planned.tensor_parallel_size > 1 else ""
     if place.memory_bytes is None:
         return f"to serve it{each}"
@@ -122,7 +122,7 @@ def _fit(plan: Plan, place: Place) -> str:
     return f"{'fits' if fits else 'does NOT fit'} in {place.memory_bytes / GIB:.3g} GiB{each}"
 
 
-def _recommended(recommendation: Recommendation, place: Place) -> list[str]:
+def _recommended(recommendation: Suggestion, place: Machine) -> list[str]:
     headers = ["", "variant", "bits/w", "weights", "needed", "serves", "fits", "loss"]
     rows = [_row(choice, recommendation, place) for choice in recommendation.choices]
     table = tabulate.tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
@@ -134,7 +134,7 @@ def _recommended(recommendation: Recommendation, place: Place) -> list[str]:
     return [str(table), "", f"recommended, {words}: {best.overrides}", f"    {best.why}; loss: {known}"]
 
 
-def _row(choice: Choice, recommendation: Recommendation, place: Place) -> list[str]:
+def _row(choice: Choice, recommendation: Suggestion, place: Machine) -> list[str]:
     plan = choice.plan
     against = [finding for finding in choice.against if finding.step != "memory"]
     serves = "yes" if not against else f"no ({against[0].id})"
@@ -149,7 +149,7 @@ def _row(choice: Choice, recommendation: Recommendation, place: Place) -> list[s
     ]  # fmt: skip
 
 
-def _recommendation(recommendation: Recommendation | None, place: Place) -> dict[str, Any] | None:
+def _recommendation(recommendation: Suggestion | None, place: Machine) -> dict[str, Any] | None:
     if recommendation is None:
         return None
     best = recommendation.best

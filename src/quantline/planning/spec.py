@@ -14,7 +14,7 @@ from quantline.core.errors import UserError
 from quantline.core.files import read_json
 from quantline.planning.checkpoint_memory import Weights
 from quantline.planning.quantization_memory import Peak
-from quantline.quantization.capabilities import Wish
+from quantline.quantization.capabilities import Requirements
 from quantline.serving.memory import KvCache
 from quantline.serving.rules import Target
 
@@ -23,7 +23,7 @@ Step = Literal["quantize", "convert", "serve", "memory"]
 
 
 @dataclass(frozen=True)
-class Planned:
+class VariantSpec:
     """A variant as it is asked for; names and values as in conf/.
 
     options: the method's own. backend: a name or auto. rules: by layer, see `linears.planned`. dtype: of the quantizer;
@@ -44,12 +44,12 @@ class Planned:
     tensor_parallel_size: int = 1
 
     @property
-    def wish(self) -> Wish:
+    def requirements(self) -> Requirements:
         """What it asks of a backend."""
         bits = tuple(rule["bits"] for rule in self.rules if rule.get("bits") is not None)
         groups = tuple(rule["group_size"] for rule in self.rules if rule.get("group_size") is not None)
         layers = "widths" if bits or groups else "skip" if self.rules else "none"
-        return Wish(
+        return Requirements(
             self.method, self.bits, self.group_size, self.options, layers, bits, groups, self.lm_head, self.low_memory,
             self.dtype,
         )  # fmt: skip
@@ -88,7 +88,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Place:
+class Machine:
     """Where it is to run.
 
     order: the backends of each method, as `backend=auto` tries them. context, batch: tokens of a sequence and sequences at a
@@ -123,7 +123,7 @@ class Finding:
 class Plan:
     """What is known of a variant before anything is computed. layout: as it is served. Sizes are bytes."""
 
-    planned: Planned
+    planned: VariantSpec
     backend: str
     layout: str
     findings: tuple[Finding, ...]

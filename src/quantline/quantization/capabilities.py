@@ -21,7 +21,7 @@ CALIBRATED = ("awq", "gptq", "autoround")
 
 
 @dataclass(frozen=True)
-class Wish:
+class Requirements:
     """What a configuration asks of a backend.
 
     layers: `none`, `skip` or `widths`, the most that its rules by layer ask for.
@@ -79,46 +79,48 @@ def knows(backend: str, method: str, model_type: str) -> bool:
     return families is None or model_type in families
 
 
-def faults(backend: str, wish: Wish) -> list[str]:
-    """What a backend cannot do of a wish, each with the option's name, its value, and what is allowed."""
+def faults(backend: str, requirements: Requirements) -> list[str]:
+    """What a backend cannot do of a requirements, each with the option's name, its value, and what is allowed."""
     methods = table()[backend]["methods"]
-    if wish.method not in methods:
-        others = [name for name, entry in table().items() if wish.method in entry["methods"]]
-        return [f"backend={backend}: does {alternatives(methods)}, {wish.method} is done by {alternatives(others)}"]
-    known: dict[str, Any] = able(backend, wish.method)
+    if requirements.method not in methods:
+        others = [name for name, entry in table().items() if requirements.method in entry["methods"]]
+        return [
+            f"backend={backend}: does {alternatives(methods)}, {requirements.method} is done by {alternatives(others)}"
+        ]
+    known: dict[str, Any] = able(backend, requirements.method)
     found: list[str] = []
-    asked = dict.fromkeys((wish.bits, *wish.rule_bits))
+    asked = dict.fromkeys((requirements.bits, *requirements.rule_bits))
     found += [
-        f"bits={bits}: {wish.method} by {backend} takes {alternatives(known['bits'])}"
+        f"bits={bits}: {requirements.method} by {backend} takes {alternatives(known['bits'])}"
         for bits in asked
         if bits not in known["bits"]
     ]
     # Without groups (bitsandbytes at 8 bits) the size means nothing.
-    sizes = known.get("group_size") if wish.bits not in known.get("groupless_bits", ()) else None
+    sizes = known.get("group_size") if requirements.bits not in known.get("groupless_bits", ()) else None
     found += [
-        f"group_size={size}: {wish.method} by {backend} takes {alternatives(sizes)}"
-        for size in dict.fromkeys((wish.group_size, *wish.rule_groups))
+        f"group_size={size}: {requirements.method} by {backend} takes {alternatives(sizes)}"
+        for size in dict.fromkeys((requirements.group_size, *requirements.rule_groups))
         if sizes and size not in sizes
     ]
     for key, allowed in known.get("options", {}).items():
-        if key in wish.options and wish.options[key] not in allowed:
-            shown = "null" if wish.options[key] is None else str(wish.options[key]).lower()
+        if key in requirements.options and requirements.options[key] not in allowed:
+            shown = "null" if requirements.options[key] is None else str(requirements.options[key]).lower()
             found.append(f"method.{key}={shown}: {backend} takes {alternatives(allowed)}")
-    if wish.layers != "none" and known["layers"] == "none":
+    if requirements.layers != "none" and known["layers"] == "none":
         found.append(f"layers: {backend} has no rules by layer; others have: {alternatives(_with('layers', 'skip'))}")
-    elif wish.layers == "widths" and known["layers"] != "widths":
+    elif requirements.layers == "widths" and known["layers"] != "widths":
         found.append(
             f"layers: {backend} has one width for all layers and can only skip some; "
             f"other bits or groups by layer have {alternatives(_with('layers', 'widths'))}"
         )
-    if wish.lm_head and not known["lm_head"]:
+    if requirements.lm_head and not known["lm_head"]:
         found.append(
             f"lm_head=quantized: {backend} leaves it float; it is quantized by {alternatives(_with('lm_head'))}"
         )
-    if wish.low_memory and not known["low_memory"]:
+    if requirements.low_memory and not known["low_memory"]:
         found.append(f"low_memory=true: {backend} holds the whole model; {alternatives(_with('low_memory'))} does not")
-    if wish.dtype not in known["dtypes"]:
-        found.append(f"dtype={wish.dtype}: {backend} computes in {alternatives(known['dtypes'])}")
+    if requirements.dtype not in known["dtypes"]:
+        found.append(f"dtype={requirements.dtype}: {backend} computes in {alternatives(known['dtypes'])}")
     return found
 
 
@@ -131,13 +133,13 @@ def _with(key: str, value: str | None = None) -> list[str]:
     ]  # fmt: skip
 
 
-def candidates(backend: str, order: Sequence[str], wish: Wish) -> list[str]:
+def candidates(backend: str, order: Sequence[str], requirements: Requirements) -> list[str]:
     """The backends that may come to do it: the named one, or those of the order that have nothing against it."""
     names = list(order) if backend == "auto" else [backend]
-    return [name for name in names if not faults(name, wish)]
+    return [name for name in names if not faults(name, requirements)]
 
 
-def choose(backend: str, order: Sequence[str], wish: Wish, model_type: str) -> tuple[str, list[str]]:
+def choose(backend: str, order: Sequence[str], requirements: Requirements, model_type: str) -> tuple[str, list[str]]:
     """The backend for a model, and why those before it in the order were passed over.
 
     Raises:
@@ -145,9 +147,9 @@ def choose(backend: str, order: Sequence[str], wish: Wish, model_type: str) -> t
     """
     passed: list[str] = []
     for name in list(order) if backend == "auto" else [backend]:
-        reasons = faults(name, wish)
-        if wish.method in table()[name]["methods"] and not knows(name, wish.method, model_type):
-            families = able(name, wish.method)["families"]
+        reasons = faults(name, requirements)
+        if requirements.method in table()[name]["methods"] and not knows(name, requirements.method, model_type):
+            families = able(name, requirements.method)["families"]
             reasons = [*reasons, f"model_type={model_type}: {name} knows {', '.join(families)}"]
         if not reasons:
             return name, [f"{name} quantizes this model, since {reason}" for reason in passed]
@@ -155,8 +157,10 @@ def choose(backend: str, order: Sequence[str], wish: Wish, model_type: str) -> t
     if backend != "auto":
         others = [
             name for name in order
-            if name != backend and not faults(name, wish) and knows(name, wish.method, model_type)
+            if name != backend and not faults(name, requirements) and knows(name, requirements.method, model_type)
         ]  # fmt: skip
         remedy = f"; give backend={others[0]}, or backend=auto" if others else ""
         raise UserError("; ".join(passed) + remedy)
-    raise UserError(f"method={wish.method}: no backend can do this: " + "; ".join(passed) + "; method=rtn takes any")
+    raise UserError(
+        f"method={requirements.method}: no backend can do this: " + "; ".join(passed) + "; method=rtn takes any"
+    )

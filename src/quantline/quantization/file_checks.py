@@ -27,7 +27,7 @@ _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)
-class Files:
+class FileChecks:
     """What the files of a quantized checkpoint say.
 
     Attributes:
@@ -59,7 +59,7 @@ class Files:
         return sum(self.stored_bits.values()) / max(self.quantized_weights, 1)
 
 
-def inspect(model: Path, output: Path, expected: Sequence[str]) -> Files:
+def inspect(model: Path, output: Path, expected: Sequence[str]) -> FileChecks:
     """Compare a quantized checkpoint with the float model that it was made of.
 
     Args:
@@ -74,10 +74,10 @@ def inspect(model: Path, output: Path, expected: Sequence[str]) -> Files:
         checkpoint, info = Checkpoint.open(output), quantization_of(output)
         layers = quantized_layers(checkpoint, info)
     except UserError as error:  # a shard is missing or cut off, an index names a missing tensor, a layer is incomplete
-        return Files([*faults, str(error)], weights=weights)
+        return FileChecks([*faults, str(error)], weights=weights)
     bits = 8 * sum(checkpoint.info(name).nbytes for name in checkpoint.names)
     if not layers:
-        return Files([*faults, "nothing was quantized: every weight is as it was"], weights=weights, bits=bits)
+        return FileChecks([*faults, "nothing was quantized: every weight is as it was"], weights=weights, bits=bits)
     left = [name for name in expected if name not in layers]
     if left:
         faults.append(f"{len(left)} of {len(expected)} linears were not quantized: {some(left)}")
@@ -96,7 +96,7 @@ def inspect(model: Path, output: Path, expected: Sequence[str]) -> Files:
     tied = bool(read_json(model / "config.json").get("tie_word_embeddings"))
     faults += _absent_faults(floats, checkpoint, layers, tied=tied)
     scales = _scales(checkpoint, layers, LAYOUTS[info.layout].scales if info is not None else ())
-    return Files(
+    return FileChecks(
         [*faults, *scales.faults], scales.warnings, linears, stored_bits, scales.zeros, scales.count, weights, bits
     )
 

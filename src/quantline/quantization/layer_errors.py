@@ -23,7 +23,7 @@ from quantline.config.layer_errors import ErrorLevels, LayerErrorsConfig
 from quantline.core.errors import WorkerError
 from quantline.quantization import heat_map
 from quantline.quantization.capabilities import CALIBRATED
-from quantline.quantization.file_checks import Files, inspect, some
+from quantline.quantization.file_checks import FileChecks, inspect, some
 from quantline.toolchains.protocol import JobResult
 
 RunWorker = Callable[[str, str, dict[str, Any], str], JobResult]
@@ -152,7 +152,7 @@ def measure(
     return LayerErrors(rows, metrics, warnings, _write(rows, made.output, title), _worst(rows, "output_error"))
 
 
-def _rows(found: Files, linears: Mapping[str, LinearSpec], backend_rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _rows(found: FileChecks, linears: Mapping[str, LinearSpec], backend_rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     said: dict[tuple[int, str], dict[str, Any]] = {}
     for own in backend_rows:
         layer, module = own.get("layer"), str(own.get("module"))
@@ -182,7 +182,7 @@ def _level(error: float | None, levels: ErrorLevels) -> str | None:
     return "high" if not error < levels.high else "moderate" if error >= levels.moderate else "low"
 
 
-def _file_metrics(found: Files, expected: int) -> dict[str, float]:
+def _file_metrics(found: FileChecks, expected: int) -> dict[str, float]:
     return {
         "linears_expected": expected,
         "linears_quantized": len(found.linears),

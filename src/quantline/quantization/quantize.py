@@ -10,10 +10,10 @@ from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
-from quantline.checkpoints.linears import linear_shapes, planned
+from quantline.checkpoints.linears import linear_shapes, select_linears
 from quantline.core.errors import UserError, WorkerError
 from quantline.core.files import read_json
-from quantline.quantization.capabilities import CALIBRATED, Wish, choose, toolchain_of
+from quantline.quantization.capabilities import CALIBRATED, Requirements, choose, toolchain_of
 from quantline.toolchains.protocol import JobResult
 
 # Largest difference of a toolchain's float logits from the reference engine's, in units of the logits' standard
@@ -36,7 +36,7 @@ class Request:
     group_size: int
     backend: str
     order: Sequence[str]
-    wish: Wish
+    requirements: Requirements
     rules: Sequence[Mapping[str, Any]] = ()
     seed: int = 0
     threads: int = 2
@@ -101,10 +101,10 @@ def quantize(
         WorkerError: the backend failed, or what it wrote is not what was asked for.
     """
     checkpoint, config = Checkpoint.open(model), read_json(model / "config.json")
-    backend, notes = choose(request.backend, request.order, request.wish, str(config.get("model_type")))
-    widths = planned(
+    backend, notes = choose(request.backend, request.order, request.requirements, str(config.get("model_type")))
+    widths = select_linears(
         checkpoint, config, bits=request.bits, group_size=request.group_size, rules=request.rules,
-        lm_head=request.wish.lm_head,
+        lm_head=request.requirements.lm_head,
     )  # fmt: skip
     method = str(request.method["name"])
     grouped = not (method == "bnb" and request.bits == 8)
@@ -122,8 +122,8 @@ def quantize(
         "seed": request.seed,
         "threads": request.threads,
         "device": request.device,
-        "dtype": request.wish.dtype,
-        "low_memory": request.wish.low_memory,
+        "dtype": request.requirements.dtype,
+        "low_memory": request.requirements.low_memory,
         "work": str(work),
         "probe": str(probe),
         "probe_tolerance": PROBE_TOLERANCE,

@@ -9,13 +9,13 @@ from quantline.core.text import alternatives
 from quantline.quantization import capabilities
 
 
-def wish_of(values: Mapping[str, Any]) -> capabilities.Wish:
+def requirements_of(values: Mapping[str, Any]) -> capabilities.Requirements:
     """What a configuration, as plain values, asks of a backend."""
     method = values["method"]
     rules = values.get("layers", {}).get("rules") or []
     bits = tuple(rule["bits"] for rule in rules if rule.get("bits") is not None)
     groups = tuple(rule["group_size"] for rule in rules if rule.get("group_size") is not None)
-    return capabilities.Wish(
+    return capabilities.Requirements(
         method=method["name"], bits=values["bits"], group_size=values["group_size"],
         options={key: value for key, value in method.items() if key != "name"},
         layers="widths" if bits or groups else "skip" if rules else "none", rule_bits=bits, rule_groups=groups,
@@ -27,62 +27,68 @@ def method_faults(values: Mapping[str, Any]) -> list[str]:
     """What no backend, or not the named one, can do of a configuration given as plain values; of any kind and shape."""
     # The values may be anything: where they make no sense, their types are reported as faults already.
     try:
-        wish, backends, backend = wish_of(values), dict(values["backends"]), str(values["backend"])
+        requirements, backends, backend = requirements_of(values), dict(values["backends"]), str(values["backend"])
     except (KeyError, TypeError, AttributeError):
         return []
-    if wish.method not in backends or not isinstance(wish.bits, int) or not isinstance(wish.group_size, int):
+    if (
+        requirements.method not in backends
+        or not isinstance(requirements.bits, int)
+        or not isinstance(requirements.group_size, int)
+    ):
         return []
-    order = backends[wish.method]
+    order = backends[requirements.method]
     unknown = [name for names in backends.values() for name in names if name not in capabilities.table()]
     if unknown:
         return [f"backends: {unknown[0]} is none; there are {', '.join(capabilities.table())}"]
-    if wish.options.get("activation_bits") and (alike := _activation_faults(wish)):
+    if requirements.options.get("activation_bits") and (alike := _activation_faults(requirements)):
         return alike
     if backend != "auto":
-        return capabilities.faults(backend, wish) if backend in capabilities.table() else []
-    if capabilities.candidates("auto", order, wish):
+        return capabilities.faults(backend, requirements) if backend in capabilities.table() else []
+    if capabilities.candidates("auto", order, requirements):
         return []
-    faults = _bits_faults(wish, backends) + _group_faults(wish, order)
+    faults = _bits_faults(requirements, backends) + _group_faults(requirements, order)
     if not faults:
-        tried = (fault for name in order for fault in capabilities.faults(name, wish))
-        faults = list(dict.fromkeys(tried)) or [f"backends.{wish.method}: names no backend"]
+        tried = (fault for name in order for fault in capabilities.faults(name, requirements))
+        faults = list(dict.fromkeys(tried)) or [f"backends.{requirements.method}: names no backend"]
     return faults
 
 
-def _activation_faults(wish: capabilities.Wish) -> list[str]:
+def _activation_faults(requirements: capabilities.Requirements) -> list[str]:
     """What does not go with rounded activations: the one layout for them holds int8 weights with a scale a channel."""
-    given = f"method.activation_bits={wish.options['activation_bits']}"
+    given = f"method.activation_bits={requirements.options['activation_bits']}"
     wanted = [
         f"{key}={shown}" for key, shown, asked in (
-            ("bits", "8", wish.bits == 8),
-            ("group_size", "-1", wish.group_size == -1),
-            ("method.sym", "true", wish.options.get("sym", True)),
-            ("layers", "uniform", wish.layers != "widths"),
+            ("bits", "8", requirements.bits == 8),
+            ("group_size", "-1", requirements.group_size == -1),
+            ("method.sym", "true", requirements.options.get("sym", True)),
+            ("layers", "uniform", requirements.layers != "widths"),
         ) if not asked
     ]  # fmt: skip
     return [f"{given}: goes with int8 weights, one scale a channel; give {' '.join(wanted)}"] if wanted else []
 
 
-def _bits_faults(wish: capabilities.Wish, backends: Mapping[str, list[str]]) -> list[str]:
+def _bits_faults(requirements: capabilities.Requirements, backends: Mapping[str, list[str]]) -> list[str]:
     allowed = {method: capabilities.bits_of(method, names) for method, names in backends.items()}
     faults = []
-    for bits in dict.fromkeys((wish.bits, *wish.rule_bits)):
-        if bits in allowed[wish.method]:
+    for bits in dict.fromkeys((requirements.bits, *requirements.rule_bits)):
+        if bits in allowed[requirements.method]:
             continue
         others = [method for method, widths in allowed.items() if bits in widths]
         remedy = f"; method={others[0]} takes bits={bits}" if others else ""
-        if not others and len(allowed[wish.method]) == 1:
+        if not others and len(allowed[requirements.method]) == 1:
             wider = next(method for method, widths in allowed.items() if len(widths) > 1)
             remedy = f"; method={wider} takes {alternatives(allowed[wider])}"
-        faults.append(f"bits={bits}: {wish.method} takes {alternatives(allowed[wish.method])}{remedy}")
+        faults.append(f"bits={bits}: {requirements.method} takes {alternatives(allowed[requirements.method])}{remedy}")
     return faults
 
 
-def _group_faults(wish: capabilities.Wish, order: list[str]) -> list[str]:
-    allowed = capabilities.group_sizes_of(wish.method, order)
+def _group_faults(requirements: capabilities.Requirements, order: list[str]) -> list[str]:
+    allowed = capabilities.group_sizes_of(requirements.method, order)
     faults = []
-    for size in dict.fromkeys((wish.group_size, *wish.rule_groups)):
+    for size in dict.fromkeys((requirements.group_size, *requirements.rule_groups)):
         if allowed and size not in allowed:
             near = min((one for one in allowed if one > 0), key=lambda one: abs(one - size))
-            faults.append(f"group_size={size}: {wish.method} takes {alternatives(allowed)}; the nearest is {near}")
+            faults.append(
+                f"group_size={size}: {requirements.method} takes {alternatives(allowed)}; the nearest is {near}"
+            )
     return faults

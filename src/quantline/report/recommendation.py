@@ -191,33 +191,35 @@ def _allowed(rule: Rule, kind: Kind) -> str:
 def _prefer(fit: list[Row], order: Sequence[Preference]) -> tuple[Row, list[str], dict[str, str], list[str]]:
     """The preferred row, the steps that led to it, why each of the others was left, and what was not looked at."""
     left, steps, passed_over, caveats = list(fit), [], {}, []
-    for wish in order:
+    for preference in order:
         if len(left) == 1:
             break
-        what, kind = SPOKEN[wish.column]
-        known = [row for row in left if row.get(wish.column) is not None and math.isfinite(row[wish.column])]
+        what, kind = SPOKEN[preference.column]
+        known = [
+            row for row in left if row.get(preference.column) is not None and math.isfinite(row[preference.column])
+        ]
         if len(known) < len(left):
             names = [row["variant"] for row in left if row not in known]
             caveats.append(f"The {what} of {listed(names)} was not measured, so it did not decide.")
             continue
-        best = (min if wish.best == "lowest" else max)(known, key=lambda row: row[wish.column])
-        limit = abs(best[wish.column]) * wish.within_percent / 100
+        best = (min if preference.best == "lowest" else max)(known, key=lambda row: row[preference.column])
+        limit = abs(best[preference.column]) * preference.within_percent / 100
         near = [
             row for row in known
-            if abs(row[wish.column] - best[wish.column]) <= limit or _overlap(row, best, wish.column)
+            if abs(row[preference.column] - best[preference.column]) <= limit or _overlap(row, best, preference.column)
         ]  # fmt: skip
-        praise = _SUPERLATIVES.get((wish.column, wish.best), f"the one with the {wish.best} {what}")
-        shown = written(best[wish.column], kind)
+        praise = _SUPERLATIVES.get((preference.column, preference.best), f"the one with the {preference.best} {what}")
+        shown = written(best[preference.column], kind)
         for row in known:
             if row not in near:
                 passed_over[row["variant"]] = (
-                    f"{what} {written(row[wish.column], kind)}, against {shown} of {best['variant']}"
+                    f"{what} {written(row[preference.column], kind)}, against {shown} of {best['variant']}"
                 )
         if len(near) == 1:
             steps.append(f"Of these {best['variant']} is {praise} ({shown}).")
         else:
-            margin = f"within {wish.within_percent:g} % of {praise} ({shown})"
-            if any(_overlap(row, best, wish.column) for row in near if row is not best):
+            margin = f"within {preference.within_percent:g} % of {praise} ({shown})"
+            if any(_overlap(row, best, preference.column) for row in near if row is not best):
                 margin += " or overlap with its range"
             steps.append(f"{listed([row['variant'] for row in near])} are {margin}: no difference to choose by.")
         left = near

@@ -83,7 +83,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Ruling:
     """supported: nothing is known against it. Otherwise rule_id, reason, remedy and source say what is."""
 
     supported: bool
@@ -104,16 +104,16 @@ def rules() -> tuple[Rule, ...]:
     return tuple(_parse(entry) for entry in yaml.safe_load(text))
 
 
-def verdict(target: Target, facts: CheckpointFacts) -> Verdict:
+def verdict(target: Target, facts: CheckpointFacts) -> Ruling:
     """Whether `target` will load a checkpoint with these facts: the first rule that speaks.
 
     Raises:
         UserError: the target's version is no version.
     """
-    return next(iter(verdicts(target, facts)), Verdict(True))
+    return next(iter(verdicts(target, facts)), Ruling(True))
 
 
-def verdicts(target: Target, facts: CheckpointFacts) -> list[Verdict]:
+def verdicts(target: Target, facts: CheckpointFacts) -> list[Ruling]:
     """Everything that is known against `target` loading a checkpoint with these facts.
 
     Raises:
@@ -125,7 +125,7 @@ def verdicts(target: Target, facts: CheckpointFacts) -> list[Verdict]:
         raise UserError(f"version {target.version!r} of {target.runtime}: give one like 0.32.0") from None
     known = _known(target, facts)
     return [
-        Verdict(False, rule.reason.format(**known), rule.remedy.format(**known), rule.id, rule.source)
+        Ruling(False, rule.reason.format(**known), rule.remedy.format(**known), rule.id, rule.source)
         for rule in rules()
         if rule.covers(target.runtime, version)
         and all(_holds(condition, known[name]) for name, condition in rule.when.items())

@@ -51,7 +51,7 @@ def early_worker(
             write_json(job_path, dict(job))
             _tell(process)
             code, step = follow(process, log, label)
-            return read_result(result_path, code, log, f"{module.rsplit('.', 1)[-1]} worker", step)
+            return read_job_result(result_path, code, log, f"{module.rsplit('.', 1)[-1]} worker", step)
 
         try:
             yield ask
@@ -98,7 +98,7 @@ def run_worker(
         command = [str(toolchain.python), "-m", module, str(job_path), str(result_path)]
         process = start_logged(command, worker_environment(threads, extra_environment))
         code, step = follow(process, log, label)
-        return read_result(result_path, code, log, f"{module.rsplit('.', 1)[-1]} worker", step)
+        return read_job_result(result_path, code, log, f"{module.rsplit('.', 1)[-1]} worker", step)
 
 
 def start_logged(command: list[str], variables: Mapping[str, str], stdin: int = subprocess.DEVNULL) -> Process:
@@ -145,7 +145,7 @@ def end_group(process: subprocess.Popen[Any], grace: float = 5.0) -> None:
     process.wait()
 
 
-def read_result(path: Path, code: int, log: Path, who: str, step: str = "") -> JobResult:
+def read_job_result(path: Path, code: int, log: Path, who: str, step: str = "") -> JobResult:
     """What a worker that ended with `code` left in its result file; errors as of `run_worker`."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ import pytest
 from quantline.checkpoints.safetensors_file import write_safetensors
 from quantline.pipeline.config import parse
 from quantline.pipeline.execute import execute
-from quantline.pipeline.lineage.chain import Chain, folder_chain, local_chain
+from quantline.pipeline.lineage.chain import Lineage, folder_lineage, local_lineage
 from quantline.pipeline.lineage.diff import first_difference
 
 
@@ -44,7 +44,7 @@ def chain(checkout, composed):
         config = parse(composed(*overrides, f"variant={name}"))
         for stage in ("calibrate", "quantize"):
             execute(stage, tensors(**{**WEIGHTS, **arrays}), config, checkout, overrides)
-        found = local_chain(checkout, name)
+        found = local_lineage(checkout, name)
         assert found is not None
         return found
 
@@ -107,7 +107,7 @@ def test_a_tensor_that_only_one_has_is_a_difference(plain, chain):
 def altered(chain, stage, change):
     results = json.loads(json.dumps(chain.results))
     change(results[stage])
-    return Chain("altered", "here", results, chain.folders)
+    return Lineage("altered", "here", results, chain.folders)
 
 
 def test_a_source_file_that_differs_is_named(plain):
@@ -155,16 +155,16 @@ def test_scores_through_a_server_may_differ_in_their_last_digits(plain, name, di
 
 
 def test_a_stage_that_only_one_has_is_a_difference(plain):
-    short = Chain("short", "here", {"calibrate": plain.results["calibrate"]})
+    short = Lineage("short", "here", {"calibrate": plain.results["calibrate"]})
     assert str(first_difference(short, plain)) == "quantize, stage quantize: nothing | ran"
 
 
 def test_a_chain_is_found_by_folder_by_result_and_by_output(checkout, plain):
     folder = checkout / "scratch" / "plain"
     for path in (folder, folder / "quantize.json", folder / "quantize"):
-        assert folder_chain(path, checkout).results == plain.results
-    assert folder_chain(checkout, checkout) is None
-    assert local_chain(checkout, "missing") is None
+        assert folder_lineage(path, checkout).results == plain.results
+    assert folder_lineage(checkout, checkout) is None
+    assert local_lineage(checkout, "missing") is None
 
 
 def test_an_output_that_was_replaced_since_breaks_the_chain(plain):

@@ -43,7 +43,7 @@ def worker(root, tmp_path_factory):
 
 @dataclass
 class Asking:
-    report: tasks.Report
+    report: tasks.TasksReport
     written: dict[str, Any]
     samples: dict[str, dict[str, list[dict[str, Any]]]]
     out: Path

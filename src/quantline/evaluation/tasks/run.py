@@ -43,7 +43,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Report:
+class TasksReport:
     """Metrics and warnings of the stage."""
 
     metrics: dict[str, float]
@@ -87,7 +87,7 @@ def evaluate(
     refused: str,
     baseline: Path | None,
     out: Path,
-) -> Report:
+) -> TasksReport:
     """Run the tasks by each engine, compare with the float model, write.
 
     Args:
@@ -149,7 +149,7 @@ def evaluate(
         if row["recovery"] is not None:
             metrics[f"recovery/{row['task']}/{row['engine']}"] = row["recovery"]
     metrics.update((f"engine_agreement/{one['task']}", one["same"]) for one in agreement)
-    return Report(metrics, _warnings(verdict, gate, skipped, scores))
+    return TasksReport(metrics, _warnings(verdict, gate, skipped, scores))
 
 
 def _warnings(

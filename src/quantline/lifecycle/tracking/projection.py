@@ -1,6 +1,6 @@
 """What MLflow should say about a variant: pure planning, without mlflow.
 
-A `Plan` is one run: its tags, parameters, metrics and artifacts, and the hash of it all. `tracking` makes runs say it.
+A `RunContent` is one run: its tags, parameters, metrics and artifacts, and the hash of it all. `tracking` makes runs say it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROJECTION = 2  # part of the content hash: raise it when the same results are t
 
 
 @dataclass
-class Plan:
+class RunContent:
     """Everything that one run should say. `seconds` is its duration, `started` is in seconds since the epoch."""
 
     name: str
@@ -45,7 +45,7 @@ class Plan:
     complete: str
     started: float | None
     seconds: float
-    children: list[Plan] = field(default_factory=list)
+    children: list[RunContent] = field(default_factory=list)
     datasets: tuple[DatasetUse, ...] = ()
     samples: tuple[SystemSample, ...] = ()
 
@@ -120,7 +120,7 @@ def monitor_peaks(result: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(sum(values)) for name, values in known.items() if values}
 
 
-def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) -> Plan:
+def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) -> RunContent:
     """The parent run of a variant, with its stages as children; `notes` gets what could not be attached."""
     results = list(by_stage(scrubber.value(record.results)).values())
     children = [_plan_stage(record, result, notes) for result in results]
@@ -159,14 +159,14 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
     datasets = {(use.name, use.digest): use for child in children for use in child.datasets}
     # The lock comes after the stages, so that a run that has none yet is completed rather than made anew.
     held = [child.complete for child in children] + ([record.lock] if record.lock else [])
-    return Plan(
+    return RunContent(
         record.name, {"quantline.role": "variant", "quantline.variant": record.name}, tags, params,
         variant_metrics(results), texts, {}, _digest([PROJECTION, params, held]), started, seconds, children,
         tuple(datasets.values()),
     )  # fmt: skip
 
 
-def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str]) -> Plan:
+def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str]) -> RunContent:
     stage, environment, timings = result["stage"], result.get("environment") or {}, result.get("timings") or {}
     log = result.pop("log", None)
     files: dict[str, Path] = {}
@@ -188,7 +188,7 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
     metrics.update((name, value) for name, value in timings.items() if name != "started_at")
     metrics.update(monitor_peaks(result))
     contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if name != log}
-    return Plan(
+    return RunContent(
         f"{record.name}: {stage}", identity, tags, flatten(environment), _numbers(metrics),
         {"result.json": json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}, files,
         _digest([PROJECTION, identity["quantline.result"], contents]),
@@ -198,7 +198,7 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
     )  # fmt: skip
 
 
-def plan_report(folder: Path) -> Plan:
+def plan_report(folder: Path) -> RunContent:
     """The run that holds the report: its recommendation as description, its files as they are.
 
     What it says is in its parameters, so another report makes another run and this one stays as it was.
@@ -212,7 +212,7 @@ def plan_report(folder: Path) -> Plan:
         "recommended": str(manifest["chosen"]),
         "variants": " ".join(manifest["variants"]),
     }
-    return Plan(
+    return RunContent(
         "report", {"quantline.role": "report"},
         {"mlflow.note.content": note, "quantline.recommended": params["recommended"]}, params, {}, {}, files,
         _digest([PROJECTION, content]), None, 0.0,

@@ -19,7 +19,7 @@ from quantline.core.errors import QuantlineError, TrackingError, UserError
 from quantline.core.secrets import Scrubber
 from quantline.lifecycle.tracking.store import check_reachable, experiment_name, resolve_uri, sqlite_path
 from quantline.lifecycle.tracking.writer import quiet_mlflow
-from quantline.pipeline.lineage.chain import Chain, ordered
+from quantline.pipeline.lineage.chain import Lineage, ordered
 
 LOCK_FILE = "dvc.lock"
 _LEAST_PREFIX = 6
@@ -43,9 +43,9 @@ class TrackedRun:
     patch: str | None = None
 
     @property
-    def chain(self) -> Chain:
+    def chain(self) -> Lineage:
         """Its results; their outputs are elsewhere."""
-        return Chain(self.name, f"run {self.run_id}", self.results)
+        return Lineage(self.name, f"run {self.run_id}", self.results)
 
     @property
     def commit(self) -> str | None:

@@ -30,7 +30,7 @@ from typing import Any
 from quantline.core.errors import TrackingError
 from quantline.core.files import replaced
 from quantline.core.secrets import Scrubber
-from quantline.lifecycle.tracking.projection import Plan, plan_report, plan_variant
+from quantline.lifecycle.tracking.projection import RunContent, plan_report, plan_variant
 from quantline.lifecycle.tracking.store import check_reachable, locked, resolve_uri, sqlite_path
 from quantline.pipeline.records import VariantRecord
 
@@ -204,7 +204,7 @@ class _Publisher:
             if key not in said:
                 self._client.set_experiment_tag(self.experiment_id, key, value)
 
-    def upsert(self, plan: Plan) -> None:
+    def upsert(self, plan: RunContent) -> None:
         runs = self._search(plan.identity)
         complete = [run for run in runs if run.data.tags.get("quantline.complete") == plan.complete]
         if complete:
@@ -217,7 +217,7 @@ class _Publisher:
         self._set_current(chosen, runs)
         self.run_ids[plan.name] = chosen
 
-    def _fill(self, plan: Plan, run: Any | None, also: Mapping[str, str]) -> str:
+    def _fill(self, plan: RunContent, run: Any | None, also: Mapping[str, str]) -> str:
         """Make `run`, or a new one, say what the plan says; what it says already is not logged again."""
         if run is None:
             began = plan.started if plan.started is not None else time.time() - plan.seconds
@@ -236,13 +236,13 @@ class _Publisher:
         self._client.set_tag(run_id, "quantline.complete", plan.complete)
         return run_id
 
-    def _fill_child(self, plan: Plan, children: Sequence[Any], parent_id: str) -> None:
+    def _fill_child(self, plan: RunContent, children: Sequence[Any], parent_id: str) -> None:
         result = plan.identity["quantline.result"]
         found = next((run for run in children if run.data.tags.get("quantline.result") == result), None)
         if found is None or found.data.tags.get("quantline.complete") != plan.complete:
             self._fill(plan, found, {"mlflow.parentRunId": parent_id})
 
-    def _log(self, run: Any, plan: Plan, timestamp: int) -> None:
+    def _log(self, run: Any, plan: RunContent, timestamp: int) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
         said = run.data
@@ -255,7 +255,7 @@ class _Publisher:
             batch = metrics if at == 0 else []
             self._client.log_batch(run.info.run_id, batch, params[at : at + 100], tags[at : at + 100])
 
-    def _log_inputs(self, run: Any, plan: Plan) -> None:
+    def _log_inputs(self, run: Any, plan: RunContent) -> None:
         """Datasets and system metrics; a store keeps each once, however often it is told."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
@@ -273,7 +273,7 @@ class _Publisher:
             batch = plan.samples[at : at + 1000]
             self._client.log_batch(run.info.run_id, [Metric(s.key, s.value, began + s.after, s.step) for s in batch])
 
-    def _attach(self, run_id: str, plan: Plan) -> None:
+    def _attach(self, run_id: str, plan: RunContent) -> None:
         with tempfile.TemporaryDirectory(prefix="quantline-artifacts-") as scratch:
             for name, text in plan.texts.items():
                 Path(scratch, name).write_text(text, encoding="utf-8")
@@ -283,7 +283,7 @@ class _Publisher:
                 shutil.copyfile(path, target)
             self._client.log_artifacts(run_id, scratch)
 
-    def _extends(self, run: Any, plan: Plan) -> bool:
+    def _extends(self, run: Any, plan: RunContent) -> bool:
         """Whether the plan still says all that the run says: the run is a part of it, earlier or cut off."""
         stale = any(plan.params.get(key) != value for key, value in run.data.params.items())
         if stale or not all(_same(plan.metrics.get(key), value) for key, value in run.data.metrics.items()):

@@ -15,7 +15,7 @@ HOMES = ("artifacts", "scratch")
 
 
 @dataclass(frozen=True)
-class Chain:
+class Lineage:
     """What is known of one variant.
 
     name: to be shown. origin: where it was read from. results: by stage, in the pipeline's order. folders: the outputs that
@@ -44,7 +44,7 @@ def ordered(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {stage: by_stage[stage] for stage in PIPELINE if stage in by_stage}
 
 
-def local_chain(root: Path, name: str) -> Chain | None:
+def local_lineage(root: Path, name: str) -> Lineage | None:
     """The chain of a variant in artifacts/ or scratch/, by its name; None where there is none."""
     for home in HOMES:
         folder = root / home / name
@@ -53,7 +53,7 @@ def local_chain(root: Path, name: str) -> Chain | None:
     return None
 
 
-def folder_chain(path: Path, root: Path) -> Chain | None:
+def folder_lineage(path: Path, root: Path) -> Lineage | None:
     """The chain of a folder of results, of one result file or of one output folder; None where it is none of these."""
     for folder in (path, path.parent):
         if any((folder / f"{stage}.json").is_file() for stage in PIPELINE) and (
@@ -63,7 +63,7 @@ def folder_chain(path: Path, root: Path) -> Chain | None:
     return None
 
 
-def _folder_chain(folder: Path, root: Path, name: str, origin: str) -> Chain:
+def _folder_chain(folder: Path, root: Path, name: str, origin: str) -> Lineage:
     found = {stage: folder / f"{stage}.json" for stage in PIPELINE if (folder / f"{stage}.json").is_file()}
     results = {stage: read_result(path) for stage, path in found.items()}
     # What is shared, or was found by its fingerprint under another name, is known by its content.
@@ -74,7 +74,7 @@ def _folder_chain(folder: Path, root: Path, name: str, origin: str) -> Chain:
                 if path is not None:
                     found[wanted], results[wanted] = path, read_result(path)
     folders = {stage: path.with_suffix("") for stage, path in found.items() if path.with_suffix("").is_dir()}
-    return Chain(name, origin, ordered(results.values()), folders)
+    return Lineage(name, origin, ordered(results.values()), folders)
 
 
 def _by_content(root: Path, stage: str, output_hash: str) -> Path | None:
@@ -82,7 +82,7 @@ def _by_content(root: Path, stage: str, output_hash: str) -> Path | None:
     return next((path for path in paths if read_result(path).get("output_hash") == output_hash), None)
 
 
-def require_chain(chain: Chain | None, given: str, root: Path) -> Chain:
+def require_lineage(chain: Lineage | None, given: str, root: Path) -> Lineage:
     """The chain that was found.
 
     Raises:
@@ -98,7 +98,7 @@ def require_chain(chain: Chain | None, given: str, root: Path) -> Chain:
     )
 
 
-def as_values(chain: Chain) -> dict[str, Any]:
+def as_values(chain: Lineage) -> dict[str, Any]:
     """The chain as plain values, for JSON."""
     return {
         "variant": chain.name, "origin": chain.origin, "faults": chain.broken(),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from quantline.checkpoints.safetensors_file import SafetensorsFile, to_float32
-from quantline.pipeline.lineage.chain import Chain
+from quantline.pipeline.lineage.chain import Lineage
 from quantline.pipeline.stages import STAGES
 
 # How long something took, or how much memory it had, on that day.
@@ -53,7 +53,7 @@ class Difference:
         return "\n  ".join([text, *self.notes])
 
 
-def first_difference(one: Chain, other: Chain, stages: tuple[str, ...] | None = None) -> Difference | None:
+def first_difference(one: Lineage, other: Lineage, stages: tuple[str, ...] | None = None) -> Difference | None:
     """The first value in which two chains differ, the stages in order; None where they are the same.
 
     stages: only these; by default every stage that either chain has.
@@ -65,7 +65,7 @@ def first_difference(one: Chain, other: Chain, stages: tuple[str, ...] | None = 
     return None
 
 
-def stage_difference(stage: str, one: Chain, other: Chain) -> Difference | None:
+def stage_difference(stage: str, one: Lineage, other: Lineage) -> Difference | None:
     """The first value in which one stage of two chains differs."""
     ours, theirs = one.results.get(stage), other.results.get(stage)
     if ours is None or theirs is None:
@@ -77,7 +77,7 @@ def stage_difference(stage: str, one: Chain, other: Chain) -> Difference | None:
     return identity or outcome_difference(stage, one, other)
 
 
-def outcome_difference(stage: str, one: Chain, other: Chain, *, exact: bool = False) -> Difference | None:
+def outcome_difference(stage: str, one: Lineage, other: Lineage, *, exact: bool = False) -> Difference | None:
     """The first difference of what came out of a stage that both chains have.
 
     exact: compare the files of every stage, as those of a copy.

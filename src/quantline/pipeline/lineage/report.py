@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from quantline.evaluation.nats import growth
-from quantline.pipeline.lineage.chain import Chain
+from quantline.pipeline.lineage.chain import Lineage
 from quantline.pipeline.lineage.diff import Difference
 
 _SHORT = 12
 
 
-def as_text(chain: Chain) -> str:
+def as_text(chain: Lineage) -> str:
     """The chain, a paragraph for each stage, and the verdict at its end."""
     lines = [f"{chain.name} ({chain.origin})"]
     for stage, result in chain.results.items():
@@ -23,7 +23,7 @@ def as_text(chain: Chain) -> str:
     return "\n".join([*lines, *(f"note: {fault}" for fault in chain.broken())])
 
 
-def difference_text(one: Chain, other: Chain, found: Difference | None) -> str:
+def difference_text(one: Lineage, other: Lineage, found: Difference | None) -> str:
     """What is the first difference of two chains, in words."""
     head = f"{one.name} ({one.origin}) | {other.name} ({other.origin})"
     if found is None:
@@ -73,7 +73,7 @@ def _asked(stage: str, options: Mapping[str, Any]) -> list[tuple[str, str]]:
     return []
 
 
-def _verdict(chain: Chain) -> str:
+def _verdict(chain: Lineage) -> str:
     metrics = chain.results.get("evaluate", {}).get("metrics") or {}
     if "reference_perplexity" not in metrics:
         return "verdict: none yet, it has not been evaluated"

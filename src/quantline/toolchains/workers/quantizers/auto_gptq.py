@@ -62,7 +62,7 @@ def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         JobError: bits, group size, options or model that AutoGPTQ cannot do.
     """
-    options = output.options_of(job, DEFAULTS, "gptq")
+    options = output.method_options(job, DEFAULTS, "gptq")
     if job["bits"] not in BITS:
         raise JobError(f"bits={job['bits']}: gptq takes {', '.join(map(str, BITS))}")
     size = job["group_size"]
@@ -94,7 +94,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     found = {name: module for name, module in linears.items() if _inside(name, family.layers_block_name) in known}
     wanted = selection.chosen(job, found)
     skipped = [name for name in found if name not in wanted]
-    selection.check_widths(job, wanted, LAYOUT)
+    selection.check_selection(job, wanted, LAYOUT)
 
     settings = {"bits": job["bits"], "group_size": job["group_size"], **options}
     gptq = family(work.model, False, BaseQuantizeConfig(**settings))

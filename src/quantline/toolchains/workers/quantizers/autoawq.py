@@ -48,7 +48,7 @@ def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         JobError: bits, group size, options or model that AutoAWQ cannot do.
     """
-    options = _output.options_of(job, DEFAULTS, "awq")
+    options = _output.method_options(job, DEFAULTS, "awq")
     options["version"] = str(options["version"]).lower()
     if job["bits"] != 4:
         raise JobError(f"bits={job['bits']}: awq takes 4; use method=gptq for 2, 3 or 8")
@@ -88,7 +88,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     wanted = selection.chosen(job, found)
     skipped = [name for name in found if name not in wanted]
     layout = LAYOUTS[options["version"]]
-    selection.check_widths(job, wanted, layout)
+    selection.check_selection(job, wanted, layout)
 
     started = time.perf_counter()
     samples, length = work.calibration.shape

@@ -91,7 +91,7 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         JobError: bits, group sizes, dtype or options that AutoRound does not have.
     """
-    options = output.options_of(job, DEFAULTS, "autoround")
+    options = output.method_options(job, DEFAULTS, "autoround")
     for width in [job, *(job.get("linears") or {}).values()]:
         if width["bits"] not in BITS:
             raise JobError(f"bits={width['bits']}: autoround takes {', '.join(map(str, BITS))}")
@@ -130,7 +130,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         found[LM_HEAD] = work.model.get_submodule(LM_HEAD)
     wanted = selection.chosen(job, found)
     skipped = [name for name in found if name not in wanted]
-    selection.check_widths(job, wanted, LAYOUT)
+    selection.check_selection(job, wanted, LAYOUT)
     if job.get("low_memory") and work.device == "cpu":
         work.warnings.append("low_memory=true keeps activations off a GPU; on a CPU it changes nothing")
 

@@ -32,7 +32,7 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         JobError: bits, block sizes or options that bitsandbytes does not have, or not for single layers.
     """
-    options = output.options_of(job, DEFAULTS, "bnb")
+    options = output.method_options(job, DEFAULTS, "bnb")
     if job["bits"] not in BITS:
         raise JobError(f"bits={job['bits']}: bnb takes {' or '.join(map(str, BITS))}")
     if options["quant_type"] not in layout.TABLES:

@@ -117,7 +117,7 @@ def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     method = job.get("method", "gptq")
     if method not in DEFAULTS:
         raise JobError(f"method={method}: gptqmodel takes {' or '.join(DEFAULTS)}")
-    options = output.options_of(job, DEFAULTS[method], method)
+    options = output.method_options(job, DEFAULTS[method], method)
     widths = {(job["bits"], job["group_size"])}
     widths |= {(own["bits"], own["group_size"]) for own in (job.get("linears") or {}).values()}
     for bits, size in widths:
@@ -183,7 +183,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         found, linears = linears_of(model, work)
         state.wanted = selection.chosen(job, found)
         skipped = [name for name in found if name not in state.wanted]
-        selection.check_widths(job, state.wanted, layout)
+        selection.check_selection(job, state.wanted, layout)
         started = time.perf_counter()
         names = {work.renamed(name): name for name, _ in work.model.named_modules()}
         model.quantize_config.lm_head = "lm_head" in state.wanted

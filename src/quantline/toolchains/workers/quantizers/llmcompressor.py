@@ -58,7 +58,7 @@ def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, dict[
     method = job.get("method", "gptq")
     if method not in DEFAULTS:
         raise JobError(f"method={method}: llmcompressor takes {', '.join(DEFAULTS)}")
-    options = output.options_of(job, DEFAULTS[method], method)
+    options = output.method_options(job, DEFAULTS[method], method)
     widths = {(own["bits"], own["group_size"]) for own in (job.get("linears") or {"": job}).values()}
     for bits, size in widths:
         if bits not in BITS:
@@ -146,7 +146,7 @@ def _survey(state: Run) -> None:
         linears = {name: module for name, module in linears.items() if re.search(r"\.\d+\.", name)}
     state.wanted = selection.chosen(work.job, linears)
     state.floats = [name for name in found if name not in state.wanted]
-    selection.check_widths(work.job, state.wanted, state.layout)
+    selection.check_selection(work.job, state.wanted, state.layout)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     Raises:
         JobError: the job cannot be done as given.
     """
-    options = _output.options_of(job, DEFAULTS, "rtn")
+    options = _output.method_options(job, DEFAULTS, "rtn")
     symmetric = bool(options["sym"])
     config = _output.float_config(job["model"])
     if config.get("model_type") in _TRANSPOSED:
@@ -62,7 +62,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         checkpoint = Checkpoint.open(job["model"])
     shapes = linear_shapes(checkpoint)
     if not shapes:
-        _output.check_widths({}, "gptq", 4, -1)
+        _output.check_shapes({}, "gptq", 4, -1)
     asked = job.get("linears") or dict.fromkeys(shapes, job)
     widths = {name: LinearSpec(own["bits"], own["group_size"]) for name, own in asked.items()}
     check(widths)
@@ -72,7 +72,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         shapes[LM_HEAD] = (columns, rows)
     for width in set(widths.values()):
         sized = {name: shapes[name] for name in widths if widths[name] == width}
-        _output.check_widths(sized, layout, width.bits, width.group_size)
+        _output.check_shapes(sized, layout, width.bits, width.group_size)
     skipped = [name for name in shapes if name not in widths]
     output = Path(job["output"])
     stacked = [name for name in checkpoint.names if re.search(r"\.experts\.\w+$", name) and _is_stack(checkpoint, name)]

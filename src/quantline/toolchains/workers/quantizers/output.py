@@ -62,7 +62,7 @@ def float_config(model_dir: str | Path) -> dict[str, Any]:
     return config
 
 
-def options_of(job: Mapping[str, Any], defaults: Mapping[str, Any], method: str) -> dict[str, Any]:
+def method_options(job: Mapping[str, Any], defaults: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The job's options over the defaults.
 
     Raises:
@@ -75,7 +75,7 @@ def options_of(job: Mapping[str, Any], defaults: Mapping[str, Any], method: str)
     return {**defaults, **given}
 
 
-def check_widths(widths: Mapping[str, tuple[int, int]], layout: str, bits: int, group_size: int) -> None:
+def check_shapes(widths: Mapping[str, tuple[int, int]], layout: str, bits: int, group_size: int) -> None:
     """Refuse before any compute what the layout cannot hold.
 
     Args:

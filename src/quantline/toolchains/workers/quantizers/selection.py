@@ -67,7 +67,7 @@ def linears_inside(layers: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     }
 
 
-def check_widths(job: Mapping[str, Any], wanted: Mapping[str, Any], layout: str) -> None:
+def check_selection(job: Mapping[str, Any], wanted: Mapping[str, Any], layout: str) -> None:
     """Refuse before any compute linears that the layout cannot hold at the bits and groups that are asked for.
 
     Raises:
@@ -77,6 +77,6 @@ def check_widths(job: Mapping[str, Any], wanted: Mapping[str, Any], layout: str)
     for name, module in wanted.items():
         shapes.setdefault(width_of(job, name), {})[name] = (module.in_features, module.out_features)
     if not shapes:
-        output.check_widths({}, layout, int(job["bits"]), int(job["group_size"]))
+        output.check_shapes({}, layout, int(job["bits"]), int(job["group_size"]))
     for width, named in shapes.items():
-        output.check_widths(named, layout, *width)
+        output.check_shapes(named, layout, *width)

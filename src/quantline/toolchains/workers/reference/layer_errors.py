@@ -37,7 +37,7 @@ from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.reference.engine import load_model, prepare
 from quantline.toolchains.workers.reference.folded_scales import folds, unfold
-from quantline.toolchains.workers.reference.linear_locations import Linear, Place, locate, mark_unseen
+from quantline.toolchains.workers.reference.linear_locations import Linear, WeightLocation, locate, mark_unseen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +107,7 @@ def _relative(error: float, energy: float) -> float:
     return 0.0 if error == 0 else float("inf")
 
 
-def _observer(places: Mapping[int, Place], errors: _Errors | None) -> Any:
+def _observer(places: Mapping[int, WeightLocation], errors: _Errors | None) -> Any:
     """A context in which every matrix product with a known weight is counted and, with `errors`, compared."""
     import torch
     from torch.overrides import TorchFunctionMode
@@ -133,7 +133,7 @@ def _observer(places: Mapping[int, Place], errors: _Errors | None) -> Any:
     return Observer()
 
 
-def _pass(model: Any, tokens: NDArray[np.int32], places: Mapping[int, Place], errors: _Errors | None) -> None:
+def _pass(model: Any, tokens: NDArray[np.int32], places: Mapping[int, WeightLocation], errors: _Errors | None) -> None:
     """Run the model over samples, int32 (n, length); the output layer only where it is among the places."""
     import torch
 

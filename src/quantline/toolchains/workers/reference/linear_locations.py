@@ -33,14 +33,14 @@ class Linear:
 
 
 @dataclass
-class Place:
+class WeightLocation:
     """A weight as the model calls it, and the linears that are rows of it."""
 
     shape: tuple[int, ...]
     parts: list[tuple[int, Linear]] = field(default_factory=list)
 
 
-def locate(model: Any, floats: Checkpoint, names: Sequence[str]) -> tuple[list[Linear], dict[int, Place]]:
+def locate(model: Any, floats: Checkpoint, names: Sequence[str]) -> tuple[list[Linear], dict[int, WeightLocation]]:
     """Find linears in the model, by name or, where it stacks or fuses them, by their values.
 
     Returns:
@@ -54,7 +54,7 @@ def locate(model: Any, floats: Checkpoint, names: Sequence[str]) -> tuple[list[L
         if parameter.ndim in (2, 3) and (found := _LAYER.search(name)):
             by_layer[found[1]].append(parameter)
     linears: list[Linear] = []
-    places: dict[int, Place] = {}
+    places: dict[int, WeightLocation] = {}
     for name in names:
         own = parameters.get(f"{name}.weight")
         if own is not None and tuple(own.shape) == tuple(floats.info(f"{name}.weight").shape):
@@ -69,7 +69,7 @@ def locate(model: Any, floats: Checkpoint, names: Sequence[str]) -> tuple[list[L
                 continue
             whole, start = found_in
             linear = Linear(name, whole[start : start + len(weight)])
-        place = places.setdefault(whole.data_ptr(), Place(tuple(whole.shape)))
+        place = places.setdefault(whole.data_ptr(), WeightLocation(tuple(whole.shape)))
         place.parts.append((start, linear))
         linears.append(linear)
     return linears, places
