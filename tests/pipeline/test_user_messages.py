@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from quantline.core.errors import ConfigError, ServerError, UserError
-from quantline.pipeline.config import parse
+from quantline.pipeline.config import parse, with_current_names
 from quantline.pipeline.execute import check_caller
 from quantline.pipeline.user_messages import explain, option_names
 from stages import run_and_publish
@@ -99,6 +99,16 @@ def test_a_former_name_is_answered_with_the_one_of_today(failure, composed):
     assert failure("coverage.samples=4") == ("coverage.samples: is called layer_errors.samples now", 2)
     with pytest.raises(ConfigError, match="coverage: is called layer_errors now"):
         parse({**composed(), "coverage": {"enabled": True}})
+
+
+def test_a_configuration_of_an_older_version_is_read_by_the_names_of_today(composed):
+    old = composed("layer_errors.samples=4", "promote.layer_errors=false")
+    old["coverage"] = old.pop("layer_errors")
+    old["promote"] = {**old["promote"], "coverage": old["promote"]["layer_errors"]}
+    del old["promote"]["layer_errors"]
+    config = parse(with_current_names(old))
+    assert (config.layer_errors.samples, config.promote.layer_errors) == (4, False)
+    assert "coverage" in old
 
 
 def test_a_frozen_configuration_with_overrides_is_refused(frozen):

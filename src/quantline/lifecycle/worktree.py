@@ -18,7 +18,7 @@ from quantline.config.method import BASELINE
 from quantline.core.errors import UserError, WorkerError
 from quantline.core.files import sha256_of
 from quantline.pipeline.compose import write_frozen
-from quantline.pipeline.config import parse
+from quantline.pipeline.config import parse, with_current_names
 from quantline.pipeline.identity import backends_of, locks_of
 from quantline.pipeline.paths import stage_paths
 from quantline.toolchains.environments import HEALTH_CHECKS, PLATFORMS, environment_state, lock_file
@@ -41,8 +41,9 @@ class Worktree:
             UserError: the recorded locks are not those of the environments here.
         """
         values = {key: value for key, value in config.items() if key != "frozen"}
-        # What was frozen says which backends may come; an older configuration is not read by the names of today.
-        frozen = dict(config.get("frozen") or {"overrides": "", "backends": backends_of(parse(values))})
+        frozen = dict(config.get("frozen") or {})
+        if not frozen:
+            frozen = {"overrides": "", "backends": backends_of(parse(with_current_names(values)))}
         locks = locks_of(frozen["backends"], self.root)
         for role, lock in (frozen.get("locks") or {}).items():
             if locks.get(role) != lock:

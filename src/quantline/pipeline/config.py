@@ -111,6 +111,19 @@ def renamed(key: str) -> str | None:
     return None
 
 
+def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of an older version, as plain values, with its options under the names of today."""
+    current: dict[str, Any] = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()
+    }
+    for old, new in _RENAMED.items():
+        *section, name = old.split(".")
+        place = current.get(section[0]) if section else current
+        if isinstance(place, dict) and name in place:
+            place[new.rpartition(".")[2]] = place.pop(name)
+    return current
+
+
 def _describe(fault: Mapping[str, Any]) -> str:
     # The discriminator's tag stands in the location of a method's fault and means nothing to a user.
     places = [str(part) for part in fault["loc"]]

@@ -16,7 +16,7 @@ from typing import Any
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 from quantline.pipeline.compose import read_params
-from quantline.pipeline.config import Config, parse
+from quantline.pipeline.config import Config, parse, with_current_names
 from quantline.pipeline.git import commit_of, patch_of
 from quantline.pipeline.identity import options_fingerprint, stage_fingerprint
 from quantline.pipeline.paths import read_result, stage_paths
@@ -65,6 +65,7 @@ def manual_record(root: Path, name: str) -> VariantRecord:
 
 
 def _record(root: Path, home: Path, name: str, values: dict[str, Any], overrides: str) -> VariantRecord:
+    values = with_current_names(values)  # those of a variant that was frozen by an older version
     config = parse(values)
     results = list(_results(root, home, name, config))
     commit, dirty = commit_of(root)
