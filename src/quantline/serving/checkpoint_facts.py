@@ -68,7 +68,7 @@ def fused_apart(linears: Mapping[str, LayerSettings], shapes: Shapes) -> list[li
 
 
 def _computed(linears: Mapping[str, LayerSettings], shapes: Shapes, ranks: int) -> Iterator[tuple[list[str], int, int]]:
-    """Every linear as vLLM fuses it: its parts' names, and in and out on each rank; -1 where a width cannot be split."""
+    """Each quantized linear as vLLM fuses it: names of its parts, in and out on each rank; -1 if a width cannot be split."""
     done: set[str] = set()
     for name in shapes:
         if name in done:
