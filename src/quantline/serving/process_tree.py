@@ -3,8 +3,8 @@
 A script for the core's own interpreter, started as `python process_tree.py GRACE_SECONDS COMMAND ...`; standard library
 only. Its standard input is a pipe from the parent. When the parent closes the pipe or is killed, the supervisor ends the
 command's whole process tree. A byte in the pipe means that the command is ready: from then on it gets GRACE_SECONDS to shut
-down. While vLLM loads, it ignores SIGTERM and has nothing to clean up, so it gets less. PR_SET_PDEATHSIG would not do in
-place of the pipe: that signal comes when the *thread* that started the process ends.
+down. While vLLM loads, it ignores SIGTERM and has nothing to clean up, so it gets less. A pipe is used
+because the signal of PR_SET_PDEATHSIG already comes when the *thread* that started the process ends.
 
 The supervisor is a child subreaper: it still finds a descendant whose own parent died or which started its own session.
 The command gets its own temporary folder, where vLLM leaves its sockets; the folder is removed at the end.

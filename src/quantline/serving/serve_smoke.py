@@ -29,7 +29,7 @@ from quantline.serving.smoke import Answer, run_smoke
 
 @dataclass(frozen=True)
 class Served:
-    """Metrics and warnings. `reason` says why the target does not serve the checkpoint; it is empty where it does."""
+    """Metrics and warnings. `reason` says why the target does not serve the checkpoint; empty if it does."""
 
     reason: str
     metrics: dict[str, float]

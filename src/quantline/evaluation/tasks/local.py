@@ -35,7 +35,7 @@ _ROOM = 24
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of a document: its words as (begin, end) in the text, in characters, and where an answer may begin."""
+    """A piece of a document: its words as (begin, end) in characters of the text, and where an answer may begin."""
 
     text: str
     words: tuple[tuple[int, int], ...]
