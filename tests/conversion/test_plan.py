@@ -240,7 +240,7 @@ def test_zero_points_that_the_config_promises_and_no_file_holds_are_refused(tmp_
         assert "for 2 reasons" in message
         for name in (NAME.format(0), NAME.format(2)):
             assert (
-                f"{name}: lacks {name}.weight_zero_point, and config.json says symmetric: false; fetch all" in message
+                f"{name}: lacks {name}.weight_zero_point, but config.json says symmetric: false; fetch all" in message
             )
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True

@@ -152,7 +152,7 @@ def test_a_port_that_is_taken_is_refused_by_number(pipeline, untouched):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = pipeline.stage("serve_smoke", "method=float", f"serve.process.port={port}")
-    assert_refused(done, f"port {port} of 127.0.0.1 is taken", "leave port null")
+    assert_refused(done, f"port {port} of 127.0.0.1 is taken", "set serve.process.port=null")
 
 
 def test_a_server_that_dies_while_it_loads_says_why(pipeline, untouched):

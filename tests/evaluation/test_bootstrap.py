@@ -78,7 +78,7 @@ def test_drawing_in_blocks_gives_what_drawing_at_once_gives(monkeypatch: pytest.
     [
         ([1.0], [1.0], "1 document has no spread"),
         ([1.0, 2.0], [1.0], "cannot be paired"),
-        ([1.0, 2.0], [1.0, 0.0], "without weight"),
+        ([1.0, 2.0], [1.0, 0.0], "is not positive"),
     ],
 )
 def test_what_has_no_interval_is_refused(values: list[float], weights: list[float], fact: str) -> None:

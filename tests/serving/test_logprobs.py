@@ -28,7 +28,7 @@ def test_arrays_of_token_ids_are_windows_too(start):
 def test_a_window_that_cannot_be_scored_is_refused_before_any_request(start):
     with start() as server:
         for length in (0, 1, 16):
-            with pytest.raises(UserError, match=f"window 1 has {length} tokens: 2 to 15 can be scored"):
+            with pytest.raises(UserError, match=f"window 1 has {length} tokens; allowed are 2 to 15"):
                 score(server, [[1, 2], [3] * length])
 
 
@@ -63,7 +63,7 @@ def choice(values, ids=(1, 2, 3)):
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), -9999.0, 0.5])
 def test_a_value_that_is_no_log_probability_is_refused(value):
-    with pytest.raises(ServerError, match="as log-probability of token 3 at place 2"):
+    with pytest.raises(ServerError, match="as log-probability of token 3 at position 2"):
         read_choice(choice([-1.0, value]), [1, 2, 3])
 
 

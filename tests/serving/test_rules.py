@@ -103,7 +103,7 @@ def test_everything_that_is_known_against_it_is_said():
 
 
 def test_a_version_that_is_none_is_a_user_error():
-    with pytest.raises(UserError, match="give one like"):
+    with pytest.raises(UserError, match="give one such as"):
         verdict(Target("vllm", "newest", "cpu"), CheckpointFacts("float"))
 
 

@@ -106,14 +106,14 @@ def test_an_exception_inside_the_block_ends_the_server(tmp_path, model):
 def test_a_busy_port_is_refused_before_anything_starts(tmp_path, model):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken; end what listens there"):
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken; stop the process that listens on it"):
             start(tmp_path, model, port=port).__enter__()
     assert not (tmp_path / "logs").exists()
     require_free("127.0.0.1", port)
 
 
 def test_a_folder_without_config_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match=r"no config\.json there"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         start(tmp_path, tmp_path).__enter__()
 
 
@@ -131,14 +131,14 @@ def test_an_interpreter_that_does_not_exist_is_a_server_error_with_its_log(tmp_p
 
 def test_a_server_that_is_never_ready_is_ended_at_the_timeout(tmp_path, model, capfd):
     before = set(psutil.Process().children(recursive=True))
-    with pytest.raises(ServerError, match=r"not ready after 1 s; allow it more time \(startup_timeout_seconds\)"):
+    with pytest.raises(ServerError, match=r"not ready after 1 s; raise serve.process.startup_timeout_seconds"):
         start(tmp_path, model, "never_ready", startup_timeout_seconds=1.0).__enter__()
     assert set(psutil.Process().children(recursive=True)) <= before
     assert "serving model on 127.0.0.1" in capfd.readouterr().err
 
 
 def test_another_server_on_our_port_is_not_taken_for_ours(tmp_path, model):
-    with pytest.raises(ServerError, match="answered by another server, of /somewhere/else"):
+    with pytest.raises(ServerError, match="belongs to another server, of /somewhere/else"):
         start(tmp_path, model, "other_root").__enter__()
 
 

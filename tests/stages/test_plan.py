@@ -63,7 +63,7 @@ def test_memory_and_criticality_give_a_recommendation_for_a_gpu(root, model):
     arguments = ["model=custom", f"model.path={model}", "gpu_memory_gb=24", "critical=true"]
     done = plan(root, *arguments)
     assert done.returncode == 0
-    assert "recommended, what loses least: method=gptq bits=8 group_size=128" in done.stdout
+    assert "recommended, least loss: method=gptq bits=8 group_size=128" in done.stdout
     assert "fits in 24 GiB" in done.stdout
     found = json.loads(plan(root, *arguments, "json=true").stdout)
     assert found["target"]["device"] == "cuda"

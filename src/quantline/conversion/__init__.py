@@ -1,1 +1,1 @@
-"""Conversion between weight layouts: `source` recognises, `plan` decides and refuses, `engine` writes, `proof` shows."""
+"""Conversion between weight layouts: `source` recognises, `plan` decides and refuses, `write` writes, `proof` proves."""

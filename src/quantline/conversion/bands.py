@@ -1,7 +1,7 @@
-"""Large linears of one code a byte, converted band by band: packed, written, read back and compared while in the cache.
+"""Convert large linears of one code per byte band by band: pack, write, read back and compare while in the cache.
 
-A band is what lies in one piece in the output: input columns for the layouts that store them first, output channels for
-compressed-tensors. The source is mapped for as long as a linear takes; memory of our own are two bands of words.
+A band is contiguous in the output: input columns for the layouts that store them first, output channels for
+compressed-tensors. The source stays mapped while its linear is converted; beyond that, two bands of words are in memory.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from quantline.conversion.plan import ConversionPlan
 from quantline.conversion.proof import same_grid
 from quantline.conversion.source import SourceLayer
 
-# Codes of a band, so that it stays in the processor's last cache beside those of other threads, and rows of it are long:
-# each begins on another page, and to find a page costs as much as to pack some hundred codes.
+# Codes of a band. It fits into the processor's last-level cache beside those of other threads, and its rows are long:
+# each starts on another page, and a page lookup costs as much as packing some hundred codes.
 BAND = 1 << 23
-# Words of the least memory that the system backs by large pages.
+# The smallest buffer, in words, that the system backs by large pages.
 _LARGE = 1 << 20
-# Codes of a checkpoint from which on the kernels are worth being loaded and, once a machine, compiled.
+# The smallest checkpoint, in codes, for which loading the kernels pays, and compiling them once per machine.
 LEAST_CODES = 1 << 28
-# Columns of a band at least, so that a row of it is a line of the cache; a multiple of the codes of a word.
+# The fewest columns of a band: a row is then a cache line. A multiple of the codes of a word.
 _LEAST_COLUMNS = 64
-# Rows of words that a kernel takes at a time, in codes of the side that it packs along.
+# The fewest output channels that a kernel can take.
 _LEAST_ROWS = {"across": 8 * kernels.ROWS, "along": kernels.ROWS, "flat": 1}
 
 
 def worth_it(plan: ConversionPlan) -> bool:
-    """Whether the linears that the kernels can convert have `LEAST_CODES` codes or more, and the kernels are usable."""
+    """Whether the kernels are usable and the linears that they can convert have at least `LEAST_CODES` codes."""
     from quantline.conversion.kernels_jit import usable
 
     layers = [layer for layer in plan.source.layers.values() if fits(plan, layer)]
@@ -44,14 +44,14 @@ def worth_it(plan: ConversionPlan) -> bool:
 
 
 def fits(plan: ConversionPlan, layer: SourceLayer) -> bool:
-    """Whether the kernels can do it: one code a byte, whole words, and no fewer rows of words than they take at a time."""
-    written = _bands(plan.layout)
-    if not _lies_by_bytes(layer) or plan.requantize or written is None:
+    """Whether the kernels can convert it: one code per byte, whole words, and at least as many rows as a kernel takes."""
+    target = _bands(plan.layout)
+    if not _one_code_per_byte(layer) or plan.requantize or target is None:
         return False
-    return layer.in_features % 8 == 0 and layer.out_features >= _LEAST_ROWS[written.kernel]
+    return layer.in_features % 8 == 0 and layer.out_features >= _LEAST_ROWS[target.kernel]
 
 
-def _lies_by_bytes(layer: SourceLayer) -> bool:
+def _one_code_per_byte(layer: SourceLayer) -> bool:
     return layer.layout.affine is not None and layer.layout.affine.check_bytes is not None
 
 
@@ -60,14 +60,14 @@ def _bands(layout: Layout) -> Bands | None:
 
 
 def convert(plan: ConversionPlan, layer: SourceLayer, file: StreamedFile) -> tuple[Grid, Grid]:
-    """Write a linear and compare it, all of it, with what the file gives back.
+    """Write a linear, read all of it back and compare.
 
     Returns:
-        what its codes stand for, in the source and as written: the scales may differ by their cast.
+        the grid of its codes in the source and as written; their scales may differ by the cast.
 
     Raises:
-        ProofError: something reads back as something else.
-        FormatError: the linear's tensors are not what the layout says.
+        ProofError: the file's content differs from what was written.
+        FormatError: the linear's tensors do not have the layout's form.
     """
     outline = plan.source.outline(layer, False)[0]
     groups = sequential_groups(layer.in_features, layer.group_size)
@@ -76,14 +76,14 @@ def convert(plan: ConversionPlan, layer: SourceLayer, file: StreamedFile) -> tup
     affine, written = plan.layout.affine, _bands(plan.layout)
     assert affine is not None
     assert written is not None
-    partners = written.write_grid(after, **({"zero_points": plan.zero_points} if affine.optional_zeros else {}))
-    for suffix, array in partners.items():
+    grid_tensors = written.write_grid(after, **({"zero_points": plan.zero_points} if affine.optional_zeros else {}))
+    for suffix, array in grid_tensors.items():
         file.put(f"{layer.name}.{suffix}", array)
     name = f"{layer.name}.{plan.layout.codes}"
     info = file.infos[name]
     codes = plan.source.tensors.view(layer.tensors[layer.layout.codes])
     file.put_chunks(name, info.dtype, info.shape, _words(written.kernel, layer, codes, file, name))
-    stored = {suffix: file.get(f"{layer.name}.{suffix}") for suffix in partners}
+    stored = {suffix: file.get(f"{layer.name}.{suffix}") for suffix in grid_tensors}
     shape = (layer.in_features, layer.out_features)
     try:
         again = written.read_grid(stored, shape, bits=layer.bits, group_size=layer.group_size)
@@ -97,7 +97,7 @@ def convert(plan: ConversionPlan, layer: SourceLayer, file: StreamedFile) -> tup
 def _words(
     kind: str, layer: SourceLayer, codes: NDArray[np.int8], file: StreamedFile, name: str
 ) -> Iterator[memoryview]:
-    """The words, a band at a time; what was made of a band is compared with the file when the next is asked for."""
+    """The words, one band at a time. When the next band is requested, the last one is compared with the file."""
     words = np.empty(0, dtype=np.uint32)
     position = 0
     for size, pack, differ in bands(kind, layer, codes):
@@ -114,9 +114,9 @@ def _words(
 def bands(
     kind: str, layer: SourceLayer, codes: NDArray[np.int8]
 ) -> Iterator[tuple[int, Callable[[int], int], Callable[[int], int]]]:
-    """Of every band the number of its words, and how to pack it to an address and to compare what lies at one.
+    """For every band: its number of words, a function that packs it to an address, and one that compares it with an address.
 
-    kind: the way that codes are packed: along, across or flat.
+    kind: how codes are packed: along, across or flat.
     """
     from quantline.conversion.kernels_jit import kernel
 

@@ -1,4 +1,4 @@
-"""What lies beside the weights: config, quantization config or description, and the source's other files."""
+"""The files beside the weights: config, quantization config or description, and the source's other files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from quantline.conversion.plan import ConversionPlan
 from quantline.conversion.source import PICKLES
 from quantline.core.files import write_json
 
-# What describes the old weights, or what this project writes anew.
+# Files that describe the old weights, or that this project writes itself.
 _REPLACED = ("config.json", "quantize_config.json", "quant_config.json", "conversion_proof.json")
 
 
 def write_description(plan: ConversionPlan, out: Path) -> dict[str, str]:
-    """config.json, what describes the quantization, and every other file of the source but its weights.
+    """Write config.json, the quantization's description, and every other file of the source except its weights.
 
-    What describes the quantization is a section of config.json, in some layouts a file of its own too or instead.
+    The description is a section of config.json; some layouts also have a separate file, or only that.
 
     Returns:
         file of the source -> why it was left out.
@@ -56,7 +56,7 @@ def _reason(path: Path) -> str | None:
 
 
 def carry_file(source: Path, target: Path) -> None:
-    """A second name for the same bytes, or a copy where that cannot be; no finished file is written in place."""
+    """Hard-link a file, or copy it if that fails. Linking is safe because no finished file is written in place."""
     try:
         os.link(source.resolve(), target)
     except OSError:

@@ -1,8 +1,8 @@
-"""Bring a quantized checkpoint into the layout that its serving target reads, and prove that nothing changed.
+"""Convert a quantized checkpoint to the layout that its serving target reads, and prove that nothing changed.
 
-Where the layout serves as it is, the files are carried over. Otherwise each quantized linear is read into the middle form,
-written in the target's layout, and read back from the disk: codes and zero points must be equal, scales equal up to the
-cast that the proof names. What a target cannot hold is refused before anything is written, all of it at once.
+If the target reads the source's layout, the files are carried over. Otherwise each quantized linear is read into the
+intermediate form, written in the target's layout, and read back from the disk: codes and zero points must be equal, scales
+equal up to the cast that the proof names. Everything that a target cannot hold is reported together, before any writing.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ __all__ = ["choose_layout", "convert"]
 
 
 def choose_layout(target: str, source: Source, symmetric: bool) -> Layout:
-    """The layout to write. `auto` keeps what vLLM reads and brings the rest to its nearest kin that vLLM does read.
+    """The layout to write. `auto` keeps a layout that vLLM reads; others become the closest layout that it reads.
 
     Raises:
-        UserError: `keep` of what no server reads, or another layout than its own for one that is read as weights.
+        UserError: `keep` for a layout that no server reads, or any other target for a layout without codes on a grid.
     """
     layout = source.layout
     if layout.affine is None and target not in ("auto", "keep"):
         raise UserError(
-            f"convert.target={target}: {layout.name}'s weights have no codes on a grid, which other layouts hold; give "
+            f"convert.target={target}: {layout.name}'s weights have no codes on a grid to convert; set "
             "convert.target=keep, or quantize the float model with method=rtn, gptq or awq"
         )
     if target == "keep" and not layout.servable:
-        raise UserError(f"convert.target=keep: a {source.kind} checkpoint serves nowhere as it is; name a target")
+        raise UserError(f"convert.target=keep: no server reads a {source.kind} checkpoint as it is; set another target")
     return converted(layout, target, {layer.bits for layer in source.layers.values()}, symmetric=symmetric)
 
 
@@ -62,18 +62,18 @@ def convert(
         out: an empty folder.
         options: the section `convert` of the configuration.
         kind: auto, or the method of layouts that folders are recognised by.
-        serving: the target that the result should load on, with its device; what is known against it joins the proof's
-            warnings, or is refused where `options.must_serve` says so.
-        threads: how many work at once.
+        serving: the target that should load the result, with its device. Rules against it become warnings of the proof;
+            if `options.must_serve` is set, they raise.
+        threads: number of worker threads.
 
     Raises:
-        ConversionError: everything that speaks against it, before anything is written.
-        ProofError: what was written does not read back.
-        FormatError: codes that are not what the checkpoint says, seen while it was written.
+        ConversionError: all reasons against the conversion, before anything is written.
+        ProofError: the output does not read back as it was written.
+        FormatError: codes that contradict the checkpoint's description, found while writing.
     """
     opened = open_source(source, kind)
-    promised = opened.info is not None and opened.info.symmetric
-    layout = choose_layout(options.target, opened, promised)
+    symmetric = opened.info is not None and opened.info.symmetric
+    layout = choose_layout(options.target, opened, symmetric)
 
     def notes(settings: Mapping[str, Any], facts: Mapping[str, LayerFacts]) -> list[str]:
         if serving is None:

@@ -1,4 +1,4 @@
-"""The one error of a conversion."""
+"""Errors of a conversion."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from quantline.core.errors import QuantlineError, UserError
 
 
 class ConversionError(UserError):
-    """Everything that speaks against a conversion, at once; nothing was written."""
+    """All reasons against a conversion together; nothing was written."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(dict.fromkeys(faults))
@@ -18,4 +18,4 @@ class ConversionError(UserError):
 
 
 class ProofError(QuantlineError):
-    """What was written does not read back as what was read; the output is removed."""
+    """The output does not read back as the source; it is removed."""

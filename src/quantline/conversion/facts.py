@@ -1,4 +1,4 @@
-"""What a linear's scales and zero points say, before anything is written."""
+"""Facts about a linear's scales and zero points, known before anything is written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from quantline.checkpoints.layouts.half import widened
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a linear's scales and zero points say.
+    """Facts about a linear's scales and zero points.
 
-    symmetric: every zero point is the middle one. sequential: groups are consecutive columns. least_zero: its smallest
-    zero point. scale_loss: the largest relative change of a scale by the cast to float16. outliers: groups that have to
-    be quantized again.
+    symmetric: every zero point is the middle one. sequential: groups are consecutive columns. least_zero: the smallest
+    zero point. scale_loss: the largest relative change of a scale by the cast to float16. outliers: number of groups that
+    must be quantized again.
     """
 
     symmetric: bool
@@ -30,8 +30,8 @@ class LayerFacts:
 def scale_loss(before: Gridded, after: Gridded) -> float:
     """The largest relative change of a scale, and so of any weight, since ``w = (u - z) * s``."""
     old, new = widened(before.scales), widened(after.scales)
-    # A float16 neighbour is within a factor of two, so the difference is exact in float32. Only where the quotient may be
-    # the largest is it taken in float64.
+    # A float16 neighbour is within a factor of two, so the difference is exact in float32. Only quotients that may be the
+    # largest are computed in float64.
     change, size = np.abs(new - old), np.abs(old)
     rough = np.divide(change, size, out=np.zeros_like(size), where=size != 0)
     if not rough.any():

@@ -1,18 +1,19 @@
-"""The inner loops of a conversion from one code a byte to words, and of the proof that reads the words back.
+"""The inner loops of a conversion from one code per byte to words, and of the proof that reads the words back.
 
-Plain Python over pointers, which `compiled` makes machine code of; nothing here is called as it stands. Codes are signed
-bytes, an output channel a row, as msModelSlim stores them.
+Plain Python over pointers, which `kernels_jit` compiles; nothing here is called directly. Codes are signed bytes, one
+output channel per row, as msModelSlim stores them.
 
-flat: the codes of a word lie side by side, and words as their codes do (compressed-tensors); 4 or 8 bits, low bits first.
-along: the same words, the matrix of them transposed (GPTQ).
-across: a word holds eight rows' codes of one column, in AWQ's order, and the matrix of words is transposed; 4 bits.
+flat: the codes of a word are adjacent, and words are in the order of their codes (compressed-tensors); 4 or 8 bits, low
+bits first.
+along: the same words, with the matrix of words transposed (GPTQ).
+across: a word holds one column's codes of eight rows, in AWQ's order, and the matrix of words is transposed; 4 bits.
 
-Where words are transposed, a kernel works on 16 rows of words and 256 words at a time in a scratch that stays in the first
-cache: there, codes become words, or are compared with them, in an order that the processor's vectors like, and words come
-from and go to their places in lines of 64 bytes. The last 16 rows may overlap those before them, so 16 are the least.
+When words are transposed, a kernel works on tiles of 16 rows by 256 words in a scratch buffer that stays in the first-level
+cache. In the tile, codes become words, or are compared with them, in an order that suits vector instructions; words are
+loaded and stored in lines of 64 bytes. The last 16 rows may overlap those before them, so at least 16 are needed.
 
-`pack_...` cannot fail: it takes the low bits. `differ_...` decodes the words by itself and compares whole bytes, so that it
-also tells codes that have more than their bits; it gives 0 where all are equal.
+`pack_...` cannot fail: it takes the low bits. `differ_...` decodes the words independently and compares whole bytes, so it
+also detects codes that have more bits than allowed; it returns 0 if all are equal.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import numpy as np
 
 from quantline.checkpoints.layouts.awq_gemm import ORDER
 
-# Rows of words, and words of a row, that the scratch holds.
+# Rows of words, and words per row, in the scratch buffer.
 ROWS, COLUMNS = 16, 256
-# What each takes: b a pointer to bytes, w one to words, n a whole number. The scratch comes as both kinds of pointer.
+# Argument types: b a pointer to bytes, w a pointer to words, n an integer. The scratch buffer is passed as both pointers.
 SIGNATURES = {
     "pack_flat": "bnnb", "differ_flat": "bnnb", "pack_along": "bnnnnwbw", "differ_along": "bnnnnwbw",
     "pack_across": "bnnnwbw", "differ_across": "bnnnwbw",
@@ -34,7 +35,7 @@ _A, _B, _C, _D, _E, _F, _G, _H = ORDER
 
 
 def pack_flat(codes: Any, size: Any, bits: Any, words: Any) -> Any:
-    """So many codes to the bytes of their words."""
+    """Pack `size` codes to the bytes of their words."""
     if bits == 4:
         for octet in range(size // 2):
             words[octet] = np.uint8(((codes[2 * octet] & 15) | (codes[2 * octet + 1] << 4)) ^ 0x88)
@@ -59,7 +60,7 @@ def differ_flat(codes: Any, size: Any, bits: Any, words: Any) -> Any:
 
 
 def pack_along(codes: Any, stride: Any, rows: Any, width: Any, bits: Any, words: Any, octets: Any, tile: Any) -> Any:
-    """Codes at `row * stride + column` to words at `word * rows + row`; `width` codes a row, which fill whole words."""
+    """Pack codes at `row * stride + column` to words at `word * rows + row`; the `width` codes of a row fill whole words."""
     per_word, lines = 32 // bits, ROWS if rows > ROWS else rows  # the compiler would unroll a constant number of them
     for start in range(0, rows, ROWS):
         row = start if start + ROWS <= rows else rows - ROWS
@@ -107,7 +108,7 @@ def differ_along(codes: Any, stride: Any, rows: Any, width: Any, bits: Any, word
 
 
 def pack_across(codes: Any, stride: Any, rows: Any, width: Any, words: Any, octets: Any, tile: Any) -> Any:
-    """Codes at `row * stride + column` to words at `column * rows / 8 + row / 8`; `rows` is a multiple of 8."""
+    """Pack codes at `row * stride + column` to words at `column * rows / 8 + row / 8`; `rows` is a multiple of 8."""
     for start in range(0, rows // 8, ROWS):
         row = start if start + ROWS <= rows // 8 else rows // 8 - ROWS
         for first in range(0, width, COLUMNS):

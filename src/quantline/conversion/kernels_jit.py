@@ -1,4 +1,4 @@
-"""Machine code of `kernels`, made once by numba and kept; later runs load it without importing numba.
+"""Compile `kernels` with numba once and cache the machine code; later runs load it without importing numba.
 
 Importing numba and loading its own cache takes as long as converting a gigabyte. The kernels need nothing of numba's
 runtime, so only their object code is kept. LLVM's loader, which comes with numba, loads it in 0.1 s.
@@ -45,7 +45,7 @@ def _numba_version() -> str | None:
 
 
 def kernel(name: str) -> Callable[..., int]:
-    """A function of `kernels`; takes addresses and whole numbers, and lets other threads run meanwhile."""
+    """A compiled function of `kernels`. It takes addresses and integers, and lets other threads run meanwhile."""
     with _LOCK:
         address = _engine().get_function_address(name)
     arguments = [_TYPES[kind] for kind in kernels.SIGNATURES[name]]
@@ -79,8 +79,8 @@ def _engine() -> Any:
 def _object_code(llvm: Any, machine: Any) -> bytes:
     name = _name(llvm)
     for folder in _folders():
-        kept = folder / name
-        data = kept.read_bytes() if kept.is_file() else b""
+        path = folder / name
+        data = path.read_bytes() if path.is_file() else b""
         code = data[32:]
         if code and hashlib.sha256(code).digest() == data[:32]:
             return code

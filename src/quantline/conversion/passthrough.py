@@ -1,4 +1,4 @@
-"""A checkpoint whose layout already is the wanted one: its files are carried over, and hashed in one reading."""
+"""Carry over the files of a checkpoint that already has the wanted layout, and hash them in one read."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _CHUNK = 1 << 22
 
 
 def facts_of_kept(source: Source, threads: int) -> Mapping[str, LayerFacts]:
-    """What the linears' scales and zero points say.
+    """Facts about the linears' scales and zero points.
 
     Raises:
-        ConversionError: all that is amiss with the checkpoint.
+        ConversionError: all faults of the checkpoint.
     """
     facts, faults = examine(source, source.layout, requantize=False, threads=threads)
     if source.faults or faults or not facts:
@@ -39,7 +39,7 @@ def keep(source: Source, facts: Mapping[str, LayerFacts], out: Path, notes: list
     """Carry every file over.
 
     Raises:
-        UserError: a file changed meanwhile.
+        UserError: a file changed while it was carried over.
     """
     weights = set(source.tensors.files.values())
     files: dict[str, str] = {}
@@ -50,7 +50,7 @@ def keep(source: Source, facts: Mapping[str, LayerFacts], out: Path, notes: list
         infos = read_header(target) if path.name in weights else {}
         files[path.name], own = hashes_of(target, infos)
         tensors.update(own)
-        # A second name for the same file has its bytes.
+        # A hard link has the same bytes.
         if not target.samefile(path) and sha256_of(path) != files[path.name]:
             raise UserError(f"{path.name}: changed while it was carried over; run it again")
     linears = [_kept(source, name, fact, tensors) for name, fact in sorted(facts.items())]
@@ -69,9 +69,9 @@ def _kept(source: Source, name: str, fact: LayerFacts, tensors: Mapping[str, str
 
 
 def hashes_of(path: Path, infos: Mapping[str, TensorInfo]) -> tuple[str, dict[str, str]]:
-    """SHA-256 of a file and of the bytes of each of its tensors, from one reading.
+    """SHA-256 of a file and of the bytes of each of its tensors, from one read.
 
-    The file's own is computed in a second thread.
+    The file's hash is computed in a second thread.
     """
     whole = hashlib.sha256()
     digests: dict[str, Any] = {name: hashlib.sha256() for name in infos}

@@ -1,7 +1,7 @@
-"""What a conversion will write, decided from headers, scales and zero points; and everything that speaks against it.
+"""Plan a conversion from headers, scales and zero points, and collect all reasons against it.
 
-Nothing is written before `make_plan` has returned. Faults are gathered over all linears and tensors and raised as one
-error, since a checkpoint that fails for one reason often fails for several.
+Nothing is written before `make_plan` has returned. Faults of all linears and tensors are raised as one error, since a
+checkpoint that fails for one reason often fails for several.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """A conversion that nothing speaks against; settings: the quantization_config; empty for layouts that have none."""
+    """A conversion without faults. settings: the quantization_config; empty for layouts that have none."""
 
     source: Source
     layout: Layout
@@ -69,7 +69,7 @@ def _examine(source: Source, layer: SourceLayer, half: bool, requantize: bool) -
     except FormatError as error:
         faults.append(f"{layer.name}: {error}")
     try:
-        if layer.layout.affine is None:  # kept as it is, so that it can be read is all there is to know
+        if layer.layout.affine is None:  # kept as it is, so it only has to be readable
             source.check_weights(layer)
             return LayerFacts(True, True, 0, 0.0, "F32")
         linear, outliers = source.outline(layer, requantize)
@@ -88,10 +88,10 @@ def _examine(source: Source, layer: SourceLayer, half: bool, requantize: bool) -
 def make_plan(
     source: Source, layout: Layout, *, requantize: bool = False, shard_bytes: int = 4 * 10**9
 ) -> ConversionPlan:
-    """Everything that will be written.
+    """The plan of everything that will be written.
 
     Raises:
-        ConversionError: all that speaks against it.
+        ConversionError: all reasons against it.
     """
     faults = [*source.faults, *checkpoint_faults(layout, source)]
     facts, unreadable = examine(source, layout, requantize=requantize)
@@ -103,7 +103,7 @@ def make_plan(
         kinds = ", ".join(
             f"{count} of {bits} bits in groups of {size}" for (bits, size), count in sorted(shared.items())
         )
-        faults.append(f"its linears are of several kinds ({kinds}), {layout.name} has one; use compressed_tensors")
+        faults.append(f"its linears are of several kinds ({kinds}), but {layout.name} has one; use compressed_tensors")
     if faults or not facts:
         raise ConversionError(faults or ["it holds no quantized linear; give a quantized checkpoint"])
     symmetric = all(fact.symmetric for fact in facts.values())
@@ -151,7 +151,7 @@ def _warnings(source: Source, layout: Layout, facts: Mapping[str, LayerFacts]) -
 def _shards(
     source: Source, layout: Layout, facts: Mapping[str, LayerFacts], zero_points: bool, limit: int
 ) -> list[Shard]:
-    """Tensors in the order of the source, a new file wherever the next linear or tensor would exceed the limit."""
+    """Tensors in the order of the source; a new file starts when the next linear or tensor would exceed the limit."""
     files: list[tuple[list[str], dict[str, str], dict[str, TensorSpec]]] = []
     filled = 0
     for output, name in source.order():

@@ -1,8 +1,8 @@
-"""What shows that a conversion changed nothing: `conversion_proof.json` beside the weights, which no loader reads.
+"""The proof that a conversion changed nothing: `conversion_proof.json` beside the weights, which no loader reads.
 
-A linear's entry exists only because its codes, zero points and group index, read back from the disk, equal those of the
-source, and its scales equal the source's up to the cast that it names; a carried tensor's, because its bytes on the disk,
-and so their SHA-256, are those of the source. Anything else raises, and there is neither a proof nor an output.
+A linear has an entry only if its codes, zero points and group index, read back from the disk, equal those of the source,
+and its scales equal the source's up to the cast that the entry names. A carried tensor has an entry only if its bytes on
+the disk, and so their SHA-256, equal the source's. Any difference raises, and leaves neither a proof nor an output.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class LinearProof:
-    """One linear. `largest_relative_difference` is over all its weights, the groups quantized again left out.
+    """One linear. `largest_relative_difference` is over all its weights except the groups that were quantized again.
 
-    sha256: of the bytes of its tensors, by suffix, where they are kept as they are.
+    sha256: of the bytes of its tensors, by suffix, if they are kept unchanged.
     """
 
     name: str
@@ -45,7 +45,7 @@ class LinearProof:
     sha256: Mapping[str, str] = field(default_factory=dict)
 
     def entry(self) -> dict[str, Any]:
-        """For the file."""
+        """The linear's entry in the file."""
         entry: dict[str, Any] = {
             "bits": self.bits, "group_size": self.group_size, "in_features": self.in_features,
             "out_features": self.out_features, "symmetric": self.symmetric, "codes": "equal", "zero_points": "equal",
@@ -59,7 +59,7 @@ class LinearProof:
 
 @dataclass(frozen=True)
 class CarriedProof:
-    """One tensor that stays as it is; `source` is its name there."""
+    """One unchanged tensor; `source` is its name in the source."""
 
     name: str
     source: str
@@ -69,7 +69,7 @@ class CarriedProof:
 
 @dataclass(frozen=True)
 class Proof:
-    """The whole account of a conversion."""
+    """The full record of a conversion."""
 
     source: str
     target: str
@@ -88,7 +88,7 @@ class Proof:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many of everything."""
+        """Counts of linears, tensors, files and groups."""
         return {
             "linears": len(self.linears), "carried_tensors": len(self.carried),
             "left_out_tensors": len(self.left_out_tensors), "left_out_files": len(self.left_out_files),
@@ -98,7 +98,7 @@ class Proof:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The same as metrics of a stage."""
+        """The counts and the largest differences, as metrics of the stage."""
         difference = max((linear.largest_relative_difference for linear in self.linears), default=0.0)
         added = max((float(group["max_abs_error"]) for group in self.requantized), default=0.0)
         return {
@@ -140,12 +140,12 @@ class Proof:
 
 
 def same_layer(one: AffineLinear, other: AffineLinear) -> list[str]:
-    """What of two layers differs: codes, zero points, scales, group index."""
+    """The parts in which two layers differ: codes, zero points, scales, group index."""
     return [*([] if _equal(one.codes, other.codes) else ["codes"]), *same_grid(one.grid, other.grid)]
 
 
 def same_grid(one: Grid, other: Grid) -> list[str]:
-    """What of two layers differs beside their codes: zero points, scales, group index."""
+    """The parts besides codes in which two layers differ: zero points, scales, group index."""
     pairs: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
         "zero points": (one.zeros, other.zeros),
         "scales": (one.scales, other.scales),
@@ -155,13 +155,13 @@ def same_grid(one: Grid, other: Grid) -> list[str]:
 
 
 def _equal(left: NDArray[Any], right: NDArray[Any]) -> bool:
-    """The same bits, so that -0 is not 0 either; nothing here is NaN."""
+    """Whether all bits are equal, so -0 differs from 0; nothing here is NaN."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
     if left.flags.f_contiguous and right.flags.f_contiguous:
         left, right = left.T, right.T
     left, right = _words(left), _words(right)
-    # A piece at a time: the result of the comparison stays in the cache, and the first difference ends it.
+    # One piece at a time: the result stays in the cache, and the first difference stops the comparison.
     step = max(1, (1 << 17) // max(1, left[:1].nbytes))
     return all(
         np.array_equal(left[start : start + step], right[start : start + step])
@@ -170,7 +170,7 @@ def _equal(left: NDArray[Any], right: NDArray[Any]) -> bool:
 
 
 def _words(array: NDArray[Any]) -> NDArray[Any]:
-    """The same bytes as integers as wide as its rows allow: eight codes are compared at once."""
+    """The same bytes as the widest integers that the rows allow, so that eight codes are compared at a time."""
     rows = np.ascontiguousarray(array)
     return rows.view(np.uint64 if rows.shape[-1] * rows.itemsize % 8 == 0 else f"u{rows.itemsize}")
 
@@ -186,7 +186,7 @@ def check_output(out: Path, linears: Sequence[LinearProof], carried: Sequence[Ca
         return
     checkpoint, info = Checkpoint.open(out), quantization_of(out)
     if info is None or info.layout != layout.name:
-        raise ProofError(f"{out.name}: config.json does not say {layout.name}")
+        raise ProofError(f"{out.name}: config.json does not name the layout {layout.name}")
     found = quantized_layers(checkpoint, info)
     if set(found) != {linear.name for linear in linears}:
         raise ProofError(f"{out.name}: holds {len(found)} linears, {len(linears)} were written")
@@ -197,7 +197,7 @@ def check_output(out: Path, linears: Sequence[LinearProof], carried: Sequence[Ca
                 f"{linear.name}: config.json gives it {settings.bits} bits in groups of {settings.group_size}"
             )
         if settings.symmetric and not linear.symmetric:
-            raise ProofError(f"{linear.name}: config.json calls it symmetric and its zero points are not")
+            raise ProofError(f"{linear.name}: config.json calls it symmetric, but its zero points are not")
     lost = {tensor.name for tensor in carried} - set(checkpoint.names)
     if lost:
         raise ProofError(f"{out.name}: lacks {sorted(lost)[0]}")
@@ -211,7 +211,7 @@ def _check_folder(form: FolderForm, out: Path, linears: Sequence[LinearProof], c
         raise ProofError(f"{out.name}: holds {len(plan.layers)} linears, {len(linears)} were written")
     for linear in linears:
         found = plan.layers[linear.name]
-        whole = linear.group_size == linear.in_features  # one group, told by its one scale a channel
+        whole = linear.group_size == linear.in_features  # one group: it has one scale per channel
         if (found.bits, found.group_size) != (linear.bits, -1 if whole else linear.group_size):
             raise ProofError(f"{linear.name}: reads as {found.bits} bits in groups of {found.group_size}")
         if (found.out_features, found.in_features) != (linear.out_features, linear.in_features):

@@ -1,4 +1,4 @@
-"""What is known against serving a converted checkpoint, told before anything is written."""
+"""Known reasons against serving a converted checkpoint, reported before anything is written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quantline.conversion.source import Source
 from quantline.serving.checkpoint_facts import facts_of_layers, fused_apart
 from quantline.serving.rules import CheckpointFacts, Ruling, Target, verdicts
 
-# Linears named in a note; a model has hundreds.
+# The most linears that a note names; a model has hundreds.
 _NAMED = 8
 
 
@@ -26,18 +26,18 @@ def serving_notes(
     *,
     must_serve: bool,
 ) -> list[str]:
-    """What the target will not load of the result, and what it makes of it otherwise than stored.
+    """Reasons why the target will not load the result, and changes that the target makes to it while loading.
 
     Args:
-        target: what is to serve it.
+        target: the target that should serve it.
         source: the checkpoint.
-        layout: of the result.
-        settings: its quantization_config.
-        facts: of its linears.
-        must_serve: raise the former.
+        layout: the layout of the result.
+        settings: the quantization_config of the result.
+        facts: the facts about its linears.
+        must_serve: raise the reasons instead of returning them.
 
     Raises:
-        ConversionError: something is known against it, and it must serve.
+        ConversionError: there are reasons, and `must_serve` is set.
     """
     linears = _settings_of(source, layout, facts)
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in source.layers.items()}

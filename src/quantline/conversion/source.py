@@ -1,7 +1,7 @@
-"""A quantized checkpoint of any known tool as one thing: its linears, what is carried over, and how to read a linear.
+"""A quantized checkpoint of any known tool: its linears, the tensors that are carried over, and how to read a linear.
 
-Folders that a description of their own describes are recognised by it, the others by config.json. Linears of a layout that
-is read as weights, such as bitsandbytes, are listed and can be kept, not converted.
+A folder with its own description file is recognised by that file, any other by config.json. Linears of a layout that is
+read as weights, such as bitsandbytes, are listed and can be kept, but not converted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FLOATS = ("F16", "BF16", "F32")
 
 @dataclass(frozen=True)
 class SourceLayer:
-    """A quantized linear: its layout, settings, widths, and suffix -> tensor name; the bias is a tensor carried over."""
+    """A quantized linear: its layout, settings, widths, and suffix -> tensor name. Its bias is carried over."""
 
     name: str
     layout: Layout
@@ -56,17 +56,17 @@ class Source:
     """An opened checkpoint.
 
     Attributes:
-        folder: where it is.
-        layout: of the checkpoint as a whole; linears have their own.
-        kind: what to call it.
-        tensors: how to get at them.
+        folder: the checkpoint's folder.
+        layout: of the checkpoint as a whole; each linear has its own.
+        kind: the name for messages.
+        tensors: reads the tensors.
         layers: name -> quantized linear.
-        carried: output name -> source name of what stays as it is.
-        left_out: source tensor -> why it is neither.
+        carried: output name -> source name of each unchanged tensor.
+        left_out: source tensor -> why it is in neither of these.
         float_linears: modules with a float weight matrix.
         config: content of config.json without its quantization_config.
-        info: what the config says of the quantization; None where a description of its own does.
-        faults, warnings: what speaks against it, and what a user should know.
+        info: the quantization as config.json describes it; None if a separate file does.
+        faults, warnings: reasons against a conversion, and notes for the user.
     """
 
     folder: Path
@@ -88,10 +88,10 @@ class Source:
         return self.layout.scales[0]
 
     def read(self, layer: SourceLayer, requantize: bool) -> tuple[AffineLinear, Any | None]:
-        """A linear without its bias, and a report of the groups that were quantized again where that is allowed.
+        """A linear without its bias, and a report of the groups that were quantized again, if that is allowed.
 
         Raises:
-            FormatError: its tensors are not what the layout says.
+            FormatError: its tensors do not have the layout's form.
         """
         affine, stored = layer.layout.affine, self._stored(layer)
         if requantize and affine is not None and affine.mend is not None:
@@ -99,18 +99,17 @@ class Source:
         return layer.layout.read(stored, bits=layer.bits, group_size=layer.group_size), None
 
     def check_weights(self, layer: SourceLayer) -> None:
-        """Dequantize a linear, to know that it can be read: for layouts that have nothing else to be checked.
+        """Check that a linear can be dequantized, for layouts that have nothing else to check.
 
         Raises:
-            FormatError: its tensors are not what the layout says.
+            FormatError: its tensors do not have the layout's form.
         """
         layer.layout.dequantize(self._stored(layer), bits=layer.bits, group_size=layer.group_size)
 
     def check_codes(self, layer: SourceLayer) -> None:
-        """Read the codes once where their bytes could hold more than their bits: 4-bit linears of one code a byte.
+        """Check that no code has too many bits, in linears whose bytes could hold more: 4 bits with one code per byte.
 
-        It takes a tenth of a second of a processor for a gigabyte, and finds codes that are not what the description says
-        before anything is written.
+        This reads the codes once, before anything is written, and takes 0.1 s of CPU time per gigabyte.
 
         Raises:
             FormatError: they are wider than described.
@@ -120,7 +119,7 @@ class Source:
             check(*self.tensors.extremes(layer.tensors[layer.layout.codes]), layer.bits)
 
     def outline(self, layer: SourceLayer, requantize: bool) -> tuple[AffineLinear, int]:
-        """Scales and zero points of a linear, as a linear of fewer columns where that is cheaper; and its outliers.
+        """A linear for its scales and zero points, with fewer columns if that is cheaper; and the number of its outliers.
 
         Raises:
             FormatError: as `read`.
@@ -128,15 +127,15 @@ class Source:
         affine = layer.layout.affine
         if affine is None or affine.outline is None:
             return self.read(layer, requantize)[0], 0
-        partners = self._stored(layer, without=layer.layout.codes)
-        linear, report = affine.outline(partners, out_features=layer.out_features, spec=layer.spec, mend=requantize)
+        stored = self._stored(layer, without=layer.layout.codes)
+        linear, report = affine.outline(stored, out_features=layer.out_features, spec=layer.spec, mend=requantize)
         return linear, len(report) if report is not None else 0
 
     def _stored(self, layer: SourceLayer, without: str | None = None) -> dict[str, NDArray[Any]]:
         return {suffix: plain(self.tensors.read(name)) for suffix, name in layer.tensors.items() if suffix != without}
 
     def order(self) -> list[tuple[str, str | None]]:
-        """Output linears (name, None) and carried tensors (name, source name), as they lie in the source's files."""
+        """Output linears (name, None) and carried tensors (name, source name), in the order of the source's files."""
 
         def place(name: str) -> tuple[str, int]:
             return self.tensors.files[name], self.tensors.infos[name].offset
@@ -152,10 +151,10 @@ def open_source(folder: Path, kind: str = "auto") -> Source:
     """Recognise and open a checkpoint; `kind` is auto, or the method of layouts that folders are recognised by.
 
     Raises:
-        ConversionError: it is no quantized checkpoint that is known, or its files cannot be read.
+        ConversionError: it is not a known quantized checkpoint, or its files cannot be read.
     """
     if not folder.is_dir():
-        raise ConversionError([f"{folder}: is not a folder; check source.path"])
+        raise ConversionError([f"{folder}: is not a folder; correct source.path"])
     config, faults = _config(folder)
     try:
         layout = folder_layout(folder, kind)
@@ -176,7 +175,7 @@ def _config(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _own_form(folder: Path, layout: Layout, config: dict[str, Any], faults: list[str]) -> Source:
-    """A folder that a description of its own describes."""
+    """Open a folder that has its own description file."""
     assert layout.folder is not None
     found = layout.folder.contents(folder)
     layers = {
@@ -218,7 +217,7 @@ def _described(folder: Path, config: dict[str, Any], faults: list[str]) -> Sourc
 def _layers(
     checkpoint: Checkpoint, info: QuantizationInfo, faults: list[str]
 ) -> tuple[dict[str, SourceLayer], set[str]]:
-    """The quantized linears, and the tensors that are theirs; what is amiss joins the faults."""
+    """The quantized linears and the names of their tensors; faults are added to `faults`."""
     layout = LAYOUTS[info.layout]
     layers: dict[str, SourceLayer] = {}
     taken: set[str] = set()
@@ -245,12 +244,12 @@ def _fault(layer: str, layout: Layout, found: Found, settings: LayerSettings) ->
         missing = ", ".join(f"{layer}.{suffix}" for suffix in found.missing)
         return f"lacks {missing}; fetch or write the checkpoint again"
     if found.also_float:
-        return "is there packed and as float weight; remove one of them"
+        return "has both a packed and a float weight; remove one of them"
     absent = [suffix for suffix in layout.zeros if suffix not in found.tensors]
     if absent and not settings.symmetric:
         return (
-            f"lacks {layer}.{absent[0]}, and config.json says symmetric: false; fetch all tensors, or correct the config "
-            "where every zero point is the middle one"
+            f"lacks {layer}.{absent[0]}, but config.json says symmetric: false; fetch all tensors, or correct the config "
+            "if every zero point is the middle one"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""What a target's layout holds of a source, and how its files are called."""
+"""What a target's layout can hold of a source, and the names of its files."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from quantline.conversion.source import Source, SourceLayer
 
 
 def casts_scales(source: Source, layout: Layout) -> bool:
-    """Whether scales become float16: where the layout's readers want that and the source is not already theirs."""
+    """Whether scales become float16: the layout's readers need that, and the source is not of the same method."""
     return layout.affine is not None and layout.affine.half_scales and source.layout.method != layout.method
 
 
 def weights_stem(layout: Layout, source: Source) -> str:
-    """The name of the weights, without what shards and indexes add to it."""
+    """The file name of the weights, without the suffixes of shards and index."""
     return "model" if layout.folder is None else layout.folder.stem(layer.bits for layer in source.layers.values())
 
 
 def checkpoint_faults(layout: Layout, source: Source) -> list[str]:
-    """What a layout cannot hold of the tensors outside the linears."""
+    """Tensors outside the linears that a layout cannot hold."""
     if layout.folder is None:
         return []
     return layout.folder.carried_faults({name: source.tensors.infos[old].shape for name, old in source.carried.items()})
 
 
 def target_faults(layout: Layout, layer: SourceLayer, facts: LayerFacts | None) -> list[str]:
-    """What a layout cannot hold of one linear."""
+    """Reasons why a layout cannot hold a linear."""
     storage = Storage(sequential=facts is None or facts.sequential)
     return [str(fault) for fault in layout.faults(layer.shape, layer.spec, storage)]
 

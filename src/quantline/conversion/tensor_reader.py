@@ -1,7 +1,7 @@
 """The tensors of a source folder, by name.
 
-`read` and `chunks` copy, so that a conversion holds only what it works on. `view` maps a tensor instead. It serves the codes
-of large linears, one linear a thread, since copying them would take as long as packing them.
+`read` and `chunks` copy, so a conversion holds only what it works on. `view` maps a tensor instead. It is for the codes of
+large linears, one linear per thread, since copying them would take as long as packing them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quantline.checkpoints.safetensors_file import SafetensorsFile, TensorInfo
 
-# Values that are compared at a time. They stay in the processor's cache between the two passes.
+# Values compared at a time. They stay in the processor's cache between the two passes.
 _PASS = 1 << 18
 
 
@@ -44,7 +44,7 @@ class TensorFiles:
         return self._file(name).chunks(name)
 
     def extremes(self, name: str) -> tuple[int, int]:
-        """The least and the largest value of an int8 tensor that is not empty."""
+        """The smallest and the largest value of an int8 tensor that is not empty."""
         low, high = 127, -128
         values = self.view(name).reshape(-1)
         for start in range(0, values.size, _PASS):

@@ -1,8 +1,7 @@
-"""Write what a plan says: linear by linear, shard by shard, each linear read back from the disk as soon as it is there.
+"""Execute a conversion plan, linear by linear and shard by shard, and read each linear back from the disk once written.
 
-Threads share the linears out among them, and in memory are those that are being worked on, one a thread; tensors that are
-carried over pass in pieces. Files appear under their names when they are whole. The folder is the caller's, who
-removes it if anything is raised.
+Threads share the linears. Each thread has one linear in memory; tensors that are carried over are copied in pieces. Files
+get their final names when they are complete. The caller owns the folder and removes it if anything is raised.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from quantline.core.progress import bar
 
 
 def write_weights(plan: ConversionPlan, out: Path, threads: int = 2) -> tuple[list[LinearProof], list[CarriedProof]]:
-    """Write all shards and the index; prove every tensor by what the disk gives back.
+    """Write all shards and the index, and verify every tensor by reading it back from the disk.
 
     Raises:
-        ProofError: something reads back as something else.
-        FormatError: a linear's codes are not what its description says.
-        OSError: the disk.
+        ProofError: a tensor does not read back as it was written.
+        FormatError: a linear's codes contradict its description.
+        OSError: the disk failed.
     """
     linears: list[LinearProof] = []
     carried: list[CarriedProof] = []
@@ -69,7 +68,7 @@ def _layer_bytes(plan: ConversionPlan, shard: Shard, layer: str) -> int:
 def _work(
     plan: ConversionPlan, shard: Shard, file: StreamedFile, threads: int
 ) -> Generator[tuple[LinearProof | CarriedProof, str], None, None]:
-    """Outcomes and names as they come; the first exception of a thread is raised here, and what was not begun is not."""
+    """Outcomes and names as jobs finish. The first exception of a thread is raised here and cancels pending jobs."""
     in_bands = bands.worth_it(plan)
     with flushed(file) as news, ThreadPoolExecutor(threads) as pool:
         jobs: dict[Future[LinearProof | CarriedProof], str] = {}
@@ -117,7 +116,7 @@ def _whole(plan: ConversionPlan, layer: SourceLayer, file: StreamedFile) -> tupl
         if suffix != "bias" and f"{layer.name}.{suffix}" in file.infos
     }
     codes, affine = plan.layout.codes, plan.layout.affine
-    # Codes in the memory order of the source's compare many times faster.
+    # Codes compare many times faster in the memory order of the source.
     if affine is not None and before.codes.flags.c_contiguous == affine.rows_are_outputs:
         stored[codes] = turned(stored[codes]).T
     try:
@@ -134,6 +133,6 @@ def _carry(source: Source, name: str, old: str, shard: Shard, file: StreamedFile
     file.put_chunks(name, spec.dtype, spec.shape, source.tensors.chunks(old))
     for chunk, written in zip(source.tensors.chunks(old), file.chunks(name), strict=True):
         if chunk != written:
-            raise ProofError(f"{name}: reads back from {file.path.name} as other bytes than {old} of the source")
+            raise ProofError(f"{name}: reads back from {file.path.name} with other bytes than {old} of the source")
         digest.update(written)
     return CarriedProof(name, old, digest.hexdigest(), spec.nbytes)

@@ -1,1 +1,1 @@
-"""What quantizing costs: perplexity, divergence, tasks and speed beside the float model."""
+"""What quantizing costs, compared with the float model: perplexity, divergence, tasks and speed."""

@@ -1,7 +1,7 @@
 """Intervals for the difference between two models that were scored on the same documents.
 
-The bootstrap resamples whole documents, since the tokens of one are not independent of each other, and pairs the two
-models, since most of a document's difficulty is the same for both (Efron & Tibshirani, "An Introduction to the
+The bootstrap resamples whole documents, since the tokens of a document are not independent. It pairs the two models,
+since most of a document's difficulty is the same for both (Efron & Tibshirani, "An Introduction to the
 Bootstrap", 1993, chapters 8 and 13; Koehn, "Statistical significance tests for machine translation evaluation", 2004).
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from quantline.config.evaluate import BootstrapConfig
 from quantline.core.errors import UserError
 
-# Drawn item numbers held at a time. It bounds the memory, whatever the number of documents.
+# The most drawn item numbers in memory at a time, whatever the number of documents.
 _DRAWS = 2_000_000
 
 
@@ -48,28 +48,28 @@ def paired_bootstrap(
 ) -> Interval:
     """Percentile interval of `sum(values - baseline) / sum(weights)` over resampled documents.
 
-    A ratio of sums, not a mean of ratios: every token counts the same, and a resample with longer documents has a
-    larger denominator as well. The same arguments give the same interval on any machine and number of threads.
+    A ratio of sums, not a mean of ratios: every token counts the same, and a resample with longer documents also has
+    a larger denominator. The same arguments give the same interval on any machine and number of threads.
 
     Args:
-        values, baseline: float64 (documents,), totals of a document under either model.
-        weights: float64 (documents,), what the totals are over (tokens); positive.
+        values, baseline: float64 (documents,), totals of each document under either model.
+        weights: float64 (documents,), the number of tokens in each total; positive.
         how: number and seed of the resamples, and the interval's level.
 
     Raises:
-        UserError: fewer than two documents, other shapes, or weights that are not positive.
+        UserError: fewer than two documents, different shapes, or weights that are not positive.
     """
     documents = len(weights)
     if values.shape != (documents,) or baseline.shape != (documents,):
         raise UserError(f"bootstrap: {values.shape[0]}, {baseline.shape[0]} and {documents} documents cannot be paired")
     if documents < 2:
-        raise UserError(f"bootstrap: {documents} document has no spread; evaluate two or more, better fifty")
+        raise UserError(f"bootstrap: {documents} document has no spread; evaluate at least two, better fifty")
     if not (weights > 0).all():
-        raise UserError("bootstrap: a document without weight; leave it out")
+        raise UserError("bootstrap: the weight of a document is not positive; leave it out")
     differences = values - baseline
 
     def ratio(drawn: NDArray[np.int64]) -> NDArray[np.float64]:
-        # Sums, not matrix products: their order, and so the last bit, does not depend on the number of threads.
+        # Sums, not matrix products: the order of sums, and so the last bit, does not depend on the number of threads.
         ratios: NDArray[np.float64] = differences[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
         return ratios
 
@@ -82,9 +82,9 @@ def paired_bootstrap(
 def _resampled(
     statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], items: int, resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """A statistic of `resamples` samples of as many items, drawn with replacement.
+    """A statistic of `resamples` samples of `items` items each, drawn with replacement.
 
-    statistic: from drawn item numbers, int64 (samples, items), to float64 (samples,).
+    statistic: maps drawn item numbers, int64 (samples, items), to float64 (samples,).
     """
     generator = np.random.default_rng(seed)
     found = np.empty(resamples)
@@ -97,7 +97,7 @@ def _resampled(
 
 @dataclass(frozen=True)
 class Recovery:
-    """A variant's score over the baseline's and its interval; None where the baseline scored nothing to be divided by."""
+    """A variant's score divided by the baseline's, with its interval; None if the baseline's score is zero."""
 
     estimate: float | None
     low: float | None
@@ -112,24 +112,24 @@ def paired_recovery(
     higher_is_better: bool,
     how: BootstrapConfig,
 ) -> Recovery:
-    """Percentile interval of how much of the baseline's score a variant keeps, over resampled items.
+    """Percentile interval of the share of the baseline's score that a variant keeps, over resampled items.
 
-    1 is all of it, and less is worse whichever way the score goes: the ratio is variant over baseline where higher is
-    better, and baseline over variant where it is not.
+    1 is the whole score, and less is always worse: the ratio is variant over baseline if a higher score is better, else
+    baseline over variant.
 
     Args:
-        values, baseline: float64 (items,), scores of the same items; for `perplexity` their log-likelihoods.
-        aggregation: how scores become one: their mean, or exp(-mean).
+        values, baseline: float64 (items,), scores of the same items; log-likelihoods for `perplexity`.
+        aggregation: how scores are aggregated: their mean, or exp(-mean).
         higher_is_better: of the aggregated score.
         how: see `paired_bootstrap`.
 
     Raises:
-        UserError: fewer than two items, or other shapes.
+        UserError: fewer than two items, or different shapes.
     """
     if values.shape != baseline.shape:
         raise UserError(f"recovery: {len(values)} and {len(baseline)} items cannot be paired")
     if len(values) < 2:
-        raise UserError(f"recovery: {len(values)} item has no spread; ask two or more, better two hundred")
+        raise UserError(f"recovery: {len(values)} item has no spread; use at least two, better two hundred")
 
     def ratio(own: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
         if aggregation == "perplexity":
@@ -147,6 +147,6 @@ def paired_recovery(
     if not math.isfinite(estimate):
         return Recovery(None, None, None)
     tail = (1 - how.level) / 2
-    # 0/0 is left out: both models scored zero in that resample. The variant alone above zero is infinite, and counts.
+    # 0/0 is left out: both models scored zero in that resample. x/0 counts, as infinite: only the variant scored.
     low, high = np.quantile(ratios[~np.isnan(ratios)], [tail, 1 - tail], method="nearest")
     return Recovery(float(estimate), *(float(end) if math.isfinite(end) else None for end in (low, high)))

@@ -1,8 +1,8 @@
-"""The evaluate stage's work: score a checkpoint by the reference engine, and compare it with the float baseline and
-with the server's scores.
+"""The work of the evaluate stage: score a checkpoint with the reference engine, and compare the scores with the float
+baseline's and with the server's.
 
 The output folder holds the windows, `reference.safetensors` (log-probabilities, likeliest tokens, divergences from the float
-model), `documents.jsonl`, `comparison.json` and, where they are measured, `generations.json`, `layer_errors.csv` and
+model), `documents.jsonl`, `comparison.json` and, if they are measured, `generations.json`, `layer_errors.csv` and
 `restored.csv`.
 """
 
@@ -36,10 +36,10 @@ class Inputs:
     """The folders that an evaluation reads.
 
     Attributes:
-        checkpoint: the one that is evaluated.
+        checkpoint: the checkpoint to evaluate.
         float_model: the model that it was quantized from.
         served: the output of serve_smoke.
-        baseline: the float model's output of this stage; None where `checkpoint` is the float model, which is then compared
+        baseline: the float model's output of this stage; None if `checkpoint` is the float model, which is then compared
             with itself.
     """
 
@@ -57,7 +57,7 @@ class Verdict:
         metrics: numbers by name.
         verdict: whether the variant is "better", "worse" or the "same" as the baseline on this text.
         tables: rows by table, for the stage's result.
-        files: written ones, relative to the output.
+        files: written files, relative to the output.
         notes: sentences for the user.
     """
 
@@ -70,7 +70,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Of one model on the windows: by document the loss, the likeliest tokens, and the divergence from the float model."""
+    """One model's scores on the windows: losses by document, likeliest tokens, and divergence from the float model."""
 
     documents: list[DocumentScore]
     top1: NDArray[np.int32]
@@ -88,21 +88,21 @@ def evaluate(
     run_worker: Callable[[str, str, dict[str, Any], str], JobResult],
     instruments: MeasurementOptions = MeasurementOptions(),  # noqa: B008  # frozen
 ) -> Verdict:
-    """Score, compare, write.
+    """Score the checkpoint, compare it, and write the results.
 
     Args:
-        inputs: what is evaluated and compared with.
+        inputs: the checkpoint and the folders to compare it with.
         windows: the tokens to score.
-        options: of them the bootstrap, `engine_tolerance` and `batch_tokens` are used; what else is measured and limited
-            is in `instruments`.
+        options: only the bootstrap, `engine_tolerance` and `batch_tokens` are used; other measurements and limits are in
+            `instruments`.
         device, threads: of the worker.
         out: an empty folder.
-        run_worker: (toolchain, module, job, label) -> its result.
-        instruments: what is measured beside perplexity.
+        run_worker: (toolchain, module, job, label) -> the worker's result.
+        instruments: the measurements besides perplexity.
 
     Raises:
-        QuantlineError: the server's perplexity is farther from the reference engine's than `engine_tolerance`, or an
-            alarm was raised that should fail.
+        QuantlineError: the server's perplexity differs from the reference engine's by more than `engine_tolerance`, or
+            an alarm of `fail_on` was raised.
         UserError: the baseline was scored on other text.
     """
     how, is_baseline = options.bootstrap, inputs.baseline is None
@@ -143,10 +143,10 @@ def evaluate(
         metrics.update(found.metrics)
     notes = list(layers.notes)
     if not is_baseline and instruments.divergence != 0 and not parts.rows:
-        notes.append("the errors of single linears are not measured: the quantize stage's table of them is not here")
+        notes.append("errors of single linears are not measured: the quantize stage's table of them is missing")
     if instruments.changed_files is not None:
         metrics["changed_files"] = float(instruments.changed_files)
-    # By token, whatever the protocol's level: a limit by word would depend on how long words are.
+    # By token, whatever the protocol's level: a limit by word would depend on the length of words.
     increase = perplexity.relative_difference(base.documents, own.documents)
     flags = thresholds.raised({**metrics, "perplexity_increase": increase}, instruments.limits)
     metrics["alarms"] = float(len(flags))
@@ -172,12 +172,12 @@ def _scores(path: Path, windows: Windows) -> _Scores:
 def _baseline(folder: Path, windows: Windows) -> _Scores:
     documents = perplexity.read_documents(folder / "documents.jsonl")[0]
     if [score.id for score in documents] != list(windows.document_ids):
-        raise UserError(f"{folder}: the float model was scored on other documents; evaluate it again")
+        raise UserError(f"{folder}: the float model was scored on other documents; evaluate the float model again")
     return _Scores(documents, perplexity.load_scores(folder / "reference.safetensors")[1], None)
 
 
 def _protocol(windows: Windows, level: str) -> dict[str, Any]:
-    """The flavour of perplexity in full, with the counts of what was scored."""
+    """The full protocol of the perplexity, with the counts of what was scored."""
     return {
         **windows.protocol, "level": level, "engine": ENGINE, "windows_sha256": windows.sha256,
         "documents": len(windows.document_ids), "windows": len(windows.document),
@@ -194,7 +194,7 @@ def _interval(name: str, sums: NDArray[Any], tokens: NDArray[Any], how: Bootstra
 
 
 def _divergence(windows: Windows, own: _Scores, how: BootstrapConfig, *, is_baseline: bool) -> Measurement:
-    """KL(float || variant). Of the float model from itself it is 0, without a second model."""
+    """KL(float || variant). For the float model itself it is 0 and needs no second model."""
     if own.kl is None and not is_baseline:
         return Measurement()
     kl = np.zeros(len(windows.input_ids)) if own.kl is None else own.kl
@@ -217,16 +217,16 @@ def _agreement(windows: Windows, own: _Scores, base: _Scores, how: BootstrapConf
 def _generations(
     parts: WorkerRequest, worker: JobResult, baseline: Path | None, instruments: MeasurementOptions, out: Path
 ) -> Measurement:
-    own, asked = worker.data.get("generations"), instruments.generations
-    if own is None or asked is None:
+    own, options = worker.data.get("generations"), instruments.generations
+    if own is None or options is None:
         return Measurement()
     prompts = [list(tokens) for tokens in parts.prompts.tokens]
     write_json(out / generations.FILE, {"documents": list(parts.prompts.documents), "prompts": prompts, **own})
     floats = own if baseline is None else generations.load_generations(baseline, parts.prompts)
-    found = generations.compare_generations(parts.prompts.documents, own, floats, asked.tie_margin)
+    found = generations.compare_generations(parts.prompts.documents, own, floats, options.tie_margin)
     names = {"identical": "identical_generations", "first_divergence_median": "first_divergence_median"}
     metrics = {} if found["identical"] is None else {name: float(found[key]) for key, name in names.items()}
-    return Measurement(metrics, {"prompt_tokens": asked.prompt_tokens, **found})
+    return Measurement(metrics, {"prompt_tokens": options.prompt_tokens, **found})
 
 
 def _noise(instruments: MeasurementOptions) -> Measurement:
@@ -237,7 +237,7 @@ def _noise(instruments: MeasurementOptions) -> Measurement:
 
 
 def _restored(parts: WorkerRequest, worker: JobResult, base: _Scores, how: BootstrapConfig) -> list[dict[str, Any]]:
-    """What each of the worst linears costs. Must be called while the worker's temporary files are there."""
+    """The loss that each of the worst linears causes. Call it while the worker's temporary files exist."""
     from safetensors.numpy import load_file
 
     places = worker.data.get("restored")
@@ -253,7 +253,7 @@ def _restored(parts: WorkerRequest, worker: JobResult, base: _Scores, how: Boots
 
 
 def _layers(parts: WorkerRequest, worker: JobResult, restored: list[dict[str, Any]], out: Path) -> Measurement:
-    """Metrics, tables, files and notes on single linears."""
+    """Metrics, tables, files and notes about single linears."""
     judged = worker.data.get("errors")
     if not judged:
         return Measurement()
@@ -270,9 +270,9 @@ def _layers(parts: WorkerRequest, worker: JobResult, restored: list[dict[str, An
     if restored:
         sensitivity.write_table(out / sensitivity.RESTORED, restored, sensitivity.RESTORED_COLUMNS)
         tables["restored"], files = restored, [*files, sensitivity.RESTORED]
-        told = [row["recovered_kl_share"] for row in restored if row["recovered_kl_share"] is not None]
-        if told:
-            metrics["restored_share_max"], metrics["restored_share_sum"] = max(told), sum(told)
+        known = [row["recovered_kl_share"] for row in restored if row["recovered_kl_share"] is not None]
+        if known:
+            metrics["restored_share_max"], metrics["restored_share_sum"] = max(known), sum(known)
         notes.append("worst linears: " + ", ".join(_share(row) for row in restored))
     return Measurement(metrics, None, tables, files, notes)
 

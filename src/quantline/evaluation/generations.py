@@ -1,4 +1,4 @@
-"""Greedy continuations of a variant beside the float model's: after how many tokens they differ.
+"""Compare a variant's greedy continuations with the float model's: after how many tokens they differ.
 
 The prompts are the beginnings of evaluation documents. Where the two likeliest tokens are nearly equally likely, any small
 change decides between them. A prompt is therefore left out as a tie if, at the first token that differs, the margin of
@@ -24,14 +24,14 @@ FILE = "generations.json"
 
 @dataclass(frozen=True)
 class Prompts:
-    """Beginnings of documents, `tokens` of equal length, and the documents' names."""
+    """Beginnings of documents: `tokens`, all of equal length, and the documents' names."""
 
     documents: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
 
 
 def choose_prompts(windows: Windows, count: int, length: int) -> Prompts:
-    """The first `length` tokens of `count` documents, evenly spaced among those that have so many; fewer if there are."""
+    """The first `length` tokens of up to `count` documents, evenly spaced among those that are long enough."""
     first: dict[int, int] = {}
     for number, document in enumerate(windows.document):
         first.setdefault(int(document), number)
@@ -51,7 +51,7 @@ def load_generations(folder: Path, prompts: Prompts) -> dict[str, Any]:
     """The float model's continuations, from the output of its evaluation.
 
     Raises:
-        UserError: they are not there, or of other prompts.
+        UserError: they are missing, or belong to other prompts.
     """
     path = folder / FILE
     found = read_json(path) if path.is_file() else {}
@@ -63,7 +63,7 @@ def load_generations(folder: Path, prompts: Prompts) -> dict[str, Any]:
 def compare_generations(
     documents: Sequence[str], own: Mapping[str, Any], floats: Mapping[str, Any], tie_margin: float
 ) -> dict[str, Any]:
-    """Where the continuations differ first.
+    """Find where the continuations first differ.
 
     Args:
         documents: names of the prompts.
@@ -71,28 +71,28 @@ def compare_generations(
         tie_margin: nats.
 
     Returns:
-        prompts, new_tokens, ties, identical (share of the prompts without ties; None where all are), first_divergence_median
-        (tokens before they differ, all of them where they do not), and rows: document, first_divergence (None where the
-        continuations are identical), float_margin and margin (there, in nats), tie.
+        prompts, new_tokens, ties, identical (share of the prompts without ties; None if all are ties),
+        first_divergence_median (tokens before they differ; all tokens if they do not), and rows: document,
+        first_divergence (None if the continuations are identical), float_margin and margin (at that token, in nats), tie.
     """
     rows: list[dict[str, Any]] = []
     for document, mine, theirs, margins, float_margins in zip(
         documents, own["tokens"], floats["tokens"], own["margins"], floats["margins"], strict=True
     ):
-        parted = next((place for place, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), None)
-        at = None if parted is None else (float_margins[parted], margins[parted])
+        first = next((place for place, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), None)
+        at = None if first is None else (float_margins[first], margins[first])
         rows.append({
-            "document": document, "first_divergence": parted, "float_margin": at[0] if at else None,
+            "document": document, "first_divergence": first, "float_margin": at[0] if at else None,
             "margin": at[1] if at else None, "tie": at is not None and min(at) <= tie_margin,
         })  # fmt: skip
     length = len(own["tokens"][0])
-    told: list[int | None] = [row["first_divergence"] for row in rows if not row["tie"]]
+    counted: list[int | None] = [row["first_divergence"] for row in rows if not row["tie"]]
     return {
         "prompts": len(rows),
         "new_tokens": length,
-        "ties": len(rows) - len(told),
+        "ties": len(rows) - len(counted),
         "tie_margin": tie_margin,
-        "identical": sum(place is None for place in told) / len(told) if told else None,
-        "first_divergence_median": median(length if place is None else place for place in told) if told else None,
+        "identical": sum(place is None for place in counted) / len(counted) if counted else None,
+        "first_divergence_median": median(length if place is None else place for place in counted) if counted else None,
         "rows": rows,
     }

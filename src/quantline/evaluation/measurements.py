@@ -1,4 +1,4 @@
-"""What an evaluation measures beside perplexity: what it needs for that, what the worker is told, and what is found."""
+"""The measurements of an evaluation besides perplexity: their inputs, the worker's job, and their results."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from quantline.evaluation import generations, sensitivity
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one part of an evaluation found.
+    """The result of one part of an evaluation.
 
     Attributes:
         metrics: numbers by name.
-        section: plain values for `comparison.json`; None where nothing was measured.
+        section: plain values for `comparison.json`; None if nothing was measured.
         tables: rows by table, for the stage's result.
-        files: written ones, relative to the output.
+        files: written files, relative to the output.
         notes: sentences for the user.
     """
 
@@ -40,9 +40,9 @@ class LayerInputs:
 
     Attributes:
         quantized: output of the quantize stage.
-        calibration: the tokens that its errors were measured on.
+        calibration: the samples that its errors were measured on.
         samples: how many of them were used.
-        unfold: whether scales were folded into neighbours; None finds out.
+        unfold: whether scales were folded into neighbours; None detects it.
         restore: how many linears are put back to float, one at a time.
     """
 
@@ -55,15 +55,15 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class MeasurementOptions:
-    """What is measured; by default perplexity and likeliest tokens alone.
+    """The measurements to make; by default only perplexity and likeliest tokens.
 
     Attributes:
-        divergence: of how many tokens the distributions are compared with the float model's; None is all.
+        divergence: number of tokens whose distributions are compared with the float model's; None for all.
         generations: the continuations to compare.
-        layers: for errors of single linears.
+        layers: the inputs for errors of single linears.
         limits, fail_on: see `thresholds`.
-        noise: what `stages.noise` measured of the variant, if it did.
-        changed_files: how many files of the checkpoint are not what they were, if that is known.
+        noise: the result of `stages.noise` for the variant, if there is one.
+        changed_files: number of the checkpoint's files that have changed, if known.
     """
 
     divergence: int | None = 0
@@ -77,14 +77,14 @@ class MeasurementOptions:
 
 @dataclass(frozen=True)
 class WorkerRequest:
-    """What the worker is told, and what is needed to read its answer.
+    """The worker's job, and the data needed to read its result.
 
     Attributes:
         job: keys of the worker's job.
-        prompts: of the continuations.
-        rows: of the quantize stage's table.
+        prompts: prompts of the continuations.
+        rows: rows of the quantize stage's table.
         part: the windows that are scored again for each restored linear.
-        chosen: numbers of their documents.
+        chosen: the indices of their documents.
         restored: the file that the worker writes those scores to.
     """
 
@@ -99,18 +99,18 @@ class WorkerRequest:
 def plan(
     instruments: MeasurementOptions, windows: Windows, *, baseline: bool, float_model: Path, work: Path
 ) -> WorkerRequest:
-    """Choose prompts and windows, and say to the worker what to measure.
+    """Choose prompts and windows, and build the worker's job.
 
     Args:
-        baseline: whether the checkpoint is another model than the float model; if not, nothing can be compared.
+        baseline: whether there is a float baseline to compare with; not so if the checkpoint is the float model.
         float_model: folder of the float model.
         work: a folder for temporary files.
     """
-    asked = instruments.generations
-    prompts = generations.choose_prompts(windows, asked.prompts, asked.prompt_tokens) if asked else _NO_PROMPTS
+    options = instruments.generations
+    prompts = generations.choose_prompts(windows, options.prompts, options.prompt_tokens) if options else _NO_PROMPTS
     job: dict[str, Any] = {}
-    if asked and prompts.tokens:
-        job["generate"] = {"prompts": [list(tokens) for tokens in prompts.tokens], "new_tokens": asked.new_tokens}
+    if options and prompts.tokens:
+        job["generate"] = {"prompts": [list(tokens) for tokens in prompts.tokens], "new_tokens": options.new_tokens}
     if not baseline or instruments.divergence == 0:
         return WorkerRequest(job, prompts, [])
     job.update(baseline=str(float_model), divergence_tokens=instruments.divergence)

@@ -1,4 +1,4 @@
-"""From mean losses in nats per token to perplexities. Infinite beyond the range of a float; NaN stays NaN."""
+"""Convert mean losses in nats per token to perplexities. Infinite beyond the range of a float; NaN stays NaN."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def exp(nats: float) -> float:
 
 
 def growth(difference: float) -> float:
-    """The relative growth of the perplexity by a difference of mean losses: exp(difference) - 1."""
+    """The relative growth of perplexity for a difference of mean losses: exp(difference) - 1."""
     return math.inf if difference > _LARGEST else math.expm1(difference)

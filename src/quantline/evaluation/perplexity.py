@@ -44,7 +44,7 @@ class Comparison:
         difference, ratio: of the two perplexities, variant minus (over) baseline.
         nll_difference: nats per token, variant minus baseline; the logarithm of `ratio`.
         low, high: confidence interval of `nll_difference`.
-        verdict: "worse" or "better" where the interval does not contain zero, else "same": this text shows no difference.
+        verdict: "worse" or "better" if the interval does not contain zero, else "same": this text shows no difference.
     """
 
     perplexity: float
@@ -61,21 +61,21 @@ def document_nlls(windows: Windows, logprobs: NDArray[Any]) -> list[DocumentScor
     """Sum an engine's log-probabilities over each document's scored tokens.
 
     Args:
-        logprobs: floating point (tokens,), aligned with `windows.input_ids`; only scored places are read.
+        logprobs: floating point (tokens,), aligned with `windows.input_ids`; only scored positions are read.
 
     Returns:
         One score for each of `windows.document_ids`, in their order; summed in float64.
 
     Raises:
-        QuantlineError: another number of tokens, or a log-probability that is none (NaN, infinite, above 0).
+        QuantlineError: the number of tokens differs, or a log-probability is invalid (NaN, infinite, above 0).
     """
     if logprobs.shape != windows.input_ids.shape:
         raise QuantlineError(
-            f"log-probabilities of shape {logprobs.shape} for {len(windows.input_ids)} tokens: they are of other windows"
+            f"log-probabilities of shape {logprobs.shape} for {len(windows.input_ids)} tokens: they belong to other windows"
         )
     scored = windows.scored
     values = logprobs[scored].astype(np.float64)
-    # A certain token can come out a rounding error above 0.
+    # The log-probability of a certain token can be a rounding error above 0.
     wrong = int((~np.isfinite(values) | (values > 1e-3)).sum())
     if wrong:
         raise QuantlineError(
@@ -93,7 +93,7 @@ def document_sums(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sums of values (tokens,) over each document's scored tokens, and their number; float64 (documents,) each.
 
-    only: bool (tokens,), of these alone.
+    only: bool (tokens,); only these tokens count.
     """
     scored = windows.scored if only is None else windows.scored & only
     owner = np.repeat(windows.document, np.diff(windows.offsets))[scored]
@@ -105,13 +105,13 @@ def document_sums(
 
 
 def in_words(scores: Sequence[DocumentScore], windows: Windows) -> list[DocumentScore]:
-    """The same losses over words, for a protocol of level "word".
+    """The same losses with word counts, for a protocol of level "word".
 
     Raises:
-        UserError: the text is not known.
+        UserError: the windows' text is unknown.
     """
     if windows.words is None:
-        raise UserError("evaluate.level=word: the text of these windows is not known; set evaluate.level=token")
+        raise UserError("evaluate.level=word: the text of these windows is unknown; set evaluate.level=token")
     return [replace(score, tokens=int(words)) for score, words in zip(scores, windows.words, strict=True)]
 
 
@@ -169,12 +169,12 @@ def compare(
 def _same_documents(scores: Sequence[DocumentScore], others: Sequence[DocumentScore]) -> None:
     if [(score.id, score.tokens) for score in scores] != [(other.id, other.tokens) for other in others]:
         raise UserError(
-            "the two evaluations are not of the same documents and tokens; evaluate both with the same text and protocol"
+            "the two evaluations are not of the same documents and tokens; repeat both with the same text and protocol"
         )
 
 
 def relative_difference(scores: Sequence[DocumentScore], others: Sequence[DocumentScore]) -> float:
-    """`perplexity(others) / perplexity(scores) - 1`, signed. Of an engine and another: the effect of kernels and dtype.
+    """`perplexity(others) / perplexity(scores) - 1`, signed. Between two engines: the effect of kernels and dtype.
 
     Raises:
         UserError: the scores are not of the same documents and tokens.
@@ -184,23 +184,23 @@ def relative_difference(scores: Sequence[DocumentScore], others: Sequence[Docume
 
 
 def check_engines(difference: float, tolerance: float) -> None:
-    """Refuse a `relative_difference` of the two engines above its limit.
+    """Fail if the `relative_difference` of the two engines exceeds its limit.
 
     Raises:
         QuantlineError: the engines differ by more than `tolerance`.
     """
     if not abs(difference) <= tolerance:
         raise QuantlineError(
-            f"the server's perplexity differs from the reference engine's by {difference:+.2%}, allowed are "
-            f"{tolerance:.2%} (evaluate.engine_tolerance): what is served is not what was quantized. Look for a kernel, "
-            "a serving dtype or a config that the server reads differently"
+            f"the server's perplexity differs from the reference engine's by {difference:+.2%}; allowed is "
+            f"{tolerance:.2%} (evaluate.engine_tolerance). The server computes something else than was quantized: check the "
+            "kernel, the serving dtype and how the server reads the config"
         )
 
 
 def top1_matches(
     windows: Windows, top1: NDArray[np.int32], baseline_top1: NDArray[np.int32]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scored places where variant and baseline find the same token likeliest, by document; and all scored places.
+    """Scored positions where variant and baseline have the same likeliest token, by document; and all scored positions.
 
     Args:
         top1, baseline_top1: int32 (tokens,).
@@ -209,7 +209,7 @@ def top1_matches(
         float64 (documents,) each.
 
     Raises:
-        UserError: the arrays are not of these windows.
+        UserError: the arrays do not belong to these windows.
     """
     if not top1.shape == baseline_top1.shape == windows.input_ids.shape:
         raise UserError("the likeliest tokens of variant and baseline are not of the same windows; evaluate both again")
@@ -219,7 +219,7 @@ def top1_matches(
 def load_scores(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32] | None]:
     """`logprobs`, `top1` and `kl`, float32, int32 and float32 (tokens,), as the reference engine wrote them.
 
-    `kl` is None where no float model stood beside.
+    `kl` is None if the engine did not compare with a float model.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -235,10 +235,10 @@ def load_scores(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32], NDA
 
 
 def load_server_scores(folder: Path, windows: Windows) -> NDArray[np.float32] | None:
-    """The server's log-probabilities, float32 (tokens,), from an output of serve_smoke; None where it did not serve.
+    """The server's log-probabilities, float32 (tokens,), from an output of serve_smoke; None if it did not serve.
 
     Raises:
-        UserError: they are of other windows, or damaged.
+        UserError: they belong to other windows, or are damaged.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -276,13 +276,13 @@ def evaluation_metrics(
     vllm: Sequence[DocumentScore] | None = None,
     windows: Windows | None = None,
 ) -> dict[str, float]:
-    """All results of an evaluation under the names they are published by; what was not measured is left out.
+    """All results of an evaluation under their published names, without those that were not measured.
 
     Args:
         reference, vllm: the variant's scores by either engine.
-        comparison: of the reference engine's scores with the baseline's.
-        size_bytes, float_size_bytes: of the weight files of the variant and of the float model.
-        windows: what was scored; where its text is known, its perplexity per word and its bits per byte are given too.
+        comparison: the reference engine's scores compared with the baseline's.
+        size_bytes, float_size_bytes: size of the weight files of the variant and of the float model.
+        windows: the scored windows; if their text is known, perplexity per word and bits per byte are added.
     """
     metrics: dict[str, float] = {
         "reference_perplexity": perplexity(reference),
@@ -312,7 +312,7 @@ def evaluation_metrics(
 
 
 def write_documents(path: Path, reference: Sequence[DocumentScore], vllm: Sequence[DocumentScore] | None) -> None:
-    """Write a JSON line for every document, whole or not at all: id, tokens, nll_reference, nll_vllm (or null).
+    """Write a JSON line for every document, atomically: id, tokens, nll_reference, nll_vllm (or null).
 
     Losses are sums in nats, written with all their digits; equal scores give equal bytes.
 
@@ -329,7 +329,7 @@ def write_documents(path: Path, reference: Sequence[DocumentScore], vllm: Sequen
 
 
 def read_documents(path: Path) -> tuple[list[DocumentScore], list[DocumentScore] | None]:
-    """What `write_documents` wrote: the reference engine's scores, and vLLM's or None.
+    """Read the output of `write_documents`: the reference engine's scores, and vLLM's or None.
 
     Raises:
         UserError: the file is missing or damaged.

@@ -1,4 +1,4 @@
-"""How much of a measured loss is chance: one variant quantized several times, each time on other calibration samples.
+"""How much of a measured loss is chance: one variant is quantized several times on different calibration samples.
 
 The seed decides the calibration samples and the backend's random numbers; everything else stays the same. The spread of the
 runs is a property of the method on this model and text. Two variants whose difference is smaller cannot be told apart.
@@ -19,14 +19,14 @@ from quantline.evaluation.nats import growth
 
 @dataclass(frozen=True)
 class SeededRun:
-    """One of the runs.
+    """One run.
 
     Attributes:
         seed: of the run.
-        nll_difference: from the float model, in nats a token.
+        nll_difference: from the float model, in nats per token.
         perplexity_change: from the float model, relative.
         top1_agreement: with the float model.
-        output_hash: of the weights that it made.
+        output_hash: hash of the weights that it produced.
     """
 
     seed: int
@@ -38,7 +38,7 @@ class SeededRun:
 
 @dataclass(frozen=True)
 class Spread:
-    """Over all runs: of the relative change of perplexity the mean, standard deviation (n - 1), smallest and largest."""
+    """Mean, standard deviation (n - 1), minimum and maximum of the relative change of perplexity over all runs."""
 
     runs: tuple[SeededRun, ...]
     mean: float
@@ -58,12 +58,12 @@ class Spread:
 
     @property
     def rows(self) -> list[dict[str, object]]:
-        """A row a run, for the result's tables."""
+        """One row per run, for the result's tables."""
         return [asdict(run) for run in self.runs]
 
 
 def spread(runs: Sequence[SeededRun]) -> Spread:
-    """Summarize.
+    """Summarize the runs.
 
     Raises:
         ValueError: fewer than two runs.
@@ -78,10 +78,10 @@ def spread(runs: Sequence[SeededRun]) -> Spread:
 
 
 def measure(seeds: Sequence[int], make: Callable[[int], tuple[Path, str]], judge: Callable[[Path], Verdict]) -> Spread:
-    """Quantize and judge once a seed.
+    """Quantize and evaluate once per seed.
 
     Args:
-        seeds: one a run.
+        seeds: one for each run.
         make: quantizes under a seed; returns the checkpoint and the hash of its files.
         judge: compares a checkpoint with the float model.
     """

@@ -1,8 +1,8 @@
-"""Where a variant's loss comes from: its linears' errors by layer and by kind of module, and what the worst ones cost.
+"""Where a variant's loss comes from: errors of its linears by layer and kind of module, and the loss of the worst ones.
 
-The errors that the quantize stage measured of each linear (`coverage/layers.csv`) are summarized. Where the evaluation
-measured the linears again, on the checkpoint that it evaluates, the two measurements are compared. The worst linears are
-put back to float one at a time, and what the loss falls by is their share of it.
+The quantize stage's errors of each linear (`coverage/layers.csv`) are summarized. If the evaluation measured the linears
+again, on the checkpoint that it evaluates, the two measurements are compared. The worst linears are restored to float one
+at a time; the drop of the loss is their share of it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 
 def read_layers(folder: Path) -> list[Row]:
-    """The rows of a quantize output's table, errors as numbers; empty where it has none, or holds no errors."""
+    """The rows of a quantize output's table, errors as numbers; empty if there is no table, or it has no errors."""
     path = folder / TABLE
     if not path.is_file():
         return []
@@ -53,7 +53,7 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
 
     by ("layer" or "module"), key, linears, output_error_max, output_error_mean, weight_error_relative_max and
     weight_error_relative_mean (of ||W'-W||/||W||), weight_error_max and weight_error_mean (of |W'-W|), low, moderate, high
-    (how many linears are of that level) and worst, the name of the linear with the largest output error.
+    (number of linears of that level) and worst, the name of the linear with the largest output error.
     """
     found = []
     for by in ("layer", "module"):
@@ -79,10 +79,10 @@ def _kind(place: Any) -> Any:
 
 
 def changes(rows: Sequence[Row], judged: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
-    """How far each linear's error is from what the table says, relative; empty where no linear has that error.
+    """The relative change of each linear's error against the table; empty if no linear has that error.
 
-    Equal checkpoints on equal samples differ by rounding alone. rows: of the table. judged: measured on the checkpoint.
-    key: `output_error`, which a linear that no token reached has not, or `weight_error`.
+    Equal checkpoints on equal samples differ only by rounding. rows: from the table. judged: measured on the checkpoint.
+    key: `output_error`, which is missing for linears that no token reached, or `weight_error`.
     """
     before = {row["name"]: row for row in rows}
     found = {}
@@ -94,9 +94,9 @@ def changes(rows: Sequence[Row], judged: Sequence[Mapping[str, Any]], key: str) 
 
 
 def outlier(rows: Sequence[Row], judged: Sequence[Mapping[str, Any]]) -> tuple[str, float] | None:
-    """The linear whose output error is the most above its peers', and how many times it is their median.
+    """The linear whose output error is the largest multiple of its peers' median, and that multiple.
 
-    Peers are of the same kind and bits, since kinds differ by nature; kinds of fewer than `_PEERS` are left out.
+    Peers have the same kind and bits, since errors differ between kinds. Kinds with fewer than `_PEERS` are left out.
     """
     groups: dict[tuple[Any, Any], dict[str, float]] = {}
     errors = {row["name"]: row["output_error"] for row in judged}
@@ -121,15 +121,15 @@ def shares(
     rows: Sequence[Mapping[str, Any]],
     how: BootstrapConfig,
 ) -> list[Row]:
-    """What the loss falls by for each linear that was put back to float, see `RESTORED_COLUMNS`.
+    """The drop of the loss for each linear that was restored to float, see `RESTORED_COLUMNS`.
 
-    nll_difference_restored is in nats a token against the float model; recovered_nll is what the loss fell by, with its
-    interval over documents; shares are of the variant's whole loss, and None where it lost nothing.
+    nll_difference_restored is in nats per token against the float model. recovered_nll is the drop of the loss, with its
+    interval over documents. Shares are of the variant's whole loss, and None if it lost nothing.
 
     Args:
-        windows: those that were scored again.
+        windows: the windows that were scored again.
         places: the worker's rows, `name`, `tensor` and `note`.
-        logprobs, kl: float32 (1 + restored linears, tokens), first of the variant as it is.
+        logprobs, kl: float32 (1 + restored linears, tokens), the first row for the variant as it is.
         floats: the float model's loss, float64 (documents,).
         rows: the judged linears' errors, with `layer` and `module`.
         how: number and seed of the resamples, and the intervals' level.
@@ -139,14 +139,16 @@ def shares(
     lost, diverged = math.fsum(own - floats), math.fsum(before)
     found = []
     for place in places:
-        of = known[place["name"]]
+        linear = known[place["name"]]
         row: Row = dict.fromkeys(RESTORED_COLUMNS)
-        row.update(name=of["name"], layer=of["layer"], module=of["module"], output_error=of["output_error"])
+        row.update(
+            name=linear["name"], layer=linear["layer"], module=linear["module"], output_error=linear["output_error"]
+        )
         row["note"] = place["note"]
         found.append(row)
         if place["tensor"] is None:
             continue
-        nll, after = (document_sums(windows, of[place["tensor"]])[0] for of in (-logprobs, kl))
+        nll, after = (document_sums(windows, scores[place["tensor"]])[0] for scores in (-logprobs, kl))
         back = paired_bootstrap(own, nll, tokens, how)
         row.update(
             nll_difference_restored=math.fsum(nll - floats) / math.fsum(tokens), recovered_nll=back.estimate,
@@ -158,7 +160,7 @@ def shares(
 
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Write rows as CSV; numbers to six digits, since the last ones differ from machine to machine."""
+    """Write rows as CSV; numbers have six digits, since later digits differ between machines."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

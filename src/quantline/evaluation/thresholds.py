@@ -1,8 +1,8 @@
-"""The alarms of an evaluation: measurements that are beyond their limits.
+"""The alarms of an evaluation: measurements beyond their limits.
 
-Which measurements have a limit, and what an alarm says, is in `config.evaluate.LimitsConfig`. One alarm can come from a
-small model that was quantized hard. Several at once are a fault, and so is one that says that the weights are not those
-that were quantized.
+`config.evaluate.LimitsConfig` defines which measurements have a limit and the text of each alarm. One alarm can come from
+a small model at few bits. Several alarms together are a fault, and so is one which says that the weights are not those that
+were quantized.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class RaisedAlarm:
 
 
 def raised(measured: Mapping[str, float], limits: LimitsConfig | None) -> list[RaisedAlarm]:
-    """The alarms: measurements that are beyond their limits or are not a number.
+    """The alarms: measurements that exceed their limits or are NaN.
 
     Args:
         measured: metrics by name; what was not measured is absent.
-        limits: of the configuration; None raises no alarm.
+        limits: the configured limits; None raises no alarm.
     """
     flags = []
     for name, alarm in ALARMS.items():
@@ -56,10 +56,10 @@ def refuse(flags: Sequence[RaisedAlarm], fail_on: Sequence[str]) -> None:
     """
     fatal = [flag for flag in flags if flag.instrument in fail_on]
     if fatal:
-        told = "; ".join(flag.message for flag in fatal)
-        raise QuantlineError(f"evaluate.fail_on={','.join(flag.instrument for flag in fatal)}: {told}")
+        messages = "; ".join(flag.message for flag in fatal)
+        raise QuantlineError(f"evaluate.fail_on={','.join(flag.instrument for flag in fatal)}: {messages}")
 
 
 def rows(flags: Sequence[RaisedAlarm]) -> list[dict[str, Any]]:
-    """As plain values."""
+    """The alarms as plain values."""
     return [asdict(flag) for flag in flags]

@@ -1,1 +1,1 @@
-"""What a configuration will need and whether it can work, before anything is computed."""
+"""Check whether a configuration can work and what it needs, before anything is computed."""

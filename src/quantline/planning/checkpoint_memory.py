@@ -1,7 +1,7 @@
-"""Memory, counted from headers and configs before anything is computed. All sizes are bytes.
+"""Memory, calculated from headers and configs before anything is computed. All sizes are bytes.
 
-What a checkpoint holds is exact: its layout's tensors, one by one. The rest are models of what libraries do, each with
-its source, meant to tell what cannot fit from what can.
+The size of a checkpoint is exact: the sum of its layout's tensors. Everything else is a model of what libraries do, with
+its source, good enough to tell what fits from what does not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from quantline.checkpoints.layouts.sizes import LinearBytes
 from quantline.checkpoints.linears import LM_HEAD
 from quantline.serving.memory import GIB
 
-# What is neither weights, cache nor activations: a CUDA context, kernels, the allocator's slack. An assumption.
+# Memory besides weights, cache and activations: CUDA context, kernels, allocator slack. An assumption.
 GPU_CONTEXT = GIB
 
 
@@ -25,9 +25,9 @@ GPU_CONTEXT = GIB
 class Weights:
     """A checkpoint's weights.
 
-    float_source: as the float model's files hold them. packed: the quantized linears. left_float: everything else, at two
-    bytes a value: embeddings (tied ones once), norms, biases, linears that are not quantized. quantized_parameters and
-    parameters: values in either.
+    float_source: bytes in the float model's files. packed: the quantized linears. left_float: everything else, at two bytes
+    per value: embeddings (tied ones once), norms, biases, linears that are not quantized. quantized_parameters: values of
+    the quantized linears. parameters: values of the whole model.
     """
 
     float_source: int
@@ -38,17 +38,17 @@ class Weights:
 
     @property
     def total(self) -> int:
-        """What the quantized checkpoint holds."""
+        """Size of the quantized checkpoint."""
         return self.packed.total + self.left_float
 
     @property
     def bits_per_quantized_weight(self) -> float:
-        """Of a quantized value, its share of scales and zero points included."""
+        """Bits per quantized value, including its share of scales and zero points."""
         return 8 * self.packed.total / self.quantized_parameters if self.quantized_parameters else 16.0
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all values of the model, quantized or not."""
+        """Bits per value over the whole model, quantized or not."""
         return 8 * self.total / self.parameters
 
 
@@ -59,9 +59,9 @@ def weights_of(
     layout: str,
     storage: Storage,
 ) -> Weights:
-    """The size of the checkpoint that quantizing makes, from the float model's headers.
+    """The size of the quantized checkpoint, from the float model's headers.
 
-    layout: key of `layouts.LAYOUTS`; empty where nothing is quantized. storage: what else decides its tensors.
+    layout: key of `layouts.LAYOUTS`; empty if nothing is quantized. storage: the other properties that decide its tensors.
     """
     packed, left, quantized, parameters, source = LinearBytes(), 0, 0, 0, 0
     for name in checkpoint.names:

@@ -1,4 +1,4 @@
-"""Which layout a variant comes to be stored in: what its backend writes, and what converting makes of that."""
+"""The layout in which a variant is stored: what its backend writes, and what the convert stage makes of it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def converted(layout: str, target: str, *, symmetric: bool, widths: Mapping[str,
 
 
 def faults(layout: str, shapes: Mapping[str, tuple[int, int]], widths: Mapping[str, LinearSpec]) -> list[str]:
-    """What a layout cannot hold of the linears to quantize: one fault of each kind, with the first linear that has it."""
+    """Reasons why a layout cannot hold the linears: one fault of each kind, with the first linear that has it."""
     known, found = LAYOUTS[layout], {}
     if len(set(widths.values())) > 1 and not known.mixed:
         found["mixed"] = "holds one width for all linears"
@@ -47,23 +47,23 @@ def faults(layout: str, shapes: Mapping[str, tuple[int, int]], widths: Mapping[s
 
 
 def conversion_faults(source: str, layout: str, widths: Mapping[str, LinearSpec]) -> list[str]:
-    """What a conversion from one layout to another cannot keep."""
+    """Reasons why a layout cannot be converted to another one."""
     before, after = LAYOUTS[source], LAYOUTS[layout]
     found = []
     if len(set(widths.values())) > 1 and after.mixed and not after.mixed_target:
         several = [target for target, one in TARGETS.items() if one.mixed_target and one.servable]
-        found.append(f"a conversion to it takes linears of one width; {' and '.join(several)} takes several")
+        found.append(f"a conversion to it needs linears of one width; {' and '.join(several)} takes several")
     if before.activations and not after.activations:
-        found.append(f"rounds no activations, {source} does")
+        found.append(f"does not round activations, but {source} does")
     if before.affine is None:
-        found.append(f"holds codes on a grid, and {source} has none")
+        found.append(f"holds codes on a grid, but {source} has none")
     return found
 
 
 def described(
     layout: str, variant: VariantSpec, widths: Mapping[str, LinearSpec], skipped: Sequence[str]
 ) -> dict[str, Any]:
-    """The quantization_config that the checkpoint will have, or its method where that is described elsewhere."""
+    """The checkpoint's future quantization_config; only its method if another file describes the rest."""
     if LAYOUTS[layout].config is None:
         return {"quant_method": LAYOUTS[layout].method}
     symmetric = is_symmetric(variant.method, variant.options)
@@ -72,7 +72,7 @@ def described(
         name: LayerSettings(width.bits, width.group_size, symmetric) for name, width in widths.items() if width != main
     }
     kinds = set(widths.values())
-    if len(kinds) == 1:  # all linears that are quantized are alike, whatever the variant's own numbers say
+    if len(kinds) == 1:  # all quantized linears are alike, whatever the variant's own numbers are
         main, overrides = next(iter(kinds)), {}
     reordered = LAYOUTS[layout].desc_act and bool(variant.options.get("desc_act", False))
     return section_of(layout, Description(

@@ -1,4 +1,4 @@
-"""The nearest variant that would work: few changes, small ones first, each candidate checked by the same rules."""
+"""The nearest variant that would work: few and small changes first, each candidate checked by the same rules."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from quantline.planning.preflight import check
 from quantline.planning.spec import FLOAT, Machine, Model, VariantSpec
 from quantline.quantization import capabilities
 
-# How far a change is from what was asked for: another number of the same kind is near, another method is far.
+# Distance of a change from the requested variant: another number of the same kind is near, another method is far.
 _NEAR, _BITS, _METHOD = 1.0, 2.0, 3.0
 _MOST_CHANGES = 3
-# Checks before it gives up, and among these those that only memory speaks against: a fifth of a second for small models,
-# one to two seconds for the largest.
+# The most checks before giving up, and the most of them that fail by memory alone: 0.2 s for small models, 1 to 2 s for
+# the largest.
 _MOST_CHECKS, _MOST_TOO_LARGE = 200, 30
 
 Change = tuple[float, str, Any]
 
 
 def nearest(
-    variant: VariantSpec, model: Model, place: Machine, defaults: Mapping[str, Mapping[str, Any]] | None = None
+    variant: VariantSpec, model: Model, machine: Machine, defaults: Mapping[str, Mapping[str, Any]] | None = None
 ) -> str | None:
-    """The overrides of the nearest variant that nothing is known against, or None.
+    """The overrides of the nearest variant that passes all checks, or None.
 
-    defaults: the options of each method; of other methods than the variant's only those that are named here are tried.
+    defaults: the options of each method. Methods other than the variant's are tried only if they are named here.
     """
     checks = too_large = 0
-    for candidate in _candidates(variant, model, place, defaults or {}):
-        order = place.order.get(candidate.method, ())
+    for candidate in _candidates(variant, model, machine, defaults or {}):
+        order = machine.order.get(candidate.method, ())
         if candidate.method != FLOAT and not capabilities.candidates(candidate.backend, order, candidate.requirements):
             continue
         checks += 1
         if checks > _MOST_CHECKS or too_large > _MOST_TOO_LARGE:
             return None
-        plan = check(candidate, model, place, sizes_of_refused=False)
+        plan = check(candidate, model, machine, sizes_of_refused=False)
         if plan.passes():
             return overrides(candidate, variant, defaults or {})
         too_large += plan.passes("quantize", "convert", "serve")
@@ -44,7 +44,7 @@ def nearest(
 
 
 def overrides(candidate: VariantSpec, asked: VariantSpec, defaults: Mapping[str, Mapping[str, Any]]) -> str:
-    """A variant as overrides: what it is, and what must be said otherwise than it was asked for."""
+    """A variant as overrides: its method, bits and group size, and every option that differs from what was asked."""
     words = [f"method={candidate.method}"]
     if candidate.method != FLOAT:
         words += [f"bits={candidate.bits}", f"group_size={candidate.group_size}"]
@@ -69,9 +69,9 @@ _PLAIN = {
 
 
 def _candidates(
-    variant: VariantSpec, model: Model, place: Machine, defaults: Mapping[str, Mapping[str, Any]]
+    variant: VariantSpec, model: Model, machine: Machine, defaults: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[VariantSpec]:
-    dimensions = list(_changes(variant, model, place, defaults))
+    dimensions = list(_changes(variant, model, machine, defaults))
     ways: list[tuple[float, tuple[Change, ...]]] = []
     for count in range(1, _MOST_CHANGES + 1):
         for chosen in combinations(range(len(dimensions)), count):
@@ -80,7 +80,7 @@ def _candidates(
             ]
     for _, way in sorted(ways, key=lambda pair: pair[0]):
         candidate = variant
-        # Another method brings its own options, so it goes first.
+        # The method goes first, since it brings its own options.
         for _, key, value in sorted(way, key=lambda change: change[1] != "method"):
             candidate = _changed(candidate, key, value, defaults)
         yield candidate
@@ -105,11 +105,11 @@ def _changed(variant: VariantSpec, key: str, value: Any, defaults: Mapping[str, 
 
 
 def _changes(
-    variant: VariantSpec, model: Model, place: Machine, defaults: Mapping[str, Mapping[str, Any]]
+    variant: VariantSpec, model: Model, machine: Machine, defaults: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[list[Change]]:
-    """For each thing that can be changed, its other values and how far they are."""
-    sound = {"sym": True, "desc_act": False, "zero_point": True, "version": "gemm", "activation_bits": None}
-    for key, value in sound.items():
+    """For each property that can change, its other values and their distances."""
+    usual = {"sym": True, "desc_act": False, "zero_point": True, "version": "gemm", "activation_bits": None}
+    for key, value in usual.items():
         if variant.options.get(key, value) != value:
             yield [(_NEAR, f"method.{key}", value)]
     for key, plain in (
@@ -131,14 +131,16 @@ def _changes(
         fewer = range(variant.tensor_parallel_size - 1, 0, -1)
         yield [(_BITS + (variant.tensor_parallel_size - size) / 100, "tensor_parallel_size", size) for size in fewer]
     if variant.method != FLOAT:
-        # -1 is one group for all of a row: farther from any group than those are from each other.
+        # -1 is one group per row: farther from any group size than these are from each other.
         sizes = [size for size in (128, 64, 32, 256, -1) if size != variant.group_size]
         yield [
-            (_NEAR + 0.1 * place_ + (0.3 if size == -1 else 0), "group_size", size) for place_, size in enumerate(sizes)
+            (_NEAR + 0.1 * index + (0.3 if size == -1 else 0), "group_size", size) for index, size in enumerate(sizes)
         ]
         widths = [bits for bits in (4, 8, 3, 2) if bits != variant.bits]
         yield [(_BITS + 0.1 * abs(bits - variant.bits), "bits", bits) for bits in widths]
-    others = [name for name in (*place.order, FLOAT) if name != variant.method and (name in defaults or name == FLOAT)]
+    others = [
+        name for name in (*machine.order, FLOAT) if name != variant.method and (name in defaults or name == FLOAT)
+    ]
     yield [(_METHOD + 0.05 * index + (2 if name == FLOAT else 0), "method", name) for index, name in enumerate(others)]
 
 

@@ -1,7 +1,7 @@
-"""Will it work: whether a variant can be quantized, stored, served and held, known from headers in well under a second.
+"""Check from headers, in well under a second, whether a variant can be quantized, stored, served and held in memory.
 
-Three kinds of facts speak: what backends can do (`capabilities.yaml`), what layouts hold (`checkpoints.layouts`), and what
-the serving runtime loads (`serving/rules.yaml`). No tensor is read and nothing heavy is imported.
+The checks use three kinds of facts: what backends can do (`capabilities.yaml`), what layouts hold (`checkpoints.layouts`),
+and what the serving runtime loads (`serving/rules.yaml`). No tensor is read and no heavy package is imported.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from quantline.serving.checkpoint_facts import facts_of_layers
 from quantline.serving.rules import Target, verdicts
 
 
-def check(variant: VariantSpec, model: Model, place: Machine, *, sizes_of_refused: bool = True) -> Plan:
-    """Everything that is known against a variant, and what it takes.
+def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refused: bool = True) -> Plan:
+    """All known reasons against a variant, and the memory that it takes.
 
-    Where it cannot be quantized at all, nothing is said about serving it. sizes_of_refused: also count what a variant takes
-    that the server refuses.
+    If a variant cannot be quantized, serving is not checked. sizes_of_refused: calculate the memory also of variants that
+    the server refuses.
     """
-    backend, findings, widths = _quantizable(variant, model, place)
+    backend, findings, widths = _quantizable(variant, model, machine)
     if any(finding.refused for finding in findings):
         return Plan(variant, backend, "", tuple(findings))
     symmetric = layouts.is_symmetric(variant.method, variant.options)
@@ -50,7 +50,7 @@ def check(variant: VariantSpec, model: Model, place: Machine, *, sizes_of_refuse
     for facts in facts_of_layers(
         described, settings, model.shapes, heads=heads, tensor_parallel_size=variant.tensor_parallel_size
     ):
-        for known in verdicts(_target(variant, place), facts):
+        for known in verdicts(_target(variant, machine), facts):
             findings.append(Finding(known.rule_id, "serve", known.reason, known.remedy, known.source))
     findings = list(dict.fromkeys(findings))
     if not sizes_of_refused and any(finding.refused for finding in findings):
@@ -61,26 +61,26 @@ def check(variant: VariantSpec, model: Model, place: Machine, *, sizes_of_refuse
     )  # fmt: skip
     kv = memory.kv_cache(model.config)
     plan = Plan(
-        variant, backend, layout, tuple(findings), weights, kv, kv.bytes(place.context, place.batch),
-        _overhead(model, place), _peak(variant, backend, model, place, weights),
+        variant, backend, layout, tuple(findings), weights, kv, kv.bytes(machine.context, machine.batch),
+        _overhead(model, machine), _peak(variant, backend, model, machine, weights),
         kv_heads=int(model.config.get("num_key_value_heads") or heads or 1),
     )  # fmt: skip
-    return replace(plan, findings=(*findings, *_too_large(plan, place)))
+    return replace(plan, findings=(*findings, *_too_large(plan, machine)))
 
 
-def _target(variant: VariantSpec, place: Machine) -> Target:
+def _target(variant: VariantSpec, machine: Machine) -> Target:
     dtype = variant.serve_dtype
     if dtype == "auto":
-        dtype = "bfloat16" if variant.method == FLOAT else "float16"  # see `serving_rules.serving_dtype`
-    return replace(place.target, dtype=dtype, tensor_parallel_size=variant.tensor_parallel_size)
+        dtype = "bfloat16" if variant.method == FLOAT else "float16"  # see `rules.serving_dtype`
+    return replace(machine.target, dtype=dtype, tensor_parallel_size=variant.tensor_parallel_size)
 
 
 def _quantizable(
-    variant: VariantSpec, model: Model, place: Machine
+    variant: VariantSpec, model: Model, machine: Machine
 ) -> tuple[str, list[Finding], dict[str, LinearSpec]]:
     if variant.method == FLOAT:
         return "none", [], {}
-    order, findings = list(place.order.get(variant.method, ())), []
+    order, findings = list(machine.order.get(variant.method, ())), []
     backend = ""
     try:
         backend, notes = capabilities.choose(
@@ -110,46 +110,45 @@ def _storable(
     if variant.method == FLOAT:
         return
     for fault in layouts.faults(source, model.shapes, widths):
-        yield Finding("layout", "quantize", f"{source}: {fault}", "leave such layers float, or take another method")
+        yield Finding("layout", "quantize", f"{source}: {fault}", "leave these layers float, or use another method")
     if layout == source:
         return
     for fault in [*layouts.faults(layout, model.shapes, widths), *layouts.conversion_faults(source, layout, widths)]:
         yield Finding("layout", "convert", f"{layout}: {fault}", "set convert.target=auto")
 
 
-def _overhead(model: Model, place: Machine) -> int:
-    context = checkpoint_memory.GPU_CONTEXT if place.target.device == "cuda" or place.memory_bytes else 0
-    large = place.memory_bytes is not None and place.memory_bytes >= memory.LARGE_GPU
+def _overhead(model: Model, machine: Machine) -> int:
+    context = checkpoint_memory.GPU_CONTEXT if machine.target.device == "cuda" or machine.memory_bytes else 0
+    large = machine.memory_bytes is not None and machine.memory_bytes >= memory.LARGE_GPU
     tokens = memory.BATCHED_TOKENS_LARGE if large else memory.BATCHED_TOKENS
-    return context + memory.activations(model.config, place.batch, tokens)
+    return context + memory.activations(model.config, machine.batch, tokens)
 
 
-def _peak(variant: VariantSpec, backend: str, model: Model, place: Machine, weights: Weights) -> Peak | None:
+def _peak(variant: VariantSpec, backend: str, model: Model, machine: Machine, weights: Weights) -> Peak | None:
     if variant.method == FLOAT:
         return None
-    tokens = place.calibration_tokens if variant.method in CALIBRATED else 0
+    tokens = machine.calibration_tokens if variant.method in CALIBRATED else 0
     return quantization_peak(
         model.checkpoint, model.config, method=variant.method, backend=backend,
-        dtype=computed_in(variant.dtype, place.target.device), tokens=tokens, low_memory=variant.low_memory,
+        dtype=computed_in(variant.dtype, machine.target.device), tokens=tokens, low_memory=variant.low_memory,
         output=weights.total,
     )  # fmt: skip
 
 
-def _too_large(plan: Plan, place: Machine) -> Iterator[Finding]:
-    needed, given = plan.serving_bytes(), place.memory_bytes
+def _too_large(plan: Plan, machine: Machine) -> Iterator[Finding]:
+    needed, given = plan.serving_bytes(), machine.memory_bytes
     needs, has = binary_size(needed), binary_size(given or 0)
     if given is not None and needed > given:
-        reason = f"it needs {needs} with {place.batch} x {place.context} tokens, and there are {has}"
-        yield Finding("memory", "memory", reason, "take fewer bits, a shorter context, a smaller batch or more GPUs")
-    elif given is not None and needed > given * place.utilization:
-        share_bytes = int(given * place.utilization)
-        reason = f"the server is given {binary_size(share_bytes)} of {has}, and needs {needs}"
+        reason = f"it needs {needs} with {machine.batch} x {machine.context} tokens, but only {has} is available"
+        yield Finding("memory", "memory", reason, "use fewer bits, a shorter context, a smaller batch or more GPUs")
+    elif given is not None and needed > given * machine.utilization:
+        share_bytes = int(given * machine.utilization)
+        reason = f"the server gets {binary_size(share_bytes)} of {has}, but needs {needs}"
         share = min(1.0, -(-100 * needed // given) / 100)
         remedy = f"set serve.process.gpu_memory_utilization={share:.2f} and serve.process.kv_cache_gib=null"
         yield Finding("memory-share", "memory", reason, remedy, refused=False)
-    if plan.peak is not None and place.quantizer_bytes is not None and plan.peak.total > place.quantizer_bytes:
-        reason = (
-            f"quantizing may take {binary_size(plan.peak.total)}, and there are {binary_size(place.quantizer_bytes)}"
-        )
-        remedy = "set low_memory=true, fewer or shorter calibration samples, or dtype=float16"
+    if plan.peak is not None and machine.quantizer_bytes is not None and plan.peak.total > machine.quantizer_bytes:
+        peak, free = binary_size(plan.peak.total), binary_size(machine.quantizer_bytes)
+        reason = f"quantizing may take {peak}, but only {free} is available"
+        remedy = "set low_memory=true or dtype=float16, or use fewer or shorter calibration samples"
         yield Finding("quantization-memory", "quantize", reason, remedy, refused=False)

@@ -1,4 +1,4 @@
-"""How much memory quantizing takes at its peak, from headers: a model of what each method holds at once."""
+"""The peak memory of quantizing, from headers: a model of what each method holds at the same time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.linears import linear_shapes
 
-# The interpreter with torch and a quantizer's library loaded. An assumption: with the demo model AutoAWQ came to 1.28 GB in
-# all, of which 0.3 GB are the model and its activations.
+# The interpreter with torch and a quantizer's library. An assumption: with the demo model, AutoAWQ took 1.28 GB in all, of
+# which 0.3 GB are the model and its activations.
 TORCH_PROCESS = 1_000_000_000
 PLAIN_PROCESS = 100_000_000
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Of the native backend and of every result's writer: one shard is held at a time.
+# The native backend and all writers of results hold one shard at a time.
 SHARD = 4_000_000_000
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest part of each kind, in bytes, and in words what they are."""
+    """The largest part of each kind, in bytes. formula: what they consist of, in words."""
 
     model: int
     calibration: int
@@ -30,7 +30,7 @@ class Peak:
 
     @property
     def total(self) -> int:
-        """All of it at once."""
+        """The sum of the parts."""
         return self.model + self.calibration + self.solver + self.process
 
 
@@ -52,24 +52,24 @@ def quantization_peak(
     low_memory: bool,
     output: int,
 ) -> Peak:
-    """What quantizing holds at its peak.
+    """The memory that quantizing holds at its peak.
 
     Args:
-        checkpoint, config: of the float model.
-        method, backend: who computes.
-        dtype: of the computation, see `computed_in`.
-        tokens: of the calibration, all samples.
-        low_memory: one block of the model at a time.
+        checkpoint, config: the float model's.
+        method, backend: the quantization method and the backend that runs it.
+        dtype: dtype of the computation, see `computed_in`.
+        tokens: calibration tokens of all samples.
+        low_memory: whether one block of the model is loaded at a time.
         output: bytes of the result.
 
-    The parts, with h the hidden width, i the widest input of a linear, d the bytes of a value of `dtype`:
+    The parts, with h the hidden width, i the widest input of a linear, d the bytes per value of `dtype`:
         model        all values * d; with low_memory the embeddings and one block.
-        calibration  a block's inputs and outputs for all samples: 2 * tokens * h * d; for AWQ also what goes into each
-                     of its linears, tokens * sum(in) * d (AutoAWQ's input_feat).
+        calibration  a block's inputs and outputs for all samples: 2 * tokens * h * d; for AWQ also the inputs of
+                     all its linears, tokens * sum(in) * d (AutoAWQ's input_feat).
         solver       GPTQ (arXiv:2210.17323; AutoGPTQ's gptq.py): the Hessian, its factor and its inverse, 3 * i^2 * 4,
-                     and weight, result and losses of the largest linear, 3 * in * out * 4. AWQ (arXiv:2306.00978): a
-                     block twice more, to scale and to compare. AutoRound (arXiv:2309.05516): a block's rounding,
-                     gradients and best values, 3 * 4 bytes a value. rtn: 5 float32 copies of the largest linear. bnb:
+                     and weight, result and losses of the largest linear, 3 * in * out * 4. AWQ (arXiv:2306.00978):
+                     two more copies of a block, to scale and to compare. AutoRound (arXiv:2309.05516): a block's rounding,
+                     gradients and best values, 3 * 4 bytes per value. rtn: 5 float32 copies of the largest linear. bnb:
                      one float32 copy.
     """
     shapes = linear_shapes(checkpoint)
@@ -87,18 +87,18 @@ def quantization_peak(
     held = values - in_blocks + block if low_memory else values
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     streams = 2 * tokens * hidden * size
-    words = f"{'one block' if low_memory else 'all weights'} in {dtype}"
+    weights = f"{'one block' if low_memory else 'all weights'} in {dtype}"
     if method == "bnb":
-        return Peak(held * size, 0, largest * 4, TORCH_PROCESS + min(SHARD, output), f"{words}, the largest linear")
+        return Peak(held * size, 0, largest * 4, TORCH_PROCESS + min(SHARD, output), f"{weights}, the largest linear")
     if method == "awq":
         features = tokens * sum(wide for wide, _ in linears) // max(blocks, 1) * size
-        formula = f"{words}, a block's activations and its linears' inputs, two copies of a block"
+        formula = f"{weights}, a block's activations and its linears' inputs, two copies of a block"
         return Peak(held * size, streams + features, 2 * block * size, TORCH_PROCESS, formula)
     if method == "autoround":
-        formula = f"{words}, a block's activations, 12 bytes for each of its weights"
+        formula = f"{weights}, a block's activations, 12 bytes for each of its weights"
         return Peak(held * size, streams, 12 * block, TORCH_PROCESS, formula)
     formula = (
-        f"{words}, a block's activations, the widest Hessian three times, the largest linear three times in float32"
+        f"{weights}, a block's activations, the widest Hessian three times, the largest linear three times in float32"
     )
     return Peak(held * size, streams, 3 * 4 * (widest * widest + largest), TORCH_PROCESS, formula)
 

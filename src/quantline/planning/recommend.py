@@ -1,4 +1,4 @@
-"""Which variant to make: what serves, what fits, and of that what loses least or what is smallest."""
+"""Recommend a variant: of those that serve and fit, the one that loses least or the smallest one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from quantline.planning.preflight import check
 from quantline.planning.spec import FLOAT, Finding, Machine, Model, Plan, VariantSpec
 
 TIERS = ("float", "8 bits", "4 bits", "3 bits", "2 bits")
-# Which tier to take first. What matters goes to 8 bits, which halves the memory and loses next to nothing, and never below
-# 4; anything else to 4 bits, and below only where nothing else fits.
+# The order of the tiers. Critical use prefers 8 bits, which halves the memory and loses next to nothing, and never goes
+# below 4. Other use prefers 4 bits, and goes below only if nothing else fits.
 _CRITICAL = (1, 0, 2)
 _ORDINARY = (2, 1, 0, 3, 4)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One candidate. loss: published; measured: of this model, by this project, or empty. why: its place in the order."""
+    """One candidate. loss: published; measured: by this project on this model, or empty. why: the reason for its rank."""
 
     overrides: str
     tier: int
@@ -34,18 +34,18 @@ class Choice:
 
     @property
     def works(self) -> bool:
-        """Whether nothing is known against it."""
+        """Whether it passes all checks."""
         return self.plan.passes()
 
     @property
     def against(self) -> list[Finding]:
-        """What is known against it."""
+        """The reasons against it."""
         return self.plan.refused
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Candidates in order of preference, those that work first; the first one is recommended where it works."""
+    """Candidates in order of preference, those that work first. The first one is recommended if it works."""
 
     choices: tuple[Choice, ...]
     critical: bool
@@ -59,7 +59,7 @@ class Suggestion:
 
 @cache
 def candidates() -> tuple[dict[str, Any], ...]:
-    """recommend.yaml."""
+    """The candidates of recommend.yaml."""
     text = resources.files("quantline.planning").joinpath("recommend.yaml").read_text(encoding="utf-8")
     return tuple(yaml.safe_load(text))
 
@@ -67,7 +67,7 @@ def candidates() -> tuple[dict[str, Any], ...]:
 def suggest(
     asked: VariantSpec,
     model: Model,
-    place: Machine,
+    machine: Machine,
     *,
     critical: bool,
     defaults: Mapping[str, Mapping[str, Any]],
@@ -76,18 +76,18 @@ def suggest(
     """Rank the candidates for a model, a server and its memory.
 
     Args:
-        asked: the variant whose serving options hold for all.
-        model, place: see `preflight.check`.
-        critical: quality before size.
+        asked: the variant whose serving options apply to all candidates.
+        model, machine: see `preflight.check`.
+        critical: prefer quality to size.
         defaults: the options of each method.
-        measured: what is known of this model's variants, by method, bits and group size.
+        measured: measured losses of this model's variants, by method, bits and group size.
     """
     order = _CRITICAL if critical else _ORDINARY
     choices = []
     for entry in candidates():
         if entry["method"] != FLOAT and entry["method"] not in defaults:
             continue
-        plan = _best_groups(_variant(entry, asked, defaults), model, place)
+        plan = _best_groups(_variant(entry, asked, defaults), model, machine)
         variant = plan.planned
         known = (measured or {}).get((variant.method, variant.bits, variant.group_size), "")
         why = _why(entry["tier"], critical)
@@ -99,15 +99,15 @@ def suggest(
     return Suggestion(tuple(sorted(choices, key=preference)), critical)
 
 
-def _best_groups(variant: VariantSpec, model: Model, place: Machine) -> Plan:
-    """The candidate as it is, or with the first smaller groups that divide the widths (and each GPU's share of them)."""
-    plan = check(variant, model, place)
+def _best_groups(variant: VariantSpec, model: Model, machine: Machine) -> Plan:
+    """The candidate as it is, or with the first smaller group size that divides the widths (and each GPU's share)."""
+    plan = check(variant, model, machine)
     if variant.method in (FLOAT, "bnb") or variant.group_size == -1:
         return plan
     for size in (64, 32, -1):
         if plan.passes("quantize", "convert", "serve"):
             break
-        other = check(replace(variant, group_size=size), model, place)
+        other = check(replace(variant, group_size=size), model, machine)
         plan = other if other.passes("quantize", "convert", "serve") else plan
     return plan
 
@@ -128,11 +128,11 @@ def _why(tier: int, critical: bool) -> str:
     if tier == 0:
         return "loses nothing and saves nothing"
     if tier == 1:
-        return "half the memory for next to no loss" if critical else "loses less than 4 bits, at twice the size"
+        return "half the memory, with next to no loss" if critical else "loses less than 4 bits, at twice the size"
     if tier == 2:
         return (
             "a quarter of the memory; for critical use where 8 bits do not work"
             if critical
-            else "small, for little loss"
+            else "small, with little loss"
         )
     return "not for critical use" if critical else "only where nothing larger fits"

@@ -1,4 +1,4 @@
-"""What `python -m stages.plan` says: tables for people, the same as plain values for programs."""
+"""The output of `python -m stages.plan`: tables for people, and the same as plain values for programs."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from quantline.serving.memory import GIB
 
 
 def as_json(
-    plan: Plan, model: Model, place: Machine, nearest: str | None, recommendation: Suggestion | None
+    plan: Plan, model: Model, machine: Machine, nearest: str | None, recommendation: Suggestion | None
 ) -> dict[str, Any]:
-    """Everything, in bytes and plain values."""
-    target = place.target
+    """The whole report as plain values; sizes in bytes."""
+    target = machine.target
     return {
         "model": model.name,
         "target": {**asdict(target), "tensor_parallel_size": plan.planned.tensor_parallel_size},
-        "memory_bytes": place.memory_bytes, "context": place.context, "batch": place.batch,
+        "memory_bytes": machine.memory_bytes, "context": machine.context, "batch": machine.batch,
         "variant": _variant(plan), "verdict": "ok" if plan.passes() else "refused", "nearest": nearest,
-        "findings": [_finding(finding) for finding in plan.findings], "sizes": sizes(plan, place),
-        "recommendation": _recommendation(recommendation, place),
+        "findings": [_finding(finding) for finding in plan.findings], "sizes": sizes(plan, machine),
+        "recommendation": _recommendation(recommendation, machine),
     }  # fmt: skip
 
 
-def sizes(plan: Plan, place: Machine) -> dict[str, Any] | None:
-    """What a variant takes, in bytes; None where it cannot be stored."""
+def sizes(plan: Plan, machine: Machine) -> dict[str, Any] | None:
+    """The memory that a variant takes, in bytes; None if it cannot be stored."""
     weights, kv = plan.weights, plan.kv
     if weights is None or kv is None:
         return None
@@ -42,14 +42,14 @@ def sizes(plan: Plan, place: Machine) -> dict[str, Any] | None:
         "bits_per_weight": round(weights.bits_per_weight, 4), "kv_cache_per_token": kv.bytes_per_token,
         "kv_cache_window_per_token": kv.window_bytes_per_token, "kv_cache_window": kv.window, "kv_cache": plan.kv_bytes,
         "activations_and_context": plan.overhead_bytes, "needed_per_device": needed,
-        "fits": None if place.memory_bytes is None else needed <= place.memory_bytes,
+        "fits": None if machine.memory_bytes is None else needed <= machine.memory_bytes,
         "quantization_peak": None if plan.peak is None else {**asdict(plan.peak), "total": plan.peak.total},
     }  # fmt: skip
 
 
-def as_text(plan: Plan, model: Model, place: Machine, nearest: str | None, recommendation: Suggestion | None) -> str:
-    """The same to be read."""
-    variant, target = plan.planned, place.target
+def as_text(plan: Plan, model: Model, machine: Machine, nearest: str | None, recommendation: Suggestion | None) -> str:
+    """The whole report as text."""
+    variant, target = plan.planned, machine.target
     name = variant.method if variant.method == FLOAT else f"{variant.method} {variant.bits} bits, {_groups(plan)}"
     traits = [f"{target.runtime} {target.version} on {target.device}"]
     traits += [target.instructions] if target.instructions else []
@@ -61,15 +61,15 @@ def as_text(plan: Plan, model: Model, place: Machine, nearest: str | None, recom
     ]
     lines += [f"stored  {plan.layout}"] if plan.layout else []
     lines += [f"target  {', '.join(traits)}", ""]
-    lines += [_said(finding) for finding in plan.findings] or ["ok: nothing is known against it"]
+    lines += [_finding_lines(finding) for finding in plan.findings] or ["ok: no known reason against it"]
     if plan.findings and plan.passes():
-        lines.append("ok: none of this is against it")
+        lines.append("ok: none of these notes is a reason against it")
     if nearest:
         lines.append(f"the nearest that works: {nearest}")
     if plan.weights is not None:
-        lines += ["", _sizes_table(plan, place)]
+        lines += ["", _sizes_table(plan, machine)]
     if recommendation is not None:
-        lines += ["", *_recommended(recommendation, place)]
+        lines += ["", *_recommended(recommendation, machine)]
     return "\n".join(lines)
 
 
@@ -78,14 +78,14 @@ def _groups(plan: Plan) -> str:
     return "one group a channel" if size == -1 else f"groups of {size}"
 
 
-def _said(finding: Finding) -> str:
+def _finding_lines(finding: Finding) -> str:
     parts = [f"{'REFUSED' if finding.refused else 'note'} ({finding.id}): {finding.reason}"]
     parts += [f"    do: {finding.remedy}"] if finding.remedy else []
     parts += [f"    source: {finding.source}"] if finding.source else []
     return "\n".join(parts)
 
 
-def _sizes_table(plan: Plan, place: Machine) -> str:
+def _sizes_table(plan: Plan, machine: Machine) -> str:
     weights, kv = plan.weights, plan.kv
     assert weights is not None
     assert kv is not None
@@ -105,40 +105,40 @@ def _sizes_table(plan: Plan, place: Machine) -> str:
         ]  # fmt: skip
     rows += [
         ("KV cache", binary_size(plan.kv_bytes),
-         f"{place.batch} x {place.context} tokens, {binary_size(kv.bytes_per_token)} a token{window}"),
-        ("activations", binary_size(plan.overhead_bytes), "with the GPU's context; an assumption, see memory.py"),
-        ("needed", binary_size(plan.serving_bytes()), _fit(plan, place)),
+         f"{machine.batch} x {machine.context} tokens, {binary_size(kv.bytes_per_token)} a token{window}"),
+        ("activations", binary_size(plan.overhead_bytes), "with the GPU's context; an assumption, see serving/memory.py"),
+        ("needed", binary_size(plan.serving_bytes()), _fit(plan, machine)),
     ]  # fmt: skip
     if plan.peak is not None:
-        rows.append(("quantizing", binary_size(plan.peak.total), f"peak, a model of it: {plan.peak.formula}"))
+        rows.append(("quantizing", binary_size(plan.peak.total), f"estimated peak: {plan.peak.formula}"))
     return str(tabulate.tabulate(rows, tablefmt="plain", disable_numparse=True, preserve_whitespace=True))
 
 
-def _fit(plan: Plan, place: Machine) -> str:
+def _fit(plan: Plan, machine: Machine) -> str:
     each = " on each GPU" if plan.planned.tensor_parallel_size > 1 else ""
-    if place.memory_bytes is None:
+    if machine.memory_bytes is None:
         return f"to serve it{each}"
-    fits = plan.serving_bytes() <= place.memory_bytes
-    return f"{'fits' if fits else 'does NOT fit'} in {place.memory_bytes / GIB:.3g} GiB{each}"
+    fits = plan.serving_bytes() <= machine.memory_bytes
+    return f"{'fits' if fits else 'does NOT fit'} in {machine.memory_bytes / GIB:.3g} GiB{each}"
 
 
-def _recommended(recommendation: Suggestion, place: Machine) -> list[str]:
+def _recommended(recommendation: Suggestion, machine: Machine) -> list[str]:
     headers = ["", "variant", "bits/w", "weights", "needed", "serves", "fits", "loss"]
-    rows = [_row(choice, recommendation, place) for choice in recommendation.choices]
+    rows = [_row(choice, recommendation, machine) for choice in recommendation.choices]
     table = tabulate.tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
     best = recommendation.best
-    words = "what loses least" if recommendation.critical else "what is small and loses little"
+    goal = "least loss" if recommendation.critical else "small with little loss"
     if best is None:
-        return [str(table), "", "recommended: none of these works here"]
+        return [str(table), "", "recommended: none of these works on this target"]
     known = best.measured or best.loss
-    return [str(table), "", f"recommended, {words}: {best.overrides}", f"    {best.why}; loss: {known}"]
+    return [str(table), "", f"recommended, {goal}: {best.overrides}", f"    {best.why}; loss: {known}"]
 
 
-def _row(choice: Choice, recommendation: Suggestion, place: Machine) -> list[str]:
+def _row(choice: Choice, recommendation: Suggestion, machine: Machine) -> list[str]:
     plan = choice.plan
     against = [finding for finding in choice.against if finding.step != "memory"]
     serves = "yes" if not against else f"no ({against[0].id})"
-    fits = "-" if plan.weights is None or place.memory_bytes is None else "yes" if plan.passes("memory") else "no"
+    fits = "-" if plan.weights is None or machine.memory_bytes is None else "yes" if plan.passes("memory") else "no"
     return [
         "->" if choice is recommendation.best else "",
         choice.overrides.replace("method=", "", 1),
@@ -149,7 +149,7 @@ def _row(choice: Choice, recommendation: Suggestion, place: Machine) -> list[str
     ]  # fmt: skip
 
 
-def _recommendation(recommendation: Suggestion | None, place: Machine) -> dict[str, Any] | None:
+def _recommendation(recommendation: Suggestion | None, machine: Machine) -> dict[str, Any] | None:
     if recommendation is None:
         return None
     best = recommendation.best
@@ -157,7 +157,7 @@ def _recommendation(recommendation: Suggestion | None, place: Machine) -> dict[s
         {
             "overrides": choice.overrides, "works": choice.works, "why": choice.why, "loss": choice.loss,
             "measured": choice.measured or None, "findings": [_finding(finding) for finding in choice.plan.findings],
-            "sizes": sizes(choice.plan, place),
+            "sizes": sizes(choice.plan, machine),
         }
         for choice in recommendation.choices
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What preflight speaks about: a planned variant, the float model, the place where it is to run, and what was found."""
+"""The types of preflight: a planned variant, the float model, the machine that runs it, and findings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Step = Literal["quantize", "convert", "serve", "memory"]
 
 @dataclass(frozen=True)
 class VariantSpec:
-    """A variant as it is asked for; names and values as in conf/.
+    """A requested variant; names and values as in conf/.
 
     options: the method's own. backend: a name or auto. rules: by layer, see `linears.planned`. dtype: of the quantizer;
     serve_dtype: of the server. convert: the target layout.
@@ -45,7 +45,7 @@ class VariantSpec:
 
     @property
     def requirements(self) -> Requirements:
-        """What it asks of a backend."""
+        """What the variant requires of a backend."""
         bits = tuple(rule["bits"] for rule in self.rules if rule.get("bits") is not None)
         groups = tuple(rule["group_size"] for rule in self.rules if rule.get("group_size") is not None)
         layers = "widths" if bits or groups else "skip" if self.rules else "none"
@@ -57,7 +57,7 @@ class VariantSpec:
 
 @dataclass(frozen=True)
 class Model:
-    """A float model, as far as its headers tell."""
+    """A float model, known from its headers."""
 
     name: str
     checkpoint: Checkpoint
@@ -68,18 +68,18 @@ class Model:
         """Read the headers of a model's folder.
 
         Raises:
-            UserError: there is no model there, or it is quantized already.
+            UserError: the folder has no model, or the model is quantized already.
         """
         checkpoint, config = Checkpoint.open(folder), read_json(folder / "config.json")
         if config.get("quantization_config"):
-            raise UserError(f"{folder}: is quantized already; give the float model that it was made from")
+            raise UserError(f"{folder}: is quantized already; give the float model instead")
         text = config.get("text_config")
-        # Models of several kinds of input keep the language model's numbers one level down.
+        # Multimodal models keep the language model's numbers one level down.
         return cls(name or folder.name, checkpoint, {**config, **text} if isinstance(text, dict) else config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """(in_features, out_features) of every linear, the output layer included where it is one of its own."""
+        """(in_features, out_features) of every linear, including the output layer unless it is tied."""
         found = dict(linear_shapes(self.checkpoint))
         if f"{LM_HEAD}.weight" in self.checkpoint.names and not self.config.get("tie_word_embeddings"):
             rows, columns = self.checkpoint.info(f"{LM_HEAD}.weight").shape
@@ -89,12 +89,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it is to run.
+    """The machine on which a variant should run.
 
-    order: the backends of each method, as `backend=auto` tries them. context, batch: tokens of a sequence and sequences at a
-    time that the server is to hold. memory_bytes: of each GPU (or what a CPU's server may take), and utilization the share
-    of it that the server is given; None asks nothing of it. quantizer_bytes: what quantizing may take, None where that is
-    not known. calibration_tokens: of all samples.
+    order: the backends of each method, in the order in which `backend=auto` tries them. context, batch: tokens per sequence
+    and concurrent sequences that the server must hold. memory_bytes: of each GPU (or what a server on a CPU may take); None
+    skips the check. utilization: the share of it that the server gets. quantizer_bytes: what quantizing may take; None if
+    unknown. calibration_tokens: of all samples.
     """
 
     target: Target
@@ -109,7 +109,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Finding:
-    """One verdict against, or a remark on, a variant."""
+    """A reason against a variant, or a note on it."""
 
     id: str
     step: Step
@@ -121,7 +121,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a variant before anything is computed. layout: as it is served. Sizes are bytes."""
+    """The plan of a variant before anything is computed. layout: as it is served. Sizes are bytes."""
 
     planned: VariantSpec
     backend: str
@@ -136,15 +136,15 @@ class Plan:
 
     @property
     def refused(self) -> list[Finding]:
-        """What makes it impossible."""
+        """The findings that make it impossible."""
         return [finding for finding in self.findings if finding.refused]
 
     def passes(self, *steps: Step) -> bool:
-        """Whether nothing refuses it at these steps; none named are all."""
+        """Whether no finding refuses it at these steps; all steps if none are named."""
         return not any(not steps or finding.step in steps for finding in self.refused)
 
     def serving_bytes(self) -> int:
-        """What each GPU needs: its share of weights and cache, activations and context.
+        """Memory that each GPU needs: its share of weights and cache, activations and context.
 
         GPUs beyond the key-value heads hold copies of the cache.
         """
@@ -160,7 +160,7 @@ def line(finding: Finding) -> str:
 
 
 class RefusedError(UserError):
-    """A variant that cannot work; `nearest` is one that does, as overrides, or None."""
+    """The variant cannot work. `nearest`: the overrides of one that works, or None."""
 
     def __init__(self, findings: Sequence[Finding], nearest: str | None) -> None:
         self.findings, self.nearest = tuple(findings), nearest

@@ -1,1 +1,1 @@
-"""The server: what it can load, starting it, asking it."""
+"""The inference server: what it can load, how it starts, and requests to it."""

@@ -1,4 +1,4 @@
-"""Checks of a served model's answers, beside the float model's: a small model may loop before any quantization."""
+"""Checks of a served model's answers against the float model's: a small model may loop before any quantization."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ EMPTY, UNREADABLE, DEGENERATE, REPEATING = "empty", "unreadable", "degenerate", 
 
 UNREADABLE_SHARE = 0.1
 SINGLE_CHARACTER_SHARE = 0.6
-# A loop is what comes four times or more at the end, over 24 characters and three tenths of the text at least.
+# A loop is a passage that ends the text four times or more, over at least 24 characters and three tenths of the text.
 LOOP_TIMES, LOOP_CHARACTERS, LOOP_SHARE = 4, 24, 0.3
 HABIT = 2
 
@@ -35,17 +35,17 @@ def judge_answers(answers: Sequence[AnswerLike], baseline: Sequence[AnswerLike] 
 
     Args:
         answers: the variant's.
-        baseline: the float model's. A defect that its answer to the same prompt has too is no fault. A float model that
-            loops will loop for other prompts after any small change of its weights, so loops are no fault while no more
-            than `HABIT` times as many answers loop as the float model's. None accepts no defect.
+        baseline: the float model's. A defect that its answer to the same prompt has too is not a fault. A float model
+            that loops will loop on other prompts after any small change of its weights. Loops are therefore not a fault
+            while at most `HABIT` times as many answers loop as of the float model. With None every defect is a fault.
     """
     excused = {(answer.kind, answer.prompt): defects(answer.text) for answer in baseline or ()}
-    found = [(answer, defects(answer.text)) for answer in answers]
-    loops = sum(REPEATING in defect for _, defect in found)
+    checked = [(answer, defects(answer.text)) for answer in answers]
+    loops = sum(REPEATING in defect for _, defect in checked)
     habit = loops <= HABIT * sum(REPEATING in defect for defect in excused.values())
     faults = []
-    for answer, held in found:
-        for defect, detail in held.items():
+    for answer, own in checked:
+        for defect, detail in own.items():
             if defect in excused.get((answer.kind, answer.prompt), {}) or (defect == REPEATING and habit):
                 continue
             faults.append(f"{answer.kind} {answer.prompt!r}: the answer is {defect} ({detail})")
@@ -57,7 +57,7 @@ def defects(text: str) -> dict[str, str]:
     if not text.strip():
         return {EMPTY: "no visible character"}
     found = {}
-    # An answer cut off within a character ends in a replacement character, which is no defect.
+    # An answer cut off within a character ends in a replacement character, which is not a defect.
     whole = text.rstrip("\ufffd") or text
     unreadable = sum(not (letter.isprintable() or letter in "\n\t\r") or letter == "\ufffd" for letter in whole)
     if unreadable > UNREADABLE_SHARE * len(whole):
@@ -69,12 +69,12 @@ def defects(text: str) -> dict[str, str]:
             found[DEGENERATE] = f"{visible.count(letter)} of {len(visible)} visible characters are {letter!r}"
     loop = ending_loop(whole)
     if loop is not None:
-        found[REPEATING] = f"it ends in {loop!r} over and over"
+        found[REPEATING] = f"it repeats {loop!r} to the end"
     return found
 
 
 def ending_loop(text: str) -> str | None:
-    """The shortest passage that a text repeats to its end, perhaps cut off in the last turn; None where it does not."""
+    """The shortest passage that a text repeats to its end, perhaps cut off the last time; None if there is none."""
     enough = max(LOOP_CHARACTERS, LOOP_SHARE * len(text))
     for period in range(1, len(text) // LOOP_TIMES + 1):
         start = len(text)

@@ -1,7 +1,7 @@
-"""What serving rules ask of a checkpoint's layers: widths, what is computed as one, what tensor parallelism cuts.
+"""Facts about a checkpoint's layers that serving rules use: widths, fused linears, splits by tensor parallelism.
 
-Names are those of transformers; which linears are computed as one, and which are split along their input, is what vLLM
-makes of them (its models' `packed_modules_mapping`, and `RowParallelLinear`).
+Names are those of transformers. Which linears are fused, and which are split along their input, follows vLLM (its
+models' `packed_modules_mapping`, and `RowParallelLinear`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def facts_of_layers(
     heads: int | None = None,
     tensor_parallel_size: int = 1,
 ) -> list[CheckpointFacts]:
-    """The facts of a checkpoint, once for each setting that its linears have; one for a float model.
+    """The facts of a checkpoint, one entry for each setting that its linears have; one entry for a float model.
 
     Args:
-        quantization: config.json's section; None is a float model.
+        quantization: the section of config.json; None for a float model.
         linears: settings of the quantized linears, by name.
         shapes: (in_features, out_features) of all linears, by name.
         heads: attention heads of the model.
@@ -45,19 +45,20 @@ def facts_of_layers(
     fused = "mixed" if any(_differ(names, linears) for names, _, _ in parts) else "alike"
     head = "float" if LM_HEAD not in linears else "named" if _names_head(quantization or {}) else "unnamed"
     found = []
-    for own in dict.fromkeys(linears.values()):
-        held = [(wide, high) for names, wide, high in parts if any(linears.get(name) == own for name in names)]
-        cuts_groups = own.group_size > 0 and any(wide % own.group_size for wide, _ in held)
+    for setting in dict.fromkeys(linears.values()):
+        sizes = [(wide, high) for names, wide, high in parts if any(linears.get(name) == setting for name in names)]
+        cuts_groups = setting.group_size > 0 and any(wide % setting.group_size for wide, _ in sizes)
         found.append(replace(
-            base, bits=own.bits, group_size=own.group_size, sym=own.symmetric if base.sym is not None else None,
-            widths_divisible_by_32=all(wide % 32 == 0 and high % 32 == 0 for wide, high in held),
+            base, bits=setting.bits, group_size=setting.group_size,
+            sym=setting.symmetric if base.sym is not None else None,
+            widths_divisible_by_32=all(wide % 32 == 0 and high % 32 == 0 for wide, high in sizes),
             fused=fused, head=head, cut="heads" if cuts_heads else "groups" if cuts_groups else "nothing",
         ))  # fmt: skip
     return found
 
 
 def fused_apart(linears: Mapping[str, LayerSettings], shapes: Shapes) -> list[list[str]]:
-    """Linears that are computed as one and differ, or are only in part quantized; a list of names each.
+    """Fused linears whose parts differ in settings or are only partly quantized; a list of names for each.
 
     Args:
         linears: settings of the quantized linears, by name.
@@ -67,7 +68,7 @@ def fused_apart(linears: Mapping[str, LayerSettings], shapes: Shapes) -> list[li
 
 
 def _computed(linears: Mapping[str, LayerSettings], shapes: Shapes, ranks: int) -> Iterator[tuple[list[str], int, int]]:
-    """What is computed as one linear: its parts' names, and in and out on each rank; widths that no rank can have are -1."""
+    """Each quantized linear as vLLM fuses it: names of its parts, in and out on each rank; -1 if a width cannot be split."""
     done: set[str] = set()
     for name in shapes:
         if name in done:

@@ -1,9 +1,9 @@
 """Log-probabilities of given tokens, from a running server.
 
-A window of token ids is sent as a completion's prompt with `prompt_logprobs: 0`, which returns the log-probability of
-each prompt token and no alternatives (with one alternative it took half as long again, with five twice as long). They
-are natural logarithms of the softmax before any sampling rule. The server generates one token for each request, which
-it does not do without, so a window may be one token shorter than `max_model_len` at most.
+A window of token ids is sent as the prompt of a completion with `prompt_logprobs: 0`, which returns the log-probability
+of each prompt token and no alternatives (one alternative took 1.5 times as long, five took twice as long). They are
+natural logarithms of the softmax before any sampling rule. The server generates at least one token for each request, so
+a window must be at least one token shorter than `max_model_len`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quantline.core.errors import ServerError, UserError
 from quantline.core.progress import bar
 from quantline.serving.server import SERVED_NAME, Server
 
-# vLLM writes minus infinity, which JSON has no word for, as this.
+# vLLM writes minus infinity as this, since JSON cannot express it.
 MINUS_INFINITY = -9999.0
 
 
@@ -33,21 +33,21 @@ def score(
     timeout_seconds: float = 300.0,
     label: str = "scoring through the server",
 ) -> list[NDArray[np.float64]]:
-    """Log-probability (natural) of every token but the first of each window, given those before it.
+    """Natural log-probability of each window's tokens except the first, given the tokens before.
 
     concurrency: requests at a time; 8 were as fast as 16. timeout_seconds: for one request.
 
     Raises:
         UserError: a window has fewer than two tokens, or more than the server takes.
-        ServerError: the server died or did not answer in time, answered for other tokens than were sent, or gave a
-            value that is no log-probability.
+        ServerError: the server died or did not answer in time, scored other tokens than were sent, or returned a
+            value that is not a log-probability.
     """
     prompts = [[int(token) for token in window] for window in windows]
     longest = server.max_model_len - 1
     for index, prompt in enumerate(prompts):
         if not 2 <= len(prompt) <= longest:
             raise UserError(
-                f"window {index} has {len(prompt)} tokens: 2 to {longest} can be scored, one less than the server's "
+                f"window {index} has {len(prompt)} tokens; allowed are 2 to {longest}, one less than the server's "
                 f"max_model_len={server.max_model_len}"
             )
     client = server.client(timeout_seconds, connections=concurrency)
@@ -81,7 +81,7 @@ def _in_parallel(
     except httpx.HTTPError as error:
         raise server.failure(error, "scoring") from error
     finally:
-        # Not waited for: a request that hangs ends when its connection does, at the latest with the server.
+        # Do not wait: a request that hangs ends when its connection closes, at the latest with the server.
         pool.shutdown(wait=False, cancel_futures=True)
     return [results[index] for index in range(len(prompts))]
 
@@ -102,15 +102,15 @@ def _score_one(client: httpx.Client, prompt: list[int]) -> NDArray[np.float64]:
         (choice,) = answer.json()["choices"]
         return read_choice(choice, prompt)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ServerError(f"the server's answer to a window cannot be read: {error!r}") from error
+        raise ServerError(f"the server's response to a window cannot be read: {error!r}") from error
 
 
 def read_choice(choice: dict[str, Any], prompt: list[int]) -> NDArray[np.float64]:
-    """The log-probabilities out of one choice of an answer.
+    """The log-probabilities in one choice of a response.
 
     Raises:
-        ServerError: they are of other tokens than `prompt`, or not all finite numbers up to 0.
-        KeyError, ValueError, TypeError, AttributeError: it is no such choice.
+        ServerError: they are of other tokens than `prompt`, or not all of them are finite and at most 0.
+        KeyError, ValueError, TypeError, AttributeError: the choice has another structure.
     """
     if choice["prompt_token_ids"] != prompt:
         raise ServerError("the server scored other tokens than it was sent")
@@ -120,9 +120,9 @@ def read_choice(choice: dict[str, Any], prompt: list[int]) -> NDArray[np.float64
     values = np.empty(len(entries), dtype=np.float64)
     for index, (token, entry) in enumerate(zip(prompt[1:], entries, strict=True)):
         if str(token) not in entry:
-            raise ServerError(f"the server gave no log-probability for token {token} at place {index + 1}")
+            raise ServerError(f"the server gave no log-probability for token {token} at position {index + 1}")
         value = float(entry[str(token)]["logprob"])
         if not math.isfinite(value) or value > 1e-4 or value <= MINUS_INFINITY:
-            raise ServerError(f"the server gave {value} as log-probability of token {token} at place {index + 1}")
+            raise ServerError(f"the server gave {value} as log-probability of token {token} at position {index + 1}")
         values[index] = min(value, 0.0)
     return values

@@ -1,4 +1,4 @@
-"""Memory that a server needs beside the weights. All sizes are bytes."""
+"""Memory that a server needs besides the weights. All sizes are bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 GIB = 2**30
-# Tokens that vLLM computes at a time when it serves, by default (0.32.0, EngineArgs), and the GPU that is a large one.
+# Tokens that vLLM computes at a time by default (0.32.0, EngineArgs), on GPUs smaller than LARGE_GPU and on larger ones.
 BATCHED_TOKENS, BATCHED_TOKENS_LARGE, LARGE_GPU = 2048, 8192, 70 * GIB
 
 
@@ -28,8 +28,8 @@ class KvCache:
 def kv_cache(config: Mapping[str, Any], bytes_per_value: int = 2) -> KvCache:
     """The attention cache of a model: keys and values of every layer's key-value heads, or MLA's shared latent.
 
-    Sliding windows count where the config uses them: for all layers, for `layer_types` that say so, or from
-    `max_window_layers` on (Qwen2). MLA keeps `kv_lora_rank + qk_rope_head_dim` values a token and layer
+    Sliding windows count where the config uses them: for all layers, for those that `layer_types` names, or from
+    `max_window_layers` on (Qwen2). MLA keeps `kv_lora_rank + qk_rope_head_dim` values per token and layer
     (arXiv:2405.04434). Recurrent layers are counted as if they kept keys and values.
     """
     layers = int(_first(config, "num_hidden_layers", "n_layer"))
@@ -54,10 +54,10 @@ def kv_cache(config: Mapping[str, Any], bytes_per_value: int = 2) -> KvCache:
 
 
 def activations(config: Mapping[str, Any], batch: int, tokens: int = BATCHED_TOKENS) -> int:
-    """What serving needs beside weights and cache while it computes `tokens` at a time.
+    """Memory that serving needs besides weights and cache while it computes `tokens` at a time.
 
-    Two residual streams, queries and attention output, and the MLP's two inner products, at two bytes a value, and the
-    logits of `batch` sequences in float32, twice (logits and probabilities). An assumption in place of the server's own
+    Two residual streams, queries and attention output, and the MLP's two inner products, at two bytes per value, and the
+    logits of `batch` sequences in float32, twice (logits and probabilities). An estimate that replaces the server's own
     profiling run.
     """
     hidden, inner = int(_first(config, "hidden_size", "n_embd")), int(config.get("intermediate_size") or 0)

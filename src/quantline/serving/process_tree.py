@@ -1,13 +1,13 @@
 """Runs one command and ends all its processes, whatever happens to the process that started it.
 
-A script of the core's own interpreter, started as `python process_tree.py GRACE_SECONDS COMMAND ...`; standard library
-only. Its standard input is a pipe whose other end the parent holds. When that end closes, because the parent is done or was
-killed, the command's whole process tree is ended. A byte in the pipe says that the command is up: from then on it gets
-GRACE_SECONDS to shut down. While it loads, vLLM ignores a SIGTERM and has nothing to clean up, so it gets less. A pipe is
-used and not PR_SET_PDEATHSIG towards the parent, because that signal comes when the *thread* that started the process ends.
+A script for the core's own interpreter, started as `python process_tree.py GRACE_SECONDS COMMAND ...`; standard library
+only. Its standard input is a pipe from the parent. When the parent closes the pipe or is killed, the supervisor ends the
+command's whole process tree. A byte in the pipe means that the command is ready: from then on it gets GRACE_SECONDS to shut
+down. While vLLM loads, it ignores SIGTERM and has nothing to clean up, so it gets less. A pipe is used
+because the signal of PR_SET_PDEATHSIG already comes when the *thread* that started the process ends.
 
-The supervisor is a child subreaper: a descendant whose own parent died, or which made a session of its own, is still
-found below it. The command gets a temporary folder of its own, which goes with it: vLLM leaves its sockets there.
+The supervisor is a child subreaper: it still finds a descendant whose own parent died or which started its own session.
+The command gets its own temporary folder, where vLLM leaves its sockets; the folder is removed at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-# A Unix socket's path holds 107 characters, of which vLLM's own part takes 37.
+# The path of a Unix socket holds 107 characters; vLLM's part takes 37.
 LONGEST_TEMPORARY = 40
 GRACE_WHILE_STARTING = 0.5
 
@@ -41,7 +41,7 @@ class _Tree:
         )  # fmt: skip
 
     def reap(self) -> None:
-        """Collect whoever has ended, the adopted ones too; `Popen.poll` would know its own child only."""
+        """Collect all ended children, adopted ones too; `Popen.poll` would collect only its own child."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -60,7 +60,7 @@ class _Tree:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    # The name, in brackets, may hold spaces; what follows its last bracket is: state, parent, ...
+                    # The name, in parentheses, may contain spaces. After the last one come the state and the parent.
                     state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
                 except (OSError, ValueError):
                     continue
@@ -92,7 +92,7 @@ class _Tree:
                 continue
 
     def end(self, grace: float) -> None:
-        """End it in the order that lets it clean up: the leader, the rest, then whoever did not listen."""
+        """End the tree so that it can clean up: SIGTERM to the leader, then to the rest, then SIGKILL."""
         if self.status is None:
             self.signal(signal.SIGTERM, [self.leader.pid])
             self.wait(grace, leader_only=True)
@@ -123,9 +123,9 @@ def _end_with_supervisor() -> None:
 
 
 def _run(grace: float, command: list[str]) -> int:
-    asked: list[int] = []
+    received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda got, _frame: asked.append(got))
+        signal.signal(number, lambda got, _frame: received.append(got))
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     above = tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST_TEMPORARY else "/tmp"  # noqa: S108
     folder = tempfile.mkdtemp(prefix="quantline-serve-", dir=above)
@@ -133,7 +133,7 @@ def _run(grace: float, command: list[str]) -> int:
     try:
         tree = _Tree(command, folder)
         try:
-            while tree.status is None and not asked:
+            while tree.status is None and not received:
                 readable, _, _ = select.select([0], [], [], 0.2)
                 if readable:
                     if not os.read(0, 1):

@@ -1,4 +1,4 @@
-"""Whether a runtime will load a checkpoint, known without starting it: the rules are data, in `rules.yaml`."""
+"""Whether a runtime will load a checkpoint, decided by the rules in `rules.yaml` without starting it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from quantline.core.errors import UserError
 from quantline.core.files import read_json
 
 _CPU_INFO = Path("/proc/cpuinfo")
-# What torch asks for before it calls a CPU one with AVX-512; vLLM chooses its library by that.
+# The flags by which torch recognizes a CPU with AVX-512; vLLM chooses its library by that.
 _AVX512 = {"avx512f", "avx512vl", "avx512bw", "avx512dq"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """What serves: runtime `vllm`, its version as `0.32.0`, device `cpu` or `cuda`, and the activations' dtype.
+    """What serves: runtime `vllm`, its version such as `0.32.0`, device `cpu` or `cuda`, and the activations' dtype.
 
-    instructions: of an x86 CPU, the best set that vLLM has kernels for: `avx512`, `avx2` or `none`. compute_capability: of
-    an NVIDIA GPU, 89 for 8.9. None where it is not known, and no rule about it speaks.
+    instructions: the best instruction set of an x86 CPU that vLLM has kernels for: `avx512`, `avx2` or `none`.
+    compute_capability: of an NVIDIA GPU, 89 for 8.9. None if unknown; then no rule about it applies.
     """
 
     runtime: str
@@ -42,14 +42,14 @@ class Target:
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What a checkpoint's quantization config says; None where it says nothing.
+    """What a checkpoint's quantization config says; None for what it does not say.
 
     method: `awq`, `gptq`, `compressed-tensors`, `bitsandbytes` or `float`. layout: `gemm`, `gemv`, ... for AWQ; `gptq` or
-    `gptq_v2` for GPTQ; the format for compressed-tensors. group_size: -1 is one group a channel. The rest is known from
-    layers (see `checkpoint_facts`): widths_divisible_by_32, whether in and out of every quantized layer are, on each GPU;
-    fused, `mixed` where linears that are computed as one differ, else `alike`; head, whether the config names a quantized
-    output layer: `named`, `unnamed`, or `float` where it is not quantized; cut, what tensor parallelism would cut through:
-    `heads`, `groups` or `nothing`.
+    `gptq_v2` for GPTQ; the format for compressed-tensors. group_size: -1 is one group per channel. The rest comes from
+    the layers (see `checkpoint_facts`). widths_divisible_by_32: whether in and out of every quantized layer are, on each
+    GPU. fused: `mixed` if the parts of a fused linear differ, else `alike`. head: whether the config names a quantized
+    output layer, `named` or `unnamed`; `float` if that layer is not quantized. cut: what tensor parallelism would cut
+    through: `heads`, `groups` or `nothing`.
     """
 
     method: str
@@ -84,7 +84,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Ruling:
-    """supported: nothing is known against it. Otherwise rule_id, reason, remedy and source say what is."""
+    """supported: no rule is against it. Otherwise rule_id, reason, remedy and source describe the rule that is."""
 
     supported: bool
     reason: str = ""
@@ -98,31 +98,33 @@ def rules() -> tuple[Rule, ...]:
     """The shipped rules, in their order.
 
     Raises:
-        ValueError: the file has a rule that asks for a fact that does not exist.
+        ValueError: a rule of the file uses a fact that does not exist.
     """
     text = resources.files("quantline.serving").joinpath("rules.yaml").read_text(encoding="utf-8")
     return tuple(_parse(entry) for entry in yaml.safe_load(text))
 
 
 def verdict(target: Target, facts: CheckpointFacts) -> Ruling:
-    """Whether `target` will load a checkpoint with these facts: the first rule that speaks.
+    """Whether `target` will load a checkpoint with these facts, by the first rule that applies.
 
     Raises:
-        UserError: the target's version is no version.
+        UserError: the target's version is not a version number.
     """
     return next(iter(verdicts(target, facts)), Ruling(True))
 
 
 def verdicts(target: Target, facts: CheckpointFacts) -> list[Ruling]:
-    """Everything that is known against `target` loading a checkpoint with these facts.
+    """Every rule against `target` loading a checkpoint with these facts.
 
     Raises:
-        UserError: the target's version is no version.
+        UserError: the target's version is not a version number.
     """
     try:
         version = Version(target.version)
     except InvalidVersion:
-        raise UserError(f"version {target.version!r} of {target.runtime}: give one like 0.32.0") from None
+        raise UserError(
+            f"version {target.version!r} of {target.runtime}: not a version number; give one such as 0.32.0"
+        ) from None
     known = _known(target, facts)
     return [
         Ruling(False, rule.reason.format(**known), rule.remedy.format(**known), rule.id, rule.source)
@@ -133,7 +135,7 @@ def verdicts(target: Target, facts: CheckpointFacts) -> list[Ruling]:
 
 
 def facts_of(quantization: Mapping[str, Any] | None, *, widths_divisible_by_32: bool | None = None) -> CheckpointFacts:
-    """The facts in a config.json's `quantization_config`; None is a float model."""
+    """The facts in the `quantization_config` of a config.json; None stands for a float model."""
     if not quantization:
         return CheckpointFacts("float")
     method = str(quantization.get("quant_method", "unknown"))
@@ -153,7 +155,7 @@ def facts_of(quantization: Mapping[str, Any] | None, *, widths_divisible_by_32: 
 
 
 def _compressed_facts(quantization: Mapping[str, Any], widths_divisible_by_32: bool | None) -> CheckpointFacts:
-    # Each group of linears has its own scheme; what the fewest runtimes take stands for all: bits other than 4 first.
+    # Each group of linears has its own scheme. The one that fewest runtimes load stands for all: bits other than 4 first.
     groups = quantization.get("config_groups") or {}
     schemes = [group.get("weights") or {} for group in groups.values()]
     bits = sorted((scheme.get("num_bits") for scheme in schemes), key=lambda width: width == 4)
@@ -186,16 +188,16 @@ def _holds(condition: Any, value: Any) -> bool:
 
 def _parse(entry: dict[str, Any]) -> Rule:
     facts = _known(Target("", "", ""), CheckpointFacts(""))
-    strange = set(entry["when"]) - set(facts)
-    if strange:
-        raise ValueError(f"serving rule {entry['id']}: no fact is named {', '.join(sorted(strange))}")
-    # A remedy or reason that names no fact fails here and not in front of a user.
+    unknown = set(entry["when"]) - set(facts)
+    if unknown:
+        raise ValueError(f"serving rule {entry['id']}: there is no fact named {', '.join(sorted(unknown))}")
+    # A reason or remedy with an unknown placeholder fails here, not in front of a user.
     entry["reason"].format(**facts), entry["remedy"].format(**facts)
     return Rule(**{**entry, "versions": SpecifierSet(entry["versions"])})
 
 
 def serving_dtype(dtype: str, quantized: bool) -> str:
-    """The activations' dtype for vLLM; `auto` is bfloat16 for float models and float16, that of the scales, for others."""
+    """The activations' dtype for vLLM; `auto` is bfloat16 for float models, else float16, the dtype of the scales."""
     if dtype != "auto":
         return dtype
     return "float16" if quantized else "bfloat16"
@@ -206,12 +208,12 @@ def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
     settings = read_json(checkpoint / "config.json").get("quantization_config")
     if settings is None:
         return facts_of(None)
-    quantization_of(checkpoint)  # refuses what no layout of ours describes
+    quantization_of(checkpoint)  # refuses unknown layouts
     return facts_of(settings)
 
 
 def vllm_here(version: str, device: str, dtype: str) -> Target:
-    """The vLLM of this machine."""
+    """This machine's vLLM as a target."""
     return Target("vllm", version, device, dtype, instructions=cpu_instructions() if device == "cpu" else None)
 
 

@@ -1,4 +1,4 @@
-"""The serve_smoke stage's work: serve a checkpoint, ask it fixed questions, check its answers, score the evaluation text.
+"""The serve_smoke stage's work: serve a checkpoint, send fixed prompts, check the answers, score the evaluation text.
 
 The output folder holds `answers.json`, `verdict.json` and, where the target serves the variant, `scores.safetensors` (the
 server's log-probability of every token, float32, aligned with the evaluation's windows) with the windows' hash in
@@ -29,7 +29,7 @@ from quantline.serving.smoke import Answer, run_smoke
 
 @dataclass(frozen=True)
 class Served:
-    """Metrics and warnings. `reason` says why the target does not serve the checkpoint; it is empty where it does."""
+    """Metrics and warnings. `reason` says why the target does not serve the checkpoint; empty if it does."""
 
     reason: str
     metrics: dict[str, float]
@@ -50,14 +50,14 @@ def serve_and_score(
     """Serve `checkpoint` and write its answers and its scores to `out`.
 
     Args:
-        vllm: serves it.
+        vllm: the vLLM that serves it.
         checkpoint: its folder.
-        options: of the server, and of the requests to it.
-        questions: fixed prompts; those of a chat go to models with a chat template.
+        options: options of the server and of the requests to it.
+        questions: fixed prompts; chat prompts go only to models with a chat template.
         windows: the evaluation text, to be scored.
-        baseline: the float model's output of this stage, whose answers may be as poor; None for the float model itself.
+        baseline: the float model's output of this stage, to compare answers with; None for the float model itself.
         out: an empty folder.
-        log: the server's.
+        log: the server's log file.
 
     Raises:
         ServerError: the server could not be started, died, or gave answers that cannot be accepted.
@@ -82,13 +82,13 @@ def serve_and_score(
         report = run_smoke(
             server, questions.prompts, chat_prompts, max_tokens=questions.max_tokens, timeout_seconds=timeout
         )
-        # The float model's answers are the measure, however poor they are.
+        # The float model's own answers are the reference, so they are not checked.
         faults = list(report.faults) + (judge_answers(report.answers, read_answers(baseline)) if baseline else [])
         if faults:
             raise ServerError("\n  ".join(["the served model's answers cannot be accepted:", *faults, f"log: {log}"]))
         pieces = [windows.input_ids[a:b] for a, b in zip(windows.offsets[:-1], windows.offsets[1:], strict=True)]
         logprobs = score(server, pieces, concurrency=options.process.concurrency, timeout_seconds=timeout)
-    # The first token of a window follows nothing: the server gives no probability for it.
+    # The first token of a window has no context, so the server gives no probability for it.
     flat = np.concatenate([piece for window in logprobs for piece in ([np.nan], window)]).astype(np.float32)
     write_safetensors(out / "scores.safetensors", {"logprobs": flat})
     write_json(out / "scores.json", {"windows_sha256": windows.sha256})

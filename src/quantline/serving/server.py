@@ -1,10 +1,11 @@
-"""An OpenAI-compatible inference server for the time of a `with` block, and no process of it afterwards.
+"""An OpenAI-compatible inference server that runs during a `with` block and leaves no process behind.
 
     with serve(toolchain.python, folder, ServerOptions(config.serve.process, max_model_len=513), log=log) as server:
         server.client().get("/v1/models")
 
-vLLM runs as several processes that rename themselves, so that neither their command line nor their environment says
-whose they are. `process_tree.py` therefore holds the whole tree and ends it when this process ends, in whatever way.
+vLLM runs as several processes that rename themselves, so neither their command line nor their environment tells which
+server they belong to. `process_tree.py` therefore supervises the whole tree and ends it when this process ends, however
+that happens.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from quantline.toolchains import protocol
 from quantline.toolchains.toolchain import worker_environment
 
 SERVED_NAME = protocol.SERVED_NAME
-# An orderly end of vLLM was seen to take 2 s.
+# vLLM was seen to take 2 s to shut down.
 GRACE_SECONDS = 10.0
 
 
@@ -46,9 +47,9 @@ class ServerOptions:
         max_model_len: tokens of prompt and answer together; None takes the model's own limit.
         enforce_eager: no graph capture.
         trust_remote_code: run the Python code that a model brings.
-        threads: OpenMP threads of a CPU worker, not bound to cores. None lets vLLM bind it to all cores but one, which was
-            the fastest of what was tried on two busy cores.
-        environment: further variables of the server.
+        threads: OpenMP threads of a CPU worker, not bound to cores. None lets vLLM bind them to all cores but one, which
+            was the fastest setting tried on two busy cores.
+        environment: further environment variables of the server.
     """
 
     process: ProcessConfig
@@ -70,7 +71,7 @@ class Vllm(NamedTuple):
 
 @dataclass
 class Server:
-    """A server that answers. `load_seconds` is the time from its start until then."""
+    """A server that is ready. `load_seconds` is the time from its start until it was ready."""
 
     model: Path
     options: ServerOptions
@@ -83,18 +84,18 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The server's base URL."""
         host = self.options.process.host
-        reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (read, not bound)
-        return f"http://[{reached}]:{self.port}" if ":" in reached else f"http://{reached}:{self.port}"
+        address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (read, not bound)
+        return f"http://[{address}]:{self.port}" if ":" in address else f"http://{address}:{self.port}"
 
     def client(self, timeout_seconds: float = 60.0, connections: int = 8) -> httpx.Client:
-        """A client of it; proxies named in the environment are for other hosts."""
+        """An HTTP client for the server. It ignores proxies from the environment."""
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
         return httpx.Client(base_url=self.url, timeout=timeout_seconds, limits=limits, trust_env=False)
 
     def processes(self) -> list[psutil.Process]:
-        """Its living processes, our supervisor not counted."""
+        """The server's running processes, without the supervisor."""
         try:
             found = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -103,7 +104,7 @@ class Server:
         return found
 
     def memory_bytes(self) -> int:
-        """Resident memory of all its processes; pages that they share count once for each."""
+        """Resident memory of all its processes; shared pages count once per process."""
         total = 0
         for process in self.processes():
             try:
@@ -113,10 +114,10 @@ class Server:
         return total
 
     def peak_memory_bytes(self) -> int:
-        """The most that each of its living processes has ever held resident, summed.
+        """The peaks of resident memory of its running processes, summed.
 
-        The kernel keeps these, loading included. An upper bound: their peaks need not have come together, and pages that
-        they share count once for each.
+        The kernel records the peaks, loading included. The sum is an upper bound: the peaks need not coincide, and shared
+        pages count once per process.
         """
         total = 0
         for process in self.processes():
@@ -126,31 +127,31 @@ class Server:
         return total
 
     def require_alive(self, doing: str) -> None:
-        """Do nothing while the server runs.
+        """Check that the server still runs.
 
         Raises:
-            ServerError: it ended; says why, as far as its log tells.
+            ServerError: it ended; the message gives the reason from its log.
         """
         code = self.process.poll()
         if code is not None:
             raise ServerError(f"the server {ending(code)} while {doing}: {failure_reason(self.log)}; log: {self.log}")
 
     def failure(self, error: httpx.HTTPError, doing: str) -> ServerError:
-        """What to raise for a request that failed in transport: the server's end, where that is what broke it off."""
+        """The error to raise for a request that failed in transport; if the server ended, it says so."""
         try:
             path = error.request.url.path
         except RuntimeError:
             path = "a request"
         if isinstance(error, httpx.TimeoutException):
             return ServerError(f"the server did not answer {path} in time while {doing}; log: {self.log}")
-        # Its connections close before its last process is gone.
+        # The connections close before the last process has ended.
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(3.0)
         try:
             self.require_alive(doing)
         except ServerError as ended:
             return ended
-        return ServerError(f"the server broke off {path} while {doing}: {error!r}; log: {self.log}")
+        return ServerError(f"the server closed the connection of {path} while {doing}: {error!r}; log: {self.log}")
 
     def log_text(self) -> str:
         """What it has logged so far."""
@@ -159,16 +160,16 @@ class Server:
 
 @contextmanager
 def serve(python: Path, model: Path, options: ServerOptions, *, log: Path) -> Iterator[Server]:
-    """Serve the checkpoint in `model` by the vLLM of the interpreter `python`, as the model named `quantline`.
+    """Serve the checkpoint in `model` with the vLLM of the interpreter `python`, under the name `quantline`.
 
     log: gets everything the server prints; overwritten.
 
     Raises:
-        UserError: the folder is no checkpoint, or the port is taken.
+        UserError: the folder is not a checkpoint, or the port is taken.
         ServerError: the server died while loading or was not ready in time.
     """
     if not (model / "config.json").is_file():
-        raise UserError(f"{model}: no config.json there; give the folder of a checkpoint")
+        raise UserError(f"{model}: has no config.json; give the folder of a checkpoint")
     host = options.process.host
     port = options.process.port if options.process.port is not None else free_port(host)
     require_free(host, port)
@@ -188,12 +189,12 @@ def serve(python: Path, model: Path, options: ServerOptions, *, log: Path) -> It
 
 
 def run_vllm(python: Path, arguments: Sequence[str], options: ServerOptions, *, log: Path) -> None:
-    """Run a command of vLLM that loads a model itself, `arguments` being what follows `vllm`, to its end.
+    """Run a vLLM command that loads a model itself, and wait for its end. `arguments` are those after `vllm`.
 
-    log: gets everything that it prints; overwritten.
+    log: gets everything that the command prints; overwritten.
 
     Raises:
-        ServerError: it failed; says why, as far as its log tells.
+        ServerError: it failed; the message gives the reason from its log.
     """
     variables = worker_environment(options.threads or 1, {**_variables(options), **options.environment})
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +218,7 @@ def _supervised(command: Sequence[str], variables: Mapping[str, str], sink: IO[b
 
 
 def _tell_up(process: subprocess.Popen[bytes]) -> None:
-    """Tell the supervisor that the server is up: from now on it is given time to shut down by itself."""
+    """Tell the supervisor that the server is ready: from now on the server gets time to shut down by itself."""
     if process.stdin is not None:
         process.stdin.write(b"+")
         process.stdin.flush()
@@ -229,9 +230,9 @@ def command_line(python: Path, model: Path, options: ServerOptions, port: int) -
         str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model),
         "--served-model-name", SERVED_NAME, "--host", options.process.host, "--port", str(port), "--dtype", options.dtype,
         "--tensor-parallel-size", str(options.process.tensor_parallel_size),
-        # The checkpoint's own sampling defaults (a repetition penalty, say) would change greedy answers.
+        # The checkpoint's own sampling defaults (such as a repetition penalty) would change greedy answers.
         "--generation-config", "vllm",
-        # A prompt found in the cache takes another path through the kernels, and may give another greedy answer.
+        # A cached prompt takes another path through the kernels and may give another greedy answer.
         "--no-enable-prefix-caching", "--disable-uvicorn-access-log",
     ]  # fmt: skip
     if options.max_model_len is not None:
@@ -252,7 +253,7 @@ def _variables(options: ServerOptions) -> dict[str, str]:
     if options.device == "cpu" and options.threads is not None:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     if options.device == "cpu" and options.enforce_eager:
-        # vLLM compiles the ranking of log-probabilities even so: 17 s of C++ at the first request that scores.
+        # Otherwise vLLM still compiles the ranking of log-probabilities: 17 s of C++ at the first scoring request.
         variables["TORCH_COMPILE_DISABLE"] = "1"
     return variables
 
@@ -272,20 +273,20 @@ def _wait_until_ready(server: Server, started: float) -> None:
                 pass
             if elapsed > limit:
                 raise ServerError(
-                    f"the server of {server.model} was not ready after {limit:.0f} s; allow it more time "
-                    f"(startup_timeout_seconds) or see its log: {server.log}"
+                    f"the server of {server.model} was not ready after {limit:.0f} s; raise "
+                    f"serve.process.startup_timeout_seconds, or see its log: {server.log}"
                 )
             progress.update(min(elapsed, limit), limit, "seconds")
             say.waited(elapsed, limit)
             time.sleep(min(0.25, max(limit - elapsed, 0.01)))
-        server.max_model_len = _length_of_ours(server, client)
+        server.max_model_len = _max_model_len(server, client)
         server.load_seconds = time.monotonic() - started
         progress.update(limit, limit, f"ready after {server.load_seconds:.0f} s")
     say(f"ready after {server.load_seconds:.0f} s")
 
 
 class _Milestones:
-    """Lines for logs, where a bar is silent."""
+    """Progress lines for logs, where no progress bar is shown."""
 
     def __init__(self, first: str) -> None:
         self._next = 30.0
@@ -301,8 +302,8 @@ class _Milestones:
             self(f"still loading: {elapsed:.0f} s of at most {limit:.0f} s")
 
 
-def _length_of_ours(server: Server, client: httpx.Client) -> int:
-    """The longest sequence that it takes; proves first that the port is not answered by someone else's server."""
+def _max_model_len(server: Server, client: httpx.Client) -> int:
+    """The longest sequence that the server takes. Checks first that the port is not another server's."""
     try:
         models = client.get("/v1/models").raise_for_status().json()["data"]
         card = next(card for card in models if card["id"] == SERVED_NAME)
@@ -310,23 +311,23 @@ def _length_of_ours(server: Server, client: httpx.Client) -> int:
     except (httpx.HTTPError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise ServerError(f"port {server.port} is healthy but does not list {SERVED_NAME}: {error!r}") from error
     if root != str(server.model):
-        raise ServerError(f"port {server.port} is answered by another server, of {root}; leave port null")
+        raise ServerError(f"port {server.port} belongs to another server, of {root}; set serve.process.port=null")
     return length
 
 
 def end(server: Server) -> None:
-    """End the server and every process of it; returns when they are gone."""
+    """End the server and all its processes; return when they have ended."""
     server.processes()
     try:
         if server.process.stdin is not None:
             server.process.stdin.close()
-        # A fork of this process may hold the pipe open, so the supervisor is told by a signal as well.
+        # A fork of this process may hold the pipe open, so the supervisor gets a signal as well.
         server.process.terminate()
         server.process.wait(GRACE_SECONDS + 10)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        # Only where the supervisor itself was killed or hangs is anything left here.
+        # Processes are left only if the supervisor itself was killed or hangs.
         server.processes()
         for process in server.seen:
             with suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""What vLLM's log tells: why it ended, and what it loaded the weights with."""
+"""Read vLLM's log: why the server ended, how much memory its weights take, and which kernels run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def ending(code: int) -> str:
     return f"ended with code {code}"
 
 
-# Lines of vLLM's log start with `(EngineCore pid=123) ERROR 11-21 23:27:11 [core.py:133] `, in part or whole.
+# Lines of vLLM's log start with `(EngineCore pid=123) ERROR 11-21 23:27:11 [core.py:133] `, or with a part of it.
 _PREFIX = re.compile(r"^(\(\w[^)]*\)\s)?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ (\[[^\]]*\] ?)?)?")
 _RAISED = re.compile(r"^([A-Za-z_][\w.]*\.)?[A-Z]\w*(Error|Exception|Exit|Interrupt|NotFound|Failure)\w*(: .*|$)")
 _REFUSED = re.compile(r"^(\S+ serve|api_server\.py|usage\S*|\S*main\S*): error: .*|^\S*python\S*: .+")
 
 
 def failure_reason(log: Path, longest: int = 600) -> str:
-    """The message of the exception that ended a server, out of its log; where there is none, the last line.
+    """The message of the exception that ended a server, from its log; if there is none, the last line.
 
-    A worker's exception is raised again by each process above it, as `... See root cause above`: those are passed over.
+    Each parent process raises a worker's exception again as `... See root cause above`; these are skipped.
     """
     try:
         text = log.read_text(encoding="utf-8", errors="replace")
@@ -44,11 +44,11 @@ def failure_reason(log: Path, longest: int = 600) -> str:
 
 
 def weights_bytes(text: str) -> int | None:
-    """Memory of the weights as vLLM reports it, summed over its workers; its CPU build reports none."""
+    """Memory of the weights as vLLM reports it, summed over its workers; None for the CPU build, which reports none."""
     sizes = re.findall(r"Model loading took ([\d.]+) GiB", text)
     return round(sum(float(size) for size in sizes) * 1024**3) if sizes else None
 
 
 def kernels(text: str) -> list[str]:
-    """The kernels that quantized layers run on, as `CPUWNA16LinearKernel`; none for a float model."""
+    """The kernels that quantized layers run on, such as `CPUWNA16LinearKernel`; none for a float model."""
     return sorted(set(re.findall(r"Using (\w+) for \w*(?:LinearMethod|linear)\b", text)))

@@ -1,6 +1,6 @@
-"""Check that a served model answers: every endpoint, greedy answers to fixed prompts, their speed and memory.
+"""Check a served model: every endpoint, greedy answers to fixed prompts, speed and memory.
 
-Faults are collected and returned together. Only a server that does not answer, or not in time, raises.
+Faults are collected and returned together. An exception is raised only if the server does not answer, or not in time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class SmokeReport:
-    """What the server did.
+    """The result of a smoke test.
 
     metrics: name with unit -> value. kernels: those of the quantized layers, as vLLM's log names them. faults: what the
     server did wrong; empty for a good one. The quality of the answers is checked by `answer_checks`.
@@ -71,7 +71,7 @@ def run_smoke(
     max_tokens: int = 32,
     timeout_seconds: float = 120.0,
 ) -> SmokeReport:
-    """Ask for every prompt twice, at once and streamed, and compare and measure.
+    """Send every prompt twice, whole and streamed; compare the answers and measure them.
 
     chat_prompts: leave them empty for a model without a chat template. timeout_seconds: for one request.
 
@@ -80,23 +80,23 @@ def run_smoke(
         ServerError: the server died, did not answer in time, or refused a request.
     """
     if not prompts:
-        raise UserError("smoke prompts: none given; give one at least")
-    asked = [("completion", prompt) for prompt in prompts] + [("chat", prompt) for prompt in chat_prompts]
+        raise UserError("smoke prompts: none given; give at least one")
+    requests = [("completion", prompt) for prompt in prompts] + [("chat", prompt) for prompt in chat_prompts]
     answers, whole, streamed, faults = [], [], [], []
     with server.client(timeout_seconds) as client, _errors_explained(server), _watched(server) as watch:
         version = str(_get(client, "/version").json().get("version", "unknown"))
         faults += _model_faults(client)
         before = _counters(client)
-        # The first request pays for what is set up lazily, and is in no measured time.
+        # The first request includes lazy initialization, so it is not timed.
         warm_up = _ask(client, "completion", prompts[0], 1)
         with bar("smoke") as progress:
-            for done, (kind, prompt) in enumerate(asked):
-                progress.update(done, len(asked), kind)
+            for done, (kind, prompt) in enumerate(requests):
+                progress.update(done, len(requests), kind)
                 whole.append(_ask(client, kind, prompt, max_tokens))
                 streamed.append(_ask_streamed(client, kind, prompt, max_tokens))
                 answers.append(Answer(kind, prompt, whole[-1].text, whole[-1].tokens, whole[-1].finish_reason))
                 faults += _stream_faults(kind, prompt, whole[-1], streamed[-1])
-            progress.update(len(asked), len(asked), "done")
+            progress.update(len(requests), len(requests), "done")
         replies = [warm_up, *whole, *streamed]
         faults += _counter_faults(client, before, replies)
     metrics = {
@@ -133,7 +133,7 @@ class _Watch:
         self.memory_bytes: list[int] = []
         self.utilisation_percent: list[float] = []
 
-    def look(self, server: Server) -> None:
+    def sample(self, server: Server) -> None:
         self.rss_bytes = max(self.rss_bytes, server.memory_bytes())
         if server.options.device == "cuda":
             use = accelerator_use()
@@ -147,11 +147,11 @@ class _Watch:
 def _watched(server: Server, every_seconds: float = 0.25) -> Iterator[_Watch]:
     """Record memory and GPU use during a `with` block."""
     watch, over = _Watch(), threading.Event()
-    watch.look(server)
+    watch.sample(server)
 
     def run() -> None:
         while not over.wait(every_seconds):
-            watch.look(server)
+            watch.sample(server)
 
     thread = threading.Thread(target=run, name="watch", daemon=True)
     thread.start()
@@ -160,7 +160,7 @@ def _watched(server: Server, every_seconds: float = 0.25) -> Iterator[_Watch]:
     finally:
         over.set()
         thread.join()
-        watch.look(server)
+        watch.sample(server)
 
 
 def _get(client: httpx.Client, path: str) -> httpx.Response:
@@ -224,7 +224,7 @@ def _ask_streamed(client: httpx.Client, kind: str, prompt: str, max_tokens: int)
                     pieces.append(piece)
     seconds = time.perf_counter() - started
     if not ended:
-        raise ServerError(f"POST {path}: the stream broke off after {len(pieces)} pieces")
+        raise ServerError(f"POST {path}: the stream ended early, after {len(pieces)} pieces")
     return _Reply(
         "".join(pieces), usage["prompt_tokens"], usage["completion_tokens"], finish, seconds, first or seconds
     )
@@ -235,7 +235,7 @@ def _stream_faults(kind: str, prompt: str, whole: _Reply, streamed: _Reply) -> l
     if same:
         return []
     return [
-        f"{kind} {prompt!r}: streamed {streamed.text!r} ({streamed.tokens} tokens, {streamed.finish_reason}), at once "
+        f"{kind} {prompt!r}: streamed {streamed.text!r} ({streamed.tokens} tokens, {streamed.finish_reason}), whole "
         f"{whole.text!r} ({whole.tokens} tokens, {whole.finish_reason})"
     ]
 
@@ -261,7 +261,7 @@ def _counter_faults(
     before: Mapping[str, float | None],
     replies: Sequence[_Reply],
 ) -> list[str]:
-    """Compare the growth of the server's own counters with what its answers said; they may lag behind."""
+    """Compare the growth of the server's counters with the tokens of its answers; the counters may lag behind."""
     expected = {
         "prompt": sum(reply.prompt_tokens for reply in replies),
         "generation": sum(reply.tokens for reply in replies),

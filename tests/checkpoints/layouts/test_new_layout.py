@@ -98,7 +98,7 @@ def test_it_is_planned_and_inspected(folder: Path, tmp_path: Path) -> None:
     made = Checkpoint.open(folder)
     assert planned.total == sum(made.info(name).nbytes for name in made.names)
     assert layouts.faults("toy", {NAME: (64, 32)}, {NAME: LinearSpec(4, -1)}) == [f"{NAME} has 4 bits, toy holds 8"]
-    assert layouts.conversion_faults("toy", "gptq", specs) == ["holds codes on a grid, and toy has none"]
+    assert layouts.conversion_faults("toy", "gptq", specs) == ["holds codes on a grid, but toy has none"]
     checked = inspect(floats, folder, [NAME])
     assert checked.faults == []
     assert (checked.scales, checked.linears) == (32, {NAME: (64, 32)})

@@ -90,7 +90,7 @@ def test_a_gate_fails_the_stage_where_that_is_asked_for(tmp_path, baseline):
 
 
 def test_other_items_than_the_baselines_are_refused(tmp_path, baseline):
-    with pytest.raises(UserError, match="the float model was asked other items by reference"):
+    with pytest.raises(UserError, match="the float model was scored on other items with reference"):
         evaluate(tmp_path / "one", answers(24, hashes="other"), baseline=baseline)
 
 
@@ -100,11 +100,11 @@ def test_a_refused_variant_is_asked_by_the_reference_engine_alone(tmp_path, base
     )
     assert [row["engine"] for row in written["rows"]] == ["reference"]
     assert written["skipped"] == {"vllm": "no kernel for it"}
-    assert report.warnings == ["tasks were not asked of vllm: no kernel for it"]
+    assert report.warnings == ["tasks were not run with vllm: no kernel for it"]
 
 
 def test_a_metric_that_a_task_does_not_have_is_refused_with_those_it_has(tmp_path):
-    with pytest.raises(UserError, match="metric=f1: it has acc, perplexity"):
+    with pytest.raises(UserError, match="metric=f1: allowed are acc, perplexity"):
         evaluate(tmp_path / "one", answers(30), standard={"last_word": StandardTaskConfig(metric="f1")})
 
 
@@ -114,7 +114,7 @@ def test_a_score_that_the_items_do_not_give_is_an_error(tmp_path):
         result.data["tasks"]["last_word"]["metrics"]["acc"]["value"] = 0.5
         return result
 
-    with pytest.raises(QuantlineError, match=r"its items give acc 0\.75, the harness says 0\.5"):
+    with pytest.raises(QuantlineError, match=r"its items give acc 0\.75, but the harness reports 0\.5"):
         evaluate(tmp_path / "one", wrong)
 
 
@@ -149,6 +149,6 @@ def test_no_task_makes_an_empty_table_that_passes(tmp_path):
 def test_the_harnesss_own_tasks_take_the_limit_where_they_have_none():
     exact = StandardTaskConfig(num_fewshot=5, limit=9, metric="exact_match,strict-match")
     options = sections.tasks(limit=100, standard={"mmlu": StandardTaskConfig(num_fewshot=5), "gsm8k": exact})
-    assert list(tasks.asked(ITEMS, options).items()) == [
+    assert list(tasks.tasks_to_run(ITEMS, options).items()) == [
         ("last_word", StandardTaskConfig()), ("mmlu", StandardTaskConfig(num_fewshot=5, limit=100)), ("gsm8k", exact)
     ]  # fmt: skip

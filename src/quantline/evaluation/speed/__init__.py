@@ -1,1 +1,1 @@
-"""vLLM's benchmark tools, beside the float model."""
+"""Speed compared with the float model, by vLLM's benchmark tools."""

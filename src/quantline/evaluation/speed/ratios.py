@@ -1,4 +1,4 @@
-"""Rows and ratios out of the rounds of a session."""
+"""Rows and ratios from the rounds of a session."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ Row = Mapping[str, Any]
 
 def medians(rounds: Sequence[Row]) -> list[dict[str, Any]]:
     """One row for each model and concurrency: the median of every measured value over the rounds."""
-    kept: dict[tuple[str, int], list[Row]] = {}
+    groups: dict[tuple[str, int], list[Row]] = {}
     for row in rounds:
-        kept.setdefault((row["model"], row["concurrency"]), []).append(row)
+        groups.setdefault((row["model"], row["concurrency"]), []).append(row)
     return [
         {
             "model": model, "concurrency": concurrency, "rounds": len(rows),
             **{name: statistics.median(row[name] for row in rows) for name in MEASURED},
         }
-        for (model, concurrency), rows in sorted(kept.items(), key=lambda item: item[0][1])
+        for (model, concurrency), rows in sorted(groups.items(), key=lambda item: item[0][1])
     ]  # fmt: skip
 
 
 def ratios(rounds: Sequence[Row]) -> list[dict[str, Any]]:
-    """How many times as many tokens a second the variant gives as float, for each concurrency.
+    """The variant's tokens per second divided by the float model's, for each concurrency.
 
-    Rounds are paired: what slows the machine down for a minute slows both. `speed_up` is the geometric mean of the rounds'
-    ratios, `low` and `high` are the smallest and the largest of them, no confidence interval: rounds are too few for one.
+    Rounds are paired, so other load on the machine slows both models. `speed_up` is the geometric mean of the rounds'
+    ratios; `low` and `high` are the smallest and the largest ratio. There are too few rounds for a confidence interval.
     slower_than_float: the variant was slower in every round.
     """
     found = []

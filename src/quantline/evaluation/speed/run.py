@@ -1,10 +1,10 @@
-"""How fast a variant is served, beside the float model in the same session, by vLLM's own benchmark tools.
+"""Measure how fast a variant is served, compared with the float model in the same session, by vLLM's benchmark tools.
 
-Both models are served in turn, or both at once where memory allows, and then only one of them is busy at a time. They are
-measured in rounds, float then variant, then the other way round, so that other load on the machine slows both. A speed is
-given with the memory of the weights. Without that it proves nothing: the server may have loaded float weights.
+The models are served one after the other, or both at the same time if memory allows; then only one of them is busy at a
+time. They are measured in rounds, float then variant, then the reverse, so that other load on the machine slows both. A
+speed is reported with the memory of the weights. Without it, it proves nothing: the server may have loaded float weights.
 
-The output folder holds `speed.json` (session, rows, servers, ratios, rounds, offline; `speed.table` makes it readable) and,
+The output folder holds `speed.json` (session, rows, servers, ratios, rounds, offline; `speed.table` formats it) and,
 in `bench/`, the files that vLLM's tools saved.
 """
 
@@ -38,11 +38,11 @@ from quantline.serving.server import Server, run_vllm, serve
 from quantline.serving.server_log import kernels, weights_bytes
 from quantline.toolchains.protocol import JobResult
 
-# A process of vLLM without weights and cache: seen 1.0 GiB on a CPU; a context and graphs on a GPU.
+# A vLLM process without weights and cache: 1.0 GiB was seen on a CPU; on a GPU it also has a context and graphs.
 _OVERHEAD_BYTES = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}
-# vLLM's log gives 0.01 GiB; what it adds to the tensors (rotary tables, repacked scales) is less than this share.
+# vLLM's log has steps of 0.01 GiB. Additions to the tensors (rotary tables, repacked scales) are below this share.
 _LOG_STEP, _ADDED = GIB // 100, 1.15
-# Of the mean time of a token; the median was seen at 0.5 to 1 of it, and at 0.003 where chunks had piled up.
+# Median over mean time per token: 0.5 to 1 was seen normally, and 0.003 when chunks had piled up.
 _BUNCHED = 0.2
 _BY_LOG, _BY_TENSORS = "as vLLM's log reports it, to 0.01 GiB", "the checkpoint's tensors, for this vLLM reports none"
 OFFLINE = ("latency", "throughput")
@@ -57,7 +57,7 @@ class Measured:
         document: the content of `speed.json`.
         metrics: numbers by name.
         warnings: sentences for the user.
-        reason: why the target does not serve the checkpoint; empty where it does.
+        reason: why the target does not serve the checkpoint; empty if it does.
     """
 
     document: dict[str, Any]
@@ -79,23 +79,23 @@ def measure(
     """Measure the float model and the variant and write `speed.json` to `out`.
 
     Args:
-        python, version: of vLLM.
-        subjects: float, then the variant.
+        python, version: vLLM's interpreter and version.
+        subjects: the float model, then the variant.
         plan: what to measure.
         bench: runs a job of `toolchains.workers.vllm_bench` under a label.
         out: an empty folder.
-        log: beside it the servers' own logs are put, with the model in their name.
+        log: the servers' logs are written beside it, with the model in their names.
 
     Raises:
         ServerError: a server could not be started or died, or requests failed.
     """
     if not plan.tools:
-        return _kept(Measured(nothing()), out)
+        return _written(Measured(nothing()), out)
     variant = subjects[1]
     target = vllm_here(version, variant.options.device, variant.options.dtype)
     known = verdict(target, checkpoint_facts(variant.checkpoint))
     if not known.supported:
-        return _kept(Measured(nothing(), warnings=[known.remedy] if known.remedy else [], reason=known.reason), out)
+        return _written(Measured(nothing(), warnings=[known.remedy] if known.remedy else [], reason=known.reason), out)
     prepared = (_prepared(subjects[0], plan), _prepared(variant, plan))
     session = _Session(python, prepared, plan, bench, out, log)
     document: dict[str, Any] = {**nothing(), "session": _described(version, prepared, plan)}
@@ -107,26 +107,28 @@ def measure(
     document["offline"] = [row for tool in OFFLINE if tool in plan.tools for row in session.measure_offline(tool)]
     notes = memory_notes(document["servers"]) + bunch_notes(document["rows"])
     if busy > 1:
-        notes.append(f"the machine was busy with other work (load {busy:.1f} a core): trust the ratios, not the speeds")
-    return _kept(Measured(document, metrics_of(document), notes), out)
+        notes.append(
+            f"the machine was busy with other work (load {busy:.1f} per core): trust the ratios, not the speeds"
+        )
+    return _written(Measured(document, metrics_of(document), notes), out)
 
 
 def memory_notes(servers: Sequence[dict[str, Any]]) -> list[str]:
     """A note on each server that holds more weights than its checkpoint: it loaded float weights."""
     return [
         f"{server['model']}: vLLM holds {server['weights_memory_bytes'] / 1e9:.2f} GB of weights, the checkpoint has "
-        f"{server['checkpoint_bytes'] / 1e9:.2f} GB: it did not load what was quantized, and the speed is not the variant's"
+        f"{server['checkpoint_bytes'] / 1e9:.2f} GB: it did not load the quantized weights; this is not the variant's speed"
         for server in servers
         if server["weights_memory_bytes"] > _ADDED * server["checkpoint_bytes"] + _LOG_STEP
     ]
 
 
 def bunch_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A note where tokens of an answer arrived together: their times say when they were sent, not when they were made."""
+    """A note if tokens of an answer arrived together: their times then tell when they were sent, not generated."""
     return [
         f"{row['model']}, {row['concurrency']} at a time: tokens arrived in bunches, half of them within "
-        f"{row['itl_ms_median']:.2g} ms of the one before, where {row['tpot_ms_median']:.2g} ms is the mean; the machine is "
-        "too small for server and client, so trust tokens/s and the time of a request alone"
+        f"{row['itl_ms_median']:.2g} ms of the previous one, while the mean is {row['tpot_ms_median']:.2g} ms; the machine "
+        "is too small for server and client, so trust only tokens/s and the time of a request"
         for row in rows
         if row["itl_ms_median"] < _BUNCHED * row["tpot_ms_median"]
     ]
@@ -137,21 +139,21 @@ def nothing() -> dict[str, Any]:
     return {"session": {}, "rows": [], "servers": [], "ratios": [], "rounds": [], "offline": []}
 
 
-def _kept(measured: Measured, out: Path) -> Measured:
+def _written(measured: Measured, out: Path) -> Measured:
     write_json(out / "speed.json", measured.document)
     return measured
 
 
 @dataclass(frozen=True)
 class _Up:
-    """A server that answers, and the GPU memory that it took to load."""
+    """A server that is ready, and the GPU memory that loading took."""
 
     server: Server
     gpu_memory_bytes: int | None
 
 
 def _costs(subject: Subject, up: _Up) -> dict[str, Any]:
-    """Load time, memory and kernels of a server that is still up."""
+    """Load time, memory and kernels of a running server."""
     text, stored = up.server.log_text(), tensor_bytes(subject.checkpoint)
     logged = weights_bytes(text)
     return {
@@ -164,7 +166,7 @@ def _costs(subject: Subject, up: _Up) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Session:
-    """Float and variant, as they are measured."""
+    """The measurement of the float model and the variant."""
 
     python: Path
     subjects: tuple[Subject, Subject]
@@ -174,7 +176,7 @@ class _Session:
     log: Path
 
     def measure_served(self) -> dict[str, Any]:
-        """Measure both models by `vllm bench serve`: servers, rounds, rows, ratios, and what to add to `session`."""
+        """Measure both models with `vllm bench serve`: servers, rounds, rows, ratios, and additions to `session`."""
         together = _together(self.subjects, self.plan)
         groups: Sequence[Sequence[Subject]] = [self.subjects] if together else [[each] for each in self.subjects]
         rounds: list[dict[str, Any]] = []
@@ -193,7 +195,7 @@ class _Session:
 
     @contextmanager
     def _up(self, subject: Subject) -> Iterator[_Up]:
-        """A server for the block."""
+        """Run a server during the block."""
         before = accelerator_use()
         own = self.log.with_name(f"{self.log.stem}.{subject.model}.log")
         with serve(self.python, subject.checkpoint, subject.options, log=own) as server:
@@ -201,7 +203,7 @@ class _Session:
             yield _Up(server, loaded.memory_bytes - before.memory_bytes if loaded and before else None)
 
     def _benched(self, group: Sequence[Subject], up: dict[str, Server]) -> list[dict[str, Any]]:
-        """Rounds of every level; within a round the models take turns, and who begins does so as well."""
+        """Rounds of every level. The models take turns within a round; the first one alternates between rounds."""
         # vLLM's idle processes spin for a second after their last request (SpinCondition, vllm 0.32.0), then sleep; the next
         # model's tokenizer and warm-up take longer than that.
         turns = [
@@ -223,7 +225,7 @@ class _Session:
         ]
 
     def measure_offline(self, tool: str) -> Iterator[dict[str, Any]]:
-        """The rows of `vllm bench latency` or `throughput`, an engine's start each."""
+        """The rows of `vllm bench latency` or `throughput`; each one starts an engine."""
         for level in self.plan.levels:
             for subject in self.subjects:
                 result = self.out / "bench" / f"{tool}-{subject.model}-c{level.concurrency}.json"
@@ -240,7 +242,7 @@ def tensor_bytes(checkpoint: Path) -> int:
 
 
 def _prepared(subject: Subject, plan: SpeedConfig) -> Subject:
-    """The subject as it is measured: its cache holds all requests of the largest level, so that none has to wait."""
+    """The subject with a cache that holds all requests of the largest level, so that none has to wait."""
     options, cache = subject.options, kv_cache(read_json(subject.checkpoint / "config.json"))
     length = plan.input_tokens + plan.output_tokens + 32
     most = cache.bytes(length, max(level.concurrency for level in plan.levels))
@@ -252,7 +254,7 @@ def _prepared(subject: Subject, plan: SpeedConfig) -> Subject:
 
 
 def _together(subjects: tuple[Subject, Subject], plan: SpeedConfig) -> bool:
-    """Whether both servers are up at once."""
+    """Whether both servers run at the same time."""
     if plan.side_by_side != "auto":
         return plan.side_by_side == "always"
     device = subjects[0].options.device
@@ -264,7 +266,7 @@ def _together(subjects: tuple[Subject, Subject], plan: SpeedConfig) -> bool:
     )
     gpus = visible_gpus()
     if device == "cuda":
-        # Each asks for its share of the memory to be free when it starts.
+        # Each server requires its share of the memory to be free when it starts.
         share = sum(subject.options.process.gpu_memory_utilization for subject in subjects)
         return bool(gpus) and share < 0.95 and needed < gpus[0].memory_total_bytes - gpus[0].memory_used_bytes
     return bool(needed < 0.8 * psutil.virtual_memory().available)

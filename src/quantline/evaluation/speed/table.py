@@ -1,4 +1,4 @@
-"""The table of a comparison: memory, latency and tokens a second, and what the variant saves and gains."""
+"""The table of a comparison: memory, latency, tokens per second, and the variant's savings and speed-up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADERS = (
 
 
 def speed_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The table's rows as plain values in base units, float and variant of each concurrency together."""
+    """The table's rows as plain values in base units, with float and variant of each concurrency together."""
     servers = {server["model"]: server for server in document["servers"]}
     ratios = {ratio["concurrency"]: ratio for ratio in document["ratios"]}
     rows = []
@@ -37,7 +37,7 @@ def speed_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def render_speed_table(document: Mapping[str, Any], style: str = "simple") -> str:
-    """The comparison as text, from the content of `speed.json`; empty where nothing was measured.
+    """The comparison as text, from the content of `speed.json`; empty if nothing was measured.
 
     style: a format of the tabulate library. Sizes are in 10^6 bytes; times are medians over requests.
     """

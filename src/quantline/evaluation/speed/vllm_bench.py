@@ -1,6 +1,6 @@
-"""What vLLM's benchmark tools are called with, and what their JSON says.
+"""The arguments of vLLM's benchmark tools, and how to read their JSON.
 
-`serve` sends random prompts to a server, `latency` and `throughput` load the model themselves. All of them are vLLM's:
+`serve` sends random prompts to a server, `latency` and `throughput` load the model themselves. They are part of vLLM:
 https://docs.vllm.ai/en/latest/benchmarking/cli/
 """
 
@@ -15,7 +15,7 @@ from quantline.config.speed import LevelConfig, SpeedConfig
 from quantline.core.errors import ServerError
 from quantline.serving.server import SERVED_NAME, ServerOptions
 
-# Ours -> of the JSON that `vllm bench serve` saves.
+# Our name -> name in the JSON that `vllm bench serve` saves.
 _COLUMNS = {
     "output_tokens_per_second": "output_throughput",
     "request_throughput": "request_throughput",
@@ -40,7 +40,7 @@ class Subject:
 
 
 def serve_arguments(subject: Subject, url: str, level: LevelConfig, plan: SpeedConfig, result: Path) -> list[str]:
-    """`vllm bench serve` against a server that is up."""
+    """The arguments of `vllm bench serve` against a running server."""
     return [
         "bench", "serve", "--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions",
         "--model", SERVED_NAME, "--tokenizer", str(subject.checkpoint), "--dataset-name", "random",
@@ -53,26 +53,28 @@ def serve_arguments(subject: Subject, url: str, level: LevelConfig, plan: SpeedC
 
 
 def serve_row(result: Mapping[str, Any], model: str, level: LevelConfig, plan: SpeedConfig) -> dict[str, Any]:
-    """The row of one `vllm bench serve`.
+    """The row of one run of `vllm bench serve`.
 
     Raises:
-        ServerError: requests failed, or answers were shorter than asked for.
+        ServerError: requests failed, or answers were too short.
     """
     completed, tokens = int(result.get("completed") or 0), int(result.get("total_output_tokens") or 0)
     if completed != level.prompts or tokens != level.prompts * plan.output_tokens:
         raise ServerError(
-            f"vllm bench serve: {completed} of {level.prompts} requests were answered, with {tokens} tokens where "
+            f"vllm bench serve: {completed} of {level.prompts} requests were answered, with {tokens} tokens, but "
             f"{level.prompts * plan.output_tokens} were asked for ({model}, {level.concurrency} at a time); see the log"
         )
     missing = [name for name in _COLUMNS.values() if name not in result]
     if missing:
-        raise ServerError(f"vllm bench serve: its result has no {', '.join(missing)}; this vLLM names them otherwise")
+        raise ServerError(
+            f"vllm bench serve: its result has no {', '.join(missing)}; this version of vLLM uses other names"
+        )
     measured = {ours: float(result[theirs]) for ours, theirs in _COLUMNS.items()}
     return {"model": model, "concurrency": level.concurrency, "prompts": level.prompts, **measured}
 
 
 def offline_arguments(tool: str, subject: Subject, level: LevelConfig, plan: SpeedConfig, result: Path) -> list[str]:
-    """`vllm bench latency` (a batch of `concurrency`) or `vllm bench throughput` (all prompts at once)."""
+    """The arguments of `vllm bench latency` (a batch of `concurrency`) or `vllm bench throughput` (all prompts)."""
     options = subject.options
     common = [
         "--model", str(subject.checkpoint), "--dtype", options.dtype, "--seed", str(plan.seed),
@@ -97,7 +99,7 @@ def offline_arguments(tool: str, subject: Subject, level: LevelConfig, plan: Spe
 def offline_row(
     tool: str, result: Mapping[str, Any], model: str, level: LevelConfig, plan: SpeedConfig
 ) -> dict[str, Any]:
-    """The row of one `vllm bench latency` or `throughput`: output tokens a second, and seconds of a batch or of all."""
+    """The row of one `vllm bench latency` or `throughput`: output tokens per second, and seconds per batch or in all."""
     if tool == "latency":
         seconds = float(result["avg_latency"])
         times = [float(value) for value in result["latencies"]]

@@ -1,1 +1,1 @@
-"""Tasks by lm-evaluation-harness."""
+"""Tasks, run by lm-evaluation-harness."""

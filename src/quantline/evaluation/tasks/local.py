@@ -1,16 +1,16 @@
 """Two tasks made from any text, for lm-evaluation-harness. They need no network, and every model gets the same items.
 
-`last_word`        a passage without its last word, which the model must find likeliest, token by token, given the rest:
-                   the form of LAMBADA (Paperno et al., "The LAMBADA dataset", 2016, arXiv:1606.06031). There people chose
-                   passages whose last word follows from the whole; here it is a word that occurs before. Scored by
-                   accuracy of the greedy answer, and by the perplexity of the word.
-`multiple_choice`  a passage, and continuations of which one is its own; the others continue other passages, of the same
-                   document where it has enough of them. Scored by the likeliest one, as a whole (`acc`) and to a letter of
-                   its length (`acc_norm`), in the form of HellaSwag (Zellers et al., 2019, arXiv:1905.07830).
+`last_word`        a passage without its last word. The model must predict that word greedily, token by token, as in
+                   LAMBADA (Paperno et al., "The LAMBADA dataset", 2016, arXiv:1606.06031). There people chose passages
+                   whose last word follows from the whole; here it is a word that occurs earlier in the passage. Scored
+                   by accuracy of the greedy answer, and by the perplexity of the word.
+`multiple_choice`  a passage and several continuations. One is its own; the others continue other passages, of the same
+                   document if it has enough of them. Scored by the likeliest continuation, by total (`acc`) and by length
+                   normalized (`acc_norm`) log-likelihood, as in HellaSwag (Zellers et al., 2019, arXiv:1905.07830).
 
-Passages are pieces of documents that do not overlap. Every document gives one before any gives a second, in an order that
-follows from the seed alone, so fewer items are the first ones of more. An item begins at a word, and its answer begins
-after a single blank, which belongs to the answer.
+Passages are pieces of documents that do not overlap. Every document gives one passage before any gives a second. Their
+order follows from the seed alone, so a smaller number of items is a prefix of a larger one. An item begins at a word, and
+its answer begins after a single blank, which belongs to the answer.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from quantline.config.tasks import LastWordConfig, LocalTasksConfig, MultipleCho
 from quantline.core.errors import UserError
 
 Item = dict[str, Any]
-# A word that can be asked for: nothing but letters, and enough of them to be no mere particle.
-_ASKED = re.compile(r"[A-Za-z]{4,}")
-# An answer is looked for among so many words behind a passage's context.
+# A word that can be the answer: only letters, and enough of them not to be a particle.
+_ANSWER = re.compile(r"[A-Za-z]{4,}")
+# An answer is searched among this many words after a passage's context.
 _ROOM = 24
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of a document: its words as (begin, end) in the text, in characters, and where an answer may begin."""
+    """A piece of a document: its words as (begin, end) in characters of the text, and where an answer may begin."""
 
     text: str
     words: tuple[tuple[int, int], ...]
     starts: tuple[int, ...]
 
     def between(self, first: int, last: int) -> str:
-        """The text from word `first` up to and without word `last`."""
+        """The text from word `first` up to but excluding word `last`."""
         return self.text[self.words[first][0] : self.words[last - 1][1]]
 
 
 def last_word_items(options: LastWordConfig, texts: Sequence[str], seed: int, limit: int | None) -> list[Item]:
-    """The items of `last_word`, `context` and `target` each.
+    """The items of `last_word`, each with `context` and `target`.
 
     Raises:
         UserError: the text has no passage long enough.
     """
-    chance = random.Random(f"{seed} last_word")  # noqa: S311 (to be repeated, not to be secret)
+    chance = random.Random(f"{seed} last_word")  # noqa: S311 (reproducible, not secret)
     found: list[Item] = []
     for passage in _spread(texts, options.context_words, _ROOM, chance):
         if len(found) == limit:
@@ -67,7 +67,7 @@ def last_word_items(options: LastWordConfig, texts: Sequence[str], seed: int, li
 
 def _occurs_before(passage: Passage, at: int, context_words: int) -> bool:
     word = passage.between(at, at + 1)
-    if not _ASKED.fullmatch(word):
+    if not _ANSWER.fullmatch(word):
         return False
     return re.search(rf"\b{word}\b", passage.between(at - context_words, at)) is not None
 
@@ -75,7 +75,7 @@ def _occurs_before(passage: Passage, at: int, context_words: int) -> bool:
 def multiple_choice_items(
     options: MultipleChoiceConfig, texts: Sequence[str], seed: int, limit: int | None
 ) -> list[Item]:
-    """The items of `multiple_choice`: `context`, `choices` and `label`, the number of the true one, each.
+    """The items of `multiple_choice`, each with `context`, `choices` and `label`, the index of the true one.
 
     Raises:
         UserError: the text has no passage long enough, or too few of them.
@@ -110,7 +110,7 @@ def multiple_choice_items(
 
 
 def items_of(options: LocalTasksConfig, texts: Sequence[str], seed: int, limit: int | None) -> dict[str, list[Item]]:
-    """The items of each task that the configuration asks for, by its name.
+    """The items of each task in the configuration, by its name.
 
     Raises:
         UserError: the text gives too few items of a task.
@@ -124,7 +124,7 @@ def items_of(options: LocalTasksConfig, texts: Sequence[str], seed: int, limit: 
 
 
 def _spread(texts: Sequence[str], before: int, room: int, chance: random.Random) -> Iterator[Passage]:
-    """Passages of `before` + `room` words, one of every document, then the second ones, and so on."""
+    """Passages of `before` + `room` words: the first of every document, then the second ones, and so on."""
     piles = []
     for text in texts:
         words = [match.span() for match in re.finditer(r"\S+", text)]
@@ -143,7 +143,7 @@ def _spread(texts: Sequence[str], before: int, room: int, chance: random.Random)
 def _enough(items: list[Item], name: str) -> list[Item]:
     if len(items) < 2:
         raise UserError(
-            f"tasks.local.{name}: the text gives {len(items)} items, which is none to measure by; give more text "
+            f"tasks.local.{name}: the text gives {len(items)} items, at least 2 are needed; give more text "
             "(tasks.path), or set fewer words"
         )
     return items
@@ -152,7 +152,7 @@ def _enough(items: list[Item], name: str) -> list[Item]:
 def write_tasks(items: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:
     """Write each task's items and its definition, `<name>.jsonl` and `<name>.yaml`, for lm-evaluation-harness.
 
-    The definitions name the items by their absolute path, and a cache beside them, so that the user's is left alone.
+    The definitions name the items by absolute path, and a cache beside them, so that the user's cache stays untouched.
     """
     import yaml
 

@@ -1,7 +1,7 @@
-"""The tasks stage's work: run the tasks by both engines and compare their scores with the float model's.
+"""The work of the tasks stage: run the tasks with both engines and compare the scores with the float model's.
 
 The output folder holds `tasks.json` (a row for each task and engine, and the gate's verdict), `items/` with the tasks that
-were made of a text, and `samples-<engine>.jsonl`, a line with the scores of every item.
+were made from a text, and `samples-<engine>.jsonl`, a line with the scores of every item.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from quantline.evaluation.tasks.local import Item, items_of, write_tasks
 from quantline.serving.server import Server
 from quantline.toolchains.protocol import JobResult
 
-# The metric that a task is judged by unless the configuration names one: the first of these that it has.
+# The main metric of a task, unless the configuration names one: the first of these that the task has.
 PREFERRED = ("acc_norm", "acc", "exact_match")
 Row = Mapping[str, Any]
 
 
 @dataclass
 class Scores:
-    """What one engine scored: by task what the worker says of it (`told`), and the rows of its items."""
+    """The scores of one engine, by task: the worker's summary of the task, and the rows of its items."""
 
-    told: dict[str, Any]
+    summaries: dict[str, Any]
     rows: dict[str, list[dict[str, Any]]]
 
 
@@ -56,7 +56,7 @@ def write_nothing(out: Path) -> None:
 
 
 def local_items(options: TasksConfig, root: Path) -> dict[str, list[Item]]:
-    """The items of the tasks that are made of the text in `options.path`, by task; a relative path starts at `root`.
+    """The items of the tasks that are made from the text in `options.path`, by task; a relative path starts at `root`.
 
     Raises:
         UserError: the text cannot be read, or gives too few items.
@@ -69,8 +69,8 @@ def local_items(options: TasksConfig, root: Path) -> dict[str, list[Item]]:
     return items_of(options.local, texts, options.seed, options.limit)
 
 
-def asked(items: Iterable[str], options: TasksConfig) -> dict[str, StandardTaskConfig]:
-    """The tasks by name: those that are made of a text, then the harness's own, with `tasks.limit` where one has none."""
+def tasks_to_run(items: Iterable[str], options: TasksConfig) -> dict[str, StandardTaskConfig]:
+    """The tasks by name: those made from a text, then the harness's own, with `tasks.limit` as their default limit."""
     standard = {
         name: task.model_copy(update={"limit": task.limit or options.limit}) for name, task in options.standard.items()
     }
@@ -88,24 +88,24 @@ def evaluate(
     baseline: Path | None,
     out: Path,
 ) -> TasksReport:
-    """Run the tasks by each engine, compare with the float model, write.
+    """Run the tasks with each engine, compare them with the float model, and write the results.
 
     Args:
         options: the tasks, engines, bootstrap and gate.
-        items: of the tasks that are made of a text.
-        job: what every engine is told, see `toolchains.workers.lm_eval`.
+        items: the items of the tasks that are made from a text.
+        job: the part of the job that all engines share, see `toolchains.workers.lm_eval`.
         run_worker: runs that worker.
         server: starts the variant's server.
-        refused: why the server does not take the variant; empty where it does.
-        baseline: the float model's output of this stage, None for the float model itself.
+        refused: why the server does not load the variant; empty if it does.
+        baseline: the float model's output of this stage; None for the float model itself.
         out: an empty folder.
 
     Raises:
-        UserError: a task is unknown, its data cannot be reached, or the baseline was asked other items.
-        QuantlineError: the recovery is below the gate's and the gate is to fail, or a score is not what the harness
-            computed from its items.
+        UserError: a task is unknown, its data cannot be reached, or the baseline has other items.
+        QuantlineError: the recovery is below a gate that is set to fail, or a score differs from the harness's own value
+            for the same items.
     """
-    tasks, bootstrap, gate = asked(items, options), options.bootstrap, options.gate
+    tasks, bootstrap, gate = tasks_to_run(items, options), options.bootstrap, options.gate
     scores: dict[str, Scores] = {}
     with tempfile.TemporaryDirectory(prefix="quantline-tasks-") as scratch:
         if items:
@@ -123,16 +123,16 @@ def evaluate(
             return run_worker({**job, "engine": engine, "local": local, "tasks": questions, "output": output, **more})
 
         if any(name not in items for name in tasks):
-            ask("check")  # before an engine starts: whether all of it can be asked
+            ask("check")  # before an engine starts, check that all tasks are available
         for engine in options.engines:
             if engine == "vllm" and refused:
                 continue
             if engine == "vllm":
                 with server() as running:
-                    told = ask(engine, url=running.url).data["tasks"]
+                    summaries = ask(engine, url=running.url).data["tasks"]
             else:
-                told = ask(engine).data["tasks"]
-            scores[engine] = Scores(told, read_samples(out / f"samples-{engine}.jsonl"))
+                summaries = ask(engine).data["tasks"]
+            scores[engine] = Scores(summaries, read_samples(out / f"samples-{engine}.jsonl"))
     rows, more = _compared(scores, tasks, out if baseline is None else baseline, bootstrap)
     verdict = judge(rows, gate)
     agreement = engine_agreement(scores)
@@ -155,10 +155,11 @@ def evaluate(
 def _warnings(
     verdict: Mapping[str, Any], gate: GateConfig, skipped: Mapping[str, str], scores: Mapping[str, Scores]
 ) -> list[str]:
-    warnings = [f"tasks were not asked of {engine}: {reason}" for engine, reason in skipped.items()]
-    left_out = sorted({metric for own in scores.values() for told in own.told.values() for metric in told["left_out"]})
+    warnings = [f"tasks were not run with {engine}: {reason}" for engine, reason in skipped.items()]
+    summaries = [summary for own in scores.values() for summary in own.summaries.values()]
+    left_out = sorted({metric for summary in summaries for metric in summary["left_out"]})
     if left_out:
-        warnings.append(f"metrics that are no mean over items are left out: {', '.join(left_out)}")
+        warnings.append(f"metrics that are not a mean over items are left out: {', '.join(left_out)}")
     if not verdict["passed"]:
         text = (
             f"recovery is below tasks.gate.min_recovery={gate.min_recovery} ({gate.judged_by} end of its interval): "
@@ -173,7 +174,7 @@ def _warnings(
 def judge(rows: Sequence[Mapping[str, Any]], gate: GateConfig) -> dict[str, Any]:
     """`passed`, `limit` and what `failed`, as `task by engine: recovery [low, high]`.
 
-    A recovery that is unknown, because the float model scored nothing, does not fail.
+    An unknown recovery, because the float model scored zero, does not fail.
     """
     failed = []
     key = "recovery" if gate.judged_by == "estimate" else f"recovery_{gate.judged_by}"
@@ -188,7 +189,7 @@ def judge(rows: Sequence[Mapping[str, Any]], gate: GateConfig) -> dict[str, Any]
 def _compared(
     scores: Mapping[str, Scores], tasks: Mapping[str, StandardTaskConfig], baseline: Path, how: BootstrapConfig
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of each engine and task by the metric that it is judged by, and rows of its other metrics."""
+    """Rows of each engine and task for its main metric, and rows for its other metrics."""
     rows, more = [], []
     for engine, own in scores.items():
         float_rows = read_samples(baseline / f"samples-{engine}.jsonl")
@@ -197,7 +198,7 @@ def _compared(
             _require_same_items(name, engine, own.rows[name], base)
             first, *others = (
                 _row((name, engine, metric), own, base, how)
-                for metric in _in_order(name, task.metric, own.told[name]["metrics"])
+                for metric in _in_order(name, task.metric, own.summaries[name]["metrics"])
             )
             rows.append(first)
             more.extend(others)
@@ -207,32 +208,32 @@ def _compared(
 def _require_same_items(name: str, engine: str, rows: Sequence[Row], float_rows: Sequence[Row]) -> None:
     if [(row["item"], row["hash"]) for row in rows] != [(row["item"], row["hash"]) for row in float_rows]:
         raise UserError(
-            f"{name}: the float model was asked other items by {engine}; run stages.tasks method=float with the "
+            f"{name}: the float model was scored on other items with {engine}; run stages.tasks method=float with the "
             "same options of tasks"
         )
 
 
 def _in_order(name: str, chosen: str | None, metrics: Mapping[str, Any]) -> list[str]:
-    """A task's metrics, the one that it is judged by first."""
+    """A task's metrics, the main one first."""
     names = sorted(metrics)
     if chosen is not None and chosen not in names:
-        raise UserError(f"tasks.standard.{name}.metric={chosen}: it has {', '.join(names)}")
+        raise UserError(f"tasks.standard.{name}.metric={chosen}: allowed are {', '.join(names)}")
     wanted = [chosen] if chosen else [metric for one in PREFERRED for metric in names if metric.split(",")[0] == one]
     first = wanted[0] if wanted else names[0] if names else None
     if first is None:
-        raise UserError(f"{name}: has no metric that is a mean over its items; leave it out")
+        raise UserError(f"{name}: has no metric that is a mean over its items; remove the task")
     return [first, *(metric for metric in names if metric != first)]
 
 
 def _row(key: tuple[str, str, str], own: Scores, float_rows: Sequence[Row], how: BootstrapConfig) -> dict[str, Any]:
     name, engine, metric = key
-    known = own.told[name]["metrics"][metric]
+    known = own.summaries[name]["metrics"][metric]
     mine, theirs = (
         np.array([row["scores"][metric] for row in rows], dtype=np.float64) for rows in (own.rows[name], float_rows)
     )
     value, stderr = aggregate(mine, known["aggregation"])
     if known["value"] is not None and not math.isclose(value, known["value"], rel_tol=1e-6, abs_tol=1e-9):
-        raise QuantlineError(f"{name}: its items give {metric} {value}, the harness says {known['value']}")
+        raise QuantlineError(f"{name}: its items give {metric} {value}, but the harness reports {known['value']}")
     recovery = paired_recovery(
         mine, theirs, aggregation=known["aggregation"], higher_is_better=known["higher_is_better"], how=how
     )
@@ -244,9 +245,9 @@ def _row(key: tuple[str, str, str], own: Scores, float_rows: Sequence[Row], how:
 
 
 def aggregate(scores: np.ndarray[Any, np.dtype[np.float64]], aggregation: str) -> tuple[float, float]:
-    """One value of the items' scores, and its standard error.
+    """The aggregate of the items' scores, and its standard error.
 
-    scores: float64 (items,), two at least. aggregation: `mean`; or `perplexity`, exp(-mean) of log-likelihoods, whose
+    scores: float64 (items,), at least two. aggregation: `mean`; or `perplexity`, exp(-mean) of log-likelihoods, whose
     error is the mean's times the value itself (the delta method).
     """
     mean = math.fsum(scores) / len(scores)
@@ -258,7 +259,7 @@ def aggregate(scores: np.ndarray[Any, np.dtype[np.float64]], aggregation: str) -
 
 
 def engine_agreement(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
-    """Of each task, the share of items that are right or wrong by both engines alike; empty where one engine was asked."""
+    """For each task, the share of items on which both engines are right or both wrong; empty if only one engine ran."""
     if set(scores) < {"reference", "vllm"}:
         return []
     found = []
@@ -271,12 +272,12 @@ def engine_agreement(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
 
 
 def _counted(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with those of its scores that are right or wrong; log-likelihoods never are quite the same."""
+    """A row with only the scores that are right or wrong; log-likelihoods are never exactly equal."""
     return {"scores": {name: score for name, score in row["scores"].items() if score in (0.0, 1.0)}}
 
 
 def refusal(served: Path) -> str:
-    """Why the server does not take the variant, from the output of serve_smoke; empty where it does."""
+    """Why the server does not load the variant, from the output of serve_smoke; empty if it does."""
     verdict = read_json(served / "verdict.json")
     return "" if verdict["supported"] else str(verdict["reason"])
 
