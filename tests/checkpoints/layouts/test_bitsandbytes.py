@@ -163,7 +163,7 @@ def test_a_checkpoint_gives_its_weights_under_their_float_names(folder, codes):
 
 def test_a_packed_layer_without_its_config_is_refused(folder):
     (folder / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"is packed, config\.json says float"):
+    with pytest.raises(CheckpointError, match=r"is packed, but config\.json says float"):
         list(iter_dequantized(folder))
 
 
@@ -177,5 +177,5 @@ def test_a_layer_that_lacks_a_tensor_is_named(folder, codes):
 
 def test_a_config_without_packed_layers_is_refused(folder):
     write(folder / "model.safetensors", {"embed.weight": np.ones((4, 4), np.float16)})
-    with pytest.raises(CheckpointError, match="says bitsandbytes, no linear is packed"):
+    with pytest.raises(CheckpointError, match="says bitsandbytes, but no linear is packed"):
         list(iter_dequantized(folder))

@@ -82,7 +82,7 @@ def test_it_is_read(folder: Path) -> None:
     assert set(found) == {f"{NAME}.weight", "model.norm.weight"}
     assert np.array_equal(found[f"{NAME}.weight"][3], TABLE[INDEX[3]] * 4)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"up_proj is packed, config\.json says float"):
+    with pytest.raises(CheckpointError, match=r"up_proj is packed, but config\.json says float"):
         quantized_layers(Checkpoint.open(folder), quantization_of(folder))
 
 

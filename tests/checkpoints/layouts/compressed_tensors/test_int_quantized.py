@@ -131,7 +131,7 @@ def test_a_checkpoint_is_dequantized_to_what_its_codes_mean_and_its_float_weight
     assert sorted(found) == ["a.0.weight", "a.norm.weight", "lm_head.weight"]
     assert np.array_equal(found["a.0.weight"], dequantize(held))
     (folder / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"a\.0 is packed, config\.json says float"):
+    with pytest.raises(CheckpointError, match=r"a\.0 is packed, but config\.json says float"):
         list(iter_dequantized(folder))
 
 

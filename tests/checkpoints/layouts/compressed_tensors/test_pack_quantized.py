@@ -230,7 +230,7 @@ def test_linears_with_bits_of_their_own_are_dequantized_with_them(tmp_path: Path
     found = dict(iter_dequantized(tmp_path))
     assert all(np.array_equal(found[f"{name}.weight"], dequantize(linear)) for name, linear in linears.items())
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"m\.a is packed, config\.json says float"):
+    with pytest.raises(CheckpointError, match=r"m\.a is packed, but config\.json says float"):
         list(iter_dequantized(tmp_path))
 
 
