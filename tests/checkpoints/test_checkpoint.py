@@ -166,7 +166,7 @@ def test_known_quantizations_name_their_layout(
         ({**GPTQ, "group_size": 0}, "group_size is 0"),
         ({**GPTQ, "checkpoint_format": "marlin"}, "stored as 'marlin'"),
         ({**GPTQ, "is_marlin_format": True}, "stored as 'marlin'"),
-        ({**GPTQ, "dynamic": {"+:.*": {"bits": 5}}}, "bits are 2, 3, 4 or 8"),
+        ({**GPTQ, "dynamic": {"+:.*": {"bits": 5}}}, "bits must be 2, 3, 4 or 8"),
         ([1], "not a JSON object"),
     ],
 )

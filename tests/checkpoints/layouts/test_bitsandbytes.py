@@ -108,7 +108,7 @@ def test_an_8_bit_weight_is_its_code_times_its_rows_scale_over_127():
         ({"weight.absmax": np.zeros(2, np.uint8)}, "weight.nested_absmax is missing"),
         ({"weight": np.zeros((63, 1), np.uint8)}, "weight has shape"),
         ({NAMES[3]: state(dtype="int8")}, "has the dtype 'int8'"),
-        ({NAMES[3]: state(quant_type="af4")}, "names the type 'af4'"),
+        ({NAMES[3]: state(quant_type="af4")}, "has the type 'af4'"),
         ({NAMES[3]: state(blocksize=0)}, "has the block size 0"),
         ({NAMES[3]: state(shape=[128])}, "has the shape"),
         ({NAMES[3]: np.zeros(4, np.uint8)}, "cannot be read"),

@@ -76,7 +76,7 @@ def test_what_it_cannot_hold_is_refused() -> None:
     for change, fact in [
         ({"weight": np.zeros((4, 8), np.uint8)}, "weight is uint8"),
         ({"weight_scale": np.ones((4, 2), np.float32)}, "weight_scale has shape"),
-        ({"weight_zero_point": np.zeros((4, 1), np.int8)}, "does not know: weight_zero_point"),
+        ({"weight_zero_point": np.zeros((4, 1), np.int8)}, "does not have: weight_zero_point"),
     ]:
         with pytest.raises(FormatError, match=fact):
             int_quantized.read({**tensors, **change}, bits=8, group_size=-1)

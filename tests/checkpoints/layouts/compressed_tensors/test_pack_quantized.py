@@ -109,7 +109,7 @@ def test_what_is_described_is_what_is_read(
     values: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     values["modules_to_not_convert"] = ["lm_head", "model.layers.0.mlp.down_proj"]
     if bits == 8 and layout.startswith("awq"):
-        with pytest.raises(CheckpointError, match="holds 4 bits"):
+        with pytest.raises(CheckpointError, match="stores 4 bits only"):
             describe(layout, **values)
         return
     info = quantization_of(written(tmp_path, describe(layout, **values)))
@@ -159,10 +159,10 @@ def test_gptq_leaves_float_linears_out_by_pattern(tmp_path: Path) -> None:
     section = describe("gptq", bits=4, group_size=64, symmetric=True, modules_to_not_convert=["lm_head", "a.b"])
     assert section["dynamic"] == {r"-:^a\.b$": {}}
     section["dynamic"]["+:^a"] = {"bits": 5}
-    with pytest.raises(CheckpointError, match="bits are 2, 3, 4 or 8"):
+    with pytest.raises(CheckpointError, match="bits must be 2, 3, 4 or 8"):
         quantization_of(written(tmp_path, section))
     section["dynamic"]["+:^a"] = {"mse": 1.0}
-    with pytest.raises(CheckpointError, match="known are bits, group_size and sym"):
+    with pytest.raises(CheckpointError, match="allowed are bits, group_size and sym"):
         quantization_of(written(tmp_path, section))
 
 
