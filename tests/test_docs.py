@@ -94,7 +94,7 @@ def test_an_option_tells_its_default_type_limits_and_comment(page):
     assert row(page, "convert.for")[1:3] == ["`null`", "`vllm` or null"]
     assert row(page, "method.version")[2] == "one of `gemm`, `gemv`, `exllama`"
     assert row(page, "layers.rules[].match")[1:3] == ["required", "string, not empty"]
-    assert row(page, "evaluate.level")[3].endswith("bits_per_byte are measured beside it in any case"), "two lines long"
+    assert row(page, "evaluate.level")[3].endswith("bits_per_byte are measured in any case"), "two lines long"
     assert "`n_samples=128`" in next(line for line in page.splitlines() if line.startswith("| `calibration=c4`"))
 
 

@@ -90,7 +90,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_index_and_shards_must_agree_both_ways(tmp_path: Path) -> None:
     shards = {"m.safetensors": {"a": np.zeros(2)}}
     sharded(tmp_path, shards, {"a": "m.safetensors", "b": "m.safetensors"})
-    with pytest.raises(CheckpointError, match=r"lists b in m\.safetensors, which does not hold it"):
+    with pytest.raises(CheckpointError, match=r"lists b in m\.safetensors, which does not have it"):
         Checkpoint.open(tmp_path)
     sharded(tmp_path, {"m.safetensors": {"a": np.zeros(2), "c": np.zeros(1)}}, {"a": "m.safetensors"})
     with pytest.raises(CheckpointError, match=r"does not list c of m\.safetensors"):
@@ -112,7 +112,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
         (["model.pt"], "pickled weights only"),
         (["gptq_model-4bit-128g.safetensors"], "rename it"),
         (["config.json"], "download the model first"),
-        (["model.safetensors", "model.safetensors.index.json"], "remove the one that is out of date"),
+        (["model.safetensors", "model.safetensors.index.json"], "remove the outdated one"),
     ],
 )
 def test_folders_without_one_set_of_weights_are_refused(tmp_path: Path, files: list[str], fact: str) -> None:
@@ -166,7 +166,7 @@ def test_known_quantizations_name_their_layout(
         ({**GPTQ, "group_size": 0}, "group_size is 0"),
         ({**GPTQ, "checkpoint_format": "marlin"}, "stored as 'marlin'"),
         ({**GPTQ, "is_marlin_format": True}, "stored as 'marlin'"),
-        ({**GPTQ, "dynamic": {"+:.*": {"bits": 5}}}, "bits are 2, 3, 4 or 8"),
+        ({**GPTQ, "dynamic": {"+:.*": {"bits": 5}}}, "bits must be 2, 3, 4 or 8"),
         ([1], "not a JSON object"),
     ],
 )
@@ -182,7 +182,7 @@ def test_auto_gptqs_own_config_is_read_and_must_agree(tmp_path: Path) -> None:
     assert info.layout == "gptq"
     assert quantization_of(config(tmp_path, {**GPTQ, "checkpoint_format": "gptq_v2"})) is not None
     config(tmp_path, {**GPTQ, "group_size": 64})
-    with pytest.raises(CheckpointError, match=r"group_size is 64, quantize_config\.json says 32"):
+    with pytest.raises(CheckpointError, match=r"group_size is 64, but quantize_config\.json says 32"):
         quantization_of(tmp_path)
 
 
@@ -243,7 +243,10 @@ def test_bfloat16_scales_are_read_with_and_without_ml_dtypes(tmp_path: Path, ml_
     [
         (lambda tensors: tensors.pop("m.q_proj.scales"), "m.q_proj lacks scales"),
         (lambda tensors: tensors.pop("m.q_proj.qweight"), "m.q_proj lacks qweight"),
-        (lambda tensors: tensors.update({"m.q_proj.weight": np.zeros((32, 64), np.float16)}), "packed and as float"),
+        (
+            lambda tensors: tensors.update({"m.q_proj.weight": np.zeros((32, 64), np.float16)}),
+            "packed tensors and a float weight",
+        ),
         (lambda tensors: tensors.update({"m.q_proj.qzeros": np.zeros((1, 4), np.int32)}), "m.q_proj: qzeros has shape"),
         (
             lambda tensors: [tensors.pop(name) for name in list(tensors) if ".q" in name and "bias" not in name],

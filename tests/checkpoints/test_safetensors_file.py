@@ -125,7 +125,7 @@ def test_header_gives_dtype_shape_and_place(tmp_path: Path) -> None:
         ({"a": entry(), "b": entry()}, bytes(4), None, "tensor b starts at byte"),
         ({"a": entry(offsets=[4, 8])}, bytes(8), None, "tensor a starts at byte"),
         ({"a": entry()}, bytes(3), None, "truncated"),
-        ({"a": entry()}, bytes(5), None, "the file has"),
+        ({"a": entry()}, bytes(5), None, "but the file has"),
     ],
 )
 def test_damaged_headers_are_refused_with_file_fact_and_remedy(

@@ -160,9 +160,9 @@ def test_what_it_cannot_hold_is_refused_at_once_with_tensor_fact_and_remedy(tmp_
         convert(source, tmp_path / "out", target)
     assert list((tmp_path / "out").iterdir()) == []
     message = str(caught.value)
-    assert f"{NAME.format(0)}: has 3 bits, msModelSlim holds 4 and 8; use gptq or compressed_tensors" in message
+    assert f"{NAME.format(0)}: has 3 bits, but msModelSlim supports 4 and 8; use gptq or compressed_tensors" in message
     assert (
-        f"{NAME.format(1)}: groups are reordered by activation (desc_act), which msModelSlim cannot hold; use"
+        f"{NAME.format(1)}: groups are reordered by activation (desc_act), which msModelSlim cannot store; use"
         in message
     )
     assert "model.norm.bias: is the bias of a norm" in message

@@ -98,7 +98,7 @@ def test_every_reason_is_found_at_once_and_nothing_is_written(tmp_path, out):
     assert "requantize_outliers" in message
     assert f"{NAME.format(1)}: 1 scales are infinite or NaN" in message
     assert f"{NAME.format(2)}: is quantized, but lacks {NAME.format(2)}.weight_scale" in message
-    assert f"{NAME.format(3)}: has 8 bits, AWQ holds 4; use gptq or compressed_tensors" in message
+    assert f"{NAME.format(3)}: has 8 bits, but AWQ supports 4; use gptq or compressed_tensors" in message
     assert f"{NAME.format(4)}: 1 scales are infinite or NaN" in message
     assert "model.norm.bias: is the bias of a norm and not zero" in message
 
@@ -154,7 +154,7 @@ def test_reordered_groups_are_refused_by_awq(tmp_path, out):
     order = np.random.default_rng(1).permutation(one.group_index).astype(np.int32)
     message = refused(gptq(tmp_path / "in", {NAME.format(0): replace(one, group_index=order)}), out, "awq")
     assert (
-        f"{NAME.format(0)}: groups are reordered by activation (desc_act), which AWQ cannot hold; use gptq" in message
+        f"{NAME.format(0)}: groups are reordered by activation (desc_act), which AWQ cannot store; use gptq" in message
     )
 
 
@@ -173,7 +173,7 @@ def test_a_missing_partner_of_a_gptq_linear_is_named_beside_other_faults(tmp_pat
     write_safetensors(source / "model.safetensors", tensors)
     message = refused(source, out, "awq")
     assert f"{NAME.format(0)}: lacks {NAME.format(0)}.scales" in message
-    assert f"{NAME.format(1)}: scales hold infinities or NaN" in message
+    assert f"{NAME.format(1)}: scales are infinite or NaN" in message
 
 
 @pytest.mark.parametrize("file", ["config.json", "quant_model_description_w4a16.json"])
@@ -224,7 +224,7 @@ def test_codes_wider_than_described_are_refused_before_anything_is_written_all_l
     message = refused(source, out, "awq")
     assert "for 4 reasons; nothing was written" in message
     for index, found in ((0, "[-8, 99]"), (1, "[-9, 7]"), (3, "[-8, 8]")):
-        assert f"{NAME.format(index)}: codes range over {found}, 4 bits hold [-8, 7]" in message
+        assert f"{NAME.format(index)}: codes are in {found}, but 4 bits allow [-8, 7]" in message
     assert f"{NAME.format(3)}: 1 of 128 groups have no exact zero point" in message
 
 

@@ -323,7 +323,7 @@ def test_a_truncated_shard_is_refused_with_both_sizes(model, out):
     shard = model / "model-00001-of-00002.safetensors"
     size = shard.stat().st_size
     os.truncate(shard, size - 100)
-    with pytest.raises(UserError, match=f"{shard.name}.*{size} bytes, the file has {size - 100}.*truncated"):
+    with pytest.raises(UserError, match=f"{shard.name}.*{size} bytes, but the file has {size - 100}.*truncated"):
         fetch(local(model), out)
 
 

@@ -256,7 +256,7 @@ def test_alarms_are_told_and_fail_only_where_they_should(run, layers):
     )
     told, _ = run("spoilt", FLOAT, baseline=baseline, instruments=spoilt)
     assert [row["message"] for row in told.tables["flags"]] == [
-        "1 files of the checkpoint are not those that its conversion recorded; at most 0 (evaluate.limits.changed_files=0)"
+        "1 files of the checkpoint differ from its conversion record; at most 0 (evaluate.limits.changed_files=0)"
     ]
     assert json.loads((out / "comparison.json").read_text())["flags"] == verdict.tables["flags"]
     with pytest.raises(QuantlineError, match=r"evaluate\.fail_on=kl_divergence: .* 0\.5 nats a token .*at most 0\.1"):

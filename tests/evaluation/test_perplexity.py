@@ -226,7 +226,9 @@ def test_all_faults_of_a_protocol_are_named_together() -> None:
 
 
 def test_a_stride_that_leaves_text_out_is_refused(composed: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(ConfigError, match=r"evaluate\.stride=513: text would be left out; give 1 to 512, the window"):
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.stride=513: larger than the window, so text would be skipped; give 1 to 512"
+    ):
         parse(composed("evaluate.stride=513"))
 
 

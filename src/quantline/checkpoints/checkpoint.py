@@ -1,7 +1,7 @@
-"""Reading checkpoints: from headers, without pickles, without a deep-learning framework.
+"""Reads checkpoints from their headers, without pickles and without a deep-learning framework.
 
 A folder holds `model.safetensors`, or shards named by `model.safetensors.index.json`, and a `config.json` that says
-whether and how its linears are quantized.
+whether and how the linears are quantized.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An opened folder. Tensors are memory-mapped when they are asked for; build it with `Checkpoint.open`."""
+    """An opened folder. Tensors are memory-mapped on access; create it with `Checkpoint.open`."""
 
     folder: Path
     shards: Mapping[str, str]  # tensor name -> file name
@@ -62,13 +62,13 @@ class Checkpoint:
         """Check every header and open the folder.
 
         Raises:
-            CheckpointError: no weights, pickled weights only, a missing or damaged shard, an index that does not agree
-                with its shards or names files outside the folder.
+            CheckpointError: no weights, pickled weights only, a missing or damaged shard, an index that contradicts
+                its shards or names files outside the folder.
         """
         folder = Path(folder)
         single, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
         if single.exists() and index.exists():
-            raise CheckpointError(f"{folder}: has {WEIGHTS_NAME} and {INDEX_NAME}: remove the one that is out of date")
+            raise CheckpointError(f"{folder}: has {WEIGHTS_NAME} and {INDEX_NAME}: remove the outdated one")
         if single.exists():
             infos = read_header(single)
             return cls(folder, dict.fromkeys(sorted(infos), WEIGHTS_NAME), infos)
@@ -82,7 +82,7 @@ class Checkpoint:
         return list(self.shards)
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor.
+        """Dtype, shape and offset of a tensor.
 
         Raises:
             CheckpointError: there is no such tensor.
@@ -106,19 +106,19 @@ def quantized_layers(checkpoint: Checkpoint, info: QuantizationInfo | None) -> d
 
     Raises:
         CheckpointError: config and tensors disagree: packed tensors in a float checkpoint, none in a quantized one,
-            an incomplete layer, or a layer that is also there in float.
+            an incomplete layer, or a layer that also has a float weight.
     """
     if info is None:
         packed = packed_linear(checkpoint.names)
         if packed is not None:
             raise CheckpointError(
-                f"{checkpoint.folder}: {packed} is packed, config.json says float: restore the config"
+                f"{checkpoint.folder}: {packed} is packed, but config.json says float: restore config.json"
             )
         return {}
     layers = linears_of(checkpoint, info.layout)
     if not layers:
         raise CheckpointError(
-            f"{checkpoint.folder}: config.json says {info.method}, no linear is packed: quantize it again"
+            f"{checkpoint.folder}: config.json says {info.method}, but no linear is packed: quantize it again"
         )
     for layer, found in layers.items():
         if found.missing:
@@ -127,7 +127,7 @@ def quantized_layers(checkpoint: Checkpoint, info: QuantizationInfo | None) -> d
             )
         if found.also_float:
             raise CheckpointError(
-                f"{checkpoint.folder}: {layer} is there packed and as float weight: remove one of them"
+                f"{checkpoint.folder}: {layer} has packed tensors and a float weight: remove one of them"
             )
     return {layer: dict(found.tensors) for layer, found in layers.items()}
 
@@ -140,12 +140,12 @@ def linears_of(checkpoint: Checkpoint, layout: str) -> dict[str, Found]:
 def iter_dequantized(folder: str | Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Every parameter of a checkpoint under its float name, one at a time, in float32.
 
-    A quantized linear X gives ``X.weight`` (out, in), exactly what its codes stand for; everything else, biases
-    included, comes under its own name. Some quantizers add an all-zero bias to layers that have none: the caller, who
-    knows the model, decides about those.
+    A quantized linear X gives ``X.weight`` (out, in), exactly as its codes define it. Everything else, biases included,
+    keeps its name. Some quantizers add an all-zero bias to layers that have none: the caller, who knows the model,
+    decides about those.
 
     Raises:
-        CheckpointError: anything about folder, config or a layer is inconsistent.
+        CheckpointError: the folder, the config or a layer is inconsistent.
     """
     checkpoint, info = Checkpoint.open(folder), quantization_of(folder)
     layers = quantized_layers(checkpoint, info)
@@ -161,13 +161,13 @@ def iter_dequantized(folder: str | Path) -> Iterator[tuple[str, NDArray[np.float
 def dequantized(
     checkpoint: Checkpoint, info: QuantizationInfo, layer: str, suffixes: Mapping[str, str]
 ) -> NDArray[np.float32]:
-    """The weight (out, in) that one quantized linear's codes stand for.
+    """The dequantized weight (out, in) of one linear.
 
     Args:
         suffixes: tensor suffix -> tensor name, as from `quantized_layers`.
 
     Raises:
-        CheckpointError: its tensors do not make a linear of the layout.
+        CheckpointError: its tensors do not fit the layout.
     """
     settings = info.of(layer)
     tensors = {suffix: plain(checkpoint.tensor(name)) for suffix, name in suffixes.items()}
@@ -178,7 +178,7 @@ def dequantized(
 
 
 def plain(array: NDArray[Any]) -> NDArray[Any]:
-    """bfloat16 widened here, where it is decoded with or without ml_dtypes."""
+    """bfloat16 widened to float32, which works without ml_dtypes; other dtypes as they are."""
     return to_float32(array) if safetensors_dtype(array.dtype) == "BF16" else array
 
 
@@ -190,5 +190,7 @@ def _no_weights(folder: Path) -> str:
         return f"{folder}: holds pickled weights only ({pickled[0]}), which can run code: save it as safetensors"
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
-        return f"{folder}: holds {others[0]}, neither {WEIGHTS_NAME} nor {INDEX_NAME}: rename it, or fetch the index"
+        return (
+            f"{folder}: holds {others[0]}, but neither {WEIGHTS_NAME} nor {INDEX_NAME}: rename it, or fetch the index"
+        )
     return f"{folder}: has neither {WEIGHTS_NAME} nor {INDEX_NAME}: download the model first"

@@ -1,11 +1,11 @@
-"""Which files belong to a model beside its weights."""
+"""The files of a model other than its weights."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-# Files that belong to a model whatever its weights are.
+# Files that are kept whatever the layout of the weights.
 COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "*.model", "*.tiktoken", "chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*",
@@ -24,7 +24,7 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json
 
 
 def has_chat_template(model: Path) -> bool:
-    """Whether the checkpoint's tokenizer brings a chat template; vLLM refuses chat requests without one."""
+    """Whether the checkpoint's tokenizer has a chat template; vLLM refuses chat requests without one."""
     if (model / "chat_template.jinja").is_file() or (model / "chat_template.json").is_file():
         return True
     settings = model / "tokenizer_config.json"

@@ -1,4 +1,4 @@
-"""The one error of the weight formats."""
+"""The error of the weight layouts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from quantline.core.errors import UserError
 class FormatError(UserError, ValueError):
     """A layout cannot hold, or does not hold, what it was given.
 
-    The message states the fact and the remedy. It never names a tensor: these modules do not know the name, so the
-    caller that does adds it.
+    The message states the fault and the remedy. It never names a layer, which these modules do not know: the caller
+    adds the name.
     """

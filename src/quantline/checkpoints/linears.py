@@ -1,7 +1,7 @@
 """The linears of a model, from its headers: which are quantized, at how many bits and in what groups.
 
-Quantized are the 2-D weights inside the decoder's layers but for embeddings, norms and routers, and the output layer where
-that is asked for. Rules by name make exceptions.
+The 2-D weights inside the decoder layers are quantized, except for embeddings, norms and routers; the output layer is on
+request. Rules by name make exceptions.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ def select_linears(
     rules: Sequence[Mapping[str, Any]] = (),
     lm_head: bool = False,
 ) -> dict[str, LinearSpec]:
-    """What to quantize and how, by name in the order of the checkpoint; linears that are not named stay float.
+    """Which linears to quantize and how, by name in the order of the checkpoint; all others stay float.
 
     Args:
         checkpoint: of the float model.
         config: its config.json.
         bits, group_size: of linears that no rule matches.
         rules: mappings with `match` (a pattern of the full name, * and ? as in a shell) and `skip`, `bits` or
-            `group_size`; of those that match, the first one counts.
+            `group_size`; the first one that matches counts.
         lm_head: whether the output layer is quantized too.
 
     Raises:
-        UserError: a rule that matches nothing, rules that leave nothing, or an output layer that cannot be quantized.
+        UserError: a rule matches no linear, every linear is skipped, or the output layer cannot be quantized.
     """
     names = list(linear_shapes(checkpoint))
     if lm_head:
         if config.get("tie_word_embeddings") or f"{LM_HEAD}.weight" not in checkpoint.names:
             raise UserError(
-                "lm_head=quantized: the model's output layer is its embedding table (tied), which stays float; give "
+                "lm_head=quantized: the model's output layer is tied to its embeddings, which stay float; give "
                 "lm_head=float"
             )
         names.append(LM_HEAD)
@@ -82,7 +82,7 @@ def select_linears(
 
 
 def place_of(name: str) -> tuple[int, str]:
-    """Decoder layer and name inside it of a linear; -1 and the whole name for one outside."""
+    """The decoder layer of a linear and its name inside that layer; -1 and the whole name outside the layers."""
     found = _PLACE.search(name)
     return (int(found[1]), found[2]) if found else (-1, name)
 

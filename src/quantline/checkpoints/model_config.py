@@ -1,9 +1,9 @@
-"""A model's config.json across the change of vocabulary from transformers 4 to 5.
+"""A model's config.json in the keys of transformers 4 and 5.
 
 transformers 5 writes `rope_parameters` and `dtype` where 4.x reads `rope_theta`, `rope_scaling` and `torch_dtype`. The
-old library ignores what it does not know and takes its defaults: a model saved with a rotary base of 1e6 is read with
-10000 (seen with 4.52.4), without a word. So a toolchain on transformers 4 gets a translated copy of the config, never
-the file itself, and a result gets the source's own config back. Standard library only.
+old library silently ignores unknown keys and takes its defaults: it reads a model saved with a rotary base of 1e6 with
+10000 (seen with 4.52.4). So a toolchain on transformers 4 gets a translated copy of the config, never the file itself,
+and the result gets the source's config back. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any
 
 from quantline.core.errors import UserError
 
-# Values that say nothing about how a model computes.
+# Keys that do not affect what a model computes.
 _NOT_COMPARED = frozenset(
     {"architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"}
 )
 
 
 class ConfigTranslationError(UserError, ValueError):
-    """The older vocabulary cannot express this config."""
+    """The keys of transformers 4 cannot express this config."""
 
 
 def to_transformers4(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json in the vocabulary of transformers 4.52; one that is in it already comes back as an equal copy.
+    """A config.json in the keys of transformers 4.52; one that has them already is copied unchanged.
 
     `rope_parameters` becomes `rope_theta`, `partial_rotary_factor` where given, and `rope_scaling` unless the type is
-    "default"; GPT-NeoX's own names are used for GPT-NeoX. `dtype` becomes `torch_dtype`. All else stays as it is.
+    "default"; GPT-NeoX has its own names for them. `dtype` becomes `torch_dtype`. Everything else stays as it is.
 
     Raises:
-        ConfigTranslationError: rotary parameters per layer type, which transformers 4.52 has no common form for.
+        ConfigTranslationError: rotary parameters per layer type, which transformers 4.52 cannot express.
     """
     result: dict[str, Any] = copy.deepcopy(dict(config))
     if "dtype" in result:
@@ -45,7 +45,7 @@ def to_transformers4(config: Mapping[str, Any]) -> dict[str, Any]:
     if nested:
         raise ConfigTranslationError(
             f"rope_parameters differ by layer type ({', '.join(nested)}), which toolchains on transformers 4 "
-            "cannot read: use a backend that needs no old toolchain, such as method=rtn"
+            "cannot read: use a backend on a newer transformers, such as method=rtn"
         )
     neox = result.get("model_type") == "gpt_neox"
     theta, fraction = rope.pop("rope_theta", None), rope.pop("partial_rotary_factor", None)
@@ -64,7 +64,7 @@ def to_transformers4(config: Mapping[str, Any]) -> dict[str, Any]:
 def _rope_scaling(kind: str, rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     if config.get("model_type") != "phi3":
         return {"rope_type": kind, **rope}
-    # Phi3's own check of 4.52 wants exactly these three keys, and the original length beside them.
+    # The Phi3 check of 4.52 accepts exactly these three keys; the original length goes next to them.
     if "original_max_position_embeddings" in rope:
         config.setdefault("original_max_position_embeddings", rope["original_max_position_embeddings"])
     return {"type": kind, **{key: rope[key] for key in ("short_factor", "long_factor") if key in rope}}
@@ -75,7 +75,7 @@ def legacy_copy(model_dir: str | Path, into: Path) -> Path:
 
     Raises:
         ConfigTranslationError: see `to_transformers4`.
-        OSError: no config.json, or `into` holds files of these names already.
+        OSError: there is no config.json, or `into` already has files of these names.
     """
     model_dir = Path(model_dir).resolve()
     config = to_transformers4(read_config(model_dir))
@@ -88,10 +88,10 @@ def legacy_copy(model_dir: str | Path, into: Path) -> Path:
 
 
 def restore_config(source_config: Mapping[str, Any], saved_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a result: the source's own, plus what the toolchain's says about quantization and dtype.
+    """The config.json of a result: the source's, with the quantization and dtype that the toolchain saved.
 
     Args:
-        source_config: of the float model, in whichever vocabulary.
+        source_config: of the float model, in the keys of either version.
         saved_config: as saved by the toolchain; `quantization_config` and `torch_dtype` or `dtype` are taken from it.
     """
     result: dict[str, Any] = copy.deepcopy(dict(source_config))
@@ -107,10 +107,10 @@ def restore_config(source_config: Mapping[str, Any], saved_config: Mapping[str, 
 
 
 def misread_values(source_config: Mapping[str, Any], loaded_config: Mapping[str, Any]) -> list[str]:
-    """What a library on transformers 4 read otherwise than config.json says, rotary values first; for error messages.
+    """Values that a library on transformers 4 read differently from config.json, rotary ones first; for error messages.
 
     Args:
-        source_config: of the model, in whichever vocabulary.
+        source_config: of the model, in the keys of either version.
         loaded_config: the library's config object as a dict.
     """
     expected = to_transformers4(source_config)
@@ -126,7 +126,7 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     """The config.json of a model folder.
 
     Raises:
-        UserError: there is none, or it is not a JSON object.
+        UserError: there is no config.json, or it is not a JSON object.
     """
     path = Path(model_dir) / "config.json"
     try:
@@ -139,5 +139,5 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Write JSON the way model folders hold it: indented by 2, keys in their order, a newline at the end."""
+    """Write JSON as model folders do: indented by 2, keys in their order, a newline at the end."""
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

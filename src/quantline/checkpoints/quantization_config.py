@@ -1,4 +1,4 @@
-"""How a checkpoint says it is quantized: the `quantization_config` of its config.json, by the layouts that it names."""
+"""The `quantization_config` of a checkpoint's config.json, as each layout writes and reads it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantline.core.files import read_json
 
 __all__ = ["LayerSettings", "QuantizationInfo", "describe", "own_file", "quantization_of", "section_of"]
 
-# What config.json and a method's own file have to agree about.
+# Keys on which config.json and a method's own file must agree.
 _SHARED_KEYS = ("quant_method", "checkpoint_format", "bits", "group_size", "desc_act", "sym")
 
 
@@ -38,7 +38,7 @@ def describe(
         modules_to_not_convert: names of the linears left in float.
 
     Raises:
-        CheckpointError: the layout has no way to say this.
+        CheckpointError: the layout's config cannot express this.
     """
     main = LayerSettings(bits, group_size, symmetric)
     wanted = Description(main, desc_act, tuple(modules_to_not_convert), dict(overrides or {}), quantized_head)
@@ -46,19 +46,19 @@ def describe(
 
 
 def section_of(layout: str, wanted: Description) -> dict[str, Any]:
-    """The same for a description.
+    """As `describe`, for a description.
 
     Raises:
-        CheckpointError: the layout has no way to say this.
+        CheckpointError: the layout's config cannot express this.
     """
     known = LAYOUTS.get(layout)
     if known is None or known.config is None:
-        raise CheckpointError(f"{layout}: no config section is known for this layout; use one of layouts.LAYOUTS")
+        raise CheckpointError(f"{layout}: has no section in config.json; use one of layouts.LAYOUTS that has one")
     return known.config.describe(wanted)
 
 
 def own_file(section: Mapping[str, Any]) -> str | None:
-    """The file beside config.json in which readers also look for such a section."""
+    """The file next to config.json in which readers also look for the section."""
     known = CONFIG_SECTIONS.get(str(section.get("quant_method")))
     return None if known is None else known.own_file
 
@@ -67,7 +67,7 @@ def quantization_of(folder: str | Path) -> QuantizationInfo | None:
     """How a checkpoint is quantized, from `config.json` and AutoGPTQ's `quantize_config.json`; None for a float one.
 
     Raises:
-        CheckpointError: no config, two configs that disagree, or a quantization that is not one of `layouts.LAYOUTS`.
+        CheckpointError: there is no config, two configs disagree, or the layout is not one of `layouts.LAYOUTS`.
     """
     folder = Path(folder)
     own = {known.own_file: method for method, known in CONFIG_SECTIONS.items() if known.own_file is not None}
@@ -90,13 +90,13 @@ def quantization_of(folder: str | Path) -> QuantizationInfo | None:
         for key in _SHARED_KEYS:
             if key in config and key in other and config[key] != other[key]:
                 raise CheckpointError(
-                    f"{path}: {key} is {config[key]!r}, {other_path.name} says {other[key]!r}: correct the wrong one"
+                    f"{path}: {key} is {config[key]!r}, but {other_path.name} says {other[key]!r}: correct the wrong one"
                 )
         config = {**other, **config}
     method = str(config.get("quant_method", "")).lower()
     if method not in CONFIG_SECTIONS:
         *others, last = CONFIG_SECTIONS
         raise CheckpointError(
-            f"{path}: quant_method is {method!r}: known are {', '.join(others)} and {last}; use a checkpoint in one of them"
+            f"{path}: quant_method is {method!r}: supported are {', '.join(others)} and {last}; use one of these"
         )
     return CONFIG_SECTIONS[method].parse(path, config)

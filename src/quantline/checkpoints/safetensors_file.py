@@ -1,4 +1,4 @@
-"""The safetensors container: header, dtypes, reading a tensor, atomic writing.
+"""The safetensors format: header, dtypes, reading a tensor, atomic writing.
 
 A file is an unsigned 64-bit little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}`` with an
 optional ``__metadata__`` of strings, and the tensors' little-endian bytes without gaps (the safetensors format, v1).
@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 from quantline.core.errors import CheckpointError
 from quantline.core.files import _unique_keys, read_json, replaced
 
-# The format itself limits headers to this, so that a corrupt length cannot ask for terabytes.
+# The limit of the format itself; a corrupt length must not allocate terabytes.
 MAX_HEADER_BYTES = 100_000_000
 
-# Bytes of a tensor in memory at a time, where it is read in pieces.
+# Bytes of a tensor in memory at a time, when it is read in chunks.
 CHUNK = 1 << 22
 
 _REMEDY = "the file is truncated or corrupt; fetch or write it again"
 
-# safetensors dtype -> (NumPy storage, name of the ml_dtypes type that gives it arithmetic)
+# safetensors dtype -> (NumPy storage, name of the ml_dtypes type for arithmetic)
 _DTYPES: dict[str, tuple[str, str | None]] = {
     "BOOL": ("|b1", None),
     "U8": ("|u1", None),
@@ -55,7 +55,7 @@ _DTYPES: dict[str, tuple[str, str | None]] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in its file.
+    """Dtype, shape and offset of a tensor in its file.
 
     Attributes:
         dtype: safetensors name, such as "F16" or "BF16".
@@ -74,9 +74,9 @@ class TensorInfo:
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype of a safetensors dtype.
 
-    bfloat16 and the float8 types are those of ml_dtypes. Where that package is missing they are one-field structured
-    dtypes over the raw bits (``[("BF16", "<u2")]``): arithmetic on them fails instead of treating bits as integers,
-    `to_float32` decodes bfloat16, and `write_safetensors` writes them back as what they are.
+    bfloat16 and the float8 types are those of ml_dtypes. Without that package they are one-field structured dtypes
+    over the raw bits (``[("BF16", "<u2")]``): arithmetic on them fails instead of treating bits as integers,
+    `to_float32` decodes bfloat16, and `write_safetensors` writes them back unchanged.
     """
     storage, extension = _DTYPES[name]
     if extension is None:
@@ -93,7 +93,7 @@ def safetensors_dtype(dtype: np.dtype[Any]) -> str:
     """The safetensors name of a NumPy dtype.
 
     Raises:
-        CheckpointError: the container has no such dtype.
+        CheckpointError: the format has no such dtype.
     """
     for name in _DTYPES:
         if numpy_dtype(name) == dtype:
@@ -105,7 +105,7 @@ def to_float32(array: NDArray[Any]) -> NDArray[np.float32]:
     """The values as float32: exact for bfloat16, float16, float8 and booleans; 64-bit types may round.
 
     Raises:
-        CheckpointError: float8 bits without the ml_dtypes package.
+        CheckpointError: the values are float8 and the ml_dtypes package is missing.
     """
     if safetensors_dtype(array.dtype) == "BF16":
         # bfloat16 is the upper half of a float32; shifting bits is also faster than ml_dtypes' own conversion.
@@ -113,7 +113,7 @@ def to_float32(array: NDArray[Any]) -> NDArray[np.float32]:
         np.left_shift(bits, np.uint32(16), out=bits)
         return bits.view(np.float32)
     if array.dtype.names is not None:
-        raise CheckpointError(f"{array.dtype.names[0]} tensors need the ml_dtypes package to be decoded: install it")
+        raise CheckpointError(f"{array.dtype.names[0]} tensors need the ml_dtypes package: install it")
     return array.astype(np.float32, copy=False)
 
 
@@ -124,13 +124,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         tensor name -> `TensorInfo`, in the order of the data.
 
     Raises:
-        CheckpointError: anything about the file is inconsistent.
+        CheckpointError: the file is inconsistent.
     """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
-                raise CheckpointError(f"{path}: {size} bytes cannot hold a safetensors header: {_REMEDY}")
+                raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors header: {_REMEDY}")
             length = int.from_bytes(file.read(8), "little")
             if length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(f"{path}: a header of {length} bytes in a file of {size} bytes: {_REMEDY}")
@@ -155,11 +155,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     for name, info in ordered.items():
         if info.offset != position:
             raise CheckpointError(
-                f"{path}: tensor {name} starts at byte {info.offset}, the data before it ends at {position}: {_REMEDY}"
+                f"{path}: tensor {name} starts at byte {info.offset}, but the data before it ends at {position}: {_REMEDY}"
             )
         position += info.nbytes
     if position != size:
-        raise CheckpointError(f"{path}: the header describes {position} bytes, the file has {size}: {_REMEDY}")
+        raise CheckpointError(f"{path}: the header describes {position} bytes, but the file has {size}: {_REMEDY}")
     return ordered
 
 
@@ -167,14 +167,14 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: tensor {name} has dtype {dtype!r}: known are {', '.join(_DTYPES)}")
+        raise CheckpointError(f"{path}: tensor {name} has dtype {dtype!r}: supported are {', '.join(_DTYPES)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path}: tensor {name} has shape {shape!r} and data_offsets {offsets!r}: {_REMEDY}")
     nbytes = math.prod(shape) * np.dtype(_DTYPES[dtype][0]).itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(
             f"{path}: tensor {name} of {dtype} {tuple(shape)} needs {nbytes} bytes, "
-            f"its data_offsets {offsets} give {offsets[1] - offsets[0]}: {_REMEDY}"
+            f"but its data_offsets {offsets} give {offsets[1] - offsets[0]}: {_REMEDY}"
         )
     return TensorInfo(dtype, tuple(shape), start + offsets[0], nbytes)
 
@@ -187,8 +187,8 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
 class SafetensorsFile:
     """A file whose tensors are read one at a time; several threads may read at once.
 
-    `safetensors.safe_open` (0.8.0) is not used: it needs ml_dtypes for bfloat16, which workers may lack, it copies every
-    tensor, and the pages that it read stay in the process's memory until the file is closed.
+    `safetensors.safe_open` (0.8.0) is not used: it needs ml_dtypes for bfloat16, which workers may lack. It also copies
+    every tensor, and keeps the pages that it read in memory until the file is closed.
 
     Attributes:
         path: the file.
@@ -203,12 +203,12 @@ class SafetensorsFile:
         """Read and check the header.
 
         Raises:
-            CheckpointError: anything about the file is inconsistent.
+            CheckpointError: the file is inconsistent.
         """
         return cls(path, read_header(path))
 
     def view(self, name: str) -> NDArray[Any]:
-        """A tensor as a read-only array over the mapped file. The mapping ends with the last reference to the array.
+        """A tensor as a read-only array over the mapped file; the file is mapped as long as the array exists.
 
         Raises:
             CheckpointError: there is no such tensor, or the file has become shorter.
@@ -227,7 +227,7 @@ class SafetensorsFile:
         return data.view(numpy_dtype(info.dtype)).reshape(info.shape)
 
     def read(self, name: str) -> NDArray[Any]:
-        """A tensor as an array of its own.
+        """A copy of a tensor.
 
         Raises:
             CheckpointError: there is no such tensor, or the file has become shorter.
@@ -239,7 +239,7 @@ class SafetensorsFile:
         return data.view(numpy_dtype(info.dtype)).reshape(info.shape)
 
     def chunks(self, name: str) -> Iterator[bytearray]:
-        """The bytes of a tensor in pieces of `CHUNK`; the last may be shorter.
+        """The bytes of a tensor in chunks of `CHUNK` bytes; the last may be shorter.
 
         Raises:
             CheckpointError: there is no such tensor, or the file has become shorter.
@@ -252,7 +252,7 @@ class SafetensorsFile:
                 yield piece
 
     def sha256(self, name: str) -> str:
-        """SHA-256 of a tensor: over ``["<dtype>", [<shape>]]`` as JSON and its bytes, wherever it lies in the file."""
+        """SHA-256 of a tensor, over ``["<dtype>", [<shape>]]`` as JSON and its bytes; its offset does not matter."""
         info = self._info(name)
         digest = hashlib.sha256(json.dumps([info.dtype, list(info.shape)]).encode())
         digest.update(self.view(name).reshape(-1).view(np.uint8).data)
@@ -291,19 +291,19 @@ def read_into(descriptor: int, target: memoryview, position: int) -> None:
 def write_safetensors(
     path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a file completely or not at all; equal tensors give equal bytes.
+    """Write a file atomically; equal tensors give equal bytes.
 
     Args:
         path: the file; its folder exists.
-        tensors: name -> array. Taken one at a time, widest items first and then by name: every tensor is aligned.
-        metadata: strings for ``__metadata__``, in addition to ``format: pt`` that loaders ask for.
+        tensors: name -> array. Written one at a time, widest items first and then by name, so that every tensor is aligned.
+        metadata: strings for ``__metadata__``, in addition to ``format: pt``, which loaders require.
 
     Raises:
-        CheckpointError: a dtype or a name that the container does not have.
-        OSError: the disk; nothing is left behind.
+        CheckpointError: the format does not allow a dtype or a name.
+        OSError: the disk failed; nothing is left behind.
     """
     if "__metadata__" in tensors:
-        raise CheckpointError(f"{path}: __metadata__ is no tensor name: rename the tensor")
+        raise CheckpointError(f"{path}: __metadata__ is not a valid tensor name: rename the tensor")
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     position = 0
@@ -326,18 +326,18 @@ def write_safetensors(
 
 
 def read_index(index: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """Every tensor's file and place, both sorted by file or name.
+    """File, dtype, shape and offset of every tensor, sorted by name or by file.
 
     Returns:
         tensor name -> file name; tensor name -> `TensorInfo`.
 
     Raises:
-        CheckpointError: an index that does not agree with its shards or names files outside its folder, a missing or
-            damaged shard.
+        CheckpointError: the index contradicts its shards or names files outside its folder, or a shard is missing or
+            damaged.
     """
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{index}: has no weight_map of tensor to file names: fetch or write it again")
+        raise CheckpointError(f"{index}: has no weight_map from tensor to file names: fetch or write it again")
     infos: dict[str, TensorInfo] = {}
     for shard in sorted(set(shards.values())):
         # A plain name only: an index must not reach files outside its own folder.
@@ -348,7 +348,7 @@ def read_index(index: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
         header = read_header(index.parent / shard)
         listed = {name for name, file in shards.items() if file == shard}
         for name in sorted(listed ^ set(header)):
-            fact = "lists {} in {}, which does not hold it" if name in listed else "does not list {} of {}"
-            raise CheckpointError(f"{index}: {fact.format(name, shard)}: index and shards are of different versions")
+            fact = "lists {} in {}, which does not have it" if name in listed else "does not list {} of {}"
+            raise CheckpointError(f"{index}: {fact.format(name, shard)}: their versions differ; fetch both again")
         infos.update(header)
     return {name: shards[name] for name in sorted(shards)}, infos

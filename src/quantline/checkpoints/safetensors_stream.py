@@ -1,7 +1,7 @@
-"""Safetensors files written tensor by tensor: the header first, from dtypes and shapes alone, then each tensor at its place.
+"""Writes safetensors files tensor by tensor: first the header, from dtypes and shapes, then each tensor at its offset.
 
-Tensors may come in any order and from several threads; equal tensors give equal bytes whatever the order.
-What has come can be read back from the file while the rest is still on its way.
+Tensors may be written in any order and from several threads; equal tensors give equal bytes in any order.
+Tensors that are written can be read back while others are still missing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from quantline.core.files import replaced
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to come: safetensors dtype and shape."""
+    """A tensor to be written: safetensors dtype and shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class TensorSpec:
 
 @dataclass
 class StreamedFile:
-    """A file in the making, under its temporary name. `infos` is its header as it stands on the disk."""
+    """A file that is being written, under its temporary name. `infos` is its header on the disk."""
 
     path: Path
     descriptor: int
@@ -58,44 +58,44 @@ class StreamedFile:
     written: set[str] = field(default_factory=set)
 
     def put(self, name: str, array: NDArray[Any]) -> None:
-        """Write a tensor to its place.
+        """Write a tensor at its offset.
 
         Raises:
-            CheckpointError: it was not announced, not with this dtype and shape, or has come before.
+            CheckpointError: the header has no such tensor of this dtype and shape, or it was written before.
         """
         info = self._expected(name, safetensors_dtype(array.dtype), array.shape)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         self._write(data, info.offset)
 
     def put_chunks(self, name: str, dtype: str, shape: tuple[int, ...], chunks: Iterator[Any]) -> None:
-        """Write a tensor that comes as consecutive pieces of its bytes; refuses what `put` refuses."""
+        """Write a tensor from consecutive chunks of its bytes; raises what `put` raises."""
         info = self._expected(name, dtype, shape)
         position = info.offset
         for chunk in chunks:
             self._write(memoryview(chunk), position)
             position += len(chunk)
         if position != info.offset + info.nbytes:
-            raise CheckpointError(f"{self.path}: {name} came with {position - info.offset} of {info.nbytes} bytes")
+            raise CheckpointError(f"{self.path}: {name} has {position - info.offset} of {info.nbytes} bytes")
 
     def get(self, name: str) -> NDArray[Any]:
-        """Read a tensor from the file into memory of its own."""
+        """A copy of a tensor in the file."""
         return SafetensorsFile(self.path, self.infos).read(name)
 
     def get_part(self, name: str, start: int, target: memoryview) -> None:
-        """Read the bytes of a tensor from `start` on, as many as `target` holds."""
+        """Fill `target` with the bytes of a tensor from `start` on."""
         read_into(self.descriptor, target, self.infos[name].offset + start)
 
     def chunks(self, name: str) -> Iterator[bytearray]:
-        """The bytes of a tensor, piece by piece."""
+        """The bytes of a tensor, in chunks."""
         return SafetensorsFile(self.path, self.infos).chunks(name)
 
     def _expected(self, name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
         info = self.infos.get(name)
         if info is None or (info.dtype, info.shape) != (dtype, tuple(shape)):
             planned = "nothing" if info is None else f"{info.dtype} {info.shape}"
-            raise CheckpointError(f"{self.path}: {name} comes as {dtype} {tuple(shape)}, planned was {planned}")
+            raise CheckpointError(f"{self.path}: {name} is {dtype} {tuple(shape)}, but {planned} was planned")
         if name in self.written:
-            raise CheckpointError(f"{self.path}: {name} comes twice")
+            raise CheckpointError(f"{self.path}: {name} is written twice")
         self.written.add(name)
         return info
 
@@ -107,11 +107,11 @@ class StreamedFile:
 
 @contextmanager
 def streamed(path: Path, specs: Mapping[str, TensorSpec]) -> Iterator[StreamedFile]:
-    """A file to put the announced tensors into; it appears under its name when the block ends well, and else not at all.
+    """A file for the tensors of `specs`; it appears under its name only if the block succeeds.
 
     Raises:
-        CheckpointError: a tensor that was announced did not come.
-        OSError: the disk; nothing is left behind.
+        CheckpointError: a tensor of `specs` was not written.
+        OSError: the disk failed; nothing is left behind.
     """
     with replaced(path) as temporary, temporary.open("w+b") as file:
         header = _header(specs)
@@ -122,15 +122,15 @@ def streamed(path: Path, specs: Mapping[str, TensorSpec]) -> Iterator[StreamedFi
         yield made
         missing = sorted(set(specs) - made.written)
         if missing:
-            raise CheckpointError(f"{path}: {missing[0]} was planned and not written")
+            raise CheckpointError(f"{path}: {missing[0]} was planned but not written")
 
 
 @contextmanager
 def flushed(file: StreamedFile) -> Iterator[threading.Event]:
-    """A thread that brings to the disk what has come whenever the event is set, so that little is left for the end.
+    """A thread that flushes the file to the disk whenever the event is set, so that little is left for the end.
 
     Raises:
-        OSError: the disk refused something; a file's last flush need not say so again.
+        OSError: a flush failed; a later flush need not report it again.
     """
     news, errors, ended = threading.Event(), [], False
 

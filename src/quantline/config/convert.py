@@ -13,13 +13,13 @@ _SIZE = TypeAdapter(ByteSize)
 
 
 class ConvertConfig(Section):
-    """The layout to hand to the serving target.
+    """The layout to convert to.
 
     Attributes:
         target: auto, keep, or the `target` of a layout.
-        shard_size: of the output files, such as 4GB. It stays as it was given, since it is in the identity as a text.
-        requantize_outliers: quantize groups again that have no exact zero point.
-        must_serve: refuse what the serving target cannot load, instead of warning.
+        shard_size: of the output files, such as 4GB. It is kept as given: its text is part of the identity.
+        requantize_outliers: requantize groups that have no exact zero point.
+        must_serve: refuse what the server cannot load, instead of warning.
     """
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
@@ -49,7 +49,7 @@ class ConvertConfig(Section):
 
 
 class ConvertSourceConfig(Section):
-    """Where the convert stage takes its checkpoint from; other than the pipeline's, for runs by hand."""
+    """Where the convert stage gets its checkpoint; other kinds than `pipeline` are for standalone runs."""
 
     kind: Literal["pipeline", "auto", "msmodelslim"] = "pipeline"
     path: str | None = None

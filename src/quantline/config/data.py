@@ -13,12 +13,12 @@ class ModelConfig(Section):
     """Where the float model comes from: exactly one of `repo` and `path`.
 
     Attributes:
-        name: what it is called; null takes the end of the repository's name or of the path.
+        name: its name; null takes the end of the path or of the repository's name.
         repo: `owner/name` on the hub.
         revision: its commit, 40 hex digits.
-        path: a folder; a relative one starts at the working directory.
-        allow_pickle: take pickled weights where there are no safetensors; loading them can run code.
-        trust_remote_code: accept a model that brings its own Python code, and take that code along.
+        path: a local folder; relative to the working directory.
+        allow_pickle: accept pickled weights where there are no safetensors; loading them can run code.
+        trust_remote_code: accept a model that brings its own Python code, and keep that code with it.
     """
 
     name: str | None
@@ -30,38 +30,38 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    """One source of calibration text: a local file, or a file of a hub's data set at a pinned commit.
+    """One source of calibration text: a local file, or a file of a data set on the hub at a pinned commit."""
 
-    Attributes:
-        weight: its share of the samples, relative to the other sources.
-        path: a local file; a relative one starts at the working directory. Where it is set, repo, revision and file are
-            not used.
-        repo, revision, file: `owner/name` on the hub, its commit, and the path of the file in it.
-        format: one of `data.documents.FORMATS`, needed where the file's name does not tell it.
-        text_field: the field or column with the text, dots for nested ones. A local file that stands in for a hub's may
-            also have `text`.
-    """
-
-    weight: float = Field(gt=0.0, allow_inf_nan=False)
-    path: str | None = None
-    repo: str | None = None
-    revision: str | None = None
-    file: str | None = None
-    format: str | None = None
-    text_field: str = "text"
+    weight: float = Field(
+        gt=0.0, allow_inf_nan=False, description="share of the samples, relative to the other sources"
+    )
+    path: str | None = Field(
+        default=None,
+        description="local file; relative to the working directory. If set, repo, revision and file are unused",
+    )
+    repo: str | None = Field(default=None, description="owner/name of a data set on the hub")
+    revision: str | None = Field(default=None, description="commit of repo, 40 hex digits")
+    file: str | None = Field(default=None, description="path of the file in repo")
+    # One of `data.documents.FORMATS`.
+    format: str | None = Field(default=None, description="file format; null takes it from the file's name")
+    text_field: str = Field(
+        default="text",
+        description="field or column with the text, with dots for nested ones; a local file that replaces one of the "
+        "hub may also use `text`",
+    )
 
 
 class CalibrationConfig(Section):
-    """Which text the methods calibrate on, and how it becomes samples of equal length; see `data.sampling`.
+    """The calibration text, and how it becomes samples of equal length; see `data.sampling`.
 
     Attributes:
         name: of the group's file.
-        path: a file of the user's, which a source reads.
-        n_samples, seq_len: how many samples, and how many tokens in each.
+        path: the user's own file, which a source reads.
+        n_samples, seq_len: number of samples, and of tokens in each.
         seed: of the choice of documents and their parts.
         chat_template: render texts and messages by the model's chat template.
         packing: "concat" joins documents and cuts them; "document" takes a part of each document that is long enough.
-        skip_empty: leave out empty rows instead of refusing them.
+        skip_empty: skip empty rows instead of failing on them.
         sources: by name.
     """
 

@@ -15,8 +15,8 @@ class BootstrapConfig(Section):
     """The confidence intervals of comparisons with the baseline.
 
     Attributes:
-        resamples: how many times the documents are drawn anew.
-        level: probability that an interval is meant to cover.
+        resamples: how many times the documents are resampled.
+        level: confidence level of the intervals.
         seed: of the resampling.
     """
 
@@ -26,7 +26,7 @@ class BootstrapConfig(Section):
 
 
 class DivergenceConfig(Section):
-    """How many tokens' distributions are compared with the float model's; null is all, 0 none."""
+    """At how many tokens the distributions are compared with the float model's; null is all, 0 none."""
 
     tokens: int | None = Field(ge=0)
 
@@ -37,7 +37,7 @@ class GenerationsConfig(Section):
     Attributes:
         prompts: how many; 0 compares none.
         prompt_tokens, new_tokens: length of a prompt and of its continuation.
-        tie_margin: two likeliest tokens that are this close, in nats, count as a tie.
+        tie_margin: two most likely tokens closer than this, in nats, count as a tie.
     """
 
     prompts: int = Field(ge=0)
@@ -58,9 +58,9 @@ class Alarm:
     """What a measurement beyond its limit means.
 
     Attributes:
-        metric: the metric that is held against the limit.
-        says: the message; `value` is what was measured.
-        above: whether values above the limit raise the alarm, or values below it.
+        metric: the metric that is compared with the limit.
+        says: the message; `value` is the measured value.
+        above: values above the limit raise the alarm; if false, values below it.
     """
 
     metric: str
@@ -73,13 +73,13 @@ class Alarm:
         return "%}" in self.says
 
 
-_CHANGED = "these are not the weights that came out of quantization"
+_CHANGED = "the weights have changed since then"
 
 
 class LimitsConfig(Section):
-    """The measurements that have a limit, and beyond which value each raises an alarm; null is no limit.
+    """The limits beyond which a measurement raises an alarm; null is no limit.
 
-    The only list of them: `evaluate.fail_on` and `evaluation.thresholds` read it.
+    This is the only list of them: `evaluate.fail_on` and `evaluation.thresholds` read it.
     """
 
     perplexity_increase: Annotated[
@@ -93,14 +93,16 @@ class LimitsConfig(Section):
     top1_agreement: Annotated[
         float | None,
         Field(gt=0, le=1),
-        Alarm("top1_agreement", "the likeliest token is the float model's at {value:.1%} of the places", above=False),
+        Alarm(
+            "top1_agreement", "the top-1 token matches the float model's at {value:.1%} of the positions", above=False
+        ),
     ]
     first_divergence: Annotated[
         float | None,
         Field(gt=0),
         Alarm(
             "first_divergence_median",
-            "half of the greedy continuations leave the float model's within {value:g} tokens",
+            "half of the greedy continuations diverge from the float model's within {value:g} tokens",
             above=False,
         ),
     ]
@@ -109,7 +111,7 @@ class LimitsConfig(Section):
         Field(gt=0),
         Alarm(
             "output_error_change",
-            f"a linear's output error is {{value:.1%}} off what it was when it was quantized: {_CHANGED}",
+            f"a linear's output error is {{value:.1%}} off the one measured after quantization: {_CHANGED}",
         ),
     ]
     weight_error_change: Annotated[
@@ -117,13 +119,13 @@ class LimitsConfig(Section):
         Field(gt=0),
         Alarm(
             "weight_error_change",
-            "the error of a linear's weights is {value:.1%} off what it was when it was quantized",
+            "the error of a linear's weights is {value:.1%} off the one measured after quantization",
         ),
     ]
     changed_files: Annotated[
         int | None,
         Field(ge=0),
-        Alarm("changed_files", "{value:g} files of the checkpoint are not those that its conversion recorded"),
+        Alarm("changed_files", "{value:g} files of the checkpoint differ from its conversion record"),
     ]
     output_error_outlier: Annotated[
         float | None,
@@ -133,7 +135,7 @@ class LimitsConfig(Section):
     restored_share: Annotated[
         float | None,
         Field(gt=0),
-        Alarm("restored_share_max", "one linear, put back to float, brings back {value:.1%} of the divergence"),
+        Alarm("restored_share_max", "putting one linear back to float recovers {value:.1%} of the divergence"),
     ]
 
 
@@ -151,27 +153,27 @@ def _has_a_limit(name: str) -> str:
 
 
 class ProtocolConfig(Section):
-    """A flavour of perplexity, stated in full.
+    """A complete protocol of measuring perplexity.
 
     Attributes:
-        name: what results are called by.
+        name: of the protocol, in results.
         level: whether the compared loss is per "token" of the model or per "word" of the text (see `data.windows`).
-            Models of different tokenizers compare by word. It does not change which tokens are scored.
+            Compare models with different tokenizers by word. It does not change which tokens are scored.
         path: the text, in a format of `data.documents`.
-        format: one of `data.documents.FORMATS`; null goes by the file's name.
+        format: one of `data.documents.FORMATS`; null takes it from the file's name.
         text_field: key or column of the text; an `id` beside it in JSON lines names the document.
-        mode: "documents" cuts each by itself; "concatenated" joins them and takes full windows only.
+        mode: "documents" cuts each into windows; "concatenated" joins them and takes full windows only.
         separator: what joins the rows in mode "concatenated".
         window: tokens in a window, at most.
-        stride: tokens from one window's beginning to the next one's. Equal to `window`: windows do not overlap, and the
-            first token of each is not scored, having no context. Smaller: windows overlap, each token is scored once, and
-            has at least `window - stride` tokens of context where that many exist.
+        stride: tokens between the starts of consecutive windows. Equal to `window`: windows do not overlap, and the
+            first token of each is not scored, since it has no context. Smaller: windows overlap. Each token is scored
+            once, with at least `window - stride` tokens of context where that many exist.
         bos: "add" begins every window with the tokenizer's beginning-of-sequence token. It takes a place in the window
-            and is not scored, so every token of the text is. "none" adds no special token.
+            and is not scored; every token of the text is. "none" adds no special token.
         max_documents: rows read, at most.
-        max_document_tokens: tokens taken of each document, at most.
+        max_document_tokens: tokens read from each document, at most.
         max_tokens: tokens of text, at most; the last document is cut to fit.
-        min_tokens: shorter documents are left out.
+        min_tokens: documents with fewer tokens are skipped.
     """
 
     name: str
@@ -195,26 +197,26 @@ class ProtocolConfig(Section):
         window = info.data.get("window")
         if window is not None and stride > window:
             raise PydanticCustomError(
-                "stride", "text would be left out; give 1 to {window}, the window", {"window": window}
+                "stride", "larger than the window, so text would be skipped; give 1 to {window}", {"window": window}
             )
         return stride
 
     def protocol(self) -> dict[str, Any]:
-        """The plain values of the protocol alone."""
+        """The values of the protocol, without the other options."""
         return self.model_dump(include=set(PROTOCOL_KEYS))
 
     def windows(self) -> dict[str, Any]:
-        """Those of them that decide which tokens are scored."""
+        """The values that decide which tokens are scored."""
         return self.model_dump(include=set(WINDOW_KEYS))
 
 
 PROTOCOL_KEYS = tuple(ProtocolConfig.model_fields)
-# What decides which tokens are scored; the server reads these and no others.
+# The options that decide which tokens are scored; the server reads only these.
 WINDOW_KEYS = tuple(key for key in PROTOCOL_KEYS if key not in ("name", "level"))
 
 
 class EvaluateConfig(ProtocolConfig):
-    """A protocol, how the engines compute it, and what else is measured and limited."""
+    """A protocol, how the engines compute it, and further measurements and limits."""
 
     batch_tokens: int = Field(ge=1)
     bootstrap: BootstrapConfig

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from quantline.config.section import Section
 
-BASELINE = "float"  # the method that quantizes nothing, and the variant that every other is compared with
+BASELINE = "float"  # the method that quantizes nothing, and the variant that all others are compared with
 
 
 class AwqMethod(Section):
@@ -21,7 +21,7 @@ class AwqMethod(Section):
 
 
 class GptqMethod(Section):
-    """GPTQ (arXiv:2210.17323); activation_bits=8 also quantizes what goes into each linear, per token."""
+    """GPTQ (arXiv:2210.17323); activation_bits=8 also quantizes the inputs of linears, per token."""
 
     name: Literal["gptq"]
     damp_percent: float = Field(gt=0.0, lt=1.0)
@@ -41,7 +41,7 @@ class RtnMethod(Section):
 
 
 class BnbMethod(Section):
-    """NF4 and FP4 (arXiv:2305.14314) and LLM.int8 (arXiv:2208.07339): a type for quick loading, no calibration."""
+    """NF4 and FP4 (arXiv:2305.14314) and LLM.int8 (arXiv:2208.07339): quick to load, no calibration."""
 
     name: Literal["bnb"]
     quant_type: Literal["nf4", "fp4"]
@@ -70,15 +70,15 @@ Backend = Literal["auto", "autoawq", "auto_gptq", "gptqmodel", "llmcompressor", 
 
 
 class LayerRule(Section):
-    """What holds for the linears whose full name matches: left in float, or other bits or groups than the rest."""
+    """An exception for the linears whose full name matches: left in float, or with other bits or groups."""
 
-    match: str = Field(min_length=1)
-    skip: bool = False
-    bits: int | None = None
-    group_size: int | None = None
+    match: str = Field(min_length=1, description="pattern of the linear's full name, with * and ? as in a shell")
+    skip: bool = Field(default=False, description="leave these linears in float")
+    bits: int | None = Field(default=None, description="bits of a weight; null takes `bits`")
+    group_size: int | None = Field(default=None, description="group size; null takes `group_size`")
 
 
 class LayersConfig(Section):
-    """Rules by name; of those that match a linear the first one counts."""
+    """Rules by name; the first one that matches a linear counts."""
 
     rules: list[LayerRule]

@@ -1,4 +1,4 @@
-"""The configuration's section `promote`: what a variant has to show before it gets an alias."""
+"""The configuration's section `promote`: the requirements for an alias."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from quantline.config.section import Section
 
-# Columns of the variants' table by which a variant can be judged; see `report.tables`.
+# Columns of the variants' table that rules and preferences can use; see `report.tables`.
 Judged = Literal[
     "perplexity", "difference_percent", "difference_low_percent", "difference_high_percent", "kl_divergence",
     "kl_divergence_high", "top1_agreement", "top1_agreement_low", "identical_generations", "recovery_lowest",
@@ -19,13 +19,13 @@ Judged = Literal[
 
 
 class Rule(Section):
-    """What a column must be; `missing` says what becomes of a variant for which it was not measured."""
+    """A limit on a column of the variants' table."""
 
-    column: Judged
-    at_most: float | None = None
-    at_least: float | None = None
-    equals: bool | None = None
-    missing: Literal["fail", "pass"]
+    column: Judged = Field(description="column of report/data/variants.csv")
+    at_most: float | None = Field(default=None, description="largest value that passes")
+    at_least: float | None = Field(default=None, description="smallest value that passes")
+    equals: bool | None = Field(default=None, description="the only value that passes")
+    missing: Literal["fail", "pass"] = Field(description="fail or pass a variant for which the column was not measured")
 
     @model_validator(mode="after")
     def _one_limit(self) -> Rule:
@@ -35,11 +35,11 @@ class Rule(Section):
 
 
 class Preference(Section):
-    """A criterion among variants that meet every rule."""
+    """A criterion to choose among the variants that meet every rule."""
 
-    column: Judged
-    best: Literal["lowest", "highest"]
-    within_percent: float = Field(ge=0)
+    column: Judged = Field(description="column of report/data/variants.csv")
+    best: Literal["lowest", "highest"] = Field(description="which value is best")
+    within_percent: float = Field(ge=0, description="variants this close to the best go on to the next criterion")
 
 
 class ReportConfig(Section):

@@ -1,4 +1,4 @@
-"""Options of the serving target."""
+"""Options of the server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantline.config.section import Section
 
 
 class SmokeConfig(Section):
-    """The fixed greedy questions of the serving check."""
+    """The fixed greedy requests of the smoke test."""
 
     max_tokens: int = Field(ge=1)
     prompts: list[str] = Field(min_length=1)
@@ -18,7 +18,7 @@ class SmokeConfig(Section):
 
 
 class ProcessConfig(Section):
-    """How the server runs here; no part of a variant's identity."""
+    """How the server runs on this machine; not part of a variant's identity."""
 
     host: str
     port: int | None = Field(ge=1, le=65535)
@@ -32,7 +32,7 @@ class ProcessConfig(Section):
 
 
 class ServeConfig(Section):
-    """The serving target."""
+    """The server and its smoke test."""
 
     runtime: Literal["vllm"]
     max_model_len: int = Field(ge=16)

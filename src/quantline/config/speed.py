@@ -11,25 +11,25 @@ from quantline.config.section import Section
 
 
 class LevelConfig(Section):
-    """One point of the sweep: requests at a time, and requests in all."""
+    """One load level of the sweep."""
 
-    concurrency: int = Field(ge=1)
-    prompts: int = Field(ge=1)
+    concurrency: int = Field(ge=1, description="concurrent requests")
+    prompts: int = Field(ge=1, description="requests in all")
 
 
 class SpeedConfig(Section):
-    """What vLLM's benchmark tools measure, see `quantline.evaluation.speed.run`; without tools nothing is measured.
+    """What vLLM's benchmark tools measure; without tools, nothing. See `quantline.evaluation.speed.run`.
 
     Attributes:
         name: of the group's file.
         tools: vLLM's.
         levels: of the sweep.
-        input_tokens, output_tokens: length of a prompt and of its answer, which no end of text shortens.
+        input_tokens, output_tokens: length of a prompt and of its answer; an end-of-text token does not stop it.
         rounds: how often float and variant take turns.
-        warmup_waves: before each measurement so many times `concurrency` requests are sent that do not count.
+        warmup_waves: batches of `concurrency` requests before each measurement, which do not count.
         seed: of the random prompts.
-        enforce_eager: no graph capture; `auto` captures on a GPU only.
-        side_by_side: whether both servers are up at once; `auto` does so where memory allows.
+        enforce_eager: no CUDA graph capture; `auto` captures on a GPU only.
+        side_by_side: whether both servers run at once; `auto` does so where memory allows it.
     """
 
     name: str
@@ -46,15 +46,15 @@ class SpeedConfig(Section):
     @model_validator(mode="after")
     def _levels(self) -> SpeedConfig:
         if self.tools and not self.levels:
-            raise ValueError("no levels to measure at; give speed.levels=[{concurrency: 1, prompts: 8}]")
-        found = [level.concurrency for level in self.levels]
-        if len(set(found)) != len(found):
-            raise ValueError(f"levels {found}: a concurrency is there twice; give each once")
+            raise ValueError("there are no levels to measure; give speed.levels=[{concurrency: 1, prompts: 8}]")
+        concurrencies = [level.concurrency for level in self.levels]
+        if len(set(concurrencies)) != len(concurrencies):
+            raise ValueError(f"levels {concurrencies}: a concurrency is given twice; give each once")
         return self
 
 
 def speed_faults(values: Mapping[str, Any]) -> list[str]:
-    """What the speed stage asks for and the server does not take."""
+    """Faults of the speed options that the server could not serve."""
     speed, serve = values.get("speed"), values.get("serve")
     if not isinstance(speed, Mapping) or not isinstance(serve, Mapping) or not speed.get("tools"):
         return []
@@ -62,6 +62,6 @@ def speed_faults(values: Mapping[str, Any]) -> list[str]:
     if not (isinstance(prompt, int) and isinstance(answer, int) and isinstance(limit, int)) or prompt + answer <= limit:
         return []
     return [
-        f"speed.input_tokens={prompt} speed.output_tokens={answer}: the server takes serve.max_model_len={limit} tokens "
-        "together; ask for fewer or raise that"
+        f"speed.input_tokens={prompt} speed.output_tokens={answer}: together they exceed serve.max_model_len={limit} "
+        "of the server; give fewer tokens or raise serve.max_model_len"
     ]

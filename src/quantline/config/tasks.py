@@ -11,18 +11,18 @@ from quantline.config.section import Section
 
 
 class LastWordConfig(Section):
-    """Last-word prediction, see `quantline.evaluation.tasks.local`; `context_words` come before the word."""
+    """Last-word prediction, see `quantline.evaluation.tasks.local`; `context_words` precede the word."""
 
     context_words: int = Field(ge=4)
 
 
 class MultipleChoiceConfig(Section):
-    """The choice of a passage's true continuation, see `quantline.evaluation.tasks.local`.
+    """Multiple choice of a passage's true continuation, see `quantline.evaluation.tasks.local`.
 
     Attributes:
-        context_words: before the choice.
-        choices: how many continuations.
-        continuation_words: in each of them.
+        context_words: words before the continuation.
+        choices: continuations to choose from.
+        continuation_words: words in each of them.
     """
 
     context_words: int = Field(ge=4)
@@ -38,14 +38,14 @@ class LocalTasksConfig(Section):
 
 
 class StandardTaskConfig(Section):
-    """A task of lm-evaluation-harness. What is null goes by the task's own definition, the limit by `tasks.limit`.
+    """A task of lm-evaluation-harness. null takes the task's own default."""
 
-    metric: the one that recovery is judged by, as the harness names it; after a comma the filter of its answers.
-    """
-
-    num_fewshot: int | None = Field(default=None, ge=0)
-    limit: int | None = Field(default=None, ge=2)
-    metric: str | None = None
+    num_fewshot: int | None = Field(default=None, ge=0, description="examples in the prompt")
+    limit: int | None = Field(default=None, ge=2, description="items to run; null takes `tasks.limit`")
+    metric: str | None = Field(
+        default=None,
+        description="metric of the recovery, by its name in the harness; after a comma, the filter of the answers",
+    )
 
 
 class GateConfig(Section):
@@ -53,7 +53,7 @@ class GateConfig(Section):
 
     Attributes:
         min_recovery: share of the float model's score; null is no limit.
-        judged_by: the end of recovery's interval, or the estimate, that is held against the limit.
+        judged_by: which value is compared with the limit: an end of the recovery's interval, or the estimate.
         on_failure: whether the stage fails or warns.
     """
 
@@ -63,7 +63,7 @@ class GateConfig(Section):
 
 
 class TasksConfig(Section):
-    """Which tasks are run, by which engines, and which recovery is enough."""
+    """Which tasks to run, with which engines, and the required recovery."""
 
     name: str
     engines: list[Literal["reference", "vllm"]]
@@ -81,6 +81,6 @@ class TasksConfig(Section):
 
     @property
     def any(self) -> bool:
-        """Whether there is anything to do."""
-        own = self.local.last_word is not None or self.local.multiple_choice is not None
-        return bool(self.engines and (own or self.standard))
+        """Whether any task is to be run."""
+        local = self.local.last_word is not None or self.local.multiple_choice is not None
+        return bool(self.engines and (local or self.standard))

@@ -1,1 +1,1 @@
-"""Errors, files, progress, GPUs, secrets, words for messages. Imported by anybody; imports nothing of ours."""
+"""Errors, files, progress, GPUs, secrets and text of messages. Any package may import it; it imports none of ours."""

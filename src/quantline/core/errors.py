@@ -1,7 +1,7 @@
-"""Errors that a user can mend.
+"""Errors that a user can fix.
 
 Every message says what was given, what is allowed and what to do. The stage entrypoints print it without a traceback and
-exit with `exit_code`; anything else that escapes is a fault of ours and keeps its traceback.
+exit with `exit_code`. Any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class UserError(QuantlineError):
 
 
 class ConfigError(UserError):
-    """One or more faults of a configuration, all of them found before it is raised."""
+    """One or more faults of a configuration; all of them are collected before it is raised."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)
@@ -31,17 +31,17 @@ class ConfigError(UserError):
 
 
 class DiskFullError(UserError):
-    """There is no room for what was to be written."""
+    """The disk has no room for the output."""
 
     exit_code = 1
 
 
 class DifferentError(QuantlineError):
-    """What was made again is not what was recorded."""
+    """A rebuilt result differs from its record."""
 
 
 class GateError(QuantlineError):
-    """A variant does not show what is asked for before it is promoted."""
+    """A variant does not meet the requirements of its promotion."""
 
 
 class WorkerError(QuantlineError):
@@ -49,14 +49,14 @@ class WorkerError(QuantlineError):
 
 
 class ServerError(QuantlineError):
-    """The inference server could not be started, died or gave an answer that cannot be accepted."""
+    """The inference server could not be started, died or gave an invalid answer."""
 
 
 class TrackingError(QuantlineError):
-    """The tracking server could not be reached; never fatal to a stage."""
+    """The tracking server could not be reached; it never fails a stage."""
 
-    exit_code = 75  # EX_TEMPFAIL: the same command works later
+    exit_code = 75  # EX_TEMPFAIL: the same command may work later
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint is not what it should be. The message names the file, the fact and the remedy."""
+    """A checkpoint is damaged or inconsistent. The message names the file, the fault and the remedy."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, JSON files, and hashes of files."""
+"""Atomic writes of files and folders, JSON files, and hashes of files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def room(folder: Path) -> Iterator[None]:
-    """Report a disk that is full while the block writes to `folder`.
+    """Report a full disk while the block writes to `folder`.
 
     Raises:
         DiskFullError: the disk is full.
@@ -34,13 +34,13 @@ def room(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it becomes `path` when the block ends well, and is removed otherwise.
+    """A temporary path to write to. It is renamed to `path` if the block succeeds, and removed otherwise.
 
-    The content reaches the disk before the new name does, so a reader never sees half a file. An older file, and hard
-    links to it, keep their content until then. Two processes may write the same file at once: the last one wins.
+    The content reaches the disk before the new name does, so a reader never sees half a file. An older file and
+    its hard links keep their content until then. Two processes may write the same file at once: the last one wins.
 
     Raises:
-        OSError: the disk, or the block wrote no file.
+        OSError: the disk failed, or the block wrote no file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -50,7 +50,7 @@ def replaced(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)  # the rename itself reaches the disk only with its folder
+    _sync(path.parent)  # a rename reaches the disk only when its folder does
 
 
 def _sync(path: Path) -> None:
@@ -63,14 +63,14 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def passing(folder: Path) -> Iterator[Path]:
-    """An empty `folder` for the time of the block. It is removed afterwards, and so is one that was there before.
+    """An empty `folder` that exists during the block. An existing one is removed first.
 
     Raises:
         DiskFullError: the disk is full.
     """
     try:
         with room(folder.parent):
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
             folder.mkdir(parents=True)
             yield folder
     finally:
@@ -79,9 +79,9 @@ def passing(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """An empty folder `<out>.tmp` that becomes `out` when the block ends well, and vanishes when it does not.
+    """An empty folder `<out>.tmp` that is renamed to `out` if the block succeeds, and removed otherwise.
 
-    An `out` that exists already stays as it is until then.
+    An existing `out` stays as it is until then.
 
     Raises:
         DiskFullError: the disk is full.
@@ -99,7 +99,7 @@ def building(out: Path) -> Iterator[Path]:
 
 
 def disk_full(folder: Path) -> DiskFullError:
-    """The error for a disk without room for what goes to `folder`."""
+    """The error for a full disk below `folder`."""
     free = shutil.disk_usage(folder).free if folder.exists() else 0
     return DiskFullError(f"{folder}: the disk is full ({free / 2**30:.2f} GiB free); make room and run it again")
 
@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: it cannot be read, or is not an object.
+        CheckpointError: the file cannot be read, or is not an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON, whole or not at all."""
+    """Write `value` as JSON, atomically."""
     with replaced(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=True)
         file.write("\n")

@@ -1,4 +1,4 @@
-"""The visible NVIDIA GPUs: what they are and how much of them is in use. Everything here asks NVML."""
+"""The visible NVIDIA GPUs and their current use, as NVML reports them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AcceleratorUse:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One visible GPU and its present use by all processes.
+    """One visible GPU and its current use by all processes.
 
     utilisation_percent, power_watts and compute_capability are None where the board or the driver does not report them.
     compute_capability: 89 for 8.9.
@@ -34,7 +34,7 @@ class Gpu:
 
 
 def accelerator_use() -> AcceleratorUse | None:
-    """The present use of the visible GPUs by all processes; None without a GPU, a driver or the NVML library."""
+    """The current use of the visible GPUs by all processes; None without a GPU, a driver or the NVML library."""
     gpus = visible_gpus()
     if not gpus:
         return None
@@ -48,7 +48,7 @@ def visible_gpus() -> list[Gpu]:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # the library is optional, and its errors are classes made at run time
+    except Exception:  # the library is optional, and creates its error classes at run time
         return []
     try:
         return [_gpu(pynvml, index) for index in _visible(pynvml.nvmlDeviceGetCount())]

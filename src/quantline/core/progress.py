@@ -1,4 +1,4 @@
-"""One kind of progress bar for everything that takes long; silent where stderr is no terminal but for milestones."""
+"""The progress bar of long work. Where stderr is no terminal, it prints a line now and then instead."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-# Between two lines where stderr is no terminal.
+# Between two lines where stderr is not a terminal.
 _MILESTONE_SECONDS = 30.0
 
 
 class Progress(Protocol):
-    """Something that shows how far a piece of work is."""
+    """Something that shows the progress of a piece of work."""
 
     def update(self, done: float, total: float, label: str = "") -> None:
         """Show `done` of `total`."""
@@ -23,7 +23,7 @@ class _Bar:
     def __init__(self, label: str, milestones: bool) -> None:
         from tqdm import tqdm
 
-        tqdm.monitor_interval = 0  # every update draws it, so no thread need watch over that
+        tqdm.monitor_interval = 0  # every update redraws the bar, so tqdm's monitor thread is not needed
         self._label = label
         self._milestones = milestones
         self._started = self._told = time.monotonic()
@@ -43,7 +43,7 @@ class _Bar:
         self._bar.close()
 
     def _milestone(self, done: float, total: float, label: str) -> None:
-        """Where nobody watches a bar: a line now and then, with the time that is left if it goes on like this."""
+        """Without a terminal: print a line every 30 seconds, with an estimate of the time left."""
         now = time.monotonic()
         if (
             not self._milestones
@@ -71,9 +71,9 @@ def _time(seconds: float) -> str:
 
 @contextmanager
 def bar(label: str, *, milestones: bool = True) -> Iterator[Progress]:
-    """A progress bar on stderr for the time of a `with` block.
+    """A progress bar on stderr during a `with` block.
 
-    milestones: tell the time left where stderr is no terminal; not for a limit, which is no work to be done.
+    milestones: print the time left where stderr is not a terminal; not for a `total` that is a limit instead of work.
     """
     shown = _Bar(label, milestones)
     try:

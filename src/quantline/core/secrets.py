@@ -1,4 +1,4 @@
-"""Takes secrets out of everything that is kept or shown."""
+"""Removes secrets from everything that is stored or shown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECRET_VARIABLES = (
 
 
 class Scrubber:
-    """Takes credentials out of text: those of `uri`, of the environment, `also`, and whatever looks like user:password@."""
+    """Removes credentials from text: of `uri`, the environment and `also`, and anything like user:password@."""
 
     def __init__(self, uri: str = "", also: Iterable[str | None] = ()) -> None:
         _, mark, rest = uri.partition("://")
@@ -26,11 +26,11 @@ class Scrubber:
         if at:
             password = userinfo.partition(":")[2]
             secrets += [password, unquote(password)]
-        # Shorter ones would blank out half of every message, and are no secret.
+        # Shorter ones would blank out half of every message.
         self._secrets = [secret for secret in secrets if len(secret) >= 4]
 
     def __call__(self, text: str) -> str:
-        """`text` with `***` in the place of credentials."""
+        """`text` with credentials replaced by `***`."""
         if self._userinfo:
             text = text.replace(self._userinfo, "://***@")
         text = re.sub(r"://[^/\s'\"@]+@", "://***@", text)
@@ -40,7 +40,7 @@ class Scrubber:
         return text
 
     def value(self, value: Any) -> Any:
-        """The same for nested plain values; a string under a key such as `password` goes altogether."""
+        """The same for nested plain values; a string under a key such as `password` is replaced entirely."""
         if isinstance(value, str):
             return self(value)
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Wording of messages and reports: lists of alternatives, numbers and sizes for people."""
+"""Text of messages and reports: lists of alternatives, readable numbers and sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 
 def nearest(word: str, allowed: list[str]) -> str:
-    """A hint at the word that was meant, as ` (did you mean X?)`, or nothing."""
+    """A suggestion such as ` (did you mean X?)`, or an empty string."""
     matches = difflib.get_close_matches(word, allowed, n=1)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
@@ -28,7 +28,7 @@ def _joined(words: Sequence[str], last: str) -> str:
 
 
 def digits(number: float, significant: int) -> str:
-    """A number with so many significant digits, without an exponent where a reader can do without."""
+    """A number with this many significant digits; very large and small ones have an exponent."""
     if number == 0:
         return "0"
     if abs(number) >= 1e6 or abs(number) < 1e-4:
@@ -37,7 +37,7 @@ def digits(number: float, significant: int) -> str:
 
 
 def decimal_size(count: float) -> str:
-    """Bytes in powers of ten, with three digits: what was measured of files and processes."""
+    """Bytes in powers of ten, with three digits: for measurements of files and processes."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(count) >= size:
             return f"{digits(count / size, 3)} {unit}"
@@ -45,7 +45,7 @@ def decimal_size(count: float) -> str:
 
 
 def binary_size(count: int) -> str:
-    """Bytes in powers of two, as memory is sold and asked for."""
+    """Bytes in powers of two: for memory sizes and limits."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.2f} {unit}" if count < 100 * size else f"{count / size:.0f} {unit}"

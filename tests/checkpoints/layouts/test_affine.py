@@ -56,14 +56,14 @@ def test_symmetric_means_every_zero_point_is_the_middle() -> None:
 @pytest.mark.parametrize(
     ("parts", "fact"),
     [
-        ({"codes": np.full((8, 8), 16, np.uint8)}, r"codes range over \[16, 16\].*\[0, 15\]"),
+        ({"codes": np.full((8, 8), 16, np.uint8)}, r"codes has values in \[16, 16\].*\[0, 15\]"),
         ({"codes": np.zeros((8, 8), np.int32)}, "uint8"),
-        ({"zeros": np.full((1, 8), 16, np.int16)}, "zeros range"),
-        ({"zeros": np.full((1, 8), -1, np.int16)}, "zeros range"),
+        ({"zeros": np.full((1, 8), 16, np.int16)}, "zeros has values"),
+        ({"zeros": np.full((1, 8), -1, np.int16)}, "zeros has values"),
         ({"zeros": np.zeros((2, 8), np.int16)}, "zeros is"),
-        ({"scales": np.full((1, 8), np.inf, np.float16)}, "infinities"),
+        ({"scales": np.full((1, 8), np.inf, np.float16)}, "infinite or NaN"),
         ({"scales": np.ones((1, 8), np.float64)}, "float16 or float32"),
-        ({"group_index": np.ones(8, np.int32)}, "group_index range"),
+        ({"group_index": np.ones(8, np.int32)}, "group_index has values"),
         ({"bias": np.ones(7, np.float16)}, "bias is"),
     ],
 )

@@ -108,7 +108,7 @@ def test_an_8_bit_weight_is_its_code_times_its_rows_scale_over_127():
         ({"weight.absmax": np.zeros(2, np.uint8)}, "weight.nested_absmax is missing"),
         ({"weight": np.zeros((63, 1), np.uint8)}, "weight has shape"),
         ({NAMES[3]: state(dtype="int8")}, "has the dtype 'int8'"),
-        ({NAMES[3]: state(quant_type="af4")}, "names the type 'af4'"),
+        ({NAMES[3]: state(quant_type="af4")}, "has the type 'af4'"),
         ({NAMES[3]: state(blocksize=0)}, "has the block size 0"),
         ({NAMES[3]: state(shape=[128])}, "has the shape"),
         ({NAMES[3]: np.zeros(4, np.uint8)}, "cannot be read"),
@@ -163,7 +163,7 @@ def test_a_checkpoint_gives_its_weights_under_their_float_names(folder, codes):
 
 def test_a_packed_layer_without_its_config_is_refused(folder):
     (folder / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"is packed, config\.json says float"):
+    with pytest.raises(CheckpointError, match=r"is packed, but config\.json says float"):
         list(iter_dequantized(folder))
 
 
@@ -177,5 +177,5 @@ def test_a_layer_that_lacks_a_tensor_is_named(folder, codes):
 
 def test_a_config_without_packed_layers_is_refused(folder):
     write(folder / "model.safetensors", {"embed.weight": np.ones((4, 4), np.float16)})
-    with pytest.raises(CheckpointError, match="says bitsandbytes, no linear is packed"):
+    with pytest.raises(CheckpointError, match="says bitsandbytes, but no linear is packed"):
         list(iter_dequantized(folder))

@@ -82,7 +82,7 @@ def test_it_is_read(folder: Path) -> None:
     assert set(found) == {f"{NAME}.weight", "model.norm.weight"}
     assert np.array_equal(found[f"{NAME}.weight"][3], TABLE[INDEX[3]] * 4)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"up_proj is packed, config\.json says float"):
+    with pytest.raises(CheckpointError, match=r"up_proj is packed, but config\.json says float"):
         quantized_layers(Checkpoint.open(folder), quantization_of(folder))
 
 
@@ -97,7 +97,9 @@ def test_it_is_planned_and_inspected(folder: Path, tmp_path: Path) -> None:
     planned = checkpoint_memory.weights_of(Checkpoint.open(floats), {}, specs, "toy", layouts.Storage())
     made = Checkpoint.open(folder)
     assert planned.total == sum(made.info(name).nbytes for name in made.names)
-    assert layouts.faults("toy", {NAME: (64, 32)}, {NAME: LinearSpec(4, -1)}) == [f"{NAME} has 4 bits, toy holds 8"]
+    assert layouts.faults("toy", {NAME: (64, 32)}, {NAME: LinearSpec(4, -1)}) == [
+        f"{NAME} has 4 bits, but toy supports 8"
+    ]
     assert layouts.conversion_faults("toy", "gptq", specs) == ["holds codes on a grid, but toy has none"]
     checked = inspect(floats, folder, [NAME])
     assert checked.faults == []

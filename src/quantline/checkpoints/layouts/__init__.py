@@ -1,7 +1,7 @@
-"""Weight layouts: each answers for itself (`layout.Layout`), and `registry.LAYOUTS` holds all of them.
+"""Weight layouts: a `layout.Layout` describes each, and `registry.LAYOUTS` lists them.
 
-Layouts whose weights are ``(u - z) * s`` are read into one middle form, `AffineLinear`, and written from it. Pure NumPy: the
-same code runs in the core environment and inside workers.
+Layouts whose weights are ``(u - z) * s`` are read into a common form, `AffineLinear`, and written from it. Pure NumPy: the
+same code runs in the core environment and in workers.
 """
 
 from __future__ import annotations

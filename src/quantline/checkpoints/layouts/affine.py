@@ -1,10 +1,10 @@
-"""The middle form that every weight layout is read into and written from.
+"""The common form that affine weight layouts are read into and written from.
 
-One quantized linear layer means ``w[o, i] = (u[i, o] - z[group[i], o]) * s[group[i], o]``.
+One quantized linear layer stands for ``w[o, i] = (u[i, o] - z[group[i], o]) * s[group[i], o]``.
 
 Codes are kept (in, out), the transpose of the float weight: the GPTQ and AWQ GEMM layouts store them that way,
 so reading and writing them needs no transpose, and scales and zero points (groups, out) line up with the columns.
-Layouts that store them (out, in) give and take a transposed view (``.T``): only the shape is fixed, not the memory order.
+Layouts that store them (out, in) use a transposed view (``.T``): only the shape is fixed, not the memory order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantline.checkpoints.layouts.packing import BITS
 
 Gridded = TypeVar("Gridded", "Grid", "AffineLinear")
 
-# Rows of the float weight dequantized at a time: bounds the float32 temporaries.
+# Rows of the float weight dequantized at a time; limits the float32 temporaries.
 _BLOCK = 256
 
 # The smallest positive float16; a smaller scale would round to zero and lose the group.
@@ -31,7 +31,7 @@ _TINY = np.float16(2.0**-24)
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """What the codes of a linear layer stand for: all of `AffineLinear` but its codes and its bias, not checked again."""
+    """`AffineLinear` without its codes and bias; not checked."""
 
     scales: NDArray[Any]
     zeros: NDArray[np.int16]
@@ -56,7 +56,7 @@ class Grid:
 
     @property
     def symmetric(self) -> bool:
-        """Every zero point is the middle, ``2**(bits-1)``; only then may a config say so, kernels then ignore them."""
+        """Every zero point is the middle, ``2**(bits-1)``; a config may say so only then, since kernels then ignore them."""
         return bool((self.zeros == 2 ** (self.bits - 1)).all())
 
     @property
@@ -67,10 +67,10 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class AffineLinear:
-    """Codes, scales and zero points of one linear layer, checked when it is built.
+    """Codes, scales and zero points of one linear layer, checked on creation.
 
     Attributes:
-        codes: uint8 (in, out), unsigned codes in [0, 2**bits - 1], in memory by rows or by columns.
+        codes: uint8 (in, out), unsigned codes in [0, 2**bits - 1]; row-major or column-major.
         scales: float16 or float32 (groups, out), finite, as stored.
         zeros: int16 (groups, out), unsigned zero points in [0, 2**bits - 1].
         group_index: int32 (in,), the group of every input column; ``i // group_size`` unless columns were reordered
@@ -92,7 +92,7 @@ class AffineLinear:
     bias: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check everything, so that writers need not."""
+        """Check everything once, so that writers need not."""
         if self.bits not in BITS:
             raise FormatError(f"bits={self.bits}: use 2, 3, 4 or 8")
         if self.codes.dtype != np.uint8 or self.codes.ndim != 2 or not self.codes.size:
@@ -105,7 +105,7 @@ class AffineLinear:
         if self.bias is not None:
             _expect("bias", self.bias, (self.out_features,), (np.float16, np.float32))
         if not all_finite(self.scales):
-            raise FormatError("scales hold infinities or NaN: quantize this layer again")
+            raise FormatError("scales are infinite or NaN: quantize this layer again")
         for name, array, limit in (
             ("codes", self.codes, top),
             ("zeros", self.zeros, top),
@@ -113,7 +113,9 @@ class AffineLinear:
         ):
             if int(array.max()) > limit or (array.dtype.kind == "i" and int(array.min()) < 0):
                 low, high = int(array.min()), int(array.max())
-                raise FormatError(f"{name} range over [{low}, {high}]: {self.bits}-bit layers hold [0, {limit}]")
+                raise FormatError(
+                    f"{name} has values in [{low}, {high}]: this {self.bits}-bit layer allows [0, {limit}]"
+                )
 
     @property
     def in_features(self) -> int:
@@ -142,7 +144,7 @@ class AffineLinear:
 
     @property
     def grid(self) -> Grid:
-        """The layer without its codes; shares the arrays."""
+        """The layer without codes and bias; shares the arrays."""
         return Grid(self.scales, self.zeros, self.group_index, self.bits, self.group_size)
 
 
@@ -171,7 +173,7 @@ def sequential_groups(in_features: int, group_size: int) -> NDArray[np.int32]:
 def transposed(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A contiguous transpose, tile by tile: several times faster than one strided copy of a large byte matrix.
 
-    Where the codes lie by columns it is a view and costs nothing.
+    For column-major codes it is a view and costs nothing.
     """
     if codes.flags.f_contiguous:
         return codes.T
@@ -188,7 +190,7 @@ def dequantize(linear: AffineLinear, dtype: Any = np.float32) -> NDArray[Any]:
     """The weight (out, in), contiguous, that the codes stand for.
 
     ``(u - z) * s`` is evaluated in float32: exact for float16 scales (8 + 11 significant bits fit into 24), correctly
-    rounded for float32 ones. Any other ``dtype`` is one rounding away from that.
+    rounded for float32 ones. Any other ``dtype`` is rounded once from that.
     """
     weight = np.empty((linear.out_features, linear.in_features), dtype=dtype)
     zeros, scales = linear.zeros.T.astype(np.float32), linear.scales.T.astype(np.float32)  # (out, groups)
@@ -205,7 +207,7 @@ def dequantize(linear: AffineLinear, dtype: Any = np.float32) -> NDArray[Any]:
 def round_scales(linear: Gridded) -> Gridded:
     """The same layer with float16 scales, for layouts that store nothing wider.
 
-    This changes the weights (relative error up to 2**-11), which is why no writer does it by itself.
+    This changes the weights (relative error up to 2**-11), so no writer does it by itself.
 
     Raises:
         FormatError: a scale leaves the range of float16.
@@ -217,18 +219,18 @@ def round_scales(linear: Gridded) -> Gridded:
         lost = (bits >= 0x7C00) | ((bits == 0) & (linear.scales != 0))
         if lost.any():
             raise FormatError(f"{int(lost.sum())} scales leave the range of float16: use a layout with float32 scales")
-    rounded = copy(linear)  # and not `replace`, which would look through all the codes again
+    rounded = copy(linear)  # not `replace`, which would check all codes again
     object.__setattr__(rounded, "scales", scales)
     return rounded
 
 
 def quantize_rtn(weight: NDArray[Any], bits: int, group_size: int, symmetric: bool) -> AffineLinear:
-    """Plain round-to-nearest, the baseline every method has to beat.
+    """Round to nearest, the baseline that every method must beat.
 
     Per group of ``group_size`` consecutive input columns of a row (the whole row for -1):
     symmetric ``s = max|w| / (2**(b-1) - 1)``, ``z = 2**(b-1)``; asymmetric, over a range that includes zero,
-    ``s = (max - min) / (2**b - 1)``, ``z = round(-min / s)``. The scale is rounded to float16 first and the codes
-    ``round(w / s) + z`` are computed with the rounded one, so what is stored is what was rounded against. All-zero
+    ``s = (max - min) / (2**b - 1)``, ``z = round(-min / s)``. The scale is rounded to float16 first, and the codes
+    ``round(w / s) + z`` are computed with the rounded scale, which is the stored one. All-zero
     groups get s = 1 and u = z = 2**(b-1).
 
     Args:
@@ -247,7 +249,7 @@ def quantize_rtn(weight: NDArray[Any], bits: int, group_size: int, symmetric: bo
     grouped = weight.astype(np.float32).reshape(out_features, groups, -1)
     high, low = grouped.max(axis=2), grouped.min(axis=2)  # (out, groups)
     if not (np.isfinite(high).all() and np.isfinite(low).all()):
-        raise FormatError("the weight holds infinities or NaN: check the float checkpoint")
+        raise FormatError("the weight has infinities or NaN: check the float checkpoint")
     span = np.maximum(np.abs(high), np.abs(low)) if symmetric else np.maximum(high, 0) - np.minimum(low, 0)
     with np.errstate(over="ignore", under="ignore"):
         scales = (span / np.float32(middle - 1 if symmetric else top)).astype(np.float16)
@@ -261,7 +263,7 @@ def quantize_rtn(weight: NDArray[Any], bits: int, group_size: int, symmetric: bo
     if symmetric:
         zeros = np.full(scales.shape, middle, dtype=np.float32)
     else:
-        # An empty group could have any zero point; the middle one spares it the hazards of 0 in the GPTQ v1 layout.
+        # An empty group may have any zero point; the middle one avoids the problem of 0 in the GPTQ v1 layout.
         zeros = np.where(empty, np.float32(middle), np.clip(np.rint(-np.minimum(low, 0) / steps), 0, top))
     grouped /= steps[:, :, None]
     np.rint(grouped, out=grouped)

@@ -1,4 +1,4 @@
-"""What the two AWQ layouts share: their config section, as AutoAWQ writes it, and what neither can hold."""
+"""What the two AWQ layouts share: the config section of AutoAWQ, and what they cannot store."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from quantline.checkpoints.layouts.linear_spec import LayerSettings, LinearSpec
 from quantline.core.errors import CheckpointError
 
 METHOD = "awq"
-# version in the config -> layout. exllama is a choice of kernels at loading time: such weights are stored as GEMM.
+# version in the config -> layout. exllama only selects kernels at load time: its weights are stored as GEMM.
 VERSIONS = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm", "exllamav2": "awq_gemm"}
 _TITLE = "AWQ"
 
 
 def describe(layout: str, wanted: Description) -> dict[str, Any]:
-    """The section. ``zero_point`` is always true: the tensors hold zero points, which readers ignore where it is false.
+    """The section. ``zero_point`` is always true: the tensors hold zero points, which readers ignore if it is false.
 
     Raises:
-        CheckpointError: linears that differ, other than 4 bits, or reordered groups.
+        CheckpointError: linears have different settings, bits other than 4, or reordered groups.
     """
     if wanted.overrides:
         raise CheckpointError(
             f"{layout}: {next(iter(wanted.overrides))} and {len(wanted.overrides) - 1} other linears have settings of "
-            "their own, which readers of this layout do not know: convert to gptq or compressed_tensors"
+            "their own, which readers of this layout do not support: convert to gptq or compressed_tensors"
         )
     if wanted.main.bits != 4 or wanted.desc_act:
-        raise CheckpointError(f"{layout}: holds 4 bits and no desc_act: convert to gptq or compressed_tensors")
+        raise CheckpointError(f"{layout}: stores 4 bits only and no desc_act: convert to gptq or compressed_tensors")
     return {
         "quant_method": METHOD,
         "bits": wanted.main.bits,
@@ -46,7 +46,7 @@ def parse(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
     """Read a section.
 
     Raises:
-        CheckpointError: an unknown version, bits other than 4, or a group size that is none.
+        CheckpointError: the version is unknown, bits are not 4, or the group size is invalid.
     """
     version = config.get("version") or config.get("checkpoint_format") or "gemm"
     layout = one_of(path, METHOD, version, VERSIONS)
@@ -60,7 +60,7 @@ def parse(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
 
 
 def faults(layout: str, shape: Shape, spec: LinearSpec, storage: Storage) -> list[Fault]:
-    """Other than 4 bits, reordered groups, widths that do not fill words of eight."""
+    """Faults of bits other than 4, reordered groups, and widths that are not multiples of 8."""
     return [
         *bits_faults(_TITLE, (4,), spec),
         *order_faults(_TITLE, storage, "use gptq"),

@@ -1,4 +1,4 @@
-"""AWQ GEMM: the layout of AutoAWQ's ``version: gemm`` (also of its exllama versions, which repack at load).
+"""AWQ GEMM: the layout of AutoAWQ's ``version: gemm`` (also of its exllama versions, which repack at load time).
 
 ``w = (u - z) * s``, 4 bits, groups of consecutive input columns, zero points stored as they are.
 
@@ -61,21 +61,21 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
 
     Raises:
-        FormatError: tensors missing or unknown, shapes that disagree, bits other than 4.
+        FormatError: tensors are missing or unknown, shapes disagree, or bits are not 4.
     """
     check_suffixes(tensors, TENSORS)
     if bits != 4:
-        raise FormatError(f"bits={bits}: awq_gemm holds 4 bits only; check the checkpoint's config")
+        raise FormatError(f"bits={bits}: awq_gemm stores 4 bits only; check the checkpoint's config")
     codes = unpack(tensors["qweight"], bits, axis=1, order=ORDER)  # (in, out)
     grid = read_grid(tensors, codes.shape, bits=bits, group_size=group_size)
     return AffineLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
 
 
 def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
-    """All but the codes of a layer of ``shape`` (in, out).
+    """Read everything but the codes of a layer of ``shape`` (in, out).
 
     Raises:
-        FormatError: shapes that disagree.
+        FormatError: shapes disagree.
     """
     in_features, out_features = shape
     groups = group_count(in_features, group_size)
@@ -94,7 +94,7 @@ def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
     """Write one layer, keyed by suffix.
 
     Raises:
-        FormatError: other than 4 bits, reordered groups, widths not multiples of 8, scales or bias not float16 values.
+        FormatError: bits other than 4, reordered groups, widths not multiples of 8, scales or bias beyond float16.
     """
     partners = write_grid(linear.grid)
     tensors: dict[str, NDArray[Any]] = {CODES: pack(linear.codes, 4, axis=1, order=ORDER), **partners}
@@ -104,7 +104,7 @@ def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
 
 
 def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
-    """All but the codes of a layer; raises what `write` raises."""
+    """Write everything but the codes; raises what `write` raises."""
     check_awq(grid)
     return {
         "qzeros": pack(grid.zeros.astype(np.uint8), 4, axis=1, order=ORDER),
@@ -113,7 +113,7 @@ def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
 
 
 def specs(shape: Shape, spec: LinearSpec, _storage: Storage) -> dict[str, TensorSpec]:
-    """Dtype and shape of every tensor, as `write` gives them."""
+    """Dtype and shape of every tensor that `write` gives."""
     (rows, columns), groups = shape, groups_of(shape, spec)
     return {
         "qweight": TensorSpec("I32", (rows, columns // 8)),

@@ -58,12 +58,12 @@ def zeros_width(in_features: int, group_size: int) -> int:
     """Words per row of qzeros (W above).
 
     Raises:
-        FormatError: a group size the kernels have no padding rule for.
+        FormatError: the kernels have no padding rule for the group size.
     """
     size = in_features if group_size == -1 else group_size
     multiple = 1 if size >= 128 else {64: 2, 32: 4}.get(size)
     if multiple is None:
-        raise FormatError(f"group size {size}: awq_gemv holds 32, 64, or 128 and above; use awq_gemm")
+        raise FormatError(f"group size {size}: awq_gemv stores 32, 64, or 128 and above; use awq_gemm")
     width = -(-group_count(in_features, group_size) // 8)
     return -(-width // multiple) * multiple
 
@@ -72,11 +72,11 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
 
     Raises:
-        FormatError: tensors missing or unknown, shapes that disagree, padding in use, bits other than 4.
+        FormatError: tensors are missing or unknown, shapes disagree, padding is not zero, or bits are not 4.
     """
     check_suffixes(tensors, TENSORS)
     if bits != 4:
-        raise FormatError(f"bits={bits}: awq_gemv holds 4 bits only; check the checkpoint's config")
+        raise FormatError(f"bits={bits}: awq_gemv stores 4 bits only; check the checkpoint's config")
     codes = unpack(tensors["qweight"], bits, axis=1)  # (out, in)
     out_features, in_features = codes.shape
     groups = group_count(in_features, group_size)
@@ -104,8 +104,8 @@ def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
     """Write one layer, keyed by suffix.
 
     Raises:
-        FormatError: other than 4 bits, reordered groups, widths not multiples of 8, a group size without a padding
-            rule, scales or bias not float16 values.
+        FormatError: bits other than 4, reordered groups, widths not multiples of 8, a group size without a padding
+            rule, scales or bias beyond float16.
     """
     check_awq(linear.grid)
     columns = 8 * zeros_width(linear.in_features, linear.group_size)
@@ -124,7 +124,7 @@ def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
 
 
 def specs(shape: Shape, spec: LinearSpec, _storage: Storage) -> dict[str, TensorSpec]:
-    """Dtype and shape of every tensor, as `write` gives them."""
+    """Dtype and shape of every tensor that `write` gives."""
     (in_features, out_features), words = shape, zeros_width(shape[0], spec.group_size)
     return {
         "qweight": TensorSpec("I32", (out_features, in_features // 8)),
@@ -140,7 +140,7 @@ def shape_of(tensors: Tensors, _bits: int) -> Shape:
 
 
 def faults(shape: Shape, spec: LinearSpec, storage: Storage) -> list[Fault]:
-    """What no AWQ layout can hold, and group sizes without a padding rule."""
+    """Faults of all AWQ layouts, and of group sizes without a padding rule."""
     found = awq.faults(NAME, shape, spec, storage)
     try:
         zeros_width(shape[0], spec.group_size)

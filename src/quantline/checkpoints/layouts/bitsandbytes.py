@@ -1,6 +1,6 @@
 """The serialized form of bitsandbytes: 4-bit blocks on a table of 16 values (NF4, FP4), and LLM.int8.
 
-Its codes lie on no even grid with a zero point, so there is no `AffineLinear` of them: they are read as weights, and no
+Its codes are not on an even grid with a zero point, so no `AffineLinear` can hold them: they are read as weights, and no
 layout can be converted to or from it. Tensors of a linear X with a weight (out, in), as transformers loads them:
 
     4 bits  X.weight                                  uint8 (out * in / 2, 1), first weight in the high half of a byte
@@ -11,13 +11,13 @@ layout can be converted to or from it. Tensors of a linear X with a weight (out,
             X.weight.quant_state.bitsandbytes__nf4    uint8, JSON: quant_type, blocksize, dtype, shape, nested_*
     8 bits  X.weight int8 (out, in), X.SCB float32 (out,), X.weight_format uint8 (), 0
 
-Blocks run over the weight in C order. A weight is ``table[code] * scale[block]``, the product rounded to float32 and then
-to the dtype in the state; a scale that was quantized again is ``nested_table[c] * nested_absmax[block / 256] + offset``.
+Blocks run over the weight in C order. A weight is ``table[code] * scale[block]``, with the product rounded to float32 and
+then to the dtype in the state. A scale quantized again is ``nested_table[c] * nested_absmax[block / 256] + offset``.
 An 8-bit weight is ``code * SCB[row] * (1 / 127)``, in float32 and from left to right.
 
-This gives the weights of `dequantize_4bit` and `int8_vectorwise_dequant` of bitsandbytes 0.50.2 on a CPU to the bit. Its
-matrix products round further: at 8 bits activations are rounded too, but for outliers; with AVX512-BF16 the 4-bit one works
-in bfloat16, scales included. Source: its functional.py, nn/modules.py and backends/.
+The weights equal those of `dequantize_4bit` and `int8_vectorwise_dequant` of bitsandbytes 0.50.2 on a CPU bit for bit. Its
+matrix products round further: at 8 bits, activations are quantized too, except for outliers; with AVX512-BF16, 4-bit ones
+compute in bfloat16, scales included. Source: its functional.py, nn/modules.py and backends/.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from quantline.core.errors import CheckpointError
 NAME = "bitsandbytes"
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BLOCK_SIZE = 64
-# In config.json; transformers takes the size from the tensors and passes over keys that it does not know.
+# In config.json; transformers takes the size from the tensors and ignores unknown keys.
 BLOCK_SIZE_KEY = "bnb_4bit_blocksize"
 
 NF4 = np.array([
@@ -56,15 +56,15 @@ TABLES: Mapping[str, NDArray[np.float32]] = {"nf4": NF4, "fp4": FP4}
 _STATE = "weight.quant_state.bitsandbytes__"
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 _NESTED_BLOCK = 256
-# The tensor that gives a linear away -> what it needs, at 4 and at 8 bits.
+# The tensor by which a linear is found -> its required tensors, at 4 and at 8 bits.
 _MARKS = {"weight.absmax": ("weight", "weight.absmax", "weight.quant_map"), "SCB": ("weight", "SCB")}
-# suffix -> required; which of them there are depends on the bits and the options, see `find`.
+# suffix -> required; which optional ones exist depends on bits and options, see `find`.
 TENSORS: Mapping[str, bool] = {
     "weight": True, "weight.absmax": False, "weight.quant_map": False, **dict.fromkeys(_NESTED, False),
     f"{_STATE}nf4": False, f"{_STATE}fp4": False, "SCB": False, "weight_format": False, "bias": False,
 }  # fmt: skip
 _PER_127 = np.float32(7.874015718698502e-3)
-# Bytes of codes that are widened at a time: bounds the temporaries.
+# Codes dequantized at a time; limits the temporaries.
 _PIECE = 1 << 22
 
 Raw = Mapping[str, NDArray[Any]]
@@ -96,16 +96,16 @@ def dequantize(tensors: Raw, *, bits: int, group_size: int = -1) -> NDArray[np.f
     Args:
         tensors: by suffix as `find` gives them, in the dtypes of the file.
         bits: 4 or 8.
-        group_size: not used; at 4 bits the tensors say themselves how large a block is.
+        group_size: not used; at 4 bits the tensors contain the block size.
 
     Raises:
-        FormatError: tensors that do not make a layer of so many bits.
+        FormatError: the tensors do not fit a layer of these bits.
     """
     del group_size
     if bits == 8:
         return _dequantize_8bit(tensors)
     if bits != 4:
-        raise FormatError(f"bits={bits}: bitsandbytes has 4 or 8")
+        raise FormatError(f"bits={bits}: bitsandbytes supports 4 or 8")
     state = read_state(tensors)
     rows, columns = state["shape"]
     count, block = rows * columns, state["blocksize"]
@@ -117,7 +117,7 @@ def dequantize(tensors: Raw, *, bits: int, group_size: int = -1) -> NDArray[np.f
     stored = np.asarray(tensors["weight.quant_map"], dtype=np.float32)
     if stored.shape != (16,) or not np.allclose(stored, table, rtol=0, atol=1e-6):
         raise FormatError(
-            f"weight.quant_map is not the table of {state['quant_type']}: readers would take that one instead"
+            f"weight.quant_map is not the table of {state['quant_type']}, which readers use: write it again"
         )
     pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1)  # (256, 2), by byte
     rounded = _rounding(state["dtype"])
@@ -135,24 +135,24 @@ def read_state(tensors: Raw) -> dict[str, Any]:
     """The JSON of a 4-bit layer: quant_type, blocksize, dtype, shape, and nested_* where scales were quantized again.
 
     Raises:
-        FormatError: there is none, or it says what no reader knows.
+        FormatError: the JSON is missing, or has invalid values.
     """
     key = next((suffix for suffix in tensors if suffix.startswith(_STATE)), None)
     if key is None:
-        raise FormatError(f"{_STATE}nf4 or fp4 is missing: the layer is not one of 4 bits")
+        raise FormatError(f"{_STATE}nf4 or fp4 is missing: it is not a 4-bit layer")
     try:
         state = json.loads(np.ascontiguousarray(tensors[key]).tobytes().decode())
         kind, block, shape, dtype = (state[name] for name in ("quant_type", "blocksize", "shape", "dtype"))
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{key} cannot be read ({error}): write the checkpoint again") from error
     if kind not in TABLES or key != f"{_STATE}{kind}":
-        raise FormatError(f"{key} names the type {kind!r}: known are {' and '.join(TABLES)}")
+        raise FormatError(f"{key} has the type {kind!r}: supported are {' and '.join(TABLES)}")
     if type(block) is not int or block < 2 or block % 2:
         raise FormatError(f"{key} has the block size {block!r}: it must be an even number, such as 64")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
         raise FormatError(f"{key} has the shape {shape!r}: a linear's weight has two sizes")
     if dtype not in _ROUNDINGS:
-        raise FormatError(f"{key} has the dtype {dtype!r}: known are {', '.join(_ROUNDINGS)}")
+        raise FormatError(f"{key} has the dtype {dtype!r}: supported are {', '.join(_ROUNDINGS)}")
     return dict(state)
 
 
@@ -169,9 +169,9 @@ def shape_of(tensors: Raw, bits: int) -> tuple[int, int]:
 def describe(
     *, bits: int, block_size: int, quant_type: str, double_quant: bool, modules_to_not_convert: Sequence[str]
 ) -> dict[str, Any]:
-    """The `quantization_config` section, in the names of transformers' BitsAndBytesConfig.
+    """The `quantization_config` section, with the keys of transformers' BitsAndBytesConfig.
 
-    block_size, quant_type and double_quant are of 4 bits. Computing is in float16, as what is left in float is stored.
+    block_size, quant_type and double_quant apply to 4 bits. The compute dtype is float16, the dtype of the tensors in float.
     """
     config = {
         "quant_method": NAME,
@@ -194,14 +194,14 @@ def describe(
 
 
 def parse(config: Mapping[str, Any]) -> tuple[int, int, tuple[str, ...]]:
-    """Bits, block size (-1 at 8 bits: one scale a row) and modules left in float, as a `quantization_config` says.
+    """Bits, block size (-1 at 8 bits: one scale a row) and modules left in float, from a `quantization_config`.
 
     Raises:
-        FormatError: it names neither 4 nor 8 bits, or both, or a block size that is none.
+        FormatError: it sets neither 4 nor 8 bits, or both, or the block size is invalid.
     """
     four, eight = (bool(config.get(key, config.get(f"_{key}"))) for key in ("load_in_4bit", "load_in_8bit"))
     if four == eight:
-        raise FormatError("bitsandbytes has either load_in_4bit or load_in_8bit: correct quantization_config")
+        raise FormatError("set either load_in_4bit or load_in_8bit: correct quantization_config")
     skipped = tuple(config.get("llm_int8_skip_modules") or ())
     if eight:
         return 8, -1, skipped
@@ -214,11 +214,11 @@ def parse(config: Mapping[str, Any]) -> tuple[int, int, tuple[str, ...]]:
 def _dequantize_8bit(tensors: Raw) -> NDArray[np.float32]:
     codes, scales = tensors["weight"], tensors["SCB"]
     if codes.dtype != np.int8 or codes.ndim != 2:
-        raise FormatError(f"weight is {codes.dtype} {codes.shape}: 8-bit layers hold int8 (out, in)")
+        raise FormatError(f"weight is {codes.dtype} {codes.shape}: 8-bit layers store int8 (out, in)")
     check_shape("SCB", scales, codes.shape[:1])
     if "weight_format" in tensors and int(tensors["weight_format"].reshape(-1)[0]) != 0:
         raise FormatError(
-            "weight_format is not 0: only weights by rows can be read; save it with a recent bitsandbytes"
+            "weight_format is not 0: only row-major weights can be read; save it with a recent bitsandbytes"
         )
     result: NDArray[np.float32] = codes * scales.astype(np.float32)[:, None]
     result *= _PER_127
@@ -266,7 +266,7 @@ def _rounding(dtype: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]
 
 
 def specs(shape: Shape, spec: LinearSpec, storage: Storage) -> dict[str, TensorSpec]:
-    """Dtype and shape of every tensor but the JSON of some hundred bytes, whose length is not fixed."""
+    """Dtype and shape of every tensor except the JSON, whose length varies (some hundred bytes)."""
     values = shape[0] * shape[1]
     if spec.bits == 8:
         return {

@@ -1,4 +1,4 @@
-"""Which layout a quantizer writes, where its options or its linears decide, and which one a conversion makes of it."""
+"""The layout that a quantizer writes, by its options and linears, and the layout that a conversion makes of it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from quantline.checkpoints.layouts.linear_spec import LinearSpec
 
 
 def layout_of(specs: set[LinearSpec], symmetric: bool) -> str:
-    """The layout that round to nearest is written in; AWQ knows one kind of linears, of 4 bits."""
+    """The layout for round to nearest; AWQ stores only 4 bits, with equal settings for all linears."""
     if symmetric:
         return gptq.NAME
     return awq.VERSIONS["gemm"] if len(specs) == 1 and next(iter(specs)).bits == 4 else gptq_v2.NAME
 
 
 def compressed_tensors_of(activations: bool) -> str:
-    """The layout of compressed-tensors; activations: runtimes are to round those too."""
+    """The layout of compressed-tensors; activations: runtimes also quantize activations."""
     return int_quantized.NAME if activations else pack_quantized.NAME
 
 
@@ -35,7 +35,7 @@ def written_by(backend: str, method: str, options: Mapping[str, Any], specs: set
 
 
 def converted(layout: Layout, target: str, bits: Collection[int], *, symmetric: bool) -> Layout:
-    """What a conversion makes of a layout; `auto` keeps what vLLM reads and brings the rest to its nearest kin.
+    """What a conversion makes of a layout; `auto` keeps layouts that vLLM reads and converts others to the nearest one.
 
     Args:
         layout: of the source.

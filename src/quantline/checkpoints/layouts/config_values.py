@@ -1,4 +1,4 @@
-"""Values that the config sections of several layouts have."""
+"""Values that the config sections of several layouts share."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ def one_of(path: Path, method: str, version: object, known: Mapping[str, str]) -
     """The layout of a version.
 
     Raises:
-        CheckpointError: it is not known.
+        CheckpointError: the version is unknown.
     """
     layout = known.get(str(version).lower())
     if layout is None:
-        raise CheckpointError(f"{path}: {method} stored as {version!r}: known are {', '.join(known)}; convert it first")
+        raise CheckpointError(
+            f"{path}: {method} stored as {version!r}: supported are {', '.join(known)}; convert it first"
+        )
     return layout
 
 
@@ -28,7 +30,7 @@ def bits_and_groups(path: Path, method: str, config: Mapping[str, Any], held: Co
     """Bits and group size.
 
     Raises:
-        CheckpointError: they are none, or not held.
+        CheckpointError: they are invalid, or the layout does not support them.
     """
     bits, group_size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
     if type(bits) is not int or bits not in held:
@@ -39,10 +41,10 @@ def bits_and_groups(path: Path, method: str, config: Mapping[str, Any], held: Co
 
 
 def patterns(path: Path, dynamic: object, main: LayerSettings) -> tuple[tuple[str, LayerSettings], ...]:
-    """GPTQModel's `dynamic`. Negative patterns only leave modules out, and which ones those are, their tensors say.
+    """GPTQModel's `dynamic`. Negative patterns are skipped: the tensors show which modules are in float.
 
     Raises:
-        CheckpointError: no patterns, or settings that are not known.
+        CheckpointError: patterns or settings are invalid.
     """
     if not isinstance(dynamic, dict):
         raise CheckpointError(f"{path}: dynamic is not a JSON object: restore the file")
@@ -52,14 +54,18 @@ def patterns(path: Path, dynamic: object, main: LayerSettings) -> tuple[tuple[st
             continue
         known = {"bits": main.bits, "group_size": main.group_size, "sym": main.symmetric}
         if not isinstance(own, dict) or set(own) - {*known, "desc_act"}:
-            raise CheckpointError(f"{path}: dynamic {key!r} sets {own!r}: known are bits, group_size and sym")
+            raise CheckpointError(f"{path}: dynamic {key!r} sets {own!r}: allowed are bits, group_size and sym")
         values = {**known, **own}
         if values["bits"] not in BITS or type(values["group_size"]) is not int:
-            raise CheckpointError(f"{path}: dynamic {key!r} sets {own!r}: bits are 2, 3, 4 or 8, group_size a number")
+            raise CheckpointError(
+                f"{path}: dynamic {key!r} sets {own!r}: bits must be 2, 3, 4 or 8, group_size an integer"
+            )
         try:
             re.compile(str(key).removeprefix("+:"))
         except re.error as error:
-            raise CheckpointError(f"{path}: dynamic {key!r} is no regular expression ({error}): correct it") from error
+            raise CheckpointError(
+                f"{path}: dynamic {key!r} is not a regular expression ({error}): correct it"
+            ) from error
         settings = LayerSettings(values["bits"], values["group_size"], bool(values["sym"]))
         found.append((str(key).removeprefix("+:"), settings))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""What a config says about a checkpoint's quantization: read from it, and to be written to it."""
+"""A checkpoint's quantization as its config describes it: read from it, and to be written to it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class QuantizationInfo:
     Attributes:
         method: its `quant_method`, such as "awq", "gptq", "compressed-tensors" or "bitsandbytes".
         layout: key in `layouts.LAYOUTS`.
-        bits, group_size: of every quantized linear but the overrides; -1 is one group per output channel. The groups of
+        bits, group_size: of every quantized linear except the overrides; -1 is one group per output channel. The groups of
             bitsandbytes are its blocks.
         desc_act: columns were quantized in the order of their activations (GPTQ).
         symmetric: the config promises that every zero point is the middle one (GPTQ's sym, AWQ's zero_point false).
         modules_to_not_convert: names of modules left in float; compressed-tensors also has ``re:`` patterns there.
         overrides: module name -> settings of linears that differ from the rest (compressed-tensors).
-        patterns: the same by regular expressions that match a name's beginning, the first one counts (GPTQ's dynamic).
-        activation_bits: 8 where a runtime also rounds what goes into the quantized linears, symmetrically, with one scale
-            a token (W8A8); None where it does not.
+        patterns: the same, by regular expressions that match the start of a name; the first match counts (GPTQ's dynamic).
+        activation_bits: 8 if a runtime also quantizes the inputs of the quantized linears, symmetrically, with one scale
+            per token (W8A8); None if it does not.
     """
 
     method: str
@@ -49,15 +49,15 @@ class QuantizationInfo:
 
 @dataclass(frozen=True)
 class Description:
-    """What a config has to say about a checkpoint.
+    """What a config must say about a checkpoint.
 
     Attributes:
         main: of the quantized linears; symmetric: every zero point of every quantized linear is ``2**(bits-1)``.
         desc_act: groups are reordered by activation.
         left_float: names of the linears left in float.
         overrides: module name -> settings of linears that differ.
-        quantized_head: the output layer `lm_head` is among the quantized linears, which vLLM wants to be told.
-        options: of the method, for layouts that name them in their config (bitsandbytes).
+        quantized_head: the output layer `lm_head` is quantized, which vLLM must be told.
+        options: of the method, for layouts whose config contains them (bitsandbytes).
     """
 
     main: LayerSettings

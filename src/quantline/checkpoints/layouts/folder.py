@@ -1,4 +1,4 @@
-"""Whole checkpoints that their config.json does not describe: what such a folder holds, and how one is written."""
+"""Checkpoints that config.json does not describe: the contents of such a folder, and how to write one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantline.checkpoints.safetensors_file import TensorInfo
 
 @dataclass(frozen=True)
 class FolderFault:
-    """Why a checkpoint cannot be read: the tensor (or module), the fact, the remedy."""
+    """Why a checkpoint cannot be read: the tensor or module, the fault and the remedy."""
 
     tensor: str
     fact: str
@@ -44,20 +44,20 @@ class FolderLinear:
 
 @dataclass(frozen=True)
 class FolderContents:
-    """What a folder holds, decided from headers and its description.
+    """The contents of a folder, from its headers and description.
 
     Attributes:
         folder: where it is.
         layout: key in `layouts.LAYOUTS` of the folder as a whole.
-        variant: how its tool calls the way it was saved.
+        variant: the save mode, as its tool calls it.
         description: file name of the description.
         files: tensor name -> file name, all tensors of the folder.
-        infos: tensor name -> dtype, shape and place in its file.
+        infos: tensor name -> dtype, shape and offset in its file.
         layers: module name -> quantized linear.
-        carried: output name -> source tensor, for everything that stays as it is.
-        dropped: source tensor -> why it is neither.
+        carried: output name -> source tensor, for tensors that are copied unchanged.
+        dropped: source tensor -> why it is not used.
         float_linears: modules with a float weight matrix, embeddings left out (by "embed" or "wte" in the name).
-        refusals: everything that stands against reading it; only without any may `layers` be used.
+        refusals: the reasons why it cannot be read; use `layers` only if there are none.
     """
 
     folder: Path
@@ -75,14 +75,14 @@ class FolderContents:
 
 @dataclass(frozen=True)
 class FolderForm:
-    """How folders of a layout are recognised, read and described.
+    """Functions to recognise, read and describe folders of a layout.
 
     Attributes:
         recognises: whether a folder looks like one.
-        contents: what a folder holds; raises CheckpointError where that cannot be told.
-        stem: name of the weights of linears of these bits, without what shards and indexes add to it.
-        describe: write the description of these tensors: name -> how its linear is quantized, None for a float tensor.
-        carried_faults: what cannot stay as it is, by name -> shape of the tensors outside the quantized linears.
+        contents: reads the contents of a folder; raises CheckpointError if it cannot.
+        stem: name of the weights file for these bits, without the suffixes of shards and indexes.
+        describe: writes the description of these tensors: name -> how its linear is quantized, None for a float tensor.
+        carried_faults: faults of tensors outside the quantized linears, given as name -> shape.
     """
 
     recognises: Callable[[Path], bool]

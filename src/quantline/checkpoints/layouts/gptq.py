@@ -1,19 +1,19 @@
 """GPTQ v1: the layout of AutoGPTQ (``checkpoint_format: gptq``), Frantar et al. 2022, arXiv:2210.17323.
 
-``w = (u - z) * s`` at 2, 3, 4 or 8 bits, the group of every input column given by g_idx.
+``w = (u - z) * s`` at 2, 3, 4 or 8 bits, with the group of every input column in g_idx.
 
 Tensors of a layer:
     qweight  int32 (in*b/32, out)      codes, packed along in
     qzeros   int32 (in/g, out*b/32)    z - 1, packed along out
     scales   float16/32 (in/g, out)    in the dtype of the model
-    g_idx    int32 (in,)               group of every input column; i // g where it is absent
+    g_idx    int32 (in,)               group of every input column; i // g if it is absent
     bias     float16/32 (out,)         optional
 
 Bit order: sequential, low bits first; at 3 bits 32 values fill 3 words and values 10 and 21 straddle (see `packing`),
 in qweight and in qzeros alike.
 
-z = 0 is stored as ``(0 - 1) & mask``, all ones, and read back as 0. Readers differ there: some add 1 and do not
-mask, so that they see 2**b. Prefer gptq_v2 for layers with a zero point of 0.
+z = 0 is stored as ``(0 - 1) & mask``, all ones, and read back as 0. Readers differ: some add 1 and do not
+mask, and get 2**b. Prefer gptq_v2 for layers with a zero point of 0.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
 
     Raises:
-        FormatError: tensors missing or unknown, shapes that disagree, bits that the words do not hold.
+        FormatError: tensors are missing or unknown, shapes disagree, or bits do not fit the words.
     """
     return read_stored(tensors, bits=bits, group_size=group_size, subtracted=1)
 
@@ -72,12 +72,12 @@ def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
 
 
 def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
-    """All but the codes of a layer of ``shape`` (in, out); raises what `read` raises."""
+    """Read everything but the codes of a layer of ``shape`` (in, out); raises what `read` raises."""
     return read_stored_grid(tensors, shape, bits=bits, group_size=group_size, subtracted=1)
 
 
 def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
-    """All but the codes of a layer; raises what `write` raises."""
+    """Write everything but the codes; raises what `write` raises."""
     return write_stored_grid(grid, subtracted=1)
 
 
@@ -90,7 +90,7 @@ def read_stored(tensors: Tensors, *, bits: int, group_size: int, subtracted: int
 
 
 def read_stored_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int, subtracted: int) -> Grid:
-    """All but the codes of such a layer of ``shape`` (in, out)."""
+    """Read everything but the codes of such a layer of ``shape`` (in, out)."""
     in_features, out_features = shape
     groups = group_count(in_features, group_size)
     _check_widths(in_features, out_features, bits)
@@ -122,7 +122,7 @@ def write_stored(linear: AffineLinear, *, subtracted: int) -> dict[str, NDArray[
 
 
 def write_stored_grid(grid: Grid, *, subtracted: int) -> dict[str, NDArray[Any]]:
-    """All but the codes of such a layer."""
+    """Write everything but the codes of such a layer."""
     _check_widths(grid.in_features, grid.out_features, grid.bits)
     stored = (grid.zeros - np.int16(subtracted)) & np.int16(2**grid.bits - 1)
     return {
@@ -142,7 +142,7 @@ def _check_widths(in_features: int, out_features: int, bits: int) -> None:
 
 
 def specs(shape: Shape, spec: LinearSpec, storage: Storage) -> dict[str, TensorSpec]:
-    """Dtype and shape of every tensor, as `write` gives them."""
+    """Dtype and shape of every tensor that `write` gives."""
     (rows, columns), groups = shape, groups_of(shape, spec)
     return {
         "qweight": TensorSpec("I32", (rows * spec.bits // 32, columns)),
@@ -159,7 +159,7 @@ def shape_of(tensors: Tensors, bits: int) -> Shape:
 
 
 def faults(layout: str, shape: Shape, spec: LinearSpec, _storage: Storage) -> list[Fault]:
-    """Widths that do not fill whole words."""
+    """Faults of widths that do not fill whole words."""
     return word_faults(layout, shape, values_per_run(spec.bits))
 
 

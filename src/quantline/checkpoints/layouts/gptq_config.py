@@ -1,4 +1,4 @@
-"""The config section of both GPTQ layouts: AutoGPTQ's, with GPTQModel's ``dynamic`` for linears that differ.
+"""The config section of both GPTQ layouts: AutoGPTQ's, with GPTQModel's ``dynamic`` for linears with other settings.
 
 The same section is the content of quantize_config.json, which AutoGPTQ looks for.
 """
@@ -19,15 +19,15 @@ METHOD = "gptq"
 OWN_FILE = "quantize_config.json"
 # checkpoint_format in the config -> layout
 FORMATS = {"gptq": "gptq", "gptq_v2": "gptq_v2"}
-# What vLLM makes of several linears.
+# Modules that vLLM fuses from several linears.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def describe(layout: str, wanted: Description) -> dict[str, Any]:
     """The section.
 
-    Float linears other than lm_head are negative ``dynamic`` patterns, which GPTQModel and vLLM know; transformers and
-    AutoGPTQ find them by their tensors. Readers ignore zero points where ``sym`` is true.
+    Float linears other than lm_head are negative ``dynamic`` patterns, which GPTQModel and vLLM read; transformers and
+    AutoGPTQ find them by their tensors. Readers ignore zero points if ``sym`` is true.
     """
     config: dict[str, Any] = {
         "quant_method": METHOD,
@@ -47,7 +47,7 @@ def parse(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
     """Read a section.
 
     Raises:
-        CheckpointError: an unknown format, bits or a group size that are none, or patterns that set what is not known.
+        CheckpointError: the format is unknown, or bits, group size or patterns are invalid.
     """
     version = "marlin" if config.get("is_marlin_format") else config.get("checkpoint_format") or "gptq"
     layout = one_of(path, METHOD, version, FORMATS)
@@ -61,10 +61,10 @@ def parse(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
 
 
 def _dynamic(excluded: Sequence[str], overrides: Mapping[str, LayerSettings]) -> dict[str, dict[str, Any]]:
-    """Patterns of names for GPTQ readers: `-:` leaves a module in float, `+:` gives it settings of its own.
+    """Patterns of names for GPTQ readers: `-:` leaves a module in float, `+:` gives it other settings.
 
-    vLLM asks for the fused modules that it makes of q, k, v and of gate and up, so these are named too where all of their
-    parts agree.
+    vLLM looks up the modules that it fuses from q, k, v and from gate and up, so these are named too if all of their parts
+    agree.
     """
     patterns: dict[str, dict[str, Any]] = {
         f"-:^{re.escape(name)}$": {} for name in _with_fused(dict.fromkeys(excluded))

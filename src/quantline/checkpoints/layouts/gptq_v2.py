@@ -32,7 +32,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
 
     Raises:
-        FormatError: tensors missing or unknown, shapes that disagree, bits that the words do not hold.
+        FormatError: tensors are missing or unknown, shapes disagree, or bits do not fit the words.
     """
     return read_stored(tensors, bits=bits, group_size=group_size, subtracted=0)
 
@@ -47,16 +47,16 @@ def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
 
 
 def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
-    """All but the codes of a layer of ``shape`` (in, out); raises what `read` raises."""
+    """Read everything but the codes of a layer of ``shape`` (in, out); raises what `read` raises."""
     return read_stored_grid(tensors, shape, bits=bits, group_size=group_size, subtracted=0)
 
 
 def write_grid(grid: Grid) -> dict[str, NDArray[Any]]:
-    """All but the codes of a layer; raises what `write` raises."""
+    """Write everything but the codes; raises what `write` raises."""
     return write_stored_grid(grid, subtracted=0)
 
 
-# Some readers do not mask the v1 field of a zero point 0, so only symmetric checkpoints go back to v1.
+# Some readers do not mask the v1 field of a zero point of 0, so only symmetric checkpoints are converted to v1.
 LAYOUT = Layout(
     name=NAME,
     method=gptq_config.METHOD,

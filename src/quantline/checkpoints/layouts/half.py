@@ -1,7 +1,7 @@
-"""float16 without NumPy's own conversions, which take one value at a time: exact integer arithmetic on whole arrays.
+"""float16 conversions by integer arithmetic on whole arrays; those of NumPy convert one value at a time.
 
-What these give is what NumPy gives, bit for bit. The fast way is for what scales are, positive and in the normal range of
-float16; everything else goes NumPy's way.
+The results equal NumPy's bit for bit. The fast path is for positive values in the normal range of float16, as scales are;
+for all others NumPy converts.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Bits of float32: the smallest normal float16, and the least value that rounds to its infinity.
+# As bits of float32: the smallest normal float16, and the smallest value that rounds to infinity in float16.
 _SMALLEST, _OVERFLOW = 0x38800000, 0x477FF000
-# Exponents differ in their bias: 127 of float32, 15 of float16.
+# Difference of the exponents' bias: 127 in float32, 15 in float16.
 _BIAS = 127 - 15
 
 
 def narrowed(values: NDArray[np.float32]) -> NDArray[np.float16]:
-    """float32 rounded to the nearest float16, ties to even; too large gives infinity, too small zero, both silently."""
+    """float32 rounded to the nearest float16, ties to even. Overflow gives infinity and underflow zero, both silently."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     if not bits.size or int(bits.min()) < _SMALLEST or int(bits.max()) >= _OVERFLOW:
         with np.errstate(over="ignore", under="ignore"):

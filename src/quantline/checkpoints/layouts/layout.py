@@ -1,8 +1,8 @@
-"""What a weight layout answers about itself; `registry.LAYOUTS` holds all of them.
+"""The description of a weight layout; `registry.LAYOUTS` lists all of them.
 
-Every layout says which tensors it makes of a linear, what it cannot hold, how a config describes it, and which weights its
-tensors stand for. Those whose weights are ``(u - z) * s`` also say how to get at codes, scales and zero points (`Affine`);
-the others are read as weights, and cannot be converted.
+Every layout defines the tensors of a linear, what it cannot store, its section in config.json, and how to dequantize.
+Layouts whose weights are ``(u - z) * s`` also give codes, scales and zero points (`Affine`). The others are read as weights,
+and cannot be converted.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Shape = tuple[int, int]  # (in_features, out_features)
 
 @dataclass(frozen=True)
 class Storage:
-    """What decides a linear's tensors beside its shape, bits and groups.
+    """Properties that determine a linear's tensors, besides its shape, bits and groups.
 
     Attributes:
-        scale_dtype: of the scales, where the layout leaves that open.
-        zero_points: whether zero points are there, where the layout may leave them out.
+        scale_dtype: dtype of the scales, where the layout allows several.
+        zero_points: whether zero points are stored, where the layout may omit them.
         sequential: groups are runs of consecutive input columns.
         double_quant: the scales are quantized again (bitsandbytes at 4 bits).
     """
@@ -47,7 +47,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Fault:
-    """What a layout cannot hold of a linear. about: what it concerns; faults about the same are alike."""
+    """Why a layout cannot store a linear. about: the property at fault, by which faults are grouped."""
 
     about: Literal["bits", "groups", "order", "width"]
     fact: str
@@ -67,28 +67,28 @@ class Found:
 
 
 class Read(Protocol):
-    """One linear's tensors, keyed by suffix, as codes, scales and zero points; raises FormatError."""
+    """Reads a linear's tensors, keyed by suffix, as codes, scales and zero points; raises FormatError."""
 
     def __call__(self, tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
         """See the class."""
 
 
 class ReadGrid(Protocol):
-    """All but the codes of a linear of ``shape`` (in, out); raises FormatError."""
+    """Reads everything but the codes of a linear of ``shape`` (in, out); raises FormatError."""
 
     def __call__(self, tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
         """See the class."""
 
 
 class Dequantize(Protocol):
-    """The weight float32 (out, in) that one linear's tensors stand for; raises FormatError."""
+    """Dequantizes a linear's tensors to its weight, float32 (out, in); raises FormatError."""
 
     def __call__(self, tensors: Tensors, *, bits: int, group_size: int) -> NDArray[np.float32]:
         """See the class."""
 
 
 class Mend(Protocol):
-    """As `Read`, with the groups quantized again that have no exact zero point; the report has one record each."""
+    """As `Read`, but requantizes groups without an exact zero point; the report has one record for each."""
 
     def __call__(self, tensors: Tensors, *, bits: int, group_size: int) -> tuple[AffineLinear, Any]:
         """See the class."""
@@ -96,7 +96,7 @@ class Mend(Protocol):
 
 @dataclass(frozen=True)
 class Bands:
-    """How a compiled kernel writes a layout: kernel is the way that codes are packed (see conversion/kernels.py)."""
+    """How a compiled kernel writes a layout; `kernel` names the packing of codes (see conversion/kernels.py)."""
 
     kernel: Literal["along", "across", "flat"]
     read_grid: ReadGrid
@@ -104,7 +104,7 @@ class Bands:
 
 
 class Outline(Protocol):
-    """Scales and zero points from all tensors but the codes, as a linear of one column a group; raises FormatError.
+    """Reads all tensors but the codes, as a linear with one column per group; raises FormatError.
 
     mend: as `Mend`; the report is None without it.
     """
@@ -117,19 +117,19 @@ class Outline(Protocol):
 
 @dataclass(frozen=True)
 class Affine:
-    """Of layouts whose weights are ``(u - z) * s``.
+    """Properties of a layout whose weights are ``(u - z) * s``.
 
     Attributes:
         read: as `Layout.read`.
-        write: as `Layout.write`; takes `zero_points` if they are optional.
+        write: as `Layout.write`; takes `zero_points` if these are optional.
         rows_are_outputs: codes are stored (out, in).
-        optional_zeros: zero points are left out where all of them are the middle one.
-        half_scales: readers keep scales in float16. Where they are wider, converting rounds them.
-        casts_at_loading: readers round scales to the dtype that they compute in.
+        optional_zeros: zero points are omitted if all of them are the middle one.
+        half_scales: readers keep scales in float16. A conversion rounds wider ones.
+        casts_at_loading: readers round scales to their compute dtype.
         mend: for layouts that can hold groups without an exact zero point.
-        outline: where scales and zero points can be had without reading the codes.
-        check_bytes: for layouts of one signed code a byte, output rows first, which kernels read as they lie in the file:
-            raise FormatError unless bytes from the least to the largest are codes of so many bits.
+        outline: for layouts whose scales and zero points can be read without the codes.
+        check_bytes: for layouts of one signed code per byte, output rows first, which kernels read directly from the file.
+            Called with the smallest and the largest byte and the bits; raises FormatError unless these are codes.
         bands: for layouts that kernels write.
     """
 
@@ -147,14 +147,14 @@ class Affine:
 
 @dataclass(frozen=True)
 class ConfigSection:
-    """How the `quantization_config` of config.json describes a layout.
+    """A layout's section `quantization_config` in config.json.
 
     Attributes:
-        describe: the section; raises CheckpointError where it has no way to say this.
-        parse: what a section of the layout's method says; raises CheckpointError.
+        describe: writes the section; raises CheckpointError if the section cannot express the description.
+        parse: reads a section of the layout's method; raises CheckpointError.
         own_file: readers also look for the section in a file of this name.
-        names_tied_head: modules are named by their class, so that an output layer that is tied to the embeddings, and has
-            no tensor, has to be named where it stays in float.
+        names_tied_head: the section names modules by class. An output layer that is tied to the embeddings has no tensor,
+            but must be named if it stays in float.
     """
 
     describe: Callable[[Description], dict[str, Any]]
@@ -169,30 +169,30 @@ def _itself(_bits: Collection[int], _symmetric: bool) -> str | None:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Layout:
-    """A weight layout; all of it is pure, and inputs stay unchanged.
+    """A weight layout. Its functions are pure and do not modify their inputs.
 
     Attributes:
         name: its key in `LAYOUTS`.
-        method: `quant_method` in config.json; layouts of one method are read by the same libraries.
+        method: `quant_method` in config.json; the same libraries read all layouts of a method.
         tensors: tensor suffix -> whether a linear must have it.
-        scales, zeros, codes: which of them are what.
-        specs: dtype and shape of every tensor of a linear, by suffix; the bias, which is carried, is left out.
-        shape: (in_features, out_features) from a linear's tensors and bits; looks at as few of their bytes as it can.
-        faults: what it cannot hold of one linear.
-        dequantize: the weights.
+        scales, zeros, codes: their suffixes.
+        specs: dtype and shape of every tensor of a linear, by suffix, except for the bias, which is not converted.
+        shape: (in_features, out_features) from a linear's tensors and bits; reads as few of their bytes as possible.
+        faults: why it cannot store a linear.
+        dequantize: gives the weights.
         affine: None for layouts that are read as weights.
-        config: None for layouts that config.json does not describe; those have a `folder`.
-        folder: None for layouts that config.json describes.
-        finder: finds the quantized linears among tensor names -> dtypes, where suffixes alone do not tell.
+        config: None for layouts without a section in config.json; those have a `folder`.
+        folder: None for layouts with a section in config.json.
+        finder: finds the quantized linears among tensor names -> dtypes, where suffixes are not enough.
         mixed: linears of one checkpoint may differ in bits and group size.
         mixed_target: a conversion may write such a checkpoint.
-        desc_act: with the option of this name, its quantizers leave groups reordered by activation.
-        activations: its runtimes also round what goes into the linears.
-        target: its name as `convert.target`; None where nothing is converted to it.
-        servable: a server reads it as it is.
-        nearest: the layout that `convert.target=auto` makes of it, from the bits of its linears and whether they are
-            symmetric; None is itself.
-        zero_hazard: what is known against zero points of 0.
+        desc_act: its quantizers reorder groups by activation if the option of this name is set.
+        activations: its runtimes also quantize the inputs of linears.
+        target: its name as `convert.target`; None if it is not a target.
+        servable: a server can read it.
+        nearest: the layout that `convert.target=auto` converts it to, given the bits of its linears and whether they are
+            symmetric; None keeps it.
+        zero_hazard: a known problem with zero points of 0.
     """
 
     name: str
@@ -226,20 +226,20 @@ class Layout:
         """One linear's tensors, keyed by suffix, as codes, scales and zero points.
 
         Raises:
-            FormatError: they are not what the layout says, or the layout has none.
+            FormatError: they do not fit the layout, or the layout has no codes, scales and zero points.
         """
         return self._affine().read(tensors, bits=bits, group_size=group_size)
 
     def write(self, linear: AffineLinear, *, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
         """A linear's tensors, keyed by suffix.
 
-        zero_points: whether they are written, where the layout can leave them out; None decides by this linear alone.
+        zero_points: whether to write them, where the layout may omit them; None decides by this linear alone.
 
         Raises:
-            FormatError: the layout cannot hold it.
+            FormatError: the layout cannot store it.
         """
-        own = self._affine()
-        return own.write(linear, zero_points=zero_points) if own.optional_zeros else own.write(linear)
+        affine = self._affine()
+        return affine.write(linear, zero_points=zero_points) if affine.optional_zeros else affine.write(linear)
 
     def _affine(self) -> Affine:
         if self.affine is None:
@@ -247,11 +247,11 @@ class Layout:
         return self.affine
 
     def bytes_of(self, shape: Shape, spec: LinearSpec, storage: Storage) -> LinearBytes:
-        """What the tensors of one linear take; what has no fixed size is left out."""
-        found = {suffix: one.nbytes for suffix, one in self.specs(shape, spec, storage).items()}
-        codes = found.pop(self.codes)
-        scales, zeros = (sum(found.pop(suffix, 0) for suffix in group) for group in (self.scales, self.zeros))
-        return LinearBytes(codes, scales, zeros, sum(found.values()))
+        """Bytes of a linear's tensors, except for those of variable size."""
+        sizes = {suffix: one.nbytes for suffix, one in self.specs(shape, spec, storage).items()}
+        codes = sizes.pop(self.codes)
+        scales, zeros = (sum(sizes.pop(suffix, 0) for suffix in group) for group in (self.scales, self.zeros))
+        return LinearBytes(codes, scales, zeros, sum(sizes.values()))
 
     def linears(self, dtypes: Mapping[str, str]) -> dict[str, Found]:
         """The quantized linears among tensor names -> dtypes, complete or not."""
@@ -264,7 +264,7 @@ class Layout:
 
 
 def _find(known: Mapping[str, bool], dtypes: Mapping[str, str]) -> dict[str, Found]:
-    """By suffixes; where codes have the float weight's name, only their dtype tells a linear without partners."""
+    """Find linears by suffix. Codes named `weight` are told from float weights by their dtype."""
     telling = {suffix for suffix in known if suffix not in ("weight", "bias")}
     layers = {layer for layer, _, suffix in (name.rpartition(".") for name in dtypes) if suffix in telling}
     if "weight" in known:
@@ -282,7 +282,7 @@ def _find(known: Mapping[str, bool], dtypes: Mapping[str, str]) -> dict[str, Fou
 
 
 def weights_of(read: Read) -> Dequantize:
-    """How an affine layout dequantizes: in float32, ``(u - z) * s``."""
+    """The `dequantize` of an affine layout: ``(u - z) * s`` in float32."""
 
     def dequantize(tensors: Tensors, *, bits: int, group_size: int) -> NDArray[np.float32]:
         weights: NDArray[np.float32] = dequantize_affine(read(tensors, bits=bits, group_size=group_size))
@@ -292,16 +292,16 @@ def weights_of(read: Read) -> Dequantize:
 
 
 def groups_of(shape: Shape, spec: LinearSpec) -> int:
-    """Groups along the input."""
+    """Number of groups along the input."""
     return 1 if spec.group_size == -1 else -(-shape[0] // spec.group_size)
 
 
 def word_faults(layout: str, shape: Shape, multiple: int) -> list[Fault]:
-    """Widths that do not fill whole words."""
+    """Faults of widths that do not fill whole words."""
     return [
         Fault(
             "width",
-            f"{name}={width} does not fill whole words of {layout}, a multiple of {multiple} does",
+            f"{name}={width} does not fill whole words of {layout}, which needs a multiple of {multiple}",
             "use compressed_tensors, or leave it in float",
         )
         for name, width in zip(("in_features", "out_features"), shape, strict=True)
@@ -310,21 +310,21 @@ def word_faults(layout: str, shape: Shape, multiple: int) -> list[Fault]:
 
 
 def bits_faults(title: str, held: Collection[int], spec: LinearSpec) -> list[Fault]:
-    """Bits that are not held."""
+    """The fault of bits that the layout does not support."""
     if spec.bits in held:
         return []
     known = " and ".join(map(str, held))
-    return [Fault("bits", f"has {spec.bits} bits, {title} holds {known}", "use gptq or compressed_tensors")]
+    return [Fault("bits", f"has {spec.bits} bits, but {title} supports {known}", "use gptq or compressed_tensors")]
 
 
 def order_faults(title: str, storage: Storage, remedy: str) -> list[Fault]:
-    """Reordered groups, for layouts that cannot hold them."""
+    """The fault of reordered groups, for layouts that cannot store them."""
     if storage.sequential:
         return []
-    return [Fault("order", f"groups are reordered by activation (desc_act), which {title} cannot hold", remedy)]
+    return [Fault("order", f"groups are reordered by activation (desc_act), which {title} cannot store", remedy)]
 
 
 def sizes_of(array: NDArray[Any]) -> Shape:
-    """Both sizes of a matrix, from its header alone; 0 for what is missing, which reading refuses."""
+    """Both sizes of a matrix, from its header; 0 for a missing one, which reading refuses."""
     first, second = (*array.shape, 0, 0)[:2]
     return int(first), int(second)

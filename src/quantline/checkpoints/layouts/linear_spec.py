@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """How a linear is quantized: bits of a weight, input columns that share a scale (-1: all)."""
+    """Bits of a weight, and the input columns that share a scale (-1: all)."""
 
     bits: int
     group_size: int
@@ -15,7 +15,7 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """How one quantized linear is stored: bits, group size (-1 per output channel), and whether zeros are middle."""
+    """Bits and group size (-1: per output channel) of a quantized linear, and whether all zero points are the middle."""
 
     bits: int
     group_size: int

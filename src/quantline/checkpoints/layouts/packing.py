@@ -6,8 +6,8 @@ and two of them straddle: code 10 has two bits in word 0 and one in word 1, code
 
 Words are int32 on disk (the sign carries no meaning); all arithmetic here is on a uint32 view of them.
 
-Codes may lie in memory by rows or by columns (the transpose of a contiguous matrix). Transposing bytes costs several
-times what packing does, so codes are taken as they lie and the words, an eighth as many, are brought into order.
+Codes may be row-major or column-major (the transpose of a contiguous matrix). Transposing bytes costs several times as
+much as packing, so codes are packed in their memory order, and the words, an eighth as many, are transposed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from quantline.checkpoints.errors import FormatError
 
 BITS = (2, 3, 4, 8)
 
-# Temporaries of about this many words stay in the cache; whole-tensor temporaries made packing memory-bound, and many small
-# ones make it a matter of the interpreter.
+# Temporaries of about this many words stay in the cache. Larger ones made packing memory-bound, and with many small ones
+# the interpreter takes most of the time.
 _CHUNK_WORDS = 1 << 17
 
 # Elements transposed together: as words they fill the first cache. In rows, at least half a cache line of words.
@@ -38,7 +38,7 @@ def values_per_run(bits: int) -> int:
 
 
 def words_per_run(bits: int) -> int:
-    """Words that such a run fills: 3 for 3 bits, otherwise 1."""
+    """Words in such a run: 3 for 3 bits, otherwise 1."""
     return values_per_run(bits) * bits // 32
 
 
@@ -52,7 +52,7 @@ def pack(codes: NDArray[np.uint8], bits: int, axis: int, order: Sequence[int] | 
         order: for layouts that interleave (AWQ): field ``k`` of each run takes code ``order[k]`` of that run.
 
     Returns:
-        int32 words, by rows.
+        int32 words, row-major.
 
     Raises:
         FormatError: a code does not fit, or the axis is not a whole number of words.
@@ -99,10 +99,10 @@ def unpack(words: NDArray[Any], bits: int, axis: int, order: Sequence[int] | Non
 
     Args:
         words: int32 or uint32 (rows, cols). Not modified.
-        bits, axis, order: as they were given to `pack`.
+        bits, axis, order: as given to `pack`.
 
     Returns:
-        uint8 codes: (rows*32/bits, cols) for axis 0, (rows, cols*32/bits) for axis 1; by columns where the words are.
+        uint8 codes: (rows*32/bits, cols) for axis 0, (rows, cols*32/bits) for axis 1; column-major if the words are.
 
     Raises:
         FormatError: not a matrix of 32-bit words, or a 3-bit axis that is not a multiple of 3 words.
@@ -138,12 +138,12 @@ def unpack(words: NDArray[Any], bits: int, axis: int, order: Sequence[int] | Non
 
 
 def _in_bytes(bits: int, axis: int, order: Sequence[int] | None) -> bool:
-    """Whether the words' bytes are the codes in their order, whole or in pairs."""
+    """Whether each byte of a word holds one code or two, in their order."""
     return bits in (4, 8) and axis == 1 and order is None and sys.byteorder == "little"
 
 
 def _in_rows(bits: int, axis: int) -> bool:
-    """Whether whole rows of codes are combined byte by byte."""
+    """Whether whole rows of codes are combined into bytes of words."""
     return bits in (4, 8) and axis == 0
 
 
@@ -179,7 +179,7 @@ def _unpack_bytes(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
 def _pack_rows(
     codes: NDArray[np.uint8], packed: NDArray[np.uint32], bits: int, order: Sequence[int]
 ) -> NDArray[np.int32]:
-    """Eight rows of nibbles or four of bytes to a row of words: pairs to bytes, bytes to half words, those to words."""
+    """Pack eight rows of nibbles or four of bytes into a row of words: pairs into bytes, half words, then words."""
     runs = codes.reshape(-1, len(order), codes.shape[1])
     for rows in _row_blocks(packed):
         shape = packed[rows].shape

@@ -1,4 +1,4 @@
-"""All weight layouts, and what can be asked of them together. A new layout is a module of its own and a line here."""
+"""The list of weight layouts, and lookups in it. A new layout is a module of its own and a line here."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ CONFIG_SECTIONS: Mapping[str, ConfigSection] = {
 
 
 def packed_linear(names: Iterable[str]) -> str | None:
-    """The first linear that is packed in any layout, going by the names of its tensors."""
+    """The first linear whose tensor names show that it is packed, in any layout."""
     marks = {mark for layout in LAYOUTS.values() for mark in layout.telling}
     found = [(name, mark) for name in sorted(names) for mark in marks if name.endswith(f".{mark}")]
     return min((name.removesuffix(f".{mark}") for name, mark in found), default=None)
 
 
 def folder_layout(folder: Path, method: str) -> Layout | None:
-    """The layout whose folders look like this one, or are of this method; None for what config.json describes."""
+    """The layout that recognises this folder or has this method; None for layouts that config.json describes."""
     known = (layout for layout in LAYOUTS.values() if layout.folder is not None)
     return next(
         (one for one in known if one.method == method or (one.folder is not None and one.folder.recognises(folder))),

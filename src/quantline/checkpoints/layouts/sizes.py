@@ -21,5 +21,5 @@ class LinearBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all tensors."""
         return self.codes + self.scales + self.zeros + self.other

@@ -76,7 +76,7 @@ def test_what_it_cannot_hold_is_refused() -> None:
     for change, fact in [
         ({"weight": np.zeros((4, 8), np.uint8)}, "weight is uint8"),
         ({"weight_scale": np.ones((4, 2), np.float32)}, "weight_scale has shape"),
-        ({"weight_zero_point": np.zeros((4, 1), np.int8)}, "does not know: weight_zero_point"),
+        ({"weight_zero_point": np.zeros((4, 1), np.int8)}, "does not have: weight_zero_point"),
     ]:
         with pytest.raises(FormatError, match=fact):
             int_quantized.read({**tensors, **change}, bits=8, group_size=-1)
@@ -131,7 +131,7 @@ def test_a_checkpoint_is_dequantized_to_what_its_codes_mean_and_its_float_weight
     assert sorted(found) == ["a.0.weight", "a.norm.weight", "lm_head.weight"]
     assert np.array_equal(found["a.0.weight"], dequantize(held))
     (folder / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"a\.0 is packed, config\.json says float"):
+    with pytest.raises(CheckpointError, match=r"a\.0 is packed, but config\.json says float"):
         list(iter_dequantized(folder))
 
 

@@ -109,7 +109,7 @@ def test_what_is_described_is_what_is_read(
     values: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     values["modules_to_not_convert"] = ["lm_head", "model.layers.0.mlp.down_proj"]
     if bits == 8 and layout.startswith("awq"):
-        with pytest.raises(CheckpointError, match="holds 4 bits"):
+        with pytest.raises(CheckpointError, match="stores 4 bits only"):
             describe(layout, **values)
         return
     info = quantization_of(written(tmp_path, describe(layout, **values)))
@@ -159,10 +159,10 @@ def test_gptq_leaves_float_linears_out_by_pattern(tmp_path: Path) -> None:
     section = describe("gptq", bits=4, group_size=64, symmetric=True, modules_to_not_convert=["lm_head", "a.b"])
     assert section["dynamic"] == {r"-:^a\.b$": {}}
     section["dynamic"]["+:^a"] = {"bits": 5}
-    with pytest.raises(CheckpointError, match="bits are 2, 3, 4 or 8"):
+    with pytest.raises(CheckpointError, match="bits must be 2, 3, 4 or 8"):
         quantization_of(written(tmp_path, section))
     section["dynamic"]["+:^a"] = {"mse": 1.0}
-    with pytest.raises(CheckpointError, match="known are bits, group_size and sym"):
+    with pytest.raises(CheckpointError, match="allowed are bits, group_size and sym"):
         quantization_of(written(tmp_path, section))
 
 
@@ -230,7 +230,7 @@ def test_linears_with_bits_of_their_own_are_dequantized_with_them(tmp_path: Path
     found = dict(iter_dequantized(tmp_path))
     assert all(np.array_equal(found[f"{name}.weight"], dequantize(linear)) for name, linear in linears.items())
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"m\.a is packed, config\.json says float"):
+    with pytest.raises(CheckpointError, match=r"m\.a is packed, but config\.json says float"):
         list(iter_dequantized(tmp_path))
 
 

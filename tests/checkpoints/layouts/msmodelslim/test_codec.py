@@ -140,7 +140,7 @@ def test_wrong_tensors_are_refused() -> None:
         ({"weight_scale": np.ones((3, 1), np.float32)}, "weight_scale has shape"),
         ({"weight_offset": np.zeros((2, 2), np.float32)}, "weight_offset has shape"),
         ({"weight_scale": np.array([[np.inf], [np.nan]], np.float32)}, "2 scales are infinite or NaN"),
-        ({"weight": np.array([[8, 0], [0, 0]], np.int8)}, r"codes range over \[0, 8\], 4 bits hold \[-8, 7\]"),
+        ({"weight": np.array([[8, 0], [0, 0]], np.int8)}, r"codes are in \[0, 8\], but 4 bits allow \[-8, 7\]"),
     ]:
         with pytest.raises(FormatError, match=fact):
             read({**good, **change}, bits=4, group_size=-1)

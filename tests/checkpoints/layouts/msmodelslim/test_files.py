@@ -120,7 +120,7 @@ def test_a_packed_layer_without_description_is_refused(tmp_path: Path) -> None:
     write_files(tmp_path, layers(), FLOATS, variant="ascendV1")
     change(tmp_path, remove=tuple(f"a.q_proj.{suffix}" for suffix in ("weight", "weight_scale", "weight_offset")))
     assert refusals(tmp_path) == [
-        "a.q_proj.weight: holds two codes a byte, and the description does not name it: "
+        "a.q_proj.weight: has two codes per byte, but the description does not name it: "
         "add it to quant_model_description.json"
     ]
 
@@ -161,11 +161,11 @@ def test_all_faults_are_found_at_once(tmp_path: Path) -> None:
     starts = [
         "a.o_proj: a.o_proj.weight is I8 (64, 64), a.o_proj.weight_scale is F16 (64, 1), a.o_proj.weight_offset is",
         "a.q_proj: is quantized, but lacks a.q_proj.weight_offset",
-        "b.weight: has the scheme 'W8A8'; known are W4A16, W8A16 and FLOAT",
+        "b.weight: has the scheme 'W8A8'; supported are W4A16, W8A16 and FLOAT",
         "c: is quantized, but lacks c.weight, c.weight_offset",
         "d.weight: is described as 'W4A16' but stored as F16 (8, 8)",
         "n.bias: is the bias of a norm and not zero (largest magnitude 1)",
-        "e.weight: is described as W8A16 in quant_model_description_w4a16.json, and no weights file holds it",
+        "e.weight: is described as W8A16 in quant_model_description_w4a16.json, but is in no weights file",
     ]
     assert len(found) == len(starts)
     for fault, start in zip(found, starts, strict=True):
@@ -182,7 +182,7 @@ def all_tensors(folder: Path) -> dict[str, np.ndarray]:
 def test_unknown_schemes_of_quantized_tensors_are_refused(tmp_path: Path, scheme: Any) -> None:
     write_files(tmp_path, layers(), FLOATS)
     change(tmp_path, **{f"a.q_proj.{suffix}": scheme for suffix in ("weight", "weight_scale", "weight_offset")})
-    assert refusals(tmp_path)[0].startswith(f"a.q_proj.weight: has the scheme {scheme!r}; known are")
+    assert refusals(tmp_path)[0].startswith(f"a.q_proj.weight: has the scheme {scheme!r}; supported are")
 
 
 def test_partners_described_otherwise_are_refused(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""The config section of compressed-tensors: groups of modules, each with a scheme; integer weights here.
+"""The config section of compressed-tensors: groups of modules, each with a scheme. Only integer weights are supported.
 
 Keys are those of the package's `QuantizationConfig`: config_groups (targets, weights), format, ignore and others. A
 target or an ignored name is a module class ("Linear"), a module name, or a pattern "re:...". The format `pack-quantized`
-is weight-only; in `int-quantized` the runtime also rounds activations to 8 bits (W8A8), and all linears are alike.
+is weight-only. With `int-quantized` the runtime also quantizes activations to 8 bits (W8A8), and all linears have equal
+settings.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from quantline.core.errors import CheckpointError
 METHOD = "compressed-tensors"
 _FORMAT = "pack-quantized"
 _INT_FORMAT = "int-quantized"
-# How activations are rounded in it: to int8, symmetrically, with one scale a token that the runtime finds.
+# Quantization of activations in int-quantized: int8, symmetric, with one scale per token that the runtime computes.
 _ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
@@ -29,7 +30,7 @@ _INT_WEIGHTS = LayerSettings(8, -1, True)
 
 @dataclass(frozen=True)
 class Scheme:
-    """A parsed section: settings of all linears and of those that differ, reordered groups, what stays in float."""
+    """A parsed section: the main settings, those of linears that differ, reordered groups, and modules left in float."""
 
     main: LayerSettings
     overrides: Mapping[str, LayerSettings]
@@ -47,7 +48,7 @@ def section(wanted: Description, *, activations: bool) -> dict[str, Any]:
 
 
 def info_of(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
-    """What a section says; raises what `parse` raises."""
+    """Read a section; raises what `parse` raises."""
     scheme = parse(path, config)
     return QuantizationInfo(
         method=METHOD, layout="compressed_tensors_int" if scheme.activation_bits else "compressed_tensors",
@@ -67,21 +68,21 @@ def describe(
 ) -> dict[str, Any]:
     """The section: the main settings for "Linear", then one group of module names for each other setting.
 
-    activations: write `int-quantized`, whose readers round activations too.
+    activations: write `int-quantized`, whose readers also quantize activations.
 
     Raises:
-        CheckpointError: int-quantized of other than symmetric 8-bit weights by channel, all alike.
+        CheckpointError: int-quantized, and weights are not symmetric 8-bit ones per channel, all with equal settings.
     """
     if activations and (main != _INT_WEIGHTS or any(own != main for own in overrides.values())):
         raise CheckpointError(
-            "compressed_tensors_int: holds symmetric weights of 8 bits with one scale an output channel, all linears alike; "
+            "compressed_tensors_int: stores symmetric 8-bit weights with one scale per output channel, all linears alike; "
             "use compressed_tensors"
         )
     if desc_act and main.group_size == -1:
-        desc_act = False  # one group has no order, and the package refuses actorder there
+        desc_act = False  # a single group has no order, and the package refuses actorder for it
     targets: dict[LayerSettings, list[str]] = {main: ["Linear"]}
     for name, settings in overrides.items():
-        # Readers that know linears by their class do not know the output layer by it, so it is always named.
+        # Readers that find linears by class do not find the output layer, so it is always named.
         if settings != main or name == "lm_head":
             targets.setdefault(settings, []).append(name)
     groups = {
@@ -115,9 +116,9 @@ def parse(path: Path, config: Mapping[str, Any]) -> Scheme:
     """Read a section.
 
     Raises:
-        CheckpointError: other formats than pack-quantized and int-quantized, activations quantized otherwise than there,
-            quantized caches, sparsity, transforms, float weights, other strategies than group and channel, or groups
-            that are not named module by module.
+        CheckpointError: formats other than pack-quantized and int-quantized, activations quantized in another way,
+            quantized caches, sparsity, transforms, float weights, strategies other than group and channel, or groups
+            that do not name single modules.
     """
 
     def refuse(fact: str, remedy: str = "use a weight-only pack-quantized checkpoint") -> NoReturn:
@@ -167,7 +168,7 @@ def parse(path: Path, config: Mapping[str, Any]) -> Scheme:
     if len(main) != 1 or (overrides and form == _INT_FORMAT):
         refuse(f"has {len(main)} groups for Linear", "one group for Linear, others by whole module names")
     if None in orders:
-        refuse("has an unknown actorder", "known are group and weight")
+        refuse("has an unknown actorder", "supported are group and weight")
     ignored = config.get("ignore") or []
     if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
         refuse(f"ignore is {ignored!r}", "restore the config")
@@ -197,7 +198,7 @@ def _settings(weights: Any) -> LayerSettings | None:
 
 
 def _reordered(actorder: Any) -> bool | None:
-    """Whether groups follow g_idx; "weight" only changed the calibration. None for an unknown word."""
+    """Whether groups follow g_idx; "weight" only affected the calibration. None for an unknown value."""
     if actorder in (True, "group", "dynamic"):
         return True
     return False if actorder in ("weight", "static") else None

@@ -1,15 +1,15 @@
-"""compressed-tensors ``int-quantized``: 8-bit weights for kernels that round activations to 8 bits too (W8A8).
+"""compressed-tensors ``int-quantized``: 8-bit weights for kernels that also quantize activations to 8 bits (W8A8).
 
-``w = q * s`` with signed codes ``q`` in [-128, 127], one scale an output channel; in the middle form ``u = q + 128`` and
-every zero point is 128. What goes into such a linear is rounded by the runtime, token by token, with a scale of its own
-that no tensor holds; the config says so (`compressed_tensors_config`).
+``w = q * s`` with signed codes ``q`` in [-128, 127], one scale per output channel. In `AffineLinear`, ``u = q + 128`` and
+every zero point is 128. The runtime quantizes the inputs of these linears with one scale per token, which no tensor
+holds; the config says so (`compressed_tensors.config`).
 
 Tensors of a layer, output rows first:
     weight        int8 (out, in)          codes
     weight_scale  float16/32 (out, 1)     in the dtype of the model
     bias          float16/32 (out,)       optional
 
-Source: the compressed-tensors package 0.19 (Apache-2.0), whose own reading the tests compare with this one.
+Source: the compressed-tensors package 0.19 (Apache-2.0), whose reader the tests compare with this one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     """Read one layer; ``tensors`` is keyed by suffix and stays unchanged.
 
     Raises:
-        FormatError: tensors missing or unknown, codes that are not int8, other scales than one an output channel.
+        FormatError: tensors are missing or unknown, codes are not int8, or there is not one scale per output channel.
     """
     check_suffixes(tensors, TENSORS)
     _check(bits, group_size)
@@ -62,7 +62,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     out_features, in_features = weight.shape
     check_shape("weight_scale", tensors["weight_scale"], (out_features, 1))
     return AffineLinear(
-        codes=(weight.view(np.uint8) ^ np.uint8(_MIDDLE)).T,  # adds 128 to two's complement; by columns, as it lies
+        codes=(weight.view(np.uint8) ^ np.uint8(_MIDDLE)).T,  # adds 128 to two's complement; column-major, not copied
         scales=np.ascontiguousarray(as_float("weight_scale", tensors["weight_scale"]).T),
         zeros=np.full((1, out_features), _MIDDLE, dtype=np.int16),
         group_index=sequential_groups(in_features, group_size),
@@ -76,11 +76,11 @@ def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
     """Write one layer, keyed by suffix.
 
     Raises:
-        FormatError: other than 8 bits, groups, or zero points other than 128.
+        FormatError: bits other than 8, several groups, or zero points other than 128.
     """
     _check(linear.bits, linear.group_size)
     if not linear.symmetric:
-        raise FormatError("zero points differ from 128, which this layout cannot hold: use compressed_tensors")
+        raise FormatError("zero points differ from 128, which this layout cannot store: use compressed_tensors")
     codes = np.ascontiguousarray(linear.codes.T)
     tensors: dict[str, NDArray[Any]] = {
         "weight": (codes ^ np.uint8(_MIDDLE)).view(np.int8),
@@ -94,13 +94,13 @@ def write(linear: AffineLinear) -> dict[str, NDArray[Any]]:
 def _check(bits: int, group_size: int) -> None:
     if bits != BITS or group_size != -1:
         raise FormatError(
-            f"bits={bits} group_size={group_size}: this layout holds 8 bits and one scale an output channel (-1); "
+            f"bits={bits} group_size={group_size}: this layout stores 8 bits with one scale per output channel (-1); "
             "use compressed_tensors"
         )
 
 
 def specs(shape: Shape, _spec: LinearSpec, storage: Storage) -> dict[str, TensorSpec]:
-    """Dtype and shape of every tensor, as `write` gives them."""
+    """Dtype and shape of every tensor that `write` gives."""
     in_features, out_features = shape
     return {
         "weight": TensorSpec("I8", (out_features, in_features)),
@@ -115,10 +115,10 @@ def shape_of(tensors: Tensors, _bits: int) -> Shape:
 
 
 def faults(_shape: Shape, spec: LinearSpec, storage: Storage) -> list[Fault]:
-    """Other than 8 bits with one scale an output channel."""
+    """Faults of anything but 8 bits with one scale per output channel."""
     found = [*bits_faults(NAME, (BITS,), spec), *order_faults(NAME, storage, "use gptq or compressed_tensors")]
     if spec.group_size != -1:
-        fact = f"has groups of {spec.group_size}, {NAME} holds one scale an output channel (-1)"
+        fact = f"has groups of {spec.group_size}, but {NAME} stores one scale per output channel (-1)"
         found.append(Fault("groups", fact, "use compressed_tensors"))
     return found
 

@@ -2,18 +2,18 @@
 
 ``w = (u - z) * s`` at 2, 3, 4 or 8 bits; the library's signed codes are ``q = u - 2**(b-1)``, and it packs ``u``.
 
-Tensors of a layer, output rows first, with P = 32 // b values a word:
+Tensors of a layer, output rows first, with P = 32 // b values per word:
     weight_packed      int32 (out, ceil(in/P))     codes, packed along in
     weight_scale       float16/32 (out, in/g)      (out, 1) per output channel; in the dtype of the model
     weight_shape       int64 (2,)                  (out, in): widths need not fill words
-    weight_zero_point  int32 (ceil(out/P), in/g)   zero points, packed along out; absent where all are 2**(b-1)
+    weight_zero_point  int32 (ceil(out/P), in/g)   zero points, packed along out; absent if all are 2**(b-1)
     weight_g_idx       int32 (in,)                 group of every input column; only with reordered groups
     bias               float16/32 (out,)           optional
 
-Bit order: sequential, low bits first, every word on its own: at 3 bits a word holds 10 values and its two top bits
-stay 0 (GPTQ's straddling runs are another layout). The unused fields of a last word are 0. A g_idx that holds -1 was
-never filled in and means consecutive groups. Source: the compressed-tensors package 0.17 (Apache-2.0),
-whose own packing the tests compare with this one.
+Bit order: sequential, low bits first. No value straddles words: at 3 bits a word holds 10 values and its two top bits
+are 0 (unlike GPTQ). The unused fields of a last word are 0. A g_idx that contains -1 was never filled in and means
+consecutive groups. Source: the compressed-tensors package 0.17 (Apache-2.0), whose packing the tests compare with
+this one.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ TENSORS: Mapping[str, bool] = {
 
 
 def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
-    """Read one layer; ``tensors`` is keyed by suffix and stays unchanged. Without zero points they are 2**(b-1).
+    """Read one layer; ``tensors`` is keyed by suffix and stays unchanged. Missing zero points are 2**(b-1).
 
     Raises:
-        FormatError: tensors missing or unknown, shapes that disagree, bits that the words do not hold.
+        FormatError: tensors are missing or unknown, shapes disagree, or bits do not fit the words.
     """
     check_suffixes(tensors, TENSORS)
     shape = tensors["weight_shape"]
@@ -71,22 +71,22 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
         raise FormatError(f"weight_shape is {shape.dtype} {shape.tolist()}: it must be two sizes (out, in)")
     out_features, in_features = (int(size) for size in shape)
     check_shape(CODES, tensors[CODES], (out_features, _words(in_features, bits)))
-    codes = _unpack(tensors[CODES], bits, in_features).T  # by columns, as it lies
+    codes = _unpack(tensors[CODES], bits, in_features).T  # column-major, not copied
     grid = read_grid(tensors, codes.shape, bits=bits, group_size=group_size)
     return AffineLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
 
 
 def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
-    """All but the codes of a layer of ``shape`` (in, out).
+    """Read everything but the codes of a layer of ``shape`` (in, out).
 
     Raises:
-        FormatError: shapes that disagree.
+        FormatError: shapes disagree.
     """
     in_features, out_features = shape
     check_shape("weight_shape", tensors["weight_shape"], (2,))
     if tuple(tensors["weight_shape"]) != (out_features, in_features):
         raise FormatError(
-            f"weight_shape is {tensors['weight_shape'].tolist()}, the layer is {out_features, in_features}"
+            f"weight_shape is {tensors['weight_shape'].tolist()}, but the layer is {out_features, in_features}"
         )
     groups = group_count(in_features, group_size)
     check_shape("weight_scale", tensors["weight_scale"], (out_features, groups))
@@ -112,7 +112,7 @@ def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size
 
 
 def write(linear: AffineLinear, *, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
-    """Write one layer, keyed by suffix; weight_g_idx only where groups are reordered.
+    """Write one layer, keyed by suffix; weight_g_idx only if groups are reordered.
 
     Args:
         linear: the layer.
@@ -120,7 +120,7 @@ def write(linear: AffineLinear, *, zero_points: bool | None = None) -> dict[str,
             so a checkpoint with one asymmetric layer needs them in every layer; None decides by this layer alone.
 
     Raises:
-        FormatError: zero points left out that are not 2**(b-1).
+        FormatError: zero points are omitted but are not 2**(b-1).
     """
     partners = write_grid(linear.grid, zero_points=zero_points)
     tensors: dict[str, NDArray[Any]] = {CODES: _pack(linear.codes.T, linear.bits), **partners}
@@ -130,7 +130,7 @@ def write(linear: AffineLinear, *, zero_points: bool | None = None) -> dict[str,
 
 
 def write_grid(grid: Grid, *, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
-    """All but the codes of a layer; arguments and exceptions are those of `write`."""
+    """Write everything but the codes; arguments and exceptions are those of `write`."""
     if zero_points is None:
         zero_points = not grid.symmetric
     if not zero_points and not grid.symmetric:
@@ -180,7 +180,7 @@ def _unpack(words: NDArray[Any], bits: int, width: int) -> NDArray[np.uint8]:
 
 
 def specs(shape: Shape, spec: LinearSpec, storage: Storage) -> dict[str, TensorSpec]:
-    """Dtype and shape of every tensor, as `write` gives them."""
+    """Dtype and shape of every tensor that `write` gives."""
     (in_features, out_features), groups = shape, groups_of(shape, spec)
     found = {
         "weight_packed": TensorSpec("I32", (out_features, _words(in_features, spec.bits))),
@@ -195,13 +195,13 @@ def specs(shape: Shape, spec: LinearSpec, storage: Storage) -> dict[str, TensorS
 
 
 def shape_of(tensors: Tensors, _bits: int) -> Shape:
-    """(in, out), as a tensor states them."""
+    """(in, out), from weight_shape."""
     out_features, in_features = (int(size) for size in tensors["weight_shape"].reshape(-1)[:2])
     return in_features, out_features
 
 
 def faults(_shape: Shape, spec: LinearSpec, _storage: Storage) -> list[Fault]:
-    """Bits that are not packed; every width can be held."""
+    """Faults of bits that cannot be packed; every width is possible."""
     return bits_faults("compressed-tensors", BITS, spec)
 
 

@@ -1,10 +1,10 @@
-"""msModelSlim (Ascend) W4A16 and W8A16: signed codes, and offsets that need not be codes.
+"""msModelSlim (Ascend) W4A16 and W8A16: signed codes, and offsets that may lie outside the range of codes.
 
-``w = (q - offset) * s``, groups of g consecutive input columns. The middle form has ``u = q + 2**(b-1)`` and
-``z = offset + 2**(b-1)``; codes and zero points are exact or refused, scales are kept as they are.
+``w = (q - offset) * s``, groups of g consecutive input columns. `AffineLinear` has ``u = q + 2**(b-1)`` and
+``z = offset + 2**(b-1)``; codes and zero points are exact or refused, scales are kept unchanged.
 
 Tensors of a layer, output rows first:
-    weight         int8 (out, in)          q, one a byte
+    weight         int8 (out, in)          q, one per byte
                    int8 (out/2, in)        packed, per group: rows 2r (low nibble) and 2r+1 (high) share row r
                    int8 (out, in/2)        packed, per channel: columns 2c (low) and 2c+1 (high) share column c
     weight_scale   float (out, in/g)       also (out*in/g, 1), row-major; per channel (out, 1) or (out,)
@@ -12,12 +12,12 @@ Tensors of a layer, output rows first:
     bias           float (out,)            optional
 
 Packed means W4A16 as ``ascendV1`` saves it, nibbles in two's complement. Floats are float32, float16 or bfloat16.
-Source: the public msModelSlim repository, observed by running it.
+Source: runs of the public msModelSlim repository.
 
 Offsets follow ``round(-min/s) - 2**(b-1)`` and leave the code range in groups whose weights all have one sign. Such a
-group has no exact unsigned zero point: `read` refuses it, `read_with_outliers` quantizes it again and reports it.
-A group of zeros is stored with scale 0 and offset NaN (0/0), a group of one other constant with scale 0 and an infinite
-offset: the first is restored exactly, the second has lost its value.
+group has no exact unsigned zero point: `read` refuses it, `read_with_outliers` requantizes and reports it.
+A group of zeros is stored with scale 0 and offset NaN (0/0), and is restored exactly. A group of another constant is
+stored with scale 0 and an infinite offset: its value is lost.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ TENSORS: Mapping[str, bool] = {"weight": True, "weight_scale": True, "weight_off
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the shapes of a layer's tensors say.
+    """Widths, group size and packing of a layer, from the shapes of its tensors.
 
     Attributes:
         out_features, in_features: of the linear.
         group_size: input columns per group; -1 for one scale per output channel.
-        packed: two codes a byte, along out where group_size is positive, along in for -1.
+        packed: two codes per byte, along out if group_size is positive, along in for -1.
     """
 
     out_features: int
@@ -67,15 +67,15 @@ def geometry(weight: tuple[int, ...], scale: tuple[int, ...], packed: bool) -> G
 
     Args:
         weight, scale: the shapes.
-        packed: whether the save mode packs two codes a byte. Scales of several columns say by themselves whether it
-            did, and then this is not used.
+        packed: whether the save mode packs two codes per byte; not used for scales of several columns, whose shape
+            shows it.
 
     Raises:
-        FormatError: shapes that do not fit each other.
+        FormatError: the shapes do not match.
     """
     fault = FormatError(
-        f"weight {weight} and weight_scale {scale} do not fit each other{' (two codes a byte)' if packed else ''}: "
-        "the checkpoint is incomplete, or described as what it is not"
+        f"weight {weight} and weight_scale {scale} do not fit each other{' (two codes per byte)' if packed else ''}: "
+        "the checkpoint is incomplete, or its description is wrong; save the model again"
     )
     if len(weight) != 2 or len(scale) not in (1, 2) or 0 in (*weight, *scale):
         raise fault
@@ -101,11 +101,11 @@ def read(tensors: Tensors, *, bits: int, group_size: int, packed: bool = False) 
         tensors: arrays by suffix.
         bits: 4 or 8, from the description of the checkpoint.
         group_size: columns per group, -1 per output channel (`geometry` gives it).
-        packed: two codes a byte.
+        packed: two codes per byte.
 
     Raises:
-        FormatError: tensors missing or unknown, shapes that disagree, codes out of range, scales that are not finite,
-            offsets that are not integral codes (with their number).
+        FormatError: tensors are missing or unknown, shapes disagree, codes are out of range, scales are not finite, or
+            offsets are not valid codes (with their number).
     """
     parts = _parts(tensors, bits, group_size, packed)
     bad = _outliers(parts, bits)
@@ -117,24 +117,24 @@ def read(tensors: Tensors, *, bits: int, group_size: int, packed: bool = False) 
 def read_with_outliers(
     tensors: Tensors, *, bits: int, group_size: int, packed: bool = False
 ) -> tuple[AffineLinear, OutlierReport]:
-    """Read one layer and quantize again those groups whose offset is no code; every other group stays exact.
+    """Read one layer and requantize groups whose offset is not a valid code; all other groups stay exact.
 
-    Groups of zeros (scale 0, offset NaN) become codes at the zero point, which is exact. The rest is rounded to
-    nearest over a range that includes 0, against a scale that float16 holds.
+    Groups of zeros (scale 0, offset NaN) become codes at the zero point, which is exact. The others are rounded to
+    nearest over a range that includes 0, with a scale that float16 can represent.
 
     Returns:
-        the layer, and what was changed in which groups (empty where nothing was).
+        the layer, and a report of the changed groups (empty if there are none).
 
     Raises:
-        FormatError: as `read`, but for the offsets; also scale 0 with an infinite offset, whose weights are lost.
+        FormatError: as `read`, except for offsets; also for scale 0 with an infinite offset, whose weights are lost.
     """
     parts = _parts(tensors, bits, group_size, packed)
     bad = _outliers(parts, bits)
     lost = int((~np.isfinite(parts.offsets) & ~_zeros(parts)).sum())
     if lost:
         raise FormatError(
-            f"{lost} groups have an infinite or NaN offset and are no groups of zeros (scale 0, offset NaN, equal "
-            "codes): what their weights were is lost; quantize the layer again, or leave it in float"
+            f"{lost} groups have an infinite or NaN offset and are not groups of zeros (scale 0, offset NaN, equal "
+            "codes): their weights are lost; quantize the layer again, or leave it in float"
         )
     codes, scales, offsets, report = requantize(parts.codes, parts.scales, parts.offsets, bits, bad)
     return _linear(_Parts(codes, scales, offsets, parts.bias), bits, group_size), report
@@ -147,30 +147,32 @@ def write(
 
     Args:
         linear: 4 or 8 bits, consecutive groups.
-        packed: two codes a byte (4 bits only).
+        packed: two codes per byte (4 bits only).
         scale_shape: "matrix" (out, in/g); "column" (out*in/g, 1); "vector" (out,), per channel only.
 
     Raises:
-        FormatError: what this layout does not have.
+        FormatError: the layout cannot store the layer.
     """
     if linear.bits not in BITS or (packed and linear.bits != 4):
-        raise FormatError(f"bits={linear.bits}: this layout holds 4 and 8 bits, packed 4; use another layout")
+        raise FormatError(f"bits={linear.bits}: this layout stores 4 and 8 bits, packed only 4; use another layout")
     if not linear.sequential:
-        raise FormatError("groups are reordered by activation, which this layout cannot hold: use gptq")
+        raise FormatError("groups are reordered by activation, which this layout cannot store: use gptq")
     middle = 2 ** (linear.bits - 1)
     rows = linear.codes.T if linear.codes.flags.f_contiguous else transposed(linear.codes)
     weight = rows - np.uint8(middle)  # (out, in); wraps to two's complement
     if packed:
         axis = 1 if linear.group_size == -1 else 0
         if weight.shape[axis] % 2:
-            raise FormatError(f"width {weight.shape[axis]} is odd: it cannot be packed in pairs; write it unpacked")
+            raise FormatError(
+                f"width {weight.shape[axis]} is odd: codes cannot be packed in pairs; write them unpacked"
+            )
         low, high = (weight[:, 0::2], weight[:, 1::2]) if axis else (weight[0::2], weight[1::2])
         weight = (low & np.uint8(15)) | (high << np.uint8(4))
     scales = np.ascontiguousarray(linear.scales.T)  # (out, groups)
     offsets = (linear.zeros.T - np.int16(middle)).astype(scales.dtype)
     shapes = {"matrix": scales.shape, "column": (scales.size, 1), "vector": (linear.out_features,)}
     if scale_shape == "vector" and linear.groups != 1:
-        raise FormatError("scale_shape=vector holds one scale per output channel: use matrix or column")
+        raise FormatError("scale_shape=vector allows one scale per output channel: use matrix or column")
     tensors: dict[str, NDArray[Any]] = {
         "weight": np.ascontiguousarray(weight).view(np.int8),
         "weight_scale": scales.reshape(shapes[scale_shape]),
@@ -185,7 +187,7 @@ def check_range(low: int, high: int) -> None:
     """Raise FormatError unless bytes from low to high are codes of 4 bits."""
     if low < -8 or high > 7:
         raise FormatError(
-            f"codes range over [{low}, {high}], 4 bits hold [-8, 7]: the layer has 8 bits, or two codes a byte; correct "
+            f"codes are in [{low}, {high}], but 4 bits allow [-8, 7]: the layer has 8 bits, or two codes per byte; correct "
             "the description, or save the model again"
         )
 
@@ -203,7 +205,7 @@ def _parts(tensors: Tensors, bits: int, group_size: int, packed: bool) -> _Parts
     weight, scales = tensors["weight"], as_float("weight_scale", tensors["weight_scale"])
     offsets = as_float("weight_offset", tensors["weight_offset"])
     if bits not in BITS or (packed and bits != 4):
-        raise FormatError(f"bits={bits}: this layout holds 4 and 8 bits, packed 4; check the description")
+        raise FormatError(f"bits={bits}: this layout stores 4 and 8 bits, packed only 4; check the description")
     if weight.dtype != np.int8 or weight.ndim != 2 or not weight.size:
         raise FormatError(f"weight is {weight.dtype} {weight.shape}: it must be an int8 matrix; is it a float layer?")
     rows, columns = weight.shape
@@ -215,7 +217,7 @@ def _parts(tensors: Tensors, bits: int, group_size: int, packed: bool) -> _Parts
         groups != 1 or scales.shape != (out_features,)
     ):
         raise FormatError(
-            f"weight_scale has shape {scales.shape}, weight and group_size imply {(out_features, groups)}: "
+            f"weight_scale has shape {scales.shape}, but weight and group_size imply {(out_features, groups)}: "
             "check group_size and the save mode"
         )
     check_shape("weight_offset", offsets, scales.shape)
@@ -230,7 +232,7 @@ def _parts(tensors: Tensors, bits: int, group_size: int, packed: bool) -> _Parts
 
 
 def _unpacked(weight: NDArray[np.int8], along_in: bool) -> NDArray[np.uint8]:
-    """Two nibbles a byte -> u = q + 8, (out, in)."""
+    """Two nibbles per byte -> u = q + 8, (out, in)."""
     stored = weight.view(np.uint8) ^ np.uint8(0x88)  # two's complement nibble + 8
     rows, columns = stored.shape
     codes = np.empty((rows, 2 * columns) if along_in else (2 * rows, columns), dtype=np.uint8)
@@ -241,7 +243,7 @@ def _unpacked(weight: NDArray[np.int8], along_in: bool) -> NDArray[np.uint8]:
 
 
 def _outliers(parts: _Parts, bits: int) -> NDArray[np.bool_]:
-    """bool (out, groups): the offset is no code."""
+    """bool (out, groups): the offset is not a valid code."""
     middle = 2 ** (bits - 1)
     offsets = parts.offsets
     # NaN compares false
@@ -250,7 +252,7 @@ def _outliers(parts: _Parts, bits: int) -> NDArray[np.bool_]:
 
 
 def _zeros(parts: _Parts) -> NDArray[np.bool_]:
-    """bool (out, groups): a group of zeros as the quantizer leaves it, 0/0 everywhere."""
+    """bool (out, groups): a group of zeros as the quantizer stores it (0/0)."""
     found: NDArray[np.bool_] = (parts.scales == 0) & np.isnan(parts.offsets)
     channels, groups = np.nonzero(found)
     codes = parts.codes.reshape(*found.shape, -1)[channels, groups]  # (n, g)
@@ -273,14 +275,14 @@ def _describe(parts: _Parts, bits: int, bad: NDArray[np.bool_]) -> str:
         facts.append(f"{offsets.size - finite.size} offsets that are infinite or NaN")
     return (
         f"{int(bad.sum())} of {bad.size} groups have no exact zero point: {', '.join(facts)}; "
-        "allow these groups to be quantized again (requantize_outliers), or quantize the model again"
+        "allow requantizing these groups (requantize_outliers), or quantize the model again"
     )
 
 
 def _linear(parts: _Parts, bits: int, group_size: int) -> AffineLinear:
     zeros = parts.offsets.astype(np.int16) + np.int16(2 ** (bits - 1))
     return AffineLinear(
-        codes=parts.codes.T,  # by columns, as it lies
+        codes=parts.codes.T,  # column-major, not copied
         scales=turned(parts.scales),
         zeros=turned(zeros),
         group_index=sequential_groups(parts.codes.shape[1], group_size),

@@ -1,4 +1,4 @@
-"""msModelSlim checkpoints as folders: which tensors form which layers, decided from headers alone, and writing them.
+"""msModelSlim checkpoints as folders: finds their layers from headers, and writes them.
 
 | save mode | description | weights |
 | --- | --- | --- |
@@ -7,7 +7,7 @@
 | v1 saver | quant_model_description.json, with ``version`` | quant_model_weights.safetensors |
 
 Weights may be sharded (``<stem>-0000i-of-0000N.safetensors`` and ``<stem>.safetensors.index.json``). The description is
-one flat JSON object: tensor name -> scheme ("W4A16", "W8A16", "FLOAT", others), among keys about the whole model.
+one flat JSON object: tensor name -> scheme ("W4A16", "W8A16", "FLOAT", others), with keys about the whole model.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def plan(folder: str | Path) -> FolderContents:
     """Read description and headers and decide about every tensor.
 
     Raises:
-        CheckpointError: no description or no weights or several, unreadable JSON, a damaged header, an index that
-            leaves the folder. Faults of single tensors are no exceptions: all of them are in `FolderContents.refusals`.
+        CheckpointError: there is not exactly one description and one set of weights, JSON or a header is damaged, or
+            the index names files outside the folder. Faults of single tensors are in `FolderContents.refusals`.
     """
     folder = Path(folder)
     description, weights = _find(folder)
@@ -83,13 +83,13 @@ def _find(folder: Path) -> tuple[str, str]:
         if not names:
             raise CheckpointError(f"{folder}: has no msModelSlim {what}: fetch it, or check the path")
         if len(names) > 1:
-            raise CheckpointError(f"{folder}: has more than one {what}, {', '.join(names)}: keep those of one save")
+            raise CheckpointError(f"{folder}: has more than one {what}, {', '.join(names)}: keep only one")
     description, weights = (names[0] for names in found.values())
     return description, weights
 
 
 def stem_of(bits: Iterable[int], variant: str) -> str:
-    """The name of the weights of linears of these bits, without `.safetensors` and what shards add."""
+    """Name of the weights file for these bits, without `.safetensors` and the suffixes of shards."""
     return "quant_model_weights" if variant == V1 else f"quant_model_weight_{_whole(bits).lower()}"
 
 
@@ -99,9 +99,9 @@ def write_description(
     """Write the description.
 
     Args:
-        folder: where to.
+        folder: to write to.
         schemes: tensor name -> "W4A16", "W8A16" or "FLOAT".
-        bits: of the quantized linears; the least of them stands for the model.
+        bits: of the quantized linears; the model is described by the smallest.
         group_size: the largest of the linears, -1 where all are per channel.
         variant: "safe_tensor", "ascendV1" or "v1".
     """
@@ -119,7 +119,7 @@ def write_description(
 
 
 def scheme_of(bits: int) -> str:
-    """How the description calls linears of these bits."""
+    """The scheme of linears of these bits in the description."""
     return f"W{bits}A16"
 
 
@@ -138,19 +138,19 @@ def write_files(
     """Write description and weights to an existing folder; config and tokenizer are the caller's.
 
     Args:
-        folder: where to.
+        folder: to write to.
         linears: module name -> layer; 4-bit ones are packed under "ascendV1".
         tensors: name -> float tensor, described as FLOAT.
         variant: "safe_tensor", "ascendV1" or "v1".
-        shards: number of weights files; v0 writes an index from 2 on, v1 always.
+        shards: number of weights files; v0 writes an index for 2 or more, v1 always.
 
     Raises:
-        FormatError: a layer that the layout cannot hold.
-        CheckpointError: an unknown variant, or a tensor given twice.
+        FormatError: the layout cannot store a layer.
+        CheckpointError: the variant is unknown, or a tensor is given twice.
     """
     folder = Path(folder)
     if variant not in (SAFE_TENSOR, ASCEND_V1, V1):
-        raise CheckpointError(f"variant={variant!r}: known are {SAFE_TENSOR}, {ASCEND_V1} and {V1}")
+        raise CheckpointError(f"variant={variant!r}: supported are {SAFE_TENSOR}, {ASCEND_V1} and {V1}")
     stored: dict[str, NDArray[Any]] = dict(tensors)
     schemes: dict[str, Any] = dict.fromkeys(tensors, FLOAT)
     for name, linear in linears.items():

@@ -1,6 +1,6 @@
-"""msModelSlim's three save modes as layouts: safe_tensor, ascendV1 (two 4-bit codes a byte) and that of the v1 saver.
+"""msModelSlim's three save modes as layouts: safe_tensor, ascendV1 (two 4-bit codes per byte) and that of the v1 saver.
 
-They differ in how codes of 4 bits lie, and in the names and the description of the files. The v1 saver's is read only.
+They differ in the packing of 4-bit codes, and in the file names and the description. The v1 saver's can only be read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _TITLE, _OTHERS = "msModelSlim", "use gptq or compressed_tensors"
 
 
 def _layout(variant: str, *, packs: bool, target: bool) -> Layout:
-    """One save mode; packs: 4-bit codes lie two in a byte."""
+    """One save mode; packs: a byte holds two 4-bit codes."""
     name = NAMES[variant]
     read = partial(_read, packs)
     return Layout(
@@ -69,7 +69,7 @@ def _layout(variant: str, *, packs: bool, target: bool) -> Layout:
 
 
 def _group_size(tensors: Tensors, group_size: int) -> int:
-    """-1 where there is one scale an output channel, and codes that are packed lie along the input."""
+    """-1 if there is one scale per output channel; packed codes are then packed along the input."""
     scale, rows = tensors["weight_scale"], tensors["weight"].shape[0]
     return -1 if scale.size == rows and scale.shape[0] == rows else group_size
 
@@ -85,7 +85,7 @@ def _mend(packs: bool, tensors: Tensors, *, bits: int, group_size: int) -> tuple
 
 
 def _write(packs: bool, linear: AffineLinear) -> dict[str, NDArray[Any]]:
-    """One group over the whole input is told by its one scale a channel."""
+    """A single group over the whole input is written as one scale per channel."""
     own = replace(linear, group_size=-1) if linear.groups == 1 else linear
     return codec.write(own, packed=packs and linear.bits == 4)
 
@@ -93,7 +93,7 @@ def _write(packs: bool, linear: AffineLinear) -> dict[str, NDArray[Any]]:
 def _outline(
     partners: Tensors, *, out_features: int, spec: LinearSpec, mend: bool
 ) -> tuple[AffineLinear, OutlierReport | None]:
-    """One column a group, of codes 0, has the same scales and offsets as the linear itself."""
+    """A linear with one column of zero codes per group has the same scales and offsets."""
     groups = partners["weight_scale"].size // out_features
     stored = {"weight": np.zeros((out_features, groups), dtype=np.int8), **partners}
     size = -1 if spec.group_size == -1 else 1
@@ -126,7 +126,7 @@ def _faults(name: str, packs: bool, shape: Shape, spec: LinearSpec, storage: Sto
     if packs and spec.bits == 4:
         side, width = ("in_features", shape[0]) if groups_of(shape, spec) == 1 else ("out_features", shape[1])
         if width % 2:
-            fact = f"{side}={width} does not fill whole words of {name}, a multiple of 2 does"
+            fact = f"{side}={width} does not fill whole words of {name}, which needs a multiple of 2"
             found.append(Fault("width", fact, "use compressed_tensors, or leave it in float"))
     return found
 
@@ -147,8 +147,7 @@ def _describe(variant: str, folder: Path, tensors: Mapping[str, LinearSpec | Non
 def _carried_faults(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     vectors = {name for name, shape in shapes.items() if len(shape) == 1}
     return [
-        f"{name}: is the bias of a norm, which msModelSlim's readers take for one of anti-outlier m3 and leave out; "
-        f"{_OTHERS}"
+        f"{name}: is the bias of a norm, which readers of msModelSlim drop as one of anti-outlier m3; {_OTHERS}"
         for name in shapes
         if name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" in vectors
     ]

@@ -1,4 +1,4 @@
-"""Groups whose zero point is no code: quantized again, one by one and on request only, with a report of each."""
+"""Requantizes groups whose zero point is not a valid code, only on request, and reports each of them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from quantline.checkpoints.errors import FormatError
 
-# Weights rounded at a time: bounds the float64 temporaries where a whole layer is out of range.
+# Weights rounded at a time; limits the float64 temporaries if a whole layer is out of range.
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class OutlierReport:
-    """The groups of one layer that were quantized again, in the order of channel and group; all arrays are (n,).
+    """The requantized groups of one layer, in order of channel and group; all arrays are (n,).
 
     Attributes:
         channels: int64, output channel.
         groups: int64, group along the input.
         old_scales, old_offsets: float64, as stored (the offset in signed codes; it may be NaN).
-        new_scales, new_zeros: float64 and int16, what replaced them (the zero point is unsigned).
+        new_scales, new_zeros: float64 and int16, their replacements (the zero point is unsigned).
         errors: float64, largest ``|new - old|`` over the weights of the group, where old is ``(q - offset) * s``;
             0 for a group of zeros, which is restored exactly.
         peaks: float64, largest ``|old|`` of the group, for relative errors.
@@ -43,17 +43,17 @@ class OutlierReport:
 
     @property
     def exact(self) -> int:
-        """How many of the groups mean exactly what they meant before."""
+        """Number of groups whose weights have not changed."""
         return int((self.errors == 0).sum())
 
     @property
     def largest_relative_error(self) -> float:
-        """Largest error of a group over its largest weight; 0 without groups."""
+        """The largest ratio of a group's error to its largest weight; 0 without groups."""
         relative = np.divide(self.errors, self.peaks, out=np.zeros_like(self.errors), where=self.peaks > 0)
         return float(relative.max(initial=0.0))
 
     def records(self) -> list[dict[str, Any]]:
-        """One JSON-able mapping per group; an offset that is no number comes as text."""
+        """One JSON-able mapping per group; an offset that is not finite is given as text."""
         return [
             {
                 "channel": int(self.channels[i]),
@@ -72,10 +72,10 @@ class OutlierReport:
 def requantize(
     codes: NDArray[np.uint8], scales: NDArray[Any], offsets: NDArray[np.float32], bits: int, bad: NDArray[np.bool_]
 ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.float32], OutlierReport]:
-    """Quantize the marked groups again, so that every offset is a code.
+    """Requantize the marked groups, so that every offset is a valid code.
 
-    Over the group's weights and 0: ``s = (max - min) / (2**b - 1)``, rounded to a float16 where that exists (so that
-    layouts of float16 scales hold it), ``z = round(-min / s)``, ``u = round(w / s) + z``. A group of zeros gets s = 1
+    Over the group's weights and 0: ``s = (max - min) / (2**b - 1)``, rounded to float16 if in its range (so that
+    layouts with float16 scales can store it), ``z = round(-min / s)``, ``u = round(w / s) + z``. A group of zeros gets s = 1
     and u = z = 2**(b-1).
 
     Args:
@@ -89,7 +89,7 @@ def requantize(
         codes, scales and offsets with the marked groups replaced, and the report.
 
     Raises:
-        FormatError: a group's new scale leaves the range of the dtype of the scales.
+        FormatError: a group's new scale is beyond the range of the scales' dtype.
     """
     channels, groups = np.nonzero(bad)
     out_features, count = scales.shape
@@ -139,13 +139,13 @@ def _rounded(
 
 
 def _storable(scales: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[np.float64]:
-    """Rounded to float16 where that is a normal number, otherwise to ``dtype``."""
+    """Rounded to float16 if that gives a normal number, otherwise to ``dtype``."""
     with np.errstate(over="ignore", under="ignore"):
         half = scales.astype(np.float16).astype(np.float64)
         stored = scales.astype(dtype).astype(np.float64)
     normal = np.isfinite(half) & (half >= 2.0**-14)
     if not (normal | (np.isfinite(stored) & (stored != 0))).all():
-        raise FormatError(f"a group needs a scale that {dtype} cannot hold: quantize the layer again")
+        raise FormatError(f"a group needs a scale beyond the range of {dtype}: quantize the layer again")
     return np.where(normal, half, stored)
 
 

@@ -1,6 +1,6 @@
-"""What the tensors of a msModelSlim folder are: quantized linears, tensors to carry over, copies, faults.
+"""Sorts the tensors of a msModelSlim folder into quantized linears, tensors to copy, tensors to drop, and faults.
 
-Decided from names, headers and the description (see `msmodelslim_files`); only biases of norms are read.
+Names, headers and the description decide (see `msmodelslim.files`); only biases of norms are read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quantline.checkpoints.safetensors_file import SafetensorsFile, TensorInfo, 
 SAFE_TENSOR, ASCEND_V1, V1 = "safe_tensor", "ascendV1", "v1"
 SCHEMES = {"W4A16": 4, "W8A16": 8}
 FLOAT = "FLOAT"
-# How the layout of each save mode is called; of a linear whose codes lie two in a byte it is that of ascendV1.
+# Layout of each save mode; linears with two codes per byte have that of ascendV1.
 NAMES = {SAFE_TENSOR: "msmodelslim", ASCEND_V1: "msmodelslim_ascend_v1", V1: "msmodelslim_v1"}
 PACKED = NAMES[ASCEND_V1]
 
@@ -43,7 +43,7 @@ class Planner:
     layers: dict[str, FolderLinear] = field(default_factory=dict)
     carried: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
-    refused: set[str] = field(default_factory=set)  # modules that have had their fault
+    refused: set[str] = field(default_factory=set)  # modules with a fault, which is reported once
 
     def plan(self) -> FolderContents:
         """Decide about every tensor."""
@@ -77,7 +77,7 @@ class Planner:
         )
 
     def _linear(self, module: str) -> None:
-        """Decide whether a module is a quantized linear, and what stands against it."""
+        """Decide whether a module is a quantized linear, and record its fault if it cannot be read."""
         if module in self.layers or module in self.refused:
             return
         names = {suffix: f"{module}.{suffix}" for suffix in ("weight", *_PARTNERS)}
@@ -85,7 +85,7 @@ class Planner:
         present = [suffix for suffix in names if names[suffix] in self.infos]
         scheme = self.schemes.get(names["weight"])
         integer = weight is not None and weight.dtype in ("I8", "U8") and len(weight.shape) == 2
-        # m3 describes the vectors of wrapped norms by the scheme of the model; they are float all the same.
+        # m3 gives the vectors of wrapped norms the scheme of the model, but they are float.
         vector = weight is not None and len(weight.shape) == 1
         if not integer and present == ["weight"] and (vector or scheme in (None, FLOAT)):
             return
@@ -129,10 +129,10 @@ class Planner:
             return FolderFault(names["weight"], str(error), _AGAIN)
         if shape.packed and bits != 4:
             return FolderFault(
-                names["weight"], f"holds two codes a byte, described as {scheme}", "correct the description"
+                names["weight"], f"has two codes per byte, but is described as {scheme}", "correct the description"
             )
         if shape.packed and not described:
-            fact = "holds two codes a byte, and the description does not name it"
+            fact = "has two codes per byte, but the description does not name it"
             return FolderFault(names["weight"], fact, f"add it to {self.description}")
         return FolderLinear(
             PACKED if shape.packed else NAMES[SAFE_TENSOR], bits, shape.group_size, shape.out_features, shape.in_features,
@@ -140,7 +140,7 @@ class Planner:
         )  # fmt: skip
 
     def _keep(self, name: str) -> None:
-        """A tensor outside quantized weights: carried over, dropped as a copy, or a fault."""
+        """Copy a tensor outside the quantized linears, drop it as a duplicate, or record a fault."""
         module, _, suffix = name.rpartition(".")
         outer = module.removesuffix(".module")
         if outer != module and self._is_vector(f"{module}.weight") and f"{outer}.weight" in self.infos:
@@ -171,20 +171,20 @@ class Planner:
         values = to_float32(SafetensorsFile(self.folder / self.files[name], self.infos).read(name))
         if values.any():
             largest = float(np.abs(values).max())
-            fact = f"is the bias of a norm and not zero (largest magnitude {largest:.3g}); an RMSNorm cannot load it"
+            fact = f"is the bias of a norm and not zero (largest magnitude {largest:.3g}), which an RMSNorm cannot load"
             remedy = "quantize without the anti-outlier method that made it (m3 leaves zeros)"
             self.faults.append(FolderFault(name, fact, remedy))
         else:
             self.dropped.append(name)
 
     def _described_only(self) -> None:
-        """Tensors that the description promises and no file holds."""
+        """Record faults of tensors that are in the description but in no file."""
         for name, scheme in self.schemes.items():
             module, _, suffix = name.rpartition(".")
             if name in self.infos or not module or suffix not in ("weight", "bias", *_PARTNERS):
                 continue
             if module in self.refused or not isinstance(scheme, str):
-                continue  # its module has a fault already, or this is no tensor
+                continue  # its module has a fault already, or this is not a tensor
             if suffix in _PARTNERS and module in self.layers:
                 continue
             copied = module.removesuffix(".module")
@@ -194,12 +194,12 @@ class Planner:
                 continue  # tied to the embeddings
             if suffix == "bias" and self._is_vector(f"{module}.weight"):
                 continue  # a zero bias that m3 would have added to a norm
-            fact = f"is described as {scheme} in {self.description}, and no weights file holds it"
+            fact = f"is described as {scheme} in {self.description}, but is in no weights file"
             self.faults.append(FolderFault(name, fact, "fetch all weights files, or " + _AGAIN))
 
 
 def _unknown(tensor: str, scheme: Any) -> FolderFault:
-    known = f"known are {', '.join(SCHEMES)} and {FLOAT}"
+    supported = f"supported are {', '.join(SCHEMES)} and {FLOAT}"
     return FolderFault(
-        tensor, f"has the scheme {scheme!r}; {known}", "quantize it with one of them, or leave it in float"
+        tensor, f"has the scheme {scheme!r}; {supported}", "quantize it with one of them, or leave it in float"
     )
