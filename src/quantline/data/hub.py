@@ -43,7 +43,7 @@ class HubRepo:
         """The pinned commit.
 
         Raises:
-            UserError: the revision is missing, or is a branch or tag. The message names the commit to pin if
+            UserError: the revision is missing or not a full commit hash. The message names the commit to pin if
                 the hub answers.
         """
         if self.revision is not None and COMMIT.fullmatch(self.revision):

@@ -111,7 +111,7 @@ def _unreachable(manager: Any, name: str, error: Exception, download: bool) -> s
     other = "" if download else ", or set tasks.download=true if the hub can be reached"
     reason = " ".join(str(error).split())[:200]
     return (
-        f"{name}: {shown} is not in the local cache of data sets{tried}; download it where there is a network and set "
+        f"{name}: {shown} is not in the local cache of data sets{tried}; download it where a network is available and set "
         f"HF_HOME or HF_DATASETS_CACHE to its folder{other} ({type(error).__name__}: {reason})"
     )
 
