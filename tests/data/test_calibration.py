@@ -196,7 +196,7 @@ def test_tampered_tokens_are_found_on_loading(model, text_file, out):
     content = bytearray((out / "tokens.safetensors").read_bytes())
     content[-4] ^= 1
     (out / "tokens.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"is not what manifest\.json describes"):
+    with pytest.raises(UserError, match=r"does not match manifest\.json"):
         load(out)
     (out / "tokens.safetensors").unlink()
     with pytest.raises(UserError, match="run the stage calibrate again"):
@@ -218,7 +218,7 @@ def test_rows_are_rendered_through_the_chat_template_without_separators(chat_mod
 
 def test_messages_without_the_chat_template_name_the_option(chat_model, tmp_path, out):
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
-    with pytest.raises(UserError, match=r"chats\.jsonl:1: holds messages; set calibration\.chat_template=true"):
+    with pytest.raises(UserError, match=r"chats\.jsonl:1: has messages; set calibration\.chat_template=true"):
         build(chat_model, spec(path), out)
 
 
@@ -229,7 +229,9 @@ def test_a_tokenizer_without_chat_template_is_refused(model, text_file, out):
 
 def test_a_row_that_the_template_refuses_is_named(tmp_path, text_file, out):
     strict = write_model(tmp_path / "strict", chat_template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UserError, match=r"texts\.jsonl:\d+: the chat template refuses it \(roles must alternate\)"):
+    with pytest.raises(
+        UserError, match=r"texts\.jsonl:\d+: the chat template rejects this row \(roles must alternate\)"
+    ):
         build(strict, spec(text_file, chat_template=True), out)
 
 
@@ -239,9 +241,9 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path, text_file, out):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (['{"text": "a"}', '{"text": '], r"bad\.jsonl:2: is no valid JSON"),
+        (['{"text": "a"}', '{"text": '], r"bad\.jsonl:2: is not valid JSON"),
         (["[1]"], r"bad\.jsonl:1: is a JSON list"),
-        (['{"body": "a"}'], r"bad\.jsonl:1: has neither text nor messages, but body; set text_field"),
+        (['{"body": "a"}'], r"bad\.jsonl:1: has neither text nor messages \(it has body\); set text_field"),
         (['{"text": 3}'], r"bad\.jsonl:1: text is a int"),
         (['{"messages": [{"role": "user"}]}'], r"bad\.jsonl:1: messages must be a list of objects"),
         (['{"text": "a"}', "", '{"text": " "}'], r"2 of 3 rows are empty \(lines 2, 3\).*calibration\.skip_empty=true"),
@@ -280,7 +282,7 @@ def test_too_few_long_documents_are_counted(model, text_file, out):
 
 
 def test_samples_longer_than_the_model_takes_are_refused(model, text_file, out):
-    with pytest.raises(UserError, match=r"calibration\.seq_len=65: the model takes 64 tokens at most"):
+    with pytest.raises(UserError, match=r"calibration\.seq_len=65: the model takes at most 64 tokens"):
         build(model, spec(text_file, seq_len=65), out)
 
 
@@ -308,7 +310,7 @@ def test_a_missing_own_file_names_the_option(model, out):
 def test_ids_beyond_the_models_vocabulary_are_refused(tmp_path, text_file, out):
     small = write_model(tmp_path / "small")
     write_config(small, vocab_size=50)
-    with pytest.raises(UserError, match=r"gives id \d+, the model's vocabulary has 50"):
+    with pytest.raises(UserError, match=r"gives id \d+, but the model's vocabulary has 50"):
         build(small, spec(text_file), out)
 
 
@@ -372,10 +374,10 @@ def test_a_local_file_takes_the_place_of_the_hubs(served, model, text_file, out)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"revision": "main"}, rf"main can move.*set calibration\.sources\.code\.revision={COMMIT}"),
+        ({"revision": "main"}, rf"main is not a commit.*set calibration\.sources\.code\.revision={COMMIT}"),
         ({"repo": "owner/none"}, r"calibration\.sources\.code\.path=FILE"),
         ({"file": "none.parquet"}, r"no such file: check calibration\.sources\.code\.file"),
-        ({"text_field": "text"}, "has no column text, but body"),
+        ({"text_field": "text"}, "has no column text \(it has body\)"),
     ],
 )
 def test_faults_of_a_hubs_source_name_its_options(served, model, out, change, words):

@@ -39,7 +39,7 @@ def test_damaged_files_are_refused_by_name(tmp_path, name, damage):
     half = len(content) // 2
     changes = {"cut": content[:half], "overwritten": bytes(80) + content[80:], "one byte cut": content[:-1]}
     path.write_bytes(changes[damage])
-    with pytest.raises(UserError, match=r"t\.(json|parquet).*fetch it anew"):
+    with pytest.raises(UserError, match=r"t\.(json|parquet).*fetch it again"):
         list(documents.read_documents(path, documents.format_of(path, None), ("text",)))
 
 
@@ -58,7 +58,7 @@ def test_parquet_columns_may_be_nested_lists(tmp_path):
     path.write_bytes(parquet([{"context": {"contexts": ["a", "b"]}, "other": 1}]))
     [document] = documents.read_documents(path, "parquet", ("context.contexts",))
     assert document.text == "a\nb"
-    with pytest.raises(UserError, match="has no column text, but context, other; set text_field"):
+    with pytest.raises(UserError, match="has no column text \(it has context, other\); set text_field"):
         list(documents.read_documents(path, "parquet", ("text",)))
 
 
@@ -81,5 +81,5 @@ def test_plain_text_is_read_by_paragraphs(tmp_path):
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(UserError, match="allowed are jsonl"):
         documents.format_of(tmp_path / "t", "csv")
-    with pytest.raises(UserError, match="tells no format"):
+    with pytest.raises(UserError, match="the format cannot be told"):
         documents.format_of(tmp_path / "t.csv", None)

@@ -118,7 +118,7 @@ def spoil(path):
     [
         (lambda folder: cut(folder / "model.safetensors", 10_000_000), ["model.safetensors", "10000000"]),
         (lambda folder: spoil(folder / "model.safetensors"), ["model.safetensors", "header"]),
-        (lambda folder: cut(folder / "config.json", 100), ["config.json is no valid JSON", "100 bytes"]),
+        (lambda folder: cut(folder / "config.json", 100), ["config.json is not valid JSON", "100 bytes"]),
         (lambda folder: (folder / "tokenizer.json").unlink(), ["has no tokenizer"]),
         (lambda folder: (folder / "model.safetensors").unlink(), ["has no model.safetensors"]),
     ],

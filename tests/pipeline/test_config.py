@@ -32,7 +32,7 @@ def test_five_bits_are_refused_with_the_allowed_ones(composed):
 
 def test_rounded_activations_name_what_they_go_with(composed):
     fault = faults_of(composed("method=gptq", "method.activation_bits=8"))
-    assert "method.activation_bits=8: goes with int8 weights, one scale a channel; give bits=8 group_size=-1" in fault
+    assert "method.activation_bits=8: needs int8 weights with one scale per channel; give bits=8 group_size=-1" in fault
     whole = ("method=rtn", "method.activation_bits=8", "bits=8", "group_size=-1")
     assert parse(composed(*whole)).method.activation_bits == 8
     assert faults_of(composed(*whole, "method.sym=false")).endswith("give method.sym=true")

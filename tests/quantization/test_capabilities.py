@@ -36,7 +36,7 @@ def test_every_backend_of_the_table_in_conf_has_its_method(composed):
 def test_a_family_that_the_first_choice_does_not_know_goes_to_the_next_and_the_reason_is_told():
     assert choose("auto", ["auto_gptq"], GPTQ, "llama") == ("auto_gptq", [])
     rtn = replace(GPTQ, method="rtn")
-    with pytest.raises(UserError, match="model_type=qwen9: auto_gptq knows llama"):
+    with pytest.raises(UserError, match="model_type=qwen9: auto_gptq supports llama"):
         choose("auto_gptq", ["auto_gptq"], GPTQ, "qwen9")
     assert choose("auto", ["native"], rtn, "qwen9") == ("native", [])
 
@@ -44,14 +44,14 @@ def test_a_family_that_the_first_choice_does_not_know_goes_to_the_next_and_the_r
 def test_what_a_backend_cannot_do_is_refused_by_name():
     assert faults("autoawq", replace(GPTQ, method="awq", bits=8))[0] == "bits=8: awq by autoawq takes 4"
     assert "lm_head=quantized: auto_gptq leaves it float" in faults("auto_gptq", replace(GPTQ, lm_head=True))[0]
-    assert "other bits or groups by layer have" in faults("auto_gptq", replace(GPTQ, layers="widths"))[0]
+    assert "can set them by layer" in faults("auto_gptq", replace(GPTQ, layers="widths"))[0]
     assert "low_memory=true: auto_gptq holds the whole model" in faults("auto_gptq", replace(GPTQ, low_memory=True))[0]
     assert "dtype=bfloat16: auto_gptq computes in" in faults("auto_gptq", replace(GPTQ, dtype="bfloat16"))[0]
     assert (
         "method.activation_bits=8: auto_gptq takes null"
         in faults("auto_gptq", replace(GPTQ, options={"activation_bits": 8}))[0]
     )
-    assert "backend=native: does rtn, gptq is done by auto_gptq" in faults("native", GPTQ)[0]
+    assert "backend=native: has rtn; gptq is supported by auto_gptq" in faults("native", GPTQ)[0]
 
 
 def test_only_backends_without_a_fault_are_candidates():

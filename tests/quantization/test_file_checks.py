@@ -63,7 +63,7 @@ def test_effective_bits_count_scales_zero_points_and_indexes(models, names):
 
 def test_a_model_that_was_not_quantized_is_a_fault(models, names):
     assert inspect(models / "float", models / "float", names).faults == [
-        "nothing was quantized: every weight is as it was"
+        "nothing was quantized: every weight is unchanged"
     ]
 
 
@@ -75,20 +75,20 @@ def test_a_linear_left_in_float_is_a_fault(models, names, tmp_path):
 
 def test_a_linear_that_should_have_stayed_float_is_a_fault(models, names):
     found = inspect(models / "float", models / "gptq", names[1:])
-    assert found.faults == [f"1 linears were quantized and should have stayed float: {names[0]}"]
+    assert found.faults == [f"1 linears were quantized but should have stayed float: {names[0]}"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_scale_that_is_no_number_is_a_fault(models, names, damaged, value):
     folder = damaged(lambda tensors: tensors[f"{LAYER}mlp.up_proj.scales"].__setitem__((0, 5), value))
     found = inspect(models / "float", folder, names)
-    assert found.faults == [f"scales that are NaN or infinite in 1 linears: {LAYER}mlp.up_proj"]
+    assert found.faults == [f"scales are NaN or infinite in 1 linears: {LAYER}mlp.up_proj"]
 
 
 def test_scales_that_are_all_zero_are_a_fault(models, names, damaged):
     folder = damaged(lambda tensors: tensors[f"{LAYER}mlp.up_proj.scales"].fill(0))
     (fault,) = inspect(models / "float", folder, names).faults
-    assert "nothing but zero scales" in fault
+    assert "all scales, and so all weights, are zero" in fault
     assert fault.endswith(f"{LAYER}mlp.up_proj")
 
 
@@ -96,9 +96,7 @@ def test_a_few_zero_scales_are_counted(models, names, damaged):
     folder = damaged(lambda tensors: tensors[f"{LAYER}mlp.up_proj.scales"].__setitem__((0, slice(3)), 0))
     found = inspect(models / "float", folder, names)
     assert (found.faults, found.zero_scales) == ([], 3)
-    assert found.warnings == [
-        f"3 of {found.scales} scales are zero, and their weights with them, in {LAYER}mlp.up_proj"
-    ]
+    assert found.warnings == [f"3 of {found.scales} scales, and so their weights, are zero in {LAYER}mlp.up_proj"]
 
 
 def test_files_and_tensors_that_are_missing_are_all_named(models, names, damaged):
@@ -106,9 +104,9 @@ def test_files_and_tensors_that_are_missing_are_all_named(models, names, damaged
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text("")
     assert inspect(models / "float", folder, names).faults == [
-        "lacks tokenizer.json, which the float model has",
+        "tokenizer.json: missing, although the float model has it",
         "tokenizer_config.json: empty",
-        "1 tensors of the float model are gone: model.norm.weight",
+        "1 tensors of the float model are missing: model.norm.weight",
     ]
 
 

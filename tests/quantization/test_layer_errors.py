@@ -446,5 +446,5 @@ def test_damaged_codes_are_found_by_their_error(gate):
         WorkerError, match=rf"output's error is above its limit .* in 1 of 14 linears: {DAMAGED} 1\.[0-9]+"
     ) as caught:
         gate("dense", answer="damaged")
-    assert "something went wrong" in str(caught.value)
+    assert "are broken" in str(caught.value)
     assert "raise the limit" not in str(caught.value)

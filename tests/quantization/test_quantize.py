@@ -119,20 +119,20 @@ def test_a_worker_that_writes_nothing_is_no_success(places):
 
 
 def test_an_output_with_other_bits_or_groups_than_asked_for_is_refused(quantized, widths):
-    with pytest.raises(WorkerError, match="asked for 8 bits in groups of 128, got 4 in 128"):
+    with pytest.raises(WorkerError, match="requested 8 bits in groups of 128, got 4 in 128"):
         check_output(quantized, {name: LinearSpec(8, 128) for name in widths})
-    with pytest.raises(WorkerError, match="asked for 4 bits in groups of 64, got 4 in 128"):
+    with pytest.raises(WorkerError, match="requested 4 bits in groups of 64, got 4 in 128"):
         check_output(quantized, {name: LinearSpec(4, 64) for name in widths})
 
 
 def test_an_output_that_leaves_linears_out_is_refused(quantized, widths):
-    with pytest.raises(WorkerError, match=r"1 of 36 linears were left in float without a word \(1 x more\)"):
+    with pytest.raises(WorkerError, match=r"1 of 36 linears were silently left in float \(1 x more\)"):
         check_output(quantized, {**widths, "model.layers.0.more": LinearSpec(4, 128)})
 
 
 def test_an_output_that_quantizes_what_should_stay_float_is_refused(quantized, widths):
     name = next(iter(widths))
-    with pytest.raises(WorkerError, match=f"{name} was quantized and should have stayed float"):
+    with pytest.raises(WorkerError, match=f"{name} was quantized but should have stayed float"):
         check_output(quantized, {other: width for other, width in widths.items() if other != name})
 
 
@@ -145,5 +145,5 @@ def test_an_output_without_its_tokenizer_is_refused(quantized, widths, tmp_path)
     for path in quantized.iterdir():
         if path.name != "tokenizer_config.json":
             (tmp_path / path.name).symlink_to(path)
-    with pytest.raises(WorkerError, match="lacks tokenizer_config"):
+    with pytest.raises(WorkerError, match="has no tokenizer_config"):
         check_output(tmp_path, widths)

@@ -89,7 +89,7 @@ def test_a_refusal_is_that_of_a_worker_started_in_time(waiting):
 def test_a_worker_that_died_while_it_waited_is_told_with_its_log(waiting, tmp_path):
     with waiting(imports="print('out of luck', flush=True); os._exit(9)") as ask:
         assert within(10, lambda: "Z" in Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat").read_text())
-        with pytest.raises(WorkerError, match=r"exited with 9 and no result.*work\.log\n  \| out of luck"):
+        with pytest.raises(WorkerError, match=r"exited with code 9 and without a result.*work\.log\n  \| out of luck"):
             ask({}, "work")
 
 

@@ -1,1 +1,1 @@
-"""Models and texts that come in: hub, download, tokenizer, calibration, evaluation windows."""
+"""Input models and texts: hub, download, tokenizer, calibration, evaluation windows."""

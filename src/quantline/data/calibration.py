@@ -1,6 +1,6 @@
-"""Calibration data: texts become token ids once, and every method and backend calibrates on exactly those ids.
+"""Calibration data: texts are tokenized once, and every method and backend calibrates on exactly those token ids.
 
-`sampling` fixes which documents are taken and how they are cut; here they are read, tokenized and written down.
+`sampling` chooses the documents and cuts them. This module reads, tokenizes and writes them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def load(folder: Path) -> tuple[NDArray[np.int32], dict[str, Any]]:
     """The ids, int32 (n_samples, seq_len), and the manifest that `build` wrote.
 
     Raises:
-        UserError: something is missing, or the ids are not those of the manifest.
+        UserError: a file is missing, or the ids do not match the manifest.
     """
     path = folder / TOKENS_NAME
     try:
@@ -50,30 +50,30 @@ def load(folder: Path) -> tuple[NDArray[np.int32], dict[str, Any]]:
         tokens: NDArray[np.int32] = SafetensorsFile.open(path).read("input_ids").astype(np.int32, copy=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder}: holds no complete calibration data ({error}); run the stage calibrate again"
+            f"{folder}: has no complete calibration data ({error}); run the stage calibrate again"
         ) from error
     if tokens_sha256(tokens) != manifest.get("input_ids_sha256"):
-        raise UserError(f"{folder}: {TOKENS_NAME} is not what {MANIFEST_NAME} describes; run the stage calibrate again")
+        raise UserError(f"{folder}: {TOKENS_NAME} does not match {MANIFEST_NAME}; run the stage calibrate again")
     return tokens, manifest
 
 
 def build(model_dir: Path, spec: CalibrationConfig, out: Path) -> dict[str, Any]:
     """Write `tokens.safetensors` (`input_ids`, int32, (n_samples, seq_len)) and `manifest.json` to `out`.
 
-    Equal inputs give equal bytes: neither file holds a time or an absolute path. `out` appears complete or not at all.
+    Equal inputs give equal bytes: neither file contains a time or an absolute path. `out` appears complete or not at all.
 
     Returns:
         the manifest, and `seconds`.
 
     Raises:
-        ConfigError: sources without a file, all of them at once.
-        UserError: a source, a row or the tokenizer cannot be used, or there is too little text; nothing is written.
+        ConfigError: sources without a file, all in one message.
+        UserError: a source, a row or the tokenizer cannot be used, or there is too little text. Nothing is written.
     """
     started = time.perf_counter()
     _check(spec.sources)
     encoder = TextEncoder.load(model_dir, chat=spec.chat_template)
     if encoder.max_length is not None and spec.seq_len > encoder.max_length:
-        raise UserError(f"calibration.seq_len={spec.seq_len}: the model takes {encoder.max_length} tokens at most")
+        raise UserError(f"calibration.seq_len={spec.seq_len}: the model takes at most {encoder.max_length} tokens")
     counts = shares({name: source.weight for name, source in spec.sources.items()}, spec.n_samples)
     separator = None if spec.chat_template or spec.packing == "document" else encoder.separator
     quotas = [
@@ -87,7 +87,9 @@ def build(model_dir: Path, spec: CalibrationConfig, out: Path) -> dict[str, Any]
     ids = np.array([samples[sample] for sample in order], dtype=np.int64)
     if ids.max() >= encoder.vocab_size:
         known = f"the model's vocabulary has {encoder.vocab_size}"
-        raise UserError(f"{model_dir}: the tokenizer gives id {ids.max()}, {known}: use the tokenizer of this model")
+        raise UserError(
+            f"{model_dir}: the tokenizer gives id {ids.max()}, but {known}; use the tokenizer of this model"
+        )
     tokens = ids.astype(np.int32)
     manifest = {
         "schema": 1,
@@ -110,18 +112,18 @@ def _check(sources: Mapping[str, SourceConfig]) -> None:
         if source.path is None and (source.repo is None or source.file is None):
             key = f"calibration.sources.{name}"
             remedy = "calibration.path=FILE" if len(sources) == 1 else f"{key}.path=FILE"
-            faults.append(f"{key}: names neither a path nor a repo with a file; give {remedy}")
+            faults.append(f"{key}: has neither a path nor a repo with a file; give {remedy}")
     if faults:
         raise ConfigError(faults)
 
 
 def _locate(name: str, source: SourceConfig) -> tuple[Path, str, tuple[str, ...], dict[str, Any]]:
-    """File, format, text fields and, for the manifest, the origin of a source."""
+    """A source's file, format, text fields and origin (for the manifest)."""
     key = f"calibration.sources.{name}"
     if source.path is not None:
         path = Path(source.path).expanduser()
         if not path.is_file():
-            fact = "is no file" if path.exists() else "does not exist"
+            fact = "is not a file" if path.exists() else "does not exist"
             raise UserError(f"{key}.path={source.path}: {fact} (looked in {Path.cwd()}); give an existing file")
         fields = (source.text_field, "text") if source.repo else (source.text_field,)
         origin: dict[str, Any] = {"file": path.name}

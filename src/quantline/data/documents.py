@@ -1,6 +1,6 @@
 """Documents from text files: JSON lines (plain, gzip, zstandard), parquet, plain text, and WikiText's parquet.
 
-A document is a text or a list of chat messages. Every fault names the file and the line or row, counted from 1.
+A document is a text or a list of chat messages. Every error names the file and the line or row, counted from 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from quantline.core.errors import UserError
 
-# Format -> the ends of file names that mean it. `wikitext` is parquet whose rows are lines of articles.
+# Format -> its file name extensions. `wikitext` is parquet in which each row is one line of an article.
 FORMATS: dict[str, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".ndjson"),
     "json.gz": (".json.gz", ".jsonl.gz"),
@@ -38,17 +38,17 @@ class Document:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing in it but white space."""
+        """Whether it contains only white space."""
         if self.messages is not None:
             return not any(message["content"].strip() for message in self.messages)
         return not (self.text or "").strip()
 
 
 def format_of(path: Path, given: str | None) -> str:
-    """The format of a file: by its name where that says it, else as given.
+    """The format of a file: from its name if that has a known extension, else `given`.
 
     Raises:
-        UserError: neither says it, or there is no such format.
+        UserError: neither gives the format, or the given one is unknown.
     """
     if given is not None and given not in FORMATS:
         raise UserError(f"format={given}: allowed are {', '.join(FORMATS)}")
@@ -57,20 +57,21 @@ def format_of(path: Path, given: str | None) -> str:
     named = next((name for name, ends in FORMATS.items() if path.name.endswith(ends)), None) if path.suffix else None
     if named or given:
         return named or str(given)
-    raise UserError(f"{path}: its name tells no format; set format to one of {', '.join(FORMATS)}")
+    raise UserError(f"{path}: the format cannot be told from the name; set format to one of {', '.join(FORMATS)}")
 
 
 def read_documents(path: Path, format_name: str, fields: tuple[str, ...]) -> Iterator[Document]:
-    """The documents of a file, in its order, one at a time.
+    """Yield the documents of a file in order.
 
-    fields: where a row's text is, the first that a row has; a dot goes into a nested object, and a list of texts is
-    joined by newlines. A row without any of them may have `messages`. A .txt file is one document to a paragraph.
+    fields: names of the text field; the first that a row has is used. A dot goes into a nested object, and a list of texts
+    is joined by newlines. A row without any of these fields may have `messages`. In a .txt file, each paragraph is one
+    document.
 
     Raises:
-        UserError: the file is missing or damaged, a line is no JSON object, a row has no text.
+        UserError: the file is missing or damaged, a line is not a JSON object, or a row has no text.
     """
     if not path.is_file():
-        raise UserError(f"{path}: {'is no file' if path.exists() else 'does not exist'}; check the path")
+        raise UserError(f"{path}: {'is not a file' if path.exists() else 'does not exist'}; check the path")
     try:
         if format_name == "txt":
             yield from _paragraphs(path)
@@ -83,7 +84,7 @@ def read_documents(path: Path, format_name: str, fields: tuple[str, ...]) -> Ite
     except (OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UserError(
-            f"{path}: cannot be read as {format_name} ({reason}); check the file, or fetch it anew"
+            f"{path}: cannot be read as {format_name} ({reason}); check the file, or fetch it again"
         ) from error
 
 
@@ -96,7 +97,7 @@ def _lines(path: Path, format_name: str) -> Iterator[bytes]:
 
 
 def _zstd_lines(path: Path) -> Iterator[bytes]:
-    """Frame by frame, because the library's own stream reader takes a cut-off file for its end."""
+    """Read frame by frame, because the library's stream reader does not notice a truncated file."""
     import zstandard
 
     rest = b""
@@ -118,7 +119,7 @@ def _zstd_lines(path: Path) -> Iterator[bytes]:
             else:
                 rest = head
     if started:
-        raise EOFError("it ends before its data does")
+        raise EOFError("the file is truncated")
     if rest:
         yield rest
 
@@ -131,9 +132,9 @@ def _json_lines(path: Path, format_name: str, fields: tuple[str, ...]) -> Iterat
         try:
             row = json.loads(raw.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{line}: is no valid JSON ({error}); one JSON object to a line is needed") from None
+            raise UserError(f"{path}:{line}: is not valid JSON ({error}); each line must be one JSON object") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{line}: is a JSON {type(row).__name__}, one JSON object to a line is needed")
+            raise UserError(f"{path}:{line}: is a JSON {type(row).__name__}; each line must be one JSON object")
         yield _document(path, line, row, fields)
 
 
@@ -147,12 +148,14 @@ def _document(path: Path, line: int, row: Mapping[str, Any], fields: tuple[str, 
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             value = "\n".join(value)
         if not isinstance(value, str):
-            raise UserError(f"{path}:{line}: {field} is a {type(value).__name__}; a text or a list of texts is needed")
+            raise UserError(f"{path}:{line}: {field} is a {type(value).__name__}; it must be a text or a list of texts")
         return Document(line, value)
     messages = row.get("messages")
     if messages is None:
         has = ", ".join(sorted(row)) or "nothing"
-        raise UserError(f"{path}:{line}: has neither {' nor '.join(fields)} nor messages, but {has}; set text_field")
+        raise UserError(
+            f"{path}:{line}: has neither {' nor '.join(fields)} nor messages (it has {has}); set text_field"
+        )
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise UserError(f"{path}:{line}: messages must be a list of objects with the texts role and content")
     return Document(line, None, tuple(messages))
@@ -172,18 +175,18 @@ def _parquet_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, di
             columns = [name for name in file.schema_arrow.names if name in heads]
             if not columns:
                 has = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{path}: has no column {' or '.join(fields)}, but {has}; set text_field")
+                raise UserError(f"{path}: has no column {' or '.join(fields)} (it has {has}); set text_field")
             line = 0
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():
                     line += 1
                     yield line, row
     except arrow.ArrowInvalid as error:
-        raise UserError(f"{path}: is no valid parquet file ({error}); fetch it anew") from error
+        raise UserError(f"{path}: is not a valid parquet file ({error}); fetch it again") from error
 
 
 def _articles(path: Path, fields: tuple[str, ...]) -> Iterator[Document]:
-    """WikiText's rows are lines, ` = Title = ` starts an article; documents are whole articles."""
+    """Yield WikiText's articles. Its rows are lines, and a line ` = Title = ` starts an article."""
     start, lines = 1, list[str]()
     for line, row in _parquet_rows(path, fields):
         text = _document(path, line, row, fields).text or ""
@@ -197,7 +200,7 @@ def _articles(path: Path, fields: tuple[str, ...]) -> Iterator[Document]:
 
 
 def _paragraphs(path: Path) -> Iterator[Document]:
-    """Runs of lines between blank lines."""
+    """Yield the paragraphs: runs of lines between blank lines."""
     start, lines = 1, list[str]()
     with path.open("rb") as file:
         for line, raw in enumerate(file, 1):

@@ -1,4 +1,4 @@
-"""The float model: a pinned commit of a hub's repository, or a folder, brought to one folder of checked plain files."""
+"""Fetches the float model, from a pinned commit on a hub or from a folder, into one folder of checked plain files."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _REMEDY = "or give a folder with model.path=DIR"
 
 
 def model_name(source: ModelConfig) -> str:
-    """A name for a model: the last part of the repository or of the path, but not `model`, which is too common."""
+    """A name for a model: the last part of the repository or path that is not `model`, which is too common."""
     parts = [part for part in (source.repo or source.path or "").replace("\\", "/").split("/") if part not in ("", ".")]
     named = [part for part in parts if part not in ("..", "model")] or parts
     return re.sub(r"[^A-Za-z0-9._-]+", "-", named[-1]).strip("-.") if named else "model"
 
 
 def fetch(source: ModelConfig, out: Path) -> dict[str, Any]:
-    """Bring a model to `out` and check it. `out` appears complete or not at all and holds plain files, no links.
+    """Copy a model to `out` and check it. `out` appears complete or not at all, and contains plain files, no links.
 
-    Safetensors weights, configuration, tokenizer, chat template and licence are taken, nothing else.
+    Only safetensors weights, configuration, tokenizer, chat template and licence are copied.
 
     Returns:
         `repo`, `revision` (both None for a folder), `weights` ("safetensors" or "pickle"), `architecture`,
@@ -46,7 +46,7 @@ def fetch(source: ModelConfig, out: Path) -> dict[str, Any]:
         over the files' names and hashes) and `seconds`.
 
     Raises:
-        UserError: the source cannot be had, or what came is not a complete, safe model.
+        UserError: the source is not available, or is not a complete, safe model.
     """
     started = time.perf_counter()
     if (source.repo is None) == (source.path is None):
@@ -113,7 +113,7 @@ def _from_folder(source: ModelConfig, given: Path, folder: Path, out: Path) -> d
         fact = "is a file" if path.exists() else "does not exist"
         raise UserError(f"model.path={given}: {path} {fact}; give the folder that holds config.json")
     if path == out.resolve():
-        raise UserError(f"model.path={given}: this is the folder that the model would be copied to; give another one")
+        raise UserError(f"model.path={given}: this is the folder to copy the model to; give another one")
     patterns = _patterns(source)
     files = _wanted(path, patterns)
     if not _has_weights(files):
@@ -125,7 +125,7 @@ def _from_folder(source: ModelConfig, given: Path, folder: Path, out: Path) -> d
 
 
 def _transfer(files: Sequence[Path], folder: Path, hash_of: Callable[[Path], str], *, link: bool) -> dict[str, str]:
-    """Place `files` in `folder` as plain files; with `link`, weights share the cache's bytes where the disk can."""
+    """Put `files` into `folder` as plain files. With `link`, weights are hard links into the cache where possible."""
     total = sum(path.stat().st_size for path in files)
     hashes: dict[str, str] = {}
     done = 0
@@ -150,8 +150,8 @@ def _no_weights(label: str, pickled: Sequence[str]) -> str:
     if not pickled:
         return f"{label}: has no model.safetensors and no model.safetensors.index.json; give a model with weights"
     return (
-        f"{label}: holds pickled weights only ({pickled[0]}), and loading those can run any code; take a repository or "
-        "a commit with safetensors, or have them loaded and converted with model.allow_pickle=true"
+        f"{label}: has only pickled weights ({pickled[0]}), and loading those can run any code; use a repository or "
+        "a commit with safetensors, or set model.allow_pickle=true to load and convert them"
     )
 
 
@@ -160,11 +160,11 @@ def _checked(source: ModelConfig, folder: Path, label: str) -> tuple[dict[str, A
     if config.get("auto_map") and not source.trust_remote_code:
         code = ", ".join(sorted({str(value) for value in config["auto_map"].values()}))
         raise UserError(
-            f"{label}: config.json wants Python code from the repository (auto_map: {code}); read that code and set "
-            "model.trust_remote_code=true, or take a model that transformers knows by itself"
+            f"{label}: config.json needs Python code from the repository (auto_map: {code}); read that code and set "
+            "model.trust_remote_code=true, or use a model that transformers supports without it"
         )
     if not any(_matches(path.name, VOCABULARIES) for path in folder.iterdir()):
-        raise UserError(f"{label}: has no tokenizer; one of {', '.join(VOCABULARIES)} is needed: add it to the model")
+        raise UserError(f"{label}: has no tokenizer; add one of {', '.join(VOCABULARIES)} to the model")
     for path in sorted(folder.glob("*.json")):
         _json(path, f"{label}: {path.name}")
     pickled = _wanted(folder, PICKLED)
@@ -184,9 +184,9 @@ def _config(folder: Path, label: str) -> dict[str, Any]:
         or not config.get("model_type")
         or not isinstance(config.get("architectures"), list)
     ):
-        raise UserError(f"{label}: config.json names no model_type and architectures; it is not that of a causal LM")
+        raise UserError(f"{label}: config.json has no model_type or no architectures; give a causal LM")
     if not isinstance(config.get("auto_map") or {}, dict):
-        raise UserError(f"{label}: config.json has an auto_map that is no mapping; fetch it again")
+        raise UserError(f"{label}: auto_map in config.json is not a mapping; fetch it again")
     return config
 
 
@@ -196,5 +196,5 @@ def _json(path: Path, label: str) -> Any:
     except (ValueError, RecursionError) as error:
         size = path.stat().st_size
         raise UserError(
-            f"{label} is no valid JSON ({error}; {size} bytes): truncated or damaged, fetch it again"
+            f"{label} is not valid JSON ({error}; {size} bytes): it is truncated or damaged; fetch it again"
         ) from None

@@ -1,8 +1,8 @@
-"""The Hugging Face hub, or a mirror of it: pinned commits, verified files, and errors that say what to do.
+"""The Hugging Face hub or a mirror: pinned commits, verified files, and error messages with a remedy.
 
-Files go to the hub's usual cache. An interrupted transfer continues at the byte where it stopped, and an interrupted run
-continues with the files that it does not have yet. The endpoint is that of HF_ENDPOINT and the access token that of
-HF_TOKEN (or of `hf auth login`); the token is taken out of every message.
+Files go to the hub's usual cache. An interrupted transfer resumes at the byte where it stopped, and an interrupted run
+resumes with the missing files. HF_ENDPOINT sets the endpoint, and HF_TOKEN (or `hf auth login`) the access token. The token
+is removed from every message.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TIMEOUT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class HubRepo:
-    """A repository at a commit. For messages: `key` is the option that named it, `remedy` the way around the hub."""
+    """A repository at a commit. For messages: `key` is the option that names it, `remedy` the alternative to the hub."""
 
     repo: str
     revision: str | None
@@ -43,23 +43,24 @@ class HubRepo:
         """The pinned commit.
 
         Raises:
-            UserError: the revision is missing or can move; the message names the commit to pin where the hub tells it.
+            UserError: the revision is missing or not a full commit hash. The message names the commit to pin if
+                the hub answers.
         """
         if self.revision is not None and COMMIT.fullmatch(self.revision):
             return self.revision
-        given = "is not set" if self.revision is None else f"{self.revision} can move"
+        given = "is not set" if self.revision is None else f"{self.revision} is not a commit"
         try:
             now = _api().repo_info(
                 self.repo, revision=self.revision, repo_type=self.kind, timeout=_TIMEOUT_SECONDS
             ).sha  # fmt: skip
-        except Exception:  # only a hint is lost: the refusal below stands whatever the hub answers
+        except Exception:  # this is only for the hint: the error below is raised in any case
             now = None
-        pin = f"for its present state set {self.key}.revision={now}" if now else f"set {self.key}.revision to one"
-        raise UserError(f"{self.key}.revision {given}: {scrub(self.repo)} is taken at a commit of 40 hex digits; {pin}")
+        pin = f"for its current state set {self.key}.revision={now}" if now else f"set {self.key}.revision to one"
+        raise UserError(f"{self.key}.revision {given}: {scrub(self.repo)} needs a commit of 40 hex digits; {pin}")
 
 
 def endpoint() -> str | None:
-    """The hub's address from HF_ENDPOINT; None is the public hub."""
+    """The hub's address from HF_ENDPOINT; None means the public hub."""
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
 
 
@@ -80,7 +81,7 @@ def _api() -> HfApi:
 
 
 def scrub(text: str) -> str:
-    """`text` without credentials: those of this environment, and the token of `hf auth login`."""
+    """Remove credentials from `text`: those of this environment, and the token of `hf auth login`."""
     from huggingface_hub import get_token
 
     stored = None
@@ -90,7 +91,7 @@ def scrub(text: str) -> str:
 
 
 def fetch_snapshot(source: HubRepo, allow: Sequence[str], ignore: Sequence[str]) -> Path:
-    """Download the files that match `allow` and not `ignore`; return the cache's folder for that commit.
+    """Download the files that match `allow` but not `ignore`; return the commit's folder in the cache.
 
     Raises:
         UserError: no such repository or commit, no access, no network, a broken transfer, a full disk.
@@ -106,14 +107,14 @@ def fetch_snapshot(source: HubRepo, allow: Sequence[str], ignore: Sequence[str])
             )
         )  # fmt: skip
     except Exception as error:
-        raise _explained(error, source) from None  # the chain could show request headers
+        raise _explained(error, source) from None  # the chained exceptions could show request headers
 
 
 def fetch_file(source: HubRepo, file: str) -> Path:
-    """Download one file, check it, and return its place in the cache.
+    """Download one file, check it, and return its path in the cache.
 
     Raises:
-        UserError: as `fetch_snapshot`, and where the file is not in the repository or was damaged.
+        UserError: as for `fetch_snapshot`; or the file is not in the repository, or is damaged.
     """
     from huggingface_hub import hf_hub_download
 
@@ -131,21 +132,21 @@ def fetch_file(source: HubRepo, file: str) -> Path:
 
 
 def list_files(source: HubRepo) -> list[str]:
-    """Names of all files of a repository; nothing where the hub does not answer."""
+    """Names of all files of a repository; an empty list if the hub does not answer."""
     try:
         return list(_api().list_repo_files(source.repo, revision=source.revision, repo_type=source.kind))
-    except Exception:  # the caller only wants to word a message better
+    except Exception:  # only used to improve an error message
         return []
 
 
 def hash_checked(path: Path, label: str) -> str:
-    """SHA-256 of a cached file, after comparing its content with what the hub says it should be.
+    """SHA-256 of a cached file, after comparing its content with the hub's hash.
 
     The cache names a file's content by the hub's own hash: SHA-256 for large files, git's SHA-1 for others. A damaged
     one is removed from the cache, so that the next run fetches it again.
 
     Raises:
-        UserError: the content is not what the hub has.
+        UserError: the content differs from the hub's.
     """
     blob = Path(path.parent, os.readlink(path)) if path.is_symlink() else path
     size = path.stat().st_size
@@ -162,8 +163,8 @@ def hash_checked(path: Path, label: str) -> str:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise UserError(
-            f"{label}: the cached file is damaged: {size} bytes with hash {actual}, the hub's has {expected}; "
-            "it was removed from the cache, run it again to fetch it anew"
+            f"{label}: the cached file is damaged: {size} bytes with hash {actual}, but the hub's hash is {expected}; "
+            "it was removed from the cache, run again to fetch it again"
         )
     return sha256.hexdigest()
 
@@ -186,7 +187,7 @@ def _explained(error: Exception, source: HubRepo, file: str | None = None) -> Us
         if fact:
             return UserError(scrub(f"{what}: {fact}; {source.remedy}"))
     line = next(iter(str(error).strip().splitlines()), "")
-    return UserError(scrub(f"{what}: {type(error).__name__}: {line}; run it again, or {source.remedy}"))
+    return UserError(scrub(f"{what}: {type(error).__name__}: {line}; run again, or {source.remedy}"))
 
 
 def _fact(error: BaseException, source: HubRepo) -> str | None:
@@ -197,27 +198,30 @@ def _fact(error: BaseException, source: HubRepo) -> str | None:
     status = getattr(response, "status_code", None)
     facts: tuple[tuple[type[BaseException], str], ...] = (
         (errors.GatedRepoError, f"is gated: accept its licence at {where}/{source.repo} and set HF_TOKEN"),
-        (errors.RepositoryNotFoundError, f"is not at {where}, or is private: check {source.key}.repo or set HF_TOKEN"),
+        (
+            errors.RepositoryNotFoundError,
+            f"is not at {where}, or is private: check {source.key}.repo or set HF_TOKEN",
+        ),
         (errors.RevisionNotFoundError, f"{where} has no such commit: check {source.key}.revision"),
         (errors.RemoteEntryNotFoundError, f"{where} has no such file: check {source.key}.file"),
-        (errors.HFValidationError, f"is no repository name; {source.key}.repo is like owner/name"),
+        (errors.HFValidationError, f"is not a repository name; give {source.key}.repo as owner/name"),
         (errors.OfflineModeIsEnabled, "is not in the cache and HF_HUB_OFFLINE is set: unset it"),
     )
     for kind, fact in facts:
         if isinstance(error, kind):
             return fact
     if status in (401, 403):
-        return f"{where} refuses access ({status}): set HF_TOKEN to a token that may read it"
+        return f"{where} refuses access ({status}): set HF_TOKEN to a token with read access"
     if status is not None:
         return f"{where} answered with HTTP status {status}: try again later"
     network = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
     if network and type(error).__name__ in ("RemoteProtocolError", "ReadError", "ReadTimeout"):
-        return f"the transfer from {where} broke off ({type(error).__name__}): run it again"
+        return f"the transfer from {where} was interrupted ({type(error).__name__}): run again"
     if network or isinstance(error, (ConnectionError, TimeoutError)):
         return f"{where} cannot be reached ({type(error).__name__}): check the network, set HF_ENDPOINT to a mirror"
     if "Consistency check failed" in str(error):
         sizes = re.search(r"of size (\d+) but has size (\d+) \((.*)\)", str(error))
         if sizes:
             expected, actual, name = sizes.groups()
-            return f"the transfer of {name} ended at {actual} of {expected} bytes: run it again"
+            return f"the transfer of {name} ended at {actual} of {expected} bytes: run again"
     return None

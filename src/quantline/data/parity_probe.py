@@ -1,7 +1,7 @@
 """The parity probe: the float model's logits on fixed token ids.
 
-Every toolchain computes them before it quantizes, to prove that it reads the same model. An old toolchain can misread a new
-config silently (a rope_theta of 1e6 became 1e4).
+Every toolchain computes them before it quantizes, to prove that it loads the same model. An old toolchain can misread a new
+config.json silently (a rope_theta of 1e6 became 1e4).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ TOKENS = 192
 
 
 def probe_ids(vocab_size: int) -> list[list[int]]:
-    """Two rows of token ids that depend on the vocabulary's size alone, spread over it by a fixed stride."""
-    # Long rows: a wrong rotary base shows in positions far apart, not in the first few.
+    """Two rows of token ids, spread over the vocabulary by a fixed stride. They depend only on its size."""
+    # Long rows, because a wrong rotary base shows at distant positions, not at the first few.
     return [[(17 + row * 7919 + 104729 * position) % vocab_size for position in range(TOKENS)] for row in range(2)]
 
 
 def vocab_size_of(model: Path) -> int:
-    """Rows of the embedding, from the checkpoint's headers.
+    """The number of rows of the token embedding, from the checkpoint's headers.
 
     Raises:
-        UserError: no tensor looks like a token embedding.
+        UserError: no tensor has the name of a token embedding.
     """
     checkpoint = Checkpoint.open(model)
     for name in checkpoint.names:
         if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")):
             return int(checkpoint.info(name).shape[0])
-    raise UserError(f"{model}: no tensor in it is a token embedding; is it a causal language model?")
+    raise UserError(f"{model}: has no token embedding; give a causal language model")
 
 
 def record_probe(

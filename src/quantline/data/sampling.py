@@ -1,20 +1,19 @@
-"""Which documents are taken for calibration, in which order, and how their ids are cut into samples.
+"""Chooses the documents for calibration and their order, and cuts their token ids into samples.
 
-All of it follows from the seed alone. Every choice is a number drawn by hashing: `draw(seed, *what)` is the first 8
+Everything depends on the seed alone. Every choice uses a hash as a random number: `draw(seed, *what)` is the first 8
 bytes, big-endian, of SHA-256 over its arguments joined by "/".
 
 * A source's documents are its first `MAX_DOCUMENTS` rows, ordered by draw(seed, source, row).
-* Packing `concat` cuts each document into pieces of at most `seq_len` tokens and joins pieces, each of plain text
-  followed by the end-of-sequence token, to a stream that is cut into samples. First comes one piece of every document,
-  number draw(seed, source, row, "piece") modulo the number of pieces, then the piece after it of every document, and
-  so on, round the end: few long documents do not crowd out the others.
-* Packing `document` takes one window from each document of at least `seq_len` tokens, beginning at
-  draw(seed, source, row, "window") modulo the number of places; shorter documents are skipped and counted.
+* Packing `concat` cuts each document into pieces of at most `seq_len` tokens. The pieces are joined to a stream, each
+  piece of plain text followed by the end-of-sequence token, and the stream is cut into samples. First comes one piece of
+  every document, number draw(seed, source, row, "piece") modulo the number of pieces. Then comes the next piece of every
+  document, and so on, wrapping around. So a few long documents do not crowd out the others.
+* Packing `document` takes one window from each document of at least `seq_len` tokens. It starts at
+  draw(seed, source, row, "window") modulo the number of possible starts. Shorter documents are skipped and counted.
 * Sources share the samples by weight (largest remainder). All samples are ordered by draw(seed, "sample", source, i).
 
-No special tokens are added to plain text but that separator. With a chat template, rows with `messages` are rendered
-as they are, rows with text as a single turn of the user; a rendered chat brings its own special tokens and gets no
-separator.
+Plain text gets no special tokens except that separator. With a chat template, rows with `messages` are rendered as they
+are, and rows with text as a single turn of the user. A rendered chat has its own special tokens and gets no separator.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from quantline.config.data import CalibrationConfig, SourceConfig
 from quantline.core.errors import UserError
 from quantline.data.documents import Document
 
-# Rows read of a source at most, which bounds time and memory with large data sets.
+# Most rows to read from a source. Bounds time and memory for large data sets.
 MAX_DOCUMENTS = 20_000
 
 
 @dataclass
 class Quota:
-    """A source's share of the samples while it is filled: in the end `samples` has `wanted` rows of `seq_len` ids."""
+    """A source's share of the samples, filled step by step until `samples` has `wanted` rows of `seq_len` ids."""
 
     name: str
     source: SourceConfig
@@ -57,11 +56,11 @@ class Quota:
 
     @property
     def full(self) -> bool:
-        """Whether all wanted samples are there."""
+        """Whether it has all wanted samples."""
         return len(self.samples) == self.wanted
 
     def add(self, document: Document, ids: Sequence[int]) -> None:
-        """Take what a document has to give; nothing more once full."""
+        """Add a document's ids; does nothing once full."""
         length = self.spec.seq_len
         if self.full:
             return
@@ -79,7 +78,7 @@ class Quota:
         self.used += 1
 
     def add_later_pieces(self) -> None:
-        """Once every document gave its first piece: their second ones, their third ones, until full."""
+        """After the first piece of every document, add their second pieces, then their third ones, until full."""
         for rank in range(max(map(len, self.later), default=0)):
             for pieces in self.later:
                 if rank < len(pieces) and not self.full:
@@ -95,9 +94,9 @@ class Quota:
         del self.stream[: count * length]
 
     def too_little(self, path: Path) -> UserError:
-        """The refusal of a source that gave fewer samples than are wanted of it."""
+        """The error for a source with too little text for its samples."""
         spec, possible = self.spec, len(self.samples)
-        what = f"{path}: {self.wanted} samples of {spec.seq_len} tokens are wanted of source {self.name}"
+        what = f"{path}: source {self.name} must give {self.wanted} samples of {spec.seq_len} tokens"
         if spec.packing == "document":
             fact = f"{possible} of its {self.read} documents are that long, {self.short} are shorter"
             remedy = "set calibration.packing=concat, which joins short documents, lower calibration.seq_len"
@@ -116,12 +115,12 @@ class Quota:
 
 
 def draw(seed: int, *what: object) -> int:
-    """An unsigned 64-bit number that follows from the arguments alone."""
+    """An unsigned 64-bit number that depends only on the arguments."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, (seed, *what))).encode()).digest()[:8], "big")
 
 
 def shares(weights: Mapping[str, float], n_samples: int) -> dict[str, int]:
-    """Samples of each source: proportional to the weights, by largest remainder, ties to the first by name."""
+    """Samples of each source: proportional to the weights, by largest remainder, ties go to the first name in order."""
     total = sum(weights.values())
     exact = {name: n_samples * weight / total for name, weight in weights.items()}
     counts = {name: math.floor(value) for name, value in exact.items()}

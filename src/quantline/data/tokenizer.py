@@ -1,4 +1,4 @@
-"""A model's own tokenizer, loaded from its folder without network and without running code of the model."""
+"""A model's tokenizer, loaded from its folder without network access and without running the model's code."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "se
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Turns documents into ids.
+    """Turns documents into token ids.
 
-    separator: the end-of-sequence id, None where there is none. vocab_size: rows of the model's embedding. max_length:
-    tokens that the model takes, None where its configuration does not say. sha256: of the tokenizer's files.
+    separator: the end-of-sequence id, None if there is none. vocab_size: rows of the model's embedding. max_length: the
+    most tokens that the model takes, None if config.json does not say. sha256: of the tokenizer's files.
     """
 
     tokenizer: Any
@@ -39,28 +39,28 @@ class TextEncoder:
         """Load the tokenizer of a model.
 
         Raises:
-            UserError: it is missing or damaged, wants code of its own, or has no chat template although `chat` is set.
+            UserError: it is missing or damaged, needs custom code, or has no chat template although `chat` is set.
         """
         config = read_config(model_dir)
         tokenizer = _load(model_dir)
         if chat and not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 f"calibration.chat_template=true: the tokenizer in {model_dir} has no chat template; "
-                "set calibration.chat_template=false or take a model tuned for chat"
+                "set calibration.chat_template=false or use a chat model"
             )
         text = config.get("text_config")
         inner = {**config, **text} if isinstance(text, dict) else config
         vocab_size = inner.get("vocab_size")
         if type(vocab_size) is not int or vocab_size < 1:
-            raise UserError(f"{model_dir}: config.json has vocab_size {vocab_size!r}; a number of tokens is needed")
+            raise UserError(f"{model_dir}: config.json has vocab_size={vocab_size!r}; it must be a positive integer")
         max_length = next((inner[key] for key in _LENGTHS if type(inner.get(key)) is int), None)
         return cls(tokenizer, chat, tokenizer.eos_token_id, vocab_size, max_length, tokenizer_sha256(model_dir))
 
     def encode(self, documents: Sequence[Document], path: Path) -> list[list[int]]:
-        """Ids of each document, of any length. `path` is for messages.
+        """The ids of each document, of any length. `path` is for error messages.
 
         Raises:
-            UserError: a row holds messages without `chat`, or the chat template refuses a row.
+            UserError: a row has messages but `chat` is off, or the chat template rejects a row.
         """
         texts = [self._text(document, path) for document in documents]
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -70,7 +70,7 @@ class TextEncoder:
         if not self.chat:
             if document.text is None:
                 raise UserError(
-                    f"{path}:{document.line}: holds messages; set calibration.chat_template=true to render them"
+                    f"{path}:{document.line}: has messages; set calibration.chat_template=true to render them"
                 )
             return document.text
         messages = (
@@ -78,9 +78,9 @@ class TextEncoder:
         )
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
-        except Exception as error:  # a template is a program of the model's; whatever it raises is about this row
+        except Exception as error:  # a template is a program from the model; any error is about this row
             raise UserError(
-                f"{path}:{document.line}: the chat template refuses it ({error}); change the row"
+                f"{path}:{document.line}: the chat template rejects this row ({error}); change the row"
             ) from error
 
 
@@ -93,24 +93,24 @@ def tokenizer_sha256(model_dir: Path) -> str:
 
 
 def _load(model_dir: Path) -> Any:
-    if not _matching(model_dir, VOCABULARIES):  # without this transformers would make up an empty tokenizer
+    if not _matching(model_dir, VOCABULARIES):  # without this check transformers would create an empty tokenizer
         raise UserError(f"{model_dir}: has no tokenizer; run the stage download again")
-    # Nothing here needs torch, so transformers' advice to install it would only alarm.
+    # Nothing here needs torch, so suppress transformers' advice to install it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # Where there is a tokenizer.json it is taken as it stands: the class that AutoTokenizer picks by model type takes only
-    # its vocabulary and merges, and puts that family's usual splitting and normalization in the place of the file's own.
+    # A tokenizer.json is used exactly as it is. The class that AutoTokenizer picks by model type takes only its vocabulary
+    # and merges, and replaces its splitting and normalization by those usual for the model family.
     loader = PreTrainedTokenizerFast if (model_dir / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds for a folder that it cannot use
+    except Exception as error:  # transformers raises many types of exception for an unusable folder
         first = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
             f"{model_dir}: its tokenizer cannot be loaded ({type(error).__name__}: {first}); "
-            "tokenizers that need code of their own are not taken"
+            "tokenizers that need custom code are not supported"
         ) from error
-    tokenizer.model_max_length = 10**9  # texts are cut here, so a warning about long ones would be wrong
+    tokenizer.model_max_length = 10**9  # Quantline cuts texts itself, so a warning about long ones would be wrong
     return tokenizer
 
 

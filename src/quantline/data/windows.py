@@ -1,9 +1,9 @@
-"""Token windows of an evaluation text, and the words and bytes of what is scored in them.
+"""Token windows of an evaluation text, and the words and bytes of their scored text.
 
-Perplexity per token cannot be compared between models of different tokenizers; per word and per byte it can. Words are
+Perplexity per token cannot be compared between models with different tokenizers; per word and per byte it can. Words are
 separated by white space, and a word belongs to the window in which it begins. Bytes are UTF-8. A window's words and bytes
-are those of its whole text less those of its context, so that a space which a tokenizer drops at the beginning of a text
-is not lost. A character that a window's border cuts in two counts as what the tokenizer shows in its place.
+are those of its whole text minus those of its context. So a space that a tokenizer drops at the start of a text is not
+lost. A character that a window's border cuts in two counts as the text that the tokenizer decodes it to.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from quantline.data.tokenizer import TextEncoder
 def count_units(tokenizer: Any, windows: Windows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Words and bytes of each document's scored text, int64 (documents,) each.
 
-    tokenizer: of the transformers library, the one that made the windows.
+    tokenizer: the transformers tokenizer that made the windows.
     """
     words = np.zeros(len(windows.document_ids), dtype=np.int64)
     size = np.zeros_like(words)
@@ -49,16 +49,16 @@ def _text(tokenizer: Any, ids: NDArray[np.int32]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Token windows, one after the other.
+    """Token windows, stored one after another.
 
     Attributes:
         input_ids: int32 (tokens,).
-        offsets: int64 (windows + 1,), where each window begins; the last entry is the number of tokens.
+        offsets: int64 (windows + 1,), the start of each window; the last entry is the number of tokens.
         document: int32 (windows,), index into `document_ids`.
         context: int32 (windows,), leading tokens that are not scored; at least 1, less than the window's length.
         document_ids: names of the units of the statistics.
         protocol: the protocol's values.
-        words, text_bytes: int64 (documents,), of the scored text; None where windows were made of tokens without text.
+        words, text_bytes: int64 (documents,), of the scored text; None if the windows were made from tokens without text.
     """
 
     input_ids: NDArray[np.int32]
@@ -72,7 +72,7 @@ class Windows:
 
     @property
     def scored(self) -> NDArray[np.bool_]:
-        """bool (tokens,), the tokens that count."""
+        """bool (tokens,), true for the scored tokens."""
         lengths = np.diff(self.offsets)
         place = np.arange(len(self.input_ids)) - np.repeat(self.offsets[:-1], lengths)
         mask: NDArray[np.bool_] = place >= np.repeat(self.context, lengths)
@@ -80,7 +80,7 @@ class Windows:
 
     @property
     def sha256(self) -> str:
-        """Hash of the tokens, where windows begin, what is scored and which document it belongs to."""
+        """Hash of the tokens, the window starts, the scored ranges and the documents."""
         digest = hashlib.sha256()
         for array in (self.input_ids, self.offsets, self.document, self.context):
             digest.update(f"{array.dtype.str} {len(array)}\n".encode() + array.tobytes())
@@ -88,7 +88,7 @@ class Windows:
 
 
 def some_documents(windows: Windows, tokens: int) -> tuple[Windows, NDArray[np.int64]]:
-    """Whole documents, evenly spaced, of about `tokens` tokens in all and two at least; and their numbers, int64."""
+    """Select whole documents, evenly spaced: about `tokens` tokens, at least two documents; and their numbers, int64."""
     count = len(windows.document_ids)
     kept = min(count, max(2, round(count * tokens / len(windows.input_ids))))
     chosen = np.unique(np.linspace(0, count - 1, kept).round().astype(np.int64))
@@ -113,30 +113,30 @@ def spans(tokens: int, capacity: int, stride: int) -> list[tuple[int, int, int]]
     """Cut `tokens` tokens into windows: (begin, end, overlap with the window before).
 
     Args:
-        capacity: tokens of text that a window has room for.
+        capacity: the most tokens of text in a window.
         stride: at most `capacity`.
     """
-    found: list[tuple[int, int, int]] = []
+    cuts: list[tuple[int, int, int]] = []
     begin, previous = 0, 0
     while previous < tokens:
         end = min(begin + capacity, tokens)
-        found.append((begin, end, previous - begin if found else 0))
+        cuts.append((begin, end, previous - begin if cuts else 0))
         begin, previous = begin + stride, end
-    return found
+    return cuts
 
 
 def build_windows(model_dir: Path, protocol: ProtocolConfig) -> Windows:
     """Read the text, tokenize it with the model's tokenizer and cut it.
 
     Raises:
-        UserError: the text is missing, damaged or gives fewer than two documents; the window is longer than what the
-            model was made for; `bos=add` with a tokenizer that has no such token.
+        UserError: the text is missing or damaged, or gives fewer than two documents; the window is longer than the model
+            allows; `bos=add` with a tokenizer that has no such token.
     """
     encoder = TextEncoder.load(model_dir, chat=False)
     if encoder.max_length is not None and protocol.window > encoder.max_length:
         raise UserError(
             f"evaluate.window={protocol.window}: the model takes at most {encoder.max_length} (max_position_embeddings); "
-            "set evaluate.window to that or less, which is another protocol: its numbers compare with no published ones"
+            "set evaluate.window to that or less, but then the results are not comparable with published ones"
         )
     prefix = [encoder.tokenizer.bos_token_id] if protocol.bos == "add" else []
     if prefix == [None]:
@@ -147,10 +147,10 @@ def build_windows(model_dir: Path, protocol: ProtocolConfig) -> Windows:
 
 
 def cut_documents(documents: list[tuple[str, list[int]]], protocol: ProtocolConfig, prefix: list[int]) -> Windows:
-    """Cut documents, (name, token ids) each, into a protocol's windows; `prefix` begins every window, [] or [bos].
+    """Cut documents, (name, token ids) each, into a protocol's windows. Every window starts with `prefix`, [] or [bos].
 
     Raises:
-        UserError: fewer than two units remain.
+        UserError: fewer than two windows or documents remain.
     """
     capacity = protocol.window - len(prefix)
     stride = min(protocol.stride, capacity)
@@ -161,13 +161,13 @@ def cut_documents(documents: list[tuple[str, list[int]]], protocol: ProtocolConf
             full = (cut for cut in cuts if cut[1] - cut[0] == capacity)
             pieces += [(f"window-{number:06d}", ids, cut) for number, cut in enumerate(full)]
         else:
-            # A lone token without a prefix predicts nothing and is predicted by nothing.
+            # A single token without a prefix predicts nothing and is not predicted.
             pieces += [(name, ids, cut) for cut in cuts if len(prefix) + cut[1] - cut[0] > 1]
     names = tuple(dict.fromkeys(name for name, _, _ in pieces))
     if len(names) < 2:
         unit = "full windows" if protocol.mode == "concatenated" else "documents with enough tokens"
         raise UserError(
-            f"{protocol.path}: gives {len(names)} {unit}, an interval needs 2 or more; "
+            f"{protocol.path}: gives {len(names)} {unit}, but a confidence interval needs at least 2; "
             "give more text, a smaller evaluate.window, or evaluate.mode=concatenated for one long document"
         )
     number_of = {name: number for number, name in enumerate(names)}
@@ -183,7 +183,7 @@ def cut_documents(documents: list[tuple[str, list[int]]], protocol: ProtocolConf
 
 
 def _tokenized(encoder: TextEncoder, protocol: ProtocolConfig) -> list[tuple[str, list[int]]]:
-    """The documents' names and ids within the protocol's limits; a single one in mode `concatenated`."""
+    """Names and ids of the documents, within the protocol's limits; one document in mode `concatenated`."""
     documents, names = _documents(protocol)
     path = Path(str(protocol.path))
     if protocol.mode == "concatenated":
@@ -204,25 +204,25 @@ def _tokenized(encoder: TextEncoder, protocol: ProtocolConfig) -> list[tuple[str
 
 def _documents(protocol: ProtocolConfig) -> tuple[list[Document], list[str]]:
     if protocol.path is None:
-        raise UserError("evaluate.path is null: fetch the text and set evaluate.path=FILE")
+        raise UserError("evaluate.path is null; fetch the text and set evaluate.path=FILE")
     path = Path(protocol.path)
     form = format_of(path, protocol.format)
-    # Empty rows are part of the joined text, as the protocol of the GPTQ paper has them.
+    # Empty rows are part of the joined text, as in the protocol of the GPTQ paper.
     documents = [
         document
         for document in islice(read_documents(path, form, (protocol.text_field,)), protocol.max_documents)
         if protocol.mode == "concatenated" or not document.empty
     ]
     if not any(document.text and document.text.strip() for document in documents):
-        raise UserError(f"{path}: has no text; evaluation needs some")
+        raise UserError(f"{path}: has no text; give a file with text")
     for document in documents:
         if document.text is None:
-            raise UserError(f"{path}:{document.line}: holds messages; perplexity is measured on text, see text_field")
+            raise UserError(f"{path}:{document.line}: has messages, but perplexity is measured on text; set text_field")
     given = _given_ids(path) if form == "jsonl" else {}
     names = [given.get(document.line, f"line-{document.line:06d}") for document in documents]
     if len(set(names)) < len(names):
         twice = next(name for name, times in Counter(names).items() if times > 1)
-        raise UserError(f"{path}: id {twice!r} occurs twice; ids must differ")
+        raise UserError(f"{path}: id {twice!r} occurs twice; ids must be unique")
     return documents, names
 
 
@@ -233,7 +233,7 @@ def _given_ids(path: Path) -> dict[int, str]:
 
 
 def save_windows(windows: Windows, folder: Path) -> Path:
-    """Write `windows.safetensors` and, last, `windows.json`; returns the path of the former, which is a `score` job's.
+    """Write `windows.safetensors` and, last, `windows.json`; return the path of the former, for a `score` job.
 
     Equal windows give equal bytes.
     """

@@ -1,1 +1,1 @@
-"""Which backend can quantize what, running it, and the error of every linear."""
+"""What each backend can quantize, running a backend, and the error of every linear."""

@@ -1,7 +1,7 @@
-"""Which backend can do what: the choice of one, and the refusal of what none can do.
+"""What each backend can do: chooses a backend, and refuses what none can do.
 
-The facts are data, in capabilities.yaml. `backend: auto` takes the first one of conf/config.yaml's table for the method
-that can do what the configuration asks for and knows the family of the model.
+The facts are data, in capabilities.yaml. `backend: auto` takes the method's list of backends in conf/config.yaml, and from
+it the first one that meets the configuration's requirements and supports the model's family.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from quantline.core.errors import UserError
 from quantline.core.text import alternatives
 
 _TABLE = Path(__file__).with_suffix(".yaml")
-# Methods whose result depends on calibration text.
+# Methods whose result depends on calibration data.
 CALIBRATED = ("awq", "gptq", "autoround")
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a configuration asks of a backend.
+    """What a configuration requires of a backend.
 
-    layers: `none`, `skip` or `widths`, the most that its rules by layer ask for.
+    layers: what its rules by layer require: `none`, `skip` (some linears stay float) or `widths` (other bits or groups).
     """
 
     method: str
@@ -50,17 +50,17 @@ def table() -> dict[str, Any]:
 
 
 def toolchain_of(backend: str) -> str | None:
-    """The environment that a backend runs in; None is this interpreter."""
+    """The environment that a backend runs in; None means this interpreter."""
     return None if backend == "none" else table()[backend]["toolchain"]
 
 
 def bits_of(method: str, backends: Sequence[str]) -> tuple[int, ...]:
-    """The bits that any of some backends has for a method."""
+    """The bits that at least one of `backends` supports for a method."""
     return tuple(sorted({bits for name in backends for bits in _method(name, method).get("bits", ())}))
 
 
 def group_sizes_of(method: str, backends: Sequence[str]) -> tuple[int, ...]:
-    """The group sizes that any of some backends has for a method."""
+    """The group sizes that at least one of `backends` supports for a method."""
     return tuple(sorted({size for name in backends for size in _method(name, method).get("group_size") or ()}))
 
 
@@ -69,33 +69,33 @@ def _method(backend: str, method: str) -> dict[str, Any]:
 
 
 def able(backend: str, method: str) -> dict[str, Any]:
-    """What a backend can do by a method: what holds for all of its methods, and what the method says otherwise."""
+    """What a backend can do with a method: the backend's entry, overridden by the method's."""
     return {**table()[backend], **_method(backend, method)}
 
 
 def knows(backend: str, method: str, model_type: str) -> bool:
-    """Whether a backend quantizes models of a type well by a method."""
+    """Whether a backend quantizes models of a type well with a method."""
     families = able(backend, method)["families"]
     return families is None or model_type in families
 
 
 def faults(backend: str, requirements: Requirements) -> list[str]:
-    """What a backend cannot do of a requirements, each with the option's name, its value, and what is allowed."""
+    """The requirements that a backend does not meet, each with the option's name, its value, and what is allowed."""
     methods = table()[backend]["methods"]
     if requirements.method not in methods:
         others = [name for name, entry in table().items() if requirements.method in entry["methods"]]
         return [
-            f"backend={backend}: does {alternatives(methods)}, {requirements.method} is done by {alternatives(others)}"
+            f"backend={backend}: has {alternatives(methods)}; {requirements.method} is supported by {alternatives(others)}"
         ]
     known: dict[str, Any] = able(backend, requirements.method)
     found: list[str] = []
-    asked = dict.fromkeys((requirements.bits, *requirements.rule_bits))
+    all_bits = dict.fromkeys((requirements.bits, *requirements.rule_bits))
     found += [
         f"bits={bits}: {requirements.method} by {backend} takes {alternatives(known['bits'])}"
-        for bits in asked
+        for bits in all_bits
         if bits not in known["bits"]
     ]
-    # Without groups (bitsandbytes at 8 bits) the size means nothing.
+    # Without groups (bitsandbytes at 8 bits) the group size is ignored.
     sizes = known.get("group_size") if requirements.bits not in known.get("groupless_bits", ()) else None
     found += [
         f"group_size={size}: {requirements.method} by {backend} takes {alternatives(sizes)}"
@@ -107,25 +107,25 @@ def faults(backend: str, requirements: Requirements) -> list[str]:
             shown = "null" if requirements.options[key] is None else str(requirements.options[key]).lower()
             found.append(f"method.{key}={shown}: {backend} takes {alternatives(allowed)}")
     if requirements.layers != "none" and known["layers"] == "none":
-        found.append(f"layers: {backend} has no rules by layer; others have: {alternatives(_with('layers', 'skip'))}")
+        found.append(f"layers: {backend} has no rules by layer; {alternatives(_with('layers', 'skip'))} can have them")
     elif requirements.layers == "widths" and known["layers"] != "widths":
         found.append(
-            f"layers: {backend} has one width for all layers and can only skip some; "
-            f"other bits or groups by layer have {alternatives(_with('layers', 'widths'))}"
+            f"layers: {backend} uses the same bits and group size for all layers and can only skip some; "
+            f"{alternatives(_with('layers', 'widths'))} can set them by layer"
         )
     if requirements.lm_head and not known["lm_head"]:
-        found.append(
-            f"lm_head=quantized: {backend} leaves it float; it is quantized by {alternatives(_with('lm_head'))}"
-        )
+        found.append(f"lm_head=quantized: {backend} leaves it float; {alternatives(_with('lm_head'))} can quantize it")
     if requirements.low_memory and not known["low_memory"]:
-        found.append(f"low_memory=true: {backend} holds the whole model; {alternatives(_with('low_memory'))} does not")
+        found.append(
+            f"low_memory=true: {backend} holds the whole model; {alternatives(_with('low_memory'))} can hold one layer"
+        )
     if requirements.dtype not in known["dtypes"]:
         found.append(f"dtype={requirements.dtype}: {backend} computes in {alternatives(known['dtypes'])}")
     return found
 
 
 def _with(key: str, value: str | None = None) -> list[str]:
-    """The backends that have something by any of their methods."""
+    """The backends that have a capability with at least one of their methods."""
     wanted = (True,) if value is None else (value, "widths")
     return [
         name for name, entry in table().items()
@@ -134,25 +134,25 @@ def _with(key: str, value: str | None = None) -> list[str]:
 
 
 def candidates(backend: str, order: Sequence[str], requirements: Requirements) -> list[str]:
-    """The backends that may come to do it: the named one, or those of the order that have nothing against it."""
+    """The backends that meet the requirements: the named one, or those in `order`."""
     names = list(order) if backend == "auto" else [backend]
     return [name for name in names if not faults(name, requirements)]
 
 
 def choose(backend: str, order: Sequence[str], requirements: Requirements, model_type: str) -> tuple[str, list[str]]:
-    """The backend for a model, and why those before it in the order were passed over.
+    """The backend for a model, and why each one before it in the order was passed over.
 
     Raises:
-        UserError: none can do it, with the reason of each.
+        UserError: no backend can do it; with the reason for each.
     """
     passed: list[str] = []
     for name in list(order) if backend == "auto" else [backend]:
         reasons = faults(name, requirements)
         if requirements.method in table()[name]["methods"] and not knows(name, requirements.method, model_type):
             families = able(name, requirements.method)["families"]
-            reasons = [*reasons, f"model_type={model_type}: {name} knows {', '.join(families)}"]
+            reasons = [*reasons, f"model_type={model_type}: {name} supports {', '.join(families)}"]
         if not reasons:
-            return name, [f"{name} quantizes this model, since {reason}" for reason in passed]
+            return name, [f"{name} quantizes this model, because {reason}" for reason in passed]
         passed += reasons
     if backend != "auto":
         others = [
@@ -162,5 +162,5 @@ def choose(backend: str, order: Sequence[str], requirements: Requirements, model
         remedy = f"; give backend={others[0]}, or backend=auto" if others else ""
         raise UserError("; ".join(passed) + remedy)
     raise UserError(
-        f"method={requirements.method}: no backend can do this: " + "; ".join(passed) + "; method=rtn takes any"
+        f"method={requirements.method}: no backend can do this: " + "; ".join(passed) + "; method=rtn takes any model"
     )

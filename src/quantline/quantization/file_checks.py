@@ -1,4 +1,4 @@
-"""Checks of a quantized checkpoint's files that decode no weight: NumPy and headers only.
+"""Checks of a quantized checkpoint's files without decoding weights: NumPy and headers only.
 
 All faults are reported together.
 """
@@ -21,21 +21,21 @@ from quantline.checkpoints.linears import LM_HEAD
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 
-# Tables that older checkpoints hold and that models compute themselves: angles of rotary embeddings, causal masks.
+# Buffers in older checkpoints that models compute themselves: rotary frequencies and causal masks.
 _BUFFERS = re.compile(r"(?:inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)
 class FileChecks:
-    """What the files of a quantized checkpoint say.
+    """The findings of the file checks.
 
     Attributes:
         faults: what makes the checkpoint unusable.
         warnings: what the user should know.
         linears: name -> (in_features, out_features) of the quantized linears, as in the float model.
-        stored_bits: by name, bits of all tensors of a quantized linear but its bias.
-        zero_scales, scales: number of scales that are zero, and of all.
+        stored_bits: name -> bits of all tensors of a quantized linear except its bias.
+        zero_scales, scales: number of zero scales, and of all scales.
         weights, bits: number of weights and of bits in the whole model.
     """
 
@@ -55,12 +55,12 @@ class FileChecks:
 
     @property
     def effective_bits(self) -> float:
-        """Bits of a quantized weight, with its share of scales, zero points and indexes."""
+        """Bits per quantized weight, including its share of scales, zero points and indexes."""
         return sum(self.stored_bits.values()) / max(self.quantized_weights, 1)
 
 
 def inspect(model: Path, output: Path, expected: Sequence[str]) -> FileChecks:
-    """Compare a quantized checkpoint with the float model that it was made of.
+    """Compare a quantized checkpoint with the float model that it was made from.
 
     Args:
         model: folder of the float model.
@@ -73,26 +73,28 @@ def inspect(model: Path, output: Path, expected: Sequence[str]) -> FileChecks:
     try:
         checkpoint, info = Checkpoint.open(output), quantization_of(output)
         layers = quantized_layers(checkpoint, info)
-    except UserError as error:  # a shard is missing or cut off, an index names a missing tensor, a layer is incomplete
+    except (
+        UserError
+    ) as error:  # a shard is missing or truncated, an index names a missing tensor, a layer is incomplete
         return FileChecks([*faults, str(error)], weights=weights)
     bits = 8 * sum(checkpoint.info(name).nbytes for name in checkpoint.names)
     if not layers:
-        return FileChecks([*faults, "nothing was quantized: every weight is as it was"], weights=weights, bits=bits)
+        return FileChecks([*faults, "nothing was quantized: every weight is unchanged"], weights=weights, bits=bits)
     left = [name for name in expected if name not in layers]
     if left:
         faults.append(f"{len(left)} of {len(expected)} linears were not quantized: {some(left)}")
     extra = [name for name in layers if name not in set(expected)]
     if extra:
-        faults.append(f"{len(extra)} linears were quantized and should have stayed float: {some(extra)}")
+        faults.append(f"{len(extra)} linears were quantized but should have stayed float: {some(extra)}")
     linears, stored_bits = {}, {}
     for name, suffixes in layers.items():
         if f"{name}.weight" not in floats.names:
-            faults.append(f"{name} is quantized, and no linear of the float model")
+            faults.append(f"{name} is quantized but is not a linear of the float model")
             continue
         tall, wide = floats.info(f"{name}.weight").shape
         linears[name] = int(wide), int(tall)
-        own = [tensor for suffix, tensor in suffixes.items() if suffix != "bias"]
-        stored_bits[name] = 8 * sum(checkpoint.info(tensor).nbytes for tensor in own)
+        stored = [tensor for suffix, tensor in suffixes.items() if suffix != "bias"]
+        stored_bits[name] = 8 * sum(checkpoint.info(tensor).nbytes for tensor in stored)
     tied = bool(read_json(model / "config.json").get("tie_word_embeddings"))
     faults += _absent_faults(floats, checkpoint, layers, tied=tied)
     scales = _scales(checkpoint, layers, LAYOUTS[info.layout].scales if info is not None else ())
@@ -112,7 +114,7 @@ def _companion_faults(model: Path, output: Path) -> list[str]:
     wanted += [path.name for path in sorted(model.iterdir()) if any(fnmatch(path.name, like) for like in COMPANIONS)]
     missing = [name for name in wanted if not (output / name).exists()]
     if missing:
-        faults.append(f"lacks {some(missing)}, which the float model has")
+        faults.append(f"{some(missing)}: missing, although the float model has it")
     empty = [name for name in wanted if (output / name).is_file() and not (output / name).stat().st_size]
     empty = [name for name in empty if (model / name).stat().st_size]
     if empty:
@@ -129,7 +131,7 @@ def _absent_faults(
         if name not in names and name.removesuffix(".weight") not in layers
         and not (tied and name == f"{LM_HEAD}.weight") and not _BUFFERS.search(name)
     ]  # fmt: skip
-    return [f"{len(missing)} tensors of the float model are gone: {some(missing)}"] if missing else []
+    return [f"{len(missing)} tensors of the float model are missing: {some(missing)}"] if missing else []
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,9 @@ def _scales(
                 partly.append(layer)
     faults, warnings = [], []
     if unsound:
-        faults.append(f"scales that are NaN or infinite in {len(unsound)} linears: {some(unsound)}")
+        faults.append(f"scales are NaN or infinite in {len(unsound)} linears: {some(unsound)}")
     if dead:
-        faults.append(f"nothing but zero scales, so nothing but zero weights, in {len(dead)} linears: {some(dead)}")
+        faults.append(f"all scales, and so all weights, are zero in {len(dead)} linears: {some(dead)}")
     if partly:
-        warnings.append(f"{zero} of {count} scales are zero, and their weights with them, in {some(partly)}")
+        warnings.append(f"{zero} of {count} scales, and so their weights, are zero in {some(partly)}")
     return _Scales(zero, count, faults, warnings)

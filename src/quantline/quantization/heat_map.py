@@ -1,4 +1,4 @@
-"""A picture of the output errors: decoder layer by kind of linear."""
+"""A heat map of the output errors: decoder layers by kinds of linears."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Up to so many cells a number is written into each.
+# With at most this many cells, each shows its number.
 _WRITTEN = 240
 
 
 def imports() -> None:
-    """Import what `draw` needs, which takes about as long as drawing."""
+    """Import what `draw` needs; importing takes about as long as drawing."""
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
 
@@ -23,7 +23,7 @@ def imports() -> None:
 def grid(
     rows: Sequence[Mapping[str, Any]], key: str = "output_error"
 ) -> tuple[list[int], list[str], NDArray[np.float64]]:
-    """Decoder layers, kinds of linears (experts are one kind), and the largest value of each cell, NaN where there is none.
+    """Decoder layers, kinds of linears (experts are one kind), and the largest value of each cell, NaN if it has none.
 
     Returns:
         layers, kinds in the order of their first appearance, float64 (kinds, layers).
@@ -44,7 +44,7 @@ def grid(
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
-    """Write the heat map of the output errors as PNG; False, and no file, where there is no error to show.
+    """Write the heat map of the output errors as PNG; write nothing and return False if there are no errors to show.
 
     Equal rows give equal bytes.
     """

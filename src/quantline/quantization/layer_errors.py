@@ -1,8 +1,8 @@
-"""The gate on layer errors: whether a quantized checkpoint is whole, and how far each of its linears is from the float one.
+"""The gate on layer errors: is a quantized checkpoint complete, and how far is each linear from the float one.
 
-The files are checked first (`file_checks`), and a fault there is raised at once. Then the worker
+First the files are checked (`file_checks`); a fault there is raised at once. Then the worker
 `toolchains.workers.reference.layer_errors` runs the float model over calibration samples and measures every linear. The
-result is a table, a picture and metrics. The limits are in the configuration's section `layer_errors`.
+result is a table, a heat map and metrics. The limits are in the configuration's section `layer_errors`.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _TITLES = {"output_error": "the output's", "weight_error": "the weights'"}
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """What was measured of one quantized checkpoint.
+    """The layer errors of one quantized checkpoint.
 
     Attributes:
-        rows: one per linear, by layer: name, layer (number; -1 outside of the layers), module (name inside it),
-            in_features, out_features, bits, group_size, effective_bits, tokens (calibration tokens that the float model
-            gives to it, None where that cannot be seen), output_error, weight_error, weight_error_max, weight_error_mean,
+        rows: one per linear, by layer: name, layer (number; -1 outside the layers), module (name inside it),
+            in_features, out_features, bits, group_size, effective_bits, tokens (calibration tokens that reach it in the
+            float model, None if that cannot be observed), output_error, weight_error, weight_error_max, weight_error_mean,
             level, and the backend's own columns.
         metrics: numbers by name.
         warnings: sentences for the user.
-        files: written ones, relative to the output.
-        worst: the linears with the largest output errors, in words.
+        files: the written files, relative to the output.
+        worst: the linears with the largest output errors, as text.
     """
 
     rows: list[Row]
@@ -62,10 +62,10 @@ class LayerErrors:
 
 @contextmanager
 def early(start: Callable[[str, str], AbstractContextManager[None]], *, enabled: bool) -> Iterator[None]:
-    """While a quantizer computes, import what `measure` will need: its worker's part, and the picture's.
+    """While a quantizer computes, import the libraries for `measure`: in its worker, and here for the heat map.
 
     Args:
-        start: (toolchain, module) -> a context in which that worker waits for its job.
+        start: (toolchain, module) -> a context in which that worker waits for a job.
         enabled: whether errors will be measured at all.
     """
     if not enabled:
@@ -78,15 +78,15 @@ def early(start: Callable[[str, str], AbstractContextManager[None]], *, enabled:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized checkpoint, and what it was made of.
+    """A quantized checkpoint, and what it was made from.
 
     Attributes:
         model: folder of the float model.
         output: folder of the quantized one.
         calibration: tokens.safetensors, `input_ids` int32 (n, length).
-        linears: what should be quantized, by name.
-        method: awq, gptq, rtn, bnb or autoround. Scales that awq folded are undone before weights are compared.
-        backend_rows: the backend's own rows: `layer` and `module`, or `module` with the whole name.
+        linears: the linears that should be quantized, by name.
+        method: awq, gptq, rtn, bnb or autoround. Scales folded by awq are undone before weights are compared.
+        backend_rows: the backend's own rows, with `layer` and `module`, or with the full name in `module`.
     """
 
     model: Path
@@ -106,17 +106,17 @@ def measure(
     device: str = "cpu",
     failed: Path | None = None,
 ) -> LayerErrors:
-    """Measure a quantized checkpoint, and refuse one with an error beyond its limit.
+    """Measure a quantized checkpoint, and refuse it if an error is above its limit.
 
     Args:
         made: the checkpoint; its folder gets `coverage/layers.csv` and `coverage/output_error.png`.
         settings: samples, limits and levels.
         run_worker: (toolchain, module, job, label) -> its result.
-        threads, device: of the worker.
-        failed: a folder for the table and the picture of a checkpoint that does not pass.
+        threads, device: for the worker.
+        failed: a folder for the table and the heat map if the checkpoint does not pass.
 
     Raises:
-        WorkerError: the checkpoint does not pass; every reason, with the worst linears of each.
+        WorkerError: the checkpoint does not pass. The message has every reason, with its worst linears.
     """
     linears, method = made.linears, made.method
     found = inspect(made.model, made.output, list(linears))
@@ -153,11 +153,11 @@ def measure(
 
 
 def _rows(found: FileChecks, linears: Mapping[str, LinearSpec], backend_rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    said: dict[tuple[int, str], dict[str, Any]] = {}
-    for own in backend_rows:
-        layer, module = own.get("layer"), str(own.get("module"))
+    extra: dict[tuple[int, str], dict[str, Any]] = {}
+    for backend_row in backend_rows:
+        layer, module = backend_row.get("layer"), str(backend_row.get("module"))
         place = (layer, module) if isinstance(layer, int) and layer >= 0 else linears_module.place_of(module)
-        said[place] = {key: value for key, value in own.items() if key not in ("layer", "module", "name")}
+        extra[place] = {key: value for key, value in backend_row.items() if key not in ("layer", "module", "name")}
     rows = []
     for name, (wide, tall) in found.linears.items():
         place, width = linears_module.place_of(name), linears[name]
@@ -167,12 +167,12 @@ def _rows(found: FileChecks, linears: Mapping[str, LinearSpec], backend_rows: Se
             "effective_bits": _rounded(found.stored_bits[name] / (wide * tall)), "tokens": None,
         }  # fmt: skip
         row.update(dict.fromkeys((*_MEASURED, "level")))
-        rows.append({**row, **{key: value for key, value in said.get(place, {}).items() if key not in row}})
+        rows.append({**row, **{key: value for key, value in extra.get(place, {}).items() if key not in row}})
     return sorted(rows, key=lambda row: row["layer"] if row["layer"] >= 0 else math.inf)
 
 
 def _rounded(value: float | None) -> float | None:
-    # The last digits differ from machine to machine.
+    # The last digits differ between machines.
     return None if value is None else float(f"{value:.6g}")
 
 
@@ -226,21 +226,21 @@ def _error_faults(rows: Sequence[Row], settings: LayerErrorsConfig) -> list[str]
 
 
 def _or_raise(rows: Sequence[Row], key: str) -> str:
-    """The limits that these rows would pass, as options; where a weight is worse than zeros would be, no limit helps."""
+    """The limits that these rows would pass, as options. If a weight is worse than all zeros, no limit helps."""
     needed: dict[str, float] = {}
     for row in rows:
         option = f"layer_errors.max_{key}.bits{row['bits']}"
         needed[option] = max(needed.get(option, 0.0), row[key] if math.isfinite(row[key]) else math.inf)
     if max(needed.values()) >= 1:
-        return "; weights that are all zero have an error of 1, so something went wrong with those above it"
-    # Rounded up, so that they do pass.
+        return "; all-zero weights have an error of 1, so linears with 1 or more are broken"
+    # Rounded up, so that the rows pass.
     raised = " ".join(f"{option}={math.ceil(100 * value) / 100:g}" for option, value in sorted(needed.items()))
-    return f", or raise the limit, if evaluate finds the model good like this: {raised}"
+    return f", or raise the limit, if the evaluated model is good enough: {raised}"
 
 
 def _worst(rows: Sequence[Row], key: str) -> str:
     known = [row for row in rows if row[key] is not None]
-    # A value that is no number is worse than any.
+    # NaN and infinity sort as worst.
     known.sort(key=lambda row: row[key] if math.isfinite(row[key]) else math.inf, reverse=True)
     return some([f"{row['name']} {row[key]:.3g}" for row in known], _WORST)
 
@@ -254,7 +254,7 @@ def _few_tokens(rows: Sequence[Row], least: int) -> list[str]:
     named = some([f"{row['name']} {row['tokens']}" for row in few], _WORST)
     return [
         f"{len(few)} of {len(rows)} linears saw fewer than {least} calibration tokens (layer_errors.min_tokens) and were "
-        f"quantized blind: {named}; give more text, calibration.n_samples"
+        f"quantized with too little data: {named}; raise calibration.n_samples"
     ]
 
 
@@ -264,19 +264,20 @@ def _unmeasured(rows: Sequence[Row]) -> list[str]:
     notes = []
     if hidden:
         notes.append(
-            f"no output error of {len(hidden)} linears, the model's calls of them cannot be seen: {some(hidden)}"
+            f"no output error for {len(hidden)} linears, because their calls cannot be observed: {some(hidden)}"
         )
     if untouched:
         notes.append(
-            f"no output error of {len(untouched)} linears, no token of layer_errors.samples reached them: {some(untouched)}"
+            f"no output error for {len(untouched)} linears, because no token of layer_errors.samples reached them: "
+            f"{some(untouched)}"
         )
     return notes
 
 
 def _write(rows: Sequence[Row], folder: Path, title: str) -> list[str]:
-    """Write the table, and the picture where there is one; their names relative to the folder."""
+    """Write the table, and the heat map if there is one; return their names relative to the folder."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    # Part of the stage's output, which is the same wherever it is made: times are in the result's table alone.
+    # This table is part of the stage's output, which must be reproducible. Times are only in the result's table.
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _TIMES]
     with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")

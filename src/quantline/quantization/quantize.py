@@ -1,4 +1,4 @@
-"""The quantize stage's work: choose the backend, refuse what its layers cannot take, run it, check what it wrote."""
+"""The quantize stage's work: choose the backend, check the layers' shapes, run it, check its output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantline.quantization.capabilities import CALIBRATED, Requirements, choose
 from quantline.toolchains.protocol import JobResult
 
 # Largest difference of a toolchain's float logits from the reference engine's, in units of the logits' standard
-# deviation. Computed in float32, faithful toolchains came to 1e-5 on CPU and GPU; a misread rope_theta to 0.3 and more.
+# deviation. Computed in float32, correct toolchains differed by 1e-5 on CPU and GPU, a misread rope_theta by 0.3 or more.
 PROBE_TOLERANCE = 0.05
 
 RunWorker = Callable[[str, str, dict[str, Any], str], JobResult]
@@ -25,10 +25,10 @@ RunWorker = Callable[[str, str, dict[str, Any], str], JobResult]
 
 @dataclass(frozen=True)
 class Request:
-    """What to make: the options of a variant that quantizing reads.
+    """What to quantize, and how: the options of a variant that this stage reads.
 
-    backend: a name, or auto; order: the backends that auto tries, first the preferred one. rules: exceptions by name, see
-    `linears.planned`.
+    backend: a name, or auto. order: the backends that auto tries, the preferred one first. rules: exceptions by name, see
+    `select_linears`.
     """
 
     method: Mapping[str, Any]
@@ -44,13 +44,13 @@ class Request:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The method's own options; null is one that was not asked for."""
+        """The method's own options that are set; null means not set."""
         return {key: value for key, value in self.method.items() if key != "name" and value is not None}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the stage reports: who did it, metrics, per-layer rows (as the backend gives them) and warnings."""
+    """What the stage reports: the backend, metrics, per-layer rows (as the backend gives them) and warnings."""
 
     backend: str
     metrics: dict[str, float]
@@ -64,10 +64,10 @@ def check_group_size(shapes: Mapping[str, tuple[int, int]], widths: Mapping[str,
 
     Args:
         shapes: (in_features, out_features) by name.
-        widths: what is asked for, by name.
+        widths: the requested bits and group sizes, by name.
 
     Raises:
-        UserError: naming the layers, their width and the group sizes that would do.
+        UserError: with the layers, their widths and the group sizes that fit.
     """
     bad = {
         name: (shapes[name][0], width.group_size) for name, width in widths.items()
@@ -88,17 +88,17 @@ def quantize(
     """Quantize the checkpoint in `model` into the empty folder `out` and check the result.
 
     Args:
-        request: what to make.
+        request: what to quantize, and how.
         model: folder of the float model.
         probe: the reference engine's logits on a few tokens.
         calibration: token ids.
         out: an empty folder.
-        work: a folder for a backend's own files, which outlives a crash.
+        work: a folder for a backend's own files, kept after a crash.
         run_worker: (toolchain, module, job, label) -> its result.
 
     Raises:
-        UserError: the model's layers and the options do not go together, or no backend takes the model.
-        WorkerError: the backend failed, or what it wrote is not what was asked for.
+        UserError: the options do not fit the model's layers, or no backend supports the model.
+        WorkerError: the backend failed, or its output is not what was requested.
     """
     checkpoint, config = Checkpoint.open(model), read_json(model / "config.json")
     backend, notes = choose(request.backend, request.order, request.requirements, str(config.get("model_type")))
@@ -151,15 +151,15 @@ def _run_here(module: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_output(out: Path, widths: Mapping[str, LinearSpec], *, groups: bool = True) -> None:
-    """Refuse an output that is not what was asked for: other bits or groups, linears left out, files missing.
+    """Refuse an output that is not what was requested: other bits or groups, linears left out, files missing.
 
     Args:
         out: the backend's output.
-        widths: what was asked for, by name.
+        widths: the requested bits and group sizes, by name.
         groups: whether the method has groups.
 
     Raises:
-        WorkerError: naming the first such fault.
+        WorkerError: with the first such fault.
     """
     info = quantization_of(out)
     if info is None:
@@ -169,21 +169,22 @@ def check_output(out: Path, widths: Mapping[str, LinearSpec], *, groups: bool = 
     if missing or not found:
         kinds = Counter(name.rpartition(".")[2] for name in missing)
         raise WorkerError(
-            f"{len(missing)} of {len(widths)} linears were left in float without a word ({_counted(kinds)}); first: "
+            f"{len(missing)} of {len(widths)} linears were silently left in float ({_counted(kinds)}); first: "
             f"{missing[0] if missing else 'all'}"
         )
     extra = sorted(found - set(widths))
     if extra:
-        raise WorkerError(f"{extra[0]} was quantized and should have stayed float; {len(extra)} such linears")
+        raise WorkerError(f"{extra[0]} was quantized but should have stayed float ({len(extra)} such linears)")
     for name, width in widths.items():
-        own = info.of(name)
-        if own.bits != width.bits or (groups and own.group_size != width.group_size):
+        actual = info.of(name)
+        if actual.bits != width.bits or (groups and actual.group_size != width.group_size):
             raise WorkerError(
-                f"{name}: asked for {width.bits} bits in groups of {width.group_size}, got {own.bits} in {own.group_size}"
+                f"{name}: requested {width.bits} bits in groups of {width.group_size}, "
+                f"got {actual.bits} in {actual.group_size}"
             )
     for name in ("config.json", "tokenizer_config.json"):
         if not (out / name).is_file():
-            raise WorkerError(f"the backend's output lacks {name}")
+            raise WorkerError(f"the backend's output has no {name}")
 
 
 def _counted(kinds: Counter[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a configuration asks of a backend, and what speaks against it before any model is looked at."""
+"""What a configuration requires of a backend, and which faults can be found without the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantline.quantization import capabilities
 
 
 def requirements_of(values: Mapping[str, Any]) -> capabilities.Requirements:
-    """What a configuration, as plain values, asks of a backend."""
+    """What a configuration, given as plain values, requires of a backend."""
     method = values["method"]
     rules = values.get("layers", {}).get("rules") or []
     bits = tuple(rule["bits"] for rule in rules if rule.get("bits") is not None)
@@ -24,8 +24,8 @@ def requirements_of(values: Mapping[str, Any]) -> capabilities.Requirements:
 
 
 def method_faults(values: Mapping[str, Any]) -> list[str]:
-    """What no backend, or not the named one, can do of a configuration given as plain values; of any kind and shape."""
-    # The values may be anything: where they make no sense, their types are reported as faults already.
+    """What no backend, or not the named one, can do. `values` is a configuration as plain values, perhaps an invalid one."""
+    # The values may be anything. Invalid types are already reported elsewhere.
     try:
         requirements, backends, backend = requirements_of(values), dict(values["backends"]), str(values["backend"])
     except (KeyError, TypeError, AttributeError):
@@ -39,7 +39,7 @@ def method_faults(values: Mapping[str, Any]) -> list[str]:
     order = backends[requirements.method]
     unknown = [name for names in backends.values() for name in names if name not in capabilities.table()]
     if unknown:
-        return [f"backends: {unknown[0]} is none; there are {', '.join(capabilities.table())}"]
+        return [f"backends: {unknown[0]} is not a backend; allowed are {', '.join(capabilities.table())}"]
     if requirements.options.get("activation_bits") and (alike := _activation_faults(requirements)):
         return alike
     if backend != "auto":
@@ -49,22 +49,22 @@ def method_faults(values: Mapping[str, Any]) -> list[str]:
     faults = _bits_faults(requirements, backends) + _group_faults(requirements, order)
     if not faults:
         tried = (fault for name in order for fault in capabilities.faults(name, requirements))
-        faults = list(dict.fromkeys(tried)) or [f"backends.{requirements.method}: names no backend"]
+        faults = list(dict.fromkeys(tried)) or [f"backends.{requirements.method}: is empty; name a backend"]
     return faults
 
 
 def _activation_faults(requirements: capabilities.Requirements) -> list[str]:
-    """What does not go with rounded activations: the one layout for them holds int8 weights with a scale a channel."""
+    """What cannot be combined with rounded activations: their only layout has int8 weights with one scale per channel."""
     given = f"method.activation_bits={requirements.options['activation_bits']}"
     wanted = [
-        f"{key}={shown}" for key, shown, asked in (
+        f"{key}={shown}" for key, shown, matches in (
             ("bits", "8", requirements.bits == 8),
             ("group_size", "-1", requirements.group_size == -1),
             ("method.sym", "true", requirements.options.get("sym", True)),
             ("layers", "uniform", requirements.layers != "widths"),
-        ) if not asked
+        ) if not matches
     ]  # fmt: skip
-    return [f"{given}: goes with int8 weights, one scale a channel; give {' '.join(wanted)}"] if wanted else []
+    return [f"{given}: needs int8 weights with one scale per channel; give {' '.join(wanted)}"] if wanted else []
 
 
 def _bits_faults(requirements: capabilities.Requirements, backends: Mapping[str, list[str]]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Locked environments, the protocol between interpreters, and how a job is run in another one."""
+"""Locked environments, the protocol between interpreters, and the runner of worker jobs."""

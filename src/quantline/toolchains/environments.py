@@ -1,9 +1,9 @@
 """Locked virtual environments, one per toolchain, and the workers that run inside them.
 
-AutoAWQ, AutoGPTQ and vLLM want versions of the same packages that exclude each other (vllm-project/llm-compressor#1899),
-so each lives in `.venvs/<name>`, made on demand from `envs/<name>-<platform>.txt`. An environment counts as ready only
-when its state file, moved into place last, names the hash of the lock it was built from; anything else is a half-built
-one and is removed. An interpreter that exists already can be named instead (`toolchains.vllm=/opt/vllm/bin/python`).
+AutoAWQ, AutoGPTQ and vLLM need conflicting versions of the same packages (vllm-project/llm-compressor#1899). So each has
+an environment of its own in `.venvs/<name>`, built on demand from its lock file `envs/<name>-<platform>.txt`. An environment
+is ready only when its state file, written last, holds the hash of the lock file it was built from. Any other is half built
+and is removed. An existing interpreter can be named instead (`toolchains.vllm=/opt/vllm/bin/python`).
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ BUILD_SECONDS = 2 * 3600.0
 
 @cache
 def detect_platform() -> str:
-    """`cuda` where an NVIDIA driver is loaded, else `cpu`; nothing is imported to find out."""
+    """`cuda` if an NVIDIA driver is loaded, else `cpu`. Imports nothing."""
     devices = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
     return "cuda" if any(device.exists() for device in devices) else "cpu"
 
 
 def lock_file(root: Path, name: str, platform: str) -> Path:
-    """The lock of a toolchain.
+    """The lock file of a toolchain.
 
     Raises:
         UserError: no such toolchain or platform.
@@ -64,13 +64,13 @@ def lock_file(root: Path, name: str, platform: str) -> Path:
 
 
 def core_lock(root: Path) -> str | None:
-    """Hash of the lock of the environment that the stages themselves run in; None where the checkout has none."""
+    """Hash of the lock file of the environment that runs the stages; None if the checkout has no such file."""
     lock = root / "envs" / "core.txt"
     return sha256_of(lock) if lock.is_file() else None
 
 
 def locks_identity(root: Path, name: str) -> str:
-    """One hash over the locks of a toolchain for every platform: the environment's part of a variant's identity."""
+    """One hash over a toolchain's lock files for all platforms: the environment's part of a variant's identity."""
     digest = hashlib.sha256()
     for platform in PLATFORMS:
         digest.update(lock_file(root, name, platform).read_bytes())
@@ -78,17 +78,17 @@ def locks_identity(root: Path, name: str) -> str:
 
 
 def ensure(root: Path, name: str, *, python: str | None = None, platform: str | None = None) -> Toolchain:
-    """Return a working environment, building it from its lock where it is missing or stale.
+    """Return a working environment. Build it from its lock file if it is missing or stale.
 
     Raises:
         UserError: the named interpreter does not exist, or lacks the library.
-        WorkerError: the environment could not be installed; nothing of it is left.
+        WorkerError: the environment could not be installed. What was installed is removed.
     """
     if python is not None:
         interpreter = Path(python).expanduser()
         if not interpreter.is_file() or not os.access(interpreter, os.X_OK):
             raise UserError(
-                f"toolchains.{name}={python}: no interpreter there; give the path of a Python or leave it null"
+                f"toolchains.{name}={python}: is not a Python interpreter; give the path of one or leave it null"
             )
         fault = _unhealthy(interpreter, name)
         if fault:
@@ -107,7 +107,7 @@ def ensure(root: Path, name: str, *, python: str | None = None, platform: str | 
 
 
 def environment_state(folder: Path) -> str | None:
-    """Hash of the lock that an environment was built from; None where it is half built or not there."""
+    """Hash of the lock file that an environment was built from; None if it is half built or missing."""
     state = folder / "quantline-state.json"
     try:
         return str(json.loads(state.read_text(encoding="utf-8"))["lock_sha256"])
@@ -117,7 +117,7 @@ def environment_state(folder: Path) -> str | None:
 
 @contextmanager
 def _building_alone(path: Path) -> Iterator[None]:
-    """One process at a time builds an environment; the others wait for it.
+    """Let one process at a time build an environment; the others wait.
 
     Raises:
         WorkerError: another process has held the lock for longer than any build takes.
@@ -137,15 +137,15 @@ def _uv() -> list[str]:
     beside = Path(sys.executable).with_name("uv")
     found = str(beside) if beside.exists() else shutil.which("uv")
     if found is None:
-        raise UserError("uv is not installed, and builds the environments; run `make setup`")
+        raise UserError("uv, which builds the environments, is not installed; run `make setup`")
     return [found]
 
 
 def install_environment(name: str) -> tuple[list[str], dict[str, str]]:
     """Extra arguments and variables for `uv pip install`.
 
-    CPU builds of torch are no part of the main index: they come from a folder named by UV_FIND_LINKS (or pip's
-    PIP_FIND_LINKS) where one is set, else from PyTorch's own index, which uv knows by the name of the backend.
+    The main index has no CPU builds of torch. They come from the folder in UV_FIND_LINKS (or pip's PIP_FIND_LINKS) if one
+    is set, else from PyTorch's own index, which uv selects by the backend's name.
     """
     variables = dict(os.environ)
     links = variables.get("UV_FIND_LINKS") or variables.get("PIP_FIND_LINKS")
@@ -171,7 +171,7 @@ def _build(folder: Path, name: str, lock: Path, digest: str) -> None:
                 raise WorkerError(f".venvs/{name} could not be installed from envs/{lock.name}:\n{done.stderr.strip()}")
         if name == "vllm":
             _record_vllm(folder, lock)
-        # Small modules in place of packages that could be installed only with a compiler.
+        # Small modules that stand in for packages that need a compiler to install.
         for packages in folder.glob("lib/python*/site-packages"):
             for module in sorted((lock.parent / "stand_ins" / name).glob("*.py")):
                 shutil.copyfile(module, packages / module.name)
@@ -219,18 +219,20 @@ def distribution_version(toolchain: Toolchain, name: str) -> str:
         [str(toolchain.python), "-c", code], capture_output=True, text=True, env=worker_environment(1), check=False
     )
     if done.returncode != 0:
-        raise UserError(f"{toolchain.python} has no {name}; install it there or let the environment be built")
+        raise UserError(
+            f"{toolchain.python} does not have {name}; install it there or set toolchains.{toolchain.name}=null"
+        )
     return done.stdout.strip().partition("+")[0]
 
 
 def locked_version(root: Path, name: str, platform: str) -> str:
-    """The version of a toolchain's own library, from its lock: the environment itself need not be there.
+    """The version of a toolchain's main library, from its lock file. The environment need not exist.
 
     Raises:
-        UserError: the lock does not name it.
+        UserError: the lock file does not name it.
     """
     lock = lock_file(root, name, platform)
     found = re.search(rf"(?m)^{name}(?:-{platform})?==(\d[\d.]*)", lock.read_text(encoding="utf-8"))
     if not found:
-        raise UserError(f"envs/{lock.name}: names no {name}; lock the environments again")
+        raise UserError(f"envs/{lock.name}: does not name {name}; run `make lock`")
     return found.group(1)

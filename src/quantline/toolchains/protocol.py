@@ -1,4 +1,4 @@
-"""The border between the pipeline and a worker in another environment: a JSON job in, a JSON result out.
+"""The protocol between the pipeline and a worker in another environment: a JSON job in, a JSON result out.
 
 Standard library only, since every toolchain's interpreter imports it. A worker module ends with
 
@@ -6,14 +6,14 @@ Standard library only, since every toolchain's interpreter imports it. A worker 
         worker_main(run)
 
 and is started as `python -m MODULE JOB.json RESULT.json`. `run(job, report)` gets the job as a plain dict and returns
-the result's `data`. The result is written last and moved into place, so a result file that exists is
-whole; the parent asks for exit code 0 *and* a result that says ok.
+the result's `data`. The result is written last and moved into place, so a result file that exists is complete. The parent
+requires exit code 0 *and* a result with `ok` true.
 
-With `--wait` after these the worker first imports what it needs (`worker_main(run, imports)`) and then waits for a line on
-stdin that says JOB.json is there; where stdin ends without one, it is not needed and ends without a result.
+With `--wait` after these arguments, the worker first imports its libraries (`worker_main(run, imports)`). It then waits for
+a line on stdin, which means that JOB.json is written. If stdin closes without one, the worker exits without a result.
 
-Progress goes to stdout as lines of the form `@progress {"done": 3, "total": 12, "label": "layer 3"}`; whatever else a
-library prints goes to the log as it is.
+Progress goes to stdout as lines of the form `@progress {"done": 3, "total": 12, "label": "layer 3"}`; everything else
+that is printed goes to the log unchanged.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from quantline.core.files import write_json
 
 PROGRESS_PREFIX = "@progress "
 WAIT = "--wait"
-# The name under which a server lists a variant, and a worker asks for it.
+# The model name under which a server lists a variant and a worker requests it.
 SERVED_NAME = "quantline"
 _PR_SET_PDEATHSIG = 1
 
 
 class JobError(Exception):
-    """A worker's refusal that the user can act on: it crosses the border as a message, without a traceback."""
+    """A worker's refusal that the user can act on: passed to the parent as a message, without a traceback."""
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """What came back from a worker.
+    """The result of a worker.
 
-    data: the worker's own values (plain JSON). seconds: wall time inside the worker. peak_memory_bytes: its largest
-    resident size. versions: the distributions it ran on, name -> version.
+    data: the worker's own values (plain JSON). seconds: wall time inside the worker. peak_memory_bytes: its peak resident
+    memory. versions: the distributions it used, name -> version.
     """
 
     data: dict[str, Any]
@@ -62,10 +62,10 @@ class JobResult:
 
 
 class Reporter:
-    """Prints progress in the form that the parent process turns into a bar."""
+    """Prints progress lines, which the parent process shows as a progress bar."""
 
     def __call__(self, done: int, total: int, label: str = "") -> None:
-        """Say that `done` of `total` is done."""
+        """Report that `done` of `total` steps are done."""
         line = json.dumps({"done": done, "total": total, "label": label})
         print(f"{PROGRESS_PREFIX}{line}", flush=True)
 
@@ -82,12 +82,12 @@ def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _end_with_parent() -> None:
-    # The parent ends its workers; this is for a parent that was killed, or interrupted while it started this one.
+    # Normally the parent ends its workers. This covers a parent that was killed, or interrupted during the start.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     output = select.poll()
     output.register(1, 0)
-    if output.poll(0):  # the other end of the pipe is closed already
+    if output.poll(0):  # the other end of the pipe is already closed
         sys.exit("the process that started this worker is gone")
 
 
@@ -114,11 +114,11 @@ VERSIONED = (
 def worker_main(
     run: Callable[[dict[str, Any], Reporter], Mapping[str, Any]], imports: Callable[[], None] | None = None
 ) -> None:
-    """Run one job file to one result file and exit; `argv` is JOB.json RESULT.json, and --wait or nothing.
+    """Run the job in one file, write the result to another and exit; `argv` is JOB.json RESULT.json [--wait].
 
     Args:
-        run: does the job.
-        imports: imports what `run` will need, for a worker that is started before its job is known.
+        run: runs the job.
+        imports: imports the libraries that `run` needs, for a worker that is started before its job is known.
     """
     if len(sys.argv) not in (3, 4) or sys.argv[3:] not in ([], [WAIT]):
         raise SystemExit(f"usage: {Path(sys.argv[0]).name} JOB.json RESULT.json [{WAIT}]")
@@ -136,7 +136,7 @@ def worker_main(
     except JobError as error:
         write_json(result_path, {"ok": False, "kind": "user", "message": str(error)})
         sys.exit(3)
-    except Exception as error:  # the border: whatever a library throws becomes a message and a log
+    except Exception as error:  # any exception of a library becomes a message and a log
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
         kind = "disk" if os.strerror(errno.ENOSPC) in message else "internal"
@@ -151,7 +151,7 @@ def worker_main(
         "versions": installed_versions(VERSIONED),
     }
     write_json(result_path, result)
-    # Nothing is left to do, and an interpreter that has imported torch takes a second to take itself apart.
+    # Skip the interpreter's shutdown: with torch imported it takes a second, and nothing is left to do.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

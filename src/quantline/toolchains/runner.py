@@ -1,6 +1,6 @@
-"""A worker that is started before its job is known: it imports while another one computes, and then waits.
+"""Runs jobs in workers, and starts workers early: they import their libraries while another worker computes.
 
-It holds no model while it waits, some 350 MB for torch and transformers. Where nobody asks it, it ends with the block.
+A waiting worker holds no model, only torch and transformers: some 350 MB. If it gets no job, it ends with the block.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ def early_worker(
     threads: int,
     extra_environment: Mapping[str, str] | None = None,
 ) -> Iterator[Ask]:
-    """Start `python -m module --wait`; what is yielded gives it its job, once, and returns the result.
+    """Start `python -m module --wait` and yield a function that sends it one job and returns the result.
 
     Args:
-        toolchain, module, log, threads, extra_environment: as of `toolchains.run_worker`, whose errors the given function
-            raises.
+        toolchain, module, log, threads, extra_environment: as in `run_worker`. The yielded function raises the same errors.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="quantline-job-") as scratch:
@@ -49,7 +48,7 @@ def early_worker(
 
         def ask(job: Mapping[str, Any], label: str) -> JobResult:
             write_json(job_path, dict(job))
-            _tell(process)
+            _send_go(process)
             code, step = follow(process, log, label)
             return read_job_result(result_path, code, log, f"{module.rsplit('.', 1)[-1]} worker", step)
 
@@ -60,13 +59,13 @@ def early_worker(
                 end_group(process)
 
 
-def _tell(process: Process) -> None:
+def _send_go(process: Process) -> None:
     assert process.stdin is not None
     try:
         process.stdin.write("go\n")
         process.stdin.close()
     except BrokenPipeError:
-        pass  # it has ended: what is told of it are its log and its exit code
+        pass  # it has exited: its log and exit code tell why
 
 
 Process = subprocess.Popen[str]
@@ -84,11 +83,11 @@ def run_worker(
 ) -> JobResult:
     """Run `python -m module` on `job` in the toolchain's interpreter and return its result.
 
-    log: gets everything that the worker prints. The worker runs in a process group of its own, which is ended with the
-    parent, whatever ends it.
+    log: the file for everything that the worker prints. The worker runs in its own process group, which ends with the
+    parent, even if that is killed.
 
     Raises:
-        UserError: the worker refused the job, or found no room on the disk.
+        UserError: the worker refused the job, or the disk is full.
         WorkerError: it crashed, was killed, or left no valid result.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +101,7 @@ def run_worker(
 
 
 def start_logged(command: list[str], variables: Mapping[str, str], stdin: int = subprocess.DEVNULL) -> Process:
-    """Start a worker in a process group of its own; to be given to `follow`."""
+    """Start a worker in its own process group, for `follow`."""
     return subprocess.Popen(
         command, env=variables, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
@@ -110,7 +109,7 @@ def start_logged(command: list[str], variables: Mapping[str, str], stdin: int = 
 
 
 def follow(process: Process, log: Path, label: str) -> tuple[int, str]:
-    """Run to the end; the exit code and the last step that was reported, as ` at 14/35 layer 3 mlp.up_proj`."""
+    """Wait for a worker to end; return its exit code and last reported step, as ` at 14/35 layer 3 mlp.up_proj`."""
     last, started = "", time.monotonic()
     assert process.stdout is not None
     try:
@@ -120,7 +119,7 @@ def follow(process: Process, log: Path, label: str) -> tuple[int, str]:
                     step = json.loads(line[len(PROGRESS_PREFIX) :])
                     progress.update(step["done"], step["total"], step["label"])
                     last = f" at {step['done']:g}/{step['total']:g} {step['label']}".rstrip()
-                    # With the steps and their times in it, the log of a run that crashed says how far it came.
+                    # Steps and their times are logged too, so that the log of a crashed run shows how far it got.
                     sink.write(f"[{time.monotonic() - started:.1f} s]{last}\n")
                     sink.flush()
                 else:
@@ -132,7 +131,7 @@ def follow(process: Process, log: Path, label: str) -> tuple[int, str]:
 
 
 def end_group(process: subprocess.Popen[Any], grace: float = 5.0) -> None:
-    """End a process started with `start_new_session` and everything it started: politely, then for good."""
+    """End a process started with `start_new_session` and its children: by SIGTERM, then by SIGKILL."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, how)
@@ -146,13 +145,13 @@ def end_group(process: subprocess.Popen[Any], grace: float = 5.0) -> None:
 
 
 def read_job_result(path: Path, code: int, log: Path, who: str, step: str = "") -> JobResult:
-    """What a worker that ended with `code` left in its result file; errors as of `run_worker`."""
+    """Read the result file of a worker that exited with `code`; raises the errors of `run_worker`."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         result = None
     if result is None:
-        ending = f"was killed by signal {-code}" if code < 0 else f"exited with {code} and no result"
+        ending = f"was killed by signal {-code}" if code < 0 else f"exited with code {code} and without a result"
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         raise WorkerError(f"the {who} {ending}{hint}{step}; its log is {log}\n{_tail(log)}")
     if not result["ok"]:
@@ -162,7 +161,7 @@ def read_job_result(path: Path, code: int, log: Path, who: str, step: str = "") 
             raise DiskFullError(f"the disk is full; free some space and run the stage again (log of the {who}: {log})")
         raise WorkerError(f"the {who} failed{step}: {result['message']}; its log is {log}")
     if code != 0:
-        raise WorkerError(f"the {who} wrote a result but exited with {code}; its log is {log}")
+        raise WorkerError(f"the {who} wrote a result but exited with code {code}; its log is {log}")
     return JobResult(result["data"], result["seconds"], result["peak_memory_bytes"], result["versions"])
 
 

@@ -1,4 +1,4 @@
-"""An interpreter of another environment, and the variables that a worker in it gets."""
+"""The interpreter of another environment, and the environment variables of its workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Toolchain:
-    """An interpreter that is known to work. `lock_sha256` is None where the user named the interpreter."""
+    """A working interpreter. `lock_sha256` is None if the user named the interpreter."""
 
     name: str
     python: Path
@@ -18,10 +18,10 @@ class Toolchain:
 
 
 def worker_environment(threads: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment of a worker: nothing reaches the network, threads are pinned, arithmetic is repeatable.
+    """Environment variables of a worker: no network access, a fixed number of threads, reproducible arithmetic.
 
-    Another number of OpenMP threads gives other weights, so the count is part of a variant's identity. Tokens for hubs
-    and tracking servers are taken out: a worker needs none, and its log is kept.
+    The number of OpenMP threads changes the weights, so it is part of a variant's identity. Tokens for hubs and tracking
+    servers are removed: a worker needs none, and its log is kept.
     """
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MLFLOW_", "DVC_"))}
     for secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
@@ -36,7 +36,7 @@ def worker_environment(threads: int, extra: Mapping[str, str] | None = None) -> 
         OMP_WAIT_POLICY="PASSIVE",
         CUBLAS_WORKSPACE_CONFIG=":4096:8",
         TOKENIZERS_PARALLELISM="false",
-        TQDM_DISABLE="1",  # a library's bar leaves its line open, and the worker's own progress would be lost in it
+        TQDM_DISABLE="1",  # a library's bar does not end its line, so the worker's own progress lines would be lost
         HF_HUB_OFFLINE="1",
         HF_HUB_DISABLE_TELEMETRY="1",
     )

@@ -110,7 +110,7 @@ def test_the_items_are_kept_and_known_by_their_hash(both):
 def test_standard_tasks_are_known_by_name_and_refused_by_their_data_sets_where_there_is_no_cache(worker, tmp_path):
     questions = [{"name": name, "num_fewshot": None, "limit": 2} for name in (*STANDARD, "hellaswagg")]
     job = {**JOB, "engine": "check", "tasks": questions, "local": None, "output": str(tmp_path / "none")}
-    with pytest.raises(UserError, match="these tasks cannot be asked") as caught:
+    with pytest.raises(UserError, match="these tasks cannot be run") as caught:
         worker(job)
     lines = str(caught.value).splitlines()[1:]
     assert len(lines) == len(questions)

@@ -1,1 +1,1 @@
-"""Code that runs in the environments of `envs/`, started by name; nobody imports it."""
+"""Code that runs in the toolchains' environments. It is started by module name and never imported."""

@@ -1,19 +1,19 @@
-"""Ask one engine the tasks by EleutherAI's lm-evaluation-harness, in the `lm_eval` toolchain.
+"""Run tasks of EleutherAI's lm-evaluation-harness on one engine, in the `lm_eval` toolchain.
 
 A job holds (paths are strings):
 
 `engine`    `reference`: the exact float32 model of `checkpoint`, see `workers.reference.engine`, as the harness's HFLM.
-            `vllm`: the server at `url`, as the harness's `local-completions`. `check`: nobody; the tasks are only loaded.
-`tasks`     what is asked: objects with `name`, `num_fewshot` and `limit` (null: as the task itself says; all items).
-`local`     a folder with definitions of further tasks, or null.
-`download`  whether data sets that no local cache has may be fetched.
-`output`    gets a JSON line for every item: `task`, `item` (subtask and number), `hash` of what was asked, `scores` by
-            metric, and `loglikelihoods` of the answers where those were compared.
-Also `checkpoint` (its tokenizer serves both engines), `max_length` (tokens of a prompt and its answer, both engines cut
-longer ones alike), `batch_size`, `concurrency`, `timeout_seconds`, `seed`, `device` and `threads`.
+            `vllm`: the server at `url`, as the harness's `local-completions`. `check`: none; the tasks are only loaded.
+`tasks`     objects with `name`, `num_fewshot` and `limit` (null: the task's own number of examples; all items).
+`local`     a folder with definitions of more tasks, or null.
+`download`  whether data sets that are not in the local cache may be downloaded.
+`output`    gets a JSON line for every item: `task`, `item` (subtask and number), `hash` of the prompt and target, `scores`
+            by metric, and `loglikelihoods` of the answers if those were compared.
+Also `checkpoint` (its tokenizer serves both engines), `max_length` (tokens of a prompt and its answer; both engines
+truncate longer ones the same way), `batch_size`, `concurrency`, `timeout_seconds`, `seed`, `device` and `threads`.
 
-Returned is `tasks`: by name, `metrics` (each with its `aggregation`, mean or perplexity, `higher_is_better` and the
-harness's own `value`; null for a group, whose items are pooled) and `left_out`, metrics that are no mean over items.
+Result: `tasks`, by name: `metrics` (each with its `aggregation`, mean or perplexity, `higher_is_better` and the harness's
+own `value`; null for a group, whose items are pooled) and `left_out`, the metrics that are not a mean over items.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ENGINES = ("reference", "vllm", "check")
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # As in `quantline.data.tokenizer`: AutoTokenizer would put the splitting of the model's family in place of the file's.
+    # As in `quantline.data.tokenizer`: AutoTokenizer would replace the file's splitting by that of the model family.
     loader = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     return loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
@@ -53,7 +53,7 @@ def _reference_engine(job: Mapping[str, Any]) -> Any:
     folder = Path(job["checkpoint"])
     device = reference.prepare(job)
     tokenizer = _tokenizer(folder)
-    # The harness adds one to a model's length where it cuts, and takes one from a server's: this makes them alike.
+    # When truncating, the harness adds 1 to a model's length and subtracts 1 from a server's. This makes both equal.
     return HFLM(
         pretrained=reference.load_model(folder, device), backend="causal", tokenizer=tokenizer,
         batch_size=int(job["batch_size"]), max_length=int(job["max_length"]) - 2,
@@ -76,17 +76,17 @@ def _served_engine(job: Mapping[str, Any]) -> Any:
 
 
 def load_tasks(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What the harness makes of each of the job's tasks, by name, with its data at hand.
+    """Load the job's tasks and their data; return the harness's objects by task name.
 
     Raises:
-        JobError: tasks that the harness does not know, or whose data cannot be reached; all of them at once.
+        JobError: tasks that the harness does not know, or whose data is not available; all in one message.
     """
     from lm_eval.tasks import TaskManager
 
-    own = job.get("local")
-    local = {path.stem for path in Path(own).glob("*.yaml")} if own else set()
+    folder = job.get("local")
+    local = {path.stem for path in Path(folder).glob("*.yaml")} if folder else set()
     standard = any(task["name"] not in local for task in job["tasks"])
-    manager = TaskManager(include_path=own, include_defaults=standard)
+    manager = TaskManager(include_path=folder, include_defaults=standard)
     loaded, faults = {}, []
     for task in job["tasks"]:
         name = task["name"]
@@ -97,10 +97,10 @@ def load_tasks(job: Mapping[str, Any]) -> dict[str, Any]:
             continue
         try:
             loaded[name] = manager.load([name])
-        except Exception as error:  # data sets raise many kinds, from a dozen libraries
+        except Exception as error:  # loading data sets raises many types of exception, from a dozen libraries
             faults.append(_unreachable(manager, name, error, bool(job["download"])))
     if faults:
-        raise JobError("\n  ".join(["these tasks cannot be asked:", *faults]))
+        raise JobError("\n  ".join(["these tasks cannot be run:", *faults]))
     return loaded
 
 
@@ -108,16 +108,16 @@ def _unreachable(manager: Any, name: str, error: Exception, download: bool) -> s
     datasets = sorted(set(_datasets_of(manager, name)))
     shown = ", ".join(datasets) if datasets else "its data set"
     tried = " and could not be downloaded" if download else ""
-    other = "" if download else ", or set tasks.download=true where the hub can be reached"
+    other = "" if download else ", or set tasks.download=true if the hub can be reached"
     reason = " ".join(str(error).split())[:200]
     return (
-        f"{name}: {shown} is not in the local cache of data sets{tried}; fetch it where there is a network and name its "
-        f"folder by HF_HOME or HF_DATASETS_CACHE{other} ({type(error).__name__}: {reason})"
+        f"{name}: {shown} is not in the local cache of data sets{tried}; download it where a network is available and set "
+        f"HF_HOME or HF_DATASETS_CACHE to its folder{other} ({type(error).__name__}: {reason})"
     )
 
 
 def _datasets_of(manager: Any, name: str) -> Iterator[str]:
-    """Names of the data sets that a task, or the members of a group, are defined by."""
+    """Names of the data sets used by a task or by the members of a group."""
     entry = manager.task_index.get(name)
     if entry is None:
         return
@@ -126,7 +126,7 @@ def _datasets_of(manager: Any, name: str) -> Iterator[str]:
         yield str(known["dataset_path"])
     members = known.get("task")
     for member in [*entry.tags, *(members if isinstance(members, list) else [])]:
-        # A task names the tags that it goes by, a tag the tasks that go by it.
+        # A task's entry lists its tags, and a tag's entry lists its tasks.
         inner = member if isinstance(member, str) else str(member.get("task"))
         if not known.get("dataset_path") and inner != name:
             yield from _datasets_of(manager, inner)
@@ -142,24 +142,24 @@ def _aggregation(task: Any, metric: str) -> str | None:
 def ask(
     engine: Any, name: str, loaded: Any, *, num_fewshot: int | None, limit: int | None, seed: int
 ) -> dict[str, Any]:
-    """Put one task to an engine.
+    """Run one task on an engine.
 
     Returns:
-        `rows`, an object for every item (see the module), `metrics` and `left_out`.
+        `rows`, an object for every item (see the module's description), `metrics` and `left_out`.
     """
     from lm_eval.evaluator import evaluate
 
     for task in loaded["tasks"].values():
-        # As the harness's own command does; a task that wants no examples gets none.
-        own = task.get_config("num_fewshot")
-        if num_fewshot is not None and own != 0:
+        # As the harness's own command does: a task defined with 0 examples keeps 0.
+        default = task.get_config("num_fewshot")
+        if num_fewshot is not None and default != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
-        elif own is None:
+        elif default is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
     random.seed(seed)
     np.random.seed(seed)
-    # Its own intervals are not of a pair: none are made.
+    # The harness's intervals do not compare a pair of models, so it makes none.
     results = evaluate(lm=engine, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     rows: dict[str, dict[str, Any]] = {}
     metrics: dict[str, dict[str, Any]] = {}
@@ -179,7 +179,7 @@ def ask(
                 if full not in metrics:
                     better = bool(task.higher_is_better().get(metric, True))
                     metrics[full] = {"aggregation": aggregation, "higher_is_better": better, "value": None}
-    # A metric of some members of a group only is none of the group.
+    # A metric that only some members of a group have is not a metric of the group.
     partial = {full for full in metrics if any(full not in row["scores"] for row in rows.values())}
     left_out |= partial
     metrics = {full: known for full, known in metrics.items() if full not in partial}
@@ -202,11 +202,11 @@ def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
     """Do one job, see the module's description.
 
     Raises:
-        JobError: an unknown engine, or what `load_tasks` and `reference.load_model` refuse.
+        JobError: an unknown engine, or one of the errors of `load_tasks` and `reference.load_model`.
     """
     if job.get("engine") not in ENGINES:
-        raise JobError(f"engine={job.get('engine')!r}: there are {', '.join(ENGINES)}")
-    # Read when the libraries are imported. The server is on this machine: no proxy is asked for it.
+        raise JobError(f"engine={job.get('engine')!r}: allowed are {', '.join(ENGINES)}")
+    # Set before the libraries are imported. The server is on this machine, so requests to it use no proxy.
     offline = "0" if job["download"] else "1"
     os.environ.update(HF_HUB_OFFLINE=offline, HF_DATASETS_OFFLINE=offline, NO_PROXY="127.0.0.1,localhost,::1")
     loaded = load_tasks(job)
@@ -216,19 +216,19 @@ def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
 
     with torch.inference_mode():
         engine = _reference_engine(job) if job["engine"] == "reference" else _served_engine(job)
-        told = {}
+        results = {}
         with Path(job["output"]).open("w", encoding="utf-8") as file:
             for number, task in enumerate(job["tasks"]):
                 name = task["name"]
                 report(number, len(job["tasks"]), name)
-                asked = ask(
+                result = ask(
                     engine, name, loaded[name], num_fewshot=task["num_fewshot"], limit=task["limit"],
                     seed=int(job["seed"]),
                 )  # fmt: skip
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in asked.pop("rows"))
-                told[name] = asked
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.pop("rows"))
+                results[name] = result
         report(len(job["tasks"]), len(job["tasks"]), "tasks")
-    return {"tasks": told}
+    return {"tasks": results}
 
 
 if __name__ == "__main__":

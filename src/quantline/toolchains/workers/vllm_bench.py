@@ -1,9 +1,9 @@
 """Runs vLLM's own benchmark commands, one after another, in one process of vLLM's environment.
 
-Each is given to vLLM's command line as it stands, `vllm bench serve ...`, so what is measured is what that command
-measures; only the import, 10 s and more on a busy machine, is paid once and not for each.
+Each command is run by vLLM's own command line, as `vllm bench serve ...`, so the measurement is that command's. Only the
+import, 10 s or more on a busy machine, happens once instead of once per command.
 
-Job: `runs`, each with `arguments` (what follows `vllm`), `result` (the JSON file that they make it write) and `label`.
+Job: `runs`, each with `arguments` (those after `vllm`), `result` (the JSON file that the command writes) and `label`.
 Data: `results`, the content of those files, in order.
 """
 
@@ -20,10 +20,10 @@ from quantline.toolchains.protocol import JobError, Reporter, worker_main
 
 
 def run(job: dict[str, Any], report: Reporter) -> Mapping[str, Any]:
-    """Run them all; the first that fails ends the job with its message."""
+    """Run all commands; the first failure ends the job with its message."""
     from vllm.entrypoints.cli.main import main  # type: ignore[import-not-found]
 
-    # Its HTTP client would send even what stays on this machine to a proxy that the environment names.
+    # Without this its HTTP client would send even local requests to a proxy from the environment.
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost,::1"
     results = []
     for done, each in enumerate(job["runs"]):
@@ -34,7 +34,9 @@ def run(job: dict[str, Any], report: Reporter) -> Mapping[str, Any]:
         except SystemExit as error:
             if error.code:
                 command = " ".join(["vllm", *each["arguments"]])
-                raise JobError(f"`{command}` ended with {error.code}; this vLLM may know other arguments") from error
+                raise JobError(
+                    f"`{command}` exited with code {error.code}; this vLLM may take other arguments"
+                ) from error
         results.append(json.loads(Path(each["result"]).read_text(encoding="utf-8")))
     report(len(job["runs"]), len(job["runs"]), "done")
     return {"results": results}

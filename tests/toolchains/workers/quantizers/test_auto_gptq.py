@@ -161,7 +161,7 @@ def test_a_group_size_that_does_not_divide_names_every_layer(batch):
 
 
 def test_values_beyond_float16_are_refused(batch):
-    assert "model.norm.weight holds values up to" in batch["overflow"][1]["refused"]
+    assert "model.norm.weight has values up to" in batch["overflow"][1]["refused"]
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_a_group_size_that_does_not_divide_names_every_layer(batch):
 
 
 def test_values_beyond_float16_are_refused(batch):
-    assert "model.norm.weight holds values up to 9.984e+04" in batch["overflow"][1]["refused"]
+    assert "model.norm.weight has values up to 9.984e+04" in batch["overflow"][1]["refused"]
 
 
 CONFIG = {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2}

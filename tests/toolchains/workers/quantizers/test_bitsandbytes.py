@@ -138,12 +138,12 @@ def test_convert_refuses_other_layouts_by_name(batch, tmp_path):
 
 
 def test_widths_of_single_layers_and_unknown_linears_are_refused(batch):
-    assert f"{LINEARS[3]}: bnb has one width and block size" in batch["mixed"][1]["refused"]
-    assert "model.embed_tokens and 0 other linears are not among those" in batch["unknown"][1]["refused"]
+    assert f"{LINEARS[3]}: bnb uses the same bits and block size" in batch["mixed"][1]["refused"]
+    assert "model.embed_tokens and 0 other linears of this model" in batch["unknown"][1]["refused"]
 
 
 def test_values_beyond_float16_are_refused(batch):
-    assert "model.norm.weight holds values up to" in batch["overflow"][1]["refused"]
+    assert "model.norm.weight has values up to" in batch["overflow"][1]["refused"]
 
 
 @pytest.mark.parametrize(

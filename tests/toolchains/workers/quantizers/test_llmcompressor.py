@@ -151,7 +151,7 @@ def test_experts_are_quantized_one_by_one_under_the_names_of_the_files(batch):
 
 def test_a_hessian_that_cannot_be_inverted_gets_more_damping_and_a_warning(batch):
     _, result = batch["damped"]
-    assert "its Hessian could not be inverted with damp_percent=1e-12, " in result["warnings"][0]
+    assert "its Hessian could not be inverted with damp_percent=1e-12; " in result["warnings"][0]
     assert all(1e-12 <= row["damp_percent"] <= 1e-4 for row in result["layers"])
     assert max(row["damp_percent"] for row in result["layers"]) > 1e-12
 
@@ -187,11 +187,11 @@ def test_the_same_job_gives_the_same_bytes(batch, again):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("unknown", "model.layers.7.x and 0 other linears are not among those"),
+        ("unknown", "model.layers.7.x and 0 other linears of this model"),
         ("group_96", "group_size=96 does not divide its input width 128"),
-        ("overflow", "model.norm.weight holds values up to"),
+        ("overflow", "model.norm.weight has values up to"),
         ("misread", "this toolchain misreads the model"),
-        ("uneven_awq", "awq scales them together, so they need equal bits and group_size"),
+        ("uneven_awq", "awq scales these together, so they need the same bits and group_size"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_left(batch, label, message):
@@ -217,7 +217,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(batch, label, messag
         (
             {"method": "awq", "options": {"version": "gemv"}},
             "qwen2",
-            "version=gemv: llmcompressor writes compressed",
+            "version=gemv: llmcompressor always writes compressed",
         ),
         ({"method": "awq"}, "opt", "model_type='opt': llm-compressor quantizes llama, qwen2"),
         ({"method": "bnb"}, "qwen2", "method=bnb: llmcompressor takes gptq, rtn, awq"),

@@ -140,7 +140,7 @@ def test_transposed_quantized_and_empty_models_are_refused(model, tmp_path):
 
 def test_a_value_beyond_float16_is_refused_by_name(model):
     huge = {"model.layers.1.post_norm.weight": np.array([1e5], ml_dtypes.bfloat16)}
-    with pytest.raises(JobError, match=r"model\.layers\.1\.post_norm\.weight holds values up to 9\.984e\+04"):
+    with pytest.raises(JobError, match=r"model\.layers\.1\.post_norm\.weight has values up to 9\.984e\+04"):
         quantize(model(**huge))
 
 

@@ -22,7 +22,7 @@ def test_the_linears_that_the_job_names_are_chosen_and_all_where_it_names_none()
 
 
 def test_a_linear_that_the_library_does_not_quantize_is_refused():
-    with pytest.raises(JobError, match=r"m\.b and 0 other linears are not among those"):
+    with pytest.raises(JobError, match=r"m\.b and 0 other linears of this model"):
         chosen(JOB, {"m.a": 1})
 
 

@@ -187,7 +187,7 @@ REFUSALS: dict[str, str] = {
     "damaged": "model.layers.0.mlp.up_proj lacks scales",
     "unknown": "transformers cannot read its config.json",
     "absent": "is not a folder",
-    "overflow": "log-probabilities are no numbers",
+    "overflow": "log-probabilities are NaN",
 }
 
 

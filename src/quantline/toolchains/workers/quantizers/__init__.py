@@ -1,1 +1,1 @@
-"""One worker module per quantizer; each runs in its own toolchain, `native` in this interpreter."""
+"""One worker module per quantizer; each runs in its own toolchain, except `native`, which runs in this interpreter."""

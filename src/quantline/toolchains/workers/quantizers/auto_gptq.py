@@ -1,14 +1,14 @@
 """AutoGPTQ 0.7.1 as a worker: second-order rounding by the library, packing by `quantline.checkpoints.layouts`.
 
-The model is loaded without the library's `from_pretrained`, which asks for a GPU and leaves `torch.nn.init` disabled.
-`library` replaces, for the time of `quantize`, what was seen to be wrong or missing, on every device unless said:
+The model is loaded without the library's `from_pretrained`, which needs a GPU and leaves `torch.nn.init` disabled. During
+`quantize`, the context `library` replaces the parts with faults, on every device unless stated:
 
-- `pack_model`: the library packs `z - 1` unmasked, so that with sym=False the zero point 0 of a group without negative
-  weights turns into 0xFFFFFFFF and overwrites the rows beside it. It also gives every layer an all-zero bias. Codes,
-  scales, zero points and group index are caught before that and packed by `quantline.checkpoints.layouts`, which masks.
-- `Quantizer`: see `_rounding.gptq_quantizer`.
-- `GPTQ`: a layer that no calibration token reached (an expert) comes out as all zeros: refused here. A Hessian that
-  cannot be inverted is tried again with ten times the damping, up to `_MOST_DAMPING`, and the damping is reported.
+- `pack_model`: the library packs `z - 1` without masking. With sym=False, the zero point 0 of a group without negative
+  weights becomes 0xFFFFFFFF and overwrites the neighbouring rows. It also gives every layer an all-zero bias. Here codes,
+  scales, zero points and group index are taken before that and packed by `quantline.checkpoints.layouts`, which masks.
+- `Quantizer`: see `rounding.gptq_quantizer`.
+- `GPTQ`: the library returns all zeros for a layer that no calibration token reached (an expert). Here that is an error.
+  If a Hessian cannot be inverted, it is tried again with ten times the damping, up to `_MOST_DAMPING`, and reported.
 - On a CPU only: `CUDA_0`, the device that layers are moved to, and `torch.cuda.synchronize`.
 """
 
@@ -25,7 +25,7 @@ from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model as _common
 from quantline.toolchains.workers.quantizers import output, rounding, selection
 
-# Those that were run and beat plain rounding; the library lists more.
+# Families that were tested and beat plain rounding; the library lists more.
 FAMILIES = ("llama", "qwen2", "mistral", "mixtral", "gemma", "opt", "gpt_neox")
 DEFAULTS = {"damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True, "static_groups": False}
 BITS = (2, 3, 4, 8)
@@ -35,7 +35,7 @@ _MOST_DAMPING = 0.5
 
 
 class Losses(logging.Handler):
-    """Takes the library's losses from its log, reports progress, and knows which layer is being worked on."""
+    """Reads losses from the library's log, reports progress, and tracks the current layer."""
 
     def __init__(self, total: int, report: Reporter) -> None:
         super().__init__(logging.INFO)
@@ -46,7 +46,7 @@ class Losses(logging.Handler):
         self._report = report
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line of the library's log."""
+        """Handle one line of the library's log."""
         text = record.getMessage()
         if found := re.match(r"Quantizing (\S+) in layer (\d+)/(\d+)", text):
             self.current = f"layer {int(found[2]) - 1} {found[1]}"
@@ -57,10 +57,10 @@ class Losses(logging.Handler):
 
 
 def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """The job's options, after refusing what the library would fail on late or not at all.
+    """The job's options. First refuses what the library would reject late or accept wrongly.
 
     Raises:
-        JobError: bits, group size, options or model that AutoGPTQ cannot do.
+        JobError: bits, group size, options or model that AutoGPTQ does not support.
     """
     options = output.method_options(job, DEFAULTS, "gptq")
     if job["bits"] not in BITS:
@@ -70,12 +70,12 @@ def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         raise JobError(f"group_size={size}: gptq takes -1 or a divisor of every width, such as 128")
     if not 0 < options["damp_percent"] < 1:
         raise JobError(f"damp_percent={options['damp_percent']}: gptq takes a number between 0 and 1, such as 0.01")
-    _common.check_family(config, FAMILIES, "AutoGPTQ", "method=awq where AutoAWQ has it, or method=rtn")
+    _common.check_family(config, FAMILIES, "AutoGPTQ", "method=awq if AutoAWQ supports it, or method=rtn")
     return options
 
 
 def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
-    """Quantize one model; see `quantline.toolchains.protocol` for the border.
+    """Quantize one model; see `quantline.toolchains.protocol` for job and result.
 
     Raises:
         JobError: the job cannot be done as given.
@@ -98,7 +98,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
 
     settings = {"bits": job["bits"], "group_size": job["group_size"], **options}
     gptq = family(work.model, False, BaseQuantizeConfig(**settings))
-    # With one length and one sample a batch nothing is padded, but the library wants a number to pad with.
+    # Nothing is padded, as all samples have one length and batches one sample, but the library needs a padding id.
     work.model.config.pad_token_id = 1
     losses = Losses(len(wanted), report)
     started = time.perf_counter()
@@ -120,7 +120,7 @@ def _inside(name: str, block: str) -> str:
 
 @contextmanager
 def library(work: _common.Work, losses: Losses, skipped: set[int] = frozenset()) -> Iterator[None]:  # type: ignore[assignment]
-    """The library with the replacements named above, blind to modules of some identities; all is put back afterwards."""
+    """Apply the replacements named above, and hide modules whose id() is in `skipped`; undone on exit."""
     import torch
     from auto_gptq.modeling import _base
     from auto_gptq.quantization import gptq
@@ -129,15 +129,15 @@ def library(work: _common.Work, losses: Losses, skipped: set[int] = frozenset())
     levels = [logger.level for logger in loggers]
     find_layers = _base.find_layers
 
-    def found(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+    def visible_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         layers = find_layers(*arguments, **keywords)
         return {name: module for name, module in layers.items() if id(module) not in skipped}
 
     replaced = [
-        (_base, "find_layers", found),
+        (_base, "find_layers", visible_layers),
         (_base, "pack_model", lambda **arguments: _catch(work, arguments["model"], arguments["quantizers"])),
         (_base, "GPTQ", _gptq_class(gptq.GPTQ, losses)),
-        (gptq, "Quantizer", rounding.gptq_quantizer(gptq.Quantizer, lambda own: own.sym)),
+        (gptq, "Quantizer", rounding.gptq_quantizer(gptq.Quantizer, lambda quantizer: quantizer.sym)),
     ]
     if work.device == "cpu":
         replaced += [(_base, "CUDA_0", torch.device("cpu")), (torch.cuda, "synchronize", lambda *_: None)]
@@ -162,7 +162,7 @@ def _gptq_class(base: Any, losses: Losses) -> Any:
         def fasterquant(self, *arguments: Any, **keywords: Any) -> Any:
             if not self.nsamples:
                 raise JobError(
-                    f"{losses.current}: no calibration token reached it, gptq would make it all zeros; "
+                    f"{losses.current}: no calibration token reached it, so gptq would set it to zero; "
                     "use more calibration samples, or method=rtn"
                 )
             damping, hessian = float(keywords["percdamp"]), self.H.clone()
@@ -172,7 +172,7 @@ def _gptq_class(base: Any, losses: Losses) -> Any:
                 except torch.linalg.LinAlgError as error:
                     if damping >= _MOST_DAMPING:
                         raise JobError(
-                            f"{losses.current}: its Hessian cannot be inverted, with damp_percent={damping:g} neither; "
+                            f"{losses.current}: its Hessian cannot be inverted, even with damp_percent={damping:g}; "
                             "use more calibration samples, or method=rtn"
                         ) from error
                     before, damping = damping, min(_MOST_DAMPING, damping * 10)
@@ -186,7 +186,7 @@ def _gptq_class(base: Any, losses: Losses) -> Any:
 
 
 def _catch(work: _common.Work, model: Any, quantizers: dict[str, Any]) -> None:
-    """In place of the library's packing: codes from the rounded weights that it left in the model."""
+    """Replaces the library's packing: computes codes from the rounded weights in the model."""
     import torch
 
     unmasked = 0

@@ -1,22 +1,22 @@
 """AutoAWQ 0.2.9 as a worker: activation-aware scaling and clipping by the library, packing by `checkpoints.layouts`.
 
-The library is driven through its own `quantize(quantizer_cls=...)`. The class below mends what was seen to be wrong:
+The library is run through its own `quantize(quantizer_cls=...)`. The class below fixes these faults:
 
-- On a CPU `_compute_best_scale` keeps its backup of the weights with `.cpu()`, which is no copy there: every trial
-  scales the weights further and they never come back. Here `state_dict()` gives clones while it runs.
-- The range of a group does not include zero, while its zero point is clamped to [0, 15]: a group of one sign far from
-  zero is cut off. Here it does; groups with both signs are the same as before.
-- Scales are stored in float16 but searched with in the model's dtype. Here they are rounded first, so that what is
-  searched for, computed and stored is the same.
-- `zero_point=False` ends in a bare AssertionError, since the layouts hold zero points. Here such groups are quantized
-  symmetrically, and every zero point is the middle one, 8, which every reader takes.
-- Its packers want float16 tensors, and one of them a GPU. The codes are packed here instead, for both layouts.
-- `_compute_best_clip` multiplies element by element through temporaries of (out, tokens, in), in the model's dtype, and
-  asserts an output width that is a multiple of 64. `_rounding.awq_clip` needs a Gram matrix a group: most of the time on
-  a CPU went there.
+- `_compute_best_scale` backs up the weights with `.cpu()`, which makes no copy on a CPU. So every trial scales the weights
+  again, and they are never restored. Here `state_dict()` returns clones while it runs.
+- The range of a group does not include zero, but its zero point is clamped to [0, 15]. So a group whose weights have one
+  sign and are far from zero is clipped. Here the range includes zero; groups with both signs do not change.
+- Scales are stored in float16, but the search uses the model's dtype. Here they are rounded first, so that search,
+  computation and file use the same scales.
+- `zero_point=False` ends in a bare AssertionError, because the layouts have zero points. Here such groups are quantized
+  symmetrically, and every zero point is the middle one, 8, which every reader accepts.
+- Its packers need float16 tensors, and one of them a GPU. Here the codes are packed by Quantline, for both layouts.
+- `_compute_best_clip` multiplies element by element with temporaries of (out, tokens, in), in the model's dtype, and
+  asserts an output width that is a multiple of 64. It took most of the time on a CPU. `rounding.awq_clip` replaces it with
+  one Gram matrix per group.
 
-Calibration ids go in as they are. The library drops samples longer than `max_calib_seq_len` and re-cuts the rest, which
-changes nothing when all have exactly that length; the number that arrived is checked.
+Calibration ids are passed unchanged. The library drops samples longer than `max_calib_seq_len` and re-cuts the rest. This
+has no effect if all have exactly that length; the number of samples that arrive is checked.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model, rounding, selection
 from quantline.toolchains.workers.quantizers import output as _output
 
-# Those that were run and beat plain rounding; the library lists more.
+# Families that were tested and beat plain rounding; the library lists more.
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma", "gemma2", "phi3")
-# exllama is a choice of kernels at loading time: such weights are stored as gemm.
+# exllama is a choice of kernels at loading time; its weights are stored as gemm.
 LAYOUTS = {version: VERSIONS[version] for version in ("gemm", "gemv", "exllama")}
 DEFAULTS = {"zero_point": True, "version": "gemm", "clip": True}
 
-# Calibration samples that go through a module at a time; bounds the memory for activations.
+# Calibration samples per forward pass of a module; bounds the memory for activations.
 _PARALLEL = 8
 _PARALLEL_TOKENS = 4096
 
 
 def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """The job's options, after refusing what the library would fail on late or not at all.
+    """The job's options. First refuses what the library would reject late or accept wrongly.
 
     Raises:
-        JobError: bits, group size, options or model that AutoAWQ cannot do.
+        JobError: bits, group size, options or model that AutoAWQ does not support.
     """
     options = _output.method_options(job, DEFAULTS, "awq")
     options["version"] = str(options["version"]).lower()
@@ -56,18 +56,18 @@ def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         raise JobError(f"group_size={job['group_size']}: awq takes 32, 64 or 128 (or another divisor of every width)")
     if options["version"] not in LAYOUTS:
         raise JobError(f"version={options['version']}: awq takes {', '.join(LAYOUTS)}")
-    model.check_family(config, FAMILIES, "AutoAWQ", "method=rtn, or method=gptq where AutoGPTQ has it")
+    model.check_family(config, FAMILIES, "AutoAWQ", "method=rtn, or method=gptq if AutoGPTQ supports it")
     heads, grouped = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if config.get("model_type") == "phi3" and grouped not in (None, heads):
         raise JobError(
-            f"phi3 with {grouped} key-value heads for {heads} heads: AutoAWQ corrupts its fused attention weights "
-            "without a word; use method=rtn"
+            f"phi3 with {grouped} key-value heads for {heads} heads: AutoAWQ silently corrupts its fused attention "
+            "weights; use method=rtn"
         )
     return options
 
 
 def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
-    """Quantize one model; see `quantline.toolchains.protocol` for the border.
+    """Quantize one model; see `quantline.toolchains.protocol` for job and result.
 
     Raises:
         JobError: the job cannot be done as given.
@@ -115,7 +115,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
 
 @contextmanager
 def cloned_state(module: Any) -> Iterator[None]:
-    """`module.state_dict()` gives copies inside the block."""
+    """Inside the block, `module.state_dict()` returns copies."""
     original = module.state_dict
     module.state_dict = lambda: {name: tensor.clone() for name, tensor in original().items()}
     try:
@@ -125,7 +125,7 @@ def cloned_state(module: Any) -> Iterator[None]:
 
 
 def quantizer_class(work: model.Work, layout: str, report: Reporter, *, symmetric: bool = False) -> Any:
-    """A quantizer class for `awq.quantize` that hands every layer to `_common.add_layer` instead of packing it."""
+    """A quantizer class for `awq.quantize` that passes every layer to `model.add_layer` instead of packing it."""
     import torch
     from awq.quantize.quantizer import AwqQuantizer
 
@@ -140,9 +140,9 @@ def quantizer_class(work: model.Work, layout: str, report: Reporter, *, symmetri
             return rounding.awq_rounded(w, self.group_size, symmetric)
 
         def _module_forward(self, x: Any, module: Any, module_kwargs: dict[str, Any]) -> Any:
-            # The library's own partition keeps per-sample arguments, such as masks, whole.
+            # The library's own version does not split per-sample arguments, such as masks.
             parts = []
-            step = _PARALLEL if x.dim() > 2 else _PARALLEL_TOKENS  # experts see tokens without their samples
+            step = _PARALLEL if x.dim() > 2 else _PARALLEL_TOKENS  # experts get tokens, not samples
             with torch.no_grad():
                 for first in range(0, x.shape[0], step):
                     rows = slice(first, first + step)
@@ -160,17 +160,17 @@ def quantizer_class(work: model.Work, layout: str, report: Reporter, *, symmetri
         def _compute_best_clip(self, w: Any, input_feat: Any) -> Any:
             return rounding.awq_clip(w, input_feat, self.group_size, symmetric)
 
-        def asked_for(self, module: Any, named_linears: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-            """The full name of a decoder layer, and those of its linears that are not skipped."""
+        def wanted_linears(self, module: Any, named_linears: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+            """The full name of a decoder layer, and its linears that are not skipped."""
             prefix = next(name for name, candidate in self.model.named_modules() if candidate is module)
             wanted = selection.chosen_in(work.job, prefix, named_linears)
             return prefix, wanted
 
         def _search_best_clip(self, layer: Any, named_linears: dict[str, Any], input_feat: Any) -> Any:
-            return super()._search_best_clip(layer, self.asked_for(layer, named_linears)[1], input_feat)
+            return super()._search_best_clip(layer, self.wanted_linears(layer, named_linears)[1], input_feat)
 
         def _apply_quant(self, module: Any, named_linears: dict[str, Any]) -> None:
-            prefix, wanted = self.asked_for(module, named_linears)
+            prefix, wanted = self.wanted_linears(module, named_linears)
             for name, linear in wanted.items():
                 weight = linear.weight.data
                 codes, scales, zeros = rounding.awq_codes(weight, self.group_size, symmetric)
@@ -192,7 +192,7 @@ def quantizer_class(work: model.Work, layout: str, report: Reporter, *, symmetri
 
 
 def _rows_of(value: Any, rows: slice, samples: int) -> Any:
-    """The part of a per-sample tensor that belongs to some samples; anything else as it is."""
+    """The rows of a per-sample tensor for some samples; anything else unchanged."""
     if samples > 1 and hasattr(value, "shape") and len(value.shape) > 1 and value.shape[0] == samples:
         return value[rows]
     if isinstance(value, tuple):

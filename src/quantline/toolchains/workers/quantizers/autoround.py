@@ -1,17 +1,17 @@
-"""AutoRound 0.16.1 as a worker: rounding learned by the library, packing by `quantline.checkpoints.layouts` as GPTQ.
+"""AutoRound 0.16.1 as a worker: the library learns the rounding, `quantline.checkpoints.layouts` packs it as GPTQ.
 
-The library gets the model in memory and the calibration as tensors with a mask of ones: a data set by name goes to the
-network, and a tokenizer would mask its padding token, which is often the end-of-text token, out of the loss. It always
-leaves the last token of a sample out of the loss. Compared with its own way of saving, which nests the result one folder
-down and packs zero points of 0 unmasked:
+The library gets the model in memory, and the calibration as tensors with a mask of ones. A data set by name would be fetched
+from the network, and a tokenizer would mask its padding token, often the end-of-text token, out of the loss. The library
+always leaves the last token of a sample out of the loss. Its own saving is not used, because it puts the result into a
+subfolder and packs zero points of 0 unmasked. Differences from the library's defaults:
 
-- Codes come from the rounded weights and the scales and zero points beside them, and are packed by `checkpoints.layouts`.
-  With sym=true about half of the scales are negative, so that the largest weight of a group takes the code that only one
-  side has. The layout holds that, and its readers multiply by it.
-- `amp` is off unless the job's dtype is a half one: on a CPU the library would turn the model into bfloat16 by itself.
-- 8 bits with zero points need AR_ALLOW_W8_ASYM: the library refuses them since vLLM cannot serve them as GPTQ.
-- `ResumeState` is replaced by `_resume.Blocks`; see there for what the library's own does after a crash.
-- `tqdm` is replaced, for progress by block and for the name of the block where something fails.
+- Codes are computed from the rounded weights, scales and zero points, and packed by `checkpoints.layouts`. With sym=true
+  about half of the scales are negative, so that the largest weight of a group gets the code that exists on one side only.
+  The layout allows negative scales, and its readers multiply by them.
+- `amp` is off unless the job's dtype is 16-bit: on a CPU the library would convert the model to bfloat16 by itself.
+- 8 bits with zero points need AR_ALLOW_W8_ASYM: the library refuses them because vLLM cannot serve them as GPTQ.
+- `autoround_resume.blocks_class` replaces `ResumeState`; see there for the faults of the library's own.
+- `tqdm` is replaced, to report progress by block and to name the block in errors.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from quantline.checkpoints.linears import LM_HEAD
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import autoround_resume, model, output, resume_files, selection
 
-# lr: null is 1 / iters.
+# lr: null means 1 / iters.
 DEFAULTS = {"sym": True, "iters": 200, "batch_size": 8, "lr": None, "gradient_accumulate_steps": 1}
 LAYOUT = "gptq"
 
 
 class NoTokenizer:
-    """In place of the tokenizer that the library asks for: it has no padding, so every token counts."""
+    """Stands in for the tokenizer that the library requires. It has no padding token, so every token counts."""
 
     pad_token = None
     pad_token_id = -1
 
 
 class Watch(logging.Handler):
-    """Reads the library's log and stands in for its `tqdm`: progress, losses, and the block being worked on."""
+    """Reads the library's log and stands in for its `tqdm`: progress, losses, and the current block."""
 
     def __init__(self, report: Reporter) -> None:
         super().__init__(logging.INFO)
@@ -55,21 +55,21 @@ class Watch(logging.Handler):
         self._since = time.perf_counter()
 
     def __call__(self, iterable: Any = (), *_: Any, **__: Any) -> Watch:
-        """What the library calls to get a progress bar over blocks."""
+        """Called by the library to get a progress bar over blocks."""
         self._total = len(iterable)
         return self
 
     def update(self, count: int = 1) -> None:
-        """So many blocks are done."""
+        """`count` more blocks are done."""
         self._done += count
 
     def set_description(self, text: str) -> None:
-        """Another block begins."""
+        """The next block begins."""
         self.current, self._since = text.removeprefix("Quantizing "), time.perf_counter()
         self._report(self._done, self._total, self.current)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line of the library's log; the one about a finished block has its losses."""
+        """Handle one line of the library's log; the line about a finished block has its losses."""
         found = re.search(r"loss iter 0: (\S+) -> iter (\d+): ([^\s,]+)", record.getMessage())
         if not found:
             return
@@ -80,16 +80,16 @@ class Watch(logging.Handler):
         })  # fmt: skip
         if not math.isfinite(first):
             raise JobError(
-                f"{self.current}: its output is not a number on the calibration text, so no rounding can be learned; use "
+                f"{self.current}: its output on the calibration text is NaN or infinite, so no rounding can be learned; use "
                 "dtype=float32"
             )
 
 
 def check(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The job's options, after refusing what the library would fail on late or change without a word.
+    """The job's options. First refuses what the library would reject late or change silently.
 
     Raises:
-        JobError: bits, group sizes, dtype or options that AutoRound does not have.
+        JobError: bits, group sizes, dtype or options that AutoRound does not support.
     """
     options = output.method_options(job, DEFAULTS, "autoround")
     for width in [job, *(job.get("linears") or {}).values()]:
@@ -100,7 +100,7 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
             raise JobError(f"group_size={size}: autoround takes -1 or a divisor of every width, such as 128")
     for name, least in (("iters", 0), ("batch_size", 1), ("gradient_accumulate_steps", 1)):
         if type(options[name]) is not int or options[name] < least:
-            raise JobError(f"{name}={options[name]}: autoround takes a whole number from {least} on")
+            raise JobError(f"{name}={options[name]}: autoround takes an integer of at least {least}")
     if options["lr"] is not None and not 0 < options["lr"] < 1:
         raise JobError(f"lr={options['lr']}: autoround takes a number between 0 and 1, or null for 1 / iters")
     if job["device"] == "cpu" and job.get("dtype") == "float16":
@@ -109,7 +109,7 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
-    """Quantize one model; see `quantline.toolchains.protocol` for the border.
+    """Quantize one model; see `quantline.toolchains.protocol` for job and result.
 
     Raises:
         JobError: the job cannot be done as given.
@@ -132,7 +132,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     skipped = [name for name in found if name not in wanted]
     selection.check_selection(job, wanted, LAYOUT)
     if job.get("low_memory") and work.device == "cpu":
-        work.warnings.append("low_memory=true keeps activations off a GPU; on a CPU it changes nothing")
+        work.warnings.append("low_memory=true saves GPU memory only; on a CPU it has no effect")
 
     watch = Watch(report)
     started = time.perf_counter()
@@ -181,7 +181,7 @@ def _compressor(work: model.Work, options: Mapping[str, Any], wanted: Mapping[st
 
 @contextmanager
 def library(work: model.Work, watch: Watch, options: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The library with the replacements named above, put back afterwards; gives the names of blocks done before."""
+    """Apply the replacements named above, undone on exit; yield the names of blocks finished by an earlier run."""
     import auto_round
     import torch
     import transformers
@@ -194,9 +194,7 @@ def library(work: model.Work, watch: Watch, options: Mapping[str, Any]) -> Itera
     if options["iters"] and work.job.get("work"):
         identity = {"options": dict(options), "versions": [m.__version__ for m in (auto_round, torch, transformers)]}
         folder = resume_files.folder_of(work.job, autoround_resume.KIND, json.dumps(identity, sort_keys=True))
-        resume_files.forget(
-            work.job, autoround_resume.KIND, but=folder
-        )  # of another job: its options were changed since
+        resume_files.forget(work.job, autoround_resume.KIND, but=folder)  # left by a job with other options
         replaced.append((resume, "ResumeState", autoround_resume.blocks_class(work, folder, done)))
         os.environ["AR_RESUME_DIR"] = str(folder)
     logger.addHandler(watch)
@@ -209,11 +207,14 @@ def library(work: model.Work, watch: Watch, options: Mapping[str, Any]) -> Itera
 
 
 def _catch(work: model.Work, name: str, symmetric: bool) -> int:
-    """Pack one linear from what the library left in it; the model gets exactly what was packed. Gives its zero zeros.
+    """Pack one linear that the library quantized, and set its weight in the model to exactly the packed values.
+
+    Returns:
+        the number of groups with the zero point 0; 0 if symmetric.
 
     Raises:
         JobError: the library left it in float.
-        RuntimeError: its weights are not on the grid that its scales and zero points span.
+        RuntimeError: its weights are not on the grid of its scales and zero points.
     """
     import torch
 
@@ -230,8 +231,8 @@ def _catch(work: model.Work, name: str, symmetric: bool) -> int:
     codes = torch.round(steps)
     off = float((steps - codes).abs().max())
     if off > (1e-3 if layer.weight.dtype == torch.float32 else 0.499):
-        raise RuntimeError(f"{name}: weights lie up to {off:.3g} steps off the grid of their scales")
-    rounded = scales.half().float()  # as they are stored; the library's search at iters=0 leaves wider ones
+        raise RuntimeError(f"{name}: weights are up to {off:.3g} steps off the grid of their scales")
+    rounded = scales.half().float()  # as stored; the library's search at iters=0 leaves wider ones than float16
     flat = (codes + zeros[..., None]).reshape(layer.weight.shape)
     model.add_layer(work, name, LAYOUT, codes=flat, scales=rounded, zeros=zeros, bias=layer.bias)
     layer.weight.data = (codes * rounded[..., None]).reshape(layer.weight.shape).to(layer.weight.device)

@@ -1,14 +1,16 @@
-"""Going on after a crash: AutoRound's blocks, kept as they are finished.
+"""Resuming after a crash: AutoRound's finished blocks are saved one by one.
 
-The library has a state of its own for this (`AR_RESUME_DIR`). As it was tried with a kill after the first block: with a
-model in memory, the second run skips that block and leaves its weights in float; where the library saves as it goes, the
-result holds that block's float weights beside its packed ones. Random numbers start over at the seed, so that the other
-blocks come out otherwise than without the crash. Runs of another seed are taken for the same one. And by its source, the
-next block's inputs are written over the last ones before the block is noted as done, so that a crash between the two pairs
-inputs and blocks wrongly. So its class is replaced, at the same hook.
+The library has its own class for this (`AR_RESUME_DIR`). It was tested with a kill after the first block and has faults:
 
-A folder holds one file a finished block with codes, scales and zero points as the library left them, and one, replaced at
-once and last, with the next block's inputs and the state of the random numbers.
+- With a model in memory, the second run skips that block and leaves its weights in float. If the library saves as it goes,
+  the result has that block's float weights beside its packed ones.
+- Random numbers restart at the seed, so the other blocks differ from those of an uninterrupted run.
+- Runs with another seed are treated as the same run.
+- By its source, the next block's inputs overwrite the last ones before the block is marked as done. So a crash between the
+  two pairs inputs and blocks wrongly.
+
+So its class is replaced, at the same hook. A folder has one file per finished block, with weights, scales and zero points as
+the library left them. One more file, replaced atomically and last, has the next block's inputs and the random state.
 """
 
 from __future__ import annotations
@@ -27,33 +29,33 @@ _NEXT = "next.pt"
 
 
 def blocks_class(work: _common.Work, root: Path, done: list[str]) -> type:
-    """A class in place of the library's `ResumeState`; `done` gets the names of blocks that were finished before."""
+    """A class to replace the library's `ResumeState`. It adds to `done` the names of blocks finished by an earlier run."""
 
     class Blocks:
         def __init__(self, folder: str, _signature: str, names: Sequence[str]) -> None:
-            self.folder, self.names, self.kept = Path(folder), list(names), True
+            self.folder, self.names, self.saving = Path(folder), list(names), True
             self.completed = self._read()
             done.extend(self.names[: len(self.completed)])
 
         @property
         def resume_index(self) -> int:
-            """Index of the first block to do."""
+            """Index of the first unfinished block."""
             return len(self.completed)
 
         def load_q_input(self) -> Any:
-            """The next block's inputs as the quantized blocks before it give them."""
+            """The next block's inputs, as computed by the quantized blocks before it."""
             return self._next["quantized"]
 
         def load_input_ids(self) -> Any:
-            """The next block's inputs in float. The library's last question, so everything else is put back here."""
+            """The next block's float inputs. The library calls this last, so all other state is restored here."""
             for file in self.completed:
                 _restore(work.model, _load(file))
             _set_random(self._next["random"])
             return self._next["float"]
 
         def mark_block_done(self, name: str, quantized: Any, reference: Any) -> None:
-            """Keep a block; where the disk is full nothing is kept any more and the run goes on."""
-            if not self.kept:
+            """Save a block. If the disk is full, the run continues without saving blocks."""
+            if not self.saving:
                 return
             count = len(self.completed) + 1
             file = self.folder / f"block-{count:05d}.pt"
@@ -63,13 +65,13 @@ def blocks_class(work: _common.Work, root: Path, done: list[str]) -> type:
                 state = {"count": count, "quantized": quantized, "float": reference, "random": _random()}
                 _save(self.folder / _NEXT, state)
             except OSError as error:
-                self.kept = False
+                self.saving = False
                 shutil.rmtree(root, ignore_errors=True)
-                work.warnings.append(f"finished blocks are not kept, a crash would start over: {error.strerror}")
+                work.warnings.append(f"finished blocks are not saved, a crash would start over: {error.strerror}")
             self.completed.append(file)
 
         def clear(self) -> None:
-            """The library is through; what was kept is kept until the result is written, see `_kept.forget`."""
+            """Does nothing: the blocks are kept until the result is written, see `resume_files.forget`."""
 
         def _read(self) -> list[Path]:
             if not (self.folder / _NEXT).exists():

@@ -1,10 +1,10 @@
-"""bitsandbytes 0.50.2 as a worker: its own functions quantize, its serialized form is written, nothing is calibrated.
+"""bitsandbytes 0.50.2 as a worker: quantizes with its functions, writes its serialized form, needs no calibration.
 
-4 bits: `quantize_4bit`, NF4 or FP4, in blocks of `group_size` over the weight in C order; with double_quant the blocks'
-scales are quantized too. 8 bits: `int8_vectorwise_quant`, one scale a row, as `Linear8bitLt` does: from float16 weights,
-and without groups. Both have kernels for CPUs. transformers loads the result by its config.json.
+4 bits: `quantize_4bit`, NF4 or FP4, in blocks of `group_size` over the weight in C order. With double_quant the blocks'
+scales are quantized too. 8 bits: `int8_vectorwise_quant`, one scale per row, as `Linear8bitLt` does: from float16 weights
+and without groups. Both have CPU kernels. transformers loads the result by its config.json.
 
-The state of a 4-bit layer names float16, the dtype of everything that is left in float: readers round weights to it.
+The state of a 4-bit layer names the dtype float16, which all float tensors here have; readers round weights to it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ BITS = (4, 8)
 
 
 def check(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The job's options, after refusing what the library would fail on late or not at all.
+    """The job's options. First refuses what the library would reject late or accept wrongly.
 
     Raises:
-        JobError: bits, block sizes or options that bitsandbytes does not have, or not for single layers.
+        JobError: bits, block sizes or options that bitsandbytes does not support, or not for single layers.
     """
     options = output.method_options(job, DEFAULTS, "bnb")
     if job["bits"] not in BITS:
@@ -40,23 +40,24 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
     if job["bits"] == 4 and job["group_size"] not in layout.BLOCK_SIZES:
         sizes = ", ".join(map(str, layout.BLOCK_SIZES))
         raise JobError(f"group_size={job['group_size']}: bnb takes blocks of {sizes}")
-    for name, own in (job.get("linears") or {}).items():
-        if own["bits"] != job["bits"] or (job["bits"] == 4 and own["group_size"] != job["group_size"]):
+    for name, width in (job.get("linears") or {}).items():
+        if width["bits"] != job["bits"] or (job["bits"] == 4 and width["group_size"] != job["group_size"]):
             raise JobError(
-                f"{name}: bnb has one width and block size for all layers and can only skip some (layers.rules)"
+                f"{name}: bnb uses the same bits and block size for all layers and can only skip some (layers.rules)"
             )
     return options
 
 
 def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
-    """Quantize one model; see `quantline.toolchains.protocol` for the border.
+    """Quantize one model; see `quantline.toolchains.protocol` for job and result.
 
     Raises:
         JobError: the job cannot be done as given.
     """
     config = output.float_config(job["model"])
     options = check(job)
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # from blocks of 2048 on, the library would compile its reading function
+    # For blocks of 2048 or more, the library would compile its dequantize function.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     model.start(job)
     work = model.load({**job, "calibration": None}, config, translate=False)
     from torch import nn
@@ -65,7 +66,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     inside = {name: module for name, module in linears.items() if name != LM_HEAD}
     wanted = selection.chosen(job, linears if LM_HEAD in (job.get("linears") or {}) else inside)
     if not wanted:
-        raise JobError("no linear layer was found: nothing would be quantized; check the model")
+        raise JobError("the model has no linear layer, so nothing would be quantized; check the model")
     skipped = [name for name in linears if name not in wanted]
 
     started = time.perf_counter()
@@ -80,10 +81,10 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
 
 
 def _quantize(work: model.Work, name: str, module: Any, options: Mapping[str, Any]) -> float:
-    """Quantize one linear; the model gets the weight that the library reads from it. Gives its relative error.
+    """Quantize one linear, set its weight in the model to the library's dequantized one, and return its relative error.
 
     Raises:
-        JobError: a weight that float16 cannot hold.
+        JobError: a weight is outside float16's range.
     """
     import torch
     from bitsandbytes import functional
@@ -102,7 +103,7 @@ def _quantize(work: model.Work, name: str, module: Any, options: Mapping[str, An
         read = functional.dequantize_4bit(codes, state)
     else:
         codes, scales, _ = functional.int8_vectorwise_quant(placed.half())
-        codes[scales == 0] = 0  # such a row was divided by zero
+        codes[scales == 0] = 0  # the library divided such a row by zero
         stored = {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
         read = functional.int8_vectorwise_dequant(codes, scales)
     if module.bias is not None:

@@ -1,14 +1,14 @@
-"""GPTQModel 7.6.0 as a worker (methods gptq and awq): rounding by the library, packing by `quantline.checkpoints.layouts`.
+"""GPTQModel 7.6.0 as a worker (methods gptq and awq): the library rounds, `quantline.checkpoints.layouts` packs.
 
-The library is driven through its own classes on a model that this worker loaded and proved, not through its loader, and
-what it packs is never used: codes, scales, zero points and group indexes are taken when a linear is done. So nothing is
-compiled at run time. Beside that:
+The library's own classes run on a model that this worker loaded and verified, not on one from the library's loader. Its
+packing is not used: codes, scales, zero points and group indexes are taken when a linear is done. So nothing is compiled at
+run time. Other differences:
 
-- `act_group_aware` is off with static_groups (the groups would be taken in the wrong order) and without groups (it fails).
-- A worker thread ends the whole process, without a word to its parent, when a task fails: here the error comes up.
-- `prepare_dataset`: the calibration's tokens go in as they are; the library would trim them to the model's length.
+- `act_group_aware` is off with static_groups (the groups would be in the wrong order) and without groups (it fails).
+- If a task fails, the library's worker thread silently ends the whole process. Here the error is raised.
+- `prepare_dataset`: the calibration's tokens are passed unchanged; the library would trim them to the model's length.
 
-What is mended in the methods themselves is in `_gptqmodel_gptq` and `_gptqmodel_awq`.
+The fixes of the methods themselves are in `gptqmodel_gptq` and `gptqmodel_awq`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from quantline.toolchains.workers.quantizers import model as _common
 from quantline.toolchains.workers.quantizers import output, rounding, selection
 from quantline.toolchains.workers.quantizers.resume_layers import LayerStore
 
-# Those that were run and beat plain rounding, and with awq those where scaling alone changes nothing; the library lists 187.
-# awq corrupts gemma2, phi, opt, gptj, gpt_neox, cohere, olmo2, starcoder2, exaone4 and every mixture of experts: norms that
-# feed a router too, or that come after the attention, are scaled with the linears.
+# Families that were tested and beat plain rounding; for awq, scaling alone must not change the output. The library
+# lists 187.
+# awq corrupts gemma2, phi, opt, gptj, gpt_neox, cohere, olmo2, starcoder2, exaone4 and every mixture of experts: it
+# scales norms that also feed a router, or that come after the attention.
 _BOTH = (
     "llama",
     "mistral",
@@ -66,17 +67,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "awq": {"zero_point": True, "version": "gemm", "clip": True},
 }  # fmt: skip
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
-# exllama is a choice of kernels at loading time: such weights are stored as gemm.
+# exllama is a choice of kernels at loading time; its weights are stored as gemm.
 AWQ_LAYOUTS = {version: VERSIONS[version] for version in ("gemm", "gemv", "exllama")}
 
 
 @dataclass
 class Run:
-    """One quantize job inside the library: what it is to do, and what it did.
+    """One quantize job inside the library: its parameters and its results.
 
-    layout: key in `layouts.LAYOUTS`. store: layers that are done, from an earlier run too. wanted: linears to quantize, by
-    name in the files -> module. rows: one per linear. notes: what the library did other than asked, by linear.
-    unmasked: groups with the zero point 0 in a layout that stores it minus 1.
+    layout: key in `layouts.LAYOUTS`. store: finished layers, including those of an earlier run. wanted: linears to quantize,
+    name in the files -> module. rows: one per linear. notes: linear -> how the library deviated from the job.
+    unmasked: number of groups with the zero point 0 in a layout that stores it minus 1.
     """
 
     work: _common.Work
@@ -91,17 +92,17 @@ class Run:
     lock: Any = field(default_factory=Lock)
 
     def done(self, name: str, row: dict[str, Any], **parts: Any) -> None:
-        """One linear is quantized; `name` as in the files, parts as for `_common.add_layer`."""
+        """Add a quantized linear; `name` as in the files, `parts` as for `model.add_layer`."""
         _common.add_layer(self.work, name, self.layout, **parts)
         if LAYOUTS[self.layout].zero_hazard:
             with self.lock:
                 self.unmasked += int((parts["zeros"] == 0).sum())
         found = re.search(r"\.(\d+)\.(.+)$", name)
         where = {"layer": int(found[1]), "module": found[2]} if found else {"layer": -1, "module": name}
-        self.kept(name, {**where, **row}, self.work.packed[name])
+        self.add_packed(name, {**where, **row}, self.work.packed[name])
 
-    def kept(self, name: str, row: Mapping[str, Any], packed: dict[str, Any]) -> None:
-        """One linear is done, perhaps by an earlier run; packed: its tensors by full name."""
+    def add_packed(self, name: str, row: Mapping[str, Any], packed: dict[str, Any]) -> None:
+        """Add a packed linear, perhaps of an earlier run. packed: its tensors by full name."""
         with self.lock:
             self.work.packed[name] = packed
             self.rows[name] = dict(row)
@@ -109,17 +110,17 @@ class Run:
 
 
 def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The job's options, after refusing what the library would fail on late or not at all.
+    """The job's options. First refuses what the library would reject late or accept wrongly.
 
     Raises:
-        JobError: method, bits, group size, options or model that GPTQModel cannot do.
+        JobError: method, bits, group size, options or model that GPTQModel does not support.
     """
     method = job.get("method", "gptq")
     if method not in DEFAULTS:
         raise JobError(f"method={method}: gptqmodel takes {' or '.join(DEFAULTS)}")
     options = output.method_options(job, DEFAULTS[method], method)
     widths = {(job["bits"], job["group_size"])}
-    widths |= {(own["bits"], own["group_size"]) for own in (job.get("linears") or {}).values()}
+    widths |= {(width["bits"], width["group_size"]) for width in (job.get("linears") or {}).values()}
     for bits, size in widths:
         if bits not in BITS[method]:
             raise JobError(f"bits={bits}: {method} takes {', '.join(map(str, BITS[method]))}")
@@ -137,9 +138,9 @@ def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
         if options["version"] not in AWQ_LAYOUTS:
             raise JobError(f"version={options['version']}: awq takes {', '.join(AWQ_LAYOUTS)}")
         if "lm_head" in (job.get("linears") or {}):
-            raise JobError("lm_head=quantized: awq by gptqmodel leaves the output layer float; use method=gptq")
+            raise JobError("lm_head=quantized: awq with gptqmodel leaves the output layer float; use method=gptq")
         if len(widths) > 1:
-            raise JobError("awq by gptqmodel has one group size for all linears: give one, or use method=gptq")
+            raise JobError("awq with gptqmodel has one group size for all linears; give one, or use method=gptq")
     if job.get("low_memory"):
         raise JobError("low_memory=true: gptqmodel holds the whole model in main memory; give low_memory=false")
     _common.check_family(config, FAMILIES[method], "GPTQModel", f"another backend for {method}, or method=rtn")
@@ -147,16 +148,16 @@ def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def environment(scratch: Path) -> None:
-    """What the library reads from the environment; to be called before it is imported.
+    """Set the library's environment variables. Call this before importing it.
 
-    On two CPUs or fewer it takes one worker thread by itself, and then fails for want of two.
+    With two CPUs or fewer, the library starts one worker thread by default, and then fails because it needs two.
     """
     os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
     os.environ["GPTQMODEL_TORCH_EXTENSIONS_DIR"] = str(scratch / "extensions")
 
 
 def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
-    """Quantize one model; see `quantline.toolchains.protocol` for the border.
+    """Quantize one model; see `quantline.toolchains.protocol` for job and result.
 
     Raises:
         JobError: the job cannot be done as given.
@@ -170,7 +171,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         import defuser
         from gptqmodel.models.auto import MODEL_MAP
 
-        # Experts as separate linears, from the first: so the probe also proves that taking them apart changes nothing.
+        # Split experts into separate linears before the probe, which then also shows that splitting changes nothing.
         defuser.replace_fused_blocks(config["model_type"])
         work = _common.load(job, config, translate=False)
         work.renamed = lambda name: selection.file_name(name, config["model_type"])
@@ -192,7 +193,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
             _quantize(state, model)
         if left := [name for name in state.wanted if name not in work.packed]:
             raise JobError(
-                f"{left[0]} and {len(left) - 1} other linears were left in float by the library; skip them (layers.rules), "
+                f"the library left {left[0]} and {len(left) - 1} other linears in float; skip them (layers.rules), "
                 "or use another backend"
             )
         work.metrics["quantize_seconds"] = time.perf_counter() - started
@@ -201,9 +202,9 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     quantization = _quantization(job, options, state, skipped)
     if state.store.found:
         work.warnings.append(
-            f"an interrupted run went on: {state.store.found} {'decoder layers' if method == 'awq' else 'linears'} were done"
+            f"resumed an interrupted run: {state.store.found} {'decoder layers' if method == 'awq' else 'linears'} were done"
         )
-    # Without a list from the parent, linears that the library does not know are reported.
+    # If the job has no list of linears, those that the library does not know are reported.
     result = _common.finish(work, state.wanted if "linears" in job else linears, quantization)
     state.store.clear()
     return {**result, "layers": [state.rows[name] for name in found if name in state.rows]}
@@ -220,13 +221,15 @@ def settings(job: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     }  # fmt: skip
     if job.get("method") == "awq":
         return QuantizeConfig(method=METHOD.AWQ, sym=not options["zero_point"], **common)
-    own = {key: options[key] for key in ("damp_percent", "desc_act", "sym", "true_sequential", "static_groups")}
+    gptq_options = {
+        key: options[key] for key in ("damp_percent", "desc_act", "sym", "true_sequential", "static_groups")
+    }
     by_groups = job["group_size"] != -1 and not options["desc_act"] and not options["static_groups"]
-    return QuantizeConfig(method=METHOD.GPTQ, act_group_aware=by_groups, **own, **common)
+    return QuantizeConfig(method=METHOD.GPTQ, act_group_aware=by_groups, **gptq_options, **common)
 
 
 def linears_of(model: Any, work: _common.Work) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The linears that the library quantizes, and all of the decoder's, by their names in the files."""
+    """The linears that the library quantizes, and all linears of the decoder, by their names in the files."""
     from torch import nn
 
     modules = dict(work.model.named_modules())
@@ -252,10 +255,10 @@ def linears_of(model: Any, work: _common.Work) -> tuple[dict[str, Any], dict[str
 
 
 def dynamic(state: Run, found: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The library's rules by name for what differs from the job's bits and groups, and for what stays float.
+    """The library's rules by name: for linears with other bits or groups than the job's, and for those that stay float.
 
     Args:
-        state: the job under way.
+        state: the running job.
         found: linears that the library would quantize, by name in the files.
         names: name in the files -> name in memory.
     """
@@ -292,7 +295,7 @@ def _quantize(state: Run, model: Any) -> None:
 
 @contextmanager
 def library(state: Run, scratch: Path) -> Iterator[None]:
-    """The library with the replacements named above; everything is put back afterwards."""
+    """Apply the replacements named above; undone on exit."""
     from gptqmodel.looper import awq_processor, gptq_processor, loop_processor, stage_layer
     from gptqmodel.quantization import gptq
     from gptqmodel.utils import threadx
@@ -302,30 +305,30 @@ def library(state: Run, scratch: Path) -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (threadx._DeviceWorker, "_abort_process", _abort_warmup_only),
         (loop_processor, "_PROJECT_LOG_DIR", scratch / "logs"),
-        (gptq, "Quantizer", rounding.gptq_quantizer(gptq.Quantizer, lambda own: own.qcfg.sym)),
+        (gptq, "Quantizer", rounding.gptq_quantizer(gptq.Quantizer, lambda quantizer: quantizer.qcfg.sym)),
         (gptq_processor, "GPTQ", gptqmodel_gptq.gptq_class(gptq.GPTQ, state)),
-        (gptq_processor, "GPTQProcessor", _kept_as_linears(gptq_processor.GPTQProcessor)),
+        (gptq_processor, "GPTQProcessor", _without_packing(gptq_processor.GPTQProcessor)),
         (
             awq_processor,
             "AWQProcessor",
-            _kept_as_linears(gptqmodel_awq.processor_class(awq_processor.AWQProcessor, state)),
+            _without_packing(gptqmodel_awq.processor_class(awq_processor.AWQProcessor, state)),
         ),
     ]
     if "lm_head" in state.wanted:
-        # Where the last decoder layers are skipped, the library stops before it comes to the output layer.
+        # If the last decoder layers are skipped, the library would stop before the output layer.
         replaced.append((stage_layer, "find_last_quantized_layer_index", lambda *_, **__: None))
     with _common.replaced(replaced):
         yield
 
 
 def _abort_warmup_only(worker: Any, error: BaseException) -> None:
-    # A task's error is in its future already. A warm-up's is not yet: raised here, it comes to be.
+    # A task's error is already in its future. A warm-up's is not; raising it here puts it there.
     if worker._pending_warmups:
         raise error
 
 
-def _kept_as_linears(base: Any) -> Any:
-    """A processor that leaves the rounded weights in the model instead of packing them."""
+def _without_packing(base: Any) -> Any:
+    """A processor that keeps the rounded weights in the model instead of packing them."""
 
     class Processor(base):  # type: ignore[misc]
         def submodule_finalize(self, module: Any, model: Any, **_: Any) -> None:

@@ -1,14 +1,14 @@
-"""AWQ by GPTQModel: its processor with what was seen to be wrong mended, for `gptqmodel`.
+"""AWQ by GPTQModel: its processor with fixes, for `gptqmodel`.
 
-- On a CPU in float32 `_compute_best_scale` keeps its backup of the weights with `.to(float32).cpu()`, which is no copy
-  there: every trial rounds the weights further and they never come back. Here the backup is one.
-- A linear that is to stay float is scaled with its group, since its input is scaled; it is neither clipped nor rounded.
-  The library would leave it out and scale its input all the same.
-- The range of a group does not include zero, while its zero point is clamped to [0, 15]: a group of one sign far from
-  zero is cut off. Here it does; groups with both signs are the same as before.
-- Scales are rounded to float16, as they are stored, before they are searched and computed with.
-- `_compute_best_clip` multiplies element by element through temporaries of (out, tokens, groups), and asserts an output
-  width that is a multiple of 64: `_rounding.awq_clip` in its place.
+- `_compute_best_scale` backs up the weights with `.to(float32).cpu()`, which makes no copy on a CPU in float32. So every
+  trial rounds the weights again, and they are never restored. Here the backup is a copy.
+- A linear that stays float is scaled with its group, because its input is scaled, but is neither clipped nor rounded. The
+  library would scale its input but not the linear.
+- The range of a group does not include zero, but its zero point is clamped to [0, 15]. So a group whose weights have one
+  sign and are far from zero is clipped. Here the range includes zero; groups with both signs do not change.
+- Scales are rounded to float16, as they are stored, before the search and the computation use them.
+- `_compute_best_clip` multiplies element by element with temporaries of (out, tokens, groups), and asserts an output width
+  that is a multiple of 64. `rounding.awq_clip` replaces it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantline.toolchains.workers.quantizers import rounding
 
 @contextmanager
 def copied_on_detach(linears: list[Any]) -> Iterator[None]:
-    """`weight.detach()` gives a copy inside the block."""
+    """Inside the block, `weight.detach()` returns a copy."""
     import torch
 
     weights = [linear.weight for linear in linears]
@@ -36,7 +36,7 @@ def copied_on_detach(linears: list[Any]) -> Iterator[None]:
 
 
 def processor_class(base: Any, state: Any) -> Any:
-    """The library's AWQ processor `base` for one job (a `gptqmodel.Run`), with the changes named above."""
+    """The library's AWQ processor `base` for one job (a `gptqmodel.Run`), with the fixes named above."""
     import torch
 
     symmetric = not state.options.get("zero_point", True)
@@ -86,7 +86,7 @@ def processor_class(base: Any, state: Any) -> Any:
                 row: dict[str, Any] = {"loss": float(losses[0])} if losses else {}
                 if not losses and short in getattr(self, "unscaled", ()):
                     state.notes[name] = (
-                        "too few calibration tokens reached it to scale it, so it was rounded as it is; use more "
+                        "too few calibration tokens reached it to scale it, so it was rounded unscaled; use more "
                         "calibration samples"
                     )
                 grid = (weight.shape[0], -1)
@@ -103,8 +103,8 @@ def processor_class(base: Any, state: Any) -> Any:
             layer, modules, label = layer_state.layer_module, dict(layer_state.modules), f"layer-{layer_index}"
             if layer_state.quantized:
                 return
-            if kept := state.store.get(label):
-                self.restore(layer, modules, *kept)
+            if stored := state.store.get(label):
+                self.restore(layer, modules, *stored)
                 self._finalize_quantized_layer(layer_state, fallback_task_names=set(modules))
                 return
             try:
@@ -123,7 +123,7 @@ def processor_class(base: Any, state: Any) -> Any:
             state.store.put(label, arrays, facts)
 
         def restore(self, layer: Any, modules: dict[str, Any], arrays: dict[str, Any], facts: dict[str, Any]) -> None:
-            """A decoder layer that an earlier run finished: its rounded and scaled weights, and what was packed."""
+            """Restore a decoder layer of an earlier run: its rounded and scaled weights, and its packed tensors."""
             with torch.no_grad():
                 for name, tensor in layer.state_dict().items():
                     tensor.copy_(torch.from_numpy(arrays[name]))
@@ -131,6 +131,6 @@ def processor_class(base: Any, state: Any) -> Any:
             for short, row in facts["rows"].items():
                 name = self.names_in_files[short]
                 packed = {key.removeprefix("packed "): array for key, array in arrays.items()}
-                state.kept(name, row, {key: packed[key] for key in packed if key.startswith(f"{name}.")})
+                state.add_packed(name, row, {key: packed[key] for key in packed if key.startswith(f"{name}.")})
 
     return Processor

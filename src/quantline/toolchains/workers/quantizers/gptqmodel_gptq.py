@@ -1,9 +1,9 @@
-"""GPTQ by GPTQModel: its classes with what was seen to be wrong or missing mended, for `gptqmodel`.
+"""GPTQ by GPTQModel: its classes with fixes and additions, for `gptqmodel`.
 
-- `Quantizer`: see `_rounding.gptq_quantizer`.
-- `GPTQ`: weights are rounded in float32 whatever the model's dtype, so that the codes are known exactly. Where the
-  library raises the damping, lifts the Hessian's diagonal, or rounds to nearest since no Hessian can be used, that
-  becomes a warning with the layer's name. A linear that an earlier run finished is taken from the store.
+- `Quantizer`: see `rounding.gptq_quantizer`.
+- `GPTQ`: weights are rounded in float32, whatever the model's dtype, so that the codes are known exactly. If the library
+  raises the damping, lifts the Hessian's diagonal, or rounds to nearest because no Hessian can be used, a warning names the
+  layer. A linear that an earlier run finished is taken from the store.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 from quantline.toolchains.protocol import JobError
 
-# What is kept of a linear: (out, in) uint8, (out, groups) float16, (out, groups) uint8, (in,) int32.
+# The saved arrays of a linear: (out, in) uint8, (out, groups) float16, (out, groups) uint8, (in,) int32.
 ARRAYS = ("codes", "scales", "zeros", "index")
 
 
 def gptq_class(base: Any, state: Any) -> Any:
-    """The library's solver `base` for one job (a `gptqmodel.Run`), which records what comes out."""
+    """The library's solver `base` for one job (a `gptqmodel.Run`), which records the results."""
     import torch
 
     class Recorded(base):  # type: ignore[misc]
@@ -30,12 +30,12 @@ def gptq_class(base: Any, state: Any) -> Any:
             return result
 
         def quantize(self, blocksize: int = 128) -> Any:
-            if self.qcfg.mock_quantization:  # the library's own second try, inside of the first
+            if self.qcfg.mock_quantization:  # the library's own second attempt, inside the first
                 return super().quantize(blocksize)
             name, weight = state.work.renamed(self._named_module.full_name), self.module.weight
-            dtype, kept = weight.dtype, state.store.get(name)
-            if kept:
-                arrays, facts = kept
+            dtype, stored = weight.dtype, state.store.get(name)
+            if stored:
+                arrays, facts = stored
             else:
                 try:
                     weight.data = weight.data.float()
@@ -72,9 +72,9 @@ def gptq_class(base: Any, state: Any) -> Any:
 
         def computed(self, blocksize: int) -> tuple[dict[str, Any], dict[str, Any]]:
             """Quantize now: (out, in) uint8 codes, (out, groups) float16 scales and zero points, (in,) groups; facts."""
-            asked = self.qcfg.damp_percent
-            *found, seconds, loss, damp, tokens = super().quantize(blocksize)
-            rounded, scales, zeros, index = (part.cpu() for part in found)
+            given = self.qcfg.damp_percent
+            *tensors, seconds, loss, damp, tokens = super().quantize(blocksize)
+            rounded, scales, zeros, index = (part.cpu() for part in tensors)
             columns = index.long()
             codes = torch.round(rounded / scales[:, columns]) + zeros[:, columns]
             row = {"seconds": seconds, "damp_percent": damp, "tokens": int(tokens)}
@@ -82,21 +82,23 @@ def gptq_class(base: Any, state: Any) -> Any:
                 row["loss"] = loss
             for what, part in (("codes", codes), ("zero points", zeros)):
                 if not ((part >= 0) & (part < 2**self.qcfg.bits)).all():
-                    raise JobError(f"{what} leave [0, {2**self.qcfg.bits - 1}]; use sym=true, more bits, or method=rtn")
+                    raise JobError(
+                        f"{what} exceed [0, {2**self.qcfg.bits - 1}]; use sym=true, more bits, or method=rtn"
+                    )
             parts = [part.numpy() for part in (codes.byte(), scales.half(), zeros.byte(), index.int())]
-            facts = {"row": row, "note": self.note(asked, damp, loss, tokens), "rounding": str(loss)}
+            facts = {"row": row, "note": self.note(given, damp, loss, tokens), "rounding": str(loss)}
             return dict(zip(ARRAYS, parts, strict=True)), facts
 
-        def note(self, asked: float, damp: float, loss: Any, samples: int) -> str | None:
-            """What the library did other than asked, in words."""
+        def note(self, given: float, damp: float, loss: Any, samples: int) -> str | None:
+            """How the library deviated from the job, as text."""
             if self.qcfg.mock_quantization:
-                return "its GPTQ loss was not a number, so it was rounded to nearest; use more calibration samples"
+                return "its GPTQ loss was NaN, so it was rounded to nearest; use more calibration samples"
             if not isinstance(loss, float):
                 reason = "no Hessian could be inverted" if damp == 1.0 else f"{samples} calibration tokens reached it"
                 return f"{reason}, so it was rounded to nearest instead; use more calibration samples"
             lifted = ", and the Hessian's diagonal was lifted" if self.lifted else ""
-            if damp > asked or lifted:
-                return f"its Hessian could not be inverted with damp_percent={asked:g}; {damp:.4g} was used{lifted}"
+            if damp > given or lifted:
+                return f"its Hessian could not be inverted with damp_percent={given:g}; {damp:.4g} was used{lifted}"
             return None
 
     return Recorded

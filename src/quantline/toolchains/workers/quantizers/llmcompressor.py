@@ -1,18 +1,18 @@
 """llm-compressor 0.14.0.1 as a worker (methods gptq, rtn and awq), in the layouts of compressed-tensors.
 
-The library's modifiers run in its own pipeline on a model that this worker loaded and proved; the library saves nothing.
-Bits, groups and skips by linear are its `config_groups` and `ignore`. What is done otherwise than by itself:
+The library's modifiers run in its own pipeline on a model that this worker loaded and verified; the library saves nothing.
+Bits, groups and skips by linear are its `config_groups` and `ignore`. Differences from the library's defaults:
 
 - Scales are rounded to float16, as they are stored, before anything is rounded with them (`scale_dtype`).
-- Where a Hessian cannot be inverted the library rounds to nearest. Here the damping is raised tenfold, up to 1, and a
-  warning says so; then the layer is refused. See `llmcompressor_modifiers`.
-- `library` replaces three things. `SequentialTracer.create_arg`: a config that a traced model reads is rebuilt without its
-  attention implementation, so that no causal mask is made, and Mistral, Mixtral, Phi3, Qwen3-MoE and others are
-  calibrated on attention to later tokens; here it stays the model's own. `IntermediatesCache` fails on such configs; here
-  it hands them on. On a CPU, its memory is not pinned, which asks for a GPU.
+- If a Hessian cannot be inverted, the library rounds to nearest. Here the damping is raised tenfold, up to 1, with a
+  warning; after that the layer is refused. See `llmcompressor_modifiers`.
+- `library` replaces three things. `SequentialTracer.create_arg` rebuilds a config that a traced model reads, but without its
+  attention implementation. Then no causal mask is made, and Mistral, Mixtral, Phi3, Qwen3-MoE and others are calibrated with
+  attention to later tokens. Here the config stays the model's own. `IntermediatesCache` fails on such configs; here it
+  passes them through. On a CPU its memory is not pinned, because pinning needs a GPU.
 
-With activation_bits=8 (W8A8) weights are quantized as without, and the config tells the runtime to round what goes into
-each linear, token by token. desc_act works within fixed groups only: the library has no reordered groups.
+With activation_bits=8 (W8A8), weights are quantized the same way, and the config tells the runtime to round the inputs of
+each linear per token. desc_act works within fixed groups only: the library has no reordered groups.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from quantline.toolchains.workers.quantizers import model, output, selection
 if TYPE_CHECKING:
     from quantline.toolchains.workers.quantizers.llmcompressor_modifiers import Run
 
-# Those that were run and beat plain rounding (gptq, awq), or ran (rtn); the library lists more.
+# Families that were tested and beat plain rounding (gptq, awq), or ran (rtn); the library lists more.
 _ALL = (
     "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "stablelm", "mixtral",
     "qwen2_moe", "qwen3_moe",
 )  # fmt: skip
-_NO_AWQ = ("opt", "gpt_neox", "olmo2", "phi", "starcoder2")  # the library does not know what to scale in them
+_NO_AWQ = ("opt", "gpt_neox", "olmo2", "phi", "starcoder2")  # the library has no mappings of what to scale for them
 FAMILIES = {"gptq": (*_ALL, *_NO_AWQ), "rtn": (*_ALL, *_NO_AWQ), "awq": _ALL}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gptq": {
@@ -50,16 +50,16 @@ EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Method and options, after refusing what the library would fail on late or not at all.
+    """Method and options. First refuses what the library would reject late or accept wrongly.
 
     Raises:
-        JobError: method, bits, group sizes, options or model that llm-compressor, or the layouts, cannot do.
+        JobError: method, bits, group sizes, options or model that llm-compressor or the layouts do not support.
     """
     method = job.get("method", "gptq")
     if method not in DEFAULTS:
         raise JobError(f"method={method}: llmcompressor takes {', '.join(DEFAULTS)}")
     options = output.method_options(job, DEFAULTS[method], method)
-    widths = {(own["bits"], own["group_size"]) for own in (job.get("linears") or {"": job}).values()}
+    widths = {(width["bits"], width["group_size"]) for width in (job.get("linears") or {"": job}).values()}
     for bits, size in widths:
         if bits not in BITS:
             raise JobError(f"bits={bits}: {method} takes {', '.join(map(str, BITS))}")
@@ -73,18 +73,18 @@ def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, dict[
             "static_groups=true, group_size=-1, or another backend"
         )
     if method == "awq" and options["clip"]:
-        raise JobError("clip=true: awq by llmcompressor has no search for a clipping range; give clip=false")
+        raise JobError("clip=true: awq with llmcompressor has no search for a clipping range; give clip=false")
     if method == "awq" and options["version"] != "gemm":
         raise JobError(
-            f"version={options['version']}: llmcompressor writes compressed-tensors whatever this says; give gemm, or "
+            f"version={options['version']}: llmcompressor always writes compressed-tensors; give gemm, or "
             "backend=autoawq"
         )
     if options.get("activation_bits") is not None:
         _check_activations(options, widths)
         if config.get("model_type") in EXPERTS:
             raise JobError(
-                f"activation_bits=8 with model_type={config['model_type']!r}: the reference engine cannot round what goes "
-                "into experts, so nothing would judge the result; give activation_bits=null"
+                f"activation_bits=8 with model_type={config['model_type']!r}: the reference engine cannot round "
+                "the inputs of experts, so the result could not be evaluated; give activation_bits=null"
             )
     model.check_family(config, FAMILIES[method], "llm-compressor", f"another backend for {method}, or backend=native")
     return method, options
@@ -102,7 +102,7 @@ def _check_activations(options: Mapping[str, Any], widths: set[tuple[int, int]])
 
 
 def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
-    """Quantize one model; see `quantline.toolchains.protocol` for the border.
+    """Quantize one model; see `quantline.toolchains.protocol` for job and result.
 
     Raises:
         JobError: the job cannot be done as given.
@@ -116,7 +116,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
 
     work = model.load(job, config, translate=False)
     work.renamed = lambda path: selection.file_name(path, config["model_type"])
-    linearize_moe(work.model)  # experts as separate linears, which is what they are in the files
+    linearize_moe(work.model)  # experts as separate linears, as in the files
     symmetric = not options["zero_point"] if method == "awq" else bool(options["sym"])
     layout = compressed_tensors_of(bool(options.get("activation_bits")))
     state = modifiers.Run(work, report, options, symmetric, layout)
@@ -131,7 +131,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
 
 
 def _survey(state: Run) -> None:
-    """Find the linears to quantize and the matrices that stay float, and refuse widths that do not go into groups."""
+    """Find the linears to quantize and the matrices that stay float; refuse shapes that do not fit the groups."""
     from torch import nn
 
     work = state.work
@@ -151,7 +151,7 @@ def _survey(state: Run) -> None:
 
 @contextmanager
 def library(state: Run) -> Iterator[None]:
-    """The library with the replacements named above, all put back afterwards; its errors say what was worked on."""
+    """Apply the replacements named above, undone on exit; errors of the library name the current layer."""
     from llmcompressor.core import reset_session
     from llmcompressor.pipelines.cache import IntermediatesCache, IntermediateValue
     from llmcompressor.pipelines.sequential.helpers import SequentialTracer
@@ -165,8 +165,8 @@ def library(state: Run) -> Iterator[None]:
             return IntermediateValue(value=value, device=None)
         return offload(cls, value, *arguments, **keywords)
 
-    def fetched(cls: Any, kept: Any) -> Any:
-        return kept.value if isinstance(kept.value, PretrainedConfig) else onload(cls, kept)
+    def fetched(cls: Any, entry: Any) -> Any:
+        return entry.value if isinstance(entry.value, PretrainedConfig) else onload(cls, entry)
 
     def traced(tracer: Any, value: Any) -> Any:
         if isinstance(value, PretrainedConfig):
@@ -192,7 +192,7 @@ def library(state: Run) -> Iterator[None]:
 
 
 def _clean(state: Run) -> None:
-    """Take the library's parameters and wrappers out of the model; it then is a plain one with rounded weights."""
+    """Remove the library's parameters and wrappers, which leaves a plain model with rounded weights."""
     from compressed_tensors.offload import remove_dispatch
     from compressed_tensors.quantization import disable_quantization
 

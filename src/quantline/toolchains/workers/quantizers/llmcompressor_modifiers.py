@@ -1,6 +1,6 @@
-"""The three methods of the llm-compressor worker: its modifiers, made to report, to name what fails, and to keep codes.
+"""The three methods of the llm-compressor worker: the library's modifiers, with progress, layer names in errors, and codes.
 
-Modules are quantized one at a time: the library's batches depend on the memory that happens to be free.
+Modules are quantized one at a time, because the size of the library's batches depends on free memory.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _EXPERTS = re.compile(r"^(.*\.experts)\.\d+\.")
 
 
 def apply(state: Run, modifiers: list[Any], *, targets: list[str] | None = None, tokens: bool = True) -> None:
-    """Run modifiers, over the calibration's tokens where they need any.
+    """Run modifiers, over the calibration's tokens if `tokens`.
 
-    targets: modules that are done one after the other, each seeing the error of those before; None is layer by layer.
+    targets: modules to quantize one after another, each with the quantized ones before it; None means layer by layer.
     """
     rows = []
     if tokens:
@@ -51,7 +51,7 @@ def apply(state: Run, modifiers: list[Any], *, targets: list[str] | None = None,
 
 
 class Gptq(GPTQModifier):  # type: ignore[misc]
-    """GPTQ that raises the damping where the library would round to nearest."""
+    """GPTQ that raises the damping when the library would round to nearest."""
 
     _run: Any = PrivateAttr(default=None)
 
@@ -68,13 +68,13 @@ class Gptq(GPTQModifier):  # type: ignore[misc]
             state.rows.append({**place(name), "loss": loss, "seconds": seconds, "damp_percent": damp})
             if damp != self.dampening_frac:
                 state.work.warnings.append(
-                    f"{name}: its Hessian could not be inverted with damp_percent={self.dampening_frac:g}, {damp:g} was used"
+                    f"{name}: its Hessian could not be inverted with damp_percent={self.dampening_frac:g}; {damp:g} was used"
                 )
 
     def _compress(self, name: str, module: Any) -> tuple[float, float]:
         arguments, parameters = module.quantization_scheme.weights, [module.weight_observer.get_qparams()]
         weights, hessians, scales, zeros, _ = prepare_batch([module], parameters, self._hessians, self._num_samples)
-        scales = scales.float()  # in the model's dtype, codes would be lost in bfloat16
+        scales = scales.float()  # in bfloat16, codes would lose precision
         damp = self.dampening_frac
         while True:
             try:
@@ -84,9 +84,7 @@ class Gptq(GPTQModifier):  # type: ignore[misc]
                 )  # fmt: skip
                 if not fallback.any():
                     break
-            except (
-                torch.linalg.LinAlgError
-            ):  # of the inverse's factorization, which the library does not expect to fail
+            except torch.linalg.LinAlgError:  # from factorizing the inverse, which the library does not catch
                 pass
             damp = stronger(name, damp)
         self._run.add(name, quantized[0], scales[0], zeros[0])
@@ -98,11 +96,11 @@ def stronger(name: str, damp: float) -> float:
     """The next damping to try.
 
     Raises:
-        JobError: there is none.
+        JobError: the damping is already at its maximum.
     """
     if damp >= 1:
         raise JobError(
-            f"{name}: its Hessian cannot be inverted, even with damp_percent=1; its inputs or weights are not finite: skip "
+            f"{name}: its Hessian cannot be inverted, even with damp_percent=1; its inputs or weights are not finite; skip "
             "it (layers.rules), or use method=rtn"
         )
     return min(1.0, damp * 10)
@@ -121,14 +119,14 @@ def gptq(state: Run) -> None:
     modifier._run = state
     targets = None
     if state.options["true_sequential"]:
-        # Experts get their tokens at run time, so that they can only be done together.
+        # Tokens are routed to experts at run time, so a layer's experts can only be quantized together.
         paths = [state.paths[name] for name in state.wanted]
         targets = list(dict.fromkeys(found[1] if (found := _EXPERTS.match(path)) else path for path in paths))
     apply(state, [modifier], targets=targets)
     lost = [name for name in state.wanted if name not in state.work.packed]
     if lost:
         raise JobError(
-            f"{lost[0]} and {len(lost) - 1} other linears saw no calibration token; use more calibration samples, skip "
+            f"no calibration token reached {lost[0]} and {len(lost) - 1} other linears; use more calibration samples, skip "
             "them (layers.rules), or use method=rtn"
         )
 
@@ -140,13 +138,13 @@ def rtn(state: Run) -> None:
 
 
 class Awq(AWQModifier):  # type: ignore[misc]
-    """The search for scales, told what is quantized."""
+    """AWQ's search for scales, limited to the linears that are quantized."""
 
     _run: Any = PrivateAttr(default=None)
 
     def _set_resolved_mappings(self, model: Any) -> None:
         super()._set_resolved_mappings(model)
-        # The library divides by zero where nothing that it scales for is quantized.
+        # The library divides by zero if none of a mapping's linears is quantized.
         used = [mapping for mapping in self._resolved_mappings if any(self._widths(mapping))]  # type: ignore[has-type]
         self._resolved_mappings = used
 
@@ -157,16 +155,16 @@ class Awq(AWQModifier):  # type: ignore[misc]
     def _compute_best_scale(self, mapping: Any, *arguments: Any, **keywords: Any) -> Any:
         state: Run = self._run
         state.step(state.work.renamed(mapping.smooth_name), len(self._resolved_mappings))
-        # The library takes the scheme of the last one for all of them.
+        # The library uses the last linear's scheme for all of them.
         if len(set(self._widths(mapping))) > 1:
             raise JobError(
-                f"{', '.join(mapping.balance_names)}: awq scales them together, so they need equal bits and group_size; "
-                "give them those (layers.rules)"
+                f"{', '.join(mapping.balance_names)}: awq scales these together, so they need the same bits and "
+                "group_size; set them in layers.rules"
             )
         started = time.perf_counter()
         scales = super()._compute_best_scale(mapping, *arguments, **keywords)
-        found = self._error_metrics[-1]
-        errors = {key: float(found[key]) for key in ("initial_error", "best_error")}
+        reported = self._error_metrics[-1]
+        errors = {key: float(reported[key]) for key in ("initial_error", "best_error")}
         state.rows.append({**place(state.current), **errors, "seconds": time.perf_counter() - started})
         return scales
 
@@ -175,7 +173,7 @@ def awq(state: Run) -> None:
     """arXiv:2306.00978, without its clipping.
 
     Raises:
-        JobError: linears that are scaled together have other widths.
+        JobError: linears that are scaled together differ in bits or group size.
     """
     modifier = Awq()
     modifier._run = state
@@ -184,7 +182,7 @@ def awq(state: Run) -> None:
 
 
 def _take(state: Run, *, rows: bool = False) -> None:
-    """Round weights with the scales that the library found, by its own rounding; the model then holds the result."""
+    """Round weights with the library's scales and its own rounding; the model then has the rounded weights."""
     remove_dispatch(state.work.model)
     for name, module in state.wanted.items():
         state.current = name
@@ -195,7 +193,7 @@ def _take(state: Run, *, rows: bool = False) -> None:
         rounded = fake_quantize(weight, scale, zero_point, module.quantization_scheme.weights)
         state.add(name, rounded, scale, zero_point)
         if rows:
-            # The error of a weight relative to the weights, as root mean squares.
+            # RMS of the weights' error, relative to the RMS of the weights.
             error = (rounded - weight).square().mean() / weight.square().mean().clamp(min=1e-30)
             state.rows.append({**place(name), "relative_error": float(error.sqrt())})
         module.weight.data = rounded.to(module.weight.dtype)
@@ -215,8 +213,8 @@ class Run:
     """One quantize job inside the library. Names are those in the model's files.
 
     symmetric: every zero point is the middle one. layout: key in `layouts.LAYOUTS`. wanted: linears to quantize, name ->
-    module. floats: modules with a matrix that stays float. paths: name -> what the library calls it. rows: one per
-    linear, or per scaled layer for awq. current: what is being worked on.
+    module. floats: modules with a matrix that stays float. paths: name -> the library's name. rows: one per linear, or per
+    scaled layer for awq. current: the current layer.
     """
 
     work: _common.Work
@@ -232,16 +230,16 @@ class Run:
 
     @property
     def ignored(self) -> list[str]:
-        """What the library is to leave alone, as it calls it."""
+        """The library's names of the modules that stay float."""
         return [self.paths[name] for name in self.floats]
 
     def step(self, name: str, total: int) -> None:
-        """Work on `name` begins, of `total`."""
+        """Start the next of `total` steps, on `name`."""
         self.current = name
         self.report(len(self.rows), total, name)
 
     def add(self, name: str, weight: Any, scale: Any, zero_point: Any) -> None:
-        """Keep one linear: weight (out, in), its rounded values; scale and zero_point (out, groups), the latter signed."""
+        """Pack one linear: weight (out, in), already rounded; scale (out, groups); zero_point (out, groups), signed."""
         bits, size = self.work.width(name)
         weight, scale = weight.detach().cpu().float(), scale.detach().cpu().float()
         zeros = zero_point.detach().cpu().float() + 2 ** (bits - 1)
@@ -276,7 +274,7 @@ class Run:
         """The `quantization_config` of the result."""
         widths = {name: self.work.width(name) for name in self.wanted}
         main, _ = Counter(widths.values()).most_common(1)[0]
-        overrides = {name: LayerSettings(*own, self.symmetric) for name, own in widths.items() if own != main}
+        overrides = {name: LayerSettings(*width, self.symmetric) for name, width in widths.items() if width != main}
         return describe(
             self.layout, bits=main[0], group_size=main[1], symmetric=self.symmetric, overrides=overrides,
             modules_to_not_convert=self.floats,

@@ -1,6 +1,6 @@
-"""What the workers on torch and transformers share: start, load, prove the load, write, prove the result.
+"""Shared code of the workers on torch and transformers: start, load, verify the model, write, verify the result.
 
-Runs in a toolchain's interpreter. torch is imported inside functions: `start` has to set the environment first.
+Runs in a toolchain's interpreter. torch is imported inside functions, because `start` must set the environment first.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from quantline.toolchains.workers.reference.engine import caps_attention
 
 @dataclass
 class Work:
-    """One quantize job under way.
+    """One running quantize job.
 
     model: the transformers model, on the CPU. config: the source's config.json. calibration: int32 (samples, length).
     probe_ids: int32 (n, t). probe_logits: float32 (n, t, vocab), of the reference engine. packed: layer -> its tensors.
-    renamed: what a tensor of the model in memory is called in its files.
+    renamed: name of a tensor in memory -> its name in the files.
     """
 
     job: Mapping[str, Any]
@@ -53,12 +53,12 @@ class Work:
         return str(self.job["device"])
 
     def width(self, layer: str) -> tuple[int, int]:
-        """Bits and group size that are asked for a linear."""
+        """The requested bits and group size of a linear."""
         return width_of(self.job, layer)
 
 
 def samples(work: Work) -> list[dict[str, Any]]:
-    """The calibration as the libraries take it: `input_ids` and `attention_mask` int64 (1, length) a sample."""
+    """The calibration in the libraries' form: per sample, `input_ids` and `attention_mask`, int64 (1, length)."""
     import torch
 
     ids = torch.from_numpy(work.calibration.astype("int64"))
@@ -67,7 +67,7 @@ def samples(work: Work) -> list[dict[str, Any]]:
 
 @contextmanager
 def replaced(values: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Attributes, given as (owner, name, value), of modules and classes are others inside the block."""
+    """Inside the block, replace attributes of modules and classes, given as (owner, name, value)."""
     values = list(values)
     originals = [(owner, name, vars(owner)[name]) for owner, name, _ in values]
     try:
@@ -80,19 +80,19 @@ def replaced(values: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 def note_unmasked(work: Work, groups: int) -> None:
-    """Warn of so many groups with the zero point 0 in a layout that stores it minus 1."""
+    """Warn about `groups` groups with the zero point 0, in a layout that stores it minus 1."""
     if groups:
         work.warnings.append(
-            f"{groups} groups have the zero point 0, stored masked; readers that add 1 without masking read them "
-            "wrong (convert to gptq_v2 for those)"
+            f"{groups} groups have the zero point 0, stored masked; readers that add 1 without masking misread "
+            "them (convert to gptq_v2 for those)"
         )
 
 
 def start(job: Mapping[str, Any]) -> None:
-    """Fix devices, threads and seeds; to be called before anything imports torch.
+    """Set devices, threads and seeds. Call this before anything imports torch.
 
-    On `cpu` the GPUs are hidden, since the libraries take one wherever they see it. On `cuda` one GPU is left visible:
-    AutoAWQ would deal layers out to all of them.
+    On `cpu` the GPUs are hidden, because the libraries use one if they see it. On `cuda` only one GPU is visible, because
+    AutoAWQ would spread the layers over all of them.
 
     Raises:
         JobError: a device that does not exist.
@@ -120,7 +120,7 @@ def check_family(config: Mapping[str, Any], families: tuple[str, ...], library: 
     """Refuse a model type that the library cannot quantize.
 
     Raises:
-        JobError: naming the types it can and what else to use.
+        JobError: with the supported types and what else to use.
     """
     kind = config.get("model_type")
     if kind not in families:
@@ -128,24 +128,24 @@ def check_family(config: Mapping[str, Any], families: tuple[str, ...], library: 
 
 
 def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = True) -> Work:
-    """Read calibration, probe and float model, and prove that the model is the one the reference engine saw.
+    """Read calibration, probe and float model, and check that the model's logits match the reference engine's.
 
     Under dtype=auto: float32 on the CPU (twice as fast there as float16, and exact for bfloat16 sources), float16 on a
-    GPU. `translate`: the library is on transformers 4 and gets a config.json in its vocabulary; False for 5.
+    GPU. `translate`: the library uses transformers 4 and gets a config.json translated to it; False for 5.
 
     Raises:
-        JobError: weights missing, not finite, or a model that gives other logits than the reference.
+        JobError: weights are missing or not finite, or the model's logits differ from the reference.
     """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
-    # None for a method that needs no text.
+    # The path is None for a method without calibration.
     calibration = _tensors(job["calibration"])["input_ids"] if job["calibration"] else np.zeros((0, 0), dtype=np.int32)
     probe = _tensors(job["probe"])
     if calibration.ndim != 2 or (job["calibration"] and not calibration.size):
-        raise JobError(f"{job['calibration']}: input_ids has shape {calibration.shape}: give (samples, length)")
+        raise JobError(f"{job['calibration']}: input_ids has shape {calibration.shape}; it must be (samples, length)")
     dtype = torch.float32 if job["device"] == "cpu" else torch.float16
     if job.get("dtype", "auto") != "auto":
         dtype = getattr(torch, job["dtype"])
@@ -164,14 +164,14 @@ def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = Tr
     if missing or info["mismatched_keys"]:
         names = missing or [entry[0] for entry in info["mismatched_keys"]]
         raise JobError(
-            f"{job['model']} lacks {len(names)} tensors that the model needs ({names[0]}): download it again"
+            f"{job['model']} lacks {len(names)} tensors that the model needs ({names[0]}); download it again"
         )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise JobError(f"{name} holds infinities or NaN in {dtype}: its values leave that range; use device=cpu")
+            raise JobError(f"{name} has infinities or NaN in {dtype}: its values exceed that range; use device=cpu")
     work = Work(job, config, model, calibration, probe["input_ids"], probe["logits"], {})
     if info["unexpected_keys"]:
-        work.warnings.append(f"not part of the model and left out: {', '.join(sorted(info['unexpected_keys']))}")
+        work.warnings.append(f"left out as not part of the model: {', '.join(sorted(info['unexpected_keys']))}")
     _check_probe(work)
     work.metrics["load_seconds"] = time.perf_counter() - started
     work.metrics["calibration_tokens"] = int(calibration.size)
@@ -191,17 +191,17 @@ def _check_probe(work: Work) -> None:
     cause = f"likely cause: {'; '.join(faults[:4])}" if faults else "config.json was read as written"
     raise JobError(
         f"this toolchain misreads the model: before quantizing, its logits differ from the reference engine's by "
-        f"{measured:.3g} standard deviations, at most {tolerance:g} is allowed (transformers "
+        f"{measured:.3g} standard deviations, allowed are {tolerance:g} (transformers "
         f"{transformers.__version__}); {cause}; use another backend or method, such as method=rtn, "
-        "or make the probe again if it came from another version of the model"
+        "or make the probe again if it is from another version of the model"
     )
 
 
 def probe_logits(work: Work) -> NDArray[np.float32]:
     """float32 (n, t, vocab): the model's logits on the probe, computed in float32 on the job's device.
 
-    In float16, rounding alone moved a logit by 0.02 standard deviations with 5 layers and 0.054 with 32, where a faithful
-    model must not be taken for a misread one. One sample at a time, so that memory does not grow with the probe.
+    In float16, rounding alone moved a logit by 0.02 standard deviations with 5 layers and by 0.054 with 32, so a correct
+    model would look misread. One sample is computed at a time, so that memory does not grow with the probe.
     """
     import torch
 
@@ -215,22 +215,22 @@ def probe_logits(work: Work) -> NDArray[np.float32]:
 
 @contextmanager
 def widened(model: Any, device: str) -> Iterator[None]:
-    """Every module's own tensors are on `device` and in float32 while it computes, and as they were otherwise.
+    """Inside the block, each module's own tensors are moved to `device` in float32 while it computes, then moved back.
 
-    So the device holds one module at a time, and a float16 model is computed as a float32 one without a copy of it.
+    So the device holds one module at a time, and a float16 model is computed in float32 without a copy of the whole model.
     """
     import torch
 
-    kept: dict[Any, list[tuple[Any, Any]]] = {}
+    originals: dict[Any, list[tuple[Any, Any]]] = {}
 
     def before(module: Any, _arguments: Any) -> None:
-        own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
-        kept[module] = [(tensor, tensor.data) for tensor in own]
-        for tensor in own:
+        tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+        originals[module] = [(tensor, tensor.data) for tensor in tensors]
+        for tensor in tensors:
             tensor.data = tensor.data.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
     def after(module: Any, _arguments: Any, _output: Any) -> None:
-        for tensor, data in kept.pop(module):
+        for tensor, data in originals.pop(module):
             tensor.data = data
 
     hooks = [hook for module in model.modules() for hook in (
@@ -266,18 +266,18 @@ def add_layer(
 
     Args:
         codes: (out, in), integral. scales, zeros: (out, groups). bias: (out,) or None. group_index: (in,), sequential
-            where None. All of them torch tensors; scales hold float16 values. zero_points: whether to write them, where
-            the layout (compressed_tensors) can leave them out; None does so if all of them are the middle one.
+            if None. All are torch tensors; scales have float16 values. zero_points: whether to write them, if the layout
+            (compressed_tensors) can omit them; None omits them if all are the middle one.
 
     Raises:
-        JobError: the layout cannot hold it; nothing is clamped.
+        JobError: the layout cannot represent it; nothing is clamped.
     """
     bits, group_size = work.width(name)
     values = {"codes": _numpy(codes), "zeros": _numpy(zeros)}
     for what, array in values.items():
         if not ((array == np.rint(array)) & (array >= 0) & (array < 2**bits)).all():
             raise JobError(
-                f"{name}: {what} leave [0, {2**bits - 1}], so {bits} bits cannot hold this layer; "
+                f"{name}: {what} exceed [0, {2**bits - 1}], so {bits} bits cannot represent this layer; "
                 "use sym=true, more bits, or method=rtn"
             )
     index = sequential_groups(codes.shape[1], group_size) if group_index is None else _numpy(group_index)
@@ -295,11 +295,11 @@ def add_layer(
 
 
 def finish(work: Work, expected: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the result and prove it; the model in memory holds the dequantized weights.
+    """Write the result and verify it. The model in memory has the dequantized weights.
 
     Raises:
         JobError: nothing was quantized, or a value does not fit float16.
-        RuntimeError: what was written does not mean what was computed.
+        RuntimeError: the written weights differ from the computed ones.
     """
     output, source = Path(work.job["output"]), Path(work.job["model"])
     expected = list(expected)
@@ -318,7 +318,7 @@ def finish(work: Work, expected: Iterable[str], quantization: Mapping[str, Any])
 
 
 def _state(work: Work) -> dict[str, Any]:
-    """The model's tensors but for those that are another one under a second name."""
+    """The model's tensors, without those that are only a second name of another."""
     state = dict(work.model.state_dict())
     if work.model.config.tie_word_embeddings:
         for name in work.model._tied_weights_keys or ():
@@ -340,7 +340,7 @@ def _verify(work: Work, output: Path) -> None:
     largest = 0.0
     for name, written, quantized in _output.verify(output, work.packed):
         tensor = state.pop(name)
-        # 16-bit models hold each weight rounded once more than the file does.
+        # In a 16-bit model each weight is rounded once more than in the file.
         unit = {"torch.float16": 2.0**-11, "torch.bfloat16": 2.0**-8}.get(str(tensor.dtype), 0.0)
         computed = _numpy(tensor).astype(np.float32)
         error = np.abs(written - computed)
@@ -348,7 +348,7 @@ def _verify(work: Work, output: Path) -> None:
             largest = max(largest, float(error.max()))
         allowed = np.abs(computed) * (unit if quantized else 2.0**-11) + 2.0**-24
         if not (error <= allowed).all():
-            raise RuntimeError(f"{name} was written wrong: it differs from what was computed by {error.max():.3g}")
+            raise RuntimeError(f"{name} was written wrong: it differs from the computed weight by {error.max():.3g}")
     if state:
         raise RuntimeError(f"tensors were not written: {', '.join(sorted(state))}")
     work.metrics["written_max_difference"] = largest

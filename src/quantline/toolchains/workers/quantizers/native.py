@@ -1,8 +1,8 @@
-"""Plain rounding to nearest (method rtn), without any library: NumPy only, one tensor at a time.
+"""Plain rounding to nearest (method rtn) without a library: NumPy only, one tensor at a time.
 
-The baseline that every method has to beat, and the way for models that no old toolchain reads. Quantized are the 2-D
-weights inside the decoder layers, but for embeddings, norms and routers; the layout follows from the options:
-sym=true gives GPTQ v1, sym=false AWQ GEMM at 4 bits and GPTQ v2 at others, which hold a zero point of 0 safely.
+The baseline that every method has to beat, and the fallback for models that no old toolchain can load. It quantizes the 2-D
+weights inside the decoder layers, except embeddings, norms and routers. The options determine the layout: sym=true gives
+GPTQ v1; sym=false gives AWQ GEMM at 4 bits and GPTQ v2 at others, which store a zero point of 0 safely.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from quantline.toolchains.workers.quantizers import output as _output
 
 DEFAULTS = {"sym": True}
 
-# Their linear layers store the transpose, so that groups would run along the wrong side.
+# Their linear layers store the transpose, so groups would run along the wrong dimension.
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
 
 
 def check(widths: dict[str, LinearSpec]) -> None:
-    """Refuse bits and group sizes that rounding to nearest does not have.
+    """Refuse bits and group sizes that rtn does not support.
 
     Raises:
-        JobError: naming what was asked for and what there is.
+        JobError: with the given value and the allowed ones.
     """
     for width in widths.values():
         if width.bits not in BITS:
@@ -46,7 +46,7 @@ def check(widths: dict[str, LinearSpec]) -> None:
 
 
 def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
-    """Quantize one model; see `quantline.toolchains.protocol` for the border.
+    """Quantize one model; see `quantline.toolchains.protocol` for job and result.
 
     Raises:
         JobError: the job cannot be done as given.
@@ -56,15 +56,15 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     config = _output.float_config(job["model"])
     if config.get("model_type") in _TRANSPOSED:
         raise JobError(
-            f"model_type={config['model_type']!r}: its weights are stored transposed; rtn cannot quantize it"
+            f"model_type={config['model_type']!r}: rtn cannot quantize weights that are stored transposed; use another model"
         )
     with _output.refusals():
         checkpoint = Checkpoint.open(job["model"])
     shapes = linear_shapes(checkpoint)
     if not shapes:
         _output.check_shapes({}, "gptq", 4, -1)
-    asked = job.get("linears") or dict.fromkeys(shapes, job)
-    widths = {name: LinearSpec(own["bits"], own["group_size"]) for name, own in asked.items()}
+    requested = job.get("linears") or dict.fromkeys(shapes, job)
+    widths = {name: LinearSpec(width["bits"], width["group_size"]) for name, width in requested.items()}
     check(widths)
     layout = layout_of(set(widths.values()), symmetric)
     if LM_HEAD in widths:
@@ -96,8 +96,8 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
 
     with _output.refusals():
         _output.write_weights(output, tensors())
-        own = {name: (width.bits, width.group_size) for name, width in widths.items()}
-        settings = _output.described(job, layout, own, skipped, symmetric=symmetric)
+        pairs = {name: (width.bits, width.group_size) for name, width in widths.items()}
+        settings = _output.described(job, layout, pairs, skipped, symmetric=symmetric)
         _output.write_configs(Path(job["model"]), output, config, settings)
         for _ in _output.verify(output, widths):
             pass
@@ -128,7 +128,7 @@ def _quantize(
         linear = quantize_rtn(weight, width.bits, width.group_size, symmetric)
     except UserError as fault:
         raise JobError(f"{layer}: {fault}") from fault
-    # The error of a weight relative to the weights, as root mean squares.
+    # RMS of the weights' error, relative to the RMS of the weights.
     error = float(np.sqrt(np.mean((dequantize(linear) - weight) ** 2) / max(float(np.mean(weight**2)), 1e-30)))
     errors.append({"module": layer, "relative_error": error})
     bias = f"{layer}.bias"

@@ -1,8 +1,8 @@
-"""What every quantizer's result looks like on disk, whichever library computed it. NumPy only.
+"""Writes every quantizer's result to disk, whichever library computed it. NumPy only.
 
-A result is a whole model folder: weights in the layouts of `checkpoints.layouts`, everything that is not quantized in
-float16 (what AutoAWQ and AutoGPTQ save, and what their kernels take), the source's own config.json with a
-`quantization_config`, and its tokenizer and generation files byte for byte. Equal jobs give equal bytes.
+A result is a complete model folder: weights in the layouts of `checkpoints.layouts`; all other tensors in float16 (as
+AutoAWQ and AutoGPTQ save them and as their kernels need them); the source's config.json with a `quantization_config`; and
+its tokenizer and generation files, copied byte for byte. Equal jobs give equal bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Named = tuple[str, NDArray[Any]]
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Turn errors that a user can mend into refusals, which cross the process border as a message."""
+    """Turn errors that a user can fix into a JobError, which the parent gets as a message."""
     try:
         yield
     except UserError as error:
@@ -58,15 +58,15 @@ def float_config(model_dir: str | Path) -> dict[str, Any]:
         config = read_config(model_dir)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise JobError(f"{model_dir} is quantized already ({method}): give the float model it was made from")
+        raise JobError(f"{model_dir} is quantized already ({method}); give the float model it was made from")
     return config
 
 
 def method_options(job: Mapping[str, Any], defaults: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The job's options over the defaults.
+    """The defaults, overridden by the job's options.
 
     Raises:
-        JobError: an option that the method does not have.
+        JobError: the method does not have an option.
     """
     given = dict(job.get("options") or {})
     unknown = sorted(set(given) - set(defaults))
@@ -76,17 +76,17 @@ def method_options(job: Mapping[str, Any], defaults: Mapping[str, Any], method: 
 
 
 def check_shapes(widths: Mapping[str, tuple[int, int]], layout: str, bits: int, group_size: int) -> None:
-    """Refuse before any compute what the layout cannot hold.
+    """Refuse, before any computation, shapes that the layout cannot represent.
 
     Args:
         widths: linear layer -> (in_features, out_features).
 
     Raises:
-        JobError: no layer at all, or the layers that do not fit, all of them.
+        JobError: there is no layer, or layers do not fit; all are listed.
     """
     if not widths:
         raise JobError(
-            "no linear layer was found inside the decoder layers: nothing would be quantized; check the model"
+            "no linear layer was found inside the decoder layers, so nothing would be quantized; check the model"
         )
     faults = []
     for name, (in_features, out_features) in widths.items():
@@ -99,15 +99,15 @@ def check_shapes(widths: Mapping[str, tuple[int, int]], layout: str, bits: int, 
         listed = "\n".join(f"  {fault}" for fault in faults)
         raise JobError(
             f"{len(faults)} of {len(widths)} linear layers cannot be quantized:\n{listed}\n"
-            "choose a group_size that divides every width, or -1 where the method allows one group per channel"
+            "choose a group_size that divides every width, or -1 if the method allows one group per channel"
         )
 
 
 def half(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Floating values as float16; integers and booleans as they are.
+    """Floating-point values as float16; integers and booleans unchanged.
 
     Raises:
-        JobError: a value is not finite, or leaves the range of float16 (65504): bfloat16 models can hold those.
+        JobError: a value is not finite or exceeds float16's range (65504), as bfloat16 models can.
     """
     if array.dtype.kind in "iub" and array.dtype.names is None and array.dtype.name != "bfloat16":
         return array
@@ -117,16 +117,16 @@ def half(name: str, array: NDArray[Any]) -> NDArray[Any]:
     if not np.isfinite(narrow).all():
         peak = float(np.nanmax(np.abs(wide)))
         raise JobError(
-            f"{name} holds values up to {peak:.4g}, which float16 (at most 65504) cannot hold; "
+            f"{name} has values up to {peak:.4g}, but float16 holds at most 65504; "
             "use a method whose result keeps bfloat16, or leave this model unquantized"
         )
     return narrow
 
 
 def pack(name: str, linear: AffineLinear, layout: str, zero_points: bool | None = None) -> dict[str, NDArray[Any]]:
-    """One quantized layer's tensors under their full names; its bias has to be float16 already.
+    """One quantized layer's tensors by full name; its bias must be float16 already.
 
-    zero_points: whether to write them, where the layout can leave them out.
+    zero_points: whether to write them, if the layout can omit them.
     """
     try:
         tensors = LAYOUTS[layout].write(linear, zero_points=zero_points)
@@ -136,22 +136,22 @@ def pack(name: str, linear: AffineLinear, layout: str, zero_points: bool | None 
 
 
 def write_weights(output: Path, tensors: Iterable[Named], limit: int = SHARD_BYTES) -> None:
-    """Write `model.safetensors`, or shards of at most `limit` bytes with an index; one shard is held at a time."""
+    """Write `model.safetensors`, or shards of at most `limit` bytes with an index. Holds one shard in memory at a time."""
     parts: list[list[str]] = []
-    held: dict[str, NDArray[Any]] = {}
+    shard_tensors: dict[str, NDArray[Any]] = {}
     size = total = 0
 
     def flush() -> None:
-        nonlocal held, size
-        if held:
-            write_safetensors(output / f"part-{len(parts)}.safetensors", held)
-            parts.append(sorted(held))
-            held, size = {}, 0
+        nonlocal shard_tensors, size
+        if shard_tensors:
+            write_safetensors(output / f"part-{len(parts)}.safetensors", shard_tensors)
+            parts.append(sorted(shard_tensors))
+            shard_tensors, size = {}, 0
 
     for name, array in tensors:
         if size and size + array.nbytes > limit:
             flush()
-        held[name] = array
+        shard_tensors[name] = array
         size += array.nbytes
         total += array.nbytes
     flush()
@@ -168,7 +168,7 @@ def write_weights(output: Path, tensors: Iterable[Named], limit: int = SHARD_BYT
 
 
 def left_float(skipped: Sequence[str]) -> dict[str, Any]:
-    """How a GPTQ config names linears that were left in float; nothing where there are none."""
+    """A GPTQ config's entries for linears that were left in float; empty if there are none."""
     if not skipped:
         return {}
     described = describe("gptq", bits=4, group_size=-1, symmetric=True, modules_to_not_convert=skipped)
@@ -184,34 +184,34 @@ def described(
     symmetric: bool,
     desc_act: bool = False,
 ) -> dict[str, Any]:
-    """The `quantization_config` of a result; linears that differ from the job's bits and groups are named one by one.
+    """The `quantization_config` of a result; linears that differ from the job's bits and groups are listed by name.
 
     Args:
         widths: quantized linear -> bits, group size. skipped: linears left in float.
 
     Raises:
-        JobError: the layout has no way to say this.
+        JobError: the layout's config cannot express this.
     """
     main = (int(job["bits"]), int(job["group_size"]))
     with refusals():
         return describe(
             layout, bits=main[0], group_size=main[1], symmetric=symmetric, desc_act=desc_act,
             modules_to_not_convert=skipped, quantized_head=LM_HEAD in widths,
-            overrides={name: LayerSettings(*own, symmetric) for name, own in widths.items() if own != main},
+            overrides={name: LayerSettings(*width, symmetric) for name, width in widths.items() if width != main},
         )  # fmt: skip
 
 
 def write_configs(
     source: Path, output: Path, source_config: Mapping[str, Any], quantization: Mapping[str, Any]
 ) -> None:
-    """Write config.json, quantize_config.json where readers look for it, and copy the model's other files."""
+    """Write config.json, and quantize_config.json if readers need it; copy the model's other files."""
     saved = {"quantization_config": dict(quantization), "dtype": "float16"}
     write_config(output / "config.json", restore_config(source_config, saved))
-    own = own_file(quantization)
-    if own is not None:
-        # AutoGPTQ looks for a file named after bits and group unless it is told the name.
+    config_name = own_file(quantization)
+    if config_name is not None:
+        # Without the name, AutoGPTQ looks for a weights file named after bits and group size.
         extra = {"model_name_or_path": None, "model_file_base_name": "model"}
-        write_config(output / own, {**quantization, **extra})
+        write_config(output / config_name, {**quantization, **extra})
     for path in sorted(source.iterdir()):
         if not any(fnmatch(path.name, pattern) for pattern in COMPANIONS):
             continue
@@ -222,13 +222,15 @@ def write_configs(
 
 
 def verify(output: Path, quantized: Iterable[str]) -> Iterator[tuple[str, NDArray[np.float32], bool]]:
-    """Read the result back: (float name, values, whether it is a quantized weight) of every tensor.
+    """Read the result back; yield (float name, values, whether it is a quantized weight) for every tensor.
 
     Raises:
-        RuntimeError: other layers are quantized in the file than were quantized in memory.
+        RuntimeError: the layers quantized in the file differ from those quantized in memory.
     """
     found = set(quantized_layers(Checkpoint.open(output), quantization_of(output)))
     if found != set(quantized):
-        raise RuntimeError(f"written and quantized layers differ: {sorted(found ^ set(quantized))[:8]}")
+        raise RuntimeError(
+            f"the layers quantized in the file and in memory differ: {sorted(found ^ set(quantized))[:8]}"
+        )
     for name, values in iter_dequantized(output):
         yield name, values, name.removesuffix(".weight") in found

@@ -1,4 +1,4 @@
-"""Where a job that was killed finds again what it had done: a folder of its own, and files that are whole."""
+"""Files with finished work, from which a killed job resumes: one folder per job, and only complete files."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any, BinaryIO
 
 from quantline.core.files import replaced
 
-# What says where a job runs and how far its proof may be off, and not what it makes.
-_PLACES = ("model", "output", "calibration", "probe", "work", "probe_tolerance")
+# Keys of a job that do not affect its result: paths, and the tolerance of its check.
+_NOT_IN_RESULT = ("model", "output", "calibration", "probe", "work", "probe_tolerance")
 
 
 def folder_of(job: Mapping[str, Any], kind: str, identity: str) -> Path:
-    """The folder of a job in its `work`: the same one only for jobs with the same result.
+    """The folder of a job in its `work`. Only jobs with the same result share one.
 
-    The reference engine's logits of the float model are part of its name: other weights have another folder.
+    Its name also hashes the reference engine's logits, so a model with other weights gets another folder.
 
     Args:
         job: see `quantline.toolchains.protocol`.
-        kind: what is kept, the first part of the name.
-        identity: what decides the result beside the job, such as the libraries' versions.
+        kind: the kind of files in it, the first part of the name.
+        identity: what else affects the result, such as the libraries' versions.
     """
     digest = hashlib.sha256(identity.encode())
-    plain = {key: value for key, value in job.items() if key not in _PLACES}
+    plain = {key: value for key, value in job.items() if key not in _NOT_IN_RESULT}
     digest.update(json.dumps(plain, sort_keys=True).encode())
     for file in (job["calibration"], job["probe"]):
         with open(file, "rb") as stream:
@@ -36,7 +36,7 @@ def folder_of(job: Mapping[str, Any], kind: str, identity: str) -> Path:
 
 
 def forget(job: Mapping[str, Any], kind: str, but: Path | None = None) -> None:
-    """Remove what was kept, of this job and of others in its `work`; but for one folder, where it is given."""
+    """Remove the folders of a kind, of this job and of others in its `work`, except `but` if given."""
     if job.get("work"):
         for folder in Path(job["work"]).glob(f"{kind}-*"):
             if folder != but:
@@ -45,6 +45,6 @@ def forget(job: Mapping[str, Any], kind: str, but: Path | None = None) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which is moved to `path` when it is on the disk as a whole."""
+    """Open a file for writing; it is moved to `path` once it is completely on the disk."""
     with replaced(path) as temporary, temporary.open("wb") as file:
         yield file

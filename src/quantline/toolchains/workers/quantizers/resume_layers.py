@@ -1,6 +1,6 @@
-"""Layers that are done, kept on disk, so that a job that was killed need not do them again. NumPy only.
+"""Finished layers, kept on disk so that a killed job need not compute them again. NumPy only.
 
-A folder belongs to one job, see `_kept`. A layer's file that cannot be read counts as missing.
+A folder belongs to one job, see `resume_files`. A layer's file that cannot be read counts as missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KIND = "layers"
 
 
 class LayerStore:
-    """Finished layers of one job: name -> arrays and JSON facts. Does nothing where `folder` is None."""
+    """Finished layers of one job: name -> arrays and JSON facts. Does nothing if `folder` is None."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -33,17 +33,17 @@ class LayerStore:
 
         Args:
             job: see `quantline.toolchains.protocol`; without `work` nothing is kept.
-            versions: of the libraries that compute.
+            versions: versions of the libraries that compute.
         """
         if not job.get("work"):
             return cls(None)
         folder = resume_files.folder_of(job, KIND, versions)
-        resume_files.forget(job, KIND, but=folder)  # of another job: its options were changed since
+        resume_files.forget(job, KIND, but=folder)  # left by a job with other options
         folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
 
     def get(self, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
-        """The arrays and facts of a finished layer; None where there are none."""
+        """The arrays and facts of a finished layer; None if it is not finished."""
         if self.folder is None:
             return None
         try:
@@ -56,13 +56,13 @@ class LayerStore:
         return arrays, facts
 
     def put(self, name: str, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
-        """Keep a finished layer."""
+        """Save a finished layer."""
         if self.folder is None:
             return
         with resume_files.whole(self.folder / f"{name}.npz") as file:
             np.savez(file, allow_pickle=False, **arrays, __facts__=np.frombuffer(json.dumps(facts).encode(), np.uint8))
 
     def clear(self) -> None:
-        """Forget everything: the job is done."""
+        """Remove all saved layers, because the job is done."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)

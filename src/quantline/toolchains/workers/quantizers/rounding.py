@@ -1,6 +1,6 @@
-"""Rounding in torch as every backend's result needs it: with scales as they are stored, and groups that include zero.
+"""Rounding in torch for all backends: scales are rounded as stored, and every group's range includes zero.
 
-What AutoAWQ, AutoGPTQ and GPTQModel do otherwise is told in their modules.
+Their modules describe what AutoAWQ, AutoGPTQ and GPTQModel do instead.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# Tokens that AWQ's clipping range is judged on, at least, as in the libraries.
+# Fewest tokens for the search of AWQ's clipping range, as in the libraries.
 _CLIP_TOKENS = 512
 
 
 def awq_codes(weight: Any, group_size: int, symmetric: bool) -> tuple[Any, Any, Any]:
-    """Round to 4 bits, as AWQ's layouts hold them.
+    """Round to 4 bits, for AWQ's layouts.
 
-    The range of a group includes zero, since its zero point has to lie in [0, 15]; scales are rounded to float16 first.
+    A group's range includes zero, because its zero point must be in [0, 15]. Scales are rounded to float16 first.
 
     Args:
-        weight: (..., in), floating. group_size: -1 is one group per row. symmetric: every zero point is 8.
+        weight: (..., in), floating. group_size: -1 means one group per row. symmetric: every zero point is 8.
 
     Returns:
         float32 codes (rows*groups, g), scales (rows*groups, 1) of float16 values, zero points (rows*groups, 1).
@@ -37,20 +37,20 @@ def awq_codes(weight: Any, group_size: int, symmetric: bool) -> tuple[Any, Any, 
 
 
 def awq_rounded(weight: Any, group_size: int, symmetric: bool) -> tuple[Any, Any, Any]:
-    """What the codes of a weight (out, in) stand for, in its shape and dtype; scales and zero points (out, groups)."""
+    """The dequantized rounded weight, (out, in) in the weight's dtype; scales and zero points (out, groups)."""
     codes, scales, zeros = awq_codes(weight, group_size, symmetric)
     rounded = ((codes - zeros) * scales).reshape(weight.shape).to(weight.dtype)
     return rounded, scales.view(weight.shape[0], -1), zeros.view(weight.shape[0], -1)
 
 
 def awq_clip(weight: Any, inputs: Any, group_size: int, symmetric: bool) -> Any:
-    """The largest absolute value to keep of each group: the best of ten, from the maximum down to 11/20.
+    """The best clipping limit of each group: one of ten, from its largest absolute value down to 11/20 of it.
 
-    The candidates and the tokens are the libraries' own. Their error |X(W'-W)|^2 comes from one Gram matrix a group, in
-    float32, in place of temporaries of (out, tokens, in).
+    The candidates and tokens are the same as in the libraries. The error |X(W'-W)|^2 is computed from one Gram matrix per
+    group, in float32, instead of temporaries of (out, tokens, in).
 
     Args:
-        weight: (out, in). inputs: (..., in), what goes into the linear. group_size: -1 is one group per row.
+        weight: (out, in). inputs: (..., in), the linear's inputs. group_size: -1 means one group per row.
 
     Returns:
         (out, groups, 1) in the weight's dtype.
@@ -66,24 +66,25 @@ def awq_clip(weight: Any, inputs: Any, group_size: int, symmetric: bool) -> Any:
     limit = whole.abs().amax(dim=2, keepdim=True)
     best, least = limit.clone(), torch.full_like(limit, float("inf"))
     for step in range(10):
-        kept = limit * (1 - step / 20)
-        codes, scales, zeros = awq_codes(torch.clamp(whole, -kept, kept).contiguous(), size, symmetric)
+        candidate = limit * (1 - step / 20)
+        clipped = torch.clamp(whole, -candidate, candidate).contiguous()
+        codes, scales, zeros = awq_codes(clipped, size, symmetric)
         change = ((codes - zeros) * scales).view_as(whole) - whole
         error = ((change @ gram) * change).sum(dim=2, keepdim=True)  # |X change|^2 of every row and group
         better = error < least
-        least, best = torch.where(better, error, least), torch.where(better, kept, best)
+        least, best = torch.where(better, error, least), torch.where(better, candidate, best)
     return best.transpose(0, 1).to(weight.dtype)
 
 
 def gptq_quantizer(base: Any, symmetric: Callable[[Any], bool]) -> Any:
-    """A library's GPTQ `Quantizer` with scales as they are stored.
+    """A library's GPTQ `Quantizer` whose scales are rounded as stored.
 
-    They are rounded to float16 before anything is rounded with them. With symmetric groups, one without negative weights
-    is cut off at 7/15 of its largest weight by the libraries: its scale is doubled here.
+    They are rounded to float16 before weights are rounded with them. The libraries clip a symmetric group without negative
+    weights at 7/15 of its largest weight; here its scale is doubled.
 
     Args:
         base: the library's class.
-        symmetric: whether one of its instances makes symmetric groups.
+        symmetric: whether a given instance makes symmetric groups.
     """
     import torch
 
@@ -97,7 +98,7 @@ def gptq_quantizer(base: Any, symmetric: Callable[[Any], bool]) -> Any:
                 flat = x.flatten(1)
                 one_sided = (flat.amin(dim=1) >= 0) & (flat.amax(dim=1) > 0)
                 scale = torch.where(one_sided.view_as(scale), scale * 2, scale)
-            # 2**-24 is the smallest float16: a scale of zero would divide by it.
+            # 2**-24 is the smallest float16; it avoids division by a zero scale.
             self.scale = torch.clamp(scale.half().to(scale.dtype), min=2.0**-24)
 
     return Quantizer

@@ -1,4 +1,4 @@
-"""Which linears of a model a job asks for, by name and width, and whether the layout can hold them."""
+"""Selects the linears that a job requests, by name and width, and checks that the layout can represent them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.quantizers import output
 
-# What a model's modules are called in memory -> in its files, where transformers 5 renames them.
+# Module names in memory -> in the files, for model types that transformers 5 renames.
 _RENAMED = {
     "mixtral": (
         (r"\.mlp\.", ".block_sparse_moe."), (r"\.gate_proj\b", ".w1"), (r"\.down_proj\b", ".w2"), (r"\.up_proj\b", ".w3"),
@@ -18,7 +18,7 @@ _RENAMED = {
 
 
 def file_name(name: str, kind: str) -> str:
-    """What the files of a model type call a module that transformers 5 knows as `name`."""
+    """The name in a model type's files of a module that transformers 5 calls `name`."""
     renames = _RENAMED.get(kind, ())
     if renames and re.search(renames[0][0], name):
         for pattern, other in renames:
@@ -27,32 +27,32 @@ def file_name(name: str, kind: str) -> str:
 
 
 def width_of(job: Mapping[str, Any], layer: str) -> tuple[int, int]:
-    """Bits and group size that a job asks for a linear."""
-    own = (job.get("linears") or {}).get(layer) or job
-    return int(own["bits"]), int(own["group_size"])
+    """The bits and group size that a job requests for a linear."""
+    width = (job.get("linears") or {}).get(layer) or job
+    return int(width["bits"]), int(width["group_size"])
 
 
 def chosen(job: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the linears that a library finds, those that the job asks for; all of them where it does not say.
+    """The job's linears among those that a library finds; all of them if the job has no list.
 
     Raises:
-        JobError: the job asks for one that the library does not quantize.
+        JobError: the library does not quantize a linear of the job.
     """
     if "linears" not in job:
         return dict(found)
     lost = [name for name in job["linears"] if name not in found]
     if lost:
         raise JobError(
-            f"{lost[0]} and {len(lost) - 1} other linears are not among those that this library quantizes in this model; "
+            f"this library does not quantize {lost[0]} and {len(lost) - 1} other linears of this model; "
             "skip them (layers.rules), or use another backend or method=rtn"
         )
     return {name: module for name, module in found.items() if name in job["linears"]}
 
 
 def chosen_in(job: Mapping[str, Any], prefix: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the linears of one decoder layer, by name within it, those that the job asks for."""
-    asked = job.get("linears")
-    return {name: module for name, module in found.items() if asked is None or f"{prefix}.{name}" in asked}
+    """The job's linears in one decoder layer, by name within it."""
+    requested = job.get("linears")
+    return {name: module for name, module in found.items() if requested is None or f"{prefix}.{name}" in requested}
 
 
 def linears_inside(layers: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -68,10 +68,10 @@ def linears_inside(layers: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_selection(job: Mapping[str, Any], wanted: Mapping[str, Any], layout: str) -> None:
-    """Refuse before any compute linears that the layout cannot hold at the bits and groups that are asked for.
+    """Refuse, before any computation, linears that the layout cannot represent with the requested bits and groups.
 
     Raises:
-        JobError: see `_output.check_widths`.
+        JobError: see `output.check_shapes`.
     """
     shapes: dict[tuple[int, int], dict[str, tuple[int, int]]] = {}
     for name, module in wanted.items():

@@ -1,1 +1,1 @@
-"""What runs beside torch and transformers in the reference environment."""
+"""Workers of the `reference` environment, which has torch and transformers."""

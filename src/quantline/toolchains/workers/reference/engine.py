@@ -1,10 +1,9 @@
-"""The reference engine: any known checkpoint as an ordinary float32 transformers model, in the `reference` toolchain.
+"""The reference engine: loads any known checkpoint as a plain float32 transformers model, in the `reference` toolchain.
 
-A quantized linear is dequantized exactly, `w = (u - z) * s`, and the model is computed with plain matrix products: no
-quantized kernel takes part, so what is measured is the weights alone, on any device. Where the checkpoint says that
-activations are rounded too (W8A8), what goes into its linears is rounded as a server does it, token by token. Every
-tensor of the checkpoint must find its place in the model and every parameter of the model its tensor; anything else is
-an error that names it.
+Quantized linears are dequantized exactly, `w = (u - z) * s`, and the model uses plain matrix products. No quantized kernel
+is involved, so only the weights are measured, on any device. If the checkpoint also rounds activations (W8A8), the inputs of
+its linears are rounded as a server does it, per token. Every tensor of the checkpoint must match a parameter of the model,
+and every parameter a tensor; otherwise an error names them.
 
 Jobs, by `kind` (paths are strings; `device` is "cpu" or "cuda", `threads` the number of CPU threads):
 
@@ -12,11 +11,11 @@ Jobs, by `kind` (paths are strings; `device` is "cpu" or "cuda", `threads` the n
             Writes `input_ids` int32 (n, t) and `logits` float32 (n, t, vocabulary).
 `score`     checkpoint, windows (safetensors: `input_ids` int32 (tokens,), `offsets` int64 (windows + 1,)), output,
             batch_tokens. Writes `logprobs` float32 (tokens,), the natural logarithm of each token's probability given
-            those before it in its window, NaN at the first; and `top1` int32 (tokens,), the likeliest token at that
-            place, -1 at the first.
+            the tokens before it in its window, NaN at the first; and `top1` int32 (tokens,), the most likely token at
+            that position, -1 at the first.
 `generate`  checkpoint, prompts (lists of token ids), max_new_tokens, stop_ids (default: none, never stops early).
-            Returns `tokens`, the greedy continuations (a stop token is their last), and `margins`, how far each
-            token's log-probability is above the runner-up's: engines may differ where that is tiny.
+            Returns `tokens`, the greedy continuations (a stop token comes last), and `margins`, how far each token's
+            log-probability is above the runner-up's: if that is tiny, engines may differ.
 """
 
 from __future__ import annotations
@@ -42,15 +41,14 @@ from quantline.toolchains.protocol import JobError, Reporter, worker_main
 
 # Float32 values of one batch of logits: 1 GiB, unless a single window needs more.
 _MAX_LOGITS = 2**28
-# Rows of logits normalised at a time, so that their float32 temporaries stay small beside the logits.
+# Rows of logits normalised at a time, so that float32 temporaries stay small compared with the logits.
 _ROWS = 512
 
 
 def caps_attention(config: Any) -> bool:
-    """Whether a loaded transformers config has a cap on attention scores (Gemma 2's `attn_logit_softcapping`).
+    """Whether a loaded transformers config caps attention scores (Gemma 2's `attn_logit_softcapping`).
 
-    Of transformers' attention implementations "sdpa", its default, leaves it out without a word (5.19, 4.52); "eager" does
-    not.
+    Transformers' default attention, "sdpa", silently ignores the cap (5.19, 4.52); "eager" applies it.
     """
     return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
@@ -58,13 +56,12 @@ def caps_attention(config: Any) -> bool:
 def load_model(folder: Path, device: str = "cpu") -> Any:
     """Build the transformers model of a checkpoint folder: float32, eval mode, no remote code.
 
-    Attention is SDPA's, and the plain one where the model caps its attention scores, which SDPA cannot.
-    A head tied to the embeddings may be absent. All-zero biases that a quantizer added to linears without one are
-    dropped.
+    Attention is SDPA, or eager if the model caps attention scores, which SDPA cannot do. A head tied to the embeddings may
+    be absent. All-zero biases that a quantizer added to linears without a bias are dropped.
 
     Raises:
         JobError: transformers does not know the architecture; the checkpoint is damaged; tensors are missing, left
-            over or of another shape.
+            over or have another shape.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -72,7 +69,7 @@ def load_model(folder: Path, device: str = "cpu") -> Any:
     try:
         checkpoint, info = Checkpoint.open(folder), quantization_of(folder)
         quantized = quantized_layers(checkpoint, info)
-        # What `iter_dequantized` yields may be a read-only view of the file.
+        # `iter_dequantized` may yield read-only views of the file.
         state = {
             name: torch.from_numpy(np.require(array, requirements=["C", "W"]))
             for name, array in iter_dequantized(folder)
@@ -82,8 +79,8 @@ def load_model(folder: Path, device: str = "cpu") -> Any:
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(_config_of(folder), trust_remote_code=False)
-        # Without a path, transformers takes the tensors given and places them as it would a file's, renaming and
-        # fusing included; buffers that are no part of a checkpoint (rotary frequencies) are computed, not left empty.
+        # Without a path, transformers loads the given tensors as it would load a file's, with renaming and fusing.
+        # Buffers that are not in a checkpoint (rotary frequencies) are computed, not left empty.
         model, loaded = type(skeleton).from_pretrained(
             None, config=skeleton.config, state_dict=dict(state), dtype=torch.float32,
             attn_implementation="eager" if caps_attention(skeleton.config) else "sdpa",
@@ -98,13 +95,13 @@ def load_model(folder: Path, device: str = "cpu") -> Any:
 
 
 def _round_activations(folder: Path, model: Any, layers: Iterable[str], bits: int) -> None:
-    """Round what goes into linears: symmetrically, with one scale a token, its largest magnitude over 2**(bits-1) - 1."""
+    """Round the inputs of linears: symmetric, one scale per token, its largest magnitude over 2**(bits-1) - 1."""
     limit = 2 ** (bits - 1) - 1
 
     def rounded(_module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         values = arguments[0]  # (..., in)
         scale = values.abs().amax(dim=-1, keepdim=True) / limit
-        # A token of zeros stays one.
+        # An all-zero token stays zero.
         return ((values / scale.clamp(min=1e-30)).round() * scale, *arguments[1:])
 
     for name in layers:
@@ -112,7 +109,7 @@ def _round_activations(folder: Path, model: Any, layers: Iterable[str], bits: in
             module = model.get_submodule(name)
         except AttributeError:
             raise JobError(
-                f"{folder}: {name} is no module of its own here, so its activations cannot be rounded"
+                f"{folder}: {name} is not a separate module here, so its activations cannot be rounded"
             ) from None
         module.register_forward_pre_hook(rounded)
 
@@ -149,8 +146,8 @@ def _account(
         faults.append(f"has tensors that the model does not: {_names(leftover)}")
     tied = model.config.get_text_config().tie_word_embeddings
     if tied and not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight):
-        # transformers would take the head from the file, a server might not.
-        faults.append("has a head of its own, which config.json ties to the embeddings (tie_word_embeddings)")
+        # transformers would load the head from the file, but a server might not.
+        faults.append("has a head of its own, but config.json ties it to the embeddings (tie_word_embeddings)")
     faults.extend(str(message) for message in loaded.get("error_msgs", ()))
     if faults:
         raise JobError(f"{folder}: {'; '.join(faults)}; does config.json belong to these weights?")
@@ -162,7 +159,7 @@ def _names(names: list[str], shown: int = 5) -> str:
 
 
 def plan_batches(offsets: NDArray[np.int64], batch_tokens: int) -> list[NDArray[np.int64]]:
-    """Group windows of equal length, so that nothing is padded: lists of window numbers, longest windows first.
+    """Group windows of equal length, so that nothing is padded. Returns lists of window numbers, longest windows first.
 
     Windows of fewer than two tokens predict nothing and are left out.
 
@@ -189,19 +186,19 @@ def score_windows(
     beside: Callable[[Any, Any], Any] | None = None,
     beside_tokens: int | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
-    """Log-probability and likeliest token at every place of every window.
+    """Log-probability and most likely token at every position of every window.
 
     Args:
-        input_ids: int32 (tokens,), all windows one after the other.
-        offsets: int64 (windows + 1,), where each begins; the last entry is the number of tokens.
+        input_ids: int32 (tokens,), all windows one after another.
+        offsets: int64 (windows + 1,), the start of each; the last entry is the number of tokens.
         batch_tokens: upper limit of tokens computed at once.
-        beside: from a batch's ids (rows, length) and logits (rows * length, vocabulary), as many again of which it may hold,
-            to another value a place.
-        beside_tokens: about how many tokens `beside` is asked for, in batches spread over all; None is all of them.
+        beside: computes one more value per position, from a batch's ids (rows, length) and logits (rows * length,
+            vocabulary). It may hold as many logits again.
+        beside_tokens: compute `beside` for about this many tokens, in batches spread over all; None means all tokens.
 
     Returns:
-        logprobs float32 (tokens,) in nats, NaN at the start of a window; top1 int32 (tokens,), -1 there; and what `beside`
-        says, float32 (tokens,), NaN at the start of a window and where it was not asked.
+        logprobs float32 (tokens,) in nats, NaN at the start of a window; top1 int32 (tokens,), -1 there; and the values of
+        `beside`, float32 (tokens,), NaN at the start of a window and where it was not computed.
     """
     import torch
 
@@ -218,7 +215,7 @@ def score_windows(
         length = int(offsets[batch[0] + 1] - offsets[batch[0]])
         places = offsets[batch][:, None] + np.arange(length)  # (rows, length)
         ids = torch.from_numpy(input_ids[places].astype(np.int64)).to(model.device)
-        # The last place of a window predicts nothing that is in it, so it is not computed.
+        # The last position predicts a token outside the window, so it is not computed.
         answer = model(input_ids=ids[:, :-1], use_cache=False)
         logits = answer.logits.float().flatten(0, 1)  # (rows * (length - 1), vocabulary)
         targets = ids[:, 1:].reshape(-1)
@@ -229,7 +226,7 @@ def score_windows(
             chosen[rows] = picked - logits[rows].logsumexp(dim=1)
         logprobs[places[:, 1:].reshape(-1)] = chosen.cpu().numpy()
         top1[places[:, 1:].reshape(-1)] = logits.argmax(dim=1).cpu().numpy()
-        # The first batch is among them, so that a text of one batch has its value.
+        # The first batch is always included, so that a text of one batch has values.
         if beside is not None and math.ceil((number + 1) * share) > math.ceil(number * share):
             values[places[:, 1:].reshape(-1)] = beside(ids[:, :-1], logits).cpu().numpy()
         done += len(batch) * length
@@ -240,10 +237,10 @@ def score_windows(
 def score(
     model: Any, job: Mapping[str, Any], report: Reporter, beside: Callable[[Any, Any], Any] | None = None
 ) -> dict[str, Any]:
-    """Do a `score` job; with `beside`, asked for the job's `divergence_tokens`, its values are written as `kl`.
+    """Run a `score` job. With `beside`, its values for the job's `divergence_tokens` are written as `kl`.
 
     Raises:
-        JobError: token ids that the model does not know, log-probabilities that are no numbers.
+        JobError: token ids are outside the vocabulary, or log-probabilities are NaN.
     """
     from safetensors.numpy import load_file
 
@@ -258,7 +255,7 @@ def score(
     seconds = time.perf_counter() - started
     lost = int(np.isnan(logprobs).sum()) - int((np.diff(offsets) > 0).sum())
     if lost:
-        raise JobError(f"{job['checkpoint']}: {lost} log-probabilities are no numbers; the weights overflow in float32")
+        raise JobError(f"{job['checkpoint']}: {lost} log-probabilities are NaN; the weights overflow in float32")
     kl = {} if beside is None else {"kl": values}
     write_safetensors(Path(job["output"]), {"logprobs": logprobs, "top1": top1, **kl})
     return {"tokens": len(input_ids), "scoring_seconds": seconds, "tokens_per_second": len(input_ids) / seconds}
@@ -296,7 +293,7 @@ def _generate(model: Any, job: Mapping[str, Any], report: Reporter) -> dict[str,
         if not prompt:
             raise JobError(f"generate: prompt {number} has no tokens")
         check_ids(model, np.array(prompt))
-        # A loop of our own: `generate` would mix in whatever the checkpoint's generation settings say.
+        # Not `generate`, because it would apply the checkpoint's generation settings.
         ids, past = torch.tensor([prompt], device=model.device), None
         tokens.append([])
         margins.append([])
@@ -314,15 +311,15 @@ def _generate(model: Any, job: Mapping[str, Any], report: Reporter) -> dict[str,
 
 
 def check_ids(model: Any, ids: NDArray[Any]) -> None:
-    """Refuse token ids that the model does not know.
+    """Refuse token ids outside the model's vocabulary.
 
     Raises:
-        JobError: there are some.
+        JobError: an id is outside the vocabulary.
     """
     size = model.get_input_embeddings().weight.shape[0]
     if ids.size and (ids.min() < 0 or ids.max() >= size):
         raise JobError(
-            f"token ids lie in [{ids.min()}, {ids.max()}], the model knows {size}: "
+            f"token ids are in [{ids.min()}, {ids.max()}], but the model knows {size}: "
             "they were made with another model's tokenizer"
         )
 
@@ -335,10 +332,10 @@ _KINDS: dict[str, Callable[[Any, Mapping[str, Any], Reporter], dict[str, Any]]] 
 
 
 def prepare(job: Mapping[str, Any]) -> str:
-    """Settle a job's threads, and arithmetic that repeats itself; returns its device.
+    """Set a job's threads and deterministic arithmetic; return its device.
 
     Raises:
-        JobError: this machine has no such device.
+        JobError: this machine does not have the device.
     """
     import torch
     from transformers.utils import logging
@@ -348,7 +345,7 @@ def prepare(job: Mapping[str, Any]) -> str:
         raise JobError(f"device={device}: this machine has no GPU that torch can use; set device=cpu")
     torch.set_num_threads(int(job.get("threads", 1)))
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # TF32 keeps 10 bits of a float32's 23, which is less than the differences that are measured here.
+    # TF32 keeps 10 of a float32's 23 mantissa bits, too few for the differences that are measured here.
     torch.set_float32_matmul_precision("highest")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -356,10 +353,10 @@ def prepare(job: Mapping[str, Any]) -> str:
 
 
 def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
-    """Do one job, see the module's description; the result also has `load_seconds` and `parameters`.
+    """Run one job, see the module's description. The result also has `load_seconds` and `parameters`.
 
     Raises:
-        JobError: an unknown kind, no such device, or whatever `load_model` and the job refuse.
+        JobError: the kind is unknown, the device is missing, or `load_model` or the job refuses.
     """
     import torch
 

@@ -1,24 +1,24 @@
-"""All that the evaluate stage computes with models, in one process of the `reference` toolchain: starting one and loading
+"""All model computations of the evaluate stage, in one process of the `reference` toolchain, because starting it and loading
 the models takes longer than much of the work.
 
-Job: checkpoint, windows, output, batch_tokens, device and threads as of the reference engine's `score`; what is null or
-absent is left out:
+Job: checkpoint, windows, output, batch_tokens, device and threads as in the reference engine's `score`. The other parts are
+skipped if null or absent:
 
 `baseline`     folder of the float model, loaded beside the checkpoint; the output gets `kl` float32 (tokens,), the
                Kullback-Leibler divergence KL(float || checkpoint) of the whole next-token distributions in nats, NaN at
-               the first token of a window. Computed in float64 from float32 logits, a few rows at a time; of about
-               `divergence_tokens` tokens, null is all, and NaN at the others.
+               the first token of a window. Computed in float64 from float32 logits, a few rows at a time. Only
+               for about `divergence_tokens` tokens (null means all), NaN at the others.
 `generate`     prompts (lists of equally many token ids), new_tokens. Result `generations`: `tokens`, the greedy
-               continuations, which no token ends, and `margins`, by how much each is above the runner-up, in nats.
-`layers`       linears (names), calibration, samples and unfold, as of `layer_errors`; wants `baseline`. Result `errors`:
+               continuations without stop tokens, and `margins`, how far each is above the runner-up, in nats.
+`layers`       linears (names), calibration, samples and unfold, as in `layer_errors`; needs `baseline`. Result `errors`:
                its rows, measured on this checkpoint.
-`restore`      count, windows, output; wants `layers`. The `count` linears with the largest output errors are put back to
+`restore`      count, windows, output; needs `layers`. The `count` linears with the largest output errors are put back to
                float, one at a time, and the windows are scored again; the output has `logprobs` and `kl`, float32
-               (1 + linears, tokens), first as the checkpoint is. Result `restored`: a row each, `name`, `tensor` (row of
+               (1 + linears, tokens), the unchanged checkpoint first. Result `restored`: a row each, `name`, `tensor` (row of
                the output, or null) and `note`.
 
 A method may have folded scales of a linear into its neighbours. The float weight is put back with the same scales, as far as
-they can be found again (`folded_scales`). Activations that a checkpoint rounds stay rounded.
+they can be recovered (`folded_scales`). Activations that a checkpoint rounds stay rounded.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from quantline.toolchains.workers.reference.folded_scales import folded_scales
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Values of a block of float64 probabilities, 32 MiB; and prompts continued at a time.
+# Values in a block of float64 probabilities, 32 MiB; and prompts per batch.
 _BLOCK = 2**22
 _PROMPTS = 16
 
@@ -54,30 +54,30 @@ def kl_divergence(floats: Tensor, logits: Tensor) -> Tensor:
     floats, logits: float32 (rows, vocabulary).
 
     Raises:
-        JobError: the vocabularies are not the same.
+        JobError: the vocabularies differ in size.
     """
     import torch
 
     if floats.shape != logits.shape:
         raise JobError(
-            f"the float model gives {floats.shape[1]} logits a token and the checkpoint {logits.shape[1]}: their "
+            f"the float model has {floats.shape[1]} logits per token and the checkpoint {logits.shape[1]}: their "
             "distributions cannot be compared; set evaluate.divergence=false"
         )
-    found = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
+    divergence = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
     rows = max(1, _BLOCK // logits.shape[1])
     for start in range(0, len(logits), rows):
         block = slice(start, start + rows)
         expected = floats[block].double().log_softmax(dim=1)
         terms = expected.exp() * (expected - logits[block].double().log_softmax(dim=1))
-        # What the float model takes for impossible adds nothing; and rounding can leave almost nothing below zero.
-        found[block] = terms.masked_fill(expected == -math.inf, 0.0).sum(dim=1).clamp(min=0)
-    if found.isnan().any():
-        raise JobError("the logits of the float model or of the checkpoint are no numbers; they overflow in float32")
-    return found
+        # Tokens of probability 0 in the float model add nothing. Rounding can give tiny negative sums.
+        divergence[block] = terms.masked_fill(expected == -math.inf, 0.0).sum(dim=1).clamp(min=0)
+    if divergence.isnan().any():
+        raise JobError("the logits of the float model or of the checkpoint are NaN; they overflow in float32")
+    return divergence
 
 
 def divergence_from(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """What `score_windows` takes as `beside` to compare with a float model."""
+    """The `beside` function for `score_windows` that computes the divergence from a float model."""
 
     def compare(ids: Tensor, logits: Tensor) -> Tensor:
         return kl_divergence(model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1), logits).float()
@@ -88,7 +88,7 @@ def divergence_from(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
 def continue_greedily(
     model: Any, prompts: NDArray[np.int32], new_tokens: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """The likeliest token, over and over.
+    """Continue prompts with the most likely token at each step.
 
     Args:
         prompts: int32 (n, length).
@@ -114,25 +114,25 @@ def continue_greedily(
 
 @contextmanager
 def restored(model: Any, floats: Any, name: str, folded: bool) -> Iterator[None]:
-    """Within the block a linear of `model` computes what the float one does.
+    """Inside the block, a linear of `model` has the float model's weight.
 
     Raises:
-        JobError: the linear has no weight of its own in either model.
+        JobError: the linear has no separate weight in one of the models.
     """
     import torch
 
-    own, weight = (dict(one.named_parameters()).get(f"{name}.weight") for one in (model, floats))
-    if own is None or weight is None or own.shape != weight.shape:
+    quantized, weight = (dict(one.named_parameters()).get(f"{name}.weight") for one in (model, floats))
+    if quantized is None or weight is None or quantized.shape != weight.shape:
         raise JobError("the model holds it in a stacked or fused tensor, so it cannot be put back alone")
-    kept = own.detach().clone()
+    original = quantized.detach().clone()
     if folded:
-        rows, columns = (torch.from_numpy(part) for part in folded_scales(kept.cpu().numpy(), weight.cpu().numpy()))
+        rows, columns = (torch.from_numpy(part) for part in folded_scales(original.cpu().numpy(), weight.cpu().numpy()))
         weight = weight * rows.to(weight.device)[:, None] * columns.to(weight.device)
-    own.copy_(weight)
+    quantized.copy_(weight)
     try:
         yield
     finally:
-        own.copy_(kept)
+        quantized.copy_(original)
 
 
 def _generate(model: Any, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _restore(
     from safetensors.numpy import load_file
 
     windows = load_file(job["windows"])
-    # What was not measured was not reached by a token either.
+    # A linear without an output error was not reached by any token.
     folded = bool(measured["unfolded"])
     known = [row for row in measured["rows"] if row["output_error"] is not None]
     worst = sorted(known, key=lambda row: -row["output_error"] if math.isfinite(row["output_error"]) else -math.inf)
@@ -158,23 +158,23 @@ def _restore(
         logprobs, _, kl = score_windows(model, ids, offsets, batch_tokens, report, beside=divergence_from(floats))
         return logprobs, kl
 
-    found: list[dict[str, Any]] = []
-    made = [scores()]
+    rows: list[dict[str, Any]] = []
+    scored = [scores()]
     for row in worst[: int(job["count"])]:
         try:
             with restored(model, floats, row["name"], folded):
-                made.append(scores())
+                scored.append(scores())
         except JobError as error:
-            found.append({"name": row["name"], "tensor": None, "note": str(error)})
+            rows.append({"name": row["name"], "tensor": None, "note": str(error)})
             continue
-        found.append({"name": row["name"], "tensor": len(made) - 1, "note": ""})
-    logprobs, kl = (np.stack(part) for part in zip(*made, strict=True))
+        rows.append({"name": row["name"], "tensor": len(scored) - 1, "note": ""})
+    logprobs, kl = (np.stack(part) for part in zip(*scored, strict=True))
     write_safetensors(Path(job["output"]), {"logprobs": logprobs, "kl": kl})
-    return found
+    return rows
 
 
 def evaluate(model: Any, floats: Any, job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
-    """Do the job's parts on the loaded models; `floats` is None where no baseline is given. Seconds a part: `seconds`."""
+    """Run the job's parts on the loaded models; `floats` is None without a baseline. `seconds` has the time of each part."""
     seconds: dict[str, float] = {}
     result: dict[str, Any] = {"seconds": seconds}
 
@@ -202,10 +202,10 @@ def evaluate(model: Any, floats: Any, job: Mapping[str, Any], report: Reporter) 
 
 
 def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
-    """Do one job, see the module's description.
+    """Run one job, see the module's description.
 
     Raises:
-        JobError: whatever the reference engine and `layer_errors` refuse.
+        JobError: the reference engine or `layer_errors` refuses.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""Scales that a method folded into a layer's neighbours, found again, so that quantized weights compare with float ones.
+"""Recovers scales that a method folded into a layer's neighbours, so that quantized and float weights can be compared.
 
-AWQ divides what goes into a linear by channel and multiplies the linear's columns; the division is folded into the norm or
-the linear before it, whose rows it divides.
+AWQ divides a linear's inputs per channel and multiplies its columns. The division is folded into the preceding norm or
+linear, whose rows it divides.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from quantline.checkpoints.checkpoint import Checkpoint, to_float32
 
-# A norm that took up a channel's scale differs by more; float16 rounds to 5e-4.
+# A norm with a folded scale differs by more; float16 rounding gives 5e-4.
 _SAME_NORM = 1e-2
-# Correlation of a column with the float one, below which rounding changed more than its scale.
+# If a column's correlation with the float one is below this, rounding changed more than its scale.
 _TAKEN_APART = 0.9
 _NORM = re.compile(r"norm|(?:^|\.)ln_")
 
@@ -40,13 +40,13 @@ def folded_scales(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Find r and c of W' = diag(r) W diag(c) + error.
 
-    They are fitted by turns until they stand still: by least squares, but the scale of a column that rounding took apart
-    (correlation below 0.9 with the float one) by the ratio of norms. Least squares would take what was rounded to zero for
-    a smaller scale, and dividing by it would blow up the rest. A row or column of which nothing is left keeps 1.
+    They are fitted alternately until they converge, by least squares. A column that rounding destroyed (correlation below
+    0.9 with the float one) uses the ratio of norms instead: least squares would take weights rounded to zero for a smaller
+    scale, and dividing by it would inflate the rest. An all-zero row or column keeps the scale 1.
 
-    A fit absorbs a part of the error that is no scale: about 1/in + 1/out of its energy. At 4 bits the fitted error of
-    weights of a known scale came to within 1 % of theirs where the scales spread by a quarter (deviation of the logarithm),
-    and to 8 % above it at most where they spread by 0.7.
+    The fit absorbs some error that is not a scale: about 1/in + 1/out of its energy. At 4 bits with known scales, the fitted
+    error was within 1 % of the true error if the scales spread by 0.25 (standard deviation of the logarithm), and at most
+    8 % above it if they spread by 0.7.
 
     Args:
         approximation: (out, in), as decoded.
@@ -62,8 +62,10 @@ def folded_scales(
         matched, expected = rows @ crossed, np.square(rows) @ squared
         fitted, by_norm = _ratio(matched, expected), np.sqrt(_ratio(energy, expected))
         columns = np.where(fitted < _TAKEN_APART * by_norm, by_norm, fitted)
-        kept = np.where(matched > 0, columns, 0)  # what is no column of the float weight has no say on the rows
-        rows = _ratio(crossed @ kept, squared @ np.square(kept))
+        matching = np.where(
+            matched > 0, columns, 0
+        )  # columns that do not match the float weight do not affect the rows
+        rows = _ratio(crossed @ matching, squared @ np.square(matching))
         if all(np.allclose(new, old, rtol=1e-6, atol=0) for new, old in zip((rows, columns), before, strict=True)):
             break
     return rows, columns
@@ -76,7 +78,7 @@ def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def folds(floats: Checkpoint, checkpoint: Checkpoint) -> bool:
-    """Whether a norm differs by more than rounding: then scales of the linears went there."""
+    """Whether a norm differs by more than rounding, so that scales were folded into it."""
     for name in set(floats.names) & set(checkpoint.names):
         if _NORM.search(name) and len(floats.info(name).shape) == 1:
             old, new = to_float32(floats.tensor(name)), to_float32(checkpoint.tensor(name))

@@ -1,20 +1,20 @@
-"""How far each quantized linear is from the float one, in weights and in outputs; in the `reference` toolchain.
+"""Measures how far each quantized linear is from the float one, in weights and outputs, in the `reference` toolchain.
 
-The float model is run over calibration samples. Whatever linear is called, plain or one expert's slice of a stacked tensor,
-is known by where its weight lies in memory; its input X then gives the output error ||X(W'-W)^T|| / ||X W^T||, with W' what
-the codes stand for. So the error of a linear is its own: its inputs are the float model's. Of a quantizer that also rounds
-activations the weights alone are measured.
+The float model is run over calibration samples. Each called linear, plain or one expert's slice of a stacked tensor, is
+identified by the memory address of its weight. Its input X gives the output error ||X(W'-W)^T|| / ||X W^T||, where W' is the
+dequantized weight. The inputs are the float model's, so each error is the linear's own. If a quantizer also rounds
+activations, only the weights are measured.
 
-Beside the float model, the weights of one linear are held at a time. A batch of samples decodes every linear anew, so
-samples of more than `_BATCH_TOKENS` tokens in all take longer than their tokens alone would.
+Besides the float model, memory holds the weights of one linear at a time. Every batch dequantizes every linear again, so
+samples of more than `_BATCH_TOKENS` tokens in total take disproportionately longer.
 
 Job: model and checkpoint (folders of the float and the quantized model), calibration (safetensors: input_ids int32
-(n, length)), linears (names), samples (how many of the n the errors are measured on), unfold (true, false, or null: if a
+(n, length)), linears (names), samples (number of the n samples to measure errors on), unfold (true, false, or null: if a
 norm differs, see `folds`), device, threads. Result: `rows`, one per linear in the job's order, with
 
     name
-    tokens              int, calibration tokens that the float model gives to it; None where its calls cannot be seen
-    output_error        float, None where no token of the samples reached it
+    tokens              int, calibration tokens that reach it in the float model; None if its calls cannot be observed
+    output_error        float, None if no token of the samples reached it
     weight_error        float, ||W'-W|| / ||W||
     weight_error_max    float, largest |W'-W|
     weight_error_mean   float, mean |W'-W|
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-# Rows of logits computed at a time where the output layer is quantized.
+# Rows of logits computed at a time if the output layer is quantized.
 _HEAD_ROWS = 512
 
 
 class _Errors:
-    """Differences of the quantized weights; the last one is kept."""
+    """Differences of the quantized weights; caches the last one."""
 
     def __init__(self, checkpoint: Checkpoint, report: Reporter, total: int, unfolded: bool) -> None:
         info = quantization_of(checkpoint.folder)
@@ -61,7 +61,7 @@ class _Errors:
         self._last: tuple[str, Any] | None = None
 
     def difference(self, linear: Linear) -> Tensor:
-        """W' - W, float32 (out, in) on the model's device; at the first time the linear gets its statistics, too."""
+        """W' - W, float32 (out, in) on the model's device. The first call for a linear also sets its statistics."""
         import torch
 
         if self._last and self._last[0] == linear.name:
@@ -72,7 +72,7 @@ class _Errors:
         weight = linear.weight.cpu().numpy()
         values = dequantized(self._checkpoint, self._info, linear.name, self._layers[linear.name])
         if values.shape != weight.shape:
-            raise JobError(f"{linear.name}: is {values.shape} quantized and {weight.shape} in the float model")
+            raise JobError(f"{linear.name}: has shape {values.shape} quantized, but {weight.shape} in the float model")
         if self._unfolded:
             values = unfold(values, weight)
         difference = torch.from_numpy(np.ascontiguousarray(values - weight)).to(linear.weight.device)
@@ -89,13 +89,13 @@ class _Errors:
         return difference
 
     def add(self, linear: Linear, inputs: Tensor, outputs: Tensor) -> None:
-        """Take account of one call: inputs (tokens, in), the float linear's outputs without bias (tokens, out)."""
+        """Add one call: inputs (tokens, in), the float linear's outputs without bias (tokens, out)."""
         linear.error += _square(inputs @ self.difference(linear).T)
         linear.energy += _square(outputs)
 
 
 def _square(values: Tensor) -> float:
-    """Sum of squares of a matrix, each row's in float32; in float64 from the start it would take several times as long."""
+    """Sum of squares of a matrix, each row's in float32; all in float64 would take several times as long."""
     import torch
 
     return float(torch.linalg.vector_norm(values, dim=1).double().square().sum())
@@ -108,11 +108,11 @@ def _relative(error: float, energy: float) -> float:
 
 
 def _observer(places: Mapping[int, WeightLocation], errors: _Errors | None) -> Any:
-    """A context in which every matrix product with a known weight is counted and, with `errors`, compared."""
+    """A context that counts every matrix product with a known weight and, with `errors`, compares its output."""
     import torch
     from torch.overrides import TorchFunctionMode
 
-    class Observer(TorchFunctionMode):  # type: ignore[misc]  # torch is not seen by the checker
+    class Observer(TorchFunctionMode):  # type: ignore[misc]  # the type checker does not have torch
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             if func is torch.nn.functional.linear:
@@ -134,7 +134,7 @@ def _observer(places: Mapping[int, WeightLocation], errors: _Errors | None) -> A
 
 
 def _pass(model: Any, tokens: NDArray[np.int32], places: Mapping[int, WeightLocation], errors: _Errors | None) -> None:
-    """Run the model over samples, int32 (n, length); the output layer only where it is among the places."""
+    """Run the model over samples, int32 (n, length); run the output layer only if it is in `places`."""
     import torch
 
     rows = max(1, _BATCH_TOKENS["cuda" if model.device.type == "cuda" else "cpu"] // tokens.shape[1])
@@ -150,16 +150,16 @@ def _pass(model: Any, tokens: NDArray[np.int32], places: Mapping[int, WeightLoca
 
 
 def measure(model: Any, job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
-    """Do one job on the loaded float model, see the module's description.
+    """Run one job on the loaded float model, see the module's description.
 
     Raises:
-        JobError: a linear is not there, not quantized or of another shape, or the calibration has no samples.
+        JobError: a linear is missing, not quantized or has another shape, or the calibration has no samples.
     """
     floats, checkpoint = Checkpoint.open(job["model"]), Checkpoint.open(job["checkpoint"])
     tokens = _samples(job["calibration"], model.get_input_embeddings().weight.shape[0])
     unfolded = folds(floats, checkpoint) if job.get("unfold") is None else bool(job["unfold"])
     if hasattr(model, "set_experts_implementation"):
-        # The plain one calls every expert by itself, so that its tokens can be told.
+        # The eager implementation calls every expert separately, so that its tokens can be counted.
         model.set_experts_implementation("eager")
     linears, places = locate(model, floats, job["linears"])
     errors = _Errors(checkpoint, report, len(linears), unfolded)
@@ -190,17 +190,17 @@ def _samples(path: str, vocabulary: int) -> NDArray[np.int32]:
         raise JobError(f"{path}: input_ids have shape {tokens.shape}, not (samples, tokens)")
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise JobError(
-            f"{path}: token ids lie in [{tokens.min()}, {tokens.max()}], the model knows {vocabulary}: "
+            f"{path}: token ids are in [{tokens.min()}, {tokens.max()}], but the model knows {vocabulary}: "
             "they were made with another model's tokenizer"
         )
     return np.asarray(tokens, np.int32)
 
 
 def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
-    """Do one job, see the module's description; the result also has `load_seconds` and `pass_seconds`.
+    """Run one job, see the module's description. The result also has `load_seconds` and `pass_seconds`.
 
     Raises:
-        JobError: whatever `load_model` and `measure` refuse.
+        JobError: `load_model` or `measure` refuses.
     """
     import torch
 
@@ -217,11 +217,11 @@ def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
 
 
 def imports() -> None:
-    """Import what `run` will need, the usual decoder's modules too; no model is loaded."""
+    """Import what `run` needs, including a typical decoder's modules; loads no model."""
     import torch  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401
 
-    # `transformers.models.qwen2` alone is a name whose modules come when they are asked for.
+    # Importing `transformers.models.qwen2` alone would not load its modules.
     from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
 

@@ -1,4 +1,4 @@
-"""Where the linears of a checkpoint are in a model that may stack or fuse them, and which of them it is seen to call."""
+"""Locates a checkpoint's linears in a model that may stack or fuse them, and marks those whose calls cannot be observed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 @dataclass
 class Linear:
-    """One linear: `weight` (out, in) is the float model's, a view of it where `seen` says that its calls can be seen."""
+    """One linear. `weight` (out, in) is the float model's, a view of it if its calls can be observed (`seen`)."""
 
     name: str
     weight: Tensor
@@ -34,17 +34,17 @@ class Linear:
 
 @dataclass
 class WeightLocation:
-    """A weight as the model calls it, and the linears that are rows of it."""
+    """A weight matrix that the model multiplies by, and the linears that are rows of it."""
 
     shape: tuple[int, ...]
     parts: list[tuple[int, Linear]] = field(default_factory=list)
 
 
 def locate(model: Any, floats: Checkpoint, names: Sequence[str]) -> tuple[list[Linear], dict[int, WeightLocation]]:
-    """Find linears in the model, by name or, where it stacks or fuses them, by their values.
+    """Find linears in the model, by name or, if it stacks or fuses them, by their values.
 
     Returns:
-        The linears in the order of `names`, and address in memory -> what lies there.
+        The linears in the order of `names`, and memory address -> the weight there.
     """
     import torch
 
@@ -56,9 +56,9 @@ def locate(model: Any, floats: Checkpoint, names: Sequence[str]) -> tuple[list[L
     linears: list[Linear] = []
     places: dict[int, WeightLocation] = {}
     for name in names:
-        own = parameters.get(f"{name}.weight")
-        if own is not None and tuple(own.shape) == tuple(floats.info(f"{name}.weight").shape):
-            whole, start, linear = own, 0, Linear(name, own)
+        parameter = parameters.get(f"{name}.weight")
+        if parameter is not None and tuple(parameter.shape) == tuple(floats.info(f"{name}.weight").shape):
+            whole, start, linear = parameter, 0, Linear(name, parameter)
         else:
             values = np.require(to_float32(floats.tensor(f"{name}.weight")), requirements=["C", "W"])
             weight = torch.from_numpy(values).to(model.device)
@@ -76,7 +76,7 @@ def locate(model: Any, floats: Checkpoint, names: Sequence[str]) -> tuple[list[L
 
 
 def _search(name: str, weight: Tensor, parameters: Sequence[Any]) -> tuple[Any, int] | None:
-    """The matrix of the model that holds `weight` as some of its rows, and the first of them."""
+    """The model's matrix that contains `weight` as rows, and the first of these rows."""
     import torch
 
     expert = _EXPERT.search(name)
@@ -96,10 +96,10 @@ def _search(name: str, weight: Tensor, parameters: Sequence[Any]) -> tuple[Any, 
 
 
 def mark_unseen(linears: Sequence[Linear]) -> None:
-    """Tell, after a run, linears without tokens from those that are computed in a way that cannot be seen.
+    """After a run, mark the linears whose calls cannot be observed, as opposed to those that got no tokens.
 
-    Only an expert can go without tokens. So where none of a layer's experts has any, or another linear has none, the model
-    does not multiply by that weight as it lies.
+    Only an expert can get no tokens. So if all experts of a layer, or another linear, got none, the model does not multiply
+    by that weight directly.
     """
     totals: dict[str, int] = defaultdict(int)
     for linear in linears:

@@ -1,9 +1,9 @@
-"""Turn pickled weights into safetensors, once, in the `reference` toolchain; nothing after the download reads pickles.
+"""Converts pickled weights to safetensors once, in the `reference` toolchain; no later stage reads pickles.
 
-Only where `model.allow_pickle=true` accepted them. torch's restricted unpickler (`weights_only`) loads them: it takes
-tensors and plain containers and refuses everything else.
+Runs only with `model.allow_pickle=true`. torch's restricted unpickler (`weights_only`) loads them: it accepts tensors and
+plain containers and refuses everything else.
 
-Job: {"folder": DIR}, which is changed in place: each `*.bin` becomes a `*.safetensors`, and an index follows.
+Job: {"folder": DIR}, which is changed in place: each `*.bin` becomes a `*.safetensors`, and an index is converted too.
 Result: the number of tensors and of files.
 """
 
@@ -21,10 +21,10 @@ INDEX = ("pytorch_model.bin.index.json", "model.safetensors.index.json")
 
 
 def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
-    """See the module.
+    """Run one job, see the module's description.
 
     Raises:
-        JobError: the pickles are under other names, damaged, or hold more than tensors.
+        JobError: the pickles have other names, are damaged, or contain more than tensors.
     """
     import pickle
 
@@ -36,18 +36,18 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [SINGLE[0]]
     missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
     if missing:
-        raise JobError(f"{missing[0]}: expected as the pickled weights and not there; convert this model by hand")
+        raise JobError(f"{missing[0]}: pickled weights are missing; convert this model to safetensors yourself")
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         try:
             state = torch.load(folder / shard, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             first = str(error).splitlines()[0]
-            raise JobError(f"{shard}: is damaged or holds more than tensors ({first}); fetch it again") from error
+            raise JobError(f"{shard}: is damaged or contains more than tensors ({first}); fetch it again") from error
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise JobError(f"{shard}: is no mapping of names to tensors; convert this model by hand")
+            raise JobError(f"{shard}: is not a mapping of names to tensors; convert this model to safetensors yourself")
         name = shard.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-        # clone: tied tensors share storage in a pickle, which safetensors does not have
+        # clone: tied tensors share storage in a pickle, which safetensors does not support
         save_file({key: value.contiguous().clone() for key, value in state.items()}, folder / name, {"format": "pt"})
         (folder / shard).unlink()
         weight_map.update(dict.fromkeys(state, name))
