@@ -35,8 +35,8 @@ def ui(arguments: dict[str, str | None]) -> None:
     # Otherwise MLflow starts several job runners beside the UI.
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     print(f"MLflow on http://127.0.0.1:{port}/#{path} (stop it with Ctrl-C)", file=sys.stderr, flush=True)
-    arguments = ["ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", port, "--workers", "1"]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])  # noqa: S606 (no shell wanted)
+    ui_arguments = ["ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", port, "--workers", "1"]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *ui_arguments])  # noqa: S606 (no shell wanted)
 
 
 if __name__ == "__main__":
