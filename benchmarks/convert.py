@@ -1,18 +1,18 @@
-"""How fast conversion is, and in how much memory: `python -m benchmarks.convert [--gigabytes 2] [--folder DIR]`.
+"""The speed and memory of conversion: `python -m benchmarks.convert [--gigabytes 2] [--folder DIR]`.
 
-A msModelSlim checkpoint (W4A16, groups of 128, one int8 a code, asymmetric) of about two gigabytes is made and converted to
-awq and to gptq, each in a child process, proof included, with warm caches. Beside it, in the same run:
+An msModelSlim checkpoint (W4A16, groups of 128, one int8 per code, asymmetric) of about two gigabytes is made and converted
+to awq and to gptq, each in a child process, including the proof, with warm caches. For comparison, in the same run:
 
-copy      shutil.copyfile of the same input bytes, the best of three. A conversion is on the disk before its file gets its
-          name, a copy is in memory when it returns: the time with a flush of the copy is taken and compared with too.
+copy      shutil.copyfile of the same input bytes, the best of three. A conversion is flushed to disk before its file is
+          renamed, a copy is only in memory when it returns, so a copy with a flush is timed too.
 per row   the packing of vendors' converters: a uint32 matrix (in, out), one word row (gptq) or word column (awq) and one
           field at a time. It takes minutes for the whole input, so it packs one linear of 4096 x 4096 and is compared by
           codes per second, twice: with our packing of the same linear, from signed codes (out, in) to the same words, and
-          with the whole conversion, which besides reads, writes, flushes, reads back, decodes and compares.
+          with the whole conversion, which also reads, writes, flushes, reads back, decodes and compares.
 
-The kernels are compiled before the first round, as any earlier conversion on the machine would have had them compiled, and
-the seconds for it are printed; loading them is part of a conversion's time. The memory is the peak of the child (VmHWM)
-above that of an interpreter that has imported nothing.
+The kernels are compiled before the first round, as after any earlier conversion on the machine, and the compile time is
+printed; loading them is part of a conversion's time. The memory is the peak of the child (VmHWM) minus that of an
+interpreter without imports.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
+from quantline.checkpoints.layouts import TARGETS  # noqa: E402
 from quantline.conversion.source import SourceLayer  # noqa: E402
-from quantline.conversion.targets import TARGETS  # noqa: E402
 
 HIDDEN, INNER, GROUP, VOCABULARY = 4096, 11008, 128, 16384
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -96,7 +96,7 @@ def write_checkpoint(folder: Path, size: float) -> tuple[int, int]:
 
 
 def per_row(codes: NDArray[np.int8], target: str) -> NDArray[np.uint32]:
-    """Pack as vendors' converters do."""
+    """Pack like the vendors' converters."""
     values = (codes.astype(np.int32) + 8).T.astype(np.uint32)  # (in, out)
     rows, columns = values.shape
     if target == "gptq":
@@ -113,7 +113,7 @@ def per_row(codes: NDArray[np.int8], target: str) -> NDArray[np.uint32]:
 
 
 def packed(codes: NDArray[np.int8], target: str) -> NDArray[np.uint32]:
-    """Pack the same codes as the conversion does, band by band."""
+    """Pack the same codes like the conversion, band by band."""
     from quantline.conversion import bands
 
     layout = TARGETS[target]
@@ -128,7 +128,7 @@ def packed(codes: NDArray[np.int8], target: str) -> NDArray[np.uint32]:
 
 
 def best(work: Callable[[], Any], rounds: int = 3) -> float:
-    """The shortest time of a few."""
+    """The shortest time of several rounds."""
     times = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -147,7 +147,7 @@ def copy(source: Path, out: Path, fsync: bool) -> None:
 
 
 def compile_kernels() -> float:
-    """Seconds until the kernels are there; next to nothing where they have been compiled before."""
+    """Seconds to compile the kernels; near zero if they were compiled before."""
     command = [sys.executable, "-c", "from quantline.conversion.kernels_jit import kernel; kernel('pack_flat')"]
     started = time.perf_counter()
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
@@ -157,19 +157,19 @@ def compile_kernels() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.0)
-    parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, default=None, help="working folder; a temporary folder by default")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         source, out = Path(name) / "source", Path(name) / "out"
         source.mkdir()
         size, codes = write_checkpoint(source, options.gigabytes * 1e9)
-        print(f"kernels there after {compile_kernels():.1f} s")
+        print(f"kernels compiled in {compile_kernels():.1f} s")
         print(f"input {size / 1e9:.2f} GB, {codes / 1e9:.2f} G codes, {os.cpu_count()} cores")
         times: dict[str, list[float]] = {"copy": [], "flushed": [], "awq": [], "gptq": []}
         peaks: dict[str, int] = {}
         cores: dict[str, float] = {}
-        # In turns, so that a busy moment of the machine does not fall on one of them alone.
+        # Alternating, so that a busy moment of the machine does not affect only one of them.
         for _ in range(options.rounds):
             for kind, measured in times.items():
                 shutil.rmtree(out, ignore_errors=True)

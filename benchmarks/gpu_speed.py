@@ -1,13 +1,13 @@
-"""Speed of float, AWQ and GPTQ at 4 bits on a GPU, by `stages.speed` itself, of the demo model and of larger shapes.
+"""Speed of float, AWQ and GPTQ at 4 bits on a GPU with `stages.speed`, for the demo model and larger shapes.
 
     python -m benchmarks.gpu_speed MODEL [STEP ...] [OVERRIDE ...]
 
-MODEL is demo, 1b or 7b; the steps are `prepare`, which makes the checkpoints, and the variants' names, which measure; all by
-default. What was made before is used again.
+MODEL is demo, 1b or 7b. The steps are `prepare`, which makes the checkpoints, and the names of the variants to measure; all
+by default. Existing checkpoints are reused.
 
-The larger models are Llamas with random weights, made here: nothing is downloaded, and a speed does not depend on what the
-weights say. Their quantized checkpoints are real ones, rounded to nearest and written in the AWQ and GPTQ layouts by the
-pipeline, so that vLLM loads codes; a dummy load of `quant_method: gptq` loads floats (its memory tells).
+The larger models are Llamas with random weights, made here: nothing is downloaded, and the speed does not depend on the
+values of the weights. Their quantized checkpoints are real, rounded to nearest and written in the AWQ and GPTQ layouts by
+the pipeline, so that vLLM loads codes. A dummy load of `quant_method: gptq` loads floats, as its memory shows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 
 
 def make_model(shape: str) -> Path:
-    """A Llama checkpoint of the shape with normal weights of deviation 0.02, bfloat16, a file a layer, and a tokenizer."""
+    """A Llama checkpoint of the shape with normal weights (deviation 0.02), bfloat16, one file per layer, a tokenizer."""
     import torch
     from safetensors.torch import save_file
 
@@ -93,7 +93,7 @@ def make_model(shape: str) -> Path:
 
 
 def run_stage(stage: str, overrides: list[str], result: Path | None = None) -> None:
-    """One stage by hand, with its time; not where its result is there already."""
+    """Run one stage manually and print its time; skipped if its result exists."""
     if result is not None and result.is_file():
         return
     began = time.perf_counter()
@@ -102,7 +102,7 @@ def run_stage(stage: str, overrides: list[str], result: Path | None = None) -> N
 
 
 def main(model: str, words: list[str]) -> None:
-    """Make what is asked for, measure it, and print the tables once more at the end."""
+    """Run the steps, and print all tables again at the end."""
     sys.path.insert(0, str(ROOT / "src"))
     from quantline.evaluation.speed.table import render_speed_table
 
@@ -122,7 +122,7 @@ def main(model: str, words: list[str]) -> None:
             continue
         variant = f"{model}-{name}"
         options = [*own, *common, f"variant={variant}"]
-        for stage in ("download", "calibrate"):  # both variants start from the same; the stages see that
+        for stage in ("download", "calibrate"):  # both variants share these outputs
             run_stage(stage, options, scratch / f"{model}-{stage}.done")
             (scratch / f"{model}-{stage}.done").touch()
         for stage in ("quantize", "convert"):
@@ -136,7 +136,7 @@ def main(model: str, words: list[str]) -> None:
 
 
 def _kept(folder: Path, variant: str, out: Path, render: Callable[[dict[str, Any], str], str]) -> str:
-    """Copy what was measured to `out`, and give the table."""
+    """Copy the measurements to `out`, and return the table."""
     document = json.loads((folder / "speed" / "speed.json").read_text(encoding="utf-8"))
     shutil.copyfile(folder / "speed" / "speed.json", out / f"{variant}-measured.json")
     for suffix in (".json", ".log", ".float.log", ".variant.log"):

@@ -10,7 +10,7 @@ done
 env=$PWD/.gpu/env
 if [ ! -x "$env/bin/python" ]; then
   python3 -m venv --system-site-packages --without-pip "$env"
-  # The packs come first; what they lack is the machine's own, wherever its python3 finds it.
+  # The packs come first; all other packages come from the machine's python3.
   python3 - "$env" "$PWD/.gpu/core" "$PWD/.gpu/vllm" <<'PATHS'
 import pathlib, sys
 env, *packs = sys.argv[1:]

@@ -1,15 +1,15 @@
 """Every method x backend x bits on the demo model: `python -m benchmarks.methods [--only PATTERN] [--json FILE]`.
 
-The rows follow from src/quantline/capabilities.yaml. Each variant goes through the stages by hand (quantize, convert,
-serve_smoke, evaluate; tracking off), in processes of their own, one after the other; a variant that was measured before is
-read from scratch/ unless --again is given. Printed is a Markdown table:
+The rows come from src/quantline/quantization/capabilities.yaml. Each variant runs through the stages manually (quantize,
+convert, serve_smoke, evaluate; tracking off), each in its own process, one after the other. A variant that was measured
+before is read from scratch/ unless --again is given. It prints a Markdown table:
 
 ppl change   of the reference engine's perplexity against the float model on the same documents, with the 95 % interval of
              the paired bootstrap
-seconds      of the whole quantize stage, the start of interpreters included
+seconds      of the whole quantize stage, including the start of interpreters
 memory       the largest process of that stage, resident
-size         of the weight files; the float model's stands in the first line
-served       by the vLLM of this machine: its own perplexity's change, or what it refuses
+size         of the weight files; the float model's is in the first line
+served       by the local vLLM: the change of its perplexity, or no
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """What capabilities.yaml says can be made, at the default options."""
+    """The variants that capabilities.yaml allows, at the default options."""
     import yaml
 
     from quantline.quantization import capabilities
@@ -83,8 +83,8 @@ def _flavours(method: str, bits: int, able: dict[str, Any]) -> list[tuple[str, t
 
 
 def stage(name: str, *overrides: str) -> None:
-    """One stage by hand."""
-    # Of an option that is given twice, the later one counts.
+    """Run one stage manually."""
+    # If an option is given twice, the later value is used.
     given = dict(override.partition("=")[::2] for override in overrides)
     command = [sys.executable, "-m", f"stages.{name}", "tracking.enabled=false"]
     command += [f"{key}={value}" for key, value in given.items()]
@@ -104,7 +104,7 @@ def measured(variant: Variant) -> bool:
 
 
 def row(variant: Variant, float_vllm: float) -> dict[str, Any]:
-    """What was measured of a variant."""
+    """The measurements of a variant."""
     quantize, serve, evaluate = (result(variant.name, name) for name in ("quantize", "serve_smoke", "evaluate"))
     metrics = evaluate["metrics"]
     percent = [100 * math.expm1(metrics[f"nll_difference{end}"]) for end in ("", "_low", "_high")]
@@ -143,14 +143,14 @@ def table(rows: list[dict[str, Any]], float_bytes: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*", help="pattern of names, such as *gptqmodel*")
-    parser.add_argument("--again", action="store_true", help="measure what was measured before once more")
-    parser.add_argument("--measured", action="store_true", help="measure nothing, show what was measured before")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--again", action="store_true", help="measure variants again that were measured before")
+    parser.add_argument("--measured", action="store_true", help="only show earlier measurements")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     chosen = [variant for variant in variants() if fnmatch(variant.name, f"*{options.only}*")]
     if options.measured:
         chosen = [variant for variant in chosen if measured(variant)]
-    # The usual width first: the table is of use before its last row is there.
+    # The usual bits first, so that the table is useful before it is complete.
     chosen.sort(key=lambda variant: (variant.method == "autoround", "4823".index(variant.bits[0])))
     if options.again or not (ROOT / "scratch" / "float" / "evaluate.json").is_file():
         for name, overrides in (("download", ()), ("serve_smoke", ("method=float",)), ("evaluate", ("method=float",))):

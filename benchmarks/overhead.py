@@ -1,16 +1,16 @@
-"""What the quantize stage costs beyond the library: `python -m benchmarks.overhead [--method gptq|awq] [--rounds 3]`.
+"""The overhead of the quantize stage over the library: `python -m benchmarks.overhead [--method gptq|awq] [--rounds 3]`.
 
 The same job at 4 bits on the demo model and its calibration tokens, twice:
 
-bare    a script in AutoGPTQ's or AutoAWQ's environment: import, load, the library's `quantize`, the library's own way of
-        saving (with what the library needs on a machine without a GPU, or it does not run at all)
+bare    a script in AutoGPTQ's or AutoAWQ's environment: import, load, the library's `quantize`, the library's own save
+        function (with the workarounds that the library needs on a machine without a GPU)
 stage   `python -m stages.quantize`: configuration, preflight, the parity probe, the same library call, our writer, the
         reading back of the result, the gate on layer errors
 
-The stage starts two interpreters more. The pipeline's starts before all else; what it takes until its imports are done is
-measured apart, stated, and taken off. The one that measures layer errors starts beside the library's and imports on the
-other core, so its wall time is not taken off, its CPU time is. Bare and staged runs are paired, in turns; medians over the
-rounds are printed. CPU seconds are those of all processes: on a machine that others use, they say more than the wall's.
+The stage starts two more interpreters. The pipeline's starts first; its time until the imports are done is measured
+separately, printed and subtracted. The one that measures layer errors starts in parallel with the library's and imports on
+the other core, so only its CPU time is subtracted, not its wall time. Bare and staged runs alternate in pairs; medians over
+the rounds are printed. CPU seconds cover all processes; on a shared machine they are more reliable than wall time.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ print(imported - started, quantized - imported, time.time() - quantized)
 """,
 }
 BACKENDS = {"gptq": "auto_gptq", "awq": "autoawq"}
-# Until these are done an interpreter has only been started.
+# The start of an interpreter ends when these are done.
 PIPELINE = [sys.executable, "-m", "stages.quantize", "method=gptq", "--cfg", "job"]
 IMPORTS = "from quantline.toolchains.workers.reference.layer_errors import imports; imports()"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds by the clock and of all processors, or shares of them."""
+    """Wall and CPU seconds, or shares of them."""
 
     wall: float
     cpu: float
@@ -94,7 +94,7 @@ class Cost:
 
 @contextmanager
 def costs(found: list[Cost]) -> Iterator[None]:
-    """Note what the processes that are started inside the block cost."""
+    """Record the cost of the processes that are started inside the block."""
 
     def cpu() -> float:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -106,10 +106,10 @@ def costs(found: list[Cost]) -> Iterator[None]:
 
 
 def bare(method: str, python: Path, model: Path, tokens: Path, threads: int) -> dict[str, float]:
-    """The library alone; its seconds by step."""
+    """Run only the library; returns its seconds by step."""
     with tempfile.TemporaryDirectory() as out:
         command = [str(python), "-c", BARE[method], str(model), str(tokens), out, str(threads)]
-        # The worker's own number of threads and waiting policy: two spinning threads can take several times as long.
+        # The worker's number of threads and wait policy: two spinning threads can take several times as long.
         variables = toolchain.worker_environment(threads)
         done = subprocess.run(command, cwd=out, env=variables, check=False, capture_output=True, text=True)
     if done.returncode:

@@ -1,8 +1,8 @@
-"""How long publishing takes: `python -m benchmarks.publish [variants=10]`, against a fresh SQLite store.
+"""The time of publishing to a new SQLite store: `python -m benchmarks.publish [variants=10]`.
 
-The results are those of the tests, every stage of every variant with a file, two datasets and 100 samples of system metrics
-for each stage. Printed are the making of the database, the first publish, one that finds nothing new, and one where
-a single stage of each variant was measured again.
+The results are those of the tests: every stage of every variant with a file, two datasets, and 100 samples of system
+metrics per stage. It prints the times of creating the database, the first publish, a publish without changes, and a publish
+after one stage of each variant was measured again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "support")]
 
 
 def main(variants: int) -> None:

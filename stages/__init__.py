@@ -1,8 +1,8 @@
-"""The stages' common entrance: Hydra in front, errors without tracebacks behind.
+"""The common entrypoint of stages and commands: runs Hydra, and prints errors without tracebacks.
 
-A stage is a module with one function, `@stage("name")`, that is run as `python -m stages.name`. This package puts its own
-checkout's src first on the path: with an editable install an experiment that DVC runs in a copy of the repository would
-otherwise run the code of the repository it was copied from.
+A stage is a module with one function, `@stage("name")`, that runs as `python -m stages.name`. This package puts its own
+checkout's src first on the path. Otherwise, with an editable install, an experiment that DVC runs in a copy of the
+repository would run the code of the original repository.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from quantline.pipeline.run import StageRun
 
 
-# What each imported stage does, for stages that run others.
+# The functions of the imported stages, for stages that run others.
 WORK: dict[str, Callable[[StageRun], None]] = {}
 
 
 def stage(name: str) -> Callable[[Callable[[StageRun], None]], Callable[[], None]]:
-    """Make a stage's function an entrypoint: composed configuration in, output and result out."""
+    """Turn a stage's function into an entrypoint, which composes the configuration and writes output and result."""
 
     def decorate(work: Callable[[StageRun], None]) -> Callable[[], None]:
         def task(cfg: DictConfig) -> None:
@@ -49,7 +49,7 @@ def stage(name: str) -> Callable[[Callable[[StageRun], None]], Callable[[], None
 def run_and_publish(
     name: str, work: Callable[[StageRun], None], cfg: DictConfig, root: Path, overrides: Sequence[str]
 ) -> None:
-    """Run a stage, and publish what it measured when it was run by hand."""
+    """Run a stage, and publish the result of a manual run."""
     from quantline.pipeline.execute import run_stage
 
     config, result = run_stage(name, work, cfg, root, overrides)
@@ -60,32 +60,32 @@ def run_and_publish(
 
 
 def main(task: Callable[..., Any], filename: str, options: Sequence[Option] = (), about: str | None = None) -> None:
-    """Run a command that takes the pipeline's configuration; see `command_line` for how it ends.
+    """Run a command that takes the pipeline's configuration; see `command_line` for its error handling.
 
-    task: gets the configuration, and the values of `options` where there are any. filename: of the command's module.
+    task: takes the configuration, and the values of `options` if there are any. filename: of the command's module.
     """
     from quantline.pipeline.command_line import ending, read, report, usage
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach this function
     os.environ.pop("HYDRA_MAIN_MODULE", None)
     failures: list[int] = []
     with ending(CONF):
         helped = bool({"--help", "-h"} & set(sys.argv[1:]))
         if helped and about:
             print(usage(about, options, configured=True), flush=True)
-        own: dict[str, str | None] = {}
-        if not helped:  # Hydra ignores what stands beside --help
-            own, sys.argv[1:] = read(sys.argv[1:], options, configured=True)
-        given = [own] if options else []
+        arguments: dict[str, str | None] = {}
+        if not helped:  # Hydra ignores other arguments beside --help
+            arguments, sys.argv[1:] = read(sys.argv[1:], options, configured=True)
+        given = [arguments] if options else []
 
-        # A failure must not end the other jobs of a sweep, and Hydra would print its own account of it.
+        # A failure must not end the other jobs of a sweep, and Hydra would print its own traceback.
         def guarded(cfg: DictConfig) -> None:
             try:
                 task(cfg, *given)
             except Exception as error:
                 failures.append(report(error, CONF))
 
-        # Hydra names the job and finds conf/ by the file in which its task was written: the stage's, not this one.
+        # Hydra derives the job's name and the path of conf/ from the task's source file, which must be the stage's.
         guarded.__module__ = "__main__"
         guarded.__code__ = guarded.__code__.replace(co_filename=filename)
         import hydra
@@ -98,7 +98,7 @@ def main(task: Callable[..., Any], filename: str, options: Sequence[Option] = ()
 def command(
     task: Callable[[dict[str, str | None]], int | None], options: Sequence[Option] = (), about: str | None = None
 ) -> NoReturn:
-    """Run a command that takes no configuration: `task` gets the values of `options` and returns the exit code."""
+    """Run a command without a configuration: `task` takes the values of `options` and returns the exit code."""
     from quantline.pipeline.command_line import ending, read, usage
 
     with ending(CONF):

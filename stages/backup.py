@@ -1,8 +1,8 @@
-"""Save what the pipeline made and measured: DVC's objects, dvc.lock, params.yaml, MLflow's embedded store:
+"""Back up the pipeline's outputs and measurements: DVC's objects, dvc.lock, params.yaml, MLflow's embedded store:
 
 python -m stages.backup to=DIR
 
-Only what earlier backups in DIR do not hold is copied. See docs/guide/storage.md.
+Only files that are new since earlier backups in DIR are copied. See docs/guide/storage.md.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 from quantline.pipeline.command_line import Option
 from stages import ROOT, command
 
-OPTIONS = [Option("to", "DIR", "folder of the backup; it may hold earlier ones", required=True)]
+OPTIONS = [Option("to", "DIR", "folder of the backup; it may contain earlier ones", required=True)]
 
 
-def backup(own: dict[str, str | None]) -> int:
+def backup(arguments: dict[str, str | None]) -> int:
     from quantline.lifecycle.backup import backup as save
     from quantline.lifecycle.backup import remove_stale
     from quantline.lifecycle.retention import promoted
 
-    to = Path(str(own["to"]))
+    to = Path(str(arguments["to"]))
     remove_stale(to)
     saved = save(ROOT, to, also=promoted(ROOT))
     print(f"{saved.snapshot}: {saved.objects} files, {saved.bytes / 1e6:.1f} MB, {saved.copied} of them new")

@@ -1,4 +1,4 @@
-"""Turn calibration text into the exact token ids that every backend gets."""
+"""Tokenize the calibration text; every backend gets the same token ids."""
 
 from __future__ import annotations
 

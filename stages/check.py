@@ -1,11 +1,11 @@
-"""Read params.yaml and say what is wrong with it, in fewer words than DVC would: python -m stages.check"""
+"""Check params.yaml, with shorter messages than DVC's: python -m stages.check"""
 
 from __future__ import annotations
 
 from stages import ROOT, command
 
 
-def check(_own: dict[str, str | None]) -> int:
+def check(_arguments: dict[str, str | None]) -> int:
     from quantline.pipeline.compose import read_params, variant_overrides
 
     params = ROOT / "params.yaml"

@@ -1,4 +1,4 @@
-"""Write code.yaml: for each stage one hash over the source files that have a part in what it makes. DVC watches these."""
+"""Write code.yaml: for each stage one hash over the source files that influence its output. DVC watches these hashes."""
 
 from __future__ import annotations
 

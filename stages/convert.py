@@ -1,4 +1,4 @@
-"""Bring a quantized checkpoint into the layout that the serving target reads: the pipeline's, or one in a folder."""
+"""Convert a quantized checkpoint, the pipeline's or one in a folder, to the layout that the serving target reads."""
 
 from __future__ import annotations
 

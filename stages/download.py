@@ -1,4 +1,4 @@
-"""Fetch the float model, check every file of it, and record its logits on a fixed probe."""
+"""Download the float model, check every file, and record its logits on a fixed probe."""
 
 from __future__ import annotations
 

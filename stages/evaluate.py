@@ -1,4 +1,4 @@
-"""Score the variant by the reference engine and compare it with the float baseline and with what was served."""
+"""Score the variant with the reference engine and compare it with the float baseline and the served variant."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def evaluate(run: StageRun) -> None:
 
 
 def instruments(run: StageRun) -> MeasurementOptions:
-    """What the options ask for, with the inputs that it needs."""
+    """The measurements that the options select, with their inputs."""
     from quantline.core.errors import UserError
     from quantline.evaluation.measurements import LayerInputs, MeasurementOptions
     from quantline.pipeline.identity import stage_fingerprint
@@ -50,7 +50,7 @@ def instruments(run: StageRun) -> MeasurementOptions:
             samples=config.layer_errors.samples, unfold=True if config.method.name == "awq" else None,
             restore=options.restore,
         )  # fmt: skip
-    except UserError:  # a checkpoint by hand, of which nobody kept what it was made from
+    except UserError:  # a manual run whose inputs were not kept
         if run.frozen:
             raise
         layers = None
@@ -72,7 +72,7 @@ def instruments(run: StageRun) -> MeasurementOptions:
 
 
 def changed_files(run: StageRun) -> int:
-    """How many files of the checkpoint's folder are not what its result recorded: changed, added or lost."""
+    """How many files of the checkpoint's folder differ from its result: changed, added or missing."""
     from quantline.pipeline.identity import differing, file_hashes
     from quantline.pipeline.paths import read_result
     from quantline.pipeline.run import stage_paths_of

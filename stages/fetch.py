@@ -8,16 +8,16 @@ from quantline.pipeline.command_line import Option
 from stages import ROOT, main
 
 OPTIONS = [
-    Option("model", "NAME", "as `python -m stages.registry` lists it", required=True),
-    Option("alias", "NAME", "as `python -m stages.registry` lists it", required=True),
-    Option("out", "DIR", "a folder to make; every file is verified before it appears", required=True),
+    Option("model", "NAME", "as listed by `python -m stages.registry`", required=True),
+    Option("alias", "NAME", "as listed by `python -m stages.registry`", required=True),
+    Option("out", "DIR", "a new folder; every file is verified before it appears", required=True),
 ]
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def fetch(cfg: DictConfig, own: dict[str, str | None]) -> None:
+def fetch(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
@@ -26,7 +26,7 @@ def fetch(cfg: DictConfig, own: dict[str, str | None]) -> None:
     from quantline.lifecycle.tracking.reader import tracking_of
     from quantline.pipeline.hydra_values import plain
 
-    model, alias, out = (str(own[name]) for name in ("model", "alias", "out"))
+    model, alias, out = (str(arguments[name]) for name in ("model", "alias", "out"))
     place = Path(out).expanduser().absolute()
     tracking = tracking_of(plain(cfg), HydraConfig.get().overrides.task, ROOT)
     version = registry.fetch(tracking, ROOT, model, alias, place)

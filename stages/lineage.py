@@ -1,7 +1,7 @@
-"""Show where a variant came from, stage by stage, or the first difference between two:
+"""Show the lineage of a variant, stage by stage, or the first difference between two variants:
 `python -m stages.lineage variant=awq-w4-g128`, `python -m stages.lineage variant=awq-w4-g128 against=gptq-w4-g128`.
 
-Either side is the name of a variant, a folder of results, or a run of MLflow by its id, fingerprint or the beginning of one.
+Each is the name of a variant, a folder of results, or an MLflow run by its id, its fingerprint or a prefix of one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ from quantline.pipeline.command_line import Option
 from stages import ROOT, main
 
 OPTIONS = [
-    Option("variant", "NAME", "of params.yaml or run by hand, a folder of results, or a run of MLflow", required=True),
-    Option("against", "NAME", "another one: name the first value in which the two differ"),
-    Option("lineage.format", "json", "the same as JSON", allowed=("text", "json")),
+    Option(
+        "variant",
+        "NAME",
+        "a variant of params.yaml or a manual run, a folder of results, or an MLflow run",
+        required=True,
+    ),
+    Option("against", "NAME", "another variant: print the first value in which the two differ"),
+    Option("lineage.format", "json", "print JSON", allowed=("text", "json")),
 ]
 
 if TYPE_CHECKING:
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
     from quantline.pipeline.lineage.chain import Lineage
 
 
-def lineage(cfg: DictConfig, own: dict[str, str | None]) -> None:
+def lineage(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     import json
     from dataclasses import asdict
 
@@ -33,12 +38,12 @@ def lineage(cfg: DictConfig, own: dict[str, str | None]) -> None:
     from quantline.pipeline.lineage.diff import first_difference
     from quantline.pipeline.lineage.report import as_text, difference_text
 
-    as_json = own["lineage.format"] == "json"
-    one = chain_of(cfg, str(own["variant"]), ROOT)
-    if own["against"] is None:
+    as_json = arguments["lineage.format"] == "json"
+    one = chain_of(cfg, str(arguments["variant"]), ROOT)
+    if arguments["against"] is None:
         print(json.dumps(as_values(one), indent=2) if as_json else as_text(one))
         return
-    other = chain_of(cfg, own["against"], ROOT)
+    other = chain_of(cfg, arguments["against"], ROOT)
     found = first_difference(one, other)
     values = {"one": one.name, "other": other.name, "difference": asdict(found) if found else None}
     print(json.dumps(values, indent=2) if as_json else difference_text(one, other, found))

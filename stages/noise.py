@@ -1,4 +1,4 @@
-"""Quantize a variant several times with other seeds and report how much its loss spreads."""
+"""Quantize a variant with several seeds and report the spread of its loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def noise(run: StageRun) -> None:
 
     run.refuse_float()
     if run.frozen:
-        raise UserError(f"{run.stage}: is run by hand, with overrides; leave -cp and -cn out")
+        raise UserError(f"{run.stage}: takes overrides, not a frozen configuration; run it without -cp and -cn")
     options, float_model = run.config.evaluate, run.input("download") / "model"
     windows, baseline = build_windows(float_model, options), run.input("evaluate", baseline=True)
 

@@ -1,6 +1,6 @@
-"""Say whether a variant would work, and what it takes, before anything is computed: `python -m stages.plan method=gptq`.
+"""Check whether a variant would work and what it needs, before anything is computed: `python -m stages.plan method=gptq`.
 
-With gpu_memory_gb or critical it also recommends a variant.
+With gpu_memory_gb or critical, it also recommends a variant.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ OPTIONS = [
     Option(
         "gpu_memory_gb",
         "24",
-        "memory of each GPU: does it fit, what is recommended; device=auto then means a GPU",
+        "memory of each GPU, to check the fit and recommend a variant; device=auto then means a GPU",
     ),
-    Option("critical", "true", "recommend what loses least, rather than what is small"),
-    Option("context", "4096", "tokens of a sequence; else serve.max_model_len"),
-    Option("batch", "8", "sequences at a time; else serve.process.concurrency"),
-    Option("compute_capability", "8.9", "of the GPU, as NVIDIA writes it; else that of the one here"),
-    Option("json", "true", "the same as JSON"),
+    Option("critical", "true", "recommend the variant that loses least, not a small one"),
+    Option("context", "4096", "tokens per sequence; default serve.max_model_len"),
+    Option("batch", "8", "sequences at a time; default serve.process.concurrency"),
+    Option("compute_capability", "8.9", "of the GPU, as NVIDIA writes it; default that of the local GPU"),
+    Option("json", "true", "print JSON"),
 ]
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def plan(cfg: DictConfig, own: dict[str, str | None]) -> None:
+def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     import json
 
     from hydra.core.hydra_config import HydraConfig
@@ -42,7 +42,7 @@ def plan(cfg: DictConfig, own: dict[str, str | None]) -> None:
     from quantline.planning.recommend import suggest
     from quantline.planning.report import as_json, as_text
 
-    options, values = preflight.plan_options(own), plain(cfg)
+    options, values = preflight.plan_options(arguments), plain(cfg)
     try:
         config = parse(values)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Register a variant in MLflow's model registry and give it an alias, if its gates hold:
+"""Register a variant in MLflow's model registry and give it an alias, if it passes its gates:
 `python -m stages.promote variant=awq-w4-g128 alias=production`.
 """
 
@@ -10,7 +10,7 @@ from quantline.pipeline.command_line import Option
 from stages import ROOT, main
 
 OPTIONS = [
-    Option("variant", "NAME", "a variant of params.yaml, or one run by hand", required=True),
+    Option("variant", "NAME", "a variant of params.yaml, or a manual run", required=True),
     Option("alias", "NAME", "such as production", required=True),
 ]
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def promote(cfg: DictConfig, own: dict[str, str | None]) -> None:
+def promote(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from quantline.core.errors import GateError, TrackingError
@@ -30,7 +30,7 @@ def promote(cfg: DictConfig, own: dict[str, str | None]) -> None:
     from quantline.pipeline.config import parse
     from quantline.pipeline.hydra_values import plain
 
-    name, alias = str(own["variant"]), str(own["alias"])
+    name, alias = str(arguments["variant"]), str(arguments["alias"])
     registry.check_alias(alias)
     values = plain(cfg)
     record = promotion.record_of(ROOT, name)
@@ -38,15 +38,17 @@ def promote(cfg: DictConfig, own: dict[str, str | None]) -> None:
     config = parse({**record.config, "tracking": tracking.model_dump(), "promote": values["promote"]})
     faults = faults_of({result["stage"]: result for result in record.results}, config.promote)
     if faults:
-        raise GateError(f"{record.name} is not promoted:\n  " + "\n  ".join(faults))
+        raise GateError(f"{record.name} is not promoted, it fails these gates:\n  " + "\n  ".join(faults))
     if not publish_records([record], config, ROOT):
-        raise TrackingError("a variant is promoted from its run, and MLflow has not got it; see NOT PUBLISHED above")
+        raise TrackingError(
+            "a variant is promoted from its MLflow run, which could not be published; see NOT PUBLISHED above"
+        )
     run = current_run(tracking, ROOT, record.name, config.model)
     what = promotion.promotion_of(record, promotion.model_name_of(config), run.run_id, run.fingerprint, ROOT)
     done = registry.promote(tracking, ROOT, what, alias)
-    came = f"{done.uploaded / 1e6:.1f} MB uploaded" if done.uploaded else "its files were there"
+    upload = f"{done.uploaded / 1e6:.1f} MB uploaded" if done.uploaded else "files already uploaded"
     moved = f", which version {done.before} had before" if done.before else ""
-    print(f"{done.model} version {done.version} ({record.name}, {came}) is {alias} now{moved}")
+    print(f"{done.model} version {done.version} ({record.name}, {upload}) now has the alias {alias}{moved}")
 
 
 if __name__ == "__main__":

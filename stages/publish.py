@@ -23,7 +23,7 @@ def publish(cfg: DictConfig) -> None:
 
     records = pipeline_records(ROOT)
     if not records:
-        raise UserError("there is nothing to publish yet; run `dvc repro` first")
+        raise UserError("there are no results to publish; run `dvc repro` first")
     given = any(override.startswith("tracking") for override in HydraConfig.get().overrides.task)
     kept = records[0].config
     tracking = plain(cfg)["tracking"] if given else kept["tracking"]
@@ -32,9 +32,9 @@ def publish(cfg: DictConfig) -> None:
     done = not config.tracking.enabled or publish_records(records, config, ROOT, report=report)
     print(render_table(variant_table(records)))
     print("\nCompare them in MLflow: make ui")
-    print(f"Which one to ship: {report / 'index.html' if report else 'not reported on yet, run `dvc repro`'}")
+    print(f"Which one to ship: {report / 'index.html' if report else 'no current report, run `dvc repro`'}")
     if not done:
-        raise TrackingError("the table above is complete, but MLflow has not got it; see NOT PUBLISHED above")
+        raise TrackingError("the table above is complete, but it was not published to MLflow; see NOT PUBLISHED above")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Quantize the float model with one method, by one backend, in its own environment."""
+"""Quantize the float model with one method and one backend, in the backend's environment."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def quantize(run: StageRun) -> None:
 
 
 def request(run: StageRun) -> Request:
-    """What is to be done, and which backends may come to do it."""
+    """The quantization request, with the backends that may serve it."""
     from quantline.pipeline.identity import backends_of
     from quantline.quantization.quantize import Request
     from quantline.quantization.requirements import requirements_of

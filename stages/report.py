@@ -1,4 +1,4 @@
-"""Write report/: which variant to ship, with what each one costs and gives, as one HTML page, Markdown, CSV and JSON."""
+"""Write report/: the variant to ship, and the quality, size and speed of each, as HTML, Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def report(cfg: DictConfig) -> None:
 
     config = parse(plain(cfg))
     check_caller(config, HydraConfig.get().overrides.task)
-    # By hand, with other rules say, it goes elsewhere: report/ is DVC's.
+    # A manual run, with other rules for example, writes to scratch/, since report/ belongs to DVC.
     out = ROOT / "report" if config.frozen else ROOT / "scratch" / "report"
     with building(out) as folder:
         found = build(pipeline_records(ROOT), ROOT / "artifacts", config.report, folder)

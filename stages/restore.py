@@ -1,8 +1,8 @@
-"""Bring a backup back into a fresh clone, check every hash, and put the outputs into the workspace:
+"""Restore a backup into a fresh clone, check every hash, and put the outputs into the workspace:
 
 python -m stages.restore from=DIR [snapshot=NAME]
 
-Nothing is changed when something of the backup is missing or damaged.
+Nothing is changed if a part of the backup is missing or damaged.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from stages import ROOT, command
 
 OPTIONS = [
     Option("from", "DIR", "folder of the backup", required=True),
-    Option("snapshot", "NAME", "one of DIR/snapshots; else the latest"),
+    Option("snapshot", "NAME", "one of DIR/snapshots; default the latest"),
 ]
 
 
-def restore(own: dict[str, str | None]) -> int:
+def restore(arguments: dict[str, str | None]) -> int:
     from quantline.lifecycle.restore import restore as bring_back
     from stages.verify import verify
 
-    restored = bring_back(ROOT, Path(str(own["from"])), name=own["snapshot"])
-    print(f"{restored.snapshot}: {restored.objects} objects and {restored.files} files are back")
+    restored = bring_back(ROOT, Path(str(arguments["from"])), name=arguments["snapshot"])
+    print(f"{restored.snapshot}: {restored.objects} objects and {restored.files} files restored")
     for note in restored.notes:
         print(f"  note: {note}", file=sys.stderr)
     done = subprocess.run([sys.executable, "-m", "dvc", "checkout", "--quiet"], cwd=ROOT, check=False)

@@ -1,8 +1,8 @@
-"""Remove what no variant needs any more: objects of DVC's cache, and what former variants left in this checkout.
+"""Remove unused objects from DVC's cache, and leftovers of removed variants from this checkout.
 
 python -m stages.retention [keep=workspace|branches|tags|commits] [remote=NAME] [apply=true]
 
-Objects of promoted variants are kept. Without apply=true nothing is removed. See docs/guide/storage.md.
+Objects of promoted variants are kept. Without apply=true, nothing is removed. See docs/guide/storage.md.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from stages import ROOT, command
 
 SHOWN = 20
 OPTIONS = [
-    Option("keep", "workspace", "keep also what git's branches, tags or commits need",
+    Option("keep", "workspace", "also keep what git's branches, tags or commits need",
            allowed=("workspace", "branches", "tags", "commits")),
-    Option("remote", "NAME", "clean this remote of DVC along with the cache"),
-    Option("apply", "true", "remove it; else it is only listed, with its size", allowed=("false", "true")),
+    Option("remote", "NAME", "also clean this DVC remote"),
+    Option("apply", "true", "remove the objects; otherwise only list them with their size", allowed=("false", "true")),
 ]  # fmt: skip
 
 
-def retention(own: dict[str, str | None]) -> int:
+def retention(arguments: dict[str, str | None]) -> int:
     from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former
 
-    apply = own["apply"] == "true"
+    apply = arguments["apply"] == "true"
     kept = promoted(ROOT)
     former = former_outputs(ROOT)
-    garbage = collect_garbage(ROOT, kept, keep=str(own["keep"]), remote=own["remote"], apply=apply)
+    garbage = collect_garbage(ROOT, kept, keep=str(arguments["keep"]), remote=arguments["remote"], apply=apply)
     if apply:
         remove_former(former)
     for place in former:
-        print(f"  {place.relative_to(ROOT)}: of a variant that params.yaml has no more")
+        print(f"  {place.relative_to(ROOT)}: of a variant that was removed from params.yaml")
     for name in garbage.objects[:SHOWN]:
         print(f"  {name}")
     if len(garbage.objects) > SHOWN:
         print(f"  and {len(garbage.objects) - SHOWN} more")
     what = (
-        f"{len(garbage.objects)} objects, {garbage.bytes / 1e6:.1f} MB, and {len(former)} leftovers of former variants"
+        f"{len(garbage.objects)} objects, {garbage.bytes / 1e6:.1f} MB, and {len(former)} leftovers of removed variants"
     )
     print(f"removed {what}" if apply else f"would remove {what}; apply=true does it")
     print(f"kept for promoted variants: {garbage.protected} objects")

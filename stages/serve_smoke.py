@@ -1,4 +1,4 @@
-"""Serve the variant with the real server, ask it, judge its answers, score the evaluation text through it."""
+"""Serve the variant with vLLM, check its answers to test questions, and score the evaluation text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure how fast the variant is served, beside the float model in the same session, by vLLM's benchmark tools."""
+"""Measure the serving speed of the variant and the float model in one session, with vLLM's benchmark tools."""
 
 from __future__ import annotations
 

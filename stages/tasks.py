@@ -1,4 +1,4 @@
-"""Ask the variant tasks by lm-evaluation-harness: the served model and the exact weights, each beside the float model."""
+"""Evaluate tasks with lm-evaluation-harness, on the server and the reference engine, each compared with the float model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tasks(run: StageRun) -> None:
 
 
 def ask(run: StageRun, job: dict[str, Any]) -> JobResult:
-    """Run the harness on one engine, with a log for each, and note what it took."""
+    """Run the harness on one engine, with its own log, and record the time."""
     engine = job["engine"]
     log = run.paths.log.with_name(f"tasks.{engine}.log")
     result = run.worker("lm_eval", "quantline.toolchains.workers.lm_eval", job, f"tasks, {engine}", log=log)

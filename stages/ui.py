@@ -1,4 +1,4 @@
-"""Open the MLflow UI on loopback, at the comparison of the variants: `python -m stages.ui [port]`."""
+"""Start the MLflow UI on loopback and print the address of the variants' comparison: `python -m stages.ui [port]`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 from quantline.pipeline.command_line import Option
 from stages import ROOT, command
 
-OPTIONS = [Option("port", "5000", "a free port; `port=` may be left out", default="5000", bare=True)]
+OPTIONS = [Option("port", "5000", "a free port; `port=` is optional", default="5000", bare=True)]
 
 
-def ui(own: dict[str, str | None]) -> None:
+def ui(arguments: dict[str, str | None]) -> None:
     from quantline.core.errors import UserError
     from quantline.core.secrets import Scrubber
     from quantline.lifecycle.tracking.store import experiment_name, resolve_uri
@@ -20,21 +20,23 @@ def ui(own: dict[str, str | None]) -> None:
     from quantline.pipeline.records import pipeline_records
     from quantline.serving.ports import require_free
 
-    port = str(own["port"])
+    port = str(arguments["port"])
     if not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"{port}: is no port; give a number from 1 to 65535")
+        raise UserError(f"{port}: is not a port; give a number from 1 to 65535")
     records = pipeline_records(ROOT)
     config = parse(records[0].config) if records else None
     uri = resolve_uri(config.tracking.uri if config else None, ROOT)
     if not uri.startswith("sqlite:"):
-        raise UserError(f"the variants are published to {Scrubber(uri)(uri)}, a server with a UI of its own: open that")
+        raise UserError(
+            f"the variants are published to {Scrubber(uri)(uri)}, a server with its own UI; open that address"
+        )
     require_free("127.0.0.1", int(port))
     path = comparison_path(uri, experiment_name(config.tracking, config.model)) if config else "/"
-    # MLflow would start half a dozen job runners beside the UI.
+    # Otherwise MLflow starts several job runners beside the UI.
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     print(f"MLflow on http://127.0.0.1:{port}/#{path} (stop it with Ctrl-C)", file=sys.stderr, flush=True)
-    arguments = ["ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", port, "--workers", "1"]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])  # noqa: S606 (no shell wanted)
+    ui_arguments = ["ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", port, "--workers", "1"]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *ui_arguments])  # noqa: S606 (no shell wanted)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python -m stages.verify
 
-Names what is damaged or missing, the variant it belongs to and the remedy; exit code 1 where there is anything.
+Lists damaged and missing files with their variant and the remedy; exits with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import sys
 from stages import ROOT, command
 
 
-def verify(_own: dict[str, str | None]) -> int:
+def verify(_arguments: dict[str, str | None]) -> int:
     from quantline.lifecycle.storage.dvc_cache import cache_folder
     from quantline.lifecycle.verify import verify as check
 
     report = check(ROOT, cache_folder(ROOT))
     for fault in report.faults:
         print(fault, file=sys.stderr)
-    looked = (
+    checked = (
         f"{report.files} files of the workspace, {report.objects} objects of the cache ({report.bytes / 1e6:.1f} MB)"
     )
-    print(f"{looked}: {len(report.faults)} faults" if report.faults else f"{looked}: all are what dvc.lock records")
+    print(f"{checked}: {len(report.faults)} faults" if report.faults else f"{checked}: all match dvc.lock")
     return 1 if report.faults else 0
 
 

@@ -68,14 +68,14 @@ def test_an_output_that_holds_something_is_refused_and_stays(root, tmp_path, sou
     (out / "mine").write_text("x")
     done = convert(root, "source=auto", f"source.path={source}", f"out={out}")
     assert done.returncode == 2
-    assert "is there and not an empty folder; remove it, or name another" in done.stderr
+    assert "exists and is not an empty folder; remove it or give another folder" in done.stderr
     assert [path.name for path in out.iterdir()] == ["mine"]
 
 
 def test_an_output_within_the_source_is_refused(root, source):
     done = convert(root, "source=auto", f"source.path={source}", f"out={source / 'out'}")
     assert done.returncode == 2
-    assert "name a folder beside it" in done.stderr
+    assert "give a folder outside of it" in done.stderr
 
 
 def test_refusals_exit_with_2_and_leave_nothing(root, tmp_path, source):
@@ -133,9 +133,9 @@ def test_options_that_do_not_go_together_are_refused(composed):
     from quantline.pipeline.config import parse
 
     for overrides, message in (
-        (["source.path=x"], "source.path=x: the pipeline's own checkpoint is the source; give source=auto with it"),
+        (["source.path=x"], "source.path=x: the source is the pipeline's own checkpoint; add source=auto"),
         (["source=auto"], "source.path: is not set; give the checkpoint's folder, source=auto source.path=DIR"),
-        (["out=x"], "out=x: goes with source=auto or source=msmodelslim"),
+        (["out=x"], "out=x: needs source=auto or source=msmodelslim"),
         (["convert.for=tgi"], "convert.for=tgi: allowed are vllm"),
     ):
         with pytest.raises(ConfigError) as caught:

@@ -40,7 +40,7 @@ def assert_refused(done: Done, *words: str, code: int = 2) -> None:
         (["method.symm=true"], ["method.symm: no such option (did you mean method.sym?)", "--help"]),
         (["+method.extra=1"], ["method.extra: no such option", "--help"]),
         (["method=gptq", "bits=5", "group_size=7", "threads=0"], ["3 faults", "bits=5", "group_size=7", "threads=0"]),
-        (["bits=[4"], ["bits=[4: is no override; give KEY=VALUE"]),
+        (["bits=[4"], ["bits=[4: is not a valid override; give KEY=VALUE"]),
         (["variant=../outside"], ["variant='../outside'", "takes letters, digits"]),
         (["method=float"], ["method=float: the baseline skips quantize; choose method=awq, gptq, rtn, bnb"]),
     ],
@@ -166,7 +166,7 @@ def test_a_result_that_is_damaged_is_named(pipeline, untouched):
     try:
         path.write_text('{"stage": ')
         done = pipeline.run("python", "-m", "stages.convert", "-cp", "../variants", "-cn", "gptq-w4-g128")
-        assert_refused(done, "quantize.json is no JSON", "run the stage again")
+        assert_refused(done, "quantize.json is not valid JSON", "run the stage again")
     finally:
         path.write_bytes(whole[0])
         os.utime(path, ns=(whole[1].st_atime_ns, whole[1].st_mtime_ns))

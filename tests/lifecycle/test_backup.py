@@ -153,7 +153,7 @@ def test_uncommitted_changes_are_not_replaced(saved, tmp_path):
     project, folder, _ = saved
     clone = project.clone(tmp_path / "clone")
     clone.variants(mine="z")
-    with pytest.raises(UserError, match=r"params\.yaml: has changes that are not in git"):
+    with pytest.raises(UserError, match=r"params\.yaml: has uncommitted changes"):
         restore(clone.root, folder)
 
 
@@ -188,13 +188,13 @@ def test_an_interrupted_backup_leaves_no_snapshot_and_the_next_one_goes_on(proje
         patch.setattr(backups, "copy_hashed", cut_off)
         with pytest.raises(KeyboardInterrupt):
             backup(project.root, tmp_path / "backup")
-    with pytest.raises(UserError, match="holds no backup"):
+    with pytest.raises(UserError, match="contains no backup"):
         restore(project.clone(tmp_path / "clone").root, tmp_path / "backup")
     assert backup(project.root, tmp_path / "backup").copied == 10 - 4
 
 
 def test_a_folder_inside_the_checkout_is_refused(project):
-    with pytest.raises(UserError, match="lies in the checkout itself"):
+    with pytest.raises(UserError, match="lies in the checkout; give a folder outside of it"):
         backup(project.root, project.root / "backup")
 
 
@@ -211,7 +211,7 @@ def test_a_snapshot_with_a_path_outside_is_refused(saved, tmp_path):
     manifest["files"]["../../outside"] = manifest["files"]["params.yaml"]
     report.snapshot.write_text(json.dumps(manifest))
     clone = project.clone(tmp_path / "deep" / "clone")
-    with pytest.raises(UserError, match="lies outside the checkout"):
+    with pytest.raises(UserError, match="lies outside of the checkout"):
         restore(clone.root, folder)
     assert not (tmp_path / "deep" / "outside").exists()
     assert not (tmp_path / "outside").exists()

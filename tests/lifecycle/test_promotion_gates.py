@@ -30,15 +30,19 @@ def test_a_variant_within_its_limits_may_be_promoted(results):
     [
         ("evaluate", {"nll_difference_high": math.log(1.051)}, "quality: perplexity may be +5.1 % against float"),
         ("evaluate", {"nll_difference_high": 1e9}, "quality: perplexity may be +inf %"),
-        ("evaluate", {"nll_difference_high": None}, "quality: the interval against float was not measured"),
+        (
+            "evaluate",
+            {"nll_difference_high": None},
+            "quality: the interval of the perplexity increase was not measured",
+        ),
         ("evaluate", {"nll_difference_high": math.nan}, "quality: perplexity may be +nan %"),
         ("quantize", {"linears_quantized": 34}, "layer errors: 34 of 35 linears"),
         (
             "tasks",
             {"recovery/arc_easy/vllm": 0.94},
-            "recovery: recovery/arc_easy/vllm is 0.94, promote.min_recovery=0.95",
+            "recovery: recovery/arc_easy/vllm is 0.94, required is promote.min_recovery=0.95",
         ),
-        ("evaluate", {"alarms": 2.0}, "alarms: the evaluation raised 2, promote.max_alarms=1"),
+        ("evaluate", {"alarms": 2.0}, "alarms: the evaluation raised 2, allowed is promote.max_alarms=1"),
         ("speed", {"slower_than_float": 1}, "alarms: slower_than_float is 1"),
     ],
 )
@@ -48,7 +52,7 @@ def test_a_gate_that_does_not_hold_is_named_with_what_was_measured(results, stag
     assert said.startswith(fault)
 
 
-def test_what_was_measured_and_holds_is_no_fault(results):
+def test_measured_values_within_the_limits_are_no_fault(results):
     results["tasks"] = {"status": "ok", "metrics": {"recovery/arc_easy/vllm": 0.95}}
     results["speed"] = {"status": "ok", "metrics": {"slower_than_float": 0}}
     assert faults_of(results, GATES) == []
@@ -56,11 +60,11 @@ def test_what_was_measured_and_holds_is_no_fault(results):
 
 def test_a_variant_that_is_not_served_is_refused_with_the_reason_unless_that_is_not_asked_for(results):
     results["serve_smoke"].update(status="unsupported", reason="no kernel")
-    assert faults_of(results, GATES) == ["served: it is not, no kernel"]
+    assert faults_of(results, GATES) == ["served: vLLM does not serve it, no kernel"]
     assert faults_of(results, GATES.model_copy(update={"served": False})) == []
 
 
-def test_coverage_that_was_switched_off_does_not_pass(results):
+def test_disabled_layer_errors_do_not_pass(results):
     del results["quantize"]["metrics"]["output_error_max"]
     assert faults_of(results, GATES) == ["layer errors: no error was measured; set layer_errors.enabled=true"]
 

@@ -34,7 +34,7 @@ def test_an_experiment_is_named_after_the_model_unless_it_is_given(config, overr
     assert experiment_name(chosen.tracking, chosen.model) == name
 
 
-def test_what_was_published_is_said_with_its_warnings(config, monkeypatch, capsys, tmp_path):
+def test_publishing_prints_the_outcome_with_its_warnings(config, monkeypatch, capsys, tmp_path):
     given = {}
     monkeypatch.setattr(
         "quantline.lifecycle.tracking.writer.publish", lambda records, **values: given.update(values) or Report()
@@ -48,7 +48,7 @@ def test_what_was_published_is_said_with_its_warnings(config, monkeypatch, capsy
     assert capsys.readouterr().err == "published 1 variant\n  note: a file is too large\n"
 
 
-def test_a_server_that_is_down_is_said_and_not_raised(config, monkeypatch, capsys, tmp_path):
+def test_a_server_that_is_down_is_reported_and_not_raised(config, monkeypatch, capsys, tmp_path):
     def down(_records, **_values):
         raise TrackingError("http://host:5000 does not answer")
 

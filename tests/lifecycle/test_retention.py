@@ -20,7 +20,7 @@ def changed(project):
     return project, before
 
 
-def test_a_dry_run_says_what_would_go_and_removes_nothing(changed):
+def test_a_dry_run_lists_objects_and_removes_nothing(changed):
     project, before = changed
     there = set(all_objects(project.cache))
     garbage = collect_garbage(project.root, ())
@@ -50,7 +50,7 @@ def test_a_protected_folder_whose_list_is_gone_stops_everything(changed):
     there = set(all_objects(project.cache))
     with pytest.raises(UserError, match="a promoted variant needs it"):
         collect_garbage(project.root, {"0" * 32 + ".dir"}, apply=True)
-    with pytest.raises(UserError, match="is no MD5"):
+    with pytest.raises(UserError, match="is not a DVC MD5"):
         collect_garbage(project.root, {"../x"}, apply=True)
     assert set(all_objects(project.cache)) == there
 
@@ -58,7 +58,7 @@ def test_a_protected_folder_whose_list_is_gone_stops_everything(changed):
 def test_commits_may_be_kept_too(changed):
     project, _ = changed
     assert collect_garbage(project.root, (), keep="commits").objects == ()
-    with pytest.raises(UserError, match="keep=all: give workspace, branches, tags, commits"):
+    with pytest.raises(UserError, match="keep=all: allowed are workspace, branches, tags, commits"):
         collect_garbage(project.root, (), keep="all")
 
 

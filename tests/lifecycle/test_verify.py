@@ -53,7 +53,7 @@ def test_a_damaged_cache_file_is_named_with_its_variant_and_the_remedy_mends_it(
     spoil(path)
     (fault,) = verify(project.root, project.cache).faults
     assert (fault.where, fault.variant) == (str(path), "two")
-    assert "is damaged; it stands for artifacts/two/quantize/model.safetensors" in fault.what
+    assert "is damaged; it is the content of artifacts/two/quantize/model.safetensors" in fault.what
     assert f"rm -f {path}" in fault.remedy
     assert "dvc commit --force quantize@two" in fault.remedy
     path.unlink()
@@ -67,7 +67,7 @@ def test_a_file_of_the_workspace_that_was_edited_is_named_and_comes_back_from_th
     faults = verify(project.root, project.cache).faults
     assert {fault.where for fault in faults} == {"artifacts/one/quantize/model.safetensors"}
     assert any("dvc.lock records" in fault.what for fault in faults)
-    assert any("quantize.json describes (SHA-256)" in fault.what for fault in faults)
+    assert any("does not match the SHA-256 in artifacts/one/quantize.json" in fault.what for fault in faults)
     assert "dvc checkout --force artifacts/one/quantize" in faults[0].remedy
     project.dvc("checkout", "--force", "artifacts/one/quantize")
     assert verify(project.root, project.cache).faults == ()
@@ -97,7 +97,7 @@ def test_a_missing_list_of_a_folder_and_a_missing_output_are_named(project):
     (project.root / "artifacts" / "two" / "quantize.json").unlink()
     found = {(fault.where, fault.what) for fault in verify(project.root, project.cache).faults}
     assert found == {
-        (str(object_path(project.cache, output.md5)), "is missing; it stands for artifacts/one/quantize"),
+        (str(object_path(project.cache, output.md5)), "is missing; it is the content of artifacts/one/quantize"),
         ("artifacts/two/quantize.json", "is missing"),
     }
 

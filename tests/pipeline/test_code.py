@@ -46,11 +46,11 @@ def test_imports_workers_by_name_and_data_beside_a_module_belong_to_a_stage(chec
     }  # fmt: skip
 
 
-def test_a_name_that_is_put_together_stands_for_the_whole_package(checkout):
+def test_a_composed_module_name_includes_the_whole_package(checkout):
     assert names("two", checkout) == {"stages/two.py", "toolchains/workers/lib.py", "quantization/any.py"}
 
 
-def test_what_carries_the_work_and_what_is_for_type_checkers_is_left_out(checkout):
+def test_infrastructure_and_type_checking_imports_are_left_out(checkout):
     assert not names("one", checkout) & {"core/files.py", "data/unread.py"}
 
 
@@ -81,7 +81,7 @@ def test_the_stages_of_the_pipeline_reach_their_modules_at_any_distance():
     assert "evaluation/perplexity.py" not in names("quantize")
 
 
-def test_no_stage_is_known_by_what_only_carries_it():
+def test_packages_that_do_not_influence_outputs_are_in_no_closure():
     for stage in (*PIPELINE, "report", "noise"):
         carried = ("pipeline/", "lifecycle/", "core/", "config/", "toolchains/environments")
         assert [name for name in names(stage) if name.startswith(carried)] == [], stage

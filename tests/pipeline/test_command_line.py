@@ -17,12 +17,12 @@ PORT = Option("port", "PORT", "a port", default="5000", bare=True)
 WITH_OPTIONS = ("backup", "demote", "fetch", "lineage", "plan", "promote", "rebuild", "restore", "retention", "ui")
 
 
-def test_values_come_over_their_defaults():
+def test_given_values_replace_defaults():
     assert read(["to=a=b"], [TO, KEEP], configured=False) == ({"to": "a=b", "keep": "workspace"}, [])
     assert read(["to=x", "keep=tags"], [TO, KEEP], configured=False)[0] == {"to": "x", "keep": "tags"}
 
 
-def test_what_is_left_is_the_configurations():
+def test_remaining_arguments_go_to_the_configuration():
     own, rest = read(["bits=8", "to=x", "-cn", "awq"], [TO], configured=True)
     assert (own, rest) == ({"to": "x"}, ["bits=8", "-cn", "awq"])
 
@@ -30,16 +30,16 @@ def test_what_is_left_is_the_configurations():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["kep=tags"], r"kep=tags: is no option \(did you mean keep\?\); give NAME=VALUE of to=DIR, keep=workspace"),
-        (["keep"], "keep: is no option"),
-        (["--dry"], "--dry: is no option"),
+        (["kep=tags"], r"kep=tags: no such option \(did you mean keep\?\); give NAME=VALUE of to=DIR, keep=workspace"),
+        (["keep"], "keep: no such option"),
+        (["--dry"], "--dry: no such option"),
         (["to=a", "to=b"], "to=b: give to=VALUE, once"),
         (["to="], "to=: give to=VALUE, once"),
         (["to=a", "keep=all"], "keep=all: allowed are workspace, tags"),
         (["keep=tags"], "to: is not set; give to=DIR"),
     ],
 )
-def test_a_wrong_option_is_refused_with_those_that_are_right(given, said):
+def test_a_wrong_option_is_refused_with_the_allowed_ones(given, said):
     with pytest.raises(UserError, match=said):
         read(given, [TO, KEEP], configured=False)
 
@@ -49,7 +49,7 @@ def test_one_option_may_be_given_by_its_value_alone():
     assert read(["5001"], [PORT], configured=False)[0] == read(["port=5001"], [PORT], configured=False)[0]
     with pytest.raises(UserError, match="5002: give port=VALUE, once"):
         read(["5001", "5002"], [PORT], configured=False)
-    with pytest.raises(UserError, match="this command has none"):
+    with pytest.raises(UserError, match="this command has no options"):
         read(["5001"], [], configured=False)
 
 
@@ -67,7 +67,7 @@ def test_one_option_may_be_given_by_its_value_alone():
         (ValueError("ours"), 70, "Traceback"),
     ],
 )
-def test_what_goes_wrong_is_a_message_and_an_exit_code(root, capsys, error, code, said):
+def test_an_error_becomes_a_message_and_an_exit_code(root, capsys, error, code, said):
     with pytest.raises(SystemExit) as ended, ending(root / "conf"):
         raise error
     assert ended.value.code == code
@@ -77,7 +77,7 @@ def test_what_goes_wrong_is_a_message_and_an_exit_code(root, capsys, error, code
 def test_help_names_every_option_with_its_value():
     text = usage("\nAbout.\n", [TO, KEEP], configured=True)
     assert text.startswith("About.\n\nOptions of this command:\n  to=DIR          where\n  keep=workspace  what\n")
-    assert text.endswith("All other options are the configuration's:")
+    assert text.endswith("All other options belong to the configuration:")
     assert usage("About.", [], configured=False) == "About."
 
 
@@ -100,10 +100,10 @@ def test_every_command_with_options_of_its_own_declares_them(name):
             "error: until=quantise: allowed are evaluate, serve_smoke",
         ),
         (["retention", "apply=yes"], 2, "error: apply=yes: allowed are false, true\n"),
-        (["ui", "http"], 2, "error: http: is no port; give a number from 1 to 65535\n"),
+        (["ui", "http"], 2, "error: http: is not a port; give a number from 1 to 65535\n"),
     ],
 )
-def test_commands_answer_as_they_are_called(root, command, code, said):
+def test_commands_print_their_help_and_refuse_unknown_options(root, command, code, said):
     done = subprocess.run(
         [sys.executable, "-m", f"stages.{command[0]}", *command[1:]],
         cwd=root,

@@ -93,7 +93,7 @@ def test_an_unknown_variant_is_refused_with_the_known_ones(checkout):
         ("variants: [a, b]", "needs `variants:`"),
         ("shared: x", "needs `variants:`"),
         ("- a", "needs `variants:`"),
-        ("variants: {a: b", "is no YAML"),
+        ("variants: {a: b", "is not valid YAML"),
         ("variants: {float: method=gptq}", "a variant cannot be called float"),
         ("variants: {one: {bits: 8}}", "variants.one is {'bits': 8}; give overrides as one line of text"),
         ("shared: [1]\nvariants: {one: bits=8}", "shared is"),
@@ -114,7 +114,7 @@ def test_quotes_that_do_not_close_are_refused(checkout):
 
 def test_a_params_file_that_is_not_there_is_refused(checkout):
     (checkout / "params.yaml").unlink()
-    with pytest.raises(UserError, match="it names the variants to build"):
+    with pytest.raises(UserError, match="this file names the variants to build"):
         freeze(checkout, "one")
 
 
@@ -131,5 +131,5 @@ def test_the_float_method_belongs_to_the_baseline_alone(checkout, name, line):
     key = line.split(":")[0]
     lines = [line if old.startswith(f"{key}:") else old for old in PARAMS.splitlines()]
     (checkout / "params.yaml").write_text("\n".join(lines))
-    with pytest.raises(UserError, match="is for the variant called float alone"):
+    with pytest.raises(UserError, match="is only for the variant called float"):
         freeze(checkout, name)

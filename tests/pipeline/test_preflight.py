@@ -26,7 +26,7 @@ def run_of(composed, root, *overrides):
 
 
 @pytest.mark.usefixtures("serves_4_bits")  # another variant is the nearest elsewhere
-def test_the_quantize_stage_is_told_before_it_computes(root, composed, model):
+def test_the_preflight_runs_before_the_quantize_stage_computes(root, composed, model):
     own = on(model)
     assert preflight(run_of(composed, root, *own)) == []
     (note,) = preflight(run_of(composed, root, *own, "method=gptq", "bits=8"))
@@ -37,11 +37,11 @@ def test_the_quantize_stage_is_told_before_it_computes(root, composed, model):
         preflight(run_of(composed, root, *own, "method=gptq", "group_size=1024"))
 
 
-def test_without_a_model_to_read_the_quantize_stage_is_told_nothing(root, composed):
+def test_the_preflight_returns_nothing_without_a_model(root, composed):
     assert preflight(run_of(composed, root, "model=qwen2_5_3b", "method=gptq")) == []
 
 
-def test_options_of_its_own_are_checked_and_kept_from_hydra():
+def test_options_of_the_command_are_checked_and_not_passed_to_hydra():
     own, rest = read(
         ["method=gptq", "gpu_memory_gb=24", "critical=true", "serve.dtype=float16"], OPTIONS, configured=True
     )

@@ -97,7 +97,7 @@ def test_a_variant_that_params_name_no_longer_is_not_there(pipeline):
     assert [record.name for record in pipeline.records()] == ["float", "one"]
 
 
-def test_stages_that_have_yet_to_follow_a_change_are_left_out(pipeline):
+def test_stages_that_are_out_of_date_are_left_out(pipeline):
     pipeline.params(one="method=gptq bits=4", two=LINES["two"])
     pipeline.compose("one")
     assert pipeline.stages("one") == ["download", "calibrate"]
@@ -106,13 +106,13 @@ def test_stages_that_have_yet_to_follow_a_change_are_left_out(pipeline):
     assert pipeline.stages("two") == EACH
 
 
-def test_a_stage_that_came_out_the_same_by_other_options_keeps_those_after_it(pipeline):
+def test_an_equal_output_from_other_options_keeps_later_stages_current(pipeline):
     pipeline.params(one=f"{LINES['one']} convert.target=gptq", two=LINES["two"])
     pipeline.run("convert", "one")
     assert pipeline.stages("one") == EACH
 
 
-def test_a_stage_that_came_out_otherwise_drops_those_after_it(pipeline):
+def test_a_changed_output_makes_later_stages_out_of_date(pipeline):
     pipeline.run("convert", "one", "another layout")
     assert pipeline.stages("one") == EACH[:4]
 
@@ -133,7 +133,7 @@ def test_the_log_of_a_stage_is_known_and_is_none_of_its_files(pipeline):
 
 def test_a_damaged_result_is_an_error_that_names_it(pipeline):
     (pipeline.folder / "artifacts" / "one" / "quantize.json").write_text("{")
-    with pytest.raises(UserError, match=r"one/quantize\.json is no JSON"):
+    with pytest.raises(UserError, match=r"one/quantize\.json is not valid JSON"):
         pipeline.records()
 
 

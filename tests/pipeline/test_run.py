@@ -93,7 +93,7 @@ def test_a_disk_that_is_full_at_the_last_moment_leaves_nothing_half_written(chec
     assert names(checkout / "scratch" / "awq-w4-g128") == []
 
 
-def test_an_output_without_its_result_is_none(checkout, config, monkeypatch):
+def test_an_output_without_a_result_is_not_used(checkout, config, monkeypatch):
     def full(path, _value):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
@@ -191,7 +191,7 @@ def test_a_baseline_is_found_for_a_variant(checkout, config):
 
 def test_an_input_of_the_pipeline_that_is_missing_names_dvc(checkout, frozen):
     run = StageRun("convert", frozen("mine"), checkout, ())
-    with pytest.raises(UserError, match=r"artifacts/mine/quantize is missing: run `dvc repro`"):
+    with pytest.raises(UserError, match=r"artifacts/mine/quantize is missing; run `dvc repro`"):
         run.input("quantize")
 
 
@@ -217,7 +217,7 @@ def test_the_float_model_is_served_as_downloaded_and_a_variant_as_converted(chec
     assert served == checkout / "scratch" / "gptq-w4-g128" / "convert"
 
 
-def test_a_checkpoint_that_changed_since_it_was_made_is_told_by_its_files(checkout, config):
+def test_changed_files_of_a_checkpoint_are_counted(checkout, config):
     execute("convert", write(), config("method=gptq"), checkout, ())
     run = StageRun("evaluate", config("method=gptq"), checkout, ())
     assert changed_files(run) == 0
@@ -228,7 +228,7 @@ def test_a_checkpoint_that_changed_since_it_was_made_is_told_by_its_files(checko
     assert changed_files(run) == 2
 
 
-def test_what_was_measured_is_said(checkout, config, capsys):
+def test_metrics_are_printed(checkout, config, capsys):
     def work(run):
         write()(run)
         run.status, run.reason = "unsupported", "no kernel"

@@ -46,10 +46,10 @@ def frozen(composed):
         ("method=gptqq", "method=gptqq: allowed are autoround, awq, bnb, float, gptq, rtn (did you mean gptq?)"),
         ("calibration=wikitext", "calibration=wikitext: allowed are c4, demo, domain, jsonl, pileval, wikitext2"),
         ("bitss=8", "bitss: no such option (did you mean bits?)"),
-        ("method.quant_type=nf4", "method.quant_type: this method has no such option, method=bnb has it; see --help"),
+        ("method.quant_type=nf4", "method.quant_type: this method has no such option; method=bnb has it, see --help"),
         ("calibration.nsamples=8", "calibration.nsamples: no such option (did you mean calibration.n_samples?)"),
-        ("bits", "bits: is no override; give KEY=VALUE"),
-        ("model.name=[a", "model.name=[a: is no override"),
+        ("bits", "bits: is not a valid override; give KEY=VALUE"),
+        ("model.name=[a", "model.name=[a: is not a valid override"),
     ],
 )
 def test_what_hydra_cannot_compose_is_explained_with_what_is_allowed(failure, override, says):
@@ -61,7 +61,7 @@ def test_what_hydra_cannot_compose_is_explained_with_what_is_allowed(failure, ov
 
 def test_a_frozen_configuration_that_is_missing_is_named_with_its_command(failure):
     message, code = failure(name="nope")
-    assert message == "nope: no such configuration; the pipeline's are made by `dvc repro`"
+    assert message == "nope: no such configuration; `dvc repro` makes those of the pipeline"
     assert code == 2
 
 
@@ -85,7 +85,7 @@ def test_our_own_errors_keep_their_message_and_code(conf):
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.EIO, "x"), KeyError("x")])
-def test_a_fault_of_ours_is_not_explained_away(conf, error):
+def test_a_bug_keeps_its_traceback(conf, error):
     assert explain(error, conf) is None
 
 
@@ -95,9 +95,9 @@ def test_options_are_known_of_every_choice_of_a_group(conf):
     assert not [name for name in names if name.startswith(("hydra", "defaults"))]
 
 
-def test_a_former_name_is_answered_with_the_one_of_today(failure, composed):
-    assert failure("coverage.samples=4") == ("coverage.samples: is called layer_errors.samples now", 2)
-    with pytest.raises(ConfigError, match="coverage: is called layer_errors now"):
+def test_an_old_option_name_gives_an_error_with_the_new_name(failure, composed):
+    assert failure("coverage.samples=4") == ("coverage.samples: was renamed; use layer_errors.samples", 2)
+    with pytest.raises(ConfigError, match="coverage: was renamed; use layer_errors"):
         parse({**composed(), "coverage": {"enabled": True}})
 
 
@@ -120,7 +120,7 @@ def test_a_frozen_configuration_with_overrides_is_refused(frozen):
 def test_dvc_may_run_frozen_configurations_alone(frozen, composed, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "quantize@mine")
     check_caller(frozen, [])
-    with pytest.raises(UserError, match=r"not frozen; give it -cp \.\./variants -cn NAME"):
+    with pytest.raises(UserError, match=r"not frozen; run it with -cp \.\./variants -cn NAME"):
         check_caller(parse(composed()), [])
     monkeypatch.delenv("DVC_STAGE")
     check_caller(parse(composed()), ["bits=4"])
@@ -155,10 +155,10 @@ def started(root, *command):
     return subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, check=False)
 
 
-def test_a_python_without_hydra_is_told_what_to_do(root):
+def test_without_hydra_the_message_names_the_setup_command(root):
     done = started(root, "-S", "-m", "stages.quantize")
     assert done.returncode == 1
-    assert done.stderr == "error: this Python has no hydra; run `make setup`, then `source .venv/bin/activate`\n"
+    assert done.stderr == "error: hydra is not installed here; run `make setup`, then `source .venv/bin/activate`\n"
 
 
 def test_a_failure_does_not_end_the_other_jobs_of_a_sweep(root):

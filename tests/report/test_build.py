@@ -96,16 +96,16 @@ def test_equal_results_give_equal_bytes(whole: Path, rules: ReportConfig, tmp_pa
     assert [name for name in names if (whole / name).read_bytes() != (tmp_path / "report" / name).read_bytes()] == []
 
 
-def test_what_was_not_measured_is_said(bare: Path) -> None:
+def test_missing_measurements_are_named(bare: Path) -> None:
     page, text = (bare / "index.html").read_text(), (bare / "report.md").read_text()
     for document in (page, text):
         assert document.lower().count("not measured") >= 8
         assert "nan" not in re.sub(r"<[^>]+>|[\w+/=]{60,}", "", document).lower().split()
-    assert "not looked for" in page
+    assert "not checked" in page
     assert {path.stem for path in (bare / "plots").iterdir()} == {
         "quality-size", "distances", "errors-gptq-w4-g128", "memory"
     }  # fmt: skip
-    assert "Recovery on tasks: not measured, so it was not judged by that." in text
+    assert "Recovery on tasks: not measured, so this rule was not applied." in text
 
 
 def test_plots_are_drawings_with_titles_and_ids_of_their_own(whole: Path) -> None:
@@ -119,7 +119,7 @@ def test_plots_are_drawings_with_titles_and_ids_of_their_own(whole: Path) -> Non
     assert not re.search("|".join(drawn for drawn, _ in svg.INK.values()), page)
 
 
-def test_the_page_asks_nothing_of_a_network(whole: Path) -> None:
+def test_the_page_makes_no_network_requests(whole: Path) -> None:
     page = (whole / "index.html").read_text()
     assert "default-src 'none'" in page
     assert "<script" not in page
@@ -136,7 +136,7 @@ def test_text_of_a_result_is_no_markup(rules: ReportConfig, tmp_path: Path) -> N
     assert line.replace("\\|", "").count("|") == 5
 
 
-def test_options_that_differ_are_told_by_variant(tmp_path: Path) -> None:
+def test_options_that_differ_are_listed_per_variant(tmp_path: Path) -> None:
     records = report_records.records(tmp_path, whole=False, names=["gptq-w4-g128", "awq-w4-g128"])
     records[1].config["calibration"]["n_samples"] = 8
     found = [row for row in run_tables.protocol(gather(records, tmp_path)).rows if row["option"] == "n_samples"]
@@ -164,7 +164,7 @@ def test_the_baseline_alone_is_reported_on(rules: ReportConfig, tmp_path: Path) 
     assert report.recommendation.headline == "None: no variant has been built yet."
 
 
-def test_a_gate_that_judges_nothing_is_no_praise(tmp_path: Path) -> None:
+def test_a_gate_without_a_limit_is_not_a_pass(tmp_path: Path) -> None:
     def passed(rows: int, limit: float | None) -> object:
         (record,) = report_records.records(tmp_path, names=["gptq-w4-g128"])[1:]
         path = tmp_path / "artifacts" / "gptq-w4-g128" / "tasks" / "tasks.json"

@@ -59,7 +59,7 @@ def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator
     context.close()
 
 
-def test_it_asks_for_nothing_but_itself_and_the_console_is_silent(page: Any, address: str) -> None:
+def test_the_page_makes_no_requests_and_logs_nothing_to_the_console(page: Any, address: str) -> None:
     assert [url for url in page.asked if not url.startswith("data:")] == [address]
     assert page.said == []
 
@@ -76,7 +76,7 @@ def test_every_plot_is_drawn(page: Any) -> None:
         assert one["width"] > 300, one
 
 
-def test_no_drawing_takes_a_colour_that_the_theme_has_not(page: Any) -> None:
+def test_drawings_use_only_colours_of_the_theme(page: Any) -> None:
     unset = """all => all.flatMap(one => [...one.getAttribute('style').matchAll(/var\\((--[\\w-]+)\\)/g)].map(m => m[1]))
       .filter(name => !getComputedStyle(document.documentElement).getPropertyValue(name))"""
     assert page.eval_on_selector_all("svg [style]", unset) == []

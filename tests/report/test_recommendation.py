@@ -57,7 +57,7 @@ def test_speeds_whose_ranges_overlap_are_not_told_apart(rules: ReportConfig) -> 
     assert recommend([fast, {**slow, "speed_up_high": 1.09}], rules).chosen == "fast"
 
 
-def test_tasks_that_were_measured_without_a_limit_are_told_as_such(rules: ReportConfig) -> None:
+def test_tasks_without_a_limit_are_named_as_such(rules: ReportConfig) -> None:
     found = recommend([row("a", tasks_passed=None, recovery_lowest=0.985)], rules)
     assert found.chosen == "a"
     assert found.caveats == [
@@ -85,13 +85,13 @@ def test_none_is_recommended_where_none_fits_and_every_failure_is_named(rules: R
     }  # fmt: skip
 
 
-def test_what_was_not_measured_fails_or_is_kept_in_mind_as_its_rule_says(rules: ReportConfig) -> None:
+def test_a_missing_value_fails_or_is_a_caveat_by_its_rule(rules: ReportConfig) -> None:
     found = recommend([row("a", difference_high_percent=None)], rules)
     assert found.chosen is None
     assert "not measured, which the rules ask for" in found.ruled_out["a"][0]
     found = recommend([row("a", alarms=None), row("b", speed_up=None)], rules)
     assert found.chosen == "a"
-    assert "Number of alarms: not measured, so it was not judged by that." in found.caveats
+    assert "Number of alarms: not measured, so this rule was not applied." in found.caveats
     assert "The speed-up over float of b was not measured, so it did not decide." in found.caveats
 
 
@@ -106,7 +106,7 @@ def test_infinite_growth_is_ruled_out(rules: ReportConfig) -> None:
     assert "grows by unbounded" in found.ruled_out["a"][0]
 
 
-def test_rules_of_ones_own_are_told_in_words(rules: ReportConfig) -> None:
+def test_custom_rules_get_a_sentence(rules: ReportConfig) -> None:
     values = rules.model_dump()
     values["rules"] = {"agreement": {"column": "top1_agreement_low", "at_least": 0.95, "missing": "fail"}}
     own = ReportConfig.model_validate(values)
@@ -129,6 +129,6 @@ def test_every_column_that_can_be_judged_has_words() -> None:
         ("report.worst_layers=0", "report.worst_layers=0"),
     ],
 )
-def test_a_rule_that_cannot_be_is_refused(composed: Any, override: str, fault: str) -> None:
+def test_an_invalid_rule_is_refused(composed: Any, override: str, fault: str) -> None:
     with pytest.raises(ConfigError, match=fault.replace(".", r"\.")):
         parse(composed(override))

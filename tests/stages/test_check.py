@@ -11,9 +11,9 @@ HEAD = "shared: model=demo\nbaseline: method=float\n"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("variants: [\n", "params.yaml is no YAML"),
+        ("variants: [\n", "params.yaml is not valid YAML"),
         ("", "needs `variants:`, a mapping of names to overrides"),
-        ("\x00\x01garbage", "params.yaml is no YAML"),
+        ("\x00\x01garbage", "params.yaml is not valid YAML"),
         (HEAD, "needs `variants:`"),
         (f"{HEAD}variants: nothing\n", "needs `variants:`"),
         (f"{HEAD}variants:\n  - a\n", "needs `variants:`"),

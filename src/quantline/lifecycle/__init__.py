@@ -1,1 +1,1 @@
-"""What becomes of a variant afterwards: published, promoted, rebuilt, backed up, verified."""
+"""After the pipeline: publish, promote, rebuild, back up and verify variants."""

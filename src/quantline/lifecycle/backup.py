@@ -1,12 +1,13 @@
-"""Backup of what a checkout has measured and made, and its restore into an empty clone.
+"""Backup of a checkout's outputs and measurements. See `restore` for the way back into an empty clone.
 
     DIR/objects/md5/ab/cdef...        DVC's objects, by their MD5
     DIR/objects/sha256/ab/cdef...     everything else, by its SHA-256
-    DIR/snapshots/<time>.json         what belongs together: names, hashes, sizes
+    DIR/snapshots/<time>.json         one backup: names, hashes, sizes
 
-Every object is hashed while it is copied, and the snapshot's file is written last. So a snapshot that exists is complete.
-Another backup into the same folder copies only new objects. A restore first checks and stages everything and then moves it,
-dvc.lock last. If it is killed while moving, the next restore completes it. Why this is no `dvc push`: docs/decisions/0017.
+Every object is hashed while it is copied, and the snapshot's file is written last, so an existing snapshot is complete.
+Another backup into the same folder copies only new objects. A restore first checks and stages everything, then moves it
+into place, dvc.lock last. If it is killed while moving, the next restore completes it. Why not `dvc push`:
+docs/decisions/0017.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ DATABASE, ARTIFACTS, PATCH = "mlflow.db", "mlartifacts", "backup.patch"
 
 @dataclass(frozen=True)
 class Saved:
-    """A backup that was made. copied: objects that were not there before."""
+    """A finished backup. copied: number of new objects."""
 
     snapshot: Path
     objects: int
@@ -44,17 +45,17 @@ class Saved:
 
 
 def backup(root: Path, to: Path, *, also: Collection[str] = ()) -> Saved:
-    """Save dvc.lock's outputs, params.yaml, and MLflow's embedded store; `to` may hold earlier backups.
+    """Save dvc.lock's outputs, params.yaml, and MLflow's embedded store; `to` may contain earlier backups.
 
-    also: MD5s of further DVC objects, those of promoted variants.
+    also: MD5s of more DVC objects, those of promoted variants.
 
     Raises:
-        UserError: an object is missing or damaged (`stages.verify` says more), or `to` lies in the checkout.
-        DiskFullError: that.
+        UserError: an object is missing or damaged (see `stages.verify`), or `to` lies in the checkout.
+        DiskFullError: the disk is full.
     """
     root, to = root.resolve(), to.expanduser().resolve()
     if to == root or root in to.parents:
-        raise UserError(f"to={to}: lies in the checkout itself; give a folder elsewhere, best on another disk")
+        raise UserError(f"to={to}: lies in the checkout; give a folder outside of it, if possible on another disk")
     cache = dvc_cache.cache_folder(root)
     needed = [*(output.md5 for output in dvc_cache.read_lock(root)), *also]
     store = _Store(to)
@@ -90,7 +91,7 @@ def _tracking_files(root: Path, store: _Store) -> dict[str, dict[str, Any]]:
     files = {}
     with tempfile.TemporaryDirectory(prefix="quantline-backup-") as scratch:
         copy = Path(scratch) / DATABASE
-        # SQLite's own online backup: whole, also while somebody publishes.
+        # SQLite's online backup gives a consistent copy, even during a publish.
         with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(copy)) as target:
             source.backup(target)
         files[DATABASE] = store.keep(copy)
@@ -109,10 +110,10 @@ class _Store:
 
     def keep_md5(self, path: Path, md5: str) -> None:
         if not path.is_file():
-            raise UserError(f"{path}: is missing, dvc.lock needs it; see `python -m stages.verify`")
+            raise UserError(f"{path}: is missing, but dvc.lock needs it; see `python -m stages.verify`")
         target = self._folder / "objects" / "md5" / md5[:2] / md5[2:]
         if not target.is_file():
-            fault = "is damaged, its content is {found}; see `python -m stages.verify`"
+            fault = "is damaged, its hash is {found}; see `python -m stages.verify`"
             copy_hashed(path, target, "md5", md5.removesuffix(dvc_cache.DIR), fault)
             self.copied += 1
         self.md5[md5] = target.stat().st_size
@@ -135,13 +136,13 @@ class _Store:
 
 
 def copy_hashed(source: Path, target: Path, kind: str, wanted: str, fault: str) -> None:
-    """Copy a file whole or not at all, and hash what is written.
+    """Copy a file completely or not at all, and hash the written bytes.
 
-    kind: of hash, md5 or sha256. wanted: the hash in hexadecimal. fault: what another hash means, for the message;
-    `{found}` in it is that hash.
+    kind: of hash, md5 or sha256. wanted: the expected hash in hexadecimal. fault: message for another hash, in which
+    `{found}` stands for that hash.
 
     Raises:
-        UserError: the content has another hash; there is no copy then.
+        UserError: the content has another hash; no copy is left then.
     """
     digest = hashlib.new(kind, usedforsecurity=False)
     with replaced(target) as temporary, source.open("rb") as read, temporary.open("wb") as write:
@@ -153,21 +154,21 @@ def copy_hashed(source: Path, target: Path, kind: str, wanted: str, fault: str) 
 
 
 def read_snapshot(folder: Path, name: str | None) -> tuple[Path, dict[str, Any]]:
-    """A snapshot's file and content; the latest where no name is given.
+    """A snapshot's file and content; the latest if no name is given.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
     there = sorted((folder / "snapshots").glob("*.json"))
     if not there:
-        raise UserError(f"from={folder}: holds no backup; `python -m stages.backup to={folder}` makes one")
+        raise UserError(f"from={folder}: contains no backup; `python -m stages.backup to={folder}` makes one")
     path = folder / "snapshots" / f"{name}.json" if name else there[-1]
     if not path.is_file():
-        raise UserError(f"snapshot={name}: is not there; there are {', '.join(path.stem for path in there)}")
+        raise UserError(f"snapshot={name}: does not exist; there are {', '.join(path.stem for path in there)}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["schema"] != SCHEMA:
-            raise UserError(f"{path}: is of schema {manifest['schema']}, this version reads {SCHEMA}")
+            raise UserError(f"{path}: has schema {manifest['schema']}, but this version reads {SCHEMA}")
         return path, {**manifest, "md5": dict(manifest["md5"]), "files": dict(manifest["files"])}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is damaged ({error}); give another snapshot=NAME") from error
@@ -179,10 +180,10 @@ def object_file(folder: Path, kind: str, name: str) -> Path:
 
 
 def check_objects(folder: Path, manifest: dict[str, Any]) -> int:
-    """Read and hash everything that a snapshot needs; returns how many bytes that is.
+    """Read and hash everything that a snapshot needs; returns the number of bytes.
 
     Raises:
-        UserError: something is missing or damaged, all of it named.
+        UserError: objects are missing or damaged; the message lists all of them.
     """
     faults, size = [], 0
     wanted = [("md5", md5) for md5 in manifest["md5"]]
@@ -199,14 +200,14 @@ def check_objects(folder: Path, manifest: dict[str, Any]) -> int:
     if faults:
         shown = "\n  ".join(faults)
         raise UserError(
-            f"from={folder}: the backup is not whole, nothing was restored:\n  {shown}\nGive another snapshot=NAME, or "
-            "remove the damaged files and run the backup again where the originals are"
+            f"from={folder}: the backup is incomplete, nothing was restored:\n  {shown}\nGive another snapshot=NAME, or "
+            "remove the damaged files and run the backup again in the original checkout"
         )
     return size
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove what a killed backup or restore left below a folder."""
+    """Remove temporary files of a killed backup or restore below a folder."""
     for path in folder.rglob("*.tmp"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What `stages.promote` registers of a variant: its record in words and tags, gathered from results and files."""
+"""Collects what `stages.promote` registers for a variant: its tags and documents, from results and files."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ _DOCUMENTS = (("convert", "conversion_proof.json"), ("evaluate", "comparison.jso
 
 
 def record_of(root: Path, name: str) -> VariantRecord:
-    """The record of a variant of params.yaml, else of one run by hand under that name.
+    """The record of a variant of params.yaml, else of a manual run with that name.
 
     Raises:
-        UserError: there is neither.
+        UserError: neither exists.
     """
     records = {record.name: record for record in pipeline_records(root)}
     if name in records:
         return records[name]
     if (root / "scratch" / name.removeprefix("by-hand/") / "config.json").is_file():
         return manual_record(root, name.removeprefix("by-hand/"))
-    raise UserError(f"variant={name}: there are {', '.join(records) or 'none yet, run `dvc repro`'}, and none by hand")
+    raise UserError(f"variant={name}: not found; the pipeline has {', '.join(records) or 'none yet, run `dvc repro`'}")
 
 
 def model_name_of(config: Config) -> str:
-    """The registered model's name: the configured one, else one for the float model."""
+    """The registered model's name: the configured name, else one from the float model's name."""
     own = config.tracking.model_copy(update={"experiment": None})
     return config.promote.name or experiment_name(own, config.model).replace("/", "-")
 
 
 def promotion_of(record: VariantRecord, model: str, run_id: str, fingerprint: str, root: Path) -> Promotion:
-    """What to register of a variant whose gates hold.
+    """What to register for a variant that passed its gates.
 
     Args:
-        record: the variant's.
+        record: of the variant.
         model: name of the registered model.
-        run_id: its run.
-        fingerprint: of the variant, as its run has it.
+        run_id: of the variant's run.
+        fingerprint: of the variant, as in its run.
         root: the checkout.
     """
     results = {str(result["stage"]): result for result in record.results}

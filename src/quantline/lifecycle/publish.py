@@ -1,4 +1,4 @@
-"""Project results onto MLflow, loudly and without ever failing a stage."""
+"""Publish results to MLflow; a failure is reported on stderr and never fails a stage."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def publish_records(
     report: Path | None = None,
     limit_seconds: float | None = None,
 ) -> bool:
-    """Publish and say so; whether it worked. A server that is down is reported, never raised.
+    """Publish and print the outcome; returns whether it worked. A server that is down is reported, never raised.
 
-    report: folder of the report of these records. limit_seconds: how long it may take in all; null is as long as it takes.
+    report: folder of the report of these records. limit_seconds: limit for the total time; null is no limit.
     """
     from quantline.lifecycle.tracking.writer import publish
 
@@ -43,5 +43,5 @@ def publish_records(
 
 
 def publish_by_hand(config: Config, variant: str, root: Path) -> None:
-    """Publish what a stage by hand measured; somebody waits for the prompt, so it gives up after a while."""
+    """Publish the results of a manual run; it has a time limit, since a user waits for the prompt."""
     publish_records([manual_record(root, variant)], config, root, limit_seconds=2 * config.tracking.timeout_seconds)

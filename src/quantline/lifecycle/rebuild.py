@@ -1,7 +1,7 @@
-"""Bring a variant back from its MLflow run alone: from DVC's cache or a remote, or by making it again from its sources.
+"""Rebuild a variant from its MLflow run: from DVC's cache or a remote, or by running its stages again.
 
-Everything is verified against the hashes that the run recorded: each file and tensor of the outputs, and the evaluation's
-metrics. What comes back appears in its folder whole, and only if it is identical.
+Everything is verified against the run's recorded hashes: each file and tensor of the outputs, and the metrics of the
+evaluation. The result appears in its folder only if it is complete and identical.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MADE_AGAIN = names(lambda stage: stage.rebuilt)
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What became of it: `how` from where, `compared` what was looked at, `difference` None where it is identical."""
+    """The outcome. how: the source. compared: the compared stages. difference: None if it is identical."""
 
     how: str
     compared: list[str]
@@ -42,10 +42,10 @@ class Rebuilt:
 
 @dataclass(frozen=True)
 class RebuildOptions:
-    """How a variant is made again.
+    """How a variant is rebuilt from source.
 
-    until: the last stage. toolchains: interpreters of this machine in place of its environments; those that the run names
-    are another machine's. trust_patch: apply the run's patch, code that comes from the tracking server.
+    until: the last stage. toolchains: interpreters on this machine that replace its environments; those in the run belong
+    to another machine. trust_patch: apply the run's patch, which is code from the tracking server.
     """
 
     until: str = "evaluate"
@@ -62,28 +62,28 @@ def rebuild(
     remote: str | None = None,
     making: RebuildOptions | None = None,
 ) -> Rebuilt:
-    """Bring a variant back to `out`: a folder for each of its stages, `convert` being the checkpoint, and their results.
+    """Rebuild a variant in `out`: one folder per stage (`convert` is the checkpoint), and the results.
 
     Args:
-        run: what MLflow tells of it.
-        out: a folder that does not exist; made only where everything is identical.
+        run: the variant's run in MLflow.
+        out: a folder that does not exist; made only if everything is identical.
         root: the checkout.
-        source: `cache`, `source`, or `auto`, which makes it again where it is not in the cache.
-        remote: DVC's remote to look in; null is the default one.
-        making: how it is made again.
+        source: `cache`, `source`, or `auto`, which uses the source if the cache does not have it.
+        remote: DVC remote to read; null is the default remote.
+        making: how it is rebuilt from source.
 
     Raises:
-        UserError: it is not in the cache, its code or its model is not here, or `out` exists.
+        UserError: it is not in the cache, its code or model is not available, or `out` exists.
     """
     if out.exists():
-        raise UserError(f"out={out}: is there already; give a folder that is not")
+        raise UserError(f"out={out}: already exists; give a new folder")
     with passing(out.with_name(f".{out.name}.partial")) as folder:
         missing: list[str] = []
         if source != "source":
             missing, rebuilt = _from_cache(run, folder, root, remote)
             if missing and source == "cache":
                 raise UserError(
-                    f"{run.name} is not in DVC's cache: {'; '.join(missing)}; give from=source to make it again"
+                    f"{run.name} is not in DVC's cache: {'; '.join(missing)}; give from=source to rebuild it"
                 )
             for reason in missing:
                 print(f"not from the cache: {reason}", file=sys.stderr, flush=True)
@@ -106,7 +106,7 @@ def _from_cache(run: TrackedRun, folder: Path, root: Path, remote: str | None) -
             outs[target / name] = out
     rebuilt = Rebuilt("DVC's cache", [], None)
     if target / "convert" not in outs and target / "download" not in outs:
-        return ["its run names no output of DVC's: it was run by hand, or published before the pipeline ended"], rebuilt
+        return ["its run has no outputs in DVC: it was run manually, or published before the pipeline ended"], rebuilt
     target.mkdir()
     missing = fetch_outputs(root, outs, remote)
     if missing:
@@ -116,7 +116,7 @@ def _from_cache(run: TrackedRun, folder: Path, root: Path, remote: str | None) -
         result = read_result(target / f"{stage}.json")
         chain = Lineage(run.name, "DVC's cache", {stage: _measured(result, target / stage)}, {stage: target / stage})
         found = outcome_difference(stage, run.chain, chain, exact=True)
-        rebuilt.compared.append(_said(stage, run.results[stage]))
+        rebuilt.compared.append(_counts(stage, run.results[stage]))
         if found is not None:
             return [], replace(rebuilt, difference=found)
     _write_run(run, target, "DVC's cache")
@@ -124,12 +124,12 @@ def _from_cache(run: TrackedRun, folder: Path, root: Path, remote: str | None) -
 
 
 def _measured(result: dict[str, Any], output: Path) -> dict[str, Any]:
-    """A result with the hashes of what lies there now, rather than of what lay there when it was written."""
+    """A result with the hashes of the current files instead of the recorded hashes."""
     hashes = hash_folder(output)
     return {**result, "outputs": hashes.files, "tensors": hashes.tensors, "output_hash": combined(hashes.files)}
 
 
-def _said(stage: str, result: dict[str, Any]) -> str:
+def _counts(stage: str, result: dict[str, Any]) -> str:
     parts = [
         f"{len(result.get('outputs') or {})} files" if STAGES[stage].exact else f"{len(result['metrics'])} metrics"
     ]
@@ -145,11 +145,11 @@ def _from_source(run: TrackedRun, folder: Path, root: Path, making: RebuildOptio
         stage: run.results[stage]["identity"]["code"] for stage in stages if "identity" in run.results.get(stage, {})
     }
     if not code:
-        raise UserError(f"run {run.run_id}: was published by a version that did not record its code; give from=cache")
+        raise UserError(f"run {run.run_id}: was published by a version that did not record the code; give from=cache")
     area = make_worktree(
         folder / "work", root, commit=run.commit, patch=run.patch, code=code, trust_patch=making.trust_patch
     )
-    print(f"made again from {area.origin}", file=sys.stderr, flush=True)
+    print(f"rebuilding from {area.origin}", file=sys.stderr, flush=True)
     name = run.name.rpartition("/")[2]
     config = runnable(run, stages, making.toolchains)
     area.freeze(name, config)
@@ -163,7 +163,7 @@ def _from_source(run: TrackedRun, folder: Path, root: Path, making: RebuildOptio
         output = area.output(stage, of)
         chain = Lineage(run.name, area.origin, {stage: read_result(output.with_suffix(".json"))}, {stage: output})
         if stage in run.results:
-            rebuilt.compared.append(_said(stage, run.results[stage]))
+            rebuilt.compared.append(_counts(stage, run.results[stage]))
             found = stage_difference(stage, run.chain, chain)
         else:
             found = _other_input(run, stage, str(chain.results[stage]["output_hash"]))
@@ -174,21 +174,21 @@ def _from_source(run: TrackedRun, folder: Path, root: Path, making: RebuildOptio
 
 
 def _stages(run: TrackedRun, until: str) -> list[str]:
-    """What is to be made: up to the last recorded stage, those between too that a run by hand took from elsewhere."""
-    asked = MADE_AGAIN[: MADE_AGAIN.index(until) + 1]
-    last = max((asked.index(stage) for stage in run.results if stage in asked), default=-1)
+    """The stages to run: up to the last recorded one, with those in between that a manual run took from another run."""
+    candidates = MADE_AGAIN[: MADE_AGAIN.index(until) + 1]
+    last = max((candidates.index(stage) for stage in run.results if stage in candidates), default=-1)
     baseline = (run.config.get("method") or {}).get("name") == BASELINE
-    return [stage for stage in asked[: last + 1] if not baseline or stage in baseline_stages()]
+    return [stage for stage in candidates[: last + 1] if not baseline or stage in baseline_stages()]
 
 
 def _other_input(run: TrackedRun, stage: str, made: str) -> Difference | None:
-    """A stage that the run has no result of is known by what the stages after it took from it."""
+    """The difference of a stage without a result in the run: its hash is recorded as an input of later stages."""
     taken = {str(result["inputs"][stage]) for result in run.results.values() if stage in (result.get("inputs") or {})}
     return Difference(stage, "output", "hash", ", ".join(sorted(taken)), made) if taken - {made} else None
 
 
 def _order(stages: list[str], name: str) -> list[tuple[str, str]]:
-    """(stage, variant) in the order in which they are made; the float model is served and scored for what needs it."""
+    """(stage, variant) in the order in which they run; the float model comes first where a stage compares with it."""
     order: list[tuple[str, str]] = []
     for stage in stages:
         if STAGES[stage].beside_float and name != BASELINE:
@@ -201,12 +201,12 @@ def _check_device(run: TrackedRun, stages: list[str]) -> None:
     for stage in stages:
         device = (run.results.get(stage, {}).get("environment") or {}).get("device")
         if device == "cuda" and detect_platform() != "cuda":
-            raise UserError(f"{stage} was made on a GPU, and there is none here: another device gives other weights; give "
+            raise UserError(f"{stage} was made on a GPU, and this machine has none: other devices give other weights; give "
                             "from=cache")  # fmt: skip
 
 
 def runnable(run: TrackedRun, stages: list[str], toolchains: Mapping[str, str | None]) -> dict[str, Any]:
-    """A recorded configuration for this machine: the device that it was made on, and the interpreters that are here."""
+    """A recorded configuration for this machine: with the recorded device and the interpreters of this machine."""
     config, device = (
         run.config,
         next((run.results[stage]["environment"].get("device") for stage in stages if stage in run.results), None),

@@ -1,4 +1,4 @@
-"""Restore of a backup into an empty clone: everything is checked and staged first, then moved, dvc.lock last."""
+"""Restore of a backup into an empty clone: check and stage everything first, then move it, dvc.lock last."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from quantline.lifecycle.storage import dvc_cache
 from quantline.pipeline.git import commit_of
 
 STAGING = ".restore.tmp"
-READY = "ready"  # a file in the staging folder: all of it is there and checked, and may be moved
-# Where MLflow keeps absolute addresses of artifacts, which are others in another folder.
+READY = "ready"  # a file in the staging folder: everything is complete and checked
+# Tables and columns in which MLflow stores absolute URIs of artifacts; they change with the folder.
 ADDRESSES = {
     "experiments": ("artifact_location",), "runs": ("artifact_uri",), "model_versions": ("source", "storage_location"),
     "logged_models": ("artifact_location",),
@@ -27,7 +27,7 @@ ADDRESSES = {
 
 @dataclass(frozen=True)
 class Restored:
-    """What was brought back. notes: what the user should know."""
+    """What was restored. notes: for the user."""
 
     snapshot: str
     objects: int
@@ -36,11 +36,11 @@ class Restored:
 
 
 def restore(root: Path, folder: Path, *, name: str | None = None) -> Restored:
-    """Bring a snapshot back into a clone that has nothing of its own yet; the workspace follows by `dvc checkout`.
+    """Restore a snapshot into a clone without results; `dvc checkout` then fills the workspace.
 
     Raises:
-        UserError: the backup is not whole, or the clone already has results; nothing was changed then.
-        DiskFullError: that; nothing was changed.
+        UserError: the backup is incomplete, or the clone already has results; nothing was changed then.
+        DiskFullError: the disk is full; nothing was changed.
     """
     root, folder = root.resolve(), folder.expanduser().resolve()
     path, manifest = read_snapshot(folder, name)
@@ -64,15 +64,15 @@ def _refuse_occupied(root: Path, folder: Path, manifest: dict[str, Any]) -> None
     taken = [name for name in ("artifacts", "variants", DATABASE, ARTIFACTS) if _holds_something(root / name)]
     if taken:
         raise UserError(
-            f"{root}: already has {', '.join(taken)}; a backup is restored into a fresh clone, where nothing can be lost: "
-            "`git clone`, then `python -m stages.restore` there"
+            f"{root}: already has {', '.join(taken)}; a backup is restored into a fresh clone, so that nothing is lost: "
+            "`git clone`, then run `python -m stages.restore` there"
         )
     for name, entry in manifest["files"].items():
         own = root / name
         if own.is_file() and _changed(root, name):
             same = own.read_bytes() == object_file(folder, "sha256", entry["sha256"]).read_bytes()
             if not same:
-                raise UserError(f"{name}: has changes that are not in git, and would be replaced; commit or undo them")
+                raise UserError(f"{name}: has uncommitted changes that would be overwritten; commit or undo them")
 
 
 def _holds_something(path: Path) -> bool:
@@ -82,23 +82,25 @@ def _holds_something(path: Path) -> bool:
 def _changed(root: Path, name: str) -> bool:
     from quantline.pipeline.git import git_output
 
-    # A file that git does not know counts as changed; outside git there is nobody to ask.
-    said = git_output(root, "status", "--porcelain", "--ignored", "--", name)
-    return said is None or bool(said.strip())
+    # A file that git does not track counts as changed; so does every file outside a git repository.
+    status = git_output(root, "status", "--porcelain", "--ignored", "--", name)
+    return status is None or bool(status.strip())
 
 
 def _stage(folder: Path, manifest: dict[str, Any], staging: Path, cache: Path, root: Path) -> None:
-    # Objects go to the cache at once: each is whole, and until dvc.lock is there nothing refers to it.
+    # Objects go directly to the cache: each is complete, and nothing refers to them until dvc.lock is moved.
     for md5 in manifest["md5"]:
         target = dvc_cache.object_path(cache, md5)
         if not (target.is_file() and dvc_cache.md5_of(target) == md5.removesuffix(dvc_cache.DIR)):
             target.unlink(missing_ok=True)
             _copy(object_file(folder, "md5", md5), target, "md5", md5.removesuffix(dvc_cache.DIR))
-            target.chmod(0o444)  # as DVC does: an object is never written again
+            target.chmod(0o444)  # as DVC does, since objects never change
     for name, entry in manifest["files"].items():
         inside = staging / "files" / name
         if not inside.resolve().is_relative_to(staging.resolve()):
-            raise UserError(f"{name}: lies outside the checkout; the snapshot was not made by stages.backup")
+            raise UserError(
+                f"{name}: lies outside of the checkout; the snapshot is damaged, give another snapshot=NAME"
+            )
         _copy(object_file(folder, "sha256", entry["sha256"]), inside, "sha256", entry["sha256"])
     database = staging / "files" / DATABASE
     if database.is_file():
@@ -106,11 +108,11 @@ def _stage(folder: Path, manifest: dict[str, Any], staging: Path, cache: Path, r
 
 
 def _copy(source: Path, target: Path, kind: str, wanted: str) -> None:
-    copy_hashed(source, target, kind, wanted, "changed while it was restored; nothing was restored, run it again")
+    copy_hashed(source, target, kind, wanted, "changed during the restore; nothing was restored, run it again")
 
 
 def move_addresses(database: Path, old: Path, new: Path) -> None:
-    """Make the addresses of artifacts below `old` such below `new`, in all rows or in none."""
+    """Change the URIs of artifacts below `old` to URIs below `new`, in all rows or in none."""
     before, after = f"{old.as_uri()}/", f"{new.as_uri()}/"
     with closing(sqlite3.connect(database)) as store, store:
         for table, columns in ADDRESSES.items():
@@ -125,9 +127,7 @@ def move_addresses(database: Path, old: Path, new: Path) -> None:
 def _move(staging: Path, root: Path, names: list[str]) -> None:
     files = staging / "files"
     if (files / ARTIFACTS).is_dir():
-        shutil.rmtree(
-            root / ARTIFACTS, ignore_errors=True
-        )  # empty, or moved by a restore that was killed at once after
+        shutil.rmtree(root / ARTIFACTS, ignore_errors=True)  # empty, or moved by a restore that was killed right after
         os.replace(files / ARTIFACTS, root / ARTIFACTS)
     single = [name for name in names if not name.startswith(f"{ARTIFACTS}/")]
     for name in sorted(single, key=lambda name: name == "dvc.lock"):
@@ -142,8 +142,8 @@ def _notes(root: Path, manifest: dict[str, Any]) -> list[str]:
     if manifest.get("commit") and commit != manifest["commit"]:
         notes.append(
             f"the backup was made at commit {manifest['commit'][:12]}, this clone is at {(commit or 'none')[:12]}; with "
-            "other code `dvc repro` may have something to do"
+            "other code `dvc repro` may run stages again"
         )
     if "backup.patch" in manifest["files"]:
-        notes.append("there were changes beyond that commit: backup.patch holds them (`git apply` reads it)")
+        notes.append("the checkout had uncommitted changes; they are in backup.patch (for `git apply`)")
     return notes

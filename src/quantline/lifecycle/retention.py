@@ -1,7 +1,7 @@
-"""What may be removed from DVC's cache: all but what the workspace, git's history as asked for, and promoted variants need.
+"""Removes objects from DVC's cache that the workspace, the chosen git history and promoted variants do not need.
 
-DVC says what is needed (`Repo.used_objs`) and removes the rest (`dvc_data.hashfile.gc`), as `dvc gc` does. The command
-itself names what it would remove only in printed text, and has no option to protect an object.
+DVC lists the needed objects (`Repo.used_objs`) and removes the rest (`dvc_data.hashfile.gc`), as `dvc gc` does. That
+command itself lists what it would remove only as printed text, and has no option to protect an object.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quantline.core.errors import QuantlineError, UserError
 from quantline.lifecycle.storage import dvc_cache
 from quantline.pipeline.paths import checked_name
 
-# Arguments of DVC's `used_objs`, which always includes the workspace.
+# Arguments for DVC's `used_objs`, which always includes the workspace.
 KEEP: dict[str, dict[str, bool]] = {
     "workspace": {}, "branches": {"all_branches": True}, "tags": {"all_branches": True, "all_tags": True},
     "commits": {"all_commits": True},
@@ -29,7 +29,7 @@ _MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 @dataclass(frozen=True)
 class Garbage:
-    """What would go, or went. objects: names. bytes: of the local ones. protected: objects that stayed for a promotion."""
+    """Removable or removed objects. bytes: size of the local ones. protected: number kept for promoted variants."""
 
     objects: tuple[str, ...]
     bytes: int
@@ -37,19 +37,19 @@ class Garbage:
 
 
 def promoted(root: Path) -> frozenset[str]:
-    """MD5s of the DVC objects that promoted variants need; none where nothing can be promoted."""
+    """MD5s of the DVC objects that promoted variants need; empty without a registry."""
     from quantline.lifecycle.tracking.registry import promoted_outputs
 
     return frozenset(md5 for _, _, hashes in promoted_outputs(root) for md5 in hashes)
 
 
 def former_outputs(root: Path) -> list[Path]:
-    """What lies here of variants that params.yaml has no more: their folder in artifacts/, their frozen configuration.
+    """Leftovers of variants that were removed from params.yaml: their folders in artifacts/, their frozen configurations.
 
-    `report` depends on both folders, so a clone that lacks them would make it again.
+    `report` depends on both folders, so a clone without them would run it again.
 
     Raises:
-        UserError: dvc.lock is missing or malformed, or names what cannot be a variant.
+        UserError: dvc.lock is missing or malformed, or has an invalid name of a variant.
     """
     names = [checked_name(name) for name in dvc_cache.former_variants(root)]
     places = [place for name in names for place in (root / "artifacts" / name, root / "variants" / f"{name}.yaml")]
@@ -57,7 +57,7 @@ def former_outputs(root: Path) -> list[Path]:
 
 
 def remove_former(places: Sequence[Path]) -> None:
-    """Remove what `former_outputs` names; a link goes, not what it leads to."""
+    """Remove the result of `former_outputs`; a link is removed, but not its target."""
     for place in places:
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)
@@ -68,21 +68,21 @@ def remove_former(places: Sequence[Path]) -> None:
 def collect_garbage(
     root: Path, protected: Collection[str], *, keep: str = "workspace", remote: str | None = None, apply: bool = False
 ) -> Garbage:
-    """Remove from the cache what neither `keep` nor `protected` needs; without `apply`, only say what that is.
+    """Remove objects that neither `keep` nor `protected` needs from the cache; without `apply`, only list them.
 
-    protected: MD5s as in dvc.lock, a folder's with `.dir`. keep: what of git's history is kept beside the workspace.
-    remote: a DVC remote to be cleaned along with the cache; its objects are counted, their bytes are not known.
+    protected: MD5s as in dvc.lock, a folder's with `.dir`. keep: the part of git's history to keep besides the workspace.
+    remote: a DVC remote to clean as well; its objects are counted, but their sizes are not known.
 
     Raises:
-        UserError: `keep` is none of these, an MD5 is none, or the list of a protected folder is not in the cache, so that
+        UserError: `keep` is not valid, an MD5 is not valid, or the list of a protected folder is not in the cache, so that
             its files are not known; nothing is removed.
         QuantlineError: DVC failed, with its own message.
     """
     if keep not in KEEP:
-        raise UserError(f"keep={keep}: give {', '.join(KEEP)}")
+        raise UserError(f"keep={keep}: allowed are {', '.join(KEEP)}")
     strange = sorted(md5 for md5 in protected if not _MD5.fullmatch(md5))
     if strange:
-        raise UserError(f"{strange[0]}: is no MD5 of DVC's; nothing was removed")
+        raise UserError(f"{strange[0]}: is not a DVC MD5; nothing was removed")
     cache = dvc_cache.cache_folder(root)
     for md5 in sorted(protected):
         if md5.endswith(dvc_cache.DIR) and dvc_cache.entries_of(cache, "", md5) is None:
@@ -105,7 +105,7 @@ def collect_garbage(
 
 
 def _used(repo: Any, history: Mapping[str, bool], guarded: Collection[str], remote: str | None) -> set[str]:
-    """MD5s of all objects that are needed, those inside folders among them."""
+    """MD5s of all needed objects, including those inside folders."""
     found = repo.used_objs(**history, remote=remote, force=True)
     return {str(info.value) for infos in found.values() for info in infos if info.name == "md5"}.union(guarded)
 
@@ -117,7 +117,7 @@ def _remove(store: Any, used: Collection[str], *, remote: bool) -> None:
 
     gc(store, [HashInfo("md5", md5) for md5 in used])
     if remote:
-        get_index(store).clear()  # what DVC remembers of it
+        get_index(store).clear()  # DVC's index of the remote
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def _explained() -> Iterator[None]:
             yield
     except QuantlineError:
         raise
-    except Exception as error:  # the border: a remote's file system can raise anything, and not all is DVC's own
+    except Exception as error:  # a remote's file system can raise any exception, not only DVC's
         raise QuantlineError(
-            f"DVC could not tell or remove what is not needed: {error or type(error).__name__}"
+            f"DVC could not find or remove the objects that are not needed: {error or type(error).__name__}"
         ) from error

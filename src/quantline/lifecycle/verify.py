@@ -1,7 +1,7 @@
 """Checks every file of the workspace and of DVC's cache against dvc.lock and the results.
 
-Nobody notices a damaged object in the cache until it is needed, perhaps on another machine. Here every object is read, and
-each fault is reported with its file, variant and remedy.
+A damaged object in the cache goes unnoticed until it is needed, perhaps on another machine. This module reads every object
+and reports each fault with its file, variant and remedy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quantline.pipeline.paths import read_result
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. where: the file. variant: to which it belongs. what: is wrong. remedy: the command that repairs it."""
+    """One fault. where: the file. variant: the file's variant. what: the fault. remedy: the command that repairs it."""
 
     where: str
     variant: str
@@ -32,7 +32,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was checked, and the faults. objects: of the cache. files: of the workspace."""
+    """The numbers of checked objects of the cache and files of the workspace, and the faults."""
 
     objects: int
     files: int
@@ -52,7 +52,7 @@ def verify(root: Path, cache: Path) -> VerifyReport:
     count = 0
     for output in outputs:
         entries = entries_of(cache, output.path, output.md5)
-        # Where the list of a folder is gone, its files are still known by the stage's result.
+        # If the list of a folder's files is missing, the stage's result still has their hashes.
         count += _check_workspace(root, output, entries, faults)
         _check_cache(root, cache, output, damaged, faults)
     for output in outputs:
@@ -61,7 +61,7 @@ def verify(root: Path, cache: Path) -> VerifyReport:
     for md5, path in damaged.items():
         if str(path) not in named:
             faults.append(
-                Fault(str(path), "no current variant", f"its content is not {md5}", f"nothing needs it now: rm {path}")
+                Fault(str(path), "no current variant", f"its content is not {md5}", f"no variant needs it: rm {path}")
             )
     return VerifyReport(sum(1 for _ in all_objects(cache)), count, size, tuple(faults))
 
@@ -120,18 +120,21 @@ def _check_cache(root: Path, cache: Path, output: Output, damaged: dict[str, Pat
     if output.md5 in damaged or not path.is_file():
         what = "is damaged" if output.md5 in damaged else "is missing"
         remedy = f"`rm -f {path}`, then `dvc commit --force {output.stage}`, or `make pull`"
-        faults.append(Fault(str(path), output.variant, f"{what}; it stands for {output.path}", remedy))
+        faults.append(Fault(str(path), output.variant, f"{what}; it is the content of {output.path}", remedy))
         return
     for entry in entries_of(cache, output.path, output.md5) or []:
         inner, own = object_path(cache, entry.md5), root / entry.path
         if entry.md5 in damaged or not inner.is_file():
             what = "is damaged" if entry.md5 in damaged else "is missing"
-            # DVC takes the content from the workspace again, where that is whole.
+            # DVC copies the content from the workspace if that is intact.
             whole = own.is_file() and md5_of(own) == entry.md5
             remedy = f"`dvc commit --force {output.stage}`, or `make pull`" if whole else _again(output)
             faults.append(
                 Fault(
-                    str(inner), output.variant, f"{what}; it stands for {entry.path}", f"`rm -f {inner}`, then {remedy}"
+                    str(inner),
+                    output.variant,
+                    f"{what}; it is the content of {entry.path}",
+                    f"`rm -f {inner}`, then {remedy}",
                 )
             )
 
@@ -143,13 +146,13 @@ def _check_result(root: Path, output: Output, faults: list[Fault]) -> None:
         return
     name = result.relative_to(root).as_posix()
     try:
-        said = read_result(result)
-        outputs, whole = dict(said["outputs"]), said["output_hash"]
+        recorded = read_result(result)
+        outputs, whole = dict(recorded["outputs"]), recorded["output_hash"]
     except (UserError, KeyError, TypeError, ValueError) as error:
-        faults.append(Fault(name, output.variant, f"is no result: {error}", f"`dvc checkout --force {name}`"))
+        faults.append(Fault(name, output.variant, f"is not a valid result: {error}", f"`dvc checkout --force {name}`"))
         return
     now = file_hashes(folder)
-    what = f"is not what {name} describes (SHA-256)"
+    what = f"does not match the SHA-256 in {name}"
     faults += [Fault(f"{output.path}/{file}", output.variant, what, _again(output)) for file in differing(outputs, now)]
     if outputs == now and whole != combined(now):
-        faults.append(Fault(name, output.variant, "its output_hash is not that of its outputs", _again(output)))
+        faults.append(Fault(name, output.variant, "its output_hash does not match its outputs", _again(output)))

@@ -1,4 +1,4 @@
-"""A clean copy of the code in which a recorded variant is made again, with no output of anybody's in it."""
+"""A clean copy of the code, without outputs, in which a recorded variant is rebuilt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DROPPED = ("DVC_", "MLFLOW_", "PYTHON", "HYDRA_")
 
 @dataclass(frozen=True)
 class Worktree:
-    """A copy of the code. `origin` says of which."""
+    """A copy of the code. `origin` says which code it is."""
 
     root: Path
     origin: str
@@ -38,9 +38,10 @@ class Worktree:
         """Write a variant's recorded configuration as `compose` freezes it.
 
         Raises:
-            UserError: the recorded locks are not those of the environments here.
+            UserError: the recorded locks differ from those of the local environments.
         """
         values = {key: value for key, value in config.items() if key != "frozen"}
+        # A frozen configuration records its backends, so an older one need not parse with today's option names.
         frozen = dict(config.get("frozen") or {})
         if not frozen:
             frozen = {"overrides": "", "backends": backends_of(parse(with_current_names(values)))}
@@ -48,14 +49,14 @@ class Worktree:
         for role, lock in (frozen.get("locks") or {}).items():
             if locks.get(role) != lock:
                 raise UserError(
-                    f"the {role}'s environment was locked otherwise ({lock[:12]}, {self.origin} has "
-                    f"{str(locks.get(role))[:12]}): other packages can give other weights; check the commit of the run out"
+                    f"the {role}'s environment had another lock file ({lock[:12]}, {self.origin} has "
+                    f"{str(locks.get(role))[:12]}): other packages can give other weights; check out the run's commit"
                 )
         values["frozen"] = {**frozen, "variant": name, "locks": locks}
         write_frozen(self.root, name, values)
 
     def run(self, stage: str, name: str) -> None:
-        """Run a stage of a frozen variant; what it says is passed on.
+        """Run a stage of a frozen variant; its output is shown.
 
         Raises:
             WorkerError: it failed.
@@ -66,12 +67,10 @@ class Worktree:
         if done.returncode < 0 or done.returncode == 130:
             raise KeyboardInterrupt
         if done.returncode:
-            raise WorkerError(
-                f"{stage} of {name} failed when it was made again (exit code {done.returncode}), see above"
-            )
+            raise WorkerError(f"{stage} of {name} failed during the rebuild (exit code {done.returncode}), see above")
 
     def output(self, stage: str, name: str) -> Path:
-        """Where a stage's output lies."""
+        """The folder of a stage's output."""
         return stage_paths(self.root / "artifacts", name, stage).output
 
 
@@ -84,17 +83,17 @@ def make_worktree(
     code: Mapping[str, Any],
     trust_patch: bool = False,
 ) -> Worktree:
-    """Put the code that made a variant into `folder`: its commit where this repository has it, else what is checked out.
+    """Put the code that made a variant into `folder`: its commit if this repository has it, else the checked out files.
 
     Args:
-        folder: to be made.
+        folder: the folder to make.
         root: the checkout.
-        commit, patch: of the run.
-        code: stage -> source file -> SHA-256, as the run's results tell.
-        trust_patch: apply the patch, which is code that comes from the tracking server.
+        commit, patch: those of the run.
+        code: stage -> source file -> SHA-256, from the run's results.
+        trust_patch: apply the patch, which is code from the tracking server.
 
     Raises:
-        UserError: neither is the code that made it; the message names the first file that differs.
+        UserError: none of these matches the recorded code; the message names the first file that differs.
     """
 
     def patched() -> str | None:
@@ -115,15 +114,15 @@ def make_worktree(
         reasons.append(f"{origin}: {fault}")
     shutil.rmtree(folder, ignore_errors=True)
     raise UserError(
-        "the code that made it is not here, and other code may give other weights:\n  "
+        "the code that made it was not found, and other code may give other weights:\n  "
         + "\n  ".join(reasons)
-        + "\nfetch the commit of the run into this repository (git fetch), or check it out"
+        + "\nfetch the run's commit into this repository (git fetch), or check it out"
     )
 
 
 def _from_commit(folder: Path, root: Path, commit: str | None) -> str | None:
     if not commit or not re.fullmatch(r"[0-9a-f]{7,64}", commit):
-        return "the run names none"
+        return "the run has no commit"
     archive = subprocess.run(["git", "-C", str(root), "archive", commit], capture_output=True, check=False)
     if archive.returncode:
         return "this repository does not have it"
@@ -135,9 +134,7 @@ def _from_commit(folder: Path, root: Path, commit: str | None) -> str | None:
 def _patched(folder: Path, root: Path, commit: str | None, patch: str | None, trusted: bool) -> str | None:
     files = ", ".join(dict.fromkeys(re.findall(r"^\+\+\+ b/(.+)$", patch or "", re.MULTILINE)))
     if not trusted:
-        return (
-            f"not applied, it is code that comes from the tracking server ({files}); if you trust it, give patch=apply"
-        )
+        return f"not applied, since it is code from the tracking server ({files}); if you trust it, give patch=apply"
     fault = _from_commit(folder, root, commit)
     if fault is not None:
         return fault
@@ -159,22 +156,22 @@ def _from_checkout(folder: Path, root: Path) -> str | None:
 
 
 def _other_code(folder: Path, code: Mapping[str, Any]) -> str | None:
-    """The first recorded source file that is another one here.
+    """The first recorded source file that is missing or differs here.
 
-    A file that was not recorded can have a part in a stage only where a recorded one imports it, and then that one differs.
+    A file that was not recorded can influence a stage only if a recorded file imports it, and then that file differs.
     """
     for stage, recorded in code.items():
         for name, digest in sorted(recorded.items()):
             path = folder / name
             if not path.is_file():
-                return f"{name} is missing, which {stage} runs"
+                return f"{name}, which {stage} uses, is missing"
             if sha256_of(path) != digest:
-                return f"{name} differs, which {stage} runs"
+                return f"{name}, which {stage} uses, differs"
     return None
 
 
 def _link_environments(folder: Path, root: Path) -> None:
-    """Share the environments that are built here from the same locks; another lock gets an environment of its own."""
+    """Link the environments that were built here from the same lock files; others are built anew when needed."""
     (folder / ".venvs").mkdir()
     for name in HEALTH_CHECKS:
         built = environment_state(root / ".venvs" / name)
@@ -184,6 +181,6 @@ def _link_environments(folder: Path, root: Path) -> None:
 
 
 def baseline_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the float baseline that goes with a variant's."""
+    """The configuration of the float baseline of a variant."""
     values = {key: value for key, value in config.items() if key != "frozen"}
     return {**values, "variant": None, "method": {"name": BASELINE}, "backend": "auto"}

@@ -1,1 +1,1 @@
-"""A variant's way through the stages: configuration, identity, records, lineage."""
+"""Runs a variant through the stages: configuration, identity, records, lineage."""

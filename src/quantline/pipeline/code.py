@@ -1,10 +1,10 @@
-"""The code's part of an identity: the source files that have a part in what a stage makes, each by its content.
+"""The code in a stage's identity: the source files that influence its output, each by its hash.
 
-They are computed from the imports: the stage's entrypoint, the modules that it imports at any distance, the workers that it
-starts by name, and the data files beside these. What carries a stage's work without making anything of it is left out:
-`core`, `config` (whose values are in the identity as values), `pipeline`, `lifecycle`, and `toolchains` but for the workers.
+The files are computed from the imports: the stage's entrypoint, the modules that it imports directly or indirectly, the
+workers that it starts by name, and data files that these use. Packages that do not influence the output are left out:
+`core`, `config` (its values are in the identity), `pipeline`, `lifecycle`, and `toolchains` except for the workers.
 
-`python -m stages.code` writes one hash a stage to code.yaml, by which DVC knows what to run again after an edit.
+`python -m stages.code` writes one hash per stage to code.yaml, which DVC watches to rerun stages after an edit.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from pathlib import Path
 
 from quantline.core.files import sha256_of
 
-# The checkout whose code runs, which need not be the one whose results are looked at.
+# The checkout of the running code, which can be another one than the checkout of the results.
 CHECKOUT = Path(__file__).resolve().parents[3]
 CODE_FILE = "code.yaml"
-# They decide where and whether something is made, not what: an edit of them makes nothing again.
+# They decide where and whether a stage runs, not its output: an edit of them reruns nothing.
 _CARRIES = re.compile(r"(quantline|stages)$|quantline\.(core|config|pipeline|lifecycle|toolchains)(\.(?!workers\.)|$)")
-# What results are told apart by. It makes nothing, so it is in no identity; but after an edit of it DVC has to run every
-# stage again, or `publish` would take no result for a current one.
+# These files define the identity. They are not in any identity themselves, but DVC must rerun every stage after an edit
+# of them; otherwise `publish` would treat every result as out of date.
 _IDENTITY = ("src/quantline/pipeline/identity.py", "src/quantline/pipeline/options.py")
 _NAME = re.compile(r"(quantline|stages)(\.[a-z_0-9]+)+\.?")
 
 
 @cache
 def code_files(stage: str, checkout: Path = CHECKOUT) -> dict[str, str]:
-    """SHA-256 of every source file that a stage's output follows from, by its path in the checkout, in order."""
+    """SHA-256 of every source file that a stage's output depends on, by path in the checkout, sorted."""
     paths = _closure(f"stages.{stage}", checkout)
     return {path.relative_to(checkout).as_posix(): sha256_of(path) for path in sorted(paths)}
 
 
 def stage_hash(stage: str, checkout: Path = CHECKOUT) -> str:
-    """One hash over a stage's source files and what results are told apart by: what DVC watches."""
+    """One hash over a stage's source files and the files that define the identity; DVC watches it."""
     files = {**code_files(stage, checkout), **{name: sha256_of(checkout / name) for name in _IDENTITY}}
     return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
 
@@ -59,7 +59,7 @@ def _closure(start: str, checkout: Path) -> set[Path]:
 
 
 def module_file(module: str, checkout: Path) -> Path | None:
-    """The file of a dotted module of this project; None where there is none."""
+    """The file of a dotted module of this project; None if there is none."""
     base = checkout if module.startswith("stages") else checkout / "src"
     path = base / module.replace(".", "/")
     return next((found for found in (path.with_suffix(".py"), path / "__init__.py") if found.is_file()), None)
@@ -67,7 +67,7 @@ def module_file(module: str, checkout: Path) -> Path | None:
 
 def _modules(names: Iterable[str], checkout: Path) -> Iterator[str]:
     for name in names:
-        if name.endswith("."):  # the beginning of a name that is put together: all modules of that package
+        if name.endswith("."):  # the start of a composed module name: all modules of that package
             folder = checkout / "src" / name.rstrip(".").replace(".", "/")
             yield from (f"{name}{path.stem}" for path in sorted(folder.glob("*.py")))
         elif module_file(name, checkout) is not None:
@@ -76,7 +76,7 @@ def _modules(names: Iterable[str], checkout: Path) -> Iterator[str]:
 
 @cache
 def _references(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
-    """The modules that a file imports or names when it runs, and the data files beside it that it names."""
+    """The modules that a file imports or names at run time, and the data files in its folder that it names."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names: list[str] = []
     beside: list[Path] = []

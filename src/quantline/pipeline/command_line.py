@@ -1,7 +1,7 @@
-"""What every command shares: options of its own, its --help, and how it ends when something goes wrong.
+"""Shared by all commands: a command's own options, its --help, and its error handling.
 
-A command's own options are written NAME=VALUE, as Hydra's overrides are (docs/decisions/0016). They are taken off the
-command line before Hydra sees the rest.
+A command's own options are written NAME=VALUE, like Hydra's overrides (docs/decisions/0016). They are removed from the
+command line before Hydra reads the rest.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from quantline.core.text import nearest
 class Option:
     """An option of one command.
 
-    value: how its value is shown, such as DIR. about: one line for --help. default: None where it may be left out.
-    allowed: the values that it takes, all where there are none; the first is the default. bare: VALUE alone will do.
+    value: placeholder for its value, such as DIR. about: one line for --help. default: None where it is optional.
+    allowed: the values that it accepts, any if empty; the first is the default. bare: VALUE without NAME= is accepted.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Option:
 def read(
     arguments: Sequence[str], options: Sequence[Option], *, configured: bool
 ) -> tuple[dict[str, str | None], list[str]]:
-    """The values of a command's own options by name, and the arguments that are left.
+    """The values of a command's own options by name, and the remaining arguments.
 
-    configured: what is left goes to Hydra; without a configuration nothing may be left.
+    configured: the remaining arguments are for Hydra. A command without a configuration allows none.
 
     Raises:
-        UserError: an option is given twice, without a value or with one that it does not take, is missing, or is unknown.
+        UserError: an option is given twice, without a value or with a value that is not allowed, is missing or unknown.
     """
     known = {option.name: option for option in options}
     bare = next((option.name for option in options if option.bare), "")
@@ -70,8 +70,8 @@ def read(
     if rest and not configured:
         shown = ", ".join(option.shown for option in options)
         raise UserError(
-            f"{rest[0]}: is no option{nearest(rest[0].partition('=')[0], list(known))}; "
-            + (f"give NAME=VALUE of {shown}" if options else "this command has none")
+            f"{rest[0]}: no such option{nearest(rest[0].partition('=')[0], list(known))}; "
+            + (f"give NAME=VALUE of {shown}" if options else "this command has no options")
         )
     required = [option for option in options if option.required]
     missing = [option.name for option in required if option.name not in given]
@@ -82,22 +82,22 @@ def read(
 
 
 def usage(about: str | None, options: Sequence[Option], *, configured: bool) -> str:
-    """What --help prints of a command itself; Hydra prints the configuration's options after it."""
+    """The text that --help prints for a command; Hydra prints the configuration's options after it."""
     lines = [(about or "").strip()]
     if options:
         width = max(len(option.shown) for option in options)
         lines += ["", "Options of this command:"]
         lines += [f"  {option.shown:<{width}}  {option.about}" for option in options]
     if configured:
-        lines += ["", "All other options are the configuration's:"]
+        lines += ["", "All other options belong to the configuration:"]
     return "\n".join(lines)
 
 
 @contextmanager
 def ending(conf: Path) -> Iterator[None]:
-    """The frame of a command: what escapes the block becomes a message and an exit code.
+    """Wraps a command: turns an exception from the block into a message and an exit code.
 
-    conf: the folder of configurations, for messages that name options. Ctrl-C and SIGTERM end with 130.
+    conf: the folder of configurations, for messages that name options. Ctrl-C and SIGTERM exit with 130.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -105,14 +105,14 @@ def ending(conf: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; nothing half written was left", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:  # the border: nothing is above this but the shell
+    except Exception as error:  # the outermost handler: only the shell is above it
         sys.exit(report(error, conf))
 
 
 def report(error: Exception, conf: Path) -> int:
-    """Print what a user should read of a failure and return its exit code; a fault of ours keeps its traceback."""
+    """Print the message for a failure and return its exit code; a bug in Quantline prints its traceback."""
     if isinstance(error, ModuleNotFoundError) and error.name == "hydra":
-        print("error: this Python has no hydra; run `make setup`, then `source .venv/bin/activate`", file=sys.stderr)
+        print("error: hydra is not installed here; run `make setup`, then `source .venv/bin/activate`", file=sys.stderr)
         return 1
     from quantline.pipeline.user_messages import explain
 

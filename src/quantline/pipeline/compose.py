@@ -1,4 +1,4 @@
-"""Freeze a variant: conf/ and its line in params.yaml, composed and validated, as one file that DVC can depend on.
+"""Freeze a variant: compose conf/ with its line in params.yaml, validate it, and write one file that DVC can depend on.
 
 DVC's own Hydra mode recomposes only when params.yaml changes, not when conf/ does (docs/decisions/0001).
 """
@@ -25,19 +25,19 @@ _DEFAULTS = ["_self_", {"override hydra/job_logging": "stdout"}, {"override hydr
 
 
 def read_params(params: Path) -> dict[str, Any]:
-    """params.yaml: `shared`, `baseline`, and `variants` by name, the baseline among them and first.
+    """The content of params.yaml: `shared`, `baseline`, and `variants` by name, with the baseline as the first of them.
 
     Raises:
-        UserError: it is missing or malformed, or a name cannot be a folder's.
+        UserError: it is missing or malformed, or a name is not valid as the name of a folder.
     """
     import yaml
 
     try:
         content = yaml.safe_load(params.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{params.name}: {error.strerror}; it names the variants to build") from error
+        raise UserError(f"{params.name}: {error.strerror}; this file names the variants to build") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{params.name} is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{params.name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance(content.get("variants"), dict):
         raise UserError(f"{params.name}: needs `variants:`, a mapping of names to overrides such as method=gptq bits=4")
     variants = {checked_name(str(key)): value for key, value in content["variants"].items()}
@@ -72,7 +72,7 @@ def freeze(root: Path, name: str) -> Path:
     """Compose and validate a variant and write `variants/<name>.yaml`.
 
     Raises:
-        UserError: its line does not make a valid configuration.
+        UserError: its line does not give a valid configuration.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -84,14 +84,14 @@ def freeze(root: Path, name: str) -> Path:
         values = plain(compose("config", overrides=overrides))
     config = parse(values)
     if (config.method.name == BASELINE) != (name == BASELINE):
-        raise UserError(f"variant={name}: method={config.method.name} is for the variant called {BASELINE} alone")
+        raise UserError(f"variant={name}: method={config.method.name} is only for the variant called {BASELINE}")
     values["frozen"] = {"variant": name, "overrides": " ".join(overrides), "backends": backends_of(config)}
     values["frozen"]["locks"] = locks_of(values["frozen"]["backends"], root)
     return write_frozen(root, name, values)
 
 
 def write_frozen(root: Path, name: str, values: Mapping[str, Any]) -> Path:
-    """Write a variant's composed configuration as `variants/<name>.yaml`, in the form that Hydra reads as it stands."""
+    """Write a variant's composed configuration as `variants/<name>.yaml`, which Hydra reads without composing again."""
     import yaml
 
     document = {"defaults": _DEFAULTS, "hydra": _HYDRA, **values}

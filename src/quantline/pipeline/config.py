@@ -1,8 +1,8 @@
-"""The only place where YAML becomes types.
+"""The only module that turns YAML into types.
 
-`parse` takes a composed configuration as plain values and returns a frozen `Config`, or raises one `ConfigError` that lists
-every fault it found: unknown keys, wrong types, values out of range, combinations that no backend can do. Beyond this
-module nothing sees a configuration object: functions take plain arguments.
+`parse` takes a composed configuration as plain values. It returns a frozen `Config`, or raises one `ConfigError` that
+lists every fault: unknown keys, wrong types, values out of range, combinations that no backend supports. OmegaConf
+objects are not used beyond this module.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
 
 class FrozenConfig(Section):
-    """What `compose` adds when it freezes a variant."""
+    """The section that `compose` adds when it freezes a variant."""
 
     variant: str
     overrides: str
@@ -42,7 +42,7 @@ class FrozenConfig(Section):
 
 
 class Config(Section):
-    """A whole variant."""
+    """The configuration of a variant."""
 
     variant: str | None
     bits: int
@@ -104,7 +104,7 @@ _RENAMED = {"coverage": "layer_errors", "promote.coverage": "promote.layer_error
 
 
 def renamed(key: str) -> str | None:
-    """What an option with a former name is called now; None where the name is no former one."""
+    """The new name of an option that was renamed; None for all other names."""
     for old, new in _RENAMED.items():
         if key == old or key.startswith(f"{old}."):
             return new + key[len(old) :]
@@ -125,13 +125,13 @@ def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe(fault: Mapping[str, Any]) -> str:
-    # The discriminator's tag stands in the location of a method's fault and means nothing to a user.
+    # The location of a method's fault contains the discriminator's tag, which is not a part of the option's name.
     places = [str(part) for part in fault["loc"]]
     if len(places) > 2 and places[0] == "method":
         del places[1]
     key, given, kind = ".".join(places), fault["input"], fault["type"]
     if kind == "extra_forbidden" and (now := renamed(key)):
-        return f"{key}: is called {now} now"
+        return f"{key}: was renamed; use {now}"
     if kind == "extra_forbidden":
         return f"{key}: no such option; see the allowed ones with --help"
     if kind == "missing":
@@ -152,7 +152,7 @@ def _lower(message: str) -> str:
 
 
 def _repository_over_embedded(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    # `model.repo=... model.revision=...` on top of the default model means that repository, not both.
+    # `model.repo=... model.revision=...` with the default model selects that repository, not both.
     model = values.get("model")
     if isinstance(model, Mapping) and model.get("repo") and model.get("path") == EMBEDDED_MODEL:
         return {**values, "model": {**model, "path": None}}
@@ -168,7 +168,7 @@ def _source_faults(values: Mapping[str, Any]) -> list[str]:
             faults.append("model: neither path nor repo is set; give model.path=DIR, or model.repo and model.revision")
         elif len(given) == 2:
             faults.append(
-                f"model.repo={model['repo']} model.path={model['path']}: give one of them, set the other to null"
+                f"model.repo={model['repo']} model.path={model['path']}: give only one and set the other to null"
             )
         elif model.get("repo") and not re.fullmatch(r"[0-9a-f]{40}", str(model.get("revision") or "")):
             faults.append(
@@ -194,15 +194,15 @@ def _tracking_faults(values: Mapping[str, Any]) -> list[str]:
     if not isinstance(tracking, Mapping):
         return []
     faults = []
-    # Configurations are frozen, cached and shared; a password must be in none of them.
+    # Configurations are frozen, cached and shared, so they must not contain a password.
     if re.match(r"[a-z+]+://[^/@]*:[^/@]*@", str(tracking.get("uri") or "")):
         faults.append(
-            "tracking.uri: holds a password, which would be kept with every variant; take it out and set "
+            "tracking.uri: contains a password, which would be saved with every variant; remove it and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     name = tracking.get("experiment")
     if name is not None and not re.fullmatch(r"[\w][\w .:-]*(/[\w][\w .:-]*)*", str(name)):
-        faults.append(f"tracking.experiment={name}: give words of letters, digits, '_', '.', ':' and '-', apart by '/'")
+        faults.append(f"tracking.experiment={name}: use letters, digits, spaces and '_.:-', and '/' between parts")
     return faults
 
 
@@ -227,16 +227,14 @@ def _convert_faults(values: Mapping[str, Any]) -> list[str]:
         return []
     kind, path = source.get("kind", "pipeline"), source.get("path")
     if kind == "pipeline" and path:
-        return [f"source.path={path}: the pipeline's own checkpoint is the source; give source=auto with it"]
+        return [f"source.path={path}: the source is the pipeline's own checkpoint; add source=auto"]
     if kind == "pipeline" and out:
-        return [
-            f"out={out}: goes with source=auto or source=msmodelslim; without them a stage knows its output's place"
-        ]
+        return [f"out={out}: needs source=auto or source=msmodelslim; otherwise the pipeline chooses the output folder"]
     target = str((values.get("convert") or {}).get("target"))
     if kind == "pipeline" and target not in ("auto", "keep") and not _servable(target):
         return [
-            f"convert.target={target}: the pipeline serves what it converts, and no server here reads msModelSlim; convert "
-            "by hand with source=auto source.path=DIR"
+            f"convert.target={target}: the pipeline serves what it converts, and vLLM does not read msModelSlim; convert "
+            "a folder instead, with source=auto source.path=DIR"
         ]
     if kind != "pipeline" and not path:
         return [f"source.path: is not set; give the checkpoint's folder, source={kind} source.path=DIR"]

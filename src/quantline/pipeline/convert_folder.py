@@ -1,4 +1,4 @@
-"""The convert stage on a folder that the user names: nothing of the pipeline goes in, nothing of it comes out."""
+"""The convert stage for a folder that the user names; it neither reads nor writes outputs of the pipeline."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 
 def serving_target(config: Config, root: Path, device: str) -> Target:
-    """The serving target that the environments' locks name."""
+    """The serving target, with the version in the environment's lock file."""
     return Target("vllm", locked_version(root, "vllm", device), device, config.serve.dtype)
 
 
 def convert_folder(run: StageRun, serving: Target) -> None:
-    """Convert `source.path` to `out`, or to the stage's place below scratch/, and print what the proof says.
+    """Convert `source.path` to `out`, or to the stage's folder below scratch/, and print a summary of the proof.
 
     Raises:
-        UserError: `out` holds something, or lies within the source; whatever speaks against the conversion.
+        UserError: `out` is not empty or lies within the source, or the conversion is refused.
     """
     config = run.config
     if run.frozen:
-        raise UserError(f"source={config.source.kind}: is for runs by hand; a variant converts what it has quantized")
+        raise UserError(f"source={config.source.kind}: is for manual runs; a variant converts its own checkpoint")
     run.detached = True
     source = Path(str(config.source.path)).expanduser()
     out = Path(config.out).expanduser() if config.out else run.paths.output
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"out={out}: is there and not an empty folder; remove it, or name another")
+        raise UserError(f"out={out}: exists and is not an empty folder; remove it or give another folder")
     if source.resolve() in (out.resolve(), *out.resolve().parents):
-        raise UserError(f"out={out}: lies within source.path={source}; name a folder beside it")
+        raise UserError(f"out={out}: lies within source.path={source}; give a folder outside of it")
     with building(out) as partial:
         proof = convert(source, partial, config.convert, kind=config.source.kind, serving=serving)
     for line in [*proof.summary(), *(f"  note: {warning}" for warning in proof.warnings), f"convert -> {out}"]:

@@ -1,4 +1,4 @@
-"""Running a stage: the configuration checked, the work done, the result written."""
+"""Runs a stage: checks the configuration, does the work, writes the result."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def execute(
             work(run)
             run.monitor = {} if run.detached else monitor.finish()
     finally:
-        # An interrupt can come between the steps that enter a `with` block, and then nobody leaves it.
+        # An interrupt can arrive while a `with` block is being entered; its cleanup does not run then.
         shutil.rmtree(run.partial, ignore_errors=True)
     if run.detached:
         return {}
     try:
         result = run.write_result(started_at)
     except BaseException:
-        shutil.rmtree(run.paths.output, ignore_errors=True)  # an output without its result is none
+        shutil.rmtree(run.paths.output, ignore_errors=True)  # an output without its result is not usable
         raise
     if not run.frozen:
         saved = {"config": config.model_dump(exclude={"frozen"}), "overrides": shlex.join(overrides)}
@@ -63,12 +63,12 @@ def execute(
 
 
 def made(config: Config, variant: str, work: Mapping[str, Callable[[StageRun], None]], root: Path) -> tuple[Path, str]:
-    """The converted checkpoint of a variant by hand, and its hash; stages whose output is there are not run again.
+    """The converted checkpoint of a manually run variant, and its hash; only stages that are out of date run again.
 
     Args:
         config: of the variant.
         variant: name of its folder in scratch/.
-        work: what calibrate, quantize and convert do, by name.
+        work: the functions of calibrate, quantize and convert, by name.
         root: the checkout.
     """
     named, output = config.model_copy(update={"variant": variant}), root
@@ -82,7 +82,7 @@ def made(config: Config, variant: str, work: Mapping[str, Callable[[StageRun], N
 
 
 def seeded(config: Config, seed: int) -> Config:
-    """The same variant under another seed, which also draws other calibration samples."""
+    """The same variant with another seed, which also selects other calibration samples."""
     calibration = config.calibration.model_copy(update={"seed": seed})
     return config.model_copy(update={"seed": seed, "calibration": calibration})
 
@@ -90,13 +90,13 @@ def seeded(config: Config, seed: int) -> Config:
 def run_stage(
     name: str, work: Callable[[StageRun], None], cfg: DictConfig, root: Path, overrides: Sequence[str]
 ) -> tuple[Config, dict[str, Any]]:
-    """Validate the configuration and run the stage; the configuration, and the result ({} where none is written)."""
-    # Hydra's logging shows everything of level INFO, and the HTTP client writes a line for each request.
+    """Validate the configuration and run the stage; returns the configuration and the result ({} if none is written)."""
+    # Hydra's logging shows level INFO, and the HTTP client logs a line for each request.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config = parse(plain(cfg))
     check_caller(config, overrides)
     if name == "quantize" and not is_baseline(config):
-        # Here, not in the stage: what DVC runs again when planning changes should not be the quantization.
+        # Here, not in the stage: a change of the planning code should not make DVC quantize again.
         from quantline.pipeline.preflight import preflight
 
         for note in preflight(StageRun(name, config, root, tuple(overrides))):
@@ -105,15 +105,17 @@ def run_stage(
 
 
 def check_caller(config: Config, overrides: Sequence[str]) -> None:
-    """Refuse what would make an output that its configuration does not describe.
+    """Refuse a run whose output would not match its configuration.
 
     Raises:
-        UserError: a frozen configuration with overrides, or DVC running a stage from one that is not frozen.
+        UserError: a frozen configuration with overrides, or DVC runs a stage from a configuration that is not frozen.
     """
     if config.frozen is not None and overrides:
         raise UserError(
-            f"{' '.join(overrides)}: variants/{config.frozen.variant}.yaml is frozen and takes no overrides; change the "
+            f"{' '.join(overrides)}: variants/{config.frozen.variant}.yaml is frozen and takes no overrides; edit the "
             "variant's line in params.yaml, or run the stage without -cp and -cn"
         )
     if config.frozen is None and os.environ.get("DVC_STAGE"):
-        raise UserError("DVC runs this stage from a configuration that is not frozen; give it -cp ../variants -cn NAME")
+        raise UserError(
+            "DVC runs this stage from a configuration that is not frozen; run it with -cp ../variants -cn NAME"
+        )

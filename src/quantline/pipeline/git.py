@@ -1,4 +1,4 @@
-"""What git says about the checkout."""
+"""Reads the state of the checkout from git."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ def commit_of(root: Path) -> tuple[str | None, bool]:
 
 
 def patch_of(root: Path) -> str | None:
-    """How tracked files differ from the commit, as `git apply` reads it; of one too large, the files alone."""
+    """The patch of tracked files against the commit, for `git apply`; only the names of the files if it is too large."""
     patch = git_output(root, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
     if not patch or len(patch) <= MAX_PATCH_CHARS:
         return patch or None
     files = git_output(root, "diff", "--no-ext-diff", "--stat=200", "HEAD")
-    return f"# A patch of {len(patch)} characters is not kept, {MAX_PATCH_CHARS} is the limit. Changed were:\n{files}"
+    return (
+        f"# The patch has {len(patch)} characters and was left out, the limit is {MAX_PATCH_CHARS}. Changed:\n{files}"
+    )
 
 
 def git_output(root: Path, *arguments: str) -> str | None:
-    """What git prints of a checkout; None where it fails or is not there."""
+    """The output of a git command in a checkout; None if it fails or git is not installed."""
     command = ["git", "-C", str(root), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

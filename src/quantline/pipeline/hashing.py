@@ -1,4 +1,4 @@
-"""Hashes of what a stage wrote: of each file, and of each tensor in it."""
+"""Hashes of a stage's output: of each file, and of each tensor in it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def hash_folder(folder: Path, threads: int = 2) -> FolderHashes:
     from the page cache.
 
     Raises:
-        CheckpointError: a file named as safetensors that is none.
+        CheckpointError: a file named .safetensors is not a safetensors file.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
     weights = [name for name in paths if name.endswith(".safetensors")]
@@ -37,7 +37,7 @@ def hash_folder(folder: Path, threads: int = 2) -> FolderHashes:
 
 
 def _merged(by_file: dict[str, dict[str, str]]) -> dict[str, str]:
-    # A checkpoint has a name once; where two files share one (a model's and a probe's, say), both are told by their file.
+    # Tensor names are unique within a checkpoint. If two files share one (a model and a probe), the file is prefixed.
     names = [name for tensors in by_file.values() for name in tensors]
     twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
     return {
@@ -51,7 +51,7 @@ def tensor_hashes(path: Path) -> dict[str, str]:
     """`SafetensorsFile.sha256` of each tensor of a file, sorted by name.
 
     Raises:
-        CheckpointError: it is no safetensors file.
+        CheckpointError: it is not a safetensors file.
     """
     file = SafetensorsFile.open(path)
     return {name: file.sha256(name) for name in sorted(file.infos)}

@@ -1,4 +1,4 @@
-"""A composed configuration as plain values."""
+"""Plain values of a composed Hydra configuration."""
 
 from __future__ import annotations
 

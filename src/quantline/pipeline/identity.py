@@ -1,10 +1,10 @@
-"""Fingerprints: what a stage's output follows from, as one hash over plain values.
+"""Fingerprints: one hash over the plain values that determine a stage's output.
 
-A stage's fingerprint covers the part of the configuration that it reads, the content of files that this names, the locks
-of the environments it computes in, the project's version and its source files, and the fingerprints of the stages before
-it. Where and how it ran (device, ports, paths of interpreters) is recorded beside it and is no part of it. A fingerprint is
-known before a stage runs; what is exact only afterwards (token ids, tensors, the backend that `auto` came to) is in its
-result.
+A stage's fingerprint covers the options that it reads, the content of files that they name, the lock files of its
+environments, the project's version and the stage's source files, and the fingerprints of the stages before it. Where and
+how the stage ran (device, ports, paths of interpreters) is recorded in the result, but is not part of the fingerprint. A
+fingerprint is known before a stage runs. Values that are known only afterwards (token ids, tensors, the backend that
+`auto` selected) are in the result.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def fingerprint(value: object) -> str:
 
 
 def backends_of(config: Config) -> list[str]:
-    """The backends that may come to quantize a variant; which of them does can depend on the model's family."""
+    """The backends that may quantize a variant; which of them does can depend on the model's family."""
     if config.frozen is not None:
         return config.frozen.backends
     if is_baseline(config):
@@ -43,9 +43,9 @@ def backends_of(config: Config) -> list[str]:
 
 
 def locks_of(backends: Sequence[str], root: Path) -> dict[str, str]:
-    """Hash of the locks of the environments that a variant computes in, by role; the native backend has none.
+    """Hashes of the lock files of a variant's environments, by role; the native backend has none.
 
-    backends: that may come to quantize it.
+    backends: those that may quantize it.
     """
     chains = [name for name in map(capabilities.toolchain_of, backends) if name is not None]
     locks = {name: locks_identity(root, name) for name in chains}
@@ -59,7 +59,7 @@ def locks_of(backends: Sequence[str], root: Path) -> dict[str, str]:
 
 
 def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
-    """The plain values that a stage itself reads: options, locks, and the content of files that the options name."""
+    """The plain values that a stage itself reads: options, hashes of locks, and hashes of files that the options name."""
     if stage not in STAGES:
         raise ValueError(f"no stage named {stage}")
     locks = config.frozen.locks if config.frozen else locks_of(backends_of(config), root)
@@ -67,7 +67,7 @@ def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
 
 
 def identity(config: Config, stage: str, root: Path) -> dict[str, Any]:
-    """The plain values that a stage's output follows from, those of the stages before it by their fingerprints."""
+    """The plain values that determine a stage's output; earlier stages are represented by their fingerprints."""
     earlier = {name: stage_fingerprint(config, name, root) for name in before(config, stage)}
     return {
         "stage": stage, "version": __version__, "code": code_files(stage), "options": options_of(config, stage, root),
@@ -76,12 +76,12 @@ def identity(config: Config, stage: str, root: Path) -> dict[str, Any]:
 
 
 def stage_fingerprint(config: Config, stage: str, root: Path) -> str:
-    """The fingerprint of a stage under a configuration."""
+    """The fingerprint of a stage for a configuration."""
     return fingerprint(identity(config, stage, root))
 
 
 def options_fingerprint(config: Config, stage: str, root: Path) -> str:
-    """The fingerprint of what a stage itself reads, whatever the stages before it did."""
+    """The fingerprint of the options of a stage alone, without the stages before it."""
     return fingerprint(options_of(config, stage, root))
 
 
@@ -91,10 +91,10 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def differing(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """The files whose hashes differ, and those that only one of the two has, sorted."""
+    """The files whose hashes differ or that only one of the two has, sorted."""
     return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
 
 
 def combined(hashes: Mapping[str, str]) -> str:
-    """One hash over a folder's file hashes."""
+    """One hash over the hashes of a folder's files."""
     return fingerprint(dict(hashes))

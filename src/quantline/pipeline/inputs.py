@@ -1,4 +1,4 @@
-"""Where a stage finds the outputs of the stages before it."""
+"""Finds the outputs of earlier stages, the inputs of a stage."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def pipeline_output(root: Path, variant: str, stage: str) -> Path:
     """
     places = stage_paths(root / "artifacts", variant, stage)
     if not places.output.is_dir() or not places.result.is_file():
-        raise UserError(f"{places.output.relative_to(root)} is missing: run `dvc repro`, which makes it first")
+        raise UserError(f"{places.output.relative_to(root)} is missing; run `dvc repro` to make it")
     return places.output
 
 
 def output_with_fingerprint(root: Path, stage: str, fingerprint: str) -> Path | None:
-    """The output of a stage that carries a fingerprint, made by hand or by the pipeline; None where there is none."""
+    """The output of a stage with this fingerprint, from a manual run or the pipeline; None if there is none."""
     for home in ("scratch", "artifacts"):
         for result in sorted((root / home).glob(f"*/{stage}.json")):
             output = result.with_suffix("")
@@ -35,7 +35,7 @@ def output_with_fingerprint(root: Path, stage: str, fingerprint: str) -> Path | 
 
 
 def command_for(stage: str, overrides: Sequence[str], *, baseline: bool) -> str:
-    """The command that makes a stage's output by hand, for the options of a run, or for the float baseline's."""
+    """The command that runs a stage manually, with the options of a run or those of its float baseline."""
     if baseline:
         kept = [part for part in overrides if not part.startswith(("method", "bits", "group_size"))]
         overrides = [f"method={BASELINE}", *kept]
@@ -43,5 +43,5 @@ def command_for(stage: str, overrides: Sequence[str], *, baseline: bool) -> str:
 
 
 def float_config(config: Config) -> Config:
-    """The baseline's configuration: the same model, serving and evaluation, no method."""
+    """The baseline's configuration: the same model, serving and evaluation, without quantization."""
     return config.model_copy(update={"method": FloatMethod(name="float")})

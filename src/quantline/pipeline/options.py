@@ -1,8 +1,8 @@
-"""What each stage reads of a configuration, as plain values: the options' part of its identity.
+"""The options that each stage reads from a configuration, as plain values: the options in its identity.
 
-One function a stage, named as the stage; the table in `quantline.pipeline.stages` refers to them. The shape of these values
-is kept as it is, since results are told apart by their hash: what is added to an option at its default must not change it
-where that can be helped.
+There is one function per stage, with the stage's name; the table in `quantline.pipeline.stages` refers to them. Keep the
+structure of these values, because their hash identifies results: where possible, a new option at its default should not
+change the hash.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quantline.pipeline.config import Config
 
 @dataclass(frozen=True)
 class Context:
-    """Where a configuration is read: the checkout, the hashes of the locks, the backends that may come to quantize it."""
+    """Inputs besides the configuration: the checkout, the hashes of the locks, the backends that may quantize it."""
 
     root: Path
     locks: Mapping[str, str]
@@ -28,45 +28,45 @@ class Context:
 
 
 def download(config: Config, context: Context) -> dict[str, Any]:
-    """The float model, and its files where it lies in a folder."""
+    """The float model, and its files if it is a local folder."""
     content = _folder_content(located(context.root, config.model.path)) if config.model.path else None
     model = config.model.model_dump(exclude={"name"})
     return {"model": model, "content": content, "reference": context.locks["reference"]}
 
 
 def calibrate(config: Config, context: Context) -> dict[str, Any]:
-    """The calibration, and the content of its own files."""
+    """The calibration options, and the hashes of local text files."""
     return {"calibration": config.calibration.model_dump(), "files": _file_hashes(config, context.root)}
 
 
 def quantize(config: Config, context: Context) -> dict[str, Any]:
-    """The method and everything that decides which weights come out of it."""
+    """The method and all options that determine the weights."""
     own = {"method": config.method.model_dump(), "bits": config.bits, "group_size": config.group_size}
     own.update(backends=context.backends, seed=config.seed, threads=config.threads, dtype=config.dtype)
-    own.update(coverage=config.layer_errors.model_dump())  # its former name: results that there are stay current
+    own.update(coverage=config.layer_errors.model_dump())  # the old name, so that existing results stay valid
     own.update(layers=config.layers.model_dump(), lm_head=config.lm_head, low_memory=config.low_memory)
     return {**own, "environment": context.locks["quantizer"]}
 
 
 def convert(config: Config, context: Context) -> dict[str, Any]:
-    """The layout; options at their defaults are left out, so that a new option changes no output that there is."""
+    """The layout; options at their defaults are left out, so that a new option does not invalidate existing outputs."""
     return {"convert": config.convert.model_dump(exclude_defaults=True), "runtime": config.serve.runtime}
 
 
 def serve_smoke(config: Config, context: Context) -> dict[str, Any]:
-    """The server, its questions, and the text that it scores."""
+    """The server, its test questions, and the text that it scores."""
     serve = config.serve.model_dump(exclude={"process"})
     return {**_scored(config, context), "serve": serve, "environment": context.locks["server"]}
 
 
 def evaluate(config: Config, context: Context) -> dict[str, Any]:
-    """The text and everything that is measured on it."""
+    """The text and all measurements on it."""
     evaluation = config.evaluate.model_dump()
     return {**_scored(config, context), "evaluate": evaluation, "environment": context.locks["reference"]}
 
 
 def noise(config: Config, context: Context) -> dict[str, Any]:
-    """The text, and how often a variant is made."""
+    """The text, and the number of seeds."""
     return {
         **_scored(config, context), "noise": config.noise.model_dump(), "environment": context.locks["reference"],
     }  # fmt: skip
@@ -79,7 +79,7 @@ def speed(config: Config, context: Context) -> dict[str, Any]:
 
 
 def tasks(config: Config, context: Context) -> dict[str, Any]:
-    """The tasks, and the server where it is one of the engines."""
+    """The tasks, and the server if it is one of the engines."""
     asked = config.tasks
     own: dict[str, Any] = {"tasks": asked.model_dump()}
     if not asked.any:
@@ -94,7 +94,7 @@ def tasks(config: Config, context: Context) -> dict[str, Any]:
 
 
 def located(root: Path, path: str) -> Path:
-    """A path of a configuration: `~` is the user's home, a relative one begins at the checkout."""
+    """A path in a configuration: `~` is the user's home, a relative path starts at the checkout."""
     return root / Path(path).expanduser()
 
 
@@ -105,7 +105,7 @@ def _scored(config: Config, context: Context) -> dict[str, Any]:
 
 
 def _file_hashes(config: Config, root: Path) -> dict[str, str]:
-    # A user's own text is known by its content; a missing file is reported by the stage that reads it.
+    # A user's own text is identified by its hash; the stage that reads it reports a missing file.
     hashes = {}
     for name, source in config.calibration.sources.items():
         path = located(root, source.path) if source.path else None
@@ -119,8 +119,8 @@ _SAMPLES = 64
 
 
 def _folder_content(folder: Path) -> dict[str, str]:
-    # A model in a folder has no commit. Its files are known by content; the large ones by their size, both ends and samples
-    # between, so that a stage does not begin by reading tens of gigabytes. The full hashes are in the download's result.
+    # A model in a folder has no commit, so its files are hashed. Of large files, only the size, both ends and samples in
+    # between are hashed, to avoid reading tens of gigabytes at the start. The full hashes are in the download's result.
     if not folder.is_dir():
         return {}
     known = {}

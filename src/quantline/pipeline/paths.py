@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file a stage, read back by the stages after it and by `publish`."""
+"""Results on disk: one JSON file per stage, read by later stages and by `publish`."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read a stage's result.
 
     Raises:
-        UserError: it is missing or is no JSON object.
+        UserError: it is missing or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; run the stage again") from error
     except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); remove it and run the stage again") from error
+        raise UserError(f"{path} is not valid JSON ({error}); remove it and run the stage again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no result; remove it and run the stage again")
+        raise UserError(f"{path} does not hold a result; remove it and run the stage again")
     return value
 
 
 SHARED = "shared"
-# Below the folder of a report: what it says, for programs.
+# Below a report's folder: its content in a form that programs read.
 REPORT_MANIFEST = "data/manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
-# Options that change how a stage runs here but nothing that it makes.
+# Options that change how a stage runs on this machine, but not its output.
 _RUNTIME = (
     "device",
     "toolchains",
@@ -54,7 +54,7 @@ _RUNTIME = (
 
 @dataclass(frozen=True)
 class StagePaths:
-    """Where one stage of one variant puts what it makes."""
+    """Paths of one stage of one variant."""
 
     output: Path
 
@@ -65,20 +65,20 @@ class StagePaths:
 
     @property
     def log(self) -> Path:
-        """What its worker or server printed."""
+        """Output of its worker or server."""
         return self.output.with_name(self.output.name + ".log")
 
 
 def stage_paths(home: Path, variant: str, stage: str) -> StagePaths:
-    """Paths of a stage below `home` (artifacts/ or scratch/); the download has one place for all variants."""
+    """Paths of a stage below `home` (artifacts/ or scratch/); all variants share one download."""
     return StagePaths(home / (SHARED if stage in STAGES and STAGES[stage].shared else variant) / stage)
 
 
 def checked_name(name: str) -> str:
-    """Return `name` where it can be a folder's name.
+    """Return `name` if it is valid as the name of a folder.
 
     Raises:
-        UserError: it is empty, too long, or holds anything but letters, digits, '_' and '-' (DVC reads a dot as a level).
+        UserError: it is empty, too long, or has characters other than letters, digits, '_' and '-' (DVC splits at a dot).
     """
     if not _NAME.fullmatch(name) or name == SHARED:
         raise UserError(
@@ -88,7 +88,7 @@ def checked_name(name: str) -> str:
 
 
 def derived_name(config: Config, overrides: Sequence[str]) -> str:
-    """The name of a variant run by hand: method, bits, group size, and whatever else was overridden."""
+    """The name of a variant that is run manually: method, bits, group size, and all other overrides."""
     group = "channel" if config.group_size == -1 else f"g{config.group_size}"
     base = BASELINE if config.method.name == BASELINE else f"{config.method.name}-w{config.bits}-{group}"
     rest = []

@@ -1,4 +1,4 @@
-"""From a configuration to what preflight asks: the variant, the model's headers, the machine that is to serve it."""
+"""Prepares the preflight's inputs from a configuration: the variant, the model's headers, the machine that serves it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class PlanOptions(Section):
-    """Options of `stages.plan` alone. compute_capability as NVIDIA writes it, 8.9; null asks the GPU here."""
+    """Options of `stages.plan` only. compute_capability is written as by NVIDIA, 8.9; null reads it from the local GPU."""
 
     gpu_memory_gb: float | None = Field(default=None, gt=0)
     critical: bool = False
@@ -40,13 +40,13 @@ class PlanOptions(Section):
     as_json: bool = Field(default=False, alias="json")
 
 
-def plan_options(own: Mapping[str, str | None]) -> PlanOptions:
-    """The options of `stages.plan` from their text; None where one was not given.
+def plan_options(arguments: Mapping[str, str | None]) -> PlanOptions:
+    """Parse the options of `stages.plan`; None for options that are not given.
 
     Raises:
-        ConfigError: a value that an option does not take.
+        ConfigError: a value is not valid for its option.
     """
-    given = {key: yaml.safe_load(value) for key, value in own.items() if value is not None}
+    given = {key: yaml.safe_load(value) for key, value in arguments.items() if value is not None}
     try:
         return PlanOptions.model_validate(given)
     except ValidationError as error:
@@ -55,7 +55,7 @@ def plan_options(own: Mapping[str, str | None]) -> PlanOptions:
 
 
 def variant_spec(values: Mapping[str, Any]) -> VariantSpec:
-    """The variant that a configuration, as plain values, asks for."""
+    """The variant that a configuration, given as plain values, describes."""
     needs = requirements_of(values)
     return VariantSpec(
         needs.method, needs.bits, needs.group_size, dict(needs.options), str(values["backend"]),
@@ -65,9 +65,9 @@ def variant_spec(values: Mapping[str, Any]) -> VariantSpec:
 
 
 def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -> Machine:
-    """Where a configuration's variant is to run: the locked server, this machine's CPU or GPU, the memory that is given.
+    """The machine that runs a configuration's variant: the locked server, the local CPU or GPU, the given memory.
 
-    With device=auto, whoever gives a GPU's memory plans for a GPU, whether there is one here or not.
+    With device=auto, giving a GPU's memory or compute capability plans for a GPU, even if this machine has none.
     """
     from quantline.toolchains.environments import locked_version
 
@@ -102,19 +102,19 @@ def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -
 
 
 def method_defaults(root: Path) -> dict[str, dict[str, Any]]:
-    """The options of each method, as conf/ has them."""
-    found = {}
+    """The default options of each method, from conf/."""
+    defaults = {}
     for path in sorted((root / "conf" / "method").glob("*.yaml")):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        found[str(values.pop("name"))] = values
-    return found
+        defaults[str(values.pop("name"))] = values
+    return defaults
 
 
 def model_of(run: StageRun) -> Model:
-    """The headers of the model that a run is about: its folder's, or those of what was downloaded.
+    """The headers of a run's model, from its folder or from the download.
 
     Raises:
-        UserError: it was not downloaded yet; the message names the command. Or it is no float model.
+        UserError: it is not downloaded yet (the message names the command), or it is not a float model.
     """
     model = run.config.model
     name = model.name or model_name(model)
@@ -124,7 +124,7 @@ def model_of(run: StageRun) -> Model:
 
 
 def hint(values: Mapping[str, Any], root: Path, options: PlanOptions) -> str | None:
-    """The nearest variant that works to one that no configuration allows, or None where that cannot be told."""
+    """The nearest supported variant to one that no configuration allows; None if it cannot be determined."""
     from quantline.pipeline.run import StageRun
 
     defaults = method_defaults(root)
@@ -139,22 +139,22 @@ def hint(values: Mapping[str, Any], root: Path, options: PlanOptions) -> str | N
 
 
 def preflight(run: StageRun) -> list[str]:
-    """What the quantize stage asks first; returns notes. Without a model to read there is nothing to say.
+    """The check before the quantize stage; returns notes, none if the model is missing.
 
     Raises:
-        RefusedError: it cannot be quantized or stored, or (with `convert.for`) not served.
+        RefusedError: it cannot be quantized or stored, or (with `convert.for`) cannot be served.
     """
     try:
         model = model_of(run)
     except QuantlineError:
-        return []  # the stage itself asks for what is missing
+        return []  # the stage itself reports what is missing
     variant, place = variant_spec(run.config.model_dump()), machine_of(run.config, run.root)
     must_serve = run.config.convert.must_serve is not None
     return before_quantize(variant, model, place, must_serve=must_serve, defaults=method_defaults(run.root))
 
 
 def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], str]:
-    """What evaluating this model's variants has found, by method, bits and group size."""
+    """The measured perplexity of this model's variants, as text, by method, bits and group size."""
     wanted, found = config.model.model_dump(exclude={"name"}), {}
     for path in sorted([*root.glob("artifacts/*/evaluate.json"), *root.glob("scratch/*/evaluate.json")]):
         name = path.parent.name
@@ -176,13 +176,13 @@ def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], st
 def before_quantize(
     variant: VariantSpec, model: Model, place: Machine, *, must_serve: bool, defaults: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """What the quantize stage asks before it computes; returns what is worth saying.
+    """The check before the quantize stage computes; returns notes.
 
-    must_serve: what the target would not load is refused too (`convert.for`), instead of remarked on. defaults: the
-    options of each method, for the nearest variant that works.
+    must_serve: refuse a checkpoint that the target cannot load (`convert.for`), instead of only noting it. defaults: the
+    options of each method, for the nearest supported variant.
 
     Raises:
-        UserError: it cannot be quantized, stored or (where it must) served, with every reason and the nearest variant.
+        UserError: it cannot be quantized, stored or (with must_serve) served; with every reason and the nearest variant.
     """
     plan = check(variant, model, place)
     steps: tuple[Step, ...] = ("quantize", "convert", "serve") if must_serve else ("quantize", "convert")

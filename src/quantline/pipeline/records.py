@@ -1,8 +1,7 @@
-"""Gather what the stages measured, variant by variant, for `publish` and for the table.
+"""Collects the results of the stages per variant, for `publish` and for the table.
 
-Only results that belong together are taken: each one must have been made with the options that its variant has now, from
-inputs as they are now, so a stage that has yet to run again after a change is left out rather than shown beside what it
-no longer goes with.
+Only up-to-date results are taken: each must have been made with the current options of its variant and from the current
+inputs. A stage that has to run again after a change is left out.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from quantline.pipeline.identity import options_fingerprint, stage_fingerprint
 from quantline.pipeline.paths import read_result, stage_paths
 from quantline.pipeline.stages import PIPELINE, of_config
 
-# Keys of a frozen file that are Hydra's and no part of the configuration.
+# Keys of a frozen file that are for Hydra and not a part of the configuration.
 _HYDRA_KEYS = ("defaults", "hydra")
 BY_HAND = "by-hand/"
 
 
 def pipeline_records(root: Path) -> list[VariantRecord]:
-    """The variants that params.yaml names, the baseline first, as far as the pipeline has come with them.
+    """The variants of params.yaml that have results, the baseline first.
 
     Raises:
         UserError: params.yaml or a frozen configuration cannot be read.
@@ -45,13 +44,13 @@ def pipeline_records(root: Path) -> list[VariantRecord]:
             values = {key: value for key, value in values.items() if key not in _HYDRA_KEYS}
             values["frozen"]["overrides"]
         except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: is no frozen configuration; remove it and run `dvc repro`") from error
+            raise UserError(f"{path}: is not a frozen configuration; remove it and run `dvc repro`") from error
         records.append(_record(root, root / "artifacts", name, values, values["frozen"]["overrides"]))
     return [record for record in records if record.results]
 
 
 def manual_record(root: Path, name: str) -> VariantRecord:
-    """A variant that was run by hand, under a name of its own beside the pipeline's.
+    """A variant that was run manually. Its name begins with `by-hand/`, apart from the pipeline's.
 
     Raises:
         UserError: nothing was run under that name.
@@ -85,20 +84,20 @@ def _results(root: Path, home: Path, folder: str, config: Config) -> Iterator[di
         else:
             belongs = _follows(result, config, stage, root, current)
         if not belongs:
-            print(f"{folder}: {stage} is out of date and left out; run it again", file=sys.stderr)
+            print(f"{folder}: {stage} is out of date and was left out; run it again", file=sys.stderr)
             continue
         current[stage] = str(result["output_hash"])
-        # A result may come from somebody else's cache: only files of the stage's own output are attached.
+        # A result may come from another user's cache, so only files of the stage's own output are attached.
         inside = places.output.resolve()
         files = [str(name) for name in result.get("files", []) if (root / name).resolve().is_relative_to(inside)]
-        # The log stays on the machine where the stage ran, and must not make another result of the same one elsewhere.
+        # The log exists only on the machine where the stage ran, and must not change the result's hash elsewhere.
         log = places.log.relative_to(root).as_posix() if places.log.is_file() else None
         yield {**result, "files": files, "log": log}
 
 
 def _follows(result: dict[str, Any], config: Config, stage: str, root: Path, current: dict[str, str]) -> bool:
-    # DVC does not run a stage again whose inputs came out as they were, so its fingerprint may name older options of the
-    # stages before it. It is known by its own options and by what its inputs held.
+    # DVC does not run a stage again when its inputs did not change, so its fingerprint may cover older options of the
+    # stages before it. The result is identified by its own options and by the hashes of its inputs.
     if result.get("options") != options_fingerprint(config, stage, root):
         return False
     for name, content in result["inputs"].items():
@@ -114,14 +113,14 @@ def _follows(result: dict[str, Any], config: Config, stage: str, root: Path, cur
 
 
 def noise_floor(root: Path, fingerprint_of: Callable[[int], str]) -> dict[str, Any] | None:
-    """How much of the loss is chance: over runs with other seeds, what the variant lost in nats a token of the same text.
+    """The spread of the loss over seeds: the variant's loss increase per seed, in nats per token of the same text.
 
     Args:
-        root: the checkout; runs by hand are in its scratch/.
-        fingerprint_of: from a number of runs, what a noise result of this variant and text has.
+        root: the checkout; manual runs are in its scratch/.
+        fingerprint_of: from a number of runs to the fingerprint of a noise result of this variant and text.
 
     Returns:
-        runs, low and high (smallest and largest nll_difference), seeds, and the result's output_hash; None where it was not
+        runs, low and high (smallest and largest nll_difference), seeds, and the result's output_hash; None if it was not
         measured.
     """
     for path in sorted((root / "scratch").glob("*/noise.json")):
@@ -138,11 +137,11 @@ def noise_floor(root: Path, fingerprint_of: Callable[[int], str]) -> dict[str, A
 
 @dataclass(frozen=True)
 class VariantRecord:
-    """What is known of one variant.
+    """The record of one variant.
 
-    config: its frozen configuration as plain values. overrides: the override string that made it. results: the stages'
-    result files, as far as they exist. folder: what the results' `files` are relative to. commit: the code's commit,
-    where it is known; dirty: the checkout differed from it, and patch says how. lock: its part of dvc.lock, by which its
+    config: its frozen configuration as plain values. overrides: the override string that made it. results: the existing
+    results of the stages. folder: the base of the relative paths in the results' `files`. commit: the code's commit,
+    if known; dirty: the checkout differed from it, and patch is the difference. lock: its part of dvc.lock, by which its
     outputs are found in a cache.
     """
 
@@ -158,5 +157,5 @@ class VariantRecord:
 
 
 def by_stage(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The results by their stage, in the pipeline's order."""
+    """The results by stage, in the pipeline's order."""
     return {result["stage"]: result for result in sorted(results, key=lambda result: PIPELINE.index(result["stage"]))}

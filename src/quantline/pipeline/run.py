@@ -1,9 +1,9 @@
-"""What every stage does around its work: find inputs, give an output folder that appears whole or not at all, write the
-result.
+"""The common part of every stage: find the inputs, provide an output folder that appears complete or not at all, and
+write the result.
 
-Under DVC a stage runs from a frozen configuration and finds its inputs under artifacts/. By hand it writes to scratch/ and
-takes as input whatever output carries the fingerprint that the configuration asks for, wherever it was made; where there
-is none it says which command makes it.
+Under DVC a stage runs from a frozen configuration and finds its inputs under artifacts/. A manual run writes to scratch/.
+Its inputs are the outputs with the fingerprints that its configuration needs, in scratch/ or artifacts/. If an input is
+missing, the error names the command that makes it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ _CORE_VERSIONS = ("numpy", "safetensors", "transformers", "huggingface-hub", "dv
 
 @dataclass
 class StageRun:
-    """One run of one stage: its configuration, its places, and what it will report.
+    """One run of one stage: its configuration, its paths and its results.
 
-    A stage's function reads `config`, calls `input` and `output`, and fills `metrics`, `warnings` and `files` (those of its
-    output that are small and worth keeping beside the metrics). `status` is `ok` or, where the serving target cannot take
-    the variant, `unsupported` with a `reason`. A `detached` run made something that is no part of a variant: no result is
-    written of it.
+    A stage's function reads `config`, calls `input` and `output`, and fills `metrics`, `warnings` and `files` (small files
+    of its output that are published with the metrics). `status` is `ok`, or `unsupported` with a `reason` if the serving
+    target does not support the variant. A `detached` run makes an output outside of a variant and writes no result.
     """
 
     stage: str
@@ -65,7 +64,7 @@ class StageRun:
 
     @property
     def frozen(self) -> bool:
-        """Whether this run belongs to the pipeline rather than to somebody's hands."""
+        """Whether this run is a part of the pipeline rather than a manual run."""
         return self.config.frozen is not None
 
     @property
@@ -87,16 +86,16 @@ class StageRun:
 
     @property
     def device(self) -> str:
-        """cpu or cuda, `auto` resolved."""
+        """cpu or cuda; `auto` is resolved."""
         return environments.detect_platform() if self.config.device == "auto" else self.config.device
 
     @property
     def fingerprint(self) -> str:
-        """What this run's output follows from."""
+        """The fingerprint of this run's output."""
         return stage_fingerprint(self.config, self.stage, self.root)
 
     def refuse_float(self) -> None:
-        """Refuse the baseline where a stage has nothing to do for it.
+        """Refuse the baseline in a stage that does not apply to it.
 
         Raises:
             UserError: the configuration has method=float.
@@ -113,7 +112,7 @@ class StageRun:
     def worker(
         self, toolchain: str, module: str, job: dict[str, Any], label: str, *, log: Path | None = None
     ) -> JobResult:
-        """Run a worker and take over its versions and its peak memory; `log` is the stage's where it is not given."""
+        """Run a worker and record its versions and peak memory; `log` defaults to the stage's log."""
         chosen = self.toolchain(toolchain)
         log = log or self.paths.log
         result = runner.run_worker(chosen, module, job, log=log, threads=self.config.threads, label=label)
@@ -122,7 +121,7 @@ class StageRun:
         return result
 
     def side_worker(self, toolchain: str, module: str, job: dict[str, Any], label: str) -> JobResult:
-        """Run a worker that only looks at what the stage made: with a log of its own, and not as the stage's environment."""
+        """Run a worker that only measures the stage's output; it has its own log and is not recorded as the environment."""
         if ask := self.early.pop(module, None):
             return ask(job, label)
         chosen, log = self.toolchain(toolchain), self._side_log(module)
@@ -130,7 +129,7 @@ class StageRun:
 
     @contextmanager
     def early_side_worker(self, toolchain: str, module: str) -> Iterator[None]:
-        """Start the interpreter of a side worker now, so that its imports are done when `side_worker` is called."""
+        """Start a side worker's interpreter now, so that its imports are finished when `side_worker` is called."""
         chosen, log = self.toolchain(toolchain), self._side_log(module)
         with early_worker(chosen, module, log=log, threads=self.config.threads) as self.early[module]:
             try:
@@ -155,7 +154,7 @@ class StageRun:
             if found is None:
                 command = command_for(stage, self.overrides, baseline=baseline)
                 raise UserError(
-                    f"{self.stage} needs the output of {stage}, which is not there for these options; run: {command}"
+                    f"{self.stage} needs the output of {stage}, which does not exist for these options; run: {command}"
                 )
             path = found
         name = f"{BASELINE}/{stage}" if baseline else stage
@@ -164,12 +163,12 @@ class StageRun:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is the float model itself."""
+        """Whether this is the float baseline."""
         return is_baseline(self.config)
 
     @contextmanager
     def work_folder(self) -> Iterator[Path]:
-        """A folder for what a long run keeps to go on from after a crash; known by the fingerprint, gone after success."""
+        """A folder from which a long run resumes after a crash; named by the fingerprint, removed after success."""
         folder = self.root / "scratch" / ".work" / self.fingerprint[:16]
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
@@ -177,22 +176,22 @@ class StageRun:
 
     @property
     def checkpoint_stage(self) -> str:
-        """The stage whose output is served and judged."""
+        """The stage whose output is served and evaluated."""
         return "download" if self.is_baseline else "convert"
 
     def checkpoint(self) -> Path:
-        """The checkpoint to serve and judge: the converted one, or the float model itself."""
+        """The checkpoint to serve and evaluate: the converted one, or the float model."""
         folder = self.input(self.checkpoint_stage)
         return folder / "model" if self.checkpoint_stage == "download" else folder
 
     @property
     def partial(self) -> Path:
-        """Where this process makes its output."""
+        """The folder in which this process makes its output."""
         return self.paths.output.with_name(f".{self.paths.output.name}.partial-{os.getpid()}")
 
     @contextmanager
     def output(self) -> Iterator[Path]:
-        """An empty folder that becomes this stage's output when the block ends well, and vanishes when it does not."""
+        """An empty folder that becomes this stage's output if the block succeeds, and is removed if it fails."""
         places = self.paths
         places.output.parent.mkdir(parents=True, exist_ok=True)
         for stale in places.output.parent.glob(f".{places.output.name}.partial-*"):
@@ -210,7 +209,7 @@ class StageRun:
             shutil.rmtree(partial, ignore_errors=True)
 
     def write_result(self, started_at: float) -> dict[str, Any]:
-        """Hash the output and write the result, last of all."""
+        """Hash the output and write the result; this is the last step."""
         hashes = hash_folder(self.paths.output)
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         environment = {
@@ -235,7 +234,7 @@ class StageRun:
 
 
 def stage_paths_of(output: Path) -> StagePaths:
-    """The paths that go with an output folder."""
+    """The paths of an output folder."""
     return StagePaths(output)
 
 

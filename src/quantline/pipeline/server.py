@@ -1,4 +1,4 @@
-"""The server of a stage that serves: its interpreter, its version, and how it is started."""
+"""The server of a serving stage: its interpreter, version and options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def server_of(run: StageRun) -> Vllm:
-    """Interpreter and version of the server's environment, which becomes the stage's."""
+    """Interpreter and version of the server's environment; it is recorded as the stage's environment."""
     from quantline.serving.server import Vllm
 
     chosen = run.toolchain("vllm")
@@ -22,7 +22,7 @@ def server_of(run: StageRun) -> Vllm:
 
 
 def server_options(run: StageRun, *, quantized: bool) -> ServerOptions:
-    """How the server is started for a checkpoint."""
+    """The options to start the server for a checkpoint."""
     from quantline.serving.rules import serving_dtype
     from quantline.serving.server import ServerOptions
 

@@ -1,7 +1,7 @@
-"""The table of stages: what the pipeline is made of, in order. dvc.yaml says the same to DVC, and a test compares the two.
+"""The table of the pipeline's stages, in order. dvc.yaml defines the same stages for DVC, and a test compares the two.
 
-A fact about a stage stands here and nowhere else: what it follows, which options it reads, in which environments it
-computes, whether its output is the same byte for byte, what the float baseline leaves out.
+Each fact about a stage is written only here: which stages it follows, which options it reads, which environments it
+uses, whether its output is reproducible byte for byte, and whether the float baseline skips it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class Stage:
 
     Attributes:
         name: of the entrypoint stages/<name>.py, of its output folder and of its result.
-        after: the stages whose outputs it follows from, the nearest ones.
-        options: the plain values that it reads, see `quantline.pipeline.options`.
+        after: the stages directly before it, whose outputs it depends on.
+        options: returns the plain values that it reads, see `quantline.pipeline.options`.
         reads: the keys of the frozen configuration that DVC watches for it.
-        locks: the environments that it computes in, as keys of `frozen.locks`.
-        exact: equal inputs give equal bytes; the answers of a server do not.
-        shared: one output for all variants.
-        skipped: whether a configuration does without it.
-        beside_float: compares with the float baseline's output of the same stage.
-        compared: its metrics stand in the variant's own run, by which variants are compared.
-        gated: a variant is promoted only with an up-to-date result of it.
-        rebuilt: made again when a variant is rebuilt.
-        kept: its output is part of what a rebuild gives; the others are large, and only steps on the way.
-        by_hand: no part of the pipeline.
+        locks: the environments that it runs in, as keys of `frozen.locks`.
+        exact: equal inputs give equal bytes. A server's answers are not exact.
+        shared: all variants share one output.
+        skipped: whether a configuration skips it.
+        beside_float: compares its output with the float baseline's output of the same stage.
+        compared: its metrics are logged to the variant's own run, where variants are compared.
+        gated: promoting a variant needs an up-to-date result of it.
+        rebuilt: runs again when a variant is rebuilt.
+        kept: a rebuild returns its output. The other outputs are large and only intermediate.
+        by_hand: run only manually, not a part of the pipeline.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Stage:
 
 
 def is_baseline(config: Config) -> bool:
-    """Whether a configuration is the float model itself."""
+    """Whether a configuration is the float baseline."""
     return config.method.name == BASELINE
 
 
@@ -106,17 +106,17 @@ PIPELINE = tuple(stage.name for stage in _TABLE if not stage.by_hand)
 
 
 def names(holds: Callable[[Stage], bool]) -> tuple[str, ...]:
-    """The pipeline's stages for which something holds, in order."""
+    """The pipeline's stages for which `holds` is true, in order."""
     return tuple(name for name in PIPELINE if holds(STAGES[name]))
 
 
 def of_config(config: Config) -> tuple[str, ...]:
-    """The pipeline's stages that a configuration has results of: the float baseline is not quantized."""
+    """The pipeline's stages that run for a configuration; the float baseline is not quantized."""
     return names(lambda stage: not (is_baseline(config) and _left_out_by_baseline(stage)))
 
 
 def baseline_stages() -> tuple[str, ...]:
-    """The pipeline's stages that the float baseline has results of."""
+    """The pipeline's stages that run for the float baseline."""
     return names(lambda stage: not _left_out_by_baseline(stage))
 
 
@@ -125,8 +125,8 @@ def _left_out_by_baseline(stage: Stage) -> bool:
 
 
 def before(config: Config, stage: str) -> tuple[str, ...]:
-    """The stages whose outputs a stage's output follows from under a configuration: the nearest that are not skipped."""
-    found: list[str] = []
+    """The stages that a stage directly depends on in a configuration; a skipped one is replaced by those before it."""
+    stages: list[str] = []
     for name in STAGES[stage].after:
-        found += before(config, name) if STAGES[name].skipped(config) else [name]
-    return tuple(dict.fromkeys(found))
+        stages += before(config, name) if STAGES[name].skipped(config) else [name]
+    return tuple(dict.fromkeys(stages))

@@ -1,4 +1,4 @@
-"""From any exception to the message that a user should read."""
+"""Turns an exception into the message for the user."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from quantline.core.errors import QuantlineError
 from quantline.core.text import nearest
 from quantline.pipeline.config import renamed
 
-# A disk that fails or is gone, or a path that leads through a file: no fault of the code.
+# A disk that fails or is missing, or a path that goes through a file: not a bug in Quantline.
 _BROKEN_PLACES = (errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def explain(error: BaseException, conf: Path) -> tuple[str, int] | None:
-    """The message and exit code for a failure the user can mend; None for a fault of ours, which keeps its traceback."""
+    """The message and exit code for a failure that the user can fix; None for a bug, which keeps its traceback."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -28,7 +28,7 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int] | None:
         return f"{error.filename}: {error.strerror}; make it writable", 1
     if isinstance(error, OSError) and error.filename and error.errno in _BROKEN_PLACES:
         return (
-            f"{error.filename}: {error.strerror}; check the path, and that its disk is there",
+            f"{error.filename}: {error.strerror}; check the path, and that its disk is mounted",
             1,
         )
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -42,17 +42,17 @@ def _explain_composition(error: Exception, conf: Path) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override}: is no override; give KEY=VALUE, such as bits=8, or 'KEY=\"VALUE\"' where the value holds "
-            "brackets, commas or the like"
+            f"{error.override}: is not a valid override; give KEY=VALUE, such as bits=8, or 'KEY=\"VALUE\"' if the "
+            "value has brackets or commas"
         )
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         key = unknown.group(1)
         if now := renamed(key):
-            return f"{key}: is called {now} now"
+            return f"{key}: was renamed; use {now}"
         if owners := _owners(conf, key):
             group = key.partition(".")[0]
-            return f"{key}: this {group} has no such option, {group}={' or '.join(owners)} has it; see --help"
+            return f"{key}: this {group} has no such option; {group}={' or '.join(owners)} has it, see --help"
         return f"{key}: no such option{nearest(key, option_names(conf))}; see the allowed ones with --help"
     group = re.search(r"Could not find '([^']+)/([^'/]*)'", text)
     if group:
@@ -61,32 +61,32 @@ def _explain_composition(error: Exception, conf: Path) -> str:
         return f"{group.group(1)}={group.group(2)}: allowed are {', '.join(choices)}{hint}"
     primary = re.search(r"Cannot find primary config '([^']+)'", text)
     if primary:
-        return f"{primary.group(1)}: no such configuration; the pipeline's are made by `dvc repro`"
+        return f"{primary.group(1)}: no such configuration; `dvc repro` makes those of the pipeline"
     folder = re.search(r"Primary config directory not found.*config directory '([^']+)'", text, re.DOTALL)
     if folder:
-        return f"{folder.group(1)}: no such folder of configurations; the pipeline's are made by `dvc repro`"
+        return f"{folder.group(1)}: no such folder of configurations; `dvc repro` makes those of the pipeline"
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def _owners(conf: Path, key: str) -> list[str]:
-    """The choices of a group that have an option: `method.desc_act` is one of `gptq`."""
+    """The choices of a group that have an option: `method.desc_act` is an option of `gptq`."""
     import yaml
 
     group, *path = key.split(".")
     if not path:
         return []
-    found = []
+    owners = []
     for choice in sorted((conf / group).glob("*.yaml")):
         value = yaml.safe_load(choice.read_text(encoding="utf-8"))
         for word in path[:-1]:
             value = value.get(word) if isinstance(value, dict) else None
         if isinstance(value, dict) and path[-1] in value:
-            found.append(choice.stem)
-    return found
+            owners.append(choice.stem)
+    return owners
 
 
 def option_names(conf: Path) -> list[str]:
-    """Every option that conf/ defines, dotted, of whichever choice of a group."""
+    """The dotted names of all options in conf/, from every choice of every group."""
     import yaml
 
     names: set[str] = set()

@@ -1,4 +1,4 @@
-"""Make the report's folder: index.html, report.md, plots/ and data/."""
+"""Write the report's folder: index.html, report.md, plots/ and data/."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, o
 
     Args:
         records: the variants, the baseline among them.
-        home: artifacts/, where their stages' outputs lie.
+        home: artifacts/, with the outputs of their stages.
         options: rules and preferences of the recommendation.
-        out: where to.
+        out: the folder to write to.
 
     Raises:
         UserError: there is no result to report on, or a file of a stage cannot be read.
@@ -40,7 +40,7 @@ def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, o
     from quantline.report.page import as_html
 
     if not records:
-        raise UserError("there is nothing to report on yet; run `dvc repro` first")
+        raise UserError("there are no results to report on; run `dvc repro` first")
     scrubber = Scrubber()
     clean = [
         VariantRecord(record.name, scrubber.value(record.config), scrubber(record.overrides),
@@ -65,7 +65,7 @@ def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, o
 
 
 def compile_report(evidence: Sequence[Evidence], options: ReportConfig) -> Report:
-    """All tables, pictures and words."""
+    """All tables, plots and texts."""
     made = tables.all_tables(evidence, options.worst_layers)
     rows, order = made["variants"].rows, plots.order_of(evidence)
     recommendation = recommend(rows, options)
@@ -118,7 +118,7 @@ def _summary(evidence: Sequence[Evidence], config: Row) -> list[tuple[str, str]]
 
 
 def as_json(value: Any) -> str:
-    """JSON that any reader takes: what is no finite number is null."""
+    """Strict JSON: numbers that are not finite become null."""
     return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

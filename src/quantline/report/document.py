@@ -1,4 +1,4 @@
-"""What a report holds, and its sections: one list for the page and for Markdown."""
+"""The content of a report and its sections: one list for the page and for Markdown."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Part:
     """A part of a section.
 
     kind: plot, table or files (links to a table that is only a file). name: of the plot or table; a plot's that ends with
-    `-` stands for one of each variant. folded: heading under which the page hides it; a plot of each variant has its own.
-    said: a sentence for it; a table's is shown where nothing was measured.
+    `-` stands for one plot per variant. folded: heading under which the page folds it; plots per variant have their own.
+    said: a sentence for it; a table's is shown if nothing was measured.
     """
 
     kind: Literal["plot", "table", "files"]
@@ -94,7 +94,7 @@ SECTIONS = (
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the documents show. plots: by name; those that a variant has one of are named `<kind>-<variant>`."""
+    """Everything that the documents show. plots: by name; plots per variant are named `<kind>-<variant>`."""
 
     model: str
     summary: list[tuple[str, str]]
@@ -107,7 +107,7 @@ class Report:
     unwatched: list[str]
 
     def plots_of(self, name: str) -> list[Plot]:
-        """The plot of a name, or with `errors-` those that each variant has one of; empty where nothing was drawn."""
+        """The plot with this name, or with `errors-` the plots of all variants; empty if nothing was drawn."""
         if not name.endswith("-"):
             return [self.plots[name]] if name in self.plots else []
         return [plot for key, plot in self.plots.items() if key.startswith(name)]

@@ -1,4 +1,4 @@
-"""What the stages left behind of one variant, read once; whatever was not measured is empty."""
+"""The results and output files of a variant, read once; anything not measured is empty."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evidence:
-    """A variant's results and the files of them that the report shows.
+    """A variant's results, and the output files that the report shows.
 
     home: artifacts/ or scratch/. summary: its row of `summary.variant_table`.
     """
@@ -39,20 +39,20 @@ class Evidence:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it is the float model."""
+        """Whether it is the float baseline."""
         return bool(self.summary["baseline"])
 
     @cached_property
     def results(self) -> dict[str, Row]:
-        """The stages' results by stage, in the order in which they ran."""
+        """The results by stage, in the order in which they ran."""
         return {str(result["stage"]): result for result in self.record.results}
 
     def metrics(self, stage: str) -> Row:
-        """A stage's metrics; empty where it did not run."""
+        """A stage's metrics; empty if it did not run."""
         return dict(self.results.get(stage, {}).get("metrics") or {})
 
     def metric(self, name: str, *stages: str) -> float | None:
-        """The first of the stages' metrics of that name."""
+        """The metric from the first of the stages that has it."""
         return next((found for stage in stages if (found := self.metrics(stage).get(name)) is not None), None)
 
     @cached_property
@@ -67,7 +67,7 @@ class Evidence:
 
     @cached_property
     def restored(self) -> list[Row]:
-        """restored.csv of evaluate: what each of the worst linears contributes."""
+        """restored.csv of evaluate: how much each of the worst linears contributes to the loss."""
         return self._csv("evaluate", "restored.csv")
 
     @cached_property
@@ -82,7 +82,7 @@ class Evidence:
 
     @property
     def flags(self) -> list[Row] | None:
-        """The alarms that evaluate raised; None where its instruments did not look."""
+        """The alarms that evaluate raised; None if it did not run the measurements for them."""
         result = self.results.get("evaluate", {})
         for place in (result, result.get("tables") or {}, self.comparison):
             if place.get("flags") is not None:
@@ -90,11 +90,11 @@ class Evidence:
         return None
 
     def monitor(self, stage: str) -> Row:
-        """What was sampled while a stage ran."""
+        """The monitor samples of a stage."""
         return dict(self.results.get(stage, {}).get("monitor") or {})
 
     def _file(self, stage: str, name: str) -> Path | None:
-        # A folder without a current result is of something else, or half made.
+        # A folder without a current result is out of date or incomplete.
         path = stage_paths(self.home, self.name, stage).output / name
         return path if stage in self.results and path.is_file() else None
 
@@ -105,7 +105,7 @@ class Evidence:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UserError(f"{path} is no JSON ({error}); run {stage} again") from error
+            raise UserError(f"{path} is not valid JSON ({error}); run {stage} again") from error
         return value if isinstance(value, dict) else {}
 
     def _csv(self, stage: str, name: str) -> list[Row]:
@@ -128,7 +128,7 @@ def gather(records: Sequence[VariantRecord], home: Path) -> list[Evidence]:
 
 
 def made_of(records: Iterable[VariantRecord]) -> str:
-    """One hash over all results: a report is of these results where it names the same."""
+    """One hash over all results; a report records the hash of its results."""
     contents = [
         [record.name, record.overrides, [{**result, "files": None} for result in record.results]]
         for record in sorted(records, key=lambda record: record.name)
@@ -137,7 +137,7 @@ def made_of(records: Iterable[VariantRecord]) -> str:
 
 
 def current_report(root: Path, records: Iterable[VariantRecord]) -> Path | None:
-    """The pipeline's report where it is of these very results; None where there is none or it has yet to follow them."""
+    """The pipeline's report if it was made from exactly these results; None if it is missing or out of date."""
     try:
         manifest = json.loads((root / "report" / REPORT_MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -146,7 +146,7 @@ def current_report(root: Path, records: Iterable[VariantRecord]) -> Path | None:
 
 
 def _value(text: str | None) -> Any:
-    """A cell of a CSV file: a number where it is one, None where it is empty."""
+    """A cell of a CSV file: a number if it parses as one, None if it is empty."""
     if text is None or text == "":
         return None
     for kind in (int, float):
@@ -158,5 +158,5 @@ def _value(text: str | None) -> Any:
 
 
 def first(rows: Iterable[Mapping[str, Any]], **wanted: Any) -> Mapping[str, Any]:
-    """The first row with these values; an empty one where there is none."""
+    """The first row with these values; an empty row if there is none."""
     return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), {})

@@ -1,4 +1,4 @@
-"""Where the error comes from: heat maps of the linears' errors, and what putting single ones back gives."""
+"""Plots of the linears: heat maps of their errors, and the effect of putting single linears back to float."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from quantline.report import svg
 from quantline.report.evidence import Evidence, Row
 from quantline.report.svg import Plot, ink
 
-# Up to so many cells each has its number in it.
+# Up to this many cells, each shows its number.
 _WRITTEN = 260
 _RAMP = ("#f4f1e8", "#f0d9a8", "#e9a860", "#d4673c", "#a32a3a", "#5c1040")
 
 
 def heat_maps(evidence: Sequence[Evidence]) -> list[Plot]:
-    """One heat map a variant, kinds of linears by decoder layers, all on one scale."""
+    """One heat map per variant, kinds of linears by decoder layers, all on one scale."""
     found = [(item, *grid(item.layers)) for item in evidence if item.layers]
     values = [value for *_, cells in found for value in cells.ravel() if math.isfinite(value) and value > 0]
     if not values:
@@ -85,7 +85,7 @@ def _level(value: float, levels: Mapping[str, float]) -> str:
 
 
 def restored(rows: Sequence[Row], order: Mapping[str, int]) -> Plot | None:
-    """How much of a variant's loss is undone by one linear in float: bars, by variant."""
+    """Bars of how much of a variant's loss is undone by putting one linear back to float."""
     kept = [row for row in rows if row.get("recovered_share") is not None and math.isfinite(row["recovered_share"])]
     if not kept:
         return None
@@ -108,8 +108,8 @@ def restored(rows: Sequence[Row], order: Mapping[str, int]) -> Plot | None:
         return svg.finish(
             figure, "restored", title="What one linear in float undoes", tips=tips,
             description="; ".join(f"{row['variant']} {row['name']} {100 * row['recovered_share']:.1f} %" for row in kept),
-            caption="Each of the worst linears was put back into float by itself and the loss measured again. Shares need "
-            "not add up to 100 %: errors of different linears can cancel or feed each other.",
+            caption="Each of the worst linears was put back to float by itself and the loss measured again. Shares need "
+            "not add up to 100 %: errors of different linears can cancel or amplify each other.",
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The report as Markdown: the same words and tables, pictures as files beside it."""
+"""The report as Markdown: the same text and tables, with plots as separate files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def _watched(report: Report) -> str:
     if report.alarms:
         return f"{sum(map(len, report.alarms.values()))} alarms, of {', '.join(f'`{name}`' for name in report.alarms)}:"
     if report.unwatched:
-        return f"Not looked for: the evaluation of {', '.join(f'`{name}`' for name in report.unwatched)} has no alarms."
+        names = ", ".join(f"`{name}`" for name in report.unwatched)
+        return f"Not checked: the evaluation of {names} did not run the measurements for them."
     return "None."
 
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, no request to anywhere, every table also as a file inside it."""
+"""The report as one HTML page, without scripts and network requests; it embeds every table as a file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from quantline.report.document import SECTIONS, Report
 from quantline.report.table import Table
 
 _TEMPLATES = Path(__file__).parent / "templates"
-# A larger table is linked to as a file beside the page alone.
+# A larger table is not embedded, only linked as a file.
 _EMBEDDED_BYTES = 200_000
 
 
 def as_html(report: Report) -> str:
-    """The page; data files are linked to as data/<table>.json, and held inside as CSV where they are not too large."""
+    """The page; it links each table as data/<table>.json, and embeds it as CSV unless it is too large."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -27,7 +27,7 @@ def as_html(report: Report) -> str:
     return page.render(
         report=report, sections=SECTIONS, rec=report.recommendation, tables=report.tables,
         style=Markup(style),  # noqa: S704
-        svg=lambda plot: Markup(plot.inline), csv_link=_csv_link,  # noqa: S704 - our own drawing, its texts are escaped
+        svg=lambda plot: Markup(plot.inline), csv_link=_csv_link,  # noqa: S704 - our own SVG, its texts are escaped
     )  # fmt: skip
 
 

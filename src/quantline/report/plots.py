@@ -1,4 +1,4 @@
-"""The report's pictures, each a function from evidence to a `Plot`, or None where there is nothing to draw."""
+"""The report's plots: each function turns evidence into a `Plot`, or returns None if there is nothing to draw."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def order_of(evidence: Sequence[Evidence]) -> dict[str, int]:
 
 
 def pareto(rows: Sequence[Row], size: str = "size_bytes", loss: str = "difference_percent") -> list[str]:
-    """The variants that no other one beats in both size and loss, the smallest first."""
+    """The variants that no other variant beats in both size and loss, the smallest first."""
     known = [
         row for row in rows if row.get(size) is not None and row.get(loss) is not None and math.isfinite(row[loss])
     ]
@@ -97,7 +97,7 @@ def _point(
 
 
 def _name_points(figure: Any, axes: Any, rows: Sequence[Row], chosen: str | None, steps: Sequence[Row]) -> None:
-    """Write each variant's name beside its point, at the first of several places where it covers nothing."""
+    """Write each variant's name beside its point, at the first of several positions where it overlaps nothing."""
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()
@@ -144,7 +144,7 @@ def _plain_ticks(axes: Any, top: float) -> None:
 
 
 def forest(rows: Sequence[Row], order: Mapping[str, int]) -> Plot | None:
-    """Distances from float with intervals, a panel a measure: what leaves out zero is real."""
+    """Distances from float with intervals, one panel per measure; an interval without zero is a real difference."""
     wanted = (
         ("difference_percent", "difference_low_percent", "difference_high_percent", "growth of the perplexity, %", 1.0),
         ("kl_divergence", "kl_divergence_low", "kl_divergence_high", "KL from float, nats/token", 1.0),
@@ -188,13 +188,13 @@ def forest(rows: Sequence[Row], order: Mapping[str, int]) -> Plot | None:
                           if _finite(row.get("difference_percent")))  # fmt: skip
         return svg.finish(
             figure, "distances", title="Distances from the float model, with intervals", description=f"{about}.",
-            caption="Points with the interval of each. A difference is real, at the stated level, where its interval leaves "
-            "out zero; intervals of two variants that overlap do not tell them apart.", tips=tips,
+            caption="Points with the interval of each. A difference is real, at the stated level, if its interval does not "
+            "contain zero; two variants with overlapping intervals cannot be told apart.", tips=tips,
         )  # fmt: skip
 
 
 def _positive(axes: Any, values: Sequence[float]) -> None:
-    """A scale for divergences: from zero, or logarithmic where they differ by orders of magnitude."""
+    """A scale for divergences: from zero, or logarithmic if they differ by orders of magnitude."""
     above = [value for value in values if value > 0]
     if len(above) == len(values) and max(above) > 30 * min(above):
         axes.set_xscale("log")
@@ -208,7 +208,7 @@ def _positive(axes: Any, values: Sequence[float]) -> None:
 
 
 def memory(table: Table, order: Mapping[str, int]) -> Plot | None:
-    """Bars of memory, a panel a kind, each with a scale of its own."""
+    """Bars of memory, one panel per kind, each with its own scale."""
     wanted = (("size_bytes", "weights on disk"), ("weights_memory_bytes", "weights in vLLM"),
               ("quantize_peak_bytes", "peak of quantizing"))  # fmt: skip
     rows = table.rows
@@ -247,7 +247,7 @@ def memory(table: Table, order: Mapping[str, int]) -> Plot | None:
         )  # fmt: skip
         return svg.finish(
             figure, "memory", title="Memory", description=f"{about}.", tips=tips,
-            caption="Each panel has a scale of its own: making a variant takes far more memory than holding it.",
+            caption="Each panel has its own scale: quantizing a variant takes far more memory than storing it.",
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Which variant to ship: rules that a variant must meet, then preferences among those that do, with reasons in words.
+"""Which variant to ship: rules that a variant must meet, then preferences among those that do, with reasons.
 
-Rules and preferences are data (conf/report); a value that was not measured never passes silently: the rule says whether it
-fails, and where it does not, the recommendation says what was not looked at.
+Rules and preferences are data (conf/report). A missing value never passes silently: the rule defines whether it fails, and
+if it does not, the recommendation lists it as not measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from quantline.core.text import listed
 from quantline.report.evidence import Row
 from quantline.report.units import Column, Kind, written
 
-# How a column is called in a sentence, and how its values are written.
+# The name of a column in a sentence, and the format of its values.
 SPOKEN: dict[str, tuple[str, Kind]] = {
     "perplexity": ("perplexity", "number"),
     "difference_percent": ("growth of the perplexity", "growth"),
@@ -42,8 +42,8 @@ SPOKEN: dict[str, tuple[str, Kind]] = {
     "quantize_peak_bytes": ("peak memory of quantizing", "bytes"),
     "output_error_max": ("largest output error of a linear", "number"),
 }
-# The sentences of the rules that most have, by whether they are met; for others one is put together.
-_OWN_WORDS = {
+# Sentences for the usual rules, by whether they are met; for other rules a sentence is composed.
+_SENTENCES = {
     ("difference_high_percent", True): "By the upper end of its interval, the perplexity grows by {value} ({allowed})",
     ("difference_high_percent", False): "By the upper end of its interval, the perplexity grows by {value} ({allowed})",
     ("served", True): "vLLM serves it here",
@@ -64,7 +64,7 @@ _SUPERLATIVES = {
 
 @dataclass(frozen=True)
 class Check:
-    """One rule for one variant; sentence: what was found and what is allowed."""
+    """One rule for one variant; sentence: the measured and the allowed value."""
 
     rule: str
     passed: bool
@@ -74,10 +74,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """chosen: the variant to ship, None where none fits. reasons: why, in sentences. checks: by variant.
+    """chosen: the variant to ship, None if no variant meets the rules. reasons: as sentences. checks: by variant.
 
     ruled_out: variant -> the sentences of the rules that it fails. passed_over: variant -> why another one is preferred.
-    caveats: what was not looked at.
+    caveats: values that were not measured.
     """
 
     chosen: str | None
@@ -90,7 +90,7 @@ class Recommendation:
 
 
 def recommend(rows: Sequence[Row], options: ReportConfig) -> Recommendation:
-    """Judge the rows of the variants' table; the baseline among them is no candidate.
+    """Apply rules and preferences to the rows of the variants' table; the baseline is not a candidate.
 
     Args:
         rows: of `tables.variants`.
@@ -125,7 +125,7 @@ def recommend(rows: Sequence[Row], options: ReportConfig) -> Recommendation:
 
 
 def _bargain(row: Row) -> str:
-    """What is paid and what is got, in one sentence."""
+    """Quality, size and speed against the float model, in one sentence."""
     parts = []
     growth = Column("difference_percent", "", "growth", "difference_low_percent", "difference_high_percent")
     if row.get("difference_percent") is not None:
@@ -150,10 +150,10 @@ def _check(name: str, rule: Rule, row: Row) -> Check:
         )
         return Check(name, rule.missing == "pass", False, sentence)
     if value is None:
-        end = "which the rules ask for" if rule.missing == "fail" else "so it was not judged by that"
+        end = "which the rules ask for" if rule.missing == "fail" else "so this rule was not applied"
         return Check(name, rule.missing == "pass", False, f"{_capital(what)}: not measured, {end}")
     passed = _meets(rule, value)
-    own = _OWN_WORDS.get((rule.column, passed)) if rule.equals is not False else None
+    own = _SENTENCES.get((rule.column, passed)) if rule.equals is not False else None
     shown = abs(value) if rule.column == "difference_high_percent" and value > 0 else value
     text = written(shown, kind).lstrip("+") if own else written(value, kind)
     sentence = own or "{what}: {value} ({allowed})"
@@ -189,7 +189,7 @@ def _allowed(rule: Rule, kind: Kind) -> str:
 
 
 def _prefer(fit: list[Row], order: Sequence[Preference]) -> tuple[Row, list[str], dict[str, str], list[str]]:
-    """The preferred row, the steps that led to it, why each of the others was left, and what was not looked at."""
+    """The preferred row, the steps that led to it, why the others were passed over, and what was not measured."""
     left, steps, passed_over, caveats = list(fit), [], {}, []
     for preference in order:
         if len(left) == 1:
@@ -229,7 +229,7 @@ def _prefer(fit: list[Row], order: Sequence[Preference]) -> tuple[Row, list[str]
 
 
 def _overlap(row: Row, other: Row, column: str) -> bool:
-    """Whether the ranges of two measurements have a value in common; where there are none, they are not known to."""
+    """Whether the ranges of two measurements overlap; False if a range is missing."""
     low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
     other_low, other_high = other.get(f"{column}_low"), other.get(f"{column}_high")
     if low is None or high is None or other_low is None or other_high is None:

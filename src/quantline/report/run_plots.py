@@ -1,4 +1,4 @@
-"""Speed, tasks, and what was sampled while stages ran."""
+"""Plots of speed, tasks, and the monitor's samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantline.report import svg
 from quantline.report.evidence import Evidence, Row
 from quantline.report.svg import Plot, ink
 
-# Points of a series that a page shows; the results hold all.
+# Points per series on the page; the results contain all.
 _POINTS = 100
 
 
@@ -118,7 +118,7 @@ def ratios(evidence: Sequence[Evidence], order: Mapping[str, int]) -> Plot | Non
 
 
 def tasks(rows: Sequence[Row], order: Mapping[str, int], limit: float | None) -> Plot | None:
-    """What is kept of float's score on each task, with intervals."""
+    """The kept share of float's score on each task, with intervals."""
     kept = [row for row in rows if row.get("recovery") is not None and math.isfinite(row["recovery"])]
     if not kept:
         return None
@@ -163,12 +163,12 @@ def tasks(rows: Sequence[Row], order: Mapping[str, int], limit: float | None) ->
         return svg.finish(
             figure, "tasks", title="What is kept of the float model's score", tips=tips,
             description="; ".join(f"{row['variant']} {_task(row)} {100 * row['recovery']:.1f} %" for row in kept),
-            caption="100 % is the float model. Where an interval holds 100 %, the task did not tell the two apart.",
+            caption="100 % is the float model. If an interval contains 100 %, the task did not show a difference.",
         )  # fmt: skip
 
 
 def _from(rows: Sequence[Row], limit: float | None) -> float:
-    """Where the axis begins: a variant that lost nearly all must not press the others together."""
+    """The start of the axis: a variant with a very low score must not compress the others."""
     lows: list[float] = [100 * (row.get("recovery_low") or row["recovery"]) for row in rows]
     floor = 100 * (limit if limit is not None else 0.95) - 20
     return min(99.0, max(min(lows), floor) - 1)
@@ -179,7 +179,7 @@ def _task(row: Row) -> str:
 
 
 def monitor(item: Evidence) -> Plot | None:
-    """Memory and utilisation of a variant's stages, one after the other on one axis of time: a panel a kind."""
+    """Memory and utilisation of a variant's stages in sequence on one time axis, one panel per kind."""
     stages = [stage for stage in item.results if item.monitor(stage).get("samples")]
     kinds = [kind for kind in (_memory, _load, _gpu_memory) if any(kind(item.monitor(stage)) for stage in stages)]
     if not kinds:

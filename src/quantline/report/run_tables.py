@@ -1,4 +1,4 @@
-"""Tables of how variants run and were made: speed, memory, costs, environments, commands, protocol."""
+"""Tables of speed, memory, costs, environments, commands and the protocol."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantline.report.units import Column
 
 
 def speed(evidence: Sequence[Evidence]) -> Table:
-    """Throughput and latency by concurrency, float of the same session beside."""
+    """Throughput and latency by concurrency, with the float model of the same session."""
     rows = [
         {"variant": item.name, **row} for item in evidence if not item.is_baseline
         for row in sorted(item.speed.get("rows") or [], key=lambda row: (row["concurrency"], row["model"] != "float"))
@@ -49,7 +49,7 @@ def servers(evidence: Sequence[Evidence]) -> Table:
         Column("variant", "session of", "code"), Column("model", "model"), Column("load_seconds", "load time", "seconds"),
         Column("weights_memory_bytes", "weights in memory", "bytes"), Column("peak_memory_bytes", "peak memory", "bytes"),
     )  # fmt: skip
-    return Table("servers", "What it takes to start each server.", columns, rows)
+    return Table("servers", "Load time and memory of each server.", columns, rows)
 
 
 def memory(evidence: Sequence[Evidence]) -> Table:
@@ -79,7 +79,7 @@ def memory(evidence: Sequence[Evidence]) -> Table:
         (found for item in evidence if (found := (item.speed.get("session") or {}).get("weights_memory_is"))), ""
     )
     note = f" In vLLM: {said}." if said else ""
-    return Table("memory", f"Memory: of the weights, of the server, and of making them.{note}", columns, rows)
+    return Table("memory", f"Memory of the weights, of the server, and of quantizing.{note}", columns, rows)
 
 
 def costs(evidence: Sequence[Evidence]) -> Table:
@@ -116,7 +116,7 @@ def _each_stage(evidence: Sequence[Evidence]) -> Iterator[tuple[Evidence, str, R
 
 
 def environment(evidence: Sequence[Evidence]) -> Table:
-    """What each stage ran in."""
+    """The environment of each stage."""
     rows = []
     for item, stage, result in _each_stage(evidence):
         found = result.get("environment") or {}
@@ -137,7 +137,7 @@ def environment(evidence: Sequence[Evidence]) -> Table:
 
 
 def fingerprints(evidence: Sequence[Evidence]) -> Table:
-    """What each output follows from, and what it holds."""
+    """The fingerprint and the content hash of each output."""
     rows = [
         {"variant": item.name, "stage": stage, "fingerprint": result.get("fingerprint"),
          "output_hash": result.get("output_hash")}
@@ -147,11 +147,13 @@ def fingerprints(evidence: Sequence[Evidence]) -> Table:
         variant_column(), Column("stage", "stage"), Column("fingerprint", "follows from", "hash"),
         Column("output_hash", "holds", "hash"),
     )  # fmt: skip
-    return Table("fingerprints", "SHA-256 of what each output follows from, and of what it holds.", columns, rows)
+    return Table(
+        "fingerprints", "SHA-256 of everything that determines each output, and of its content.", columns, rows
+    )
 
 
 def commands(evidence: Sequence[Evidence]) -> Table:
-    """How each variant is made again."""
+    """The command that rebuilds each variant."""
     rows = [
         {"variant": item.name, "overrides": item.record.overrides,
          "command": f"dvc repro {' '.join(_last_stages(item))}"}
@@ -162,24 +164,24 @@ def commands(evidence: Sequence[Evidence]) -> Table:
         Column("overrides", "overrides of conf/", "code"),
         Column("command", "command", "code"),
     )
-    return Table("commands", "The commands that make each variant again.", columns, rows)
+    return Table("commands", "The commands that rebuild each variant.", columns, rows)
 
 
 def _last_stages(item: Evidence) -> list[str]:
-    """The stages that bring all others of a variant with them, as DVC calls them."""
+    """The last stages of a variant, which depend on all others, by their DVC names."""
     last = [stage for stage in ("evaluate", "tasks", "speed") if stage == "evaluate" or stage in item.results]
     return [f"{stage}_baseline" if item.is_baseline else f"{stage}@{item.name}" for stage in last]
 
 
 def protocol(evidence: Sequence[Evidence]) -> Table:
-    """Every option under which quality and speed were measured; from the baseline, and by variant where one differs."""
+    """Every option of the measurement of quality and speed; one row for all variants, or one per differing value."""
     values: dict[tuple[str, str], dict[str, str]] = {}
     for item in evidence:
         for section in ("model", "calibration", "evaluate", "serve", "tasks", "speed"):
             skipped = ("process", "smoke") if section == "serve" else ()
             for key, value in _flat(item.record.config.get(section) or {}, skipped):
                 values.setdefault((section, key), {})[item.name] = value
-        # What came of the options: the text that was scored, and the session in which speed was measured.
+        # The results of the options: the scored text, and the session of the speed measurement.
         found = {"evaluated": item.comparison.get("protocol"), "speed session": item.speed.get("session")}
         for section, known in found.items():
             for key, value in _flat(known or {}, ()):

@@ -1,7 +1,7 @@
-"""The table of variants: what each costs in quality, and what it gives in size and speed.
+"""The table of variants: quality, size and speed of each.
 
-`variant_table` makes rows of plain values in base units (bytes, seconds, percent), fit for a JSON file; `render_table`
-makes them readable.
+`variant_table` returns rows of plain values in base units (bytes, seconds, percent), ready for JSON; `render_table` formats
+them as text.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def render_table(rows: Sequence[Mapping[str, Any]], style: str = "simple") -> st
     """
     notes: list[str] = []
     cells = [_cells(row, notes) for row in rows]
-    if style == "github":  # a bar in a text would start another column
+    if style == "github":  # a bar in a cell would start another column
         cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
     align = ("left", "left", *["right"] * 3, "left", *["right"] * 6, "left")
     padding = tabulate.MIN_PADDING
@@ -108,7 +108,7 @@ def render_table(rows: Sequence[Mapping[str, Any]], style: str = "simple") -> st
     if not notes:
         return table
     lines = [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
-    # In Markdown a line break alone would run the notes together.
+    # In Markdown, a single line break would join the notes into one paragraph.
     return table + "\n\n" + ("\n" if style != "github" else "\n\n").join(lines)
 
 
@@ -135,7 +135,7 @@ def _difference(row: Mapping[str, Any]) -> str:
     middle, low, high = (row[f"difference_{end}percent"] for end in ("", "low_", "high_"))
     if middle is None:
         return MISSING
-    # As many decimals as the interval deserves: +0.031 % must not be shown as +0.0 %.
+    # The number of decimals depends on the interval: +0.031 % must not be shown as +0.0 %.
     widest = max(abs(value) for value in (middle, low, high) if value is not None)
     decimals = 0 if widest >= 100 else 1 if widest >= 10 else 2 if widest >= 0.1 else 3
     text = f"{middle:+.{decimals}f} %"
@@ -154,15 +154,15 @@ def _served(row: Mapping[str, Any], notes: list[str]) -> str:
         return MISSING
     if row["served"]:
         return " ".join(["yes", *marks])
-    told = row["reasons"]
-    short = " ".join(str(told.get("serve_smoke") or next(iter(told.values()), "")).split())
+    reasons = row["reasons"]
+    short = " ".join(str(reasons.get("serve_smoke") or next(iter(reasons.values()), "")).split())
     if len(short) > REASON_CHARS:
         short = short[:REASON_CHARS].rsplit(" ", 1)[0].rstrip(",;:.") + "..."
     return " ".join([f"no: {short}", *marks])
 
 
 def _number(value: float | None, digits: int, factor: float = 1.0) -> str:
-    """A value with so many significant digits, without an exponent where a table can do without."""
+    """A value with this many significant digits, with an exponent only for very large and very small values."""
     if value is None:
         return MISSING
     scaled = value * factor

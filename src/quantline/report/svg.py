@@ -1,4 +1,4 @@
-"""Matplotlib's SVG made fit for a page: real text in the page's own type, colours that follow its theme, titles for readers.
+"""Adapts matplotlib's SVG to the page: real text in the page's font, colours of its theme, titles for screen readers.
 
 Figures are drawn in the `INK` colours below. In a page each becomes a CSS variable, so that one drawing serves light and
 dark; in a file of its own it becomes the light theme's colour. Equal figures give equal bytes: no dates, ids by a fixed
@@ -44,7 +44,7 @@ _STYLE: Any = {
 
 
 def ink(name: str) -> str:
-    """The colour in which a part of that role is drawn."""
+    """The colour of this role."""
     return INK[name][0]
 
 
@@ -54,13 +54,13 @@ def colour(position: int) -> str:
 
 
 def marker(position: int) -> str:
-    """The marker of the variant at a place in the order, so that colour is not all that tells them apart."""
+    """The marker of the variant at a position in the order, so that variants differ in more than colour."""
     return MARKERS[position % len(MARKERS)]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn figure. title, description: for those who do not see it. caption: what to read from it. width: in pixels."""
+    """A drawn figure. title, description: for screen readers. caption: how to read it. width: in pixels."""
 
     name: str
     title: str
@@ -132,7 +132,7 @@ def _recoloured(text: str, colours: Mapping[str, str]) -> str:
 
 
 def gid(artist: Any, tips: dict[str, str], tip: str) -> None:
-    """Give an artist words for a pointer that rests on it."""
+    """Give an artist a tooltip."""
     name = f"tip{len(tips)}"
     artist.set_gid(name)
     tips[name] = tip

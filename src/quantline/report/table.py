@@ -1,4 +1,4 @@
-"""A table of the report: rows of plain values in base units, with what is needed to show them."""
+"""A table of the report: rows of plain values in base units, and how to show them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quantline.report.units import Column
 
 @dataclass(frozen=True)
 class Table:
-    """caption: what it says, in a sentence. shown: how many rows a page shows, the first ones; None is all of them."""
+    """caption: its content, in one sentence. shown: number of rows on a page, the first ones; None shows all."""
 
     name: str
     caption: str
@@ -28,7 +28,7 @@ class Table:
 
     @property
     def keys(self) -> list[str]:
-        """What the files hold: the columns with the ends of their intervals, then whatever else the rows have."""
+        """The columns of the files: the shown columns with the ends of their intervals, then all other keys of the rows."""
         named = [key for column in self.columns for key in (column.key, column.low, column.high) if key]
         return list(dict.fromkeys([*named, *(key for row in self.rows for key in row)]))
 

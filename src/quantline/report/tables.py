@@ -1,4 +1,4 @@
-"""Every table of the report; here those of quality, see `run_tables` for the others.
+"""Every table of the report. The tables of quality are here, the others in `run_tables`.
 
 The same rows become CSV and JSON files, HTML and Markdown. A value that was not measured is None.
 """
@@ -25,7 +25,7 @@ def all_tables(evidence: Sequence[Evidence], worst_layers: int) -> dict[str, Tab
 
 
 def variants(evidence: Sequence[Evidence]) -> Table:
-    """One row a variant: quality, size, speed, memory; the columns that rules and preferences name."""
+    """One row per variant: quality, size, speed, memory; rules and preferences refer to these columns."""
     rows = [_variant_row(item) for item in evidence]
     columns = (
         variant_column(), Column("bits", "bits", "count", missing="float"), Column("perplexity", "perplexity", "number"),
@@ -36,7 +36,7 @@ def variants(evidence: Sequence[Evidence]) -> Table:
         Column("speed_up", "speed-up", "ratio", "speed_up_low", "speed_up_high"),
         Column("recovery_lowest", "worst task kept", "share"),
     )  # fmt: skip
-    return Table("variants", "What each variant costs in quality, and what it gives in size and speed.", columns, rows)
+    return Table("variants", "Quality, size and speed of each variant.", columns, rows)
 
 
 def _variant_row(item: Evidence) -> Row:
@@ -45,7 +45,7 @@ def _variant_row(item: Evidence) -> Row:
     lowest: Row = min(kept, key=lambda row: row["recovery"], default={})
     slower = item.metric("slower_than_float", "speed")
     gate = item.tasks.get("gate") or {}
-    # A gate without a limit, or over no task, passes whatever the variant does.
+    # A gate without a limit or without tasks always passes, so it says nothing about the variant.
     judged = bool(kept) and gate.get("limit") is not None and gate.get("passed") is not None
     summary = {key: value for key, value in item.summary.items() if key != "reasons"}
     reasons = item.summary["reasons"]
@@ -75,7 +75,7 @@ def _variant_row(item: Evidence) -> Row:
 
 
 def _mean_ratio(ratios: Iterable[float]) -> float | None:
-    """The geometric mean; None of none."""
+    """The geometric mean; None if there are no values."""
     logs = [math.log(ratio) for ratio in ratios]
     return math.exp(math.fsum(logs) / len(logs)) if logs else None
 
@@ -91,7 +91,7 @@ def quality(evidence: Sequence[Evidence]) -> Table:
                  "tokens_scored", "documents")  # fmt: skip
         summary = {key: item.summary[key] for key in item.summary if key.startswith("difference_")}
         values = {name: found.get(name) for name in names}
-        if item.is_baseline:  # compared with itself: zeros that say nothing
+        if item.is_baseline:  # compared with itself, always zero
             values.update((name, None) for name in names if name.startswith(("nll", "kl", "top1", "noise")))
         gap = values.pop("engine_relative_difference")
         rows.append({"variant": item.name, "baseline": item.is_baseline,
@@ -121,13 +121,13 @@ def generations(evidence: Sequence[Evidence]) -> Table:
     ]
     columns = (
         variant_column(), Column("identical_generations", "identical to the end", "share"),
-        Column("first_divergence_median", "tokens until they part, median", "number"),
+        Column("first_divergence_median", "tokens until the first difference, median", "number"),
     )  # fmt: skip
     return Table("generations", "Greedy answers to the same prompts, beside the float model's.", columns, rows)
 
 
 def tasks(evidence: Sequence[Evidence]) -> Table:
-    """Tasks with what is kept of the float model's score."""
+    """Tasks with the kept share of the float model's score."""
     rows = [{"variant": item.name, **row} for item in evidence if not item.is_baseline
             for row in item.tasks.get("rows") or []]  # fmt: skip
     columns = (
@@ -147,7 +147,7 @@ _LAYER_COLUMNS = (
 
 
 def layers(evidence: Sequence[Evidence]) -> Table:
-    """Every quantized linear of every variant; for the files, not for the page."""
+    """Every quantized linear of every variant; only for the files, not for the page."""
     rows = [{"variant": item.name, **row} for item in evidence for row in item.layers]
     return Table("layers", "The errors of every linear.", _LAYER_COLUMNS, rows, shown=0)
 
@@ -164,7 +164,7 @@ def worst(evidence: Sequence[Evidence], count: int) -> Table:
 
 
 def restored(evidence: Sequence[Evidence]) -> Table:
-    """What putting single linears back into float gives."""
+    """The effect of putting single linears back to float."""
     rows = [{"variant": item.name, **row} for item in evidence for row in item.restored]
     columns: tuple[Column, ...] = (
         variant_column(), Column("name", "linear put back to float", "code"),
@@ -177,14 +177,14 @@ def restored(evidence: Sequence[Evidence]) -> Table:
         columns = (*columns, Column("recovered_kl_share", "share of the KL undone", "share"))
     return Table(
         "restored",
-        "How much of the loss is undone by putting one linear back into float, one at a time.",
+        "How much of the loss is undone by putting back one linear at a time to float.",
         columns,
         rows,
     )
 
 
 def alarms(evidence: Sequence[Evidence]) -> Table:
-    """What the evaluation's instruments raised."""
+    """The alarms of the evaluation."""
     rows = [{"variant": item.name, **flag} for item in evidence for flag in item.flags or []]
     columns = (
         variant_column(), Column("instrument", "instrument"), Column("value", "value", "number"),
@@ -194,7 +194,7 @@ def alarms(evidence: Sequence[Evidence]) -> Table:
 
 
 def notes(evidence: Sequence[Evidence]) -> Table:
-    """What stages refused or warned of."""
+    """Refusals and warnings of the stages."""
     rows = [
         {"variant": item.name, "stage": stage, "kind": kind, "note": " ".join(str(note).split())}
         for item in evidence for stage, result in item.results.items()
@@ -202,4 +202,4 @@ def notes(evidence: Sequence[Evidence]) -> Table:
         for note in found if note
     ]  # fmt: skip
     columns = (variant_column(), Column("stage", "stage"), Column("kind", "kind"), Column("note", "what it says"))
-    return Table("notes", "What the stages refused, and what they noted.", columns, rows)
+    return Table("notes", "Refusals and notes of the stages.", columns, rows)

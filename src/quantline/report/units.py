@@ -1,4 +1,4 @@
-"""Values as people read them: units, signs, as many digits as they deserve."""
+"""Formats values for readers: units, signs, significant digits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Column:
 
     @property
     def numeric(self) -> bool:
-        """Whether it is set to the right."""
+        """Whether it is right-aligned."""
         return self.kind in _NUMERIC
 
     def text(self, row: Mapping[str, Any]) -> str:
@@ -52,8 +52,8 @@ class Column:
 def written(value: Any, kind: Kind) -> str:
     """One value.
 
-    bytes: powers of ten. growth: per cent, with its sign. share: of 1, as per cent. percent: as it is. ratio: times.
-    yes: a truth value. hash: its beginning.
+    bytes: powers of ten. growth: per cent with sign. share: fraction, as per cent. percent: already per cent. ratio: times.
+    yes: a boolean. hash: its prefix.
     """
     if value is None:
         return MISSING

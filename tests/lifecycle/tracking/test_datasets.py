@@ -121,7 +121,7 @@ def test_a_log_is_attached_and_a_publish_from_a_machine_without_it_changes_nothi
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"input_ids_sha256": 3}'])
-def test_a_manifest_that_is_no_manifest_gives_no_dataset(tmp_path, text):
+def test_a_damaged_manifest_gives_no_dataset(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     assert datasets_of({"stage": "calibrate", "files": ["manifest.json"]}, {}, tmp_path) == ()
 

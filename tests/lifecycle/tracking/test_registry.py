@@ -96,7 +96,9 @@ def test_an_alias_moves_from_version_to_version_and_a_second_promotion_uploads_n
 
 def test_an_alias_is_taken_from_the_variant_that_has_it_alone(store):
     store.promote("gptq-w4")
-    with pytest.raises(UserError, match=r"alias=production of awq-w4: it is gptq-w4 \(quantline-demo version \d\)'s"):
+    with pytest.raises(
+        UserError, match=r"alias=production of awq-w4: gptq-w4 \(quantline-demo version \d\) has this alias"
+    ):
         demote(store.tracking, store.root, "awq-w4", "production")
     assert demote(store.tracking, store.root, "gptq-w4", "production")[0] == MODEL
     assert store.holders()["gptq-w4"] == ()
@@ -110,7 +112,7 @@ def test_what_was_damaged_in_the_store_is_not_fetched_and_nothing_is_left(store,
     weights.write_bytes(whole[:-1] + b"x")
     try:
         with pytest.raises(
-            TrackingError, match=r"model\.safetensors of quantline-demo version 1 is not what was registered"
+            TrackingError, match=r"model\.safetensors of quantline-demo version 1 differs from the registered file"
         ):
             store.fetched(tmp_path / "out", "damaged")
     finally:
@@ -121,19 +123,21 @@ def test_what_was_damaged_in_the_store_is_not_fetched_and_nothing_is_left(store,
 def test_a_checkpoint_that_was_changed_is_not_promoted(store, tmp_path):
     what = store.promotion("awq-w4")
     changed = replace(what, files={**what.files, "model.safetensors": "0"})
-    with pytest.raises(UserError, match=r"model\.safetensors: is not what the convert stage wrote"):
+    with pytest.raises(UserError, match=r"model\.safetensors: differs from the convert stage's output"):
         promote(store.tracking, store.root, changed, "production")
 
 
-def test_an_alias_that_nobody_has_names_those_that_there_are(store, tmp_path):
+def test_a_missing_alias_names_the_existing_ones(store, tmp_path):
     store.promote("awq-w4", "small")
-    with pytest.raises(UserError, match=r"quantline-demo@missing: is not registered; there are .*quantline-demo@small"):
+    with pytest.raises(
+        UserError, match=r"quantline-demo@missing: is not registered; the model has .*quantline-demo@small"
+    ):
         store.fetched(tmp_path / "out", "missing")
 
 
 @pytest.mark.parametrize("alias", ["latest", "v1", "12", "a b", "a/b"])
-def test_what_is_no_alias_is_refused(alias):
-    with pytest.raises(UserError, match="give letters, digits"):
+def test_an_invalid_alias_is_refused(alias):
+    with pytest.raises(UserError, match="use letters, digits"):
         check_alias(alias)
 
 
@@ -162,7 +166,7 @@ def test_a_run_is_found_by_the_beginning_of_its_id_and_by_a_stages_fingerprint(s
 
 
 @pytest.mark.parametrize("given", ["0" * 32, "abcde", "../../x", "ffffffffff"])
-def test_what_is_no_run_is_an_error_that_says_so(store, given):
+def test_an_unknown_run_is_an_error(store, given):
     with pytest.raises(UserError, match=f"run={given}: "):
         read_run(store.tracking, store.root, given)
 

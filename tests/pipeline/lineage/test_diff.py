@@ -1,4 +1,4 @@
-"""The first difference of two chains, over results as the stages write them."""
+"""The first difference of two lineages, with results as the stages write them."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_lock_that_differs_is_named(plain):
     assert (found.key, found.other) == ("options.environment", "0")
 
 
-def test_another_device_explains_a_difference_and_is_none_itself(plain):
+def test_another_device_is_a_note_and_not_a_difference(plain):
     def moved(result):
         result["environment"]["device"] = "cuda"
 
@@ -170,4 +170,4 @@ def test_a_chain_is_found_by_folder_by_result_and_by_output(checkout, plain):
 def test_an_output_that_was_replaced_since_breaks_the_chain(plain):
     assert plain.broken() == []
     asked = altered(plain, "quantize", lambda r: r["inputs"].update(calibrate="0"))
-    assert asked.broken() == ["quantize was made from another calibrate than the one that is here now; run it again"]
+    assert asked.broken() == ["quantize was made from another output of calibrate than the current one; run it again"]

@@ -1,8 +1,8 @@
-"""DVC's lock and cache: which outputs there are, and which objects hold their content. Everything else asks this module.
+"""DVC's lock and cache: the outputs, and the objects with their content. All other modules read them through this one.
 
-An object's name is the MD5 of its content. A folder's object ends with `.dir` and is a JSON list of `md5` and `relpath` of
-its files. Lock and cache are read as files, since `verify` and `backup` have to work where DVC itself refuses to. Nothing
-here writes.
+An object's name is the MD5 of its content. The name of a folder's object ends with `.dir`; its content is a JSON list of
+`md5` and `relpath` of the folder's files. Lock and cache are read as files, since `verify` and `backup` must work where
+DVC refuses to. This module never writes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DIR = ".dir"
 
 @dataclass(frozen=True)
 class Output:
-    """One output of dvc.lock. stage: the stage's name there. path: relative to the checkout. md5: of its object."""
+    """One output in dvc.lock. stage: its stage's name there. path: relative to the checkout. md5: of its object."""
 
     stage: str
     path: str
@@ -30,21 +30,21 @@ class Output:
 
     @property
     def variant(self) -> str:
-        """The variant that it belongs to, by its place."""
+        """Its variant, from its path."""
         parts = Path(self.path).parts
         return parts[1].removesuffix(".yaml") if len(parts) > 1 else self.path
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of an output: where it lies in the checkout, and the MD5 of its content."""
+    """A file of an output: its path in the checkout, and the MD5 of its content."""
 
     path: str
     md5: str
 
 
 def read_lock(root: Path) -> list[Output]:
-    """The outputs of dvc.lock, in its order, without those of variants that params.yaml has no more: DVC leaves them there.
+    """The outputs in dvc.lock, in its order. Outputs of variants that were removed from params.yaml are left out.
 
     Raises:
         UserError: dvc.lock is missing or malformed.
@@ -54,7 +54,7 @@ def read_lock(root: Path) -> list[Output]:
 
 
 def former_variants(root: Path) -> list[str]:
-    """The variants that dvc.lock has and params.yaml has no more, sorted; what DVC made for them may still lie here.
+    """The variants in dvc.lock that were removed from params.yaml, sorted; their outputs may still be here.
 
     Raises:
         UserError: dvc.lock is missing or malformed.
@@ -70,7 +70,7 @@ def _locked(root: Path) -> list[Output]:
 
 
 def locked_outs(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """The outputs of every stage as dvc.lock has them: stage -> [{"path", "md5", "size", ...}].
+    """The outputs of every stage as in dvc.lock: stage -> [{"path", "md5", "size", ...}].
 
     Raises:
         UserError: dvc.lock is missing or malformed.
@@ -91,7 +91,7 @@ def locked_outs(root: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _variants(root: Path) -> set[str] | None:
-    """What may follow the `@` of a stage's name, nothing included; None where params.yaml does not tell."""
+    """The possible suffixes after `@` in a stage's name, including none; None if params.yaml cannot be read."""
     import yaml
 
     try:
@@ -103,10 +103,10 @@ def _variants(root: Path) -> set[str] | None:
 
 @contextmanager
 def opened(root: Path) -> Iterator[Any]:
-    """DVC's own view of a checkout, for what needs its remotes or git's history.
+    """The checkout as a DVC `Repo`, for uses of its remotes or git's history.
 
     Raises:
-        UserError: it is no DVC repository.
+        UserError: it is not a DVC repository.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -114,26 +114,26 @@ def opened(root: Path) -> Iterator[Any]:
     try:
         repo = Repo(str(root))
     except DvcException as error:
-        raise UserError(f"{root}: is no DVC repository ({error}); clone it with git, or run `dvc init`") from error
+        raise UserError(f"{root}: is not a DVC repository ({error}); clone it with git, or run `dvc init`") from error
     with closing(repo):
         yield repo
 
 
 def cache_folder(root: Path) -> Path:
-    """Where DVC keeps this checkout's objects, whatever its configuration says.
+    """The folder of this checkout's DVC cache, by DVC's configuration.
 
     Raises:
-        UserError: the folder is no DVC project, or its configuration cannot be read.
+        UserError: the folder is not a DVC project, or its configuration cannot be read.
     """
-    from dvc.config import Config, ConfigError  # its configuration alone: running dvc to ask takes a second
+    from dvc.config import Config, ConfigError  # only its configuration: running dvc takes a second
 
     own = root / ".dvc"
     if not own.is_dir():
-        raise UserError(f"{root}: is no checkout with .dvc; clone the repository")
+        raise UserError(f"{root}: is not a checkout with .dvc; clone the repository")
     try:
         chosen = Config(str(own))["cache"].get("dir")
     except ConfigError as error:
-        raise UserError(f"{own}/config: dvc cannot read it: {error}") from error
+        raise UserError(f"{own}/config: DVC cannot read it: {error}") from error
     return Path(chosen) if chosen else own / "cache"
 
 
@@ -157,7 +157,7 @@ def md5_of(path: Path) -> str:
 
 
 def entries_of(cache: Path, path: str, md5: str) -> list[Entry] | None:
-    """The files of an object that stands for `path`; None where its list is missing or damaged."""
+    """The files of the object of `path`; None if its list of files is missing or damaged."""
     if not md5.endswith(DIR):
         return [Entry(path, md5)]
     try:
@@ -170,9 +170,9 @@ def entries_of(cache: Path, path: str, md5: str) -> list[Entry] | None:
 
 
 def objects_of(cache: Path, md5s: Iterable[str]) -> set[str]:
-    """The given objects with the files of the folders among them, as far as they are there."""
-    found: set[str] = set()
+    """The given objects, and the files of the folders among them if their lists are in the cache."""
+    objects: set[str] = set()
     for md5 in md5s:
-        found.add(md5)
-        found.update(entry.md5 for entry in entries_of(cache, "", md5) or [])
-    return found
+        objects.add(md5)
+        objects.update(entry.md5 for entry in entries_of(cache, "", md5) or [])
+    return objects

@@ -1,4 +1,4 @@
-"""What DVC keeps of a variant: its part of dvc.lock, and outputs brought back from the cache or a remote by their hash."""
+"""A variant's outputs in DVC: its part of dvc.lock, and fetching outputs from the cache or a remote by hash."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from quantline.pipeline.stages import PIPELINE, STAGES
 
 
 def variant_lock(root: Path, name: str) -> dict[str, Any]:
-    """The outputs that dvc.lock has of a variant, as far as they are what lies here: {} where the pipeline has not run.
+    """A variant's outputs in dvc.lock whose results match the files here; {} if the pipeline has not run.
 
     Returns:
-        stage of dvc.yaml -> {"outs": [{"path", "md5", "size", ...}]}, the shared download's among them.
+        stage of dvc.yaml -> {"outs": [{"path", "md5", "size", ...}]}, including the shared download.
     """
     if not (root / "dvc.lock").is_file():
         return {}
@@ -30,14 +30,14 @@ def variant_lock(root: Path, name: str) -> dict[str, Any]:
         key = stage if STAGES[stage].shared else f"{stage}_baseline" if name == BASELINE else f"{stage}@{name}"
         outs = locked.get(key, [])
         results = [out for out in outs if str(out["path"]).endswith(".json")]
-        # A result that was made again since, but not by DVC, goes with other outputs than those in the lock.
+        # A result that was since remade without DVC belongs to other outputs than those in the lock.
         if results and all(_is_in_lock(root, out) for out in results):
             kept[key] = {"outs": outs}
     return kept
 
 
 def with_locks(records: Iterable[VariantRecord]) -> list[VariantRecord]:
-    """The records, those of the pipeline with their part of dvc.lock."""
+    """The records; those of the pipeline with their part of dvc.lock."""
     return [
         replace(record, lock=variant_lock(record.folder, record.name)) if record.config.get("frozen") else record
         for record in records
@@ -58,23 +58,23 @@ def outputs_of(lock: Mapping[str, Any], stage: str) -> dict[str, dict[str, Any]]
 
 
 def hashes_of(lock: Mapping[str, Any]) -> frozenset[str]:
-    """Every hash of DVC's that a variant's lock names; a folder's ends in `.dir`."""
+    """Every DVC hash in a variant's lock; a folder's hash ends with `.dir`."""
     return frozenset(str(out["md5"]) for entry in lock.values() for out in entry["outs"] if "md5" in out)
 
 
 def fetch_outputs(root: Path, outs: Mapping[Path, Mapping[str, Any]], remote: str | None = None) -> list[str]:
-    """Bring outputs from this checkout's DVC cache to new places, after what the cache lacks from a remote.
+    """Copy outputs from this checkout's DVC cache to new paths; missing objects are pulled from a remote first.
 
     Args:
-        root: the checkout, whose DVC configuration names the cache and the remotes.
-        outs: place to make -> its entry of dvc.lock; its folder exists, itself it does not.
-        remote: which; null is DVC's default one.
+        root: the checkout, whose DVC configuration defines the cache and the remotes.
+        outs: new path -> its entry in dvc.lock; the path must not exist, but its parent folder must.
+        remote: name of the remote; null is DVC's default.
 
     Returns:
-        why an output could not be had, one line each; nothing was made then.
+        reasons why outputs are not available, one line each; nothing was written then.
 
     Raises:
-        UserError: the checkout is no DVC repository.
+        UserError: the checkout is not a DVC repository.
     """
     from dvc_data.hashfile.hash_info import HashInfo
 
@@ -95,9 +95,9 @@ def _pull(repo: Any, wanted: list[Any], remote: str | None) -> list[str]:
     if not wanted or not (remote or repo.config["core"].get("remote")):
         return []
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its bars
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
             repo.cloud.pull(wanted, remote=remote)
-    except Exception as error:  # the border: a remote's file system can raise anything, and not all is DVC's own
+    except Exception as error:  # a remote's file system can raise any exception, not only DVC's
         return [f"the remote could not be read ({type(error).__name__})"]
     return []
 
@@ -116,7 +116,7 @@ def _objects(repo: Any, info: Any) -> Iterator[Any]:
 
 
 def _write(repo: Any, path: Path, info: Any) -> None:
-    """Copy an output out of the cache; never a link, through which a change would reach the cache."""
+    """Copy an output from the cache; never as a link, so that edits cannot change the cache."""
     from dvc_data.hashfile.tree import Tree
 
     cache = repo.cache.local

@@ -1,1 +1,1 @@
-"""MLflow."""
+"""MLflow: publishing runs, reading them back, the model registry."""

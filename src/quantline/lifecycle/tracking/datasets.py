@@ -1,7 +1,7 @@
-"""What a stage read and how the machine fared meanwhile, in MLflow's terms: pure planning, without mlflow.
+"""A stage's datasets and system metrics in MLflow's terms; does not import mlflow.
 
-Datasets are known by the tokens that were used, not by a file's name: two variants have the same calibration dataset in
-MLflow where their backends got the same ids. System metrics are the samples of a result's `monitor`, one step each.
+A dataset is identified by its token ids, not by a file name: two variants have the same calibration dataset in MLflow if
+their backends got the same ids. System metrics are the samples of a result's `monitor`, one step each.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DIGEST_CHARS = 36  # as many as MLflow takes; the whole hash is in the profile
+DIGEST_CHARS = 36  # MLflow's limit; the full hash is in the profile
 MAX_SOURCE_CHARS = 60_000
 MAX_SAMPLES = 200
 
 
 @dataclass(frozen=True)
 class DatasetUse:
-    """A dataset as a run's input.
+    """A dataset that is an input of a run.
 
-    context: `calibration` or `evaluation`. digest: the first characters of the hash of the token ids. source: JSON, which
-    text the tokens were made of. profile: JSON, how many there are and their whole hash.
+    context: `calibration` or `evaluation`. digest: the first characters of the hash of the token ids. source: the text
+    of the tokens, JSON. profile: the number of tokens and their full hash, JSON.
     """
 
     name: str
@@ -35,7 +35,7 @@ class DatasetUse:
 
 @dataclass(frozen=True)
 class SystemSample:
-    """One value of one system metric, so many milliseconds `after` the stage began."""
+    """One value of one system metric, `after` milliseconds from the stage's start."""
 
     key: str
     value: float
@@ -44,16 +44,16 @@ class SystemSample:
 
 
 def datasets_of(result: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> tuple[DatasetUse, ...]:
-    """The dataset that a stage of a variant made or read, from the manifest in its output; none where there is none.
+    """The dataset that a stage made or read, from the manifest in its output; empty if there is none.
 
-    folder: what the result's `files` are relative to.
+    folder: base of the relative paths in the result's `files`.
     """
     read = {"calibrate": ("manifest.json", _calibration), "serve_smoke": ("windows.json", _evaluation),
             "evaluate": ("windows.json", _evaluation)}  # fmt: skip
     name, make = read.get(str(result["stage"]), (None, None))
     if name is None or make is None:
         return ()
-    # windows.json is no attachment, but it lies beside those that are.
+    # windows.json is not attached to the run, but is in the same folder as the attached files.
     places = {
         (folder / str(file)).parent / name for file in result.get("files") or [] if not str(file).endswith(".log")
     }
@@ -62,7 +62,7 @@ def datasets_of(result: Mapping[str, Any], config: Mapping[str, Any], folder: Pa
             manifest = json.loads(path.read_text(encoding="utf-8"))
             return (make(manifest, config),)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # damaged or gone: the run has no dataset, as the next publish may mend
+            continue  # damaged or missing: the run has no dataset until a later publish
     return ()
 
 
@@ -95,9 +95,9 @@ def _use(context: str, name: object, whole: str, source: object, profile: object
 
 
 def system_samples(result: Mapping[str, Any]) -> tuple[SystemSample, ...]:
-    """The samples of a result's `monitor` under the names by which MLflow shows system metrics, `system/...`.
+    """The samples of a result's `monitor`, under MLflow's names of system metrics, `system/...`.
 
-    The column `seconds` counts from the stage's start, and a row is a step.
+    The column `seconds` counts from the stage's start; each row is a step.
     """
     monitor = result.get("monitor")
     if not isinstance(monitor, Mapping):

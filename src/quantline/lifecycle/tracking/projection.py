@@ -1,6 +1,6 @@
-"""What MLflow should say about a variant: pure planning, without mlflow.
+"""The planned content of MLflow runs; does not import mlflow.
 
-A `RunContent` is one run: its tags, parameters, metrics and artifacts, and the hash of it all. `tracking` makes runs say it.
+A `RunContent` is one run: its tags, parameters, metrics and artifacts, and the hash of all of them. `writer` logs it.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from quantline.pipeline.paths import REPORT_MANIFEST
 from quantline.pipeline.records import VariantRecord, by_stage
 from quantline.pipeline.stages import names
 
-# Their metrics are what variants are compared by.
+# The stages by whose metrics variants are compared.
 COMPARED = names(lambda stage: stage.compared)
-# How a variant runs here, not what it is: no parameters, or another port would make another run of the same results.
+# Options of the machine, not of the variant. They are not logged as parameters, so that another port makes no new run.
 RUNTIME_KEYS = ("tracking", "promote", "report", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
-PROJECTION = 2  # part of the content hash: raise it when the same results are to be shown in another way
+PROJECTION = 2  # part of the content hash: increase it when the same results should be logged differently
 
 
 @dataclass
 class RunContent:
-    """Everything that one run should say. `seconds` is its duration, `started` is in seconds since the epoch."""
+    """The content of one run. `seconds` is its duration, `started` is in seconds since the epoch."""
 
     name: str
-    identity: dict[str, str]  # tags given when the run is made, by which it is found again
+    identity: dict[str, str]  # tags set when the run is created, by which it is found later
     tags: dict[str, str]
     params: dict[str, str]
     metrics: dict[str, float]
@@ -55,7 +55,7 @@ def _digest(value: object) -> str:
 
 
 def flatten(values: Mapping[str, Any], skip: Sequence[str] = (), prefix: str = "") -> dict[str, str]:
-    """Nested values as dotted parameters, without the keys to skip; lists and scalars are written as in JSON."""
+    """Nested values as dotted parameters, without the keys in `skip`; lists and scalars are written as JSON."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -77,7 +77,7 @@ def _legal(name: str) -> str:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    # The largest float is what MLflow makes of infinity; it is written here so that a run compares equal to its plan.
+    # MLflow stores infinity as the largest float. It is replaced here so that a run compares equal to its plan.
     largest = sys.float_info.max
     numbers: dict[str, float] = {}
     for name, value in values.items():
@@ -87,10 +87,10 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def variant_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The metrics of a parent run, under names that mean the same for every variant.
+    """The metrics of a parent run, with names that have the same meaning for every variant.
 
-    The stages that variants are compared by give theirs as they are; where two of them give the same name the later one
-    keeps it. All others are written `stage/name`, and `seconds/<stage>` and `peak_memory_bytes/<stage>` are added.
+    Metrics of the compared stages keep their names; if two of these stages have the same name, the later one keeps it. All
+    other metrics are written `stage/name`, and `seconds/<stage>` and `peak_memory_bytes/<stage>` are added.
     """
     metrics: dict[str, float] = {}
     owner: dict[str, str] = {}
@@ -111,7 +111,7 @@ def variant_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def monitor_peaks(result: Mapping[str, Any]) -> dict[str, float]:
-    """The peaks that a stage's monitor saw, GPUs taken together; those of samples, so a short one may be missed."""
+    """The peaks of a stage's monitor, summed over GPUs. They are peaks of samples, so a short peak may be missed."""
     peak = (result.get("monitor") or {}).get("peak") or {}
     seen = {"peak_tree_memory_bytes": [peak.get("rss_bytes")]}
     for name in ("memory_used_bytes", "power_watts"):
@@ -121,7 +121,7 @@ def monitor_peaks(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) -> RunContent:
-    """The parent run of a variant, with its stages as children; `notes` gets what could not be attached."""
+    """The parent run of a variant, with its stages as children; files that cannot be attached are added to `notes`."""
     results = list(by_stage(scrubber.value(record.results)).values())
     children = [_plan_stage(record, result, notes) for result in results]
     config = scrubber.value(record.config)
@@ -141,7 +141,7 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
         tags["quantline.reason"] = tags["mlflow.note.content"] = reason
     if record.commit:
         tags["mlflow.source.git.commit"] = tags["quantline.commit"] = record.commit
-    # The baseline's configuration has a width as every other has, but nothing was quantized to it.
+    # The baseline's configuration has bits and group_size like every other, but they do not apply to it.
     baseline = (config.get("method") or {}).get("name") == "float"
     params = flatten(config, (*RUNTIME_KEYS, "bits", "group_size") if baseline else RUNTIME_KEYS)
     starts = [child.started for child in children]
@@ -155,9 +155,9 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
         texts["dirty.patch"] = scrubber(record.patch)
     if record.lock:
         texts["dvc.lock"] = yaml.safe_dump(record.lock)
-    # A dataset that two stages read is one input of the variant.
+    # A dataset of two stages is one input of the variant.
     datasets = {(use.name, use.digest): use for child in children for use in child.datasets}
-    # The lock comes after the stages, so that a run that has none yet is completed rather than made anew.
+    # dvc.lock is written after the stages. A run without it is completed later rather than replaced.
     held = [child.complete for child in children] + ([record.lock] if record.lock else [])
     return RunContent(
         record.name, {"quantline.role": "variant", "quantline.variant": record.name}, tags, params,
@@ -199,9 +199,9 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
 
 
 def plan_report(folder: Path) -> RunContent:
-    """The run that holds the report: its recommendation as description, its files as they are.
+    """The run of the report: its recommendation is the description, its files are artifacts.
 
-    What it says is in its parameters, so another report makes another run and this one stays as it was.
+    The report's hash is a parameter, so another report makes another run and this one does not change.
     """
     manifest = json.loads((folder / REPORT_MANIFEST).read_text(encoding="utf-8"))
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}

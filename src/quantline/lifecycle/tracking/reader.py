@@ -1,4 +1,4 @@
-"""Reads back what MLflow was told: a variant's run, found by its id or fingerprint, with its configuration and results."""
+"""Reads a variant's run from MLflow, by id or fingerprint, with its configuration and results."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _LEAST_PREFIX = 6
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A variant as its run tells it.
+    """A variant as recorded in its run.
 
-    config: its configuration as plain values. results: by stage. lock: its part of dvc.lock, {} where it was run by hand.
-    tags: of the run. patch: what the checkout differed in from its commit, where it did and that was kept.
+    config: its configuration as plain values. results: by stage. lock: its part of dvc.lock, {} for a manual run. tags: of
+    the run. patch: the difference of the checkout from its commit, if there was one and it was kept.
     """
 
     run_id: str
@@ -44,12 +44,12 @@ class TrackedRun:
 
     @property
     def chain(self) -> Lineage:
-        """Its results; their outputs are elsewhere."""
+        """Its results as a lineage, without folders of outputs."""
         return Lineage(self.name, f"run {self.run_id}", self.results)
 
     @property
     def commit(self) -> str | None:
-        """The commit of the code, where it is known."""
+        """The commit of the code, if known."""
         return self.tags.get("quantline.commit")
 
     @property
@@ -59,7 +59,7 @@ class TrackedRun:
 
 
 def tracking_of(values: Mapping[str, Any], overrides: Sequence[str], root: Path) -> TrackingConfig:
-    """Where the variants of this checkout are published: what the command line says, else what the pipeline was frozen with.
+    """Where the variants of this checkout are published: as on the command line, else as in the frozen configuration.
 
     Args:
         values: the composed configuration, plain.
@@ -75,11 +75,11 @@ def tracking_of(values: Mapping[str, Any], overrides: Sequence[str], root: Path)
 
 @contextmanager
 def connected(tracking: TrackingConfig, root: Path, *, timeout_seconds: float | None = None) -> Iterator[Any]:
-    """An MlflowClient; whatever goes wrong inside the block is told without credentials.
+    """An MlflowClient; errors inside the block are raised without credentials.
 
     Raises:
-        UserError: there is no store.
-        TrackingError: the server is down, slow or refuses.
+        UserError: there is no store yet.
+        TrackingError: the server is down, slow or refuses the request.
     """
     uri = resolve_uri(tracking.uri, root)
     scrubber, database = Scrubber(uri), sqlite_path(uri)
@@ -97,15 +97,15 @@ def connected(tracking: TrackingConfig, root: Path, *, timeout_seconds: float | 
         if isinstance(error, TrackingError):
             raise TrackingError(scrubber(f"MLflow at {uri}: {error}")) from None
         raise
-    except Exception as error:  # the border: a server, a proxy or a database can raise anything
+    except Exception as error:  # a server, a proxy or a database can raise any exception
         raise TrackingError(scrubber(f"MLflow at {uri}: {type(error).__name__}: {error}")) from None
 
 
 def read_run(tracking: TrackingConfig, root: Path, given: str) -> TrackedRun:
-    """The variant's run that an id, a fingerprint or the beginning of one names.
+    """The variant's run with this id or fingerprint, or a prefix of one.
 
     Raises:
-        UserError: none, or more than one.
+        UserError: no run matches, or more than one.
         TrackingError: MLflow does not answer.
     """
     with connected(tracking, root) as client:
@@ -114,17 +114,17 @@ def read_run(tracking: TrackingConfig, root: Path, given: str) -> TrackedRun:
 
 @dataclass(frozen=True)
 class Current:
-    """The run that says what a variant is now."""
+    """The current run of a variant."""
 
     run_id: str
     fingerprint: str
 
 
 def current_run(tracking: TrackingConfig, root: Path, name: str, model: ModelConfig) -> Current:
-    """The run of a variant that was published a moment ago.
+    """The current run of a variant that was just published.
 
     Raises:
-        TrackingError: it is not there.
+        TrackingError: it does not exist.
     """
     with connected(tracking, root) as client:
         experiment = client.get_experiment_by_name(experiment_name(tracking, model))
@@ -132,21 +132,23 @@ def current_run(tracking: TrackingConfig, root: Path, name: str, model: ModelCon
         for run in all_runs(client, [str(experiment.experiment_id)] if experiment else [], condition):
             if run.data.tags.get("quantline.current") == "true":
                 return Current(str(run.info.run_id), str(run.data.tags.get("quantline.fingerprint")))
-        raise TrackingError(f"{name} has no run there; publish it again with `python -m stages.publish`")
+        raise TrackingError(f"{name} has no run in MLflow; publish it again with `python -m stages.publish`")
 
 
 def find_run(client: Any, given: str) -> Any:
-    """The variant's run that is meant, of all experiments; of several with the same fingerprint the current one.
+    """The matching run of a variant, in all experiments; of several with the same fingerprint, the current one.
 
     Args:
         client: an MlflowClient.
-        given: the id of the run or of one of its stages', or the fingerprint of either, or at least 6 digits of one.
+        given: the id or fingerprint of the run or of one of its stages, or at least the first 6 digits of one.
 
     Raises:
-        UserError: none, or more than one.
+        UserError: no run matches, or more than one.
     """
     if not re.fullmatch(r"[0-9a-f]+", given) or len(given) < _LEAST_PREFIX:
-        raise UserError(f"run={given}: give a run's id or a fingerprint, or at least {_LEAST_PREFIX} digits of one")
+        raise UserError(
+            f"run={given}: give the id or fingerprint of a run, or its first {_LEAST_PREFIX} digits or more"
+        )
     experiments = {str(item.experiment_id): str(item.name) for item in client.search_experiments()}
     runs = {str(run.info.run_id): run for run in all_runs(client, list(experiments), "tags.`quantline.role` != ''")}
     parents = {}
@@ -162,14 +164,14 @@ def find_run(client: Any, given: str) -> Any:
         return next(iter(parents.values()))
     if not parents:
         raise UserError(
-            f"run={given}: no run and no fingerprint begins like this in the {len(experiments)} experiments"
+            f"run={given}: no run or fingerprint in the {len(experiments)} experiments starts with this; give another id"
         )
     shown = ", ".join(f"{run_id} ({run.info.run_name})" for run_id, run in sorted(parents.items())[:8])
-    raise UserError(f"run={given}: is the beginning of {len(parents)} runs: {shown}; give one of these")
+    raise UserError(f"run={given}: matches {len(parents)} runs: {shown}; give one of these")
 
 
 def all_runs(client: Any, experiments: list[str], condition: str) -> list[Any]:
-    """Every run that meets a condition, page by page."""
+    """Every run that meets a condition, from all pages."""
     runs: list[Any] = []
     token = None
     while experiments:
@@ -185,7 +187,7 @@ def load_run(client: Any, run: Any) -> TrackedRun:
     """Read a variant's run with its stages.
 
     Raises:
-        UserError: it has no configuration or no results: it is not of this project, or was not published to its end.
+        UserError: it has no configuration or no results: it is from another project, or its publish was interrupted.
     """
     run_id, tags = str(run.info.run_id), dict(run.data.tags)
     condition = f"tags.`mlflow.parentRunId` = {json.dumps(run_id)}"
@@ -193,7 +195,7 @@ def load_run(client: Any, run: Any) -> TrackedRun:
     results = [json.loads(text) for child in children if (text := artifact(client, child.info.run_id, "result.json"))]
     config = yaml.safe_load(artifact(client, run_id, "config.yaml") or "")
     if not isinstance(config, dict) or not results:
-        raise UserError(f"run {run_id} ({run.info.run_name}): holds no configuration or no results; publish it again")
+        raise UserError(f"run {run_id} ({run.info.run_name}): has no configuration or no results; publish it again")
     lock = yaml.safe_load(artifact(client, run_id, LOCK_FILE) or "") or {}
     experiment = str(client.get_experiment(run.info.experiment_id).name)
     return TrackedRun(
@@ -203,7 +205,7 @@ def load_run(client: Any, run: Any) -> TrackedRun:
 
 
 def artifact(client: Any, run_id: str, name: str) -> str | None:
-    """The text of an artifact of a run; None where it has no such artifact."""
+    """The text of an artifact of a run; None if the run does not have it."""
     folder, _, _ = name.rpartition("/")
     if name not in {item.path for item in client.list_artifacts(run_id, folder or None)}:
         return None

@@ -1,8 +1,8 @@
-"""MLflow's model registry: promoted variants, with their files, their proof, their evaluation and their lineage.
+"""MLflow's model registry: promoted variants, with their files, conversion proof, evaluation and lineage.
 
-A version's files are artifacts of the variant's run, so that any client of the server can have them. Their hashes stand
-beside them in `registry/files.json`, written when all are there: an upload that was cut off has none and is begun anew, one
-that is whole is not repeated.
+A version's files are artifacts of the variant's run, so that any client of the server can download them. Their hashes are
+in `registry/files.json`, which is uploaded last. An interrupted upload does not have it and is restarted; a complete
+upload is not repeated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from quantline.lifecycle.tracking.store import locked, resolve_uri, sqlite_path
 from quantline.pipeline.identity import file_hashes
 
 FILES, MODEL = "registry/files.json", "model"
-# An upload or a download is one request for each file, and a file can have gigabytes.
+# Each file is one request, and a file can have gigabytes.
 TRANSFER_SECONDS = 3600.0
 
 
@@ -51,7 +51,7 @@ class Promotion:
 
 @dataclass(frozen=True)
 class Promoted:
-    """A version that has the alias now. uploaded: bytes; 0 where the server had the files."""
+    """The version that has the alias now. uploaded: bytes; 0 if the server already had the files."""
 
     model: str
     version: str
@@ -62,7 +62,7 @@ class Promoted:
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model, as the list shows it."""
+    """A version of a registered model, for the list."""
 
     model: str
     version: str
@@ -72,16 +72,16 @@ class Version:
 
 
 def promote(tracking: TrackingConfig, root: Path, what: Promotion, alias: str) -> Promoted:
-    """Upload a variant's checkpoint where the server does not have it, register it, and move the alias to it.
+    """Upload a variant's checkpoint if the server does not have it, register it, and move the alias to it.
 
     Raises:
-        UserError: the checkpoint is no longer what was recorded, or the alias is none.
+        UserError: the checkpoint differs from its recorded hashes, or the alias is not valid.
         TrackingError: MLflow does not answer.
     """
     found = file_hashes(what.checkpoint)
     changed = sorted(name for name in {*found, *what.files} if found.get(name) != what.files.get(name))
     if changed:
-        raise UserError(f"{what.checkpoint / changed[0]}: is not what the convert stage wrote; run `dvc checkout`")
+        raise UserError(f"{what.checkpoint / changed[0]}: differs from the convert stage's output; run `dvc checkout`")
     with connected(tracking, root, timeout_seconds=TRANSFER_SECONDS) as client, _alone(tracking, root):
         uploaded = _upload(client, what)
         _ensure_model(client, what.model)
@@ -104,27 +104,27 @@ def promote(tracking: TrackingConfig, root: Path, what: Promotion, alias: str) -
 
 
 def check_alias(alias: str) -> None:
-    """Refuse what MLflow takes for no alias.
+    """Refuse a name that MLflow does not accept as an alias.
 
     Raises:
-        UserError: that.
+        UserError: the alias is not valid.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", alias) or re.fullmatch(r"v?[0-9]+|latest", alias, re.IGNORECASE):
         raise UserError(
-            f"alias={alias}: give letters, digits, '_' and '-', such as production; no number, and not latest"
+            f"alias={alias}: use letters, digits, '_' and '-', such as production; not a number and not latest"
         )
 
 
 def demote(tracking: TrackingConfig, root: Path, variant: str, alias: str, model: str | None = None) -> tuple[str, str]:
-    """Take an alias from a variant; its version stays.
+    """Remove an alias from a variant; its version stays.
 
-    model: where the alias is; null is wherever the variant has it.
+    model: the registered model with the alias; null searches all models.
 
     Returns:
         name of the registered model, and the version.
 
     Raises:
-        UserError: the variant does not have it, or has it in several models; the message says who has.
+        UserError: the variant does not have the alias, or has it in several models; the message names who has it.
     """
     listed = versions(tracking, root)
     held = [item for item in listed if alias in item.aliases and model in (None, item.model)]
@@ -132,14 +132,14 @@ def demote(tracking: TrackingConfig, root: Path, variant: str, alias: str, model
     if len(own) != 1:
         shown = ", ".join(f"{item.tags['quantline.variant']} ({item.model} version {item.version})" for item in held)
         advice = "give model=NAME" if own else "see `python -m stages.registry`"
-        raise UserError(f"alias={alias} of {variant}: it is {shown or 'nobody'}'s; {advice}")
+        raise UserError(f"alias={alias} of {variant}: {shown or 'no variant'} has this alias; {advice}")
     with connected(tracking, root) as client, _alone(tracking, root):
         client.delete_registered_model_alias(own[0].model, alias)
     return own[0].model, own[0].version
 
 
 def versions(tracking: TrackingConfig, root: Path) -> list[Version]:
-    """Every version that Quantline registered, by model, the newest first; none where nothing was ever published."""
+    """Every version that Quantline registered, by model, the newest first; empty if nothing was published yet."""
     database = sqlite_path(resolve_uri(tracking.uri, root))
     if database is not None and not database.is_file():
         return []
@@ -149,12 +149,12 @@ def versions(tracking: TrackingConfig, root: Path) -> list[Version]:
 
 
 def promoted_outputs(root: Path, tracking: TrackingConfig | None = None) -> set[tuple[str, str, tuple[str, ...]]]:
-    """What no garbage collection may take: (variant, fingerprint, DVC's hashes of its outputs) of each one with an alias.
+    """Outputs that garbage collection must keep: (variant, fingerprint, DVC hashes of outputs) of each one with an alias.
 
-    tracking: null is what this checkout's pipeline publishes to.
+    tracking: null is the store to which this checkout's pipeline publishes.
 
     Raises:
-        TrackingError: MLflow does not answer, so that nobody knows; nothing may be collected then.
+        TrackingError: MLflow does not answer, so the aliases are unknown; nothing may be removed then.
     """
     tracking = tracking or TrackingConfig(enabled=True, uri=_kept_uri(root), experiment=None, timeout_seconds=10)
     return {
@@ -170,30 +170,30 @@ def fetch(tracking: TrackingConfig, root: Path, model: str, alias: str, out: Pat
 
     Raises:
         UserError: no such model or alias, or `out` exists.
-        TrackingError: MLflow does not answer, or what came is not what was registered; nothing is left then.
+        TrackingError: MLflow does not answer, or a file differs from the registered one; nothing is left then.
     """
     if out.exists():
-        raise UserError(f"out={out}: is there already; give a folder that is not")
+        raise UserError(f"out={out}: already exists; give a new folder")
     with connected(tracking, root, timeout_seconds=TRANSFER_SECONDS) as client:
         number = _holder(client, model, alias)
         known = {item.version: item for item in _versions(client, model)}
         if number is None or number not in known:
             held = sorted(f"{model}@{name}" for item in known.values() for name in item.aliases)
-            raise UserError(f"{model}@{alias}: is not registered; there are {', '.join(held) or 'no aliases of it'}")
+            raise UserError(f"{model}@{alias}: is not registered; the model has {', '.join(held) or 'no aliases'}")
         version = known[number]
         files = json.loads(artifact(client, version.run_id, FILES) or "{}")
         if not files:
-            raise UserError(f"{model} version {number}: has no list of files; it was not promoted by stages.promote")
+            raise UserError(f"{model} version {number}: has no list of files; promote it with stages.promote")
         with building(out) as folder:
             place = Path(client.download_artifacts(version.run_id, MODEL, str(folder)))
             for path in list(place.iterdir()):
                 shutil.move(path, folder / path.name)
             place.rmdir()
-            came = file_hashes(folder)
-            wrong = sorted(name for name in {*came, *files} if came.get(name) != files.get(name))
+            received = file_hashes(folder)
+            wrong = sorted(name for name in {*received, *files} if received.get(name) != files.get(name))
             if wrong:
                 raise TrackingError(
-                    f"{wrong[0]} of {model} version {number} is not what was registered; promote it again"
+                    f"{wrong[0]} of {model} version {number} differs from the registered file; promote it again"
                 )
         return version
 
@@ -221,7 +221,7 @@ def _upload(client: Any, what: Promotion) -> int:
             uploaded += (what.checkpoint / name).stat().st_size
     with tempfile.TemporaryDirectory(prefix="quantline-registry-") as scratch:
         documents = {f"registry/{name}": text for name, text in what.documents.items()}
-        # Last: it says that the upload is whole.
+        # Last: it marks the upload as complete.
         documents[FILES] = json.dumps(dict(what.files), indent=2, sort_keys=True)
         for name, text in documents.items():
             if artifact(client, what.run_id, name) != text:
@@ -248,7 +248,7 @@ def _holder(client: Any, model: str, alias: str) -> str | None:
     try:
         return str(client.get_model_version_by_alias(model, alias).version)
     except MlflowException as error:
-        # A store says INVALID_PARAMETER_VALUE of an alias that nobody has, and of one that can be none.
+        # A store answers INVALID_PARAMETER_VALUE for an alias that no version has, and for an invalid alias.
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
@@ -284,9 +284,9 @@ _MISSING = "-"
 
 
 def render(versions: Sequence[Version]) -> str:
-    """One row per version. Δ ppl at most: the upper end of its interval against float. MB are 10^6 bytes."""
+    """One row per version. Δ ppl at most: upper end of the interval of the increase over float. MB are 10^6 bytes."""
     if not versions:
-        return "nothing is registered yet; `python -m stages.promote variant=NAME alias=production` does it"
+        return "nothing is registered yet; `python -m stages.promote variant=NAME alias=production` registers a variant"
     return tabulate.tabulate([_row(item) for item in versions], HEADERS, disable_numparse=True)
 
 

@@ -1,4 +1,4 @@
-"""Where MLflow keeps its data: the address, what of it must not be printed, whether it answers, the lock of a file."""
+"""The MLflow store: its URI, a check that it answers, and the lock of an SQLite file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SQLITE = "sqlite:///"
 def resolve_uri(uri: str | None, root: Path) -> str:
     """The tracking server to use: `uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` in `root`.
 
-    A relative SQLite path is relative to `root`, wherever the process runs.
+    A relative SQLite path is relative to `root`, not to the working directory.
     """
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     database = sqlite_path(chosen)
@@ -37,32 +37,32 @@ def resolve_uri(uri: str | None, root: Path) -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of a SQLite address; None for every other kind of address."""
+    """The file of an SQLite URI; None for every other URI."""
     if not uri.startswith(SQLITE):
         return None
     return Path(uri.removeprefix(SQLITE).partition("?")[0])
 
 
 def check_reachable(uri: str, timeout_seconds: float) -> None:
-    """Ask a server whether it is there before mlflow does, which would take minutes to find out that it is not.
+    """Check that a server answers before mlflow connects, since mlflow takes minutes to fail.
 
-    Any answer counts, a refusal too: mlflow sends the credentials and reports what it is told.
+    Any answer is accepted, also a refusal: mlflow sends the credentials and reports the server's error.
 
     Raises:
-        TrackingError: no connection, no answer in time, or a gateway that says that the server is away.
+        TrackingError: no connection, no answer in time, or a gateway error because the server is down.
     """
     parts = urlsplit(uri)
     host = parts.netloc.rpartition("@")[2]
     if parts.scheme in ("http", "https"):
         health = urlunsplit((parts.scheme, host, f"{parts.path.rstrip('/')}/health", "", ""))
         try:
-            urllib.request.urlopen(health, timeout=timeout_seconds).close()  # noqa: S310 - the scheme was looked at
+            urllib.request.urlopen(health, timeout=timeout_seconds).close()  # noqa: S310 - the scheme was checked
         except urllib.error.HTTPError as error:
             if error.code in (502, 503, 504):
                 raise TrackingError(f"it answers {error.code} {error.reason}") from None
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", error)
-            if not isinstance(reason, ssl.SSLError):  # mlflow may be told to trust it
+            if not isinstance(reason, ssl.SSLError):  # mlflow may be configured to trust it
                 raise TrackingError(_no_answer(reason, timeout_seconds)) from None
         return
     port = DATABASE_PORTS.get(parts.scheme.partition("+")[0])
@@ -81,7 +81,7 @@ def _no_answer(reason: object, timeout_seconds: float) -> str:
 
 @contextmanager
 def locked(uri: str, wait_seconds: float) -> Iterator[None]:
-    """Let one process at a time publish to a SQLite file. Servers serialize writes themselves and need no lock.
+    """Allow only one process at a time to publish to an SQLite file. Servers serialize writes and need no lock.
 
     Raises:
         TrackingError: another process held the lock for longer than `wait_seconds`.
@@ -103,7 +103,7 @@ def locked(uri: str, wait_seconds: float) -> Iterator[None]:
 
 
 def experiment_name(tracking: TrackingConfig, model: ModelConfig) -> str:
-    """The configured experiment, else one for the model."""
+    """The configured experiment, else a name from the model."""
     from quantline.data.download import model_name
 
     return tracking.experiment or f"quantline/{model.name or model_name(model)}"

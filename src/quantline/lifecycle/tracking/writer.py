@@ -1,14 +1,14 @@
-"""Projects results onto MLflow: one parent run per variant, one child run per stage.
+"""Publishes results to MLflow: one parent run per variant, one child run per stage.
 
 Only this module, `reader` and `registry` import mlflow, and only when it is used, since the import takes seconds.
 
-The result files are the truth and the tracking server is a view of them, so `publish` compares what a run says with
-what it should say and logs what is missing. Twice the same is therefore no change at all, and a publish that was cut
-off is completed by the next one: `quantline.complete`, the hash of what a run holds, is set last. A run is taken
-further only where nothing that it says would have to change, because parameters are immutable and a metric logged
-again grows a history. Otherwise a new run is made, and the former one stays with `quantline.current` = false.
+The result files are the source of truth, and the tracking server is a view of them. `publish` compares a run with its
+planned content and logs what is missing. Publishing twice therefore changes nothing, and the next publish completes an
+interrupted one: `quantline.complete`, the hash of a run's content, is set last. A run is extended only if none of its
+values has to change, because parameters are immutable and a metric that is logged again gets a history. Otherwise a new
+run is created, and the old one stays with `quantline.current` = false.
 
-An experiment is one project: a variant is found by its name there, whatever folder or machine it was built on.
+An experiment is one project: a variant is found by its name there, independent of folder and machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from quantline.lifecycle.tracking.store import check_reachable, locked, resolve_
 from quantline.pipeline.records import VariantRecord
 
 MAX_TAG_CHARS = 5000
-# The run that holds the report is current too, and no variant.
+# The run of the report is current too, but is not a variant.
 CURRENT_FILTER = "tags.\"quantline.current\" = 'true' and tags.\"quantline.role\" = 'variant'"
 VIEW = "quantline"
 COLUMNS = (
@@ -49,7 +49,7 @@ REMEDY = "Nothing is lost: the result files hold every measurement. Publish them
 
 @dataclass(frozen=True)
 class PublishReport:
-    """What a publish did; created, completed and unchanged are names of variants, and `report`.
+    """The outcome of a publish; created, completed and unchanged are names of variants, or `report`.
 
     uri: the tracking server without credentials. run_ids: variant -> its parent run. seconds: wall time.
     """
@@ -72,12 +72,12 @@ class PublishReport:
 
 
 def view_path(experiment_id: str) -> str:
-    """The place of the variants' table in MLflow's pages: what comes after `#` in the address."""
+    """The address of the variants' table in MLflow's UI, after the `#`."""
     return f"/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}"
 
 
 def comparison_path(uri: str, experiment: str) -> str:
-    """`view_path` of an experiment in the database at `uri`, by its name; the list of experiments where it is not there."""
+    """`view_path` of an experiment in the database at `uri`, by its name; the list of experiments if it does not exist."""
     with quiet_mlflow(uri, 10):
         from mlflow import MlflowClient
 
@@ -86,7 +86,7 @@ def comparison_path(uri: str, experiment: str) -> str:
 
 
 def _view_state() -> dict[str, Any]:
-    # The form in which MLflow's own "share this view" keeps the state of its table.
+    # The format in which MLflow's "share this view" stores the state of its table.
     return {
         "searchFilter": CURRENT_FILTER, "orderByKey": "metrics.`reference_perplexity`", "orderByAsc": True,
         "selectedColumns": list(COLUMNS), "lifecycleFilter": "Active", "modelVersionFilter": "All Runs",
@@ -106,17 +106,17 @@ def publish(
     report: Path | None = None,
     limit_seconds: float | None = None,
 ) -> PublishReport:
-    """Bring the experiment in line with `records`; other variants in it are left alone.
+    """Update the experiment to match `records`; other variants in it do not change.
 
-    report: folder of the report of these records, which becomes a run of its own.
+    report: folder of the report of these records, which becomes a separate run.
 
-    tracking_uri: null means MLFLOW_TRACKING_URI where it is set, else `mlflow.db` in `root`, with artifacts in
-    `mlartifacts` beside it. timeout_seconds: for one request; a server that does not answer is given up after two.
-    limit_seconds: for all of them, where somebody waits for the end of a stage; null means as long as it takes.
+    tracking_uri: null means MLFLOW_TRACKING_URI if it is set, else `mlflow.db` in `root`, with artifacts in `mlartifacts`
+    in the same folder. timeout_seconds: for one request; gives up on a server after two requests without an answer.
+    limit_seconds: for all requests, when a user waits for the end of a stage; null means no limit.
 
     Raises:
-        TrackingError: the server is down, slow or refuses; the message has no credentials in it. What was published
-            until then stays, and the next publish completes it.
+        TrackingError: the server is down, slow or refuses the request; the message contains no credentials. What was
+            published until then stays, and the next publish completes it.
     """
     begun = time.monotonic()
     uri = resolve_uri(tracking_uri, root)
@@ -132,10 +132,10 @@ def publish(
             publisher = _Publisher(uri, experiment, limit_seconds)
             for plan in plans:
                 publisher.upsert(plan)
-    except Exception as error:  # the border: a server, a proxy or a database can raise anything
+    except Exception as error:  # a server, a proxy or a database can raise any exception
         cause = str(error) if isinstance(error, TrackingError) else f"{type(error).__name__}: {error}"
-        # `from None`: the original message may hold credentials, and a traceback would print it.
-        raise TrackingError(scrubber(f"MLflow at {uri} could not be published to: {cause}\n{REMEDY}")) from None
+        # `from None`: the original message may contain credentials, and a traceback would print it.
+        raise TrackingError(scrubber(f"MLflow at {uri}: publishing failed: {cause}\n{REMEDY}")) from None
     return PublishReport(
         scrubber(uri), experiment, publisher.experiment_id, tuple(publisher.created), tuple(publisher.completed),
         tuple(publisher.unchanged), publisher.run_ids, tuple(notes), time.monotonic() - begun,
@@ -143,7 +143,7 @@ def publish(
 
 
 def _ensure_database(uri: str) -> None:
-    """Make a SQLite file where there is none; its migrations run under a temporary name, so none is left half made."""
+    """Create the SQLite file if it does not exist; migrations run under a temporary name, so it is never incomplete."""
     from mlflow import MlflowClient
 
     database = sqlite_path(uri)
@@ -155,14 +155,14 @@ def _ensure_database(uri: str) -> None:
 
 
 class _Timed:
-    """A client that does not begin a request when the time is up: a slow server answers each one in time, and never ends."""
+    """A client that starts no request after its time limit, since a slow server may answer each request just in time."""
 
     def __init__(self, client: Any, limit_seconds: float | None) -> None:
         self._client, self._limit, self._begun = client, limit_seconds, time.monotonic()
 
     def __getattr__(self, name: str) -> Any:
         if self._limit is not None and time.monotonic() - self._begun > self._limit:
-            raise TrackingError(f"it is slow, not done after {self._limit:g} s; nobody waits longer for it")
+            raise TrackingError(f"it is slow, not done after {self._limit:g} s, the time limit")
         return getattr(self._client, name)
 
 
@@ -184,15 +184,15 @@ class _Publisher:
             if found.lifecycle_stage == "active":
                 return str(found.experiment_id)
             restore = f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
-            raise TrackingError(f"the experiment {name} was deleted there; {restore}, or set tracking.experiment")
+            raise TrackingError(f"the experiment {name} was deleted; run {restore}, or set tracking.experiment")
         database = sqlite_path(uri)
-        # An embedded store keeps its artifacts beside it; a server knows itself where its artifacts go.
+        # An embedded store has its artifacts in the same folder; a server chooses the location of its artifacts.
         location = (database.parent / "mlartifacts" / name).as_uri() if database else None
         return str(self._client.create_experiment(name, artifact_location=location))
 
     def _describe_experiment(self) -> None:
-        """Give the experiment a saved view with the columns that matter; what somebody changed there is left as it is."""
-        said = self._client.get_experiment(self.experiment_id).tags
+        """Give the experiment a saved view with the main columns; existing tags, perhaps edited by a user, are kept."""
+        existing = self._client.get_experiment(self.experiment_id).tags
         link = f"[Compare the variants](#{view_path(self.experiment_id)})"
         wanted = {
             "mlflow.note.content": f"{link}: one run per variant, one child per stage. The latest: `{CURRENT_FILTER}`. "
@@ -201,7 +201,7 @@ class _Publisher:
             f"mlflow.sharedViewState.{VIEW}": json.dumps(_view_state()),
         }
         for key, value in wanted.items():
-            if key not in said:
+            if key not in existing:
                 self._client.set_experiment_tag(self.experiment_id, key, value)
 
     def upsert(self, plan: RunContent) -> None:
@@ -218,7 +218,7 @@ class _Publisher:
         self.run_ids[plan.name] = chosen
 
     def _fill(self, plan: RunContent, run: Any | None, also: Mapping[str, str]) -> str:
-        """Make `run`, or a new one, say what the plan says; what it says already is not logged again."""
+        """Log the plan to `run` or to a new run; values that are already logged are skipped."""
         if run is None:
             began = plan.started if plan.started is not None else time.time() - plan.seconds
             tags = {**plan.identity, **also}
@@ -245,18 +245,18 @@ class _Publisher:
     def _log(self, run: Any, plan: RunContent, timestamp: int) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        said = run.data
-        params = [Param(key, value) for key, value in plan.params.items() if key not in said.params]
-        metrics = [Metric(key, v, timestamp, 0) for key, v in plan.metrics.items() if key not in said.metrics]
+        logged = run.data
+        params = [Param(key, value) for key, value in plan.params.items() if key not in logged.params]
+        metrics = [Metric(key, v, timestamp, 0) for key, v in plan.metrics.items() if key not in logged.metrics]
         wanted = {key: value[:MAX_TAG_CHARS] for key, value in plan.tags.items()}
-        tags = [RunTag(key, value) for key, value in wanted.items() if said.tags.get(key) != value]
-        # A server takes at most 100 parameters and 100 tags in one request; there are far fewer metrics than its 1000.
+        tags = [RunTag(key, value) for key, value in wanted.items() if logged.tags.get(key) != value]
+        # A server accepts at most 100 parameters, 100 tags and 1000 metrics per request; there are far fewer metrics.
         for at in range(0, max(len(params), len(tags), 1), 100):
             batch = metrics if at == 0 else []
             self._client.log_batch(run.info.run_id, batch, params[at : at + 100], tags[at : at + 100])
 
     def _log_inputs(self, run: Any, plan: RunContent) -> None:
-        """Datasets and system metrics; a store keeps each once, however often it is told."""
+        """Log datasets and system metrics; logging them again does not duplicate them."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
         if plan.datasets:
@@ -269,7 +269,7 @@ class _Publisher:
             ]
             self._client.log_inputs(run.info.run_id, uses)
         began = run.info.start_time
-        for at in range(0, len(plan.samples), 1000):  # a server takes as many metrics in one request
+        for at in range(0, len(plan.samples), 1000):  # a server's limit of metrics per request
             batch = plan.samples[at : at + 1000]
             self._client.log_batch(run.info.run_id, [Metric(s.key, s.value, began + s.after, s.step) for s in batch])
 
@@ -284,7 +284,7 @@ class _Publisher:
             self._client.log_artifacts(run_id, scratch)
 
     def _extends(self, run: Any, plan: RunContent) -> bool:
-        """Whether the plan still says all that the run says: the run is a part of it, earlier or cut off."""
+        """Whether the run's content is a part of the plan, because it is earlier or was interrupted."""
         stale = any(plan.params.get(key) != value for key, value in run.data.params.items())
         if stale or not all(_same(plan.metrics.get(key), value) for key, value in run.data.metrics.items()):
             return False
@@ -293,13 +293,13 @@ class _Publisher:
         return all(child.data.tags.get("quantline.result") in results for child in children)
 
     def _set_current(self, chosen: str, others: Sequence[Any]) -> None:
-        said = {str(run.info.run_id): run.data.tags.get("quantline.current") for run in others}
-        if said.get(chosen) != "true":
+        states = {str(run.info.run_id): run.data.tags.get("quantline.current") for run in others}
+        if states.get(chosen) != "true":
             self._client.set_tag(chosen, "quantline.current", "true")
         for run in others:
-            if run.info.run_id == chosen or said[run.info.run_id] == "false":
+            if run.info.run_id == chosen or states[run.info.run_id] == "false":
                 continue
-            if run.info.status == "RUNNING":  # cut off in the middle, and overtaken since
+            if run.info.status == "RUNNING":  # interrupted, and replaced since
                 self._client.set_terminated(run.info.run_id, "KILLED")
             self._client.set_tag(run.info.run_id, "quantline.current", "false")
 
@@ -319,18 +319,18 @@ class _Publisher:
                 return runs
 
 
-def _same(planned: float | None, said: float) -> bool:
-    return planned is not None and (planned == said or (math.isnan(planned) and math.isnan(said)))
+def _same(planned: float | None, logged: float) -> bool:
+    return planned is not None and (planned == logged or (math.isnan(planned) and math.isnan(logged)))
 
 
 @contextmanager
 def quiet_mlflow(uri: str, timeout_seconds: float) -> Iterator[None]:
-    """Import mlflow, and for the time of the block keep it quiet and impatient.
+    """Import mlflow; inside the block it logs only warnings and uses short timeouts.
 
-    With its own defaults a first call to a server that is down blocks for four minutes.
+    With its defaults, a first call to a server that is down blocks for four minutes.
     """
     variables = {
-        "MLFLOW_TRACKING_URI": uri,  # artifact uploads look it up there
+        "MLFLOW_TRACKING_URI": uri,  # artifact uploads read it from there
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, math.ceil(timeout_seconds))),
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

@@ -1,1 +1,1 @@
-"""From a result back to what it was made of, and where two chains part."""
+"""The lineage of a result, and the first difference between two lineages."""

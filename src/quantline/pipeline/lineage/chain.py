@@ -1,4 +1,4 @@
-"""A variant's chain from weights to verdict: the results of its stages in order, and where their outputs lie."""
+"""A variant's lineage: the results of its stages in order, and the folders of their outputs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ HOMES = ("artifacts", "scratch")
 
 @dataclass(frozen=True)
 class Lineage:
-    """What is known of one variant.
+    """The lineage of one variant.
 
-    name: to be shown. origin: where it was read from. results: by stage, in the pipeline's order. folders: the outputs that
-    are on this disk, by stage.
+    name: for display. origin: where it was read from. results: by stage, in the pipeline's order. folders: the outputs
+    that are on this disk, by stage.
     """
 
     name: str
@@ -28,24 +28,24 @@ class Lineage:
     folders: dict[str, Path] = field(default_factory=dict)
 
     def broken(self) -> list[str]:
-        """Where the chain does not hold: a stage that was made from another output than the one that is in the chain."""
+        """Faults of the lineage: stages that were made from another output than the one in the lineage."""
         faults = []
         for stage, result in self.results.items():
             for name, content in (result.get("inputs") or {}).items():
                 other = self.results.get(name)
                 if other is not None and other.get("output_hash") != content:
-                    faults.append(f"{stage} was made from another {name} than the one that is here now; run it again")
+                    faults.append(f"{stage} was made from another output of {name} than the current one; run it again")
         return faults
 
 
 def ordered(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Results by stage, in the pipeline's order; those that are no part of the pipeline are left out."""
+    """Results by stage, in the pipeline's order, without stages outside of the pipeline."""
     by_stage = {str(result.get("stage")): result for result in results}
     return {stage: by_stage[stage] for stage in PIPELINE if stage in by_stage}
 
 
 def local_lineage(root: Path, name: str) -> Lineage | None:
-    """The chain of a variant in artifacts/ or scratch/, by its name; None where there is none."""
+    """The lineage of a variant in artifacts/ or scratch/, by its name; None if there is none."""
     for home in HOMES:
         folder = root / home / name
         if "/" not in name and any((folder / f"{stage}.json").is_file() for stage in PIPELINE):
@@ -54,7 +54,7 @@ def local_lineage(root: Path, name: str) -> Lineage | None:
 
 
 def folder_lineage(path: Path, root: Path) -> Lineage | None:
-    """The chain of a folder of results, of one result file or of one output folder; None where it is none of these."""
+    """The lineage of a folder of results, a result file or an output folder; None if it is none of these."""
     for folder in (path, path.parent):
         if any((folder / f"{stage}.json").is_file() for stage in PIPELINE) and (
             folder == path or path.stem in PIPELINE
@@ -64,16 +64,16 @@ def folder_lineage(path: Path, root: Path) -> Lineage | None:
 
 
 def _folder_chain(folder: Path, root: Path, name: str, origin: str) -> Lineage:
-    found = {stage: folder / f"{stage}.json" for stage in PIPELINE if (folder / f"{stage}.json").is_file()}
-    results = {stage: read_result(path) for stage, path in found.items()}
-    # What is shared, or was found by its fingerprint under another name, is known by its content.
+    paths = {stage: folder / f"{stage}.json" for stage in PIPELINE if (folder / f"{stage}.json").is_file()}
+    results = {stage: read_result(path) for stage, path in paths.items()}
+    # Shared outputs, and inputs that were found by fingerprint in another variant's folder, are found by content.
     for stage in reversed(PIPELINE):
         for wanted, content in (results.get(stage, {}).get("inputs") or {}).items():
             if wanted not in results and wanted in PIPELINE:
                 path = _by_content(root, wanted, str(content))
                 if path is not None:
-                    found[wanted], results[wanted] = path, read_result(path)
-    folders = {stage: path.with_suffix("") for stage, path in found.items() if path.with_suffix("").is_dir()}
+                    paths[wanted], results[wanted] = path, read_result(path)
+    folders = {stage: path.with_suffix("") for stage, path in paths.items() if path.with_suffix("").is_dir()}
     return Lineage(name, origin, ordered(results.values()), folders)
 
 
@@ -83,23 +83,23 @@ def _by_content(root: Path, stage: str, output_hash: str) -> Path | None:
 
 
 def require_lineage(chain: Lineage | None, given: str, root: Path) -> Lineage:
-    """The chain that was found.
+    """Return the lineage if there is one.
 
     Raises:
-        UserError: none was; the message names what there is.
+        UserError: there is none; the message lists the variants.
     """
     if chain is not None and chain.results:
         return chain
     known = sorted({path.parent.name for home in HOMES for stage in PIPELINE[1:]
                     for path in (root / home).glob(f"*/{stage}.json")})  # fmt: skip
     raise UserError(
-        f"{given}: is no variant here, no folder of results, and no run of MLflow's store; variants here are "
-        f"{', '.join(known) or 'none, run `dvc repro`'}"
+        f"{given}: is not a variant here, a folder of results or a run in MLflow; the variants here are "
+        f"{', '.join(known) or 'none yet, run `dvc repro`'}"
     )
 
 
 def as_values(chain: Lineage) -> dict[str, Any]:
-    """The chain as plain values, for JSON."""
+    """The lineage as plain values, for JSON."""
     return {
         "variant": chain.name, "origin": chain.origin, "faults": chain.broken(),
         "stages": [_link(result) for result in chain.results.values()],

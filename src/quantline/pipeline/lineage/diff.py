@@ -1,7 +1,7 @@
-"""The first difference between two chains: which plain value, of which stage, made them go apart.
+"""The first difference between two lineages: the first stage and plain value in which they differ.
 
-The stages are walked in order. Of a stage, what its output follows from is compared first (options, locks, source files),
-then what came out (tensors, files, metrics). Times and places differ always and are no difference.
+The stages are compared in order. For each stage, the identity is compared first (options, locks, source files), then the
+output (tensors, files, metrics). Times and folders always differ and are not compared.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from quantline.checkpoints.safetensors_file import SafetensorsFile, to_float32
 from quantline.pipeline.lineage.chain import Lineage
 from quantline.pipeline.stages import STAGES
 
-# How long something took, or how much memory it had, on that day.
+# Metrics of time and memory, which differ between equal runs.
 _CIRCUMSTANTIAL = re.compile(
     r"seconds|latency|per_second|throughput|speed_up|slower_than_float|_ms(_|$)|memory|rss|(^|/)load_"
 )
-# Scores through a server depend on how requests met in a batch; the server's arithmetic is this exact, relatively.
+# Scores from a server depend on how requests were batched. This is the relative tolerance for them.
 SERVER_TOLERANCE = 1e-3
 _SERVER = re.compile(r"vllm|engine|served|answer")
 MISSING = "nothing"
@@ -32,8 +32,8 @@ MISSING = "nothing"
 class Difference:
     """One value that differs.
 
-    stage, kind (identity, environment, input, tensor, file, metric, stage), key: which. one, other: what each chain has, as
-    text. more: other keys of the same kind and stage that differ. notes: what may explain it.
+    stage, kind (identity, environment, input, tensor, file, metric, stage), key: which value. one, other: the value in each
+    lineage, as text. more: other keys of the same kind and stage that differ. notes: possible explanations.
     """
 
     stage: str
@@ -45,7 +45,7 @@ class Difference:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """In words."""
+        """The difference as text."""
         text = f"{self.stage}, {self.kind} {self.key}: {self.one} | {self.other}"
         if self.more:
             shown = ", ".join(self.more[:6]) + (f" and {len(self.more) - 6} more" if len(self.more) > 6 else "")
@@ -54,9 +54,9 @@ class Difference:
 
 
 def first_difference(one: Lineage, other: Lineage, stages: tuple[str, ...] | None = None) -> Difference | None:
-    """The first value in which two chains differ, the stages in order; None where they are the same.
+    """The first value in which two lineages differ, by the order of the stages; None if they are equal.
 
-    stages: only these; by default every stage that either chain has.
+    stages: only these; by default every stage of either lineage.
     """
     for stage in stages or tuple(dict.fromkeys([*one.results, *other.results])):
         found = stage_difference(stage, one, other)
@@ -66,21 +66,21 @@ def first_difference(one: Lineage, other: Lineage, stages: tuple[str, ...] | Non
 
 
 def stage_difference(stage: str, one: Lineage, other: Lineage) -> Difference | None:
-    """The first value in which one stage of two chains differs."""
+    """The first value in which one stage of two lineages differs."""
     ours, theirs = one.results.get(stage), other.results.get(stage)
     if ours is None or theirs is None:
         if ours is theirs:
             return None
-        said = ["ran" if result else MISSING for result in (ours, theirs)]
-        return Difference(stage, "stage", stage, said[0], said[1])
+        states = ["ran" if result else MISSING for result in (ours, theirs)]
+        return Difference(stage, "stage", stage, states[0], states[1])
     identity = _compared(stage, "identity", _identity(ours), _identity(theirs))
     return identity or outcome_difference(stage, one, other)
 
 
 def outcome_difference(stage: str, one: Lineage, other: Lineage, *, exact: bool = False) -> Difference | None:
-    """The first difference of what came out of a stage that both chains have.
+    """The first difference in the output of a stage that both lineages have.
 
-    exact: compare the files of every stage, as those of a copy.
+    exact: compare the files of every stage, as for a copy.
     """
     ours, theirs = one.results[stage], other.results[stage]
     found = None
@@ -96,7 +96,7 @@ def outcome_difference(stage: str, one: Lineage, other: Lineage, *, exact: bool 
 
 
 def flat(values: object, prefix: str = "") -> dict[str, Any]:
-    """Nested plain values by dotted keys; an empty mapping or list is a value."""
+    """Nested plain values with dotted keys; an empty mapping or list counts as a value."""
     if isinstance(values, Mapping) and values:
         items = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in values.items()]
     elif isinstance(values, list) and values and isinstance(values[0], Mapping):
@@ -108,7 +108,7 @@ def flat(values: object, prefix: str = "") -> dict[str, Any]:
 
 def _identity(result: Mapping[str, Any]) -> dict[str, Any]:
     identity = result.get("identity") or {}
-    # What came before is compared where it was made; options tell more than the files of code do.
+    # Earlier stages are compared on their own. Options come first, since they say more than source files.
     parts = {key: identity[key] for key in ("options", "version", "code") if key in identity}
     return flat(parts) if parts else {"fingerprint": result.get("fingerprint")}
 
@@ -134,7 +134,7 @@ def _compared(
 
 
 def _same(kind: str, key: str, one: Any, other: Any) -> bool:
-    if one == other or (one != one and other != other):  # noqa: PLR0124 - a NaN is the same as a NaN
+    if one == other or (one != one and other != other):  # noqa: PLR0124 - NaN equals NaN here
         return True
     if kind != "metric" or not _SERVER.search(key) or not isinstance(one, float) or not isinstance(other, float):
         return False
@@ -164,28 +164,28 @@ def _tensor_difference(
 
 
 def tensor_notes(name: str, one: Path, other: Path) -> list[str]:
-    """How a tensor differs between two folders on this disk: its dtype and shape, else its first element that differs."""
+    """How a tensor differs between two folders on this disk: in dtype and shape, else the first element that differs."""
     inner = name.rpartition(":")[2]
     file, other_file = (_file_with(folder, name) for folder in (one, other))
     if file is None or other_file is None:
         return []
     info = file.infos[inner]
-    said = [f"{item.dtype} {list(item.shape)}" for item in (info, other_file.infos[inner])]
-    if said[0] != said[1]:
-        return [f"dtype and shape: {said[0]} | {said[1]}"]
+    types = [f"{item.dtype} {list(item.shape)}" for item in (info, other_file.infos[inner])]
+    if types[0] != types[1]:
+        return [f"dtype and shape: {types[0]} | {types[1]}"]
     ours, theirs = file.view(inner).reshape(-1), other_file.view(inner).reshape(-1)
     unequal = np.flatnonzero(_bits(ours) != _bits(theirs))
     if not unequal.size:
-        return ["the files on this disk hold the same values, so they are no longer what the results say"]
+        return ["the files on this disk have equal values, so they no longer match the results"]
     element = int(unequal[0])
     at = [int(index) for index in np.unravel_index(element, info.shape)] if info.shape else []
     values = [to_float32(array[element : element + 1])[0] if array.dtype.kind not in "iub" else array[element]
               for array in (ours, theirs)]  # fmt: skip
-    return [f"{said[0]}, {unequal.size} of {ours.size} elements; the first is {at}: {values[0]!s} | {values[1]!s}"]
+    return [f"{types[0]}, {unequal.size} of {ours.size} elements; the first is {at}: {values[0]!s} | {values[1]!s}"]
 
 
 def _file_with(folder: Path, name: str) -> SafetensorsFile | None:
-    """The file that holds a tensor: `name` is the tensor's, or `file:tensor`."""
+    """The file with a tensor; `name` is the tensor's name, or `file:tensor`."""
     file, _, inner = name.rpartition(":")
     paths = [folder / file] if file else sorted(folder.rglob("*.safetensors"))
     for path in paths:

@@ -1,4 +1,4 @@
-"""A chain in words: for each stage its fingerprint, what went in, what came out, in which environment, when and where."""
+"""A lineage as text: for each stage its fingerprint, inputs, output, environment, time and machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHORT = 12
 
 
 def as_text(chain: Lineage) -> str:
-    """The chain, a paragraph for each stage, and the verdict at its end."""
+    """The lineage, one paragraph per stage, and the verdict at the end."""
     lines = [f"{chain.name} ({chain.origin})"]
     for stage, result in chain.results.items():
         lines += ["", *_stage_lines(stage, result)]
@@ -24,11 +24,11 @@ def as_text(chain: Lineage) -> str:
 
 
 def difference_text(one: Lineage, other: Lineage, found: Difference | None) -> str:
-    """What is the first difference of two chains, in words."""
+    """The first difference of two lineages, as text."""
     head = f"{one.name} ({one.origin}) | {other.name} ({other.origin})"
     if found is None:
         same = [stage for stage in one.results if stage in other.results]
-        return f"{head}\nno difference in {', '.join(same)}; times and places aside"
+        return f"{head}\nno difference in {', '.join(same)}; times and folders are not compared"
     return f"{head}\nfirst difference: {found}"
 
 
@@ -39,7 +39,7 @@ def _stage_lines(stage: str, result: Mapping[str, Any]) -> list[str]:
     lines = [f"{stage}  {_short(result.get('fingerprint'))}  {result.get('status')}"]
     if result.get("reason"):
         lines.append(f"  reason       {' '.join(str(result['reason']).split())}")
-    for key, text in _asked(stage, identity.get("options") or {}):
+    for key, text in _main_options(stage, identity.get("options") or {}):
         lines.append(f"  {key:<12} {text}")
     for name, content in (result.get("inputs") or {}).items():
         lines.append(f"  from         {name} {_short(content)}")
@@ -58,7 +58,7 @@ def _stage_lines(stage: str, result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _asked(stage: str, options: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _main_options(stage: str, options: Mapping[str, Any]) -> list[tuple[str, str]]:
     if stage == "download":
         model = options.get("model") or {}
         source = model.get("path") or f"{model.get('repo')} at {model.get('revision')}"
@@ -76,7 +76,7 @@ def _asked(stage: str, options: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _verdict(chain: Lineage) -> str:
     metrics = chain.results.get("evaluate", {}).get("metrics") or {}
     if "reference_perplexity" not in metrics:
-        return "verdict: none yet, it has not been evaluated"
+        return "verdict: none yet, it was not evaluated"
     parts = [f"perplexity {metrics['reference_perplexity']:.4g}"]
     ends = [metrics.get(f"nll_difference{end}") for end in ("", "_low", "_high")]
     known = [100 * growth(end) for end in ends if isinstance(end, (int, float))]

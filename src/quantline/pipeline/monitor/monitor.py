@@ -1,11 +1,10 @@
-"""What a stage and everything it starts use of the machine while it runs, sampled from beside it.
+"""Samples the resources that a stage and its child processes use while it runs.
 
     with Monitor() as monitor:
         work()
         result["monitor"] = monitor.finish()
 
-The sampler is a child process, see `monitor_sampler`. Nothing that goes wrong with it is the stage's concern: the series is
-empty then.
+The sampler is a child process, see `sampler`. A failure of the sampler never fails the stage: the series is empty then.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from typing import Any
 
 INTERVAL_SECONDS = 1.0
 MOST_ROWS = 200
-# It answers at once; on a busy machine it may have to wait for a processor.
+# It usually answers at once, but may be delayed on a busy machine.
 PATIENCE_SECONDS = 15.0
 
 
 class Monitor:
-    """Samples this process's tree, its machine and its GPUs for the time of a `with` block.
+    """Samples this process tree, the machine and its GPUs during a `with` block.
 
     Args:
         interval_seconds: between two samples.
-        most_rows: that are kept; the peak is over all samples.
+        most_rows: number of rows that are kept; the peak is over all samples.
     """
 
     def __init__(self, interval_seconds: float = INTERVAL_SECONDS, most_rows: int = MOST_ROWS) -> None:
@@ -39,7 +38,7 @@ class Monitor:
 
     def __enter__(self) -> Monitor:
         script = str(Path(__file__).with_name("sampler.py"))
-        # Isolated and without site-packages' own start-up files it is up in 0.1 s; what it imports it is told.
+        # Isolated and without the start-up files of site-packages it starts in 0.1 s; it gets its import paths as arguments.
         command = [sys.executable, "-I", "-S", script, *self._settings, *filter(None, sys.path)]
         with suppress(OSError):
             self._process = subprocess.Popen(
@@ -52,11 +51,11 @@ class Monitor:
         return self
 
     def finish(self) -> dict[str, Any]:
-        """The series so far, and no more samples from here on; empty where there is none.
+        """Stop sampling and return the series; empty if there is none.
 
         Returns:
             interval_seconds, `columns`, `samples` (rows of their values), and `before`, `after` and `peak` by column.
-            Memory is in bytes; rss_bytes counts pages that processes share once for each; cpu_percent is 100 for one core.
+            Memory is in bytes; rss_bytes counts a shared page once per process; cpu_percent is 100 for one core.
         """
         process, self._process = self._process, None
         if process is None:

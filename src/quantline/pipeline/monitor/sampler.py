@@ -1,10 +1,9 @@
-"""Samples what a process tree and its machine use, until its standard input closes; then prints one JSON line and ends.
+"""Samples the resources of a process tree and its machine until stdin closes, then prints one JSON line and exits.
 
-Started by `monitor.py` as `python -I -S monitor_sampler.py PID INTERVAL MOST_ROWS PATH ...`, where the paths hold psutil,
-the NVML library and this package. It is a process and not a thread of the stage: a thread would take its share of the
-interpreter's lock from the stage's own work. It keeps everything in memory and leaves no file; when the stage is killed its
-input closes as well. Where it has as many rows as it may keep it drops every second one and keeps half as many from then on;
-the peak is over all that were taken.
+Started by `monitor.py` as `python -I -S sampler.py PID INTERVAL MOST_ROWS PATH ...`. The paths contain psutil, the NVML
+library and this package. It is a process, not a thread, because a thread would compete with the stage for the
+interpreter lock. It keeps all samples in memory and writes no file. If the stage is killed, stdin closes as well. When
+MOST_ROWS is reached, it drops every second row and from then on keeps half as many; the peak is over all samples.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _PAGE, _TICKS = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
 
 
 def _stat(pid: str) -> list[bytes]:
-    """What /proc/PID/stat says after the process's name: state, parent, ...; empty where it has ended."""
+    """The fields of /proc/PID/stat after the process name: state, parent, ...; empty if the process has ended."""
     try:
         file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     except OSError:
@@ -40,7 +39,7 @@ def _stat(pid: str) -> list[bytes]:
 
 
 class Sampler:
-    """Rows of equal columns: seconds since the first, and what `columns` names."""
+    """Collects rows with the columns in `columns`; the first column is the seconds since the first row."""
 
     def __init__(self, pid: int, most: int) -> None:
         self.root = pid
@@ -59,10 +58,10 @@ class Sampler:
         self.latest: list[float | None] = []
 
     def sample(self) -> None:
-        """Take a row; keep it where it falls on the stride."""
+        """Take a sample; keep it if it falls on the stride."""
         now = time.monotonic()
         resident, busy = self._tree()
-        # A process that is new since the last row counts with all its time; one that ended in between is lost.
+        # All CPU time of a process that is new since the last row is counted; a process that ended in between is not.
         spent = sum(seconds - self._busy.get(pid, 0.0) for pid, seconds in busy.items())
         share = 100 * max(spent, 0.0) / (now - self._last) if self.taken and now > self._last else 0.0
         memory = psutil.virtual_memory()
@@ -77,8 +76,8 @@ class Sampler:
             self._keep(row)
 
     def _tree(self) -> tuple[int, dict[int, float]]:
-        """Resident bytes of the tree, and processor seconds of each of its processes."""
-        # psutil would find the tree by the same pass over /proc and then read each member's files again.
+        """Resident bytes of the tree, and CPU seconds of each of its processes."""
+        # psutil finds the tree by the same pass over /proc and then reads the files of each process again.
         children: dict[int, list[int]] = {}
         used: dict[int, tuple[int, float]] = {}
         for name in os.listdir("/proc"):
@@ -104,11 +103,11 @@ class Sampler:
         if self.taken % self.stride == 0:
             self.rows.append(row)
         self.taken += 1
-        if len(self.rows) >= self.most:  # one place is left for the last row
+        if len(self.rows) >= self.most:  # one row is reserved for the last sample
             self.rows, self.stride = self.rows[::2], self.stride * 2
 
     def report(self, interval: float) -> dict[str, Any]:
-        """Everything, with the last row in any case."""
+        """The result as plain values; it always includes the last row."""
         rows = self.rows if self.rows[-1:] == [self.latest] else [*self.rows, self.latest]
         named = [dict(zip(self.columns, row, strict=True)) for row in (rows[0], self.latest, self.peak)]
         before, after, peak = ({key: row[key] for key in self.columns[1:]} for row in named)
@@ -119,7 +118,7 @@ class Sampler:
 
 
 def main() -> None:
-    """Sample until the other end of standard input is closed."""
+    """Sample until stdin is closed."""
     parent, interval, most = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     sampler = Sampler(parent, most)
     while True:
