@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
+from quantline.config.method import Backend
 from quantline.core.errors import UserError
 from quantline.quantization import capabilities
 from quantline.quantization.capabilities import Requirements, candidates, choose, faults
@@ -23,6 +25,11 @@ def test_every_backend_has_a_module_a_toolchain_with_locks_and_what_it_can_do(ro
             assert entry["toolchain"] in HEALTH_CHECKS
             for platform in ("cpu", "cuda"):
                 assert (root / "envs" / f"{entry['toolchain']}-{platform}.txt").is_file(), name
+
+
+def test_backend_may_be_named_by_every_name_of_the_table():
+    named, able = set(get_args(Backend)) - {"auto"}, set(capabilities.table())
+    assert named == able, f"Backend in config/method.py and capabilities.yaml differ in {sorted(named ^ able)}"
 
 
 def test_every_backend_of_the_table_in_conf_has_its_method(composed):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Scores:
-    """One model's scores on the windows: losses by document, likeliest tokens, and divergence from the float model."""
+    """One model's scores on the windows: losses by document, and what the engine kept per position, by name."""
 
     documents: list[DocumentScore]
-    top1: NDArray[np.int32]
-    kl: NDArray[np.float32] | None
+    places: Mapping[str, NDArray[Any]]
 
 
 def evaluate(
@@ -165,15 +164,15 @@ def evaluate(
 
 
 def _scores(path: Path, windows: Windows) -> _Scores:
-    logprobs, top1, kl = perplexity.load_scores(path)
-    return _Scores(perplexity.document_nlls(windows, logprobs), top1, kl)
+    places = perplexity.load_scores(path)
+    return _Scores(perplexity.document_nlls(windows, places["logprobs"]), places)
 
 
 def _baseline(folder: Path, windows: Windows) -> _Scores:
     documents = perplexity.read_documents(folder / "documents.jsonl")[0]
     if [score.id for score in documents] != list(windows.document_ids):
         raise UserError(f"{folder}: the float model was scored on other documents; evaluate the float model again")
-    return _Scores(documents, perplexity.load_scores(folder / "reference.safetensors")[1], None)
+    return _Scores(documents, perplexity.load_scores(folder / "reference.safetensors"))
 
 
 def _protocol(windows: Windows, level: str) -> dict[str, Any]:
@@ -195,9 +194,10 @@ def _interval(name: str, sums: NDArray[Any], tokens: NDArray[Any], how: Bootstra
 
 def _divergence(windows: Windows, own: _Scores, how: BootstrapConfig, *, is_baseline: bool) -> Measurement:
     """KL(float || variant). For the float model itself it is 0 and needs no second model."""
-    if own.kl is None and not is_baseline:
+    found_kl = own.places.get("kl")
+    if found_kl is None and not is_baseline:
         return Measurement()
-    kl = np.zeros(len(windows.input_ids)) if own.kl is None else own.kl
+    kl = np.zeros(len(windows.input_ids)) if found_kl is None else found_kl
     measured = ~np.isnan(kl)
     sums, tokens = perplexity.document_sums(windows, kl, measured)
     scored = kl[windows.scored & measured].astype(np.float64)
@@ -210,7 +210,7 @@ def _divergence(windows: Windows, own: _Scores, how: BootstrapConfig, *, is_base
 
 
 def _agreement(windows: Windows, own: _Scores, base: _Scores, how: BootstrapConfig) -> Measurement:
-    sums, tokens = perplexity.top1_matches(windows, own.top1, base.top1)
+    sums, tokens = perplexity.top1_matches(windows, own.places["top1"], base.places["top1"])
     return _interval("top1_agreement", sums, tokens, how)
 
 

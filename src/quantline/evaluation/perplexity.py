@@ -216,10 +216,8 @@ def top1_matches(
     return document_sums(windows, top1 == baseline_top1)
 
 
-def load_scores(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32] | None]:
-    """`logprobs`, `top1` and `kl`, float32, int32 and float32 (tokens,), as the reference engine wrote them.
-
-    `kl` is None if the engine did not compare with a float model.
+def load_scores(path: Path) -> dict[str, NDArray[Any]]:
+    """What the reference engine kept per position: `logprobs`, `top1` and others, see its `score_windows`.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -228,8 +226,10 @@ def load_scores(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32], NDA
     from safetensors.numpy import load_file
 
     try:
-        tensors = load_file(path)
-        return tensors["logprobs"], tensors["top1"], tensors.get("kl")
+        tensors: dict[str, NDArray[Any]] = load_file(path)
+        if missing := {"logprobs", "top1"} - set(tensors):
+            raise KeyError(*missing)
+        return tensors
     except (OSError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: scores cannot be read ({error}); evaluate again") from error
 

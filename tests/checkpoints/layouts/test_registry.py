@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from quantline.checkpoints.layouts import LAYOUTS, TARGETS
+from quantline.checkpoints import layouts
+from quantline.checkpoints.layouts import LAYOUTS, TARGETS, Layout
+from quantline.checkpoints.layouts.description import Description
+from quantline.checkpoints.layouts.linear_spec import LayerSettings
 from quantline.checkpoints.layouts.registry import CONFIG_SECTIONS, folder_layout, packed_linear
+from quantline.core.errors import CheckpointError
 
 # Names that are no method, backend or library too: in code outside of layouts/ they have no place at all.
 UNMISTAKABLE = set(LAYOUTS) - {"gptq", "bitsandbytes", "msmodelslim", "compressed_tensors"}
@@ -24,6 +30,27 @@ def test_layouts_of_one_method_are_read_by_one_section() -> None:
         section = CONFIG_SECTIONS[layout.method]
         assert (layout.config.parse, layout.config.own_file) == (section.parse, section.own_file)
     assert set(CONFIG_SECTIONS) == {"awq", "gptq", "compressed-tensors", "bitsandbytes"}
+
+
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.config is not None])
+def test_what_a_layout_describes_is_read_as_that_layout(name: str) -> None:
+    layout = LAYOUTS[name]
+    assert layout.config is not None
+    read = []
+    for settings in (LayerSettings(*one) for one in ((4, 128, True), (4, 128, False), (8, -1, True))):
+        try:
+            section = layout.config.describe(Description(settings))
+        except CheckpointError:
+            continue
+        read.append(layout.config.parse(Path("config.json"), section).layout)
+    assert set(read) <= {name}, f"{name}: describe writes a section that parse takes for another layout"
+
+
+def test_every_layout_of_a_module_is_registered() -> None:
+    modules = [module_info.name for module_info in pkgutil.walk_packages(layouts.__path__, f"{layouts.__name__}.")]
+    found = [value for name in modules for value in vars(import_module(name)).values() if isinstance(value, Layout)]
+    lacking = [layout.name for layout in found if layout not in LAYOUTS.values()]
+    assert not lacking, f"add a line to LAYOUTS in checkpoints/layouts/registry.py for {lacking}"
 
 
 def test_targets_are_layouts_that_can_be_written() -> None:

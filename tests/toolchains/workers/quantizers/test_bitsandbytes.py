@@ -132,7 +132,7 @@ def test_convert_keeps_it_as_it_is(batch, tmp_path, label, bits, size):
 
 
 def test_convert_refuses_other_layouts_by_name(batch, tmp_path):
-    with pytest.raises(UserError, match=r"convert\.target=gptq: bitsandbytes' weights have no codes on a grid"):
+    with pytest.raises(UserError, match=r"convert\.target=gptq: bitsandbytes's weights have no codes on a grid"):
         convert(batch["nf4"][0], tmp_path, ConvertConfig(target="gptq"))
     assert list(tmp_path.iterdir()) == []
 

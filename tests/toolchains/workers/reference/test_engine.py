@@ -349,7 +349,7 @@ def test_the_worker_scores_and_measures_across_the_process_border(
     assert result.data["tokens_per_second"] == result.data["tokens"] / result.data["scoring_seconds"]
     assert result.data["load_seconds"] > 0
     assert result.data["parameters"] > 100_000
-    logprobs, _, _ = load_scores(tmp_path / "scores.safetensors")
+    logprobs = load_scores(tmp_path / "scores.safetensors")["logprobs"]
     assert np.array_equal(logprobs, outcome("score untied")["logprobs"], equal_nan=True)
 
 

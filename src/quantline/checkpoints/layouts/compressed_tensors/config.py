@@ -23,15 +23,32 @@ _FORMAT = "pack-quantized"
 _INT_FORMAT = "int-quantized"
 # Quantization of activations in int-quantized: int8, symmetric, with one scale per token that the runtime computes.
 _ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-
-
 _INT_WEIGHTS = LayerSettings(8, -1, True)
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """A parsed section: the main settings, those of linears that differ, reordered groups, and modules left in float."""
+class _Format:
+    """One `format`: the layout of its tensors, the `type` of its weights, whether activations are rounded too, and its
+    settings where it has only one.
+    """
 
+    layout: str
+    kind: str = "int"
+    activations: bool = False
+    only: LayerSettings | None = None
+
+
+_FORMATS = {
+    _FORMAT: _Format("compressed_tensors"),
+    _INT_FORMAT: _Format("compressed_tensors_int", activations=True, only=_INT_WEIGHTS),
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A parsed section: layout, settings of all linears and of those that differ, reordered groups, what stays in float."""
+
+    layout: str
     main: LayerSettings
     overrides: Mapping[str, LayerSettings]
     desc_act: bool
@@ -51,7 +68,7 @@ def info_of(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
     """Read a section; raises what `parse` raises."""
     scheme = parse(path, config)
     return QuantizationInfo(
-        method=METHOD, layout="compressed_tensors_int" if scheme.activation_bits else "compressed_tensors",
+        method=METHOD, layout=scheme.layout,
         bits=scheme.main.bits, group_size=scheme.main.group_size, desc_act=scheme.desc_act,
         symmetric=scheme.main.symmetric, modules_to_not_convert=scheme.ignored, overrides=scheme.overrides,
         activation_bits=scheme.activation_bits,
@@ -124,9 +141,10 @@ def parse(path: Path, config: Mapping[str, Any]) -> Scheme:
     def refuse(fact: str, remedy: str = "use a weight-only pack-quantized checkpoint") -> NoReturn:
         raise CheckpointError(f"{path}: compressed-tensors {fact}: {remedy}")
 
-    form = config.get("format")
-    if form not in (_FORMAT, _INT_FORMAT):
-        refuse(f"stored as {form!r}")
+    stored = str(config.get("format"))
+    if stored not in _FORMATS:
+        refuse(f"stored as {config.get('format')!r}", f"known are {' and '.join(_FORMATS)}")
+    form = _FORMATS[stored]
     for key in ("kv_cache_scheme", "transform_config"):
         if config.get(key):
             refuse(f"with {key}")
@@ -143,16 +161,16 @@ def parse(path: Path, config: Mapping[str, Any]) -> Scheme:
         if not isinstance(group, dict):
             refuse(f"group {name} is {group!r}, a preset", "write its settings out")
         activations = group.get("input_activations")
-        if group.get("output_activations") or (activations and form == _FORMAT):
+        if group.get("output_activations") or (activations and not form.activations):
             refuse(f"group {name} has {'input' if activations else 'output'}_activations")
-        if form == _INT_FORMAT and not _rounded_by_token(activations):
-            refuse(f"stored as 'int-quantized' with input_activations {activations!r}", "8-bit dynamic ones by token")
-        if group.get("format") not in (None, form):
+        if form.activations and not _rounded_by_token(activations):
+            refuse(f"stored as {stored!r} with input_activations {activations!r}", "8-bit dynamic ones by token")
+        if group.get("format") not in (None, stored):
             refuse(f"group {name} is stored as {group['format']!r}")
         weights: Any = group.get("weights")
-        settings = _settings(weights)
-        if form == _INT_FORMAT and settings != _INT_WEIGHTS:
-            refuse(f"stored as 'int-quantized' with weights {weights!r}", "symmetric ones of 8 bits by channel")
+        settings = _settings(weights, form.kind)
+        if form.only and settings != form.only:
+            refuse(f"stored as {stored!r} with weights {weights!r}", "symmetric ones of 8 bits by channel")
         if settings is None:
             refuse(f"group {name} has weights {weights!r}", "int weights by group or channel of 2, 3, 4 or 8 bits")
         orders.add(_reordered(weights["actorder"]) if weights.get("actorder") else False)
@@ -165,14 +183,14 @@ def parse(path: Path, config: Mapping[str, Any]) -> Scheme:
             overrides.update(dict.fromkeys(targets, settings))
         else:
             refuse(f"group {name} has targets {targets}", "one group for Linear, others by whole module names")
-    if len(main) != 1 or (overrides and form == _INT_FORMAT):
+    if len(main) != 1 or (overrides and form.only):
         refuse(f"has {len(main)} groups for Linear", "one group for Linear, others by whole module names")
     if None in orders:
         refuse("has an unknown actorder", "supported are group and weight")
     ignored = config.get("ignore") or []
     if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
         refuse(f"ignore is {ignored!r}", "restore the config")
-    return Scheme(main[0], overrides, True in orders, tuple(ignored), 8 if form == _INT_FORMAT else None)
+    return Scheme(form.layout, main[0], overrides, True in orders, tuple(ignored), 8 if form.activations else None)
 
 
 def _rounded_by_token(activations: Any) -> bool:
@@ -182,8 +200,8 @@ def _rounded_by_token(activations: Any) -> bool:
     return all(activations.get(key, defaults.get(key)) == value for key, value in _ACTIVATIONS.items())
 
 
-def _settings(weights: Any) -> LayerSettings | None:
-    if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("dynamic"):
+def _settings(weights: Any, kind: str) -> LayerSettings | None:
+    if not isinstance(weights, dict) or weights.get("type", "int") != kind or weights.get("dynamic"):
         return None
     bits, size, strategy = weights.get("num_bits", 8), weights.get("group_size"), weights.get("strategy")
     if strategy is None and type(size) is int:

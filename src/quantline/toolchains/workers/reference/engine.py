@@ -185,8 +185,8 @@ def score_windows(
     *,
     beside: Callable[[Any, Any], Any] | None = None,
     beside_tokens: int | None = None,
-) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
-    """Log-probability and most likely token at every position of every window.
+) -> dict[str, NDArray[Any]]:
+    """What is kept per position of every window, by name; `evaluate` reads it by these names from the stage's output.
 
     Args:
         input_ids: int32 (tokens,), all windows one after another.
@@ -197,14 +197,17 @@ def score_windows(
         beside_tokens: compute `beside` for about this many tokens, in batches spread over all; None means all tokens.
 
     Returns:
-        logprobs float32 (tokens,) in nats, NaN at the start of a window; top1 int32 (tokens,), -1 there; and the values of
-        `beside`, float32 (tokens,), NaN at the start of a window and where it was not computed.
+        logprobs float32 (tokens,) in nats, NaN at the start of a window; top1, the most likely token, int32 (tokens,), -1
+        there; and with `beside` kl, its values, float32 (tokens,), NaN at the start of a window and where not computed.
     """
     import torch
 
-    logprobs = np.full(len(input_ids), np.nan, dtype=np.float32)
-    top1 = np.full(len(input_ids), -1, dtype=np.int32)
-    values = np.full(len(input_ids), np.nan, dtype=np.float32)
+    kept: dict[str, NDArray[Any]] = {
+        "logprobs": np.full(len(input_ids), np.nan, dtype=np.float32),
+        "top1": np.full(len(input_ids), -1, dtype=np.int32),
+    }
+    if beside is not None:
+        kept["kl"] = np.full(len(input_ids), np.nan, dtype=np.float32)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     room = _MAX_LOGITS // vocabulary // (1 if beside is None else 2)
     batches = plan_batches(offsets, min(batch_tokens, room))
@@ -224,14 +227,15 @@ def score_windows(
             rows = slice(start, start + _ROWS)
             picked = logits[rows].gather(1, targets[rows, None]).squeeze(1)
             chosen[rows] = picked - logits[rows].logsumexp(dim=1)
-        logprobs[places[:, 1:].reshape(-1)] = chosen.cpu().numpy()
-        top1[places[:, 1:].reshape(-1)] = logits.argmax(dim=1).cpu().numpy()
+        scored = places[:, 1:].reshape(-1)
+        kept["logprobs"][scored] = chosen.cpu().numpy()
+        kept["top1"][scored] = logits.argmax(dim=1).cpu().numpy()
         # The first batch is always included, so that a text of one batch has values.
         if beside is not None and math.ceil((number + 1) * share) > math.ceil(number * share):
-            values[places[:, 1:].reshape(-1)] = beside(ids[:, :-1], logits).cpu().numpy()
+            kept["kl"][scored] = beside(ids[:, :-1], logits).cpu().numpy()
         done += len(batch) * length
         report(done, total, "tokens")
-    return logprobs, top1, values
+    return kept
 
 
 def score(
@@ -249,15 +253,14 @@ def score(
     check_ids(model, input_ids)
     started = time.perf_counter()
     batch_tokens = int(job.get("batch_tokens", 4096))
-    logprobs, top1, values = score_windows(
+    kept = score_windows(
         model, input_ids, offsets, batch_tokens, report, beside=beside, beside_tokens=job.get("divergence_tokens")
     )
     seconds = time.perf_counter() - started
-    lost = int(np.isnan(logprobs).sum()) - int((np.diff(offsets) > 0).sum())
+    lost = int(np.isnan(kept["logprobs"]).sum()) - int((np.diff(offsets) > 0).sum())
     if lost:
         raise JobError(f"{job['checkpoint']}: {lost} log-probabilities are NaN; the weights overflow in float32")
-    kl = {} if beside is None else {"kl": values}
-    write_safetensors(Path(job["output"]), {"logprobs": logprobs, "top1": top1, **kl})
+    write_safetensors(Path(job["output"]), kept)
     return {"tokens": len(input_ids), "scoring_seconds": seconds, "tokens_per_second": len(input_ids) / seconds}
 
 

@@ -155,8 +155,8 @@ def _restore(
 
     def scores() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         ids, offsets, batch_tokens = windows["input_ids"], windows["offsets"], int(job["batch_tokens"])
-        logprobs, _, kl = score_windows(model, ids, offsets, batch_tokens, report, beside=divergence_from(floats))
-        return logprobs, kl
+        kept = score_windows(model, ids, offsets, batch_tokens, report, beside=divergence_from(floats))
+        return kept["logprobs"], kept["kl"]
 
     rows: list[dict[str, Any]] = []
     scored = [scores()]
