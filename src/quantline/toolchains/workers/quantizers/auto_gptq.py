@@ -196,9 +196,7 @@ def _catch(work: _common.Work, model: Any, quantizers: dict[str, Any]) -> None:
         scales, zeros, columns = (part.cpu().float() for part in parts)  # (out, groups), (out, groups), (in,)
         of_column = columns.long()
         codes = torch.round(weight / scales[:, of_column]) + zeros[:, of_column]
-        _common.add_layer(
-            work, name, LAYOUT, codes=codes, scales=scales, zeros=zeros, bias=linear.bias, group_index=of_column
-        )
+        _common.add_layer(work, name, LAYOUT, _common.LayerArrays(codes, scales, zeros, linear.bias, of_column))
         unmasked += int((zeros == 0).sum())
     _common.note_unmasked(work, unmasked)
 

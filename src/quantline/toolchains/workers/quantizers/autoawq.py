@@ -176,15 +176,8 @@ def quantizer_class(work: model.Work, layout: str, report: Reporter, *, symmetri
                 codes, scales, zeros = rounding.awq_codes(weight, self.group_size, symmetric)
                 linear.weight.data = ((codes - zeros) * scales).reshape(weight.shape).to(weight.dtype)
                 grid = (weight.shape[0], -1)
-                model.add_layer(
-                    work,
-                    f"{prefix}.{name}",
-                    layout,
-                    codes=codes.view(grid),
-                    scales=scales.view(grid),
-                    zeros=zeros.view(grid),
-                    bias=linear.bias,
-                )
+                arrays = model.LayerArrays(codes.view(grid), scales.view(grid), zeros.view(grid), linear.bias)
+                model.add_layer(work, f"{prefix}.{name}", layout, arrays)
             done = next(number for number, candidate in enumerate(self.modules, 1) if candidate is module)
             report(done, len(self.modules), f"layer {done}")
 

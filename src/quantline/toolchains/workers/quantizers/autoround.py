@@ -234,7 +234,7 @@ def _catch(work: model.Work, name: str, symmetric: bool) -> int:
         raise RuntimeError(f"{name}: weights are up to {off:.3g} steps off the grid of their scales")
     rounded = scales.half().float()  # as stored; the library's search at iters=0 leaves wider ones than float16
     flat = (codes + zeros[..., None]).reshape(layer.weight.shape)
-    model.add_layer(work, name, LAYOUT, codes=flat, scales=rounded, zeros=zeros, bias=layer.bias)
+    model.add_layer(work, name, LAYOUT, model.LayerArrays(flat, rounded, zeros, layer.bias))
     layer.weight.data = (codes * rounded[..., None]).reshape(layer.weight.shape).to(layer.weight.device)
     return 0 if symmetric else int((zeros == 0).sum())
 

@@ -91,12 +91,12 @@ class Run:
     unmasked: int = 0
     lock: Any = field(default_factory=Lock)
 
-    def done(self, name: str, row: dict[str, Any], **parts: Any) -> None:
-        """Add a quantized linear; `name` as in the files, `parts` as for `model.add_layer`."""
-        _common.add_layer(self.work, name, self.layout, **parts)
+    def done(self, name: str, row: dict[str, Any], arrays: _common.LayerArrays) -> None:
+        """Add a quantized linear; `name` as in the files."""
+        _common.add_layer(self.work, name, self.layout, arrays)
         if LAYOUTS[self.layout].zero_hazard:
             with self.lock:
-                self.unmasked += int((parts["zeros"] == 0).sum())
+                self.unmasked += int((arrays.zeros == 0).sum())
         found = re.search(r"\.(\d+)\.(.+)$", name)
         where = {"layer": int(found[1]), "module": found[2]} if found else {"layer": -1, "module": name}
         self.add_packed(name, {**where, **row}, self.work.packed[name])

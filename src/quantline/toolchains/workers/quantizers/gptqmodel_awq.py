@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from quantline.toolchains.workers.quantizers import rounding
+from quantline.toolchains.workers.quantizers.model import LayerArrays
 
 
 @contextmanager
@@ -90,10 +91,7 @@ def processor_class(base: Any, state: Any) -> Any:
                         "calibration samples"
                     )
                 grid = (weight.shape[0], -1)
-                state.done(
-                    name, row, codes=codes.view(grid),
-                    scales=scales.view(grid), zeros=zeros.view(grid), bias=linear.bias,
-                )  # fmt: skip
+                state.done(name, row, LayerArrays(codes.view(grid), scales.view(grid), zeros.view(grid), linear.bias))
 
         def _quantize_layer(self, layer_index: int, layer_state: Any) -> None:
             self.unscaled = set()

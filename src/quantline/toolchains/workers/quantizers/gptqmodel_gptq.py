@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantline.toolchains.protocol import JobError
+from quantline.toolchains.workers.quantizers.model import LayerArrays
 
 # The saved arrays of a linear: (out, in) uint8, (out, groups) float16, (out, groups) uint8, (in,) int32.
 ARRAYS = ("codes", "scales", "zeros", "index")
@@ -49,15 +50,7 @@ def gptq_class(base: Any, state: Any) -> Any:
             columns = index.long()
             if facts["note"]:
                 state.notes[name] = facts["note"]
-            state.done(
-                name,
-                facts["row"],
-                codes=codes,
-                scales=scales,
-                zeros=zeros,
-                bias=self.module.bias,
-                group_index=columns,
-            )
+            state.done(name, facts["row"], LayerArrays(codes, scales, zeros, self.module.bias, columns))
             rounded = ((codes - zeros[:, columns]) * scales[:, columns]).to(weight.device, dtype)
             parts = [part.to(weight.device) for part in (scales, zeros, index.int())]
             row = facts["row"]

@@ -245,10 +245,8 @@ class Run:
         zeros = zero_point.detach().cpu().float() + 2 ** (bits - 1)
         width = weight.shape[1] if size == -1 else size
         codes = (weight / scale.repeat_interleave(width, dim=1)).round() + zeros.repeat_interleave(width, dim=1)
-        _common.add_layer(
-            self.work, name, self.layout, codes=codes, scales=scale, zeros=zeros, bias=self.wanted[name].bias,
-            zero_points=not self.symmetric,
-        )  # fmt: skip
+        arrays = _common.LayerArrays(codes, scale, zeros, self.wanted[name].bias)
+        _common.add_layer(self.work, name, self.layout, arrays, zero_points=not self.symmetric)
 
     def schemes(self) -> dict[str, Any]:
         """The library's config_groups: the linears of each width by name."""

@@ -250,46 +250,53 @@ def _tensors(path: str) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def add_layer(
-    work: Work,
-    name: str,
-    layout: str,
-    *,
-    codes: Any,
-    scales: Any,
-    zeros: Any,
-    bias: Any,
-    group_index: Any = None,
-    zero_points: bool | None = None,
-) -> None:
+@dataclass(frozen=True)
+class LayerArrays:
+    """One quantized layer as torch tensors.
+
+    Attributes:
+        codes: (out, in), integral.
+        scales, zeros: (out, groups); scales have float16 values.
+        bias: (out,) or None.
+        group_index: (in,); None means groups of consecutive columns.
+    """
+
+    codes: Any
+    scales: Any
+    zeros: Any
+    bias: Any
+    group_index: Any = None
+
+
+def add_layer(work: Work, name: str, layout: str, layer: LayerArrays, *, zero_points: bool | None = None) -> None:
     """Pack one quantized layer.
 
     Args:
-        codes: (out, in), integral. scales, zeros: (out, groups). bias: (out,) or None. group_index: (in,), sequential
-            if None. All are torch tensors; scales have float16 values. zero_points: whether to write them, if the layout
-            (compressed_tensors) can omit them; None omits them if all are the middle one.
+        zero_points: whether to write them, if the layout (compressed_tensors) can omit them; None omits them if all are
+            the middle one.
 
     Raises:
         JobError: the layout cannot represent it; nothing is clamped.
     """
     bits, group_size = work.width(name)
-    values = {"codes": _numpy(codes), "zeros": _numpy(zeros)}
+    values = {"codes": _numpy(layer.codes), "zeros": _numpy(layer.zeros)}
     for what, array in values.items():
         if not ((array == np.rint(array)) & (array >= 0) & (array < 2**bits)).all():
             raise JobError(
                 f"{name}: {what} exceed [0, {2**bits - 1}], so {bits} bits cannot represent this layer; "
                 "use sym=true, more bits, or method=rtn"
             )
-    index = sequential_groups(codes.shape[1], group_size) if group_index is None else _numpy(group_index)
+    consecutive = layer.group_index is None
+    index = sequential_groups(layer.codes.shape[1], group_size) if consecutive else _numpy(layer.group_index)
     with _output.refusals():
         linear = AffineLinear(
             codes=np.ascontiguousarray(values["codes"].T.astype(np.uint8)),
-            scales=np.ascontiguousarray(_output.half(f"{name}.scales", _numpy(scales)).T),
+            scales=np.ascontiguousarray(_output.half(f"{name}.scales", _numpy(layer.scales)).T),
             zeros=np.ascontiguousarray(values["zeros"].T.astype(np.int16)),
             group_index=index.astype(np.int32),
             bits=bits,
             group_size=group_size,
-            bias=None if bias is None else _output.half(f"{name}.bias", _numpy(bias)),
+            bias=None if layer.bias is None else _output.half(f"{name}.bias", _numpy(layer.bias)),
         )
     work.packed[name] = _output.pack(name, linear, layout, zero_points)
 
