@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from stages import ROOT
+from stages import ROOT, command
 
 
-def code() -> None:
+def code(_arguments: dict[str, str | None]) -> int:
+    from quantline.core.files import replaced
     from quantline.pipeline.code import CODE_FILE, stage_hash
     from quantline.pipeline.stages import PIPELINE
 
     lines = [f"{name}: {stage_hash(name)}\n" for name in (*PIPELINE, "report")]
-    temporary = ROOT / f"{CODE_FILE}.tmp"
-    temporary.write_text("# Made by `python -m stages.code`.\n" + "".join(lines), encoding="utf-8")
-    temporary.replace(ROOT / CODE_FILE)
+    with replaced(ROOT / CODE_FILE) as temporary:
+        temporary.write_text("# Made by `python -m stages.code`.\n" + "".join(lines), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    code()
+    command(code, about=__doc__)
