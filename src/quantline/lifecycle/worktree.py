@@ -171,7 +171,7 @@ def _other_code(folder: Path, code: Mapping[str, Any]) -> str | None:
 
 
 def _link_environments(folder: Path, root: Path) -> None:
-    """Link the environments that were built here from the same lock files; others are built anew when needed."""
+    """Link the environments that were built here from the same lock files; others are built when needed."""
     (folder / ".venvs").mkdir()
     for name in HEALTH_CHECKS:
         built = environment_state(root / ".venvs" / name)

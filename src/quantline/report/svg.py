@@ -101,7 +101,7 @@ def finish(
 ) -> Plot:
     """The figure as a `Plot`.
 
-    tips: gid of an artist -> what a pointer that rests on it is told.
+    tips: gid of an artist -> the tooltip.
     """
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

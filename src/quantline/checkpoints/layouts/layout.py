@@ -264,7 +264,7 @@ class Layout:
 
 
 def _find(known: Mapping[str, bool], dtypes: Mapping[str, str]) -> dict[str, Found]:
-    """Find linears by suffix. Codes named `weight` are told from float weights by their dtype."""
+    """Find linears by suffix. Codes named `weight` are distinguished from float weights by their dtype."""
     telling = {suffix for suffix in known if suffix not in ("weight", "bias")}
     layers = {layer for layer, _, suffix in (name.rpartition(".") for name in dtypes) if suffix in telling}
     if "weight" in known:
