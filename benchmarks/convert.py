@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from quantline.checkpoints.layouts import TARGETS  # noqa: E402
+from quantline.checkpoints.layouts import LAYOUTS, TARGETS  # noqa: E402
 from quantline.conversion.source import SourceLayer  # noqa: E402
 
 HIDDEN, INNER, GROUP, VOCABULARY = 4096, 11008, 128, 16384
@@ -116,12 +116,11 @@ def packed(codes: NDArray[np.int8], target: str) -> NDArray[np.uint32]:
     """Pack the same codes like the conversion, band by band."""
     from quantline.conversion import bands
 
-    layout = TARGETS[target]
     rows, columns = codes.shape
-    layer = SourceLayer("sample", 4, GROUP, columns, rows, {})
+    layer = SourceLayer("sample", LAYOUTS["msmodelslim"], 4, GROUP, columns, rows, {})
     words = np.empty(codes.size // 8, dtype=np.uint32)
     place = words.ctypes.data
-    for size, pack, _ in bands.bands(layout, layer, codes):
+    for size, pack, _ in bands.bands(LAYOUTS[TARGETS[target]].affine.bands.kernel, layer, codes):
         pack(place)
         place += 4 * size
     return words.reshape((-1, rows) if target == "gptq" else (columns, -1))

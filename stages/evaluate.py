@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages import stage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from quantline.evaluation.measurements import MeasurementOptions
     from quantline.pipeline.run import StageRun
 
@@ -39,7 +42,6 @@ def instruments(run: StageRun) -> MeasurementOptions:
     from quantline.core.errors import UserError
     from quantline.evaluation.measurements import LayerInputs, MeasurementOptions
     from quantline.pipeline.identity import stage_fingerprint
-    from quantline.pipeline.records import noise_floor
 
     config, options = run.config, run.config.evaluate
     if run.is_baseline:
@@ -79,6 +81,31 @@ def changed_files(run: StageRun) -> int:
 
     folder = run.input(run.checkpoint_stage)
     return len(differing(read_result(stage_paths_of(folder).result)["outputs"], file_hashes(folder)))
+
+
+def noise_floor(root: Path, fingerprint_of: Callable[[int], str]) -> dict[str, Any] | None:
+    """The spread of the loss over seeds: the variant's loss increase per seed, in nats per token of the same text.
+
+    Args:
+        root: the checkout; manual runs are in its scratch/.
+        fingerprint_of: from a number of runs to the fingerprint of a noise result of this variant and text.
+
+    Returns:
+        runs, low and high (smallest and largest nll_difference), seeds, and the result's output_hash; None if it was not
+        measured.
+    """
+    from quantline.pipeline.paths import read_result
+
+    for path in sorted((root / "scratch").glob("*/noise.json")):
+        result = read_result(path)
+        rows = result.get("tables", {}).get("runs", [])
+        if rows and result.get("fingerprint") == fingerprint_of(len(rows)):
+            lost = [float(row["nll_difference"]) for row in rows]
+            return {
+                "runs": len(rows), "low": min(lost), "high": max(lost), "seeds": [row["seed"] for row in rows],
+                "unit": "nats/token", "output_hash": result["output_hash"],
+            }  # fmt: skip
+    return None
 
 
 if __name__ == "__main__":

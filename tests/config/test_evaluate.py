@@ -4,7 +4,8 @@ import pytest
 import sections
 from pydantic import ValidationError
 
-from quantline.config.evaluate import ALARMS, PROTOCOL_KEYS, WINDOW_KEYS, Alarm, EvaluateConfig, LimitsConfig
+from quantline.config.evaluate import PROTOCOL_KEYS, WINDOW_KEYS, EvaluateConfig
+from quantline.config.limits import ALARMS, Alarm, LimitsConfig
 
 
 def test_every_limit_carries_one_alarm_with_a_value_in_its_message():

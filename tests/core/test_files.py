@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -68,3 +70,14 @@ def test_a_folder_appears_whole_or_stays_as_it_was(tmp_path):
     build("third")
     assert (out / "file").read_text() == "third"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_temporary_file_of_a_killed_process_is_removed_and_that_of_a_running_one_stays(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for number in (ended.pid, os.getpid(), os.getppid()):
+        (tmp_path / f"a.json.{number}.tmp").write_text("half")
+    with replaced(tmp_path / "a.json") as temporary:
+        assert not temporary.exists()
+        temporary.write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", f"a.json.{os.getppid()}.tmp"]

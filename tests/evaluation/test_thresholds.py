@@ -5,7 +5,7 @@ import math
 import pytest
 from sections import limits
 
-from quantline.config.evaluate import ALARMS
+from quantline.config.limits import ALARMS
 from quantline.core.errors import ConfigError, QuantlineError
 from quantline.evaluation.thresholds import raised, refuse
 from quantline.pipeline.config import parse

@@ -82,10 +82,19 @@ def test_the_stages_of_the_pipeline_reach_their_modules_at_any_distance():
 
 
 def test_packages_that_do_not_influence_outputs_are_in_no_closure():
-    for stage in (*PIPELINE, "report", "noise"):
+    makes = {"config/limits.py", "core/gpu.py", "pipeline/server.py"}
+    for stage in (*PIPELINE, "noise"):
         carried = ("pipeline/", "lifecycle/", "core/", "config/", "toolchains/environments")
-        assert [name for name in names(stage) if name.startswith(carried)] == [], stage
+        assert [name for name in names(stage) - makes if name.startswith(carried)] == [], stage
         assert not any(name.startswith("planning/") for name in names(stage)), stage
+
+
+def test_what_has_a_part_in_an_output_is_in_its_closure_wherever_it_stands():
+    assert "config/limits.py" in names("evaluate")
+    assert "config/limits.py" not in names("serve_smoke") | names("quantize")
+    for stage in ("serve_smoke", "speed"):
+        assert {"core/gpu.py", "pipeline/server.py"} <= names(stage), stage
+    assert {"core/text.py", "config/report.py", "pipeline/records.py"} <= names("report")
 
 
 def test_every_import_of_a_module_is_an_absolute_one(root):

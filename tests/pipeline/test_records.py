@@ -10,7 +10,8 @@ from quantline.core.files import write_json
 from quantline.pipeline.compose import freeze
 from quantline.pipeline.config import parse
 from quantline.pipeline.execute import execute
-from quantline.pipeline.records import manual_record, noise_floor, pipeline_records
+from quantline.pipeline.records import manual_record, pipeline_records
+from stages.evaluate import noise_floor
 
 LINES = {"one": "method=gptq bits=8", "two": "method=awq"}
 EACH = ["download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks"]

@@ -81,6 +81,12 @@ def test_no_entry_names_a_source_file_but_compose(pipeline):
             assert [dep for dep in body(entry)["deps"] if dep.startswith(("src", "stages"))] == [], name
 
 
+def test_compose_is_made_again_after_an_edit_of_what_it_freezes(pipeline):
+    for name in ("compose", "compose_baseline"):
+        deps = body(pipeline[name])["deps"]
+        assert {"conf", "envs", "src/quantline/config", "src/quantline/pipeline/identity.py"} <= set(deps)
+
+
 def test_a_watched_list_is_written_once(root):
     text = (root / "dvc.yaml").read_text(encoding="utf-8")
     assert text.count("evaluate.max_document_tokens") == 1

@@ -10,10 +10,10 @@ from quantline.config.evaluate import (
     DivergenceConfig,
     EvaluateConfig,
     GenerationsConfig,
-    LimitsConfig,
     ProtocolConfig,
     RestoreConfig,
 )
+from quantline.config.limits import LimitsConfig
 from quantline.config.serve import ProcessConfig, SmokeConfig
 from quantline.config.speed import LevelConfig, SpeedConfig
 from quantline.config.tasks import GateConfig, LocalTasksConfig, TasksConfig

@@ -38,7 +38,7 @@ class ConvertConfig(Section):
             size = int(_SIZE.validate_python(text))
         except ValidationError:
             size = 0
-        if size < 1 or not text.strip()[-1].isalpha():
+        if size < 1 or not text.strip()[-1].isalpha() or text.strip().lower().endswith("bit"):
             raise PydanticCustomError("size", "give a size such as 4GB or 500MB")
         return text
 

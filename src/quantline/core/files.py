@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ def replaced(path: Path) -> Iterator[Path]:
         OSError: the disk failed, or the block wrote no file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        number = stale.name.removesuffix(".tmp").rpartition(".")[2]
+        if number == str(os.getpid()) or not (number.isdigit() and alive(int(number))):
+            stale.unlink(missing_ok=True)  # of a process that was killed
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -50,7 +55,19 @@ def replaced(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)  # a rename reaches the disk only when its folder does
+    with suppress(OSError):  # some network file systems cannot sync a folder
+        _sync(path.parent)  # a rename reaches the disk only when its folder does
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of that number runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.config.evaluate import GenerationsConfig, LimitsConfig, RestoreConfig
+from quantline.config.evaluate import GenerationsConfig, RestoreConfig
+from quantline.config.limits import LimitsConfig
 from quantline.data.windows import Windows, save_windows, some_documents
 from quantline.evaluation import generations, sensitivity
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantline.config.evaluate import ALARMS, LimitsConfig
+from quantline.config.limits import ALARMS, LimitsConfig
 from quantline.core.errors import QuantlineError
 
 

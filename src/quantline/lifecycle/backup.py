@@ -207,8 +207,8 @@ def check_objects(folder: Path, manifest: dict[str, Any]) -> int:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove temporary files of a killed backup or restore below a folder."""
-    for path in folder.rglob("*.tmp"):
+    """Remove temporary files of a killed backup from a backup's own folders; other files in `folder` stay."""
+    for path in (path for own in ("objects", "snapshots") for path in (folder / own).rglob("*.tmp")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -7,6 +7,7 @@ command itself lists what it would remove only as printed text, and has no optio
 from __future__ import annotations
 
 import io
+import logging
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -121,9 +122,21 @@ def _remove(store: Any, used: Collection[str], *, remote: bool) -> None:
 
 
 @contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Let a library's logger print errors alone."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def _explained() -> Iterator[None]:
     try:
-        with redirect_stderr(io.StringIO()):  # DVC's progress bars
+        with redirect_stderr(io.StringIO()), _quiet("dvc"):  # DVC's progress bars and remarks on outputs not made yet
             yield
     except QuantlineError:
         raise

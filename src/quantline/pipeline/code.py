@@ -23,6 +23,10 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 CODE_FILE = "code.yaml"
 # They decide where and whether a stage runs, not its output: an edit of them reruns nothing.
 _CARRIES = re.compile(r"(quantline|stages)$|quantline\.(core|config|pipeline|lifecycle|toolchains)(\.(?!workers\.)|$)")
+# The modules among them that do have a part in an output: alarms, the use of GPUs, how a server is started.
+_MAKES = ("quantline.config.limits", "quantline.core.gpu", "quantline.pipeline.server")
+# The report takes a second to make, and shows what nearly every package says: it follows all of its imports.
+_FOLLOWS_ALL = "stages.report"
 # These files define the identity. They are not in any identity themselves, but DVC must rerun every stage after an edit
 # of them; otherwise `publish` would treat every result as out of date.
 _IDENTITY = ("src/quantline/pipeline/identity.py", "src/quantline/pipeline/options.py")
@@ -52,7 +56,8 @@ def _closure(start: str, checkout: Path) -> set[Path]:
         found, beside = _references(path)
         files |= {path, *beside}
         for name in _modules(found, checkout):
-            if name not in seen and not _CARRIES.match(name):
+            left_out = start != _FOLLOWS_ALL and name not in _MAKES and _CARRIES.match(name)
+            if name not in seen and not left_out:
                 seen.add(name)
                 ahead.append(name)
     return files

@@ -7,7 +7,7 @@ inputs. A stage that has to run again after a change is left out.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,29 +110,6 @@ def _follows(result: dict[str, Any], config: Config, stage: str, root: Path, cur
         if found != content:
             return False
     return True
-
-
-def noise_floor(root: Path, fingerprint_of: Callable[[int], str]) -> dict[str, Any] | None:
-    """The spread of the loss over seeds: the variant's loss increase per seed, in nats per token of the same text.
-
-    Args:
-        root: the checkout; manual runs are in its scratch/.
-        fingerprint_of: from a number of runs to the fingerprint of a noise result of this variant and text.
-
-    Returns:
-        runs, low and high (smallest and largest nll_difference), seeds, and the result's output_hash; None if it was not
-        measured.
-    """
-    for path in sorted((root / "scratch").glob("*/noise.json")):
-        result = read_result(path)
-        rows = result.get("tables", {}).get("runs", [])
-        if rows and result.get("fingerprint") == fingerprint_of(len(rows)):
-            lost = [float(row["nll_difference"]) for row in rows]
-            return {
-                "runs": len(rows), "low": min(lost), "high": max(lost), "seeds": [row["seed"] for row in rows],
-                "unit": "nats/token", "output_hash": result["output_hash"],
-            }  # fmt: skip
-    return None
 
 
 @dataclass(frozen=True)

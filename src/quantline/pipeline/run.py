@@ -20,7 +20,7 @@ from typing import Any
 
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
-from quantline.core.files import write_json
+from quantline.core.files import alive, write_json
 from quantline.pipeline.config import Config
 from quantline.pipeline.hashing import hash_folder
 from quantline.pipeline.identity import combined, identity, options_fingerprint, stage_fingerprint
@@ -138,7 +138,7 @@ class StageRun:
                 self.early.pop(module, None)
 
     def _side_log(self, module: str) -> Path:
-        return self.paths.log.with_name(f"{self.stage}.{module.rsplit('.', 1)[-1].removesuffix('_worker')}.log")
+        return self.paths.log.with_name(f"{self.stage}.{module.rsplit('.', 1)[-1]}.log")
 
     def input(self, stage: str, *, baseline: bool = False) -> Path:
         """The output folder of an earlier stage, or of the baseline's.
@@ -195,7 +195,7 @@ class StageRun:
         places = self.paths
         places.output.parent.mkdir(parents=True, exist_ok=True)
         for stale in places.output.parent.glob(f".{places.output.name}.partial-*"):
-            if not _alive(int(stale.name.rsplit("-", 1)[1])):
+            if not alive(int(stale.name.rsplit("-", 1)[1])):
                 shutil.rmtree(stale, ignore_errors=True)
         partial = self.partial
         try:
@@ -236,13 +236,3 @@ class StageRun:
 def stage_paths_of(output: Path) -> StagePaths:
     """The paths of an output folder."""
     return StagePaths(output)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

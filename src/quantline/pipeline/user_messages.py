@@ -10,8 +10,11 @@ from quantline.core.errors import QuantlineError
 from quantline.core.text import nearest
 from quantline.pipeline.config import renamed
 
-# A disk that fails or is missing, or a path that goes through a file: not a bug in Quantline.
-_BROKEN_PLACES = (errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG)
+# A disk that fails or is missing, or a path that is something else than it should be: not a bug in Quantline.
+_BROKEN_PLACES = (
+    errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.EISDIR,
+    errno.EPERM, errno.EBUSY, errno.ELOOP, errno.EFBIG,
+)  # fmt: skip
 
 
 def explain(error: BaseException, conf: Path) -> tuple[str, int] | None:

@@ -61,7 +61,7 @@ def kl_divergence(floats: Tensor, logits: Tensor) -> Tensor:
     if floats.shape != logits.shape:
         raise JobError(
             f"the float model has {floats.shape[1]} logits per token and the checkpoint {logits.shape[1]}: their "
-            "distributions cannot be compared; set evaluate.divergence=false"
+            "distributions cannot be compared; set evaluate.divergence.tokens=0"
         )
     divergence = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
     rows = max(1, _BLOCK // logits.shape[1])
