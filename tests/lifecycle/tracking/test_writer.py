@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import variant_records
 import yaml
 from mlflow_server import running
 from variant_records import COMMIT, REFUSED, four, record
@@ -304,8 +305,8 @@ def test_two_publishers_at_once_make_each_run_once(root: Path) -> None:
         "from quantline.lifecycle.tracking.writer import publish; root = Path(sys.argv[2])\n"
         "print(publish(four(root / 'work'), tracking_uri=None, experiment='quantline/demo', root=root))\n"
     )
-    variables = {**os.environ, "PYTHONPATH": str(Path(publish.__code__.co_filename).parents[1])}
-    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(root)]
+    variables = {**os.environ, "PYTHONPATH": str(Path(publish.__code__.co_filename).parents[3])}
+    command = [sys.executable, "-c", script, str(Path(variant_records.__file__).parent), str(root)]
     (root / "mlflow.db").unlink()  # so that they make the database at once, too
     both = [
         subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
