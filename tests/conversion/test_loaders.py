@@ -51,7 +51,9 @@ pytestmark = needs_fixtures
 def test_the_tool_computes_what_the_weights_mean(root, tmp_path, case):
     target, fixture, script, tolerance = case
     names = {"awq": "autoawq", "gptq": "auto_gptq"}
-    python, reference = (root / ".venvs" / name / "bin" / "python" for name in (names[target], "reference"))
+    python, reference = (
+        environments.environment_folder(root, name) / "bin" / "python" for name in (names[target], "reference")
+    )
     if not python.exists() or not reference.exists():
         pytest.skip(f"the {names[target]} and reference environments are not built")
     out = tmp_path / "out"

@@ -40,7 +40,7 @@ numpy.save(sys.argv[2], logits.float().numpy())
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_transformers_computes_what_the_weights_mean(root, tmp_path, case, symmetric):
     target, name, backend, tolerance = case
-    python, reference = (root / ".venvs" / one / "bin" / "python" for one in (name, "reference"))
+    python, reference = (environments.environment_folder(root, one) / "bin" / "python" for one in (name, "reference"))
     if not python.exists() or not reference.exists():
         pytest.skip(f"the {name} and reference environments are not built")
     # The other way round first, so that every tensor of the result was made by conversion.

@@ -48,7 +48,7 @@ def write_float(source_folder, out):
     ],
 )  # fmt: skip
 def test_vllm_gives_the_greedy_tokens_of_the_dequantized_source(root, tmp_path, fixture, target):
-    pythons = {name: root / ".venvs" / name / "bin" / "python" for name in ("vllm", "reference")}
+    pythons = {name: environments.environment_folder(root, name) / "bin" / "python" for name in ("vllm", "reference")}
     if not all(path.exists() for path in pythons.values()):
         pytest.skip("the vllm and reference environments are not built")
     converted, plain = tmp_path / "converted", tmp_path / "float"

@@ -377,7 +377,7 @@ def test_a_local_file_takes_the_place_of_the_hubs(served, model, text_file, out)
         ({"revision": "main"}, rf"main is not a commit.*set calibration\.sources\.code\.revision={COMMIT}"),
         ({"repo": "owner/none"}, r"calibration\.sources\.code\.path=FILE"),
         ({"file": "none.parquet"}, r"no such file: check calibration\.sources\.code\.file"),
-        ({"text_field": "text"}, "has no column text \(it has body\)"),
+        ({"text_field": "text"}, r"has no column text \(it has body\)"),
     ],
 )
 def test_faults_of_a_hubs_source_name_its_options(served, model, out, change, words):

@@ -58,7 +58,7 @@ def test_parquet_columns_may_be_nested_lists(tmp_path):
     path.write_bytes(parquet([{"context": {"contexts": ["a", "b"]}, "other": 1}]))
     [document] = documents.read_documents(path, "parquet", ("context.contexts",))
     assert document.text == "a\nb"
-    with pytest.raises(UserError, match="has no column text \(it has context, other\); set text_field"):
+    with pytest.raises(UserError, match=r"has no column text \(it has context, other\); set text_field"):
         list(documents.read_documents(path, "parquet", ("text",)))
 
 

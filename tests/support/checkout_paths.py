@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantline.toolchains.environments import environment_folder
+
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODEL = ROOT / "assets" / "demo" / "model"
 FIXTURES = ROOT / "shared" / "fixtures"
@@ -11,4 +13,4 @@ FIXTURES = ROOT / "shared" / "fixtures"
 
 def interpreter(environment: str) -> Path:
     """The Python of a locked environment, built or not."""
-    return ROOT / ".venvs" / environment / "bin" / "python"
+    return environment_folder(ROOT, environment) / "bin" / "python"

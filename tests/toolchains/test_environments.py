@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,15 @@ def test_a_worker_does_not_outlive_its_parent_whatever_ends_that(tmp_path, how):
     assert not Path(f"/proc/{child}").exists()
 
 
+def test_cuda_is_refused_where_no_driver_is_loaded(monkeypatch):
+    monkeypatch.setattr(environments, "detect_platform", lambda: "cpu")
+    assert environments.usable_platform("auto") == environments.usable_platform("cpu") == "cpu"
+    with pytest.raises(UserError, match="device=cuda: no NVIDIA driver is loaded"):
+        environments.usable_platform("cuda")
+    monkeypatch.setattr(environments, "detect_platform", lambda: "cuda")
+    assert environments.usable_platform("cuda") == environments.usable_platform("auto") == "cuda"
+
+
 def test_an_interpreter_that_is_not_there_is_refused_by_option_name(root):
     with pytest.raises(UserError, match=r"toolchains\.vllm=/no/such/python"):
         ensure(root, "vllm", python="/no/such/python")
@@ -163,6 +173,14 @@ def test_every_toolchain_has_a_complete_lock_for_every_platform(root):
             assert all("==" in line and "://" not in line for line in lines), (name, platform)
 
 
+def test_environments_of_both_platforms_lie_side_by_side(small_lock, monkeypatch):
+    shutil.copyfile(small_lock / "envs" / "reference-cpu.txt", small_lock / "envs" / "reference-cuda.txt")
+    monkeypatch.setitem(environments.HEALTH_CHECKS, "reference", "import sys")
+    both = [ensure(small_lock, "reference", platform=platform).python for platform in ("cpu", "cuda")]
+    assert both[0] != both[1]
+    assert all(python.exists() for python in both)
+
+
 @pytest.fixture
 def small_lock(tmp_path, monkeypatch):
     """A checkout whose only toolchain holds one small package."""
@@ -174,7 +192,7 @@ def small_lock(tmp_path, monkeypatch):
 
 
 def test_an_environment_is_built_once_and_again_when_its_lock_changes(small_lock):
-    state = small_lock / ".venvs" / "reference" / "quantline-state.json"
+    state = small_lock / ".venvs" / "reference-cpu" / "quantline-state.json"
     ensure(small_lock, "reference", platform="cpu")
     first = json.loads(state.read_text())
     stamp = state.stat().st_mtime_ns
@@ -186,7 +204,7 @@ def test_an_environment_is_built_once_and_again_when_its_lock_changes(small_lock
 
 
 def test_a_half_built_environment_is_replaced(small_lock):
-    folder = small_lock / ".venvs" / "reference"
+    folder = small_lock / ".venvs" / "reference-cpu"
     (folder / "bin").mkdir(parents=True)
     (folder / "rubbish").write_text("x")
     ensure(small_lock, "reference", platform="cpu")
@@ -197,14 +215,14 @@ def test_an_environment_that_fails_its_health_check_is_removed(small_lock, monke
     monkeypatch.setitem(environments.HEALTH_CHECKS, "reference", "import no_such_module")
     with pytest.raises(WorkerError, match="no_such_module"):
         ensure(small_lock, "reference", platform="cpu")
-    assert not (small_lock / ".venvs" / "reference").exists()
+    assert not (small_lock / ".venvs" / "reference-cpu").exists()
 
 
 def test_a_lock_that_cannot_be_installed_leaves_nothing(small_lock):
     (small_lock / "envs" / "reference-cpu.txt").write_text("six==99.0\n")
     with pytest.raises(WorkerError, match="could not be installed"):
         ensure(small_lock, "reference", platform="cpu")
-    assert not (small_lock / ".venvs" / "reference").exists()
+    assert not (small_lock / ".venvs" / "reference-cpu").exists()
 
 
 def test_who_waits_too_long_for_an_environment_is_told(tmp_path, monkeypatch):

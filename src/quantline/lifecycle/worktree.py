@@ -11,6 +11,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ from quantline.pipeline.compose import write_frozen
 from quantline.pipeline.config import parse, with_current_names
 from quantline.pipeline.identity import backends_of, locks_of
 from quantline.pipeline.paths import stage_paths
-from quantline.toolchains.environments import HEALTH_CHECKS, PLATFORMS, environment_state, lock_file
+from quantline.toolchains.environments import (
+    HEALTH_CHECKS,
+    PLATFORMS,
+    environment_folder,
+    environment_state,
+    lock_file,
+)
 
 _PARTS = ("assets", "conf", "envs", "src", "stages", "dvc.yaml", "params.yaml", "pyproject.toml")
 _DROPPED = ("DVC_", "MLFLOW_", "PYTHON", "HYDRA_")
@@ -173,11 +180,10 @@ def _other_code(folder: Path, code: Mapping[str, Any]) -> str | None:
 def _link_environments(folder: Path, root: Path) -> None:
     """Link the environments that were built here from the same lock files; others are built when needed."""
     (folder / ".venvs").mkdir()
-    for name in HEALTH_CHECKS:
-        built = environment_state(root / ".venvs" / name)
-        locks = [lock_file(folder, name, platform) for platform in PLATFORMS]
-        if built is not None and built in [sha256_of(lock) for lock in locks if lock.is_file()]:
-            (folder / ".venvs" / name).symlink_to((root / ".venvs" / name).resolve())
+    for name, platform in product(HEALTH_CHECKS, PLATFORMS):
+        built, lock = environment_folder(root, name, platform), lock_file(folder, name, platform)
+        if lock.is_file() and environment_state(built) == sha256_of(lock):
+            environment_folder(folder, name, platform).symlink_to(built.resolve())
 
 
 def baseline_config(config: Mapping[str, Any]) -> dict[str, Any]:

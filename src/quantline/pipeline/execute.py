@@ -19,7 +19,8 @@ from quantline.pipeline.hydra_values import plain
 from quantline.pipeline.monitor.monitor import Monitor
 from quantline.pipeline.paths import checked_name, read_result
 from quantline.pipeline.run import StageRun, stage_paths_of
-from quantline.pipeline.stages import is_baseline, names
+from quantline.pipeline.stages import STAGES, is_baseline, names
+from quantline.toolchains.environments import usable_platform
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -95,6 +96,8 @@ def run_stage(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config = parse(plain(cfg))
     check_caller(config, overrides)
+    if STAGES[name].locks:
+        usable_platform(config.device)  # before anything is read, installed or computed
     if name == "quantize" and not is_baseline(config):
         # Here, not in the stage: a change of the planning code should not make DVC quantize again.
         from quantline.pipeline.preflight import preflight

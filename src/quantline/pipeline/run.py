@@ -86,8 +86,12 @@ class StageRun:
 
     @property
     def device(self) -> str:
-        """cpu or cuda; `auto` is resolved."""
-        return environments.detect_platform() if self.config.device == "auto" else self.config.device
+        """cpu or cuda; `auto` is resolved.
+
+        Raises:
+            UserError: cuda is asked for and this machine has none.
+        """
+        return environments.usable_platform(self.config.device)
 
     @property
     def fingerprint(self) -> str:

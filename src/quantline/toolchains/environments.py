@@ -1,9 +1,10 @@
 """Locked virtual environments, one per toolchain, and the workers that run inside them.
 
 AutoAWQ, AutoGPTQ and vLLM need conflicting versions of the same packages (vllm-project/llm-compressor#1899). So each has
-an environment of its own in `.venvs/<name>`, built on demand from its lock file `envs/<name>-<platform>.txt`. An environment
-is ready only when its state file, written last, holds the hash of the lock file it was built from. Any other is half built
-and is removed. An existing interpreter can be named instead (`toolchains.vllm=/opt/vllm/bin/python`).
+an environment of its own in `.venvs/<name>-<platform>`, built on demand from the lock file of that name in `envs/`. Those
+for CPUs and for GPUs lie side by side. An environment is ready only when its state file, written last, holds the hash of
+the lock file it was built from. Any other is half built and is removed. An existing interpreter can be named instead
+(`toolchains.vllm=/opt/vllm/bin/python`).
 """
 
 from __future__ import annotations
@@ -51,6 +52,18 @@ def detect_platform() -> str:
     return "cuda" if any(device.exists() for device in devices) else "cpu"
 
 
+def usable_platform(device: str) -> str:
+    """The platform that `device=auto|cpu|cuda` stands for on this machine.
+
+    Raises:
+        UserError: cuda is asked for and no NVIDIA driver is loaded.
+    """
+    found = detect_platform()
+    if device == "cuda" and found != "cuda":
+        raise UserError("device=cuda: no NVIDIA driver is loaded on this machine; set device=cpu or device=auto")
+    return found if device == "auto" else device
+
+
 def lock_file(root: Path, name: str, platform: str) -> Path:
     """The lock file of a toolchain.
 
@@ -61,6 +74,11 @@ def lock_file(root: Path, name: str, platform: str) -> Path:
         names, platforms = ", ".join(sorted(HEALTH_CHECKS)), ", ".join(PLATFORMS)
         raise UserError(f"toolchain {name}-{platform}: toolchains are {names}, each for {platforms}")
     return root / "envs" / f"{name}-{platform}.txt"
+
+
+def environment_folder(root: Path, name: str, platform: str | None = None) -> Path:
+    """Where a toolchain's environment lies, built or not; by default that of this machine's platform."""
+    return root / ".venvs" / f"{name}-{platform or detect_platform()}"
 
 
 def core_lock(root: Path) -> str | None:
@@ -94,13 +112,14 @@ def ensure(root: Path, name: str, *, python: str | None = None, platform: str | 
         if fault:
             raise UserError(f"toolchains.{name}={python}: {fault}; install the library there or leave it null")
         return Toolchain(name, interpreter, None)
-    lock = lock_file(root, name, platform or detect_platform())
+    platform = platform or detect_platform()
+    lock = lock_file(root, name, platform)
     digest = sha256_of(lock)
-    folder = root / ".venvs" / name
+    folder = environment_folder(root, name, platform)
     interpreter = folder / "bin" / "python"
     if environment_state(folder) == digest:
         return Toolchain(name, interpreter, digest)
-    with _building_alone(root / ".venvs" / f".{name}.lock"):
+    with _building_alone(folder.with_name(f".{folder.name}.lock")):
         if environment_state(folder) != digest:
             _build(folder, name, lock, digest)
     return Toolchain(name, interpreter, digest)
@@ -157,7 +176,7 @@ def install_environment(name: str) -> tuple[list[str], dict[str, str]]:
 
 def _build(folder: Path, name: str, lock: Path, digest: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    print(f"building .venvs/{name} from envs/{lock.name}", file=sys.stderr, flush=True)
+    print(f"building .venvs/{folder.name} from envs/{lock.name}", file=sys.stderr, flush=True)
     arguments, variables = install_environment(lock.stem)
     interpreter = folder / "bin" / "python"
     commands = [
@@ -168,7 +187,9 @@ def _build(folder: Path, name: str, lock: Path, digest: str) -> None:
         for command in commands:
             done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
             if done.returncode != 0:
-                raise WorkerError(f".venvs/{name} could not be installed from envs/{lock.name}:\n{done.stderr.strip()}")
+                raise WorkerError(
+                    f".venvs/{folder.name} could not be installed from envs/{lock.name}:\n{done.stderr.strip()}"
+                )
         if name == "vllm":
             _record_vllm(folder, lock)
         # Small modules that stand in for packages that need a compiler to install.
@@ -177,7 +198,7 @@ def _build(folder: Path, name: str, lock: Path, digest: str) -> None:
                 shutil.copyfile(module, packages / module.name)
         fault = _unhealthy(interpreter, name)
         if fault:
-            raise WorkerError(f".venvs/{name} was installed but {fault}; is envs/{lock.name} complete?")
+            raise WorkerError(f".venvs/{folder.name} was installed but {fault}; is envs/{lock.name} complete?")
         write_json(folder / "quantline-state.json", {"lock_sha256": digest})
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

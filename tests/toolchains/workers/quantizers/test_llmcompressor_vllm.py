@@ -50,7 +50,7 @@ def tokens(root, name, rows, length):
 @pytest.fixture(scope="module")
 def demo(root, work, tmp_path_factory):
     """The demo model's calibration, probe and windows to score."""
-    if not (root / ".venvs" / "vllm" / "bin" / "python").exists():
+    if not (environments.environment_folder(root, "vllm") / "bin" / "python").exists():
         pytest.skip("the vllm environment is not built")
     folder = tmp_path_factory.mktemp("demo")
     save_file({"input_ids": tokens(root, "calibration", 8, 128)}, folder / "tokens.safetensors")
@@ -99,7 +99,7 @@ def test_vllm_scores_as_the_reference_engine_does(tmp_path, demo, work, label, v
     scoring = {"kind": "score", "checkpoint": str(out), "windows": str(folder / "windows.safetensors")}
     work("reference", "quantline.toolchains.workers.reference.engine", scoring, output=scores)
     expected = load_file(scores)["logprobs"].reshape(WINDOWS, LENGTH)[:, 1:]
-    python = root / ".venvs" / "vllm" / "bin" / "python"
+    python = environments.environment_folder(root, "vllm") / "bin" / "python"
     with serve(python, out, OPTIONS, log=tmp_path / "server.log") as server:
         found = np.stack(score(server, list(windows)))
     difference = np.expm1(expected.mean() - found.mean())

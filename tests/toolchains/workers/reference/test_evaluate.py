@@ -167,7 +167,7 @@ def test_of_a_part_of_the_tokens_the_divergence_is_what_it_is_of_all(outcome):
 
 
 def test_other_vocabularies_are_refused_with_the_way_out(outcome):
-    assert "set evaluate.divergence=false" in outcome[0]["other"]["refused"]
+    assert "set evaluate.divergence.tokens=0" in outcome[0]["other"]["refused"]
 
 
 def test_continuations_in_a_batch_are_those_of_the_prompts_one_by_one(outcome):
