@@ -8,7 +8,7 @@ from quantline.toolchains.environments import environment_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODEL = ROOT / "assets" / "demo" / "model"
-FIXTURES = ROOT / "shared" / "fixtures"
+FIXTURES = ROOT.parent / "shared" / "fixtures"
 
 
 def interpreter(environment: str) -> Path:
