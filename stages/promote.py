@@ -39,6 +39,7 @@ def promote(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     faults = faults_of({result["stage"]: result for result in record.results}, config.promote)
     if faults:
         raise GateError(f"{record.name} is not promoted, it fails these gates:\n  " + "\n  ".join(faults))
+    record = promotion.with_whole_lock(record)
     if not publish_records([record], config, ROOT):
         raise TrackingError(
             "a variant is promoted from its MLflow run, which could not be published; see NOT PUBLISHED above"

@@ -21,13 +21,15 @@ OPTIONS = [
 
 def retention(arguments: dict[str, str | None]) -> int:
     from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former
+    from quantline.lifecycle.storage.dvc_lock import held
 
     apply = arguments["apply"] == "true"
     kept = promoted(ROOT)
-    former = former_outputs(ROOT)
-    garbage = collect_garbage(ROOT, kept, keep=str(arguments["keep"]), remote=arguments["remote"], apply=apply)
-    if apply:
-        remove_former(former)
+    with held(ROOT):
+        former = former_outputs(ROOT)
+        garbage = collect_garbage(ROOT, kept, keep=str(arguments["keep"]), remote=arguments["remote"], apply=apply)
+        if apply:
+            remove_former(former)
     for place in former:
         print(f"  {place.relative_to(ROOT)}: of a variant that was removed from params.yaml")
     for name in garbage.objects[:SHOWN]:

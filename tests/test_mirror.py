@@ -42,7 +42,6 @@ COVERED = {
     "data/windows": "tests/evaluation/test_perplexity.py",
     "evaluation/measurements": "tests/evaluation/test_evaluate.py",
     "evaluation/speed/table": "tests/evaluation/speed/test_ratios.py",
-    "lifecycle/promotion": "tests/lifecycle/tracking/test_registry.py",
     "lifecycle/restore": "tests/lifecycle/test_backup.py",
     "lifecycle/storage/dvc_cache": "tests/lifecycle/test_verify.py",
     "lifecycle/storage/dvc_outputs": "tests/lifecycle/test_rebuild.py",

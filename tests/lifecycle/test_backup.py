@@ -166,6 +166,14 @@ def test_a_backup_of_a_changed_checkout_says_so_and_holds_the_patch(project, tmp
     assert "+  three: c" in (clone.root / "backup.patch").read_text()
 
 
+def test_a_dvc_lock_that_was_cut_off_is_not_backed_up(project, tmp_path):
+    path = project.root / "dvc.lock"
+    path.write_text(path.read_text().partition("  quantize@two:")[0])
+    with pytest.raises(UserError, match=r"dvc\.lock does not have quantize@two, .* run `dvc repro`"):
+        backup(project.root, tmp_path / "backup")
+    assert not (tmp_path / "backup").exists()
+
+
 def test_a_damaged_cache_is_not_backed_up(project, tmp_path):
     path = max((project.cache / "files").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
     path.chmod(0o644)

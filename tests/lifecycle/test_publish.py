@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from variant_records import record
 
 from quantline.core.errors import TrackingError
 from quantline.lifecycle.publish import publish_records
@@ -46,6 +47,14 @@ def test_publishing_prints_the_outcome_with_its_warnings(config, monkeypatch, ca
         "limit_seconds": None, "report": None,
     }  # fmt: skip
     assert capsys.readouterr().err == "published 1 variant\n  note: a file is too large\n"
+
+
+def test_outputs_that_dvc_lock_lacks_are_named(config, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("quantline.lifecycle.tracking.writer.publish", lambda *_, **__: Report())
+    made = record("awq-w4", "awq", 4, 0.01, tmp_path, stages=("quantize", "convert"))
+    assert publish_records([made], config(), tmp_path) is True
+    said = capsys.readouterr().err
+    assert "  note: awq-w4: dvc.lock lacks quantize@awq-w4, convert@awq-w4 as they are here" in said
 
 
 def test_a_server_that_is_down_is_reported_and_not_raised(config, monkeypatch, capsys, tmp_path):

@@ -119,9 +119,24 @@ def test_a_variant_that_neither_cache_nor_remote_has_is_an_error_that_names_the_
     with pytest.raises(UserError, match=rf"neither the cache nor a remote has convert \({'0' * 32}\.dir\)"):
         rebuild(other, tmp_path / "out", root, source="cache")
     by_hand = TrackedRun("r1", "one", "e", run.config, run.results)
-    with pytest.raises(UserError, match="has no outputs in DVC: it was run manually"):
+    with pytest.raises(UserError, match="has no outputs in DVC of convert, evaluate: it was run manually"):
         rebuild(by_hand, tmp_path / "out", root, source="cache")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_published_with_a_part_of_dvc_lock_does_not_come_back_in_part(made, tmp_path):
+    root, run = made
+    part = TrackedRun("r1", "one", "e", run.config, run.results, {"convert@one": run.lock["convert@one"]})
+    with pytest.raises(UserError, match=r"has no outputs in DVC of evaluate: .*give from=source to rebuild it"):
+        rebuild(part, tmp_path / "out", root, source="cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_dvc_the_sources_are_advised(made, tmp_path):
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match=r"is not a DVC repository .*; give from=source to rebuild it"):
+        rebuild(made[1], tmp_path / "out", tmp_path / "bare", source="cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
 def test_an_existing_out_folder_is_refused(made, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 
 from quantline.core.errors import QuantlineError, UserError
 from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former
-from quantline.lifecycle.storage.dvc_cache import all_objects, former_variants, objects_of, read_lock
+from quantline.lifecycle.storage.dvc_cache import all_objects, object_path, objects_of
+from quantline.lifecycle.storage.dvc_lock import former_variants, read_lock
 
 
 @pytest.fixture
@@ -52,6 +53,34 @@ def test_a_protected_folder_whose_list_is_gone_stops_everything(changed):
         collect_garbage(project.root, {"0" * 32 + ".dir"}, apply=True)
     with pytest.raises(UserError, match="is not a DVC MD5"):
         collect_garbage(project.root, {"../x"}, apply=True)
+    assert set(all_objects(project.cache)) == there
+
+
+def test_a_dvc_lock_that_was_cut_off_and_a_workspace_whose_files_are_unknown_stop_everything(project):
+    there, path = set(all_objects(project.cache)), project.root / "dvc.lock"
+    whole = path.read_text()
+    path.write_text(whole.partition("  quantize@two:")[0])
+    with pytest.raises(UserError, match=r"dvc\.lock does not have quantize@two, .* run `dvc repro`"):
+        collect_garbage(project.root, (), apply=True)
+    path.write_text(whole)
+    (folder,) = [output for output in read_lock(project.root) if output.path == "artifacts/one/quantize"]
+    lost = object_path(project.cache, folder.md5)
+    text = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(UserError, match=r"is missing or damaged; it lists the files of artifacts/one/quantize"):
+        collect_garbage(project.root, (), apply=True)
+    lost.write_bytes(text)
+    assert set(all_objects(project.cache)) == there
+
+
+def test_a_file_of_a_promoted_variant_that_is_lost_stops_everything(changed):
+    project, before = changed
+    kept = {before["artifacts/two/quantize"]}
+    lost = object_path(project.cache, min(objects_of(project.cache, kept) - kept))
+    lost.unlink()
+    there = set(all_objects(project.cache))
+    with pytest.raises(UserError, match=f"{lost}: is missing or damaged, and a promoted variant needs it"):
+        collect_garbage(project.root, kept, apply=True)
     assert set(all_objects(project.cache)) == there
 
 

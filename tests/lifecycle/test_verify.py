@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from quantline.core.errors import UserError
-from quantline.lifecycle.storage.dvc_cache import cache_folder, entries_of, object_path, read_lock
+from quantline.lifecycle.storage.dvc_cache import cache_folder, entries_of, object_path
+from quantline.lifecycle.storage.dvc_lock import read_lock
 from quantline.lifecycle.verify import verify
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from quantline.core.errors import UserError
 from quantline.core.files import replaced, room, sha256_of, write_json
-from quantline.lifecycle.storage import dvc_cache
+from quantline.lifecycle.storage import dvc_cache, dvc_lock
 from quantline.pipeline.git import commit_of, patch_of
 
 SCHEMA = 1
@@ -50,20 +50,23 @@ def backup(root: Path, to: Path, *, also: Collection[str] = ()) -> Saved:
     also: MD5s of more DVC objects, those of promoted variants.
 
     Raises:
-        UserError: an object is missing or damaged (see `stages.verify`), or `to` lies in the checkout.
+        UserError: an object is missing or damaged (see `stages.verify`), dvc.lock lacks a stage, a `dvc` command is working,
+            or `to` lies in the checkout.
         DiskFullError: the disk is full.
     """
     root, to = root.resolve(), to.expanduser().resolve()
     if to == root or root in to.parents:
         raise UserError(f"to={to}: lies in the checkout; give a folder outside of it, if possible on another disk")
     cache = dvc_cache.cache_folder(root)
-    needed = [*(output.md5 for output in dvc_cache.read_lock(root)), *also]
     store = _Store(to)
     with room(to):
-        to.mkdir(parents=True, exist_ok=True)
+        with dvc_lock.held(root):  # the saved dvc.lock is the one whose objects are saved
+            dvc_lock.require_whole(root)
+            needed = [*(output.md5 for output in dvc_lock.read_lock(root)), *also]
+            to.mkdir(parents=True, exist_ok=True)
+            files = {name: store.keep(root / name) for name in FILES if (root / name).is_file()}
         for md5 in sorted(dvc_cache.objects_of(cache, needed)):
             store.keep_md5(dvc_cache.object_path(cache, md5), md5)
-        files = {name: store.keep(root / name) for name in FILES if (root / name).is_file()}
         files.update(_tracking_files(root, store))
         commit, dirty = commit_of(root)
         patch = patch_of(root) if dirty else None

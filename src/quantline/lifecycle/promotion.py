@@ -8,7 +8,8 @@ from typing import Any
 
 from quantline.core.errors import UserError
 from quantline.lifecycle.promotion_gates import perplexity_increase_high
-from quantline.lifecycle.storage.dvc_outputs import hashes_of
+from quantline.lifecycle.storage.dvc_lock import REPAIR
+from quantline.lifecycle.storage.dvc_outputs import hashes_of, unlocked_stages, with_locks
 from quantline.lifecycle.tracking.registry import Promotion
 from quantline.lifecycle.tracking.store import experiment_name
 from quantline.pipeline.config import Config
@@ -32,6 +33,21 @@ def record_of(root: Path, name: str) -> VariantRecord:
     if (root / "scratch" / name.removeprefix("by-hand/") / "config.json").is_file():
         return manual_record(root, name.removeprefix("by-hand/"))
     raise UserError(f"variant={name}: not found; the pipeline has {', '.join(records) or 'none yet, run `dvc repro`'}")
+
+
+def with_whole_lock(record: VariantRecord) -> VariantRecord:
+    """A variant of the pipeline with its part of dvc.lock; a manual run as it is, since DVC does not have its outputs.
+
+    Raises:
+        UserError: dvc.lock does not have the outputs of all stages that are here, or a `dvc` command is working.
+    """
+    (record,) = with_locks([record])
+    if stages := unlocked_stages(record):
+        raise UserError(
+            f"variant={record.name}: dvc.lock lacks {', '.join(stages.values())} as they are here, so that it could not "
+            f"be kept and rebuilt; {REPAIR}, then promote again"
+        )
+    return record
 
 
 def model_name_of(config: Config) -> str:

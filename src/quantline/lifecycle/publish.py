@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from quantline.core.errors import TrackingError
-from quantline.lifecycle.storage.dvc_outputs import with_locks
+from quantline.lifecycle.storage.dvc_lock import REPAIR
+from quantline.lifecycle.storage.dvc_outputs import unlocked_stages, with_locks
 from quantline.lifecycle.tracking.store import experiment_name
 from quantline.pipeline.config import Config
 from quantline.pipeline.records import VariantRecord, manual_record
@@ -27,9 +28,10 @@ def publish_records(
     """
     from quantline.lifecycle.tracking.writer import publish
 
+    records = with_locks(records)
     try:
         done = publish(
-            with_locks(records), tracking_uri=config.tracking.uri, experiment=experiment_name(config.tracking, config.model),
+            records, tracking_uri=config.tracking.uri, experiment=experiment_name(config.tracking, config.model),
             root=root, timeout_seconds=config.tracking.timeout_seconds, report=report,
             limit_seconds=limit_seconds,
         )  # fmt: skip
@@ -37,9 +39,19 @@ def publish_records(
         print(f"NOT PUBLISHED: {error}", file=sys.stderr)
         return False
     print(done, file=sys.stderr)
-    for warning in done.warnings:
+    for warning in [*done.warnings, *_not_kept(records)]:
         print(f"  note: {warning}", file=sys.stderr)
     return True
+
+
+def _not_kept(records: Sequence[VariantRecord]) -> Iterator[str]:
+    for record in records:
+        made = {result["stage"] for result in record.results}
+        if lost := [key for stage, key in unlocked_stages(record).items() if stage in made]:
+            yield (
+                f"{record.name}: dvc.lock lacks {', '.join(lost)} as they are here, so that `stages.rebuild` cannot take "
+                f"them from a cache; {REPAIR}, then publish again"
+            )
 
 
 def publish_by_hand(config: Config, variant: str, root: Path) -> None:

@@ -105,10 +105,16 @@ def _from_cache(run: TrackedRun, folder: Path, root: Path, remote: str | None) -
         for name, out in outputs_of(run.lock, stage).items():
             outs[target / name] = out
     rebuilt = Rebuilt("DVC's cache", [], None)
-    if target / "convert" not in outs and target / "download" not in outs:
-        return ["its run has no outputs in DVC: it was run manually, or published before the pipeline ended"], rebuilt
+    if lost := [stage for stage in _wanted(run) if not outputs_of(run.lock, stage)]:
+        return [
+            f"its run has no outputs in DVC of {', '.join(lost)}: it was run manually, or published while dvc.lock lacked "
+            "them"
+        ], rebuilt
     target.mkdir()
-    missing = fetch_outputs(root, outs, remote)
+    try:
+        missing = fetch_outputs(root, outs, remote)
+    except UserError as error:  # no DVC here; the sources may do
+        missing = [str(error)]
     if missing:
         shutil.rmtree(target)
         return missing, rebuilt

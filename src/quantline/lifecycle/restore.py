@@ -14,6 +14,7 @@ from quantline.core.errors import UserError
 from quantline.core.files import room
 from quantline.lifecycle.backup import ARTIFACTS, DATABASE, check_objects, copy_hashed, object_file, read_snapshot
 from quantline.lifecycle.storage import dvc_cache
+from quantline.lifecycle.storage.dvc_lock import held
 from quantline.pipeline.git import commit_of
 
 STAGING = ".restore.tmp"
@@ -56,7 +57,8 @@ def restore(root: Path, folder: Path, *, name: str | None = None) -> Restored:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         (staging / READY).write_text(path.stem, encoding="utf-8")
-    _move(staging, root, list(manifest["files"]))
+    with held(root):
+        _move(staging, root, list(manifest["files"]))
     return Restored(path.stem, len(manifest["md5"]), len(manifest["files"]), tuple(_notes(root, manifest)))
 
 

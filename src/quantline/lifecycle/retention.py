@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import QuantlineError, UserError
-from quantline.lifecycle.storage import dvc_cache
+from quantline.lifecycle.storage import dvc_cache, dvc_lock
 from quantline.pipeline.paths import checked_name
 
 # Arguments for DVC's `used_objs`, which always includes the workspace.
@@ -25,7 +24,6 @@ KEEP: dict[str, dict[str, bool]] = {
     "workspace": {}, "branches": {"all_branches": True}, "tags": {"all_branches": True, "all_tags": True},
     "commits": {"all_commits": True},
 }  # fmt: skip
-_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,11 @@ class Garbage:
 
 
 def promoted(root: Path) -> frozenset[str]:
-    """MD5s of the DVC objects that promoted variants need; empty without a registry."""
+    """MD5s of the DVC objects that promoted variants need; empty without a registry.
+
+    Raises:
+        UserError: what a promoted variant needs is not recorded whole.
+    """
     from quantline.lifecycle.tracking.registry import promoted_outputs
 
     return frozenset(md5 for _, _, hashes in promoted_outputs(root) for md5 in hashes)
@@ -52,7 +54,7 @@ def former_outputs(root: Path) -> list[Path]:
     Raises:
         UserError: dvc.lock is missing or malformed, or has an invalid name of a variant.
     """
-    names = [checked_name(name) for name in dvc_cache.former_variants(root)]
+    names = [checked_name(name) for name in dvc_lock.former_variants(root)]
     places = [place for name in names for place in (root / "artifacts" / name, root / "variants" / f"{name}.yaml")]
     return [place for place in places if place.exists()]
 
@@ -75,24 +77,20 @@ def collect_garbage(
     remote: a DVC remote to clean as well; its objects are counted, but their sizes are not known.
 
     Raises:
-        UserError: `keep` is not valid, an MD5 is not valid, or the list of a protected folder is not in the cache, so that
-            its files are not known; nothing is removed.
+        UserError: `keep` is not valid, an MD5 is not valid, a `dvc` command is working, dvc.lock lacks a stage whose result
+            is here, an object of a promoted variant is missing, or the list of a folder's files is, so that they are not
+            known; nothing is removed.
         QuantlineError: DVC failed, with its own message.
     """
     if keep not in KEEP:
         raise UserError(f"keep={keep}: allowed are {', '.join(KEEP)}")
-    strange = sorted(md5 for md5 in protected if not _MD5.fullmatch(md5))
+    strange = sorted(md5 for md5 in protected if not dvc_lock.MD5.fullmatch(md5))
     if strange:
         raise UserError(f"{strange[0]}: is not a DVC MD5; nothing was removed")
     cache = dvc_cache.cache_folder(root)
-    for md5 in sorted(protected):
-        if md5.endswith(dvc_cache.DIR) and dvc_cache.entries_of(cache, "", md5) is None:
-            raise UserError(
-                f"{dvc_cache.object_path(cache, md5)}: is missing or damaged, and a promoted variant needs it; get it with "
-                "`make pull`, or demote the variant. Nothing was removed"
-            )
-    guarded = dvc_cache.objects_of(cache, protected)
-    with dvc_cache.opened(root) as repo, _explained(), repo.lock:
+    with dvc_lock.held(root), dvc_cache.opened(root) as repo, _explained():
+        dvc_lock.refuse_running(root)
+        guarded = _whole(root, cache, protected)
         used = _used(repo, KEEP[keep], guarded, remote)
         stores = [repo.cache.local, *([repo.cloud.get_remote_odb(remote, "gc")] if remote else [])]
         local, *others = ({md5 for md5 in store.all() if md5 not in used} for store in stores)
@@ -103,6 +101,28 @@ def collect_garbage(
             for store in stores:
                 _remove(store, used, remote=store is not repo.cache.local)
     return Garbage(objects, size, len(guarded))
+
+
+def _whole(root: Path, cache: Path, protected: Collection[str]) -> set[str]:
+    """Check that all that is to be kept is known; returns the objects of promoted variants."""
+    dvc_lock.require_whole(root)
+    for output in dvc_lock.read_lock(root):
+        unknown = dvc_cache.entries_of(cache, output.path, output.md5) is None
+        if unknown and (root / output.path).exists():  # in a clone that pulled a part, the rest is in neither place
+            raise UserError(
+                f"{dvc_cache.object_path(cache, output.md5)}: is missing or damaged; it lists the files of {output.path}. "
+                "See `python -m stages.verify` for the remedy. Nothing was removed"
+            )
+    for md5 in sorted(protected):
+        entries = dvc_cache.entries_of(cache, "", md5)
+        needed = [md5, *(entry.md5 for entry in entries or ())]
+        lost = [name for name in needed if not dvc_cache.object_path(cache, name).is_file()]
+        if lost or entries is None:
+            raise UserError(
+                f"{dvc_cache.object_path(cache, (lost or needed)[0])}: is missing or damaged, and a promoted variant needs "
+                "it; get it with `make pull`, or demote the variant. Nothing was removed"
+            )
+    return dvc_cache.objects_of(cache, protected)
 
 
 def _used(repo: Any, history: Mapping[str, bool], guarded: Collection[str], remote: str | None) -> set[str]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantline.core.errors import UserError
-from quantline.lifecycle.storage.dvc_cache import Entry, Output, all_objects, entries_of, md5_of, object_path, read_lock
+from quantline.lifecycle.storage.dvc_cache import Entry, all_objects, entries_of, md5_of, object_path
+from quantline.lifecycle.storage.dvc_lock import REPAIR, Output, held, lacking, read_lock
 from quantline.pipeline.identity import combined, differing, file_hashes
 from quantline.pipeline.paths import read_result
 
@@ -44,10 +45,14 @@ def verify(root: Path, cache: Path) -> VerifyReport:
     """Read and hash all files of the workspace and of the cache.
 
     Raises:
-        UserError: there is no dvc.lock, or it is damaged.
+        UserError: there is no dvc.lock, it is damaged, or a `dvc` command is working.
     """
-    outputs = read_lock(root)
-    faults: list[Fault] = []
+    with held(root):
+        outputs = read_lock(root)
+        faults = [
+            Fault("dvc.lock", key.partition("@")[2] or key, f"does not have {key}, whose result is here", REPAIR)
+            for key in lacking(root)
+        ]
     damaged, size = _damaged_objects(cache)
     count = 0
     for output in outputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from variant_records import record
@@ -12,6 +13,7 @@ from variant_records import record
 from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import TrackingError, UserError
 from quantline.lifecycle.retention import promoted
+from quantline.lifecycle.storage.dvc_lock import stage_keys
 from quantline.lifecycle.tracking.reader import read_run
 from quantline.lifecycle.tracking.registry import (
     Promotion,
@@ -24,6 +26,8 @@ from quantline.lifecycle.tracking.registry import (
 )
 from quantline.lifecycle.tracking.writer import publish
 from quantline.pipeline.identity import file_hashes
+from quantline.pipeline.records import VariantRecord
+from quantline.pipeline.stages import PIPELINE
 from tests.lifecycle.tracking.test_writer import server
 
 MODEL = "quantline-demo"
@@ -33,6 +37,14 @@ def tracking(uri: str | None = None) -> TrackingConfig:
     return TrackingConfig(enabled=True, uri=uri, experiment=None, timeout_seconds=60)
 
 
+def lock_of(record: VariantRecord, *without: str) -> dict[str, Any]:
+    """Its part of dvc.lock, but for some stages."""
+    return {
+        key: {"outs": [{"path": f"a/{stage}", "md5": f"{record.name}-{stage}.dir"}]}
+        for stage, key in stage_keys(record.name).items() if stage not in without
+    }  # fmt: skip
+
+
 class Store:
     """Two published variants with a checkpoint each."""
 
@@ -40,9 +52,7 @@ class Store:
         self.root, self.tracking = root, tracking(uri)
         self.records = [record(f"{method}-w4", method, 4, worse, root / "work") for method, worse in
                         (("awq", 0.01), ("gptq", 0.02))]  # fmt: skip
-        self.records[0] = replace(
-            self.records[0], lock={"convert@awq-w4": {"outs": [{"path": "a/convert", "md5": "1.dir"}]}}
-        )
+        self.records = [replace(record, lock=lock_of(record)) for record in self.records]
         self.run_ids = publish(
             self.records, tracking_uri=uri, experiment="quantline/demo", root=root, timeout_seconds=60
         ).run_ids
@@ -88,10 +98,30 @@ def test_an_alias_moves_from_version_to_version_and_a_second_promotion_uploads_n
     assert store.fetched(tmp_path / "out") == file_hashes(store.root / "gptq-w4")
     store.promote("awq-w4", "small")
     assert store.fetched(tmp_path / "small", "small") == file_hashes(store.root / "awq-w4")
-    assert promoted_outputs(store.root, store.tracking) == {
-        ("awq-w4", "f-awq-w4", ("1.dir", "2")), ("gptq-w4", "f-gptq-w4", ("1.dir", "2"))
-    }  # fmt: skip
-    assert promoted(store.root) == {"1.dir", "2"}  # what `dvc gc` is told
+    # Those of its promotion, and those of its run.
+    outputs = {name: ("1.dir", "2", *(f"{name}-{stage}.dir" for stage in sorted(PIPELINE))) for name in store.run_ids}
+    assert promoted_outputs(store.root, store.tracking) == {(name, f"f-{name}", outputs[name]) for name in outputs}
+    assert promoted(store.root) == {*outputs["awq-w4"], *outputs["gptq-w4"]}  # what is kept
+
+
+def test_a_promoted_variant_whose_outputs_in_dvc_are_not_all_recorded_stops_retention_until_it_is_promoted_again(
+    tmp_path,
+):
+    store = Store(tmp_path)
+    part = replace(store.records[0], lock=lock_of(store.records[0], "convert", "evaluate"))
+    (store.run_ids["awq-w4"],) = publish(
+        [part], tracking_uri=None, experiment="quantline/demo", root=tmp_path, timeout_seconds=60
+    ).run_ids.values()
+    store.promote("awq-w4")
+    with pytest.raises(
+        UserError, match=r"without DVC's hashes of convert, evaluate, .*stages\.promote variant=awq-w4 alias=production"
+    ):
+        promoted(tmp_path)
+    store.run_ids = publish(
+        store.records, tracking_uri=None, experiment="quantline/demo", root=tmp_path, timeout_seconds=60
+    ).run_ids
+    store.promote("awq-w4")
+    assert {f"awq-w4-{stage}.dir" for stage in PIPELINE} < promoted(tmp_path)
 
 
 def test_an_alias_is_taken_from_the_variant_that_has_it_alone(store):

@@ -1,8 +1,8 @@
-"""DVC's lock and cache: the outputs, and the objects with their content. All other modules read them through this one.
+"""DVC's cache: the objects with the content of the outputs. All other modules read it through this one.
 
 An object's name is the MD5 of its content. The name of a folder's object ends with `.dir`; its content is a JSON list of
-`md5` and `relpath` of the folder's files. Lock and cache are read as files, since `verify` and `backup` must work where
-DVC refuses to. This module never writes.
+`md5` and `relpath` of the folder's files. The cache is read as files, since `verify` and `backup` must work where DVC
+refuses to. This module never writes.
 """
 
 from __future__ import annotations
@@ -21,84 +21,11 @@ DIR = ".dir"
 
 
 @dataclass(frozen=True)
-class Output:
-    """One output in dvc.lock. stage: its stage's name there. path: relative to the checkout. md5: of its object."""
-
-    stage: str
-    path: str
-    md5: str
-
-    @property
-    def variant(self) -> str:
-        """Its variant, from its path."""
-        parts = Path(self.path).parts
-        return parts[1].removesuffix(".yaml") if len(parts) > 1 else self.path
-
-
-@dataclass(frozen=True)
 class Entry:
     """A file of an output: its path in the checkout, and the MD5 of its content."""
 
     path: str
     md5: str
-
-
-def read_lock(root: Path) -> list[Output]:
-    """The outputs in dvc.lock, in its order. Outputs of variants that were removed from params.yaml are left out.
-
-    Raises:
-        UserError: dvc.lock is missing or malformed.
-    """
-    known = _variants(root)
-    return [output for output in _locked(root) if known is None or output.stage.partition("@")[2] in known]
-
-
-def former_variants(root: Path) -> list[str]:
-    """The variants in dvc.lock that were removed from params.yaml, sorted; their outputs may still be here.
-
-    Raises:
-        UserError: dvc.lock is missing or malformed.
-    """
-    known = _variants(root)
-    return sorted({output.stage.partition("@")[2] for output in _locked(root)} - known) if known is not None else []
-
-
-def _locked(root: Path) -> list[Output]:
-    return [
-        Output(stage, str(out["path"]), str(out["md5"])) for stage, outs in locked_outs(root).items() for out in outs
-    ]
-
-
-def locked_outs(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """The outputs of every stage as in dvc.lock: stage -> [{"path", "md5", "size", ...}].
-
-    Raises:
-        UserError: dvc.lock is missing or malformed.
-    """
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        content = yaml.load((root / "dvc.lock").read_text(encoding="utf-8"), loader)  # noqa: S506 - a safe one
-        found = {str(stage): list(entry.get("outs") or []) for stage, entry in (content.get("stages") or {}).items()}
-        if not all({"path", "md5"} <= out.keys() for outs in found.values() for out in outs):
-            raise KeyError("path or md5")
-    except OSError as error:
-        raise UserError(f"dvc.lock: {error.strerror}; `dvc repro` makes it") from error
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise UserError("dvc.lock is damaged; take it from git (`git checkout dvc.lock`) or run `dvc repro`") from error
-    return found
-
-
-def _variants(root: Path) -> set[str] | None:
-    """The possible suffixes after `@` in a stage's name, including none; None if params.yaml cannot be read."""
-    import yaml
-
-    try:
-        named = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["variants"]
-        return {"", *map(str, named)}
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None
 
 
 @contextmanager
@@ -125,16 +52,25 @@ def cache_folder(root: Path) -> Path:
     Raises:
         UserError: the folder is not a DVC project, or its configuration cannot be read.
     """
+    chosen = dvc_config(root)["cache"].get("dir")
+    return Path(chosen) if chosen else root / ".dvc" / "cache"
+
+
+def dvc_config(root: Path) -> Any:
+    """DVC's configuration of this checkout, section -> option -> value.
+
+    Raises:
+        UserError: the folder is not a DVC project, or its configuration cannot be read.
+    """
     from dvc.config import Config, ConfigError  # only its configuration: running dvc takes a second
 
     own = root / ".dvc"
     if not own.is_dir():
         raise UserError(f"{root}: is not a checkout with .dvc; clone the repository")
     try:
-        chosen = Config(str(own))["cache"].get("dir")
+        return Config(str(own))
     except ConfigError as error:
         raise UserError(f"{own}/config: DVC cannot read it: {error}") from error
-    return Path(chosen) if chosen else own / "cache"
 
 
 def object_path(cache: Path, md5: str) -> Path:

@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantline.config.method import BASELINE
-from quantline.lifecycle.storage.dvc_cache import locked_outs, md5_of, opened
+from quantline.lifecycle.storage.dvc_cache import md5_of, opened
+from quantline.lifecycle.storage.dvc_lock import locked_outs, stage_keys
 from quantline.pipeline.records import VariantRecord
-from quantline.pipeline.stages import PIPELINE, STAGES
 
 
 def variant_lock(root: Path, name: str) -> dict[str, Any]:
@@ -26,8 +25,7 @@ def variant_lock(root: Path, name: str) -> dict[str, Any]:
         return {}
     locked = locked_outs(root)
     kept = {}
-    for stage in PIPELINE:
-        key = stage if STAGES[stage].shared else f"{stage}_baseline" if name == BASELINE else f"{stage}@{name}"
+    for key in stage_keys(name).values():
         outs = locked.get(key, [])
         results = [out for out in outs if str(out["path"]).endswith(".json")]
         # A result that was since remade without DVC belongs to other outputs than those in the lock.
@@ -37,11 +35,22 @@ def variant_lock(root: Path, name: str) -> dict[str, Any]:
 
 
 def with_locks(records: Iterable[VariantRecord]) -> list[VariantRecord]:
-    """The records; those of the pipeline with their part of dvc.lock."""
+    """The records; those of the pipeline with their part of dvc.lock.
+
+    Raises:
+        UserError: dvc.lock is malformed, or a `dvc` command is working.
+    """
     return [
         replace(record, lock=variant_lock(record.folder, record.name)) if record.config.get("frozen") else record
         for record in records
     ]
+
+
+def unlocked_stages(record: VariantRecord) -> dict[str, str]:
+    """The stages of a variant of the pipeline that its part of dvc.lock does not have -> their names in dvc.lock."""
+    if not record.config.get("frozen"):
+        return {}
+    return {stage: key for stage, key in stage_keys(record.name).items() if key not in record.lock}
 
 
 def _is_in_lock(root: Path, out: Mapping[str, Any]) -> bool:

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import tabulate
+import yaml
 
 from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import TrackingError, UserError
 from quantline.core.files import building
-from quantline.lifecycle.tracking.reader import artifact, connected
+from quantline.lifecycle.storage.dvc_outputs import hashes_of, outputs_of
+from quantline.lifecycle.tracking.reader import LOCK_FILE, artifact, connected
 from quantline.lifecycle.tracking.store import locked, resolve_uri, sqlite_path
 from quantline.pipeline.identity import file_hashes
+from quantline.pipeline.records import BY_HAND
 
 FILES, MODEL = "registry/files.json", "model"
 # Each file is one request, and a file can have gigabytes.
@@ -154,15 +157,32 @@ def promoted_outputs(root: Path, tracking: TrackingConfig | None = None) -> set[
     tracking: null is the store to which this checkout's pipeline publishes.
 
     Raises:
+        UserError: a stage of such a variant has no output in DVC by its record, so what must be kept is not known.
         TrackingError: MLflow does not answer, so the aliases are unknown; nothing may be removed then.
     """
     tracking = tracking or TrackingConfig(enabled=True, uri=_kept_uri(root), experiment=None, timeout_seconds=10)
+    held = [item for item in versions(tracking, root) if item.aliases]
     return {
-        (item.tags["quantline.variant"], item.tags["quantline.fingerprint"],
-         tuple(item.tags.get("quantline.dvc", "").split()))
-        for item in versions(tracking, root)
-        if item.aliases
-    }  # fmt: skip
+        (item.tags["quantline.variant"], item.tags["quantline.fingerprint"], _outputs(tracking, root, item))
+        for item in held
+    }
+
+
+def _outputs(tracking: TrackingConfig, root: Path, item: Version) -> tuple[str, ...]:
+    """DVC's hashes of a version's outputs, sorted: those of its promotion, and those that its run got since."""
+    variant = item.tags["quantline.variant"]
+    if variant.startswith(BY_HAND):
+        return ()  # its files are in MLflow alone
+    with connected(tracking, root) as client:
+        stages = client.get_run(item.run_id).data.tags.get("quantline.stages", "").split()
+        lock = yaml.safe_load(artifact(client, item.run_id, LOCK_FILE) or "") or {}
+    if lost := [stage for stage in stages if not outputs_of(lock, stage)]:
+        raise UserError(
+            f"{item.model} version {item.version} ({variant}): was promoted without DVC's hashes of {', '.join(lost)}, "
+            f"so what must be kept is not known; `python -m stages.promote variant={variant} alias={item.aliases[0]}` again "
+            f"if it is still that variant, or `python -m stages.demote variant={variant} alias={item.aliases[0]}`"
+        )
+    return tuple(sorted({*item.tags.get("quantline.dvc", "").split(), *hashes_of(lock)}))
 
 
 def fetch(tracking: TrackingConfig, root: Path, model: str, alias: str, out: Path) -> Version:
@@ -203,8 +223,6 @@ def _alone(tracking: TrackingConfig, root: Path) -> Any:
 
 
 def _kept_uri(root: Path) -> str | None:
-    import yaml
-
     kept = root / "variants" / "float.yaml"
     values = yaml.safe_load(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     uri = ((values or {}).get("tracking") or {}).get("uri")
