@@ -6,6 +6,8 @@ import pytest
 
 from quantline.checkpoints.model_config import (
     ConfigTranslationError,
+    Dimensions,
+    dimensions,
     legacy_copy,
     misread_values,
     read_config,
@@ -126,3 +128,34 @@ def test_a_missing_or_damaged_config_is_an_error_with_its_path(tmp_path, text):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "bloom", "n_layer": 2, "n_head": 4, "hidden_size": 64, "vocab_size": 9},
+         Dimensions(2, 4, 4, 16, 64, None, 9)),
+        ({"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 32, "n_inner": None},
+         Dimensions(2, 4, 4, 16, 64, None, None, 32)),
+        ({"model_type": "mpt", "n_layers": 2, "n_heads": 4, "d_model": 64, "max_seq_len": 32},
+         Dimensions(2, 4, 4, 16, 64, None, None, 32)),
+        ({"model_type": "gpt_neo", "num_layers": 2, "num_heads": 4, "hidden_size": 64}, Dimensions(2, 4, 4, 16, 64)),
+        ({"model_type": "opt", "num_hidden_layers": 2, "ffn_dim": 8, "hidden_size": 64},
+         Dimensions(layers=2, hidden=64, inner=8)),
+        ({"model_type": "dbrx", "n_heads": 4, "d_model": 64, "attn_config": {"kv_n_heads": 2},
+          "ffn_config": {"ffn_hidden_size": 7, "moe_num_experts": 5}},
+         Dimensions(None, 4, 2, 16, 64, 7, experts=5)),
+        ({"model_type": "falcon", "num_attention_heads": 71, "num_kv_heads": 71, "hidden_size": 4544, "multi_query": True},
+         Dimensions(None, 71, 1, 64, 4544)),
+        ({"model_type": "bart", "encoder_layers": 3, "decoder_layers": 2, "d_model": 64}, Dimensions(2, hidden=64)),
+        ({"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe", "attention"]}, Dimensions(3)),
+        ({"model_type": "gemma3n_text", "intermediate_size": [8, 16], "num_hidden_layers": 2}, Dimensions(2, inner=16)),
+        ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 9}},
+         Dimensions(2)),
+        ({"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 64}, Dimensions(2, hidden=64)),
+        ({"num_hidden_layers": "two", "hidden_size": True, "num_attention_heads": -1, "text_config": None}, Dimensions()),
+    ],
+    ids=lambda value: value.get("model_type", "nonsense") if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_model_has_its_numbers_whatever_its_family_calls_them(config, expected):
+    assert dimensions(config) == expected

@@ -10,6 +10,7 @@ from tiny_quantized import write_float
 from quantline.core.errors import UserError
 from quantline.pipeline.preflight import before_quantize
 from quantline.planning.preflight import check
+from quantline.planning.report import as_text, sizes
 from quantline.planning.spec import Machine, Model, RefusedError
 from quantline.serving.memory import GIB
 from quantline.serving.rules import Target
@@ -101,6 +102,16 @@ def test_a_server_that_is_given_too_small_a_share_is_told_which_would_do(variant
     assert (note.id, note.refused) == ("memory-share", False)
     share = float(note.remedy.partition("gpu_memory_utilization=")[2].split()[0])
     assert check(variant("awq"), model, replace(given, utilization=share)).findings == ()
+
+
+def test_memory_that_a_config_does_not_give_is_unknown_and_no_reason_against_it(variant, model):
+    headless = replace(model, config={"model_type": "mamba", "hidden_size": 64, "vocab_size": 9})
+    plan = check(variant("rtn"), headless, replace(HERE, memory_bytes=GIB))
+    assert (plan.passes(), plan.kv, plan.serving_bytes()) == (True, None, None)
+    assert [finding.id for finding in plan.findings] == ["memory-unknown"]
+    text = as_text(plan, headless, replace(HERE, memory_bytes=GIB), None, None)
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("needed")] == ["unknown"]
+    assert sizes(plan, HERE)["kv_cache"] is None
 
 
 def test_quantizing_beyond_the_memory_is_a_note(variant, model):

@@ -45,3 +45,10 @@ def test_a_sliding_window_bounds_the_layers_that_have_one():
 def test_activations_grow_with_the_batch_by_its_logits():
     assert activations(LLAMA_2_7B, 9) - activations(LLAMA_2_7B, 8) == 2 * 32000 * 4
     assert activations(LLAMA_2_7B, 1) < GIB
+
+
+def test_what_the_config_does_not_say_is_unknown():
+    assert kv_cache({"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 9}) is None
+    assert activations({"model_type": "mamba", "hidden_size": 64, "vocab_size": 9}, 1) is not None
+    assert kv_cache({}) is None
+    assert activations({}, 1) is None

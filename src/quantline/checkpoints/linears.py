@@ -13,6 +13,7 @@ from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
+from quantline.checkpoints.model_config import ties_head
 from quantline.core.errors import UserError
 
 LM_HEAD = "lm_head"
@@ -54,7 +55,7 @@ def select_linears(
     """
     names = list(linear_shapes(checkpoint))
     if lm_head:
-        if config.get("tie_word_embeddings") or f"{LM_HEAD}.weight" not in checkpoint.names:
+        if ties_head(config) or f"{LM_HEAD}.weight" not in checkpoint.names:
             raise UserError(
                 "lm_head=quantized: the model's output layer is tied to its embeddings, which stay float; give "
                 "lm_head=float"

@@ -3,7 +3,10 @@
 transformers 5 writes `rope_parameters` and `dtype` where 4.x reads `rope_theta`, `rope_scaling` and `torch_dtype`. The
 old library silently ignores unknown keys and takes its defaults: it reads a model saved with a rotary base of 1e6 with
 10000 (seen with 4.52.4). So a toolchain on transformers 4 gets a translated copy of the config, never the file itself,
-and the result gets the source's config back. Standard library only.
+and the result gets the source's config back.
+
+Families have words of their own for the same number (`n_layer`, `d_model`). `dimensions` is the one place that knows
+them. Standard library only.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,95 @@ _NOT_COMPARED = frozenset(
     {"architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"}
 )
 
+# The words of the families, the usual one first: `attribute_map` of all causal language models of transformers 5.19. A
+# dot goes into a section. A decoder's number comes before an encoder's.
+_WORDS: dict[str, tuple[str, ...]] = {
+    "layers": (
+        "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks",
+    ),
+    "heads": (
+        "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads",
+        "num_decoder_attention_heads",
+    ),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "attn_config.kv_n_heads"),
+    "head_size": ("head_dim", "attention_head_dim", "kv_channels"),
+    "hidden": ("hidden_size", "n_embd", "d_model", "emb_dim"),
+    "inner": (
+        "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "ffn_config.ffn_hidden_size",
+        "moe_intermediate_size",
+    ),
+    "vocabulary": ("vocab_size", "n_words", "n_token"),
+    "positions": (
+        "max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len", "model_max_length",
+        "context_length",
+    ),
+    "experts": (
+        "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config.moe_num_experts",
+    ),
+}  # fmt: skip
+# Lists with one entry for each layer, for families that do not give the number itself (Nemotron-H).
+_LAYER_LISTS = ("layers_block_type", "layer_types")
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """A model's numbers, whatever its family calls them; None for what config.json does not say or the model has not.
+
+    layers: decoder layers. heads, kv_heads: of attention, for queries and for keys and values. head_size: values of one
+    head. hidden: width of the residual stream. inner: width inside the MLP; the widest, if layers differ. vocabulary:
+    rows of the embedding. positions: the most tokens that it takes. experts: routed experts of a layer.
+    """
+
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_size: int | None = None
+    hidden: int | None = None
+    inner: int | None = None
+    vocabulary: int | None = None
+    positions: int | None = None
+    experts: int | None = None
+
 
 class ConfigTranslationError(UserError, ValueError):
     """The keys of transformers 4 cannot express this config."""
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model: models with several parts keep it in `text_config`, over the keys of the whole."""
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, Mapping) else config
+
+
+def ties_head(config: Mapping[str, Any]) -> bool:
+    """Whether the output layer is the embedding, so that a tensor of it in the files is a second name."""
+    return bool(language_config(config).get("tie_word_embeddings"))
+
+
+def dimensions(config: Mapping[str, Any]) -> Dimensions:
+    """The numbers of a model's config.json, in the words of any family."""
+    own = language_config(config)
+    found = {key: next(filter(None, (_number(own, word) for word in words)), None) for key, words in _WORDS.items()}
+    if found["layers"] is None:
+        lists = [own[key] for key in _LAYER_LISTS if isinstance(own.get(key), list)]
+        found["layers"] = len(lists[0]) or None if lists else None
+    heads, hidden = found["heads"], found["hidden"]
+    if own.get("multi_query") and not own.get("new_decoder_architecture"):
+        found["kv_heads"] = 1  # Falcon and GPT-BigCode, whose other keys do not count then
+    if heads and not found["kv_heads"]:
+        found["kv_heads"] = heads
+    if heads and hidden and not found["head_size"]:
+        found["head_size"] = hidden // heads
+    return Dimensions(**found)
+
+
+def _number(config: Mapping[str, Any], word: str) -> int | None:
+    """A positive whole number by its key; of a list with one for each layer, the largest."""
+    section, _, key = word.rpartition(".")
+    place = config.get(section) if section else config
+    value = place.get(key) if isinstance(place, Mapping) else None
+    numbers = [one for one in (value if isinstance(value, list) else [value]) if type(one) is int and one > 0]
+    return max(numbers, default=None)
 
 
 def to_transformers4(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantline.checkpoints.layouts import Layout
+from quantline.checkpoints.model_config import dimensions
 from quantline.checkpoints.quantization_config import LayerSettings
 from quantline.conversion.errors import ConversionError
 from quantline.conversion.facts import LayerFacts
@@ -48,7 +49,7 @@ def serving_notes(
         known = [CheckpointFacts(layout.method)]
     else:
         known = facts_of_layers(
-            settings, linears, shapes, heads=source.config.get("num_attention_heads"),
+            settings, linears, shapes, heads=dimensions(source.config).heads,
             tensor_parallel_size=target.tensor_parallel_size,
         )  # fmt: skip
     apart = [name for names in fused_apart(linears, shapes) for name in names]

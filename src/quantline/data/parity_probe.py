@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
+from quantline.checkpoints.model_config import dimensions, read_config
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobResult
 
@@ -24,11 +25,14 @@ def probe_ids(vocab_size: int) -> list[list[int]]:
 
 
 def vocab_size_of(model: Path) -> int:
-    """The number of rows of the token embedding, from the checkpoint's headers.
+    """The number of rows of the token embedding: as config.json says, or from the checkpoint's headers.
 
     Raises:
-        UserError: no tensor has the name of a token embedding.
+        UserError: config.json does not say, and no tensor has the name of a token embedding.
     """
+    said = dimensions(read_config(model)).vocabulary
+    if said is not None:
+        return said
     checkpoint = Checkpoint.open(model)
     for name in checkpoint.names:
         if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")):

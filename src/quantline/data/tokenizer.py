@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from quantline.checkpoints.companions import TOKENIZER, VOCABULARIES
-from quantline.checkpoints.model_config import read_config
+from quantline.checkpoints.model_config import dimensions, language_config, read_config
 from quantline.core.errors import UserError
 from quantline.core.files import sha256_of
 from quantline.data.documents import Document
-
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,13 @@ class TextEncoder:
                 f"calibration.chat_template=true: the tokenizer in {model_dir} has no chat template; "
                 "set calibration.chat_template=false or use a chat model"
             )
-        text = config.get("text_config")
-        inner = {**config, **text} if isinstance(text, dict) else config
-        vocab_size = inner.get("vocab_size")
-        if type(vocab_size) is not int or vocab_size < 1:
-            raise UserError(f"{model_dir}: config.json has vocab_size={vocab_size!r}; it must be a positive integer")
-        max_length = next((inner[key] for key in _LENGTHS if type(inner.get(key)) is int), None)
-        return cls(tokenizer, chat, tokenizer.eos_token_id, vocab_size, max_length, tokenizer_sha256(model_dir))
+        numbers = dimensions(config)
+        if numbers.vocabulary is None:
+            given = language_config(config).get("vocab_size")
+            raise UserError(f"{model_dir}: config.json has vocab_size={given!r}; it must be a positive integer")
+        return cls(
+            tokenizer, chat, tokenizer.eos_token_id, numbers.vocabulary, numbers.positions, tokenizer_sha256(model_dir)
+        )  # fmt: skip
 
     def encode(self, documents: Sequence[Document], path: Path) -> list[list[int]]:
         """The ids of each document, of any length. `path` is for error messages.

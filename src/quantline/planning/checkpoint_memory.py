@@ -15,6 +15,7 @@ from quantline.checkpoints.layouts import LAYOUTS, Storage
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.layouts.sizes import LinearBytes
 from quantline.checkpoints.linears import LM_HEAD
+from quantline.checkpoints.model_config import ties_head
 from quantline.serving.memory import GIB
 
 # Memory besides weights, cache and activations: CUDA context, kernels, allocator slack. An assumption.
@@ -67,7 +68,7 @@ def weights_of(
     for name in checkpoint.names:
         info = checkpoint.info(name)
         source += info.nbytes
-        if name == f"{LM_HEAD}.weight" and config.get("tie_word_embeddings"):
+        if name == f"{LM_HEAD}.weight" and ties_head(config):
             continue  # the embedding table under a second name
         values = _product(info.shape)
         parameters += values

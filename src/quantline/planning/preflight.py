@@ -46,9 +46,12 @@ def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refu
     described = None
     if variant.method != FLOAT:
         described = layouts.described(layout, variant, widths, [name for name in model.shapes if name not in widths])
-    heads = model.config.get("num_attention_heads")
     for facts in facts_of_layers(
-        described, settings, model.shapes, heads=heads, tensor_parallel_size=variant.tensor_parallel_size
+        described,
+        settings,
+        model.shapes,
+        heads=model.dimensions.heads,
+        tensor_parallel_size=variant.tensor_parallel_size,
     ):
         for known in verdicts(_target(variant, machine), facts):
             findings.append(Finding(known.rule_id, "serve", known.reason, known.remedy, known.source))
@@ -61,9 +64,10 @@ def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refu
     )  # fmt: skip
     kv = memory.kv_cache(model.config)
     plan = Plan(
-        variant, backend, layout, tuple(findings), weights, kv, kv.bytes(machine.context, machine.batch),
+        variant, backend, layout, tuple(findings), weights, kv,
+        None if kv is None else kv.bytes(machine.context, machine.batch),
         _overhead(model, machine), _peak(variant, backend, model, machine, weights),
-        kv_heads=int(model.config.get("num_key_value_heads") or heads or 1),
+        kv_heads=model.dimensions.kv_heads or 1,
     )  # fmt: skip
     return replace(plan, findings=(*findings, *_too_large(plan, machine)))
 
@@ -117,11 +121,12 @@ def _storable(
         yield Finding("layout", "convert", f"{layout}: {fault}", "set convert.target=auto")
 
 
-def _overhead(model: Model, machine: Machine) -> int:
+def _overhead(model: Model, machine: Machine) -> int | None:
     context = checkpoint_memory.GPU_CONTEXT if machine.target.device == "cuda" or machine.memory_bytes else 0
     large = machine.memory_bytes is not None and machine.memory_bytes >= memory.LARGE_GPU
     tokens = memory.BATCHED_TOKENS_LARGE if large else memory.BATCHED_TOKENS
-    return context + memory.activations(model.config, machine.batch, tokens)
+    computed = memory.activations(model.config, machine.batch, tokens)
+    return None if computed is None else context + computed
 
 
 def _peak(variant: VariantSpec, backend: str, model: Model, machine: Machine, weights: Weights) -> Peak | None:
@@ -137,13 +142,16 @@ def _peak(variant: VariantSpec, backend: str, model: Model, machine: Machine, we
 
 def _too_large(plan: Plan, machine: Machine) -> Iterator[Finding]:
     needed, given = plan.serving_bytes(), machine.memory_bytes
-    needs, has = binary_size(needed), binary_size(given or 0)
-    if given is not None and needed > given:
+    if needed is None:
+        reason = "config.json does not say how many layers and heads the model has, so the server's memory is unknown"
+        yield Finding("memory-unknown", "memory", reason, refused=False)
+    elif given is not None and needed > given:
+        needs, has = binary_size(needed), binary_size(given)
         reason = f"it needs {needs} with {machine.batch} x {machine.context} tokens, but only {has} is available"
         yield Finding("memory", "memory", reason, "use fewer bits, a shorter context, a smaller batch or more GPUs")
     elif given is not None and needed > given * machine.utilization:
         share_bytes = int(given * machine.utilization)
-        reason = f"the server gets {binary_size(share_bytes)} of {has}, but needs {needs}"
+        reason = f"the server gets {binary_size(share_bytes)} of {binary_size(given)}, but needs {binary_size(needed)}"
         share = min(1.0, -(-100 * needed // given) / 100)
         remedy = f"set serve.process.gpu_memory_utilization={share:.2f} and serve.process.kv_cache_gib=null"
         yield Finding("memory-share", "memory", reason, remedy, refused=False)

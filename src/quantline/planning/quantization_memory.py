@@ -8,6 +8,7 @@ from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.linears import linear_shapes
+from quantline.checkpoints.model_config import dimensions
 
 # The interpreter with torch and a quantizer's library. An assumption: with the demo model, AutoAWQ took 1.28 GB in all, of
 # which 0.3 GB are the model and its activations.
@@ -80,18 +81,18 @@ def quantization_peak(
     if backend == "native":
         formula = "5 float32 copies of the largest linear, one shard of the result"
         return Peak(0, 0, 5 * largest * 4, PLAIN_PROCESS + min(SHARD, output), formula)
-    blocks = int(config.get("num_hidden_layers") or config.get("n_layer") or 1)
+    numbers = dimensions(config)
+    blocks = numbers.layers or 1
     values = sum(_values(checkpoint, name) for name in checkpoint.names)
     in_blocks = sum(wide * high for wide, high in linears)
-    block = in_blocks // max(blocks, 1)
+    block = in_blocks // blocks
     held = values - in_blocks + block if low_memory else values
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    streams = 2 * tokens * hidden * size
+    streams = 2 * tokens * (numbers.hidden or 0) * size
     weights = f"{'one block' if low_memory else 'all weights'} in {dtype}"
     if method == "bnb":
         return Peak(held * size, 0, largest * 4, TORCH_PROCESS + min(SHARD, output), f"{weights}, the largest linear")
     if method == "awq":
-        features = tokens * sum(wide for wide, _ in linears) // max(blocks, 1) * size
+        features = tokens * sum(wide for wide, _ in linears) // blocks * size
         formula = f"{weights}, a block's activations and its linears' inputs, two copies of a block"
         return Peak(held * size, streams + features, 2 * block * size, TORCH_PROCESS, formula)
     if method == "autoround":

@@ -30,19 +30,20 @@ def as_json(
 
 
 def sizes(plan: Plan, machine: Machine) -> dict[str, Any] | None:
-    """The memory that a variant takes, in bytes; None if it cannot be stored."""
+    """The memory that a variant takes, in bytes; None if it cannot be stored. Values are None if unknown."""
     weights, kv = plan.weights, plan.kv
-    if weights is None or kv is None:
+    if weights is None:
         return None
     needed = plan.serving_bytes()
     return {
         "float_weights": weights.float_source, "weights": weights.total, "codes": weights.packed.codes,
         "scales": weights.packed.scales, "zeros": weights.packed.zeros, "other": weights.packed.other,
         "left_float": weights.left_float, "bits_per_quantized_weight": round(weights.bits_per_quantized_weight, 4),
-        "bits_per_weight": round(weights.bits_per_weight, 4), "kv_cache_per_token": kv.bytes_per_token,
-        "kv_cache_window_per_token": kv.window_bytes_per_token, "kv_cache_window": kv.window, "kv_cache": plan.kv_bytes,
+        "bits_per_weight": round(weights.bits_per_weight, 4), "kv_cache_per_token": kv.bytes_per_token if kv else None,
+        "kv_cache_window_per_token": kv.window_bytes_per_token if kv else None,
+        "kv_cache_window": kv.window if kv else None, "kv_cache": plan.kv_bytes,
         "activations_and_context": plan.overhead_bytes, "needed_per_device": needed,
-        "fits": None if machine.memory_bytes is None else needed <= machine.memory_bytes,
+        "fits": None if machine.memory_bytes is None or needed is None else needed <= machine.memory_bytes,
         "quantization_peak": None if plan.peak is None else {**asdict(plan.peak), "total": plan.peak.total},
     }  # fmt: skip
 
@@ -88,9 +89,11 @@ def _finding_lines(finding: Finding) -> str:
 def _sizes_table(plan: Plan, machine: Machine) -> str:
     weights, kv = plan.weights, plan.kv
     assert weights is not None
-    assert kv is not None
     packed = weights.packed
-    window = f", {binary_size(kv.window_bytes_per_token)} a token of the last {kv.window}" if kv.window else ""
+    cache = "config.json does not say how many layers and heads keep keys and values"
+    if kv is not None:
+        window = f", {binary_size(kv.window_bytes_per_token)} a token of the last {kv.window}" if kv.window else ""
+        cache = f"{machine.batch} x {machine.context} tokens, {binary_size(kv.bytes_per_token)} a token{window}"
     rows = [
         ("float weights", binary_size(weights.float_source), "as downloaded"),
         ("weights", binary_size(weights.total), f"{weights.bits_per_weight:.2f} bits a weight over the whole model"),
@@ -104,21 +107,25 @@ def _sizes_table(plan: Plan, machine: Machine) -> str:
             ("  left float", binary_size(weights.left_float), "embeddings, norms, biases, linears that are not quantized"),
         ]  # fmt: skip
     rows += [
-        ("KV cache", binary_size(plan.kv_bytes),
-         f"{machine.batch} x {machine.context} tokens, {binary_size(kv.bytes_per_token)} a token{window}"),
-        ("activations", binary_size(plan.overhead_bytes), "with the GPU's context; an assumption, see serving/memory.py"),
-        ("needed", binary_size(plan.serving_bytes()), _fit(plan, machine)),
+        ("KV cache", _size(plan.kv_bytes), cache),
+        ("activations", _size(plan.overhead_bytes), "with the GPU's context; an assumption, see serving/memory.py"),
+        ("needed", _size(plan.serving_bytes()), _fit(plan, machine)),
     ]  # fmt: skip
     if plan.peak is not None:
         rows.append(("quantizing", binary_size(plan.peak.total), f"estimated peak: {plan.peak.formula}"))
     return str(tabulate.tabulate(rows, tablefmt="plain", disable_numparse=True, preserve_whitespace=True))
 
 
+def _size(number: int | None) -> str:
+    return "unknown" if number is None else binary_size(number)
+
+
 def _fit(plan: Plan, machine: Machine) -> str:
     each = " on each GPU" if plan.planned.tensor_parallel_size > 1 else ""
-    if machine.memory_bytes is None:
+    needed = plan.serving_bytes()
+    if machine.memory_bytes is None or needed is None:
         return f"to serve it{each}"
-    fits = plan.serving_bytes() <= machine.memory_bytes
+    fits = needed <= machine.memory_bytes
     return f"{'fits' if fits else 'does NOT fit'} in {machine.memory_bytes / GIB:.3g} GiB{each}"
 
 
@@ -138,13 +145,14 @@ def _row(choice: Choice, recommendation: Suggestion, machine: Machine) -> list[s
     plan = choice.plan
     against = [finding for finding in choice.against if finding.step != "memory"]
     serves = "yes" if not against else f"no ({against[0].id})"
-    fits = "-" if plan.weights is None or machine.memory_bytes is None else "yes" if plan.passes("memory") else "no"
+    unknown = plan.weights is None or machine.memory_bytes is None or plan.serving_bytes() is None
+    fits = "-" if unknown else "yes" if plan.passes("memory") else "no"
     return [
         "->" if choice is recommendation.best else "",
         choice.overrides.replace("method=", "", 1),
         f"{plan.weights.bits_per_weight:.2f}" if plan.weights else "-",
         binary_size(plan.weights.total) if plan.weights else "-",
-        binary_size(plan.serving_bytes()) if plan.weights else "-",
+        _size(plan.serving_bytes()) if plan.weights else "-",
         serves, fits, choice.measured or choice.loss,
     ]  # fmt: skip
 

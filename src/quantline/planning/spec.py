@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.linears import LM_HEAD, linear_shapes
+from quantline.checkpoints.model_config import Dimensions, dimensions, ties_head
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 from quantline.planning.checkpoint_memory import Weights
@@ -73,15 +74,18 @@ class Model:
         checkpoint, config = Checkpoint.open(folder), read_json(folder / "config.json")
         if config.get("quantization_config"):
             raise UserError(f"{folder}: is quantized already; give the float model instead")
-        text = config.get("text_config")
-        # Multimodal models keep the language model's numbers one level down.
-        return cls(name or folder.name, checkpoint, {**config, **text} if isinstance(text, dict) else config)
+        return cls(name or folder.name, checkpoint, config)
+
+    @cached_property
+    def dimensions(self) -> Dimensions:
+        """The numbers of its config."""
+        return dimensions(self.config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of every linear, including the output layer unless it is tied."""
         found = dict(linear_shapes(self.checkpoint))
-        if f"{LM_HEAD}.weight" in self.checkpoint.names and not self.config.get("tie_word_embeddings"):
+        if f"{LM_HEAD}.weight" in self.checkpoint.names and not ties_head(self.config):
             rows, columns = self.checkpoint.info(f"{LM_HEAD}.weight").shape
             found[LM_HEAD] = (columns, rows)
         return found
@@ -121,7 +125,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a variant before anything is computed. layout: as it is served. Sizes are bytes."""
+    """The plan of a variant before anything is computed. layout: as it is served. Sizes are bytes, None if unknown."""
 
     planned: VariantSpec
     backend: str
@@ -129,8 +133,8 @@ class Plan:
     findings: tuple[Finding, ...]
     weights: Weights | None = None
     kv: KvCache | None = None
-    kv_bytes: int = 0
-    overhead_bytes: int = 0
+    kv_bytes: int | None = None
+    overhead_bytes: int | None = None
     peak: Peak | None = None
     kv_heads: int = 1
 
@@ -143,11 +147,13 @@ class Plan:
         """Whether no finding refuses it at these steps; all steps if none are named."""
         return not any(not steps or finding.step in steps for finding in self.refused)
 
-    def serving_bytes(self) -> int:
-        """Memory that each GPU needs: its share of weights and cache, activations and context.
+    def serving_bytes(self) -> int | None:
+        """Memory that each GPU needs: its share of weights and cache, activations and context; None if unknown.
 
         GPUs beyond the key-value heads hold copies of the cache.
         """
+        if self.kv_bytes is None or self.overhead_bytes is None:
+            return None
         ranks = self.planned.tensor_parallel_size
         total = self.weights.total if self.weights else 0
         return -(-total // ranks) + -(-self.kv_bytes // min(ranks, self.kv_heads)) + self.overhead_bytes

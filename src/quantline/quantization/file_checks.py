@@ -18,6 +18,7 @@ from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quanti
 from quantline.checkpoints.companions import COMPANIONS
 from quantline.checkpoints.layouts import LAYOUTS
 from quantline.checkpoints.linears import LM_HEAD
+from quantline.checkpoints.model_config import ties_head
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 
@@ -95,7 +96,7 @@ def inspect(model: Path, output: Path, expected: Sequence[str]) -> FileChecks:
         linears[name] = int(wide), int(tall)
         stored = [tensor for suffix, tensor in suffixes.items() if suffix != "bias"]
         stored_bits[name] = 8 * sum(checkpoint.info(tensor).nbytes for tensor in stored)
-    tied = bool(read_json(model / "config.json").get("tie_word_embeddings"))
+    tied = ties_head(read_json(model / "config.json"))
     faults += _absent_faults(floats, checkpoint, layers, tied=tied)
     scales = _scales(checkpoint, layers, LAYOUTS[info.layout].scales if info is not None else ())
     return FileChecks(

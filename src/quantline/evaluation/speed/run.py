@@ -245,8 +245,10 @@ def _prepared(subject: Subject, plan: SpeedConfig) -> Subject:
     """The subject with a cache that holds all requests of the largest level, so that none has to wait."""
     options, cache = subject.options, kv_cache(read_json(subject.checkpoint / "config.json"))
     length = plan.input_tokens + plan.output_tokens + 32
-    most = cache.bytes(length, max(level.concurrency for level in plan.levels))
-    needed = 1.1 * max(most, cache.bytes(options.max_model_len or length, 1)) / GIB
+    needed = 0.0
+    if cache is not None:
+        most = cache.bytes(length, max(level.concurrency for level in plan.levels))
+        needed = 1.1 * max(most, cache.bytes(options.max_model_len or length, 1)) / GIB
     eager = options.device == "cpu" if plan.enforce_eager == "auto" else bool(plan.enforce_eager)
     kv_cache_gib = max(options.process.kv_cache_gib or 0, round(needed, 3))
     process = options.process.model_copy(update={"kv_cache_gib": kv_cache_gib})

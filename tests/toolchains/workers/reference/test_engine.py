@@ -27,7 +27,7 @@ import json, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoConfig, MixtralConfig, Qwen2Config
 
 folder = Path(sys.argv[1])
 ids = torch.tensor(json.loads(sys.argv[2]))
@@ -42,6 +42,10 @@ configs = {
     "near": Qwen2Config(**common, tie_word_embeddings=False, rope_theta=1e4),
     "experts": MixtralConfig(**common, tie_word_embeddings=False, num_local_experts=4, num_experts_per_tok=2),
     "capped": Gemma2Config(**common, head_dim=32, query_pre_attn_scalar=32, attn_logit_softcapping=1.0),
+    "eager-only": GPTNeoConfig(
+        vocab_size=256, hidden_size=128, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=None, initializer_range=0.2,
+    ),
 }
 for name, config in configs.items():
     torch.manual_seed(0)
@@ -50,12 +54,12 @@ for name, config in configs.items():
         if key.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)
     (model.to(torch.bfloat16) if name == "tied" else model).save_pretrained(folder / name)
-    attention = "eager" if name == "capped" else "sdpa"
+    attention = "eager" if name in ("capped", "eager-only") else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, attn_implementation=attention)
     with torch.inference_mode():
         logits = model(input_ids=ids).logits
         greedy = model.generate(ids[:1, :20], attention_mask=torch.ones(1, 20), do_sample=False, max_new_tokens=12)
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("eager" if name == "eager-only" else "sdpa")
         sdpa = model(input_ids=ids).logits
     tensors = {"logits": logits, "sdpa": sdpa, "greedy": greedy[0, 20:].contiguous()}
     save_file(tensors, folder / f"{name}.expected.safetensors")
@@ -153,6 +157,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, toolchain: Toolchain) -> Pa
     copy_of(folder / "untied", folder / "float-bias", {**whole, "lm_head.bias": np.zeros(256, np.float32)})
     copy_of(folder / "untied", folder / "shape", {**whole, norm: np.ones(64, np.float32)})
     copy_of(folder / "tied", folder / "own-head", {**whole, "lm_head.weight": whole["lm_head.weight"] + 1})
+    copy_of(folder / "untied", folder / "flash", whole, attn_implementation="flash_attention_2")
     bias = "model.layers.0.mlp.down_proj.bias"
     copy_of(folder / "gptq8", folder / "bias", {**packed, bias: packed[bias] + np.float16(1)})
     copy_of(
@@ -196,7 +201,7 @@ def answers(folder: Path, toolchain: Toolchain) -> dict[str, dict[str, Any]]:
     """Every job's answer, from one process."""
     jobs: dict[str, dict[str, Any]] = {}
     windows = str(folder / "windows.safetensors")
-    for name in ("tied", "untied", "near", "experts", "capped", "old-config"):
+    for name in ("tied", "untied", "near", "experts", "capped", "eager-only", "old-config", "flash"):
         jobs[f"probe {name}"] = {"kind": "probe", "checkpoint": name, "input_ids": PROBE}
         jobs[f"generate {name}"] = {"kind": "generate", "checkpoint": name, "prompts": PROMPTS, "max_new_tokens": 12}
     scored = ["tied", "untied", "near", "experts/gptq8", "experts/gptq8-plain", *REFUSALS]
@@ -234,7 +239,7 @@ def outcome(answers: dict[str, dict[str, Any]]) -> Callable[[str], Tensors]:
     return tensors
 
 
-@pytest.mark.parametrize("name", ["tied", "untied", "near", "experts", "capped"])
+@pytest.mark.parametrize("name", ["tied", "untied", "near", "experts", "capped", "eager-only"])
 def test_logits_are_those_of_transformers(folder: Path, outcome: Callable[[str], Tensors], name: str) -> None:
     from safetensors.numpy import load_file
 
@@ -250,6 +255,10 @@ def test_a_cap_on_attention_scores_counts(folder: Path, outcome: Callable[[str],
 
     without = load_file(folder / "capped.expected.safetensors")["sdpa"]
     assert np.abs(outcome("probe capped")["logits"] - without).max() > 0.1 * without.std()
+
+
+def test_an_attention_that_the_config_names_does_not_count(outcome: Callable[[str], Tensors]) -> None:
+    assert np.array_equal(outcome("probe flash")["logits"], outcome("probe untied")["logits"])
 
 
 def test_the_rotary_base_counts_in_the_old_and_the_new_vocabulary(

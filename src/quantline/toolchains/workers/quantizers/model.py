@@ -24,7 +24,7 @@ from quantline.checkpoints.model_config import legacy_copy, misread_values
 from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.quantizers import output as _output
 from quantline.toolchains.workers.quantizers.selection import width_of
-from quantline.toolchains.workers.reference.engine import caps_attention
+from quantline.toolchains.workers.reference.engine import attention_of
 
 
 @dataclass
@@ -152,11 +152,10 @@ def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = Tr
     with tempfile.TemporaryDirectory(prefix="quantline-model-") as scratch, _output.refusals():
         folder = legacy_copy(job["model"], Path(scratch)) if translate else Path(job["model"])
         settings: dict[str, Any] = {"torch_dtype" if translate else "dtype": dtype}
-        if caps_attention(transformers.AutoConfig.from_pretrained(folder, local_files_only=True)):
-            settings["attn_implementation"] = "eager"
+        config_read = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, **settings, trust_remote_code=False, use_safetensors=True, local_files_only=True,
-            output_loading_info=True,
+            folder, **settings, attn_implementation=attention_of(config_read), trust_remote_code=False,
+            use_safetensors=True, local_files_only=True, output_loading_info=True,
         )  # fmt: skip
     model.eval()
     model.config.use_cache = False  # AutoAWQ would pass one growing cache from forward to forward

@@ -22,6 +22,7 @@ from quantline.checkpoints.layouts.choice import layout_of
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.layouts.packing import BITS
 from quantline.checkpoints.linears import LM_HEAD, linear_shapes
+from quantline.checkpoints.model_config import ties_head
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import output as _output
@@ -84,7 +85,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     def tensors() -> Iterator[_output.Named]:
         for name in checkpoint.names:
             layer, _, suffix = name.rpartition(".")
-            if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            if name == "lm_head.weight" and ties_head(config):
                 continue
             if layer not in widths:
                 yield name, _output.half(name, checkpoint.tensor(name))

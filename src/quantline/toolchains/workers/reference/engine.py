@@ -45,18 +45,25 @@ _MAX_LOGITS = 2**28
 _ROWS = 512
 
 
-def caps_attention(config: Any) -> bool:
-    """Whether a loaded transformers config caps attention scores (Gemma 2's `attn_logit_softcapping`).
+def attention_of(config: Any) -> str:
+    """The implementation of attention for a loaded transformers config: "sdpa", or "eager" where that is not right.
 
-    Transformers' default attention, "sdpa", silently ignores the cap (5.19, 4.52); "eager" applies it.
+    33 of the 178 causal classes of transformers 5.19 have no SDPA (BLOOM, GPT-Neo, gpt-oss), which the class says. Where
+    scores are capped (Gemma 2's `attn_logit_softcapping`), SDPA silently ignores the cap (5.19, 4.52). What a config.json
+    names itself, such as flash attention, is overridden.
     """
-    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        return "eager"
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
 
 
 def load_model(folder: Path, device: str = "cpu") -> Any:
     """Build the transformers model of a checkpoint folder: float32, eval mode, no remote code.
 
-    Attention is SDPA, or eager if the model caps attention scores, which SDPA cannot do. A head tied to the embeddings may
+    Attention is as `attention_of` says. A head tied to the embeddings may
     be absent. All-zero biases that a quantizer added to linears without a bias are dropped.
 
     Raises:
@@ -78,12 +85,16 @@ def load_model(folder: Path, device: str = "cpu") -> Any:
         raise JobError(str(error)) from error
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(_config_of(folder), trust_remote_code=False)
+            config = _config_of(folder)
+            attention = attention_of(config)
+            skeleton = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, attn_implementation=attention
+            )  # fmt: skip
         # Without a path, transformers loads the given tensors as it would load a file's, with renaming and fusing.
         # Buffers that are not in a checkpoint (rotary frequencies) are computed, not left empty.
         model, loaded = type(skeleton).from_pretrained(
             None, config=skeleton.config, state_dict=dict(state), dtype=torch.float32,
-            attn_implementation="eager" if caps_attention(skeleton.config) else "sdpa",
+            attn_implementation=attention,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
