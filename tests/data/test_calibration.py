@@ -222,6 +222,27 @@ def test_messages_without_the_chat_template_name_the_option(chat_model, tmp_path
         build(chat_model, spec(path), out)
 
 
+def test_conversations_of_sharegpt_give_the_tokens_of_the_same_messages(chat_model, tmp_path, out):
+    said = [("a model", "a fox"), ("numbers 0 1 2", "the dog")] * 8
+    names = ({"role": "user"}, {"role": "assistant"}), ({"from": "human"}, {"from": "gpt"})
+    files = []
+    for (asks, answers), text in zip(names, ("content", "value"), strict=True):
+        turns = [[{**asks, text: question}, {**answers, text: answer}] for question, answer in said]
+        key = "messages" if text == "content" else "conversations"
+        files.append(write_rows(tmp_path / f"{key}.jsonl", [{key: turn} for turn in turns]))
+    for path in files:
+        build(chat_model, spec(path, chat_template=True, n_samples=2, seq_len=64), out.with_name(path.stem))
+    first, second = (load(out.with_name(path.stem))[0] for path in files)
+    assert first.tolist() == second.tolist()
+
+
+def test_nulls_are_the_empty_rows_that_skip_empty_skips(model, tmp_path, out):
+    path = write_rows(tmp_path / "nulls.jsonl", [{"text": None}, *({"text": text} for text in TEXTS)])
+    with pytest.raises(UserError, match=r"1 of 41 rows are empty \(lines 1\); .*calibration\.skip_empty=true"):
+        build(model, spec(path), out)
+    assert build(model, spec(path, skip_empty=True), out)["sources"]["own"]["documents_empty"] == 1
+
+
 def test_a_tokenizer_without_chat_template_is_refused(model, text_file, out):
     with pytest.raises(UserError, match="has no chat template"):
         build(model, spec(text_file, chat_template=True), out)
@@ -242,8 +263,11 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path, text_file, out):
     ("lines", "words"),
     [
         (['{"text": "a"}', '{"text": '], r"bad\.jsonl:2: is not valid JSON"),
-        (["[1]"], r"bad\.jsonl:1: is a JSON list"),
-        (['{"body": "a"}'], r"bad\.jsonl:1: has neither text nor messages \(it has body\); set text_field"),
+        (["[1]"], r"bad\.jsonl:1: is a JSON int"),
+        (
+            ['{"body": "a"}'],
+            r"bad\.jsonl:1: has neither text nor messages nor conversations \(it has body\); set text_field",
+        ),
         (['{"text": 3}'], r"bad\.jsonl:1: text is a int"),
         (['{"messages": [{"role": "user"}]}'], r"bad\.jsonl:1: messages must be a list of objects"),
         (['{"text": "a"}', "", '{"text": " "}'], r"2 of 3 rows are empty \(lines 2, 3\).*calibration\.skip_empty=true"),

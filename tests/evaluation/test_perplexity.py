@@ -148,6 +148,13 @@ def test_rows_without_an_id_are_named_by_their_line(model: Path, tmp_path: Path)
     assert windows.document_ids == ("line-000001", "line-000003")
 
 
+def test_ids_are_known_in_a_file_from_an_editor_on_windows(model: Path, tmp_path: Path) -> None:
+    content = b'\xef\xbb\xbf{"id": "x", "text": "abc"}\r\n{"id": "y", "text": null}\r\n{"id": "z", "text": "def"}\r\n'
+    (tmp_path / "A.JSONL").write_bytes(content)
+    windows = build_windows(model, protocol(path=str(tmp_path / "A.JSONL")))
+    assert windows.document_ids == ("x", "z")
+
+
 def test_joined_rows_keep_the_empty_ones_and_lose_the_last_partial_window(model: Path, tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", {"text": "abc"}, {"text": ""}, {"text": "def"})
     windows = build_windows(model, protocol(path=path, mode="concatenated"))
@@ -194,6 +201,8 @@ def test_limits_cut_documents_and_leave_out_short_ones(model: Path, tmp_path: Pa
         ('{"text": "abcdef"}\n', {"mode": "concatenated"}, "gives 1 full windows"),
         ('{"text": "abc"}\n' * 2, {"window": 64, "stride": 64}, "takes at most 32"),
         ('{"id": 1, "text": "abc"}\n' * 2, {}, "id '1' occurs twice"),
+        ('{"text": "abc"}\n{"text": "half \\ud83d"}\n', {}, r"a\.jsonl:2: text has half of a surrogate pair"),
+        ('{"id": "\\ud83d", "text": "abc"}\n', {}, r"a\.jsonl:1: id has half of a surrogate pair"),
     ],
 )
 def test_text_that_cannot_be_evaluated_is_refused_with_the_place(

@@ -1,4 +1,4 @@
-"""Documents from text files: JSON lines (plain, gzip, zstandard), parquet, plain text, and WikiText's parquet.
+"""Documents from text files: JSON (lines or one list), plain text, both also compressed, parquet, and WikiText's parquet.
 
 A document is a text or a list of chat messages. Every error names the file and the line or row, counted from 1.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shlex
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,25 +17,48 @@ from typing import Any
 
 from quantline.core.errors import UserError
 
-# Format -> its file name extensions. `wikitext` is parquet in which each row is one line of an article.
+# Format -> its file name extensions, in lower case. `wikitext` is parquet in which each row is one line of an article.
 FORMATS: dict[str, tuple[str, ...]] = {
-    "jsonl": (".jsonl", ".ndjson"),
-    "json.gz": (".json.gz", ".jsonl.gz"),
-    "jsonl.zst": (".jsonl.zst", ".json.zst"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "json.gz": (".json.gz", ".jsonl.gz", ".ndjson.gz"),
+    "jsonl.zst": (".jsonl.zst", ".json.zst", ".ndjson.zst"),
     "parquet": (".parquet",),
     "txt": (".txt",),
+    "txt.gz": (".txt.gz",),
+    "txt.zst": (".txt.zst",),
     "wikitext": (),
+}
+# Where rows hold a conversation: OpenAI's name, ShareGPT's, LMSYS's.
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+# ShareGPT's names for the roles of a message.
+_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+    "system": "system", "tool": "tool",
+}  # fmt: skip
+# How a file begins that is no text in UTF-8 -> what it is, and the command that makes it text.
+_OTHER_CONTENT = {
+    b"\xff\xfe\0\0": ("UTF-32", "iconv -f UTF-32 -t UTF-8 {} > NEW"),
+    b"\0\0\xfe\xff": ("UTF-32", "iconv -f UTF-32 -t UTF-8 {} > NEW"),
+    b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 {} > NEW"),
+    b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 {} > NEW"),
+    b"\x1f\x8b": ("gzip", "gzip -dc {} > NEW"),
+    b"\x28\xb5\x2f\xfd": ("Zstandard", "zstd -dc {} > NEW"),
+    b"PAR1": ("parquet", "mv {} NEW.parquet"),
 }
 _ARTICLE = re.compile(r" = [^=].* = ?\n?")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One row of a file: exactly one of `text` and `messages` (`role` and `content` each). `line` counts from 1."""
+    """One row of a file: exactly one of `text` and `messages` (`role` and `content` each). `line` counts from 1.
+
+    `id` is the row's own, None if it has none.
+    """
 
     line: int
     text: str | None
-    messages: tuple[Mapping[str, str], ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    id: str | None = None
 
     @property
     def empty(self) -> bool:
@@ -54,7 +78,7 @@ def format_of(path: Path, given: str | None) -> str:
         raise UserError(f"format={given}: allowed are {', '.join(FORMATS)}")
     if given == "wikitext":
         return given
-    named = next((name for name, ends in FORMATS.items() if path.name.endswith(ends)), None) if path.suffix else None
+    named = next((name for name, ends in FORMATS.items() if ends and path.name.lower().endswith(ends)), None)
     if named or given:
         return named or str(given)
     raise UserError(f"{path}: the format cannot be told from the name; set format to one of {', '.join(FORMATS)}")
@@ -64,23 +88,23 @@ def read_documents(path: Path, format_name: str, fields: tuple[str, ...]) -> Ite
     """Yield the documents of a file in order.
 
     fields: names of the text field; the first that a row has is used. A dot goes into a nested object, and a list of texts
-    is joined by newlines. A row without any of these fields may have `messages`. In a .txt file, each paragraph is one
-    document.
+    is joined by newlines. A row without any of these fields may have `messages`, or ShareGPT's `conversations`. A null is
+    an empty row. In a text file, each paragraph is one document.
 
     Raises:
-        UserError: the file is missing or damaged, a line is not a JSON object, or a row has no text.
+        UserError: the file is missing, damaged or not in UTF-8, a row is not a JSON object, or a row has no text or one
+            that no file can hold (half of a surrogate pair).
     """
     if not path.is_file():
         raise UserError(f"{path}: {'is not a file' if path.exists() else 'does not exist'}; check the path")
     try:
-        if format_name == "txt":
-            yield from _paragraphs(path)
+        if format_name.startswith("txt"):
+            yield from _paragraphs(path, _lines(path, format_name))
         elif format_name == "wikitext":
             yield from _articles(path, fields)
-        elif format_name == "parquet":
-            yield from (_document(path, line, row, fields) for line, row in _parquet_rows(path, fields))
         else:
-            yield from _json_lines(path, format_name, fields)
+            rows = _parquet_rows(path, fields) if format_name == "parquet" else _json_rows(path, format_name)
+            yield from (_document(path, line, row, fields) for line, row in rows)
     except (OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UserError(
@@ -88,11 +112,33 @@ def read_documents(path: Path, format_name: str, fields: tuple[str, ...]) -> Ite
         ) from error
 
 
-def _lines(path: Path, format_name: str) -> Iterator[bytes]:
-    if format_name == "jsonl.zst":
+def _lines(path: Path, format_name: str) -> Iterator[tuple[int, str]]:
+    """Numbers and texts of the lines. Byte order marks, which editors on Windows write, and carriage returns are dropped."""
+    for line, raw in enumerate(_raw_lines(path, format_name), 1):
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(_not_utf8(path, line, raw, error.start)) from None
+        yield line, f"{text[:-2]}\n" if text.endswith("\r\n") else text
+
+
+def _not_utf8(path: Path, line: int, raw: bytes, position: int) -> str:
+    name, remedy = next(
+        (found for mark, found in _OTHER_CONTENT.items() if line == 1 and raw.startswith(mark)), ("", "")
+    )
+    if name:
+        return f"{path}:{line}: is {name}, not text in UTF-8; convert it: {remedy.format(shlex.quote(str(path)))}"
+    return (
+        f"{path}:{line}: is not UTF-8 (byte 0x{raw[position]:02x} at position {position + 1} of the line); convert the "
+        f"file, from Windows-1252 for example: iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(str(path))} > NEW"
+    )
+
+
+def _raw_lines(path: Path, format_name: str) -> Iterator[bytes]:
+    if format_name.endswith(".zst"):
         yield from _zstd_lines(path)
         return
-    with gzip.open(path, "rb") if format_name == "json.gz" else path.open("rb") as file:
+    with gzip.open(path, "rb") if format_name.endswith(".gz") else path.open("rb") as file:
         yield from file
 
 
@@ -114,7 +160,7 @@ def _zstd_lines(path: Path) -> Iterator[bytes]:
                 started, pending = False, frame.unused_data
                 frame = zstandard.ZstdDecompressor().decompressobj()
             if lines:
-                yield from (head, *lines[:-1])
+                yield from (line + b"\n" for line in (head, *lines[:-1]))
                 rest = lines[-1]
             else:
                 rest = head
@@ -124,45 +170,107 @@ def _zstd_lines(path: Path) -> Iterator[bytes]:
         yield rest
 
 
-def _json_lines(path: Path, format_name: str, fields: tuple[str, ...]) -> Iterator[Document]:
-    for line, raw in enumerate(_lines(path, format_name), 1):
-        if not raw.strip():
-            yield Document(line, "")
-            continue
-        try:
-            row = json.loads(raw.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{line}: is not valid JSON ({error}); each line must be one JSON object") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{line}: is a JSON {type(row).__name__}; each line must be one JSON object")
-        yield _document(path, line, row, fields)
+def _json_rows(path: Path, format_name: str) -> Iterator[tuple[int, Any]]:
+    """Numbers and rows: of the lines, or of one list that is the whole file. A blank line is None."""
+    lines = _lines(path, format_name)
+    for line, text in lines:
+        if line == 1 and text.lstrip().startswith("["):
+            yield from enumerate(_parsed(path, line, text + "".join(more for _, more in lines)), 1)
+            return
+        yield line, _parsed(path, line, text) if text.strip() else None
 
 
-def _document(path: Path, line: int, row: Mapping[str, Any], fields: tuple[str, ...]) -> Document:
-    for field in fields:
+def _parsed(path: Path, line: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}:{line}: is not valid JSON ({error}); each line must be one JSON object, or the file one list of them"
+        ) from None
+
+
+def _document(path: Path, line: int, row: Any, fields: tuple[str, ...]) -> Document:
+    if row is None:
+        return Document(line, "")
+    if not isinstance(row, Mapping):
+        raise UserError(f"{path}:{line}: is a JSON {type(row).__name__}; each row must be one JSON object")
+    own = None if row.get("id") is None else _whole(path, line, "id", str(row["id"]))
+    empty = False
+    for field in (*fields, *_CONVERSATIONS):
         value: Any = row
         for part in field.split("."):
+            empty = empty or (isinstance(value, Mapping) and part in value and value[part] is None)
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is None:
             continue
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if isinstance(value, list) and all(isinstance(item, str) for item in value) and field in fields:
             value = "\n".join(value)
-        if not isinstance(value, str):
-            raise UserError(f"{path}:{line}: {field} is a {type(value).__name__}; it must be a text or a list of texts")
-        return Document(line, value)
-    messages = row.get("messages")
-    if messages is None:
-        has = ", ".join(sorted(row)) or "nothing"
+        if isinstance(value, str) and field in fields:
+            return Document(line, _whole(path, line, field, value), id=own)
+        if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+            allowed = "a text or a list of texts" if field in fields else "a list of messages; or set text_field"
+            raise UserError(f"{path}:{line}: {field} is a {type(value).__name__}; it must be {allowed}")
+        return Document(line, None, tuple(_message(path, line, field, item) for item in value), own)
+    if empty:
+        return Document(line, "", id=own)
+    has = ", ".join(sorted(row)) or "nothing"
+    wanted = " nor ".join(dict.fromkeys((*fields, *_CONVERSATIONS[:2])))
+    raise UserError(f"{path}:{line}: has neither {wanted} (it has {_shown(has)}); set text_field")
+
+
+def _message(path: Path, line: int, field: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with the texts `role` and `content`, from those or from ShareGPT's `from` and `value`."""
+    message = dict(given)
+    if given.get("role") is None and given.get("from") is not None:
+        if str(given["from"]) not in _ROLES:
+            known = ", ".join(_ROLES)
+            raise UserError(f"{path}:{line}: {field} has a message from {_shown(given['from'])}; known are {known}")
+        message.update(role=_ROLES[message.pop("from")], content=message.pop("value", ""))
+    content = message.get("content")
+    if isinstance(content, list):
+        content = _parts(path, line, field, content)
+    elif content is None and "content" in message:
+        content = ""  # a call of a tool has none
+    if not isinstance(message.get("role"), str) or not isinstance(content, str):
         raise UserError(
-            f"{path}:{line}: has neither {' nor '.join(fields)} nor messages (it has {has}); set text_field"
+            f"{path}:{line}: {field} must be a list of objects with the texts role and content, or from and value"
         )
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise UserError(f"{path}:{line}: messages must be a list of objects with the texts role and content")
-    return Document(line, None, tuple(messages))
+    message["content"] = content
+    try:
+        _whole(path, line, field, json.dumps(message, ensure_ascii=False, default=str))
+    except RecursionError:
+        raise UserError(f"{path}:{line}: {field} is nested too deeply; remove this row") from None
+    return message
 
 
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+def _parts(path: Path, line: int, field: str, parts: list[Any]) -> str:
+    """The text of a message whose content is a list of parts, joined by newlines."""
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    for part, text in zip(parts, texts, strict=True):
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise UserError(
+                f"{path}:{line}: {field} has a part that is no text ({_shown(kind)}); remove it, or this row"
+            )
+    return "\n".join(texts)
+
+
+def _whole(path: Path, line: int, field: str, text: str) -> str:
+    """The text, if it can be encoded."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path}:{line}: {field} has half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character: "
+            "a text was cut in the middle of one; remove it, or this row"
+        ) from None
+    return text
+
+
+def _shown(value: object) -> str:
+    """A value of a file in a message: short, and printable whatever it holds."""
+    text = str(value).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _parquet_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -171,7 +279,7 @@ def _parquet_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, di
 
     try:
         with parquet.ParquetFile(path) as file:
-            heads = {field.split(".")[0] for field in (*fields, "messages")}
+            heads = {field.split(".")[0] for field in (*fields, *_CONVERSATIONS)}
             columns = [name for name in file.schema_arrow.names if name in heads]
             if not columns:
                 has = ", ".join(file.schema_arrow.names)
@@ -181,8 +289,9 @@ def _parquet_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, di
                 for row in batch.to_pylist():
                     line += 1
                     yield line, row
-    except arrow.ArrowInvalid as error:
-        raise UserError(f"{path}: is not a valid parquet file ({error}); fetch it again") from error
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
+        reason = " ".join(_shown(error).split())
+        raise UserError(f"{path}: is not a valid parquet file ({reason}); fetch it again") from error
 
 
 def _articles(path: Path, fields: tuple[str, ...]) -> Iterator[Document]:
@@ -199,21 +308,18 @@ def _articles(path: Path, fields: tuple[str, ...]) -> Iterator[Document]:
         yield Document(start, "".join(lines))
 
 
-def _paragraphs(path: Path) -> Iterator[Document]:
+def _paragraphs(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Document]:
     """Yield the paragraphs: runs of lines between blank lines."""
-    start, lines = 1, list[str]()
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, 1):
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{line}: is not UTF-8 ({error.reason}); convert the file") from None
-            if text.strip():
-                if not lines:
-                    start = line
-                lines.append(text)
-            elif lines:
-                yield Document(start, "".join(lines).rstrip("\n"))
-                lines = []
-    if lines:
-        yield Document(start, "".join(lines).rstrip("\n"))
+    start, texts = 1, list[str]()
+    for line, text in lines:
+        if "\0" in text:
+            raise UserError(f"{path}:{line}: has a zero byte: it is UTF-16 or no text; convert it to UTF-8")
+        if text.strip():
+            if not texts:
+                start = line
+            texts.append(text)
+        elif texts:
+            yield Document(start, "".join(texts).rstrip("\n"))
+            texts = []
+    if texts:
+        yield Document(start, "".join(texts).rstrip("\n"))

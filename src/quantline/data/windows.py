@@ -9,7 +9,6 @@ lost. A character that a window's border cuts in two counts as the text that the
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -205,7 +204,7 @@ def _tokenized(encoder: TextEncoder, protocol: ProtocolConfig) -> list[tuple[str
 def _documents(protocol: ProtocolConfig) -> tuple[list[Document], list[str]]:
     if protocol.path is None:
         raise UserError("evaluate.path is null; fetch the text and set evaluate.path=FILE")
-    path = Path(protocol.path)
+    path = Path(protocol.path).expanduser()
     form = format_of(path, protocol.format)
     # Empty rows are part of the joined text, as in the protocol of the GPTQ paper.
     documents = [
@@ -213,23 +212,17 @@ def _documents(protocol: ProtocolConfig) -> tuple[list[Document], list[str]]:
         for document in islice(read_documents(path, form, (protocol.text_field,)), protocol.max_documents)
         if protocol.mode == "concatenated" or not document.empty
     ]
-    if not any(document.text and document.text.strip() for document in documents):
-        raise UserError(f"{path}: has no text; give a file with text")
     for document in documents:
         if document.text is None:
             raise UserError(f"{path}:{document.line}: has messages, but perplexity is measured on text; set text_field")
-    given = _given_ids(path) if form == "jsonl" else {}
-    names = [given.get(document.line, f"line-{document.line:06d}") for document in documents]
+    if all(document.empty for document in documents):
+        raise UserError(f"{path}: has no text; give a file with text")
+    own = form == "jsonl"
+    names = [document.id if own and document.id is not None else f"line-{document.line:06d}" for document in documents]
     if len(set(names)) < len(names):
         twice = next(name for name, times in Counter(names).items() if times > 1)
         raise UserError(f"{path}: id {twice!r} occurs twice; ids must be unique")
     return documents, names
-
-
-def _given_ids(path: Path) -> dict[int, str]:
-    with path.open("rb") as file:
-        rows = {line: json.loads(raw) for line, raw in enumerate(file, 1) if raw.strip()}
-    return {line: str(row["id"]) for line, row in rows.items() if row.get("id") is not None}
 
 
 def save_windows(windows: Windows, folder: Path) -> Path:

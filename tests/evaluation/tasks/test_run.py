@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sections
 
-from quantline.config.tasks import StandardTaskConfig
+from quantline.config.tasks import LastWordConfig, LocalTasksConfig, StandardTaskConfig
 from quantline.core.errors import QuantlineError, UserError
 from quantline.evaluation.tasks import run as tasks
 from quantline.toolchains.protocol import JobResult
@@ -138,6 +138,31 @@ def test_engines_agree_where_they_are_right_in_the_same_items():
     both = {"reference": scores(1.0, 0.0, 1.0, 1.0), "vllm": scores(1.0, 0.0, 0.0, 1.0)}
     assert tasks.engine_agreement(both) == [{"task": "t", "same": 0.75}]
     assert tasks.engine_agreement({"reference": both["reference"]}) == []
+
+
+LOCAL = LocalTasksConfig(last_word=LastWordConfig(context_words=4), multiple_choice=None)
+
+
+def test_items_are_made_from_the_text_of_a_file_from_an_editor_on_windows(tmp_path):
+    sentence = " ".join(f"the quick brown fox sees a river{number}." for number in range(9))
+    items = []
+    for name, mark in (("plain.jsonl", b""), ("MARKED.JSONL", b"\xef\xbb\xbf")):
+        (tmp_path / name).write_bytes(mark + json.dumps({"text": sentence}).encode() + b"\r\n" + b'{"text": null}\r\n')
+        items.append(tasks.local_items(sections.tasks(path=name, local=LOCAL, limit=2), tmp_path))
+    assert items[0] == items[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"text": "half \\ud83d"}', "text has half of a surrogate pair"),
+        ('{"conversations": [{"from": "human", "value": "a"}]}', "has messages, but local tasks are made from text"),
+    ],
+)
+def test_text_that_gives_no_item_is_refused_with_its_line(tmp_path, row, reason):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n{row}\n')
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: {reason}"):
+        tasks.local_items(sections.tasks(path="a.jsonl", local=LOCAL), tmp_path)
 
 
 def test_no_task_makes_an_empty_table_that_passes(tmp_path):

@@ -64,8 +64,11 @@ def local_items(options: TasksConfig, root: Path) -> dict[str, list[Item]]:
     if options.local.last_word is None and options.local.multiple_choice is None:
         return {}
     file = root / Path(options.path).expanduser()
-    documents = read_documents(file, format_of(file, options.format), (options.text_field,))
-    texts = [document.text for document in documents if document.text]
+    texts = []
+    for document in read_documents(file, format_of(file, options.format), (options.text_field,)):
+        if document.text is None:
+            raise UserError(f"{file}:{document.line}: has messages, but local tasks are made from text; set text_field")
+        texts += [document.text] if document.text else []
     return items_of(options.local, texts, options.seed, options.limit)
 
 
