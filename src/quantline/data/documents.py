@@ -245,13 +245,15 @@ def _message(path: Path, line: int, field: str, given: Mapping[str, Any]) -> dic
 
 def _parts(path: Path, line: int, field: str, parts: list[Any]) -> str:
     """The text of a message whose content is a list of parts, joined by newlines."""
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    for part, text in zip(parts, texts, strict=True):
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise UserError(
                 f"{path}:{line}: {field} has a part that is no text ({_shown(kind)}); remove it, or this row"
             )
+        texts.append(text)
     return "\n".join(texts)
 
 

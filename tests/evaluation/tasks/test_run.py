@@ -140,16 +140,18 @@ def test_engines_agree_where_they_are_right_in_the_same_items():
     assert tasks.engine_agreement({"reference": both["reference"]}) == []
 
 
-LOCAL = LocalTasksConfig(last_word=LastWordConfig(context_words=4), multiple_choice=None)
+LOCAL = LocalTasksConfig(last_word=LastWordConfig(context_words=12), multiple_choice=None)
 
 
-def test_items_are_made_from_the_text_of_a_file_from_an_editor_on_windows(tmp_path):
-    sentence = " ".join(f"the quick brown fox sees a river{number}." for number in range(9))
-    items = []
-    for name, mark in (("plain.jsonl", b""), ("MARKED.JSONL", b"\xef\xbb\xbf")):
-        (tmp_path / name).write_bytes(mark + json.dumps({"text": sentence}).encode() + b"\r\n" + b'{"text": null}\r\n')
-        items.append(tasks.local_items(sections.tasks(path=name, local=LOCAL, limit=2), tmp_path))
-    assert items[0] == items[1]
+def test_items_are_made_from_the_text_of_a_file_from_an_editor_on_windows(root, tmp_path):
+    rows = (root / "assets" / "demo" / "evaluation.jsonl").read_bytes().splitlines()[:20]
+    (tmp_path / "plain.jsonl").write_bytes(b"\n".join(rows))
+    (tmp_path / "MARKED.JSONL").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([*rows, b'{"text": null}', b""]))
+    plain, marked = (
+        tasks.local_items(sections.tasks(path=name, local=LOCAL), tmp_path) for name in ("plain.jsonl", "MARKED.JSONL")
+    )
+    assert plain["last_word"]
+    assert plain == marked
 
 
 @pytest.mark.parametrize(
