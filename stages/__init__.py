@@ -65,6 +65,7 @@ def main(task: Callable[..., Any], filename: str, options: Sequence[Option] = ()
     task: takes the configuration, and the values of `options` if there are any. filename: of the command's module.
     """
     from quantline.pipeline.command_line import ending, read, report, usage
+    from quantline.pipeline.overrides import refuse_repeated
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach this function
     os.environ.pop("HYDRA_MAIN_MODULE", None)
@@ -76,6 +77,7 @@ def main(task: Callable[..., Any], filename: str, options: Sequence[Option] = ()
         arguments: dict[str, str | None] = {}
         if not helped:  # Hydra ignores other arguments beside --help
             arguments, sys.argv[1:] = read(sys.argv[1:], options, configured=True)
+            refuse_repeated(sys.argv[1:])
         given = [arguments] if options else []
 
         # A failure must not end the other jobs of a sweep, and Hydra would print its own traceback.

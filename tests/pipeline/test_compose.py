@@ -13,7 +13,7 @@ shared: model=demo calibration=demo
 baseline: method=float
 variants:
   one: method=gptq bits=8
-  two: method=awq 'model.name="a b"'
+  two: method=awq 'tracking.experiment="a b"'
 """
 
 
@@ -37,7 +37,7 @@ def test_a_variants_overrides_follow_those_that_are_shared(checkout):
 
 
 def test_overrides_are_quoted_as_in_a_shell(checkout):
-    assert variant_overrides(checkout / "params.yaml", "two")[-1] == 'model.name="a b"'
+    assert variant_overrides(checkout / "params.yaml", "two")[-1] == 'tracking.experiment="a b"'
 
 
 def test_a_frozen_variant_is_the_whole_configuration_with_the_locks(checkout):
@@ -133,3 +133,84 @@ def test_the_float_method_belongs_to_the_baseline_alone(checkout, name, line):
     (checkout / "params.yaml").write_text("\n".join(lines))
     with pytest.raises(UserError, match="is only for the variant called float"):
         freeze(checkout, name)
+
+
+SHARED = "model=custom model.path=A calibration=demo evaluate.window=128"
+
+
+def refused(checkout, line, shared=SHARED, baseline="method=float"):
+    lines = {"shared": shared, "baseline": baseline, "variants": {"other": line}}
+    (checkout / "params.yaml").write_text(yaml.safe_dump(lines))
+    with pytest.raises(ConfigError) as caught:
+        freeze(checkout, "other")
+    assert not (checkout / "variants" / "other.yaml").exists()
+    return caught.value.faults
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("model.path=B", "variants.other: model.path=B contradicts shared: model.path=A; download runs once"),
+        ("model=demo", "variants.other: model=demo contradicts shared: model.path=A; download runs once"),
+        (
+            "model.allow_pickle=true",
+            "variants.other: model.allow_pickle=true contradicts shared: model=custom (so ",
+        ),
+        (
+            "evaluate.window=256",
+            "variants.other: evaluate.window=256 contradicts shared: evaluate.window=128; serve_smoke",
+        ),
+        (
+            "evaluate.path=x.txt",
+            "variants.other: evaluate.path=x.txt contradicts the default evaluate.path=assets/demo/",
+        ),
+        ("evaluate=wikitext2_word evaluate.path=x", "variants.other: evaluate=wikitext2_word (so evaluate."),
+        ("evaluate.generations.prompts=3", "variants.other: evaluate.generations.prompts=3 contradicts the default"),
+        ("serve.smoke.prompts=[Hello]", "variants.other: serve.smoke.prompts=[Hello] contradicts the default"),
+        ("tasks.limit=9", "variants.other: tasks.limit=9 contradicts the default tasks.limit=200; tasks compares"),
+        ("+tasks.standard.arc_easy={}", "variants.other: +tasks.standard.arc_easy={} (so"),
+        ("serve.max_model_len=2048", "variants.other: serve.max_model_len=2048 contradicts the default"),
+    ],
+)
+def test_a_line_that_contradicts_what_is_shared_is_refused_with_both_lines_as_typed(checkout, line, says):
+    assert any(fault.startswith(says) for fault in refused(checkout, f"method=rtn {line}")), line
+
+
+def test_the_baselines_own_line_is_compared_with_too(checkout):
+    (fault, *_) = refused(checkout, "method=rtn", baseline="method=float evaluate.max_tokens=5000")
+    assert "the default evaluate.max_tokens=100000 contradicts baseline: evaluate.max_tokens=5000" in fault
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "calibration.seed=3", "calibration=demo calibration.n_samples=4", "tasks=none", "tasks.engines=[reference]",
+        "tasks.local.last_word=null", "speed=none", "convert.shard_size=1GB", "model.path=A", "evaluate.restore.layers=1",
+        "tasks=none serve.max_model_len=2048", "serve.smoke.prompts=['A transaction is']", "evaluate.limits.kl_divergence=1",
+    ],
+)  # fmt: skip
+def test_a_line_may_override_what_is_a_variants_own(checkout, line):
+    lines = {"shared": SHARED, "variants": {"other": f'method=rtn "{line}"' if "'" in line else f"method=rtn {line}"}}
+    (checkout / "params.yaml").write_text(yaml.safe_dump({**lines, "baseline": "method=float"}))
+    assert freeze(checkout, "other").is_file()
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("variants.one", "variants: {one: bits=8 method=gptq bits=4}"),
+        ("shared", "shared: model=demo model=custom\nvariants: {one: method=gptq}"),
+        ("variants.one", "variants: {one: method=rtn +method.sym=true ++method.sym=false}"),
+    ],
+)
+def test_an_option_that_a_line_gives_twice_is_refused(checkout, place, text):
+    (checkout / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"params\.yaml: {place}: .* and .*: both set .*; keep one of them"):
+        freeze(checkout, "one")
+
+
+@pytest.mark.parametrize("text", ["a: method=rtn\n  a: method=awq", "1: method=rtn\n  '1': method=awq"])
+def test_a_variant_that_is_named_twice_is_refused(checkout, text):
+    (checkout / "params.yaml").write_text(f"variants:\n  {text}\n")
+    with pytest.raises(UserError, match=r"is given twice, in line 2 and in line 3|two variants are called 1"):
+        freeze(checkout, "a")

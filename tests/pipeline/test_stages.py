@@ -58,7 +58,7 @@ def test_dvc_has_the_stages_of_the_table_in_its_order_and_the_baselines_beside_t
     assert sorted(each) == sorted(PIPELINE)
     assert [name for name in each if name != "download"] == [name for name in PIPELINE if name != "download"]
     of_the_baseline = {name.removesuffix("_baseline") for name in pipeline if name.endswith("_baseline")} - {"compose"}
-    assert of_the_baseline == set(names(lambda stage: stage.beside_float))
+    assert of_the_baseline == set(names(lambda stage: bool(stage.beside_float)))
     assert of_the_baseline < set(baseline_stages())
 
 
@@ -72,7 +72,7 @@ def test_a_stage_depends_on_the_outputs_of_those_it_follows_and_on_the_baselines
             for earlier in stage.after:
                 home = "shared" if STAGES[earlier].shared else variant
                 assert f"artifacts/{home}/{earlier}" in found, (name, earlier)
-            assert (f"artifacts/float/{name}" in found) == stage.beside_float, name
+            assert (f"artifacts/float/{name}" in found) == bool(stage.beside_float), name
 
 
 def test_no_entry_names_a_source_file_but_compose(pipeline):

@@ -84,3 +84,7 @@ class TasksConfig(Section):
         """Whether any task is to be run."""
         local = self.local.last_word is not None or self.local.multiple_choice is not None
         return bool(self.engines and (local or self.standard))
+
+
+# The options that decide which items are asked, by which engines. Scores are compared item by item.
+ITEM_KEYS = ("engines", "path", "format", "text_field", "seed", "limit", "local", "standard")

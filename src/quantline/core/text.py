@@ -15,7 +15,14 @@ def nearest(word: str, allowed: list[str]) -> str:
 
 def alternatives(values: Iterable[object]) -> str:
     """`a, b or c`, each value as it is written in a configuration."""
-    return _joined(["null" if value is None else str(value).lower() for value in values], "or")
+    return _joined([as_configured(value) for value in values], "or")
+
+
+def as_configured(value: object) -> str:
+    """A value as it is written in a configuration."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def listed(words: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ DVC's own Hydra mode recomposes only when params.yaml changes, not when conf/ do
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.files import replaced
 from quantline.core.text import nearest
+from quantline.pipeline.agreement import BASELINE_LINE, SHARED_LINE, refuse_contradictions
 from quantline.pipeline.config import parse
 from quantline.pipeline.hydra_values import plain
 from quantline.pipeline.identity import backends_of, locks_of
+from quantline.pipeline.overrides import split
 from quantline.pipeline.paths import checked_name
+from quantline.pipeline.yaml_file import read_yaml
 
 _HEADER = "# Made by `python -m stages.compose variant={name}`; edit conf/ or params.yaml instead.\n"
 _HYDRA = {"output_subdir": None, "run": {"dir": "."}, "sweep": {"dir": ".", "subdir": "."}}
@@ -30,17 +33,15 @@ def read_params(params: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing or malformed, or a name is not valid as the name of a folder.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(params.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{params.name}: {error.strerror}; this file names the variants to build") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{params.name} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(params, "this file names the variants to build")
     if not isinstance(content, dict) or not isinstance(content.get("variants"), dict):
         raise UserError(f"{params.name}: needs `variants:`, a mapping of names to overrides such as method=gptq bits=4")
-    variants = {checked_name(str(key)): value for key, value in content["variants"].items()}
+    variants: dict[str, Any] = {}
+    for key, value in content["variants"].items():
+        name = checked_name(str(key))
+        if name in variants:
+            raise UserError(f"{params.name}: two variants are called {name}; give each a name of its own")
+        variants[name] = value
     if BASELINE in variants:
         raise UserError(f"{params.name}: a variant cannot be called {BASELINE}, the name of the baseline")
     return {**content, "variants": {BASELINE: content.get("baseline"), **variants}}
@@ -52,42 +53,64 @@ def variant_overrides(params: Path, name: str) -> list[str]:
     Raises:
         UserError: params.yaml is missing or malformed, or names no such variant.
     """
+    lines = _lines(params, name)
+    return [*lines[SHARED_LINE], *next(line for where, line in lines.items() if where != SHARED_LINE)]
+
+
+def _lines(params: Path, name: str) -> dict[str, list[str]]:
+    """The overrides that are shared, and the variant's own, each by its place in params.yaml."""
     content = read_params(params)
-    lines: dict[str, Any] = content["variants"]
-    if name not in lines:
-        hint = nearest(name, list(lines))
-        raise UserError(f"variant={name}: {params.name} names {', '.join(lines)}{hint}")
-    overrides = []
-    for key, line in (("shared", content.get("shared")), (f"variants.{name}", lines[name])):
-        if line is not None and not isinstance(line, str):
-            raise UserError(f"{params.name}: {key} is {line!r}; give overrides as one line of text")
-        try:
-            overrides.extend(shlex.split(line or ""))
-        except ValueError as error:
-            raise UserError(f"{params.name}: {key} is {line!r}: {error}; quote it as in a shell") from error
-    return overrides
+    variants: dict[str, Any] = content["variants"]
+    if name not in variants:
+        hint = nearest(name, list(variants))
+        raise UserError(f"variant={name}: {params.name} names {', '.join(variants)}{hint}")
+    places = {SHARED_LINE: content.get("shared"), place_of(name): variants[name]}
+    return {where: split(line, f"{params.name}: {where}") for where, line in places.items()}
+
+
+def place_of(name: str) -> str:
+    """Where params.yaml has the line of a variant."""
+    return BASELINE_LINE if name == BASELINE else f"variants.{name}"
+
+
+def compose_values(conf: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """conf/ with overrides, as plain values."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
+        return plain(compose("config", overrides=list(overrides)))
 
 
 def freeze(root: Path, name: str) -> Path:
     """Compose and validate a variant and write `variants/<name>.yaml`.
 
     Raises:
-        UserError: its line does not give a valid configuration.
+        UserError: see `frozen_variant`.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+    return write_frozen(root, name, frozen_variant(root, name))
 
+
+def frozen_variant(root: Path, name: str) -> dict[str, Any]:
+    """The whole configuration of a variant of params.yaml, as plain values.
+
+    Raises:
+        UserError: its line does not give a valid configuration, or contradicts what it shares with the other variants.
+    """
     checked_name(name)
-    overrides = variant_overrides(root / "params.yaml", name)
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
-        values = plain(compose("config", overrides=overrides))
+    conf, lines = root / "conf", _lines(root / "params.yaml", name)
+    overrides = [override for line in lines.values() for override in line]
+    values = compose_values(conf, overrides)
     config = parse(values)
     if (config.method.name == BASELINE) != (name == BASELINE):
         raise UserError(f"variant={name}: method={config.method.name} is only for the variant called {BASELINE}")
-    values["frozen"] = {"variant": name, "overrides": " ".join(overrides), "backends": backends_of(config)}
+    if name != BASELINE:
+        of_float = _lines(root / "params.yaml", BASELINE)
+        refuse_contradictions(config, lines, of_float, lambda own: parse(compose_values(conf, own)))
+    values["frozen"] = {"variant": name, "overrides": shlex.join(overrides), "backends": backends_of(config)}
     values["frozen"]["locks"] = locks_of(values["frozen"]["backends"], root)
-    return write_frozen(root, name, values)
+    return values
 
 
 def write_frozen(root: Path, name: str, values: Mapping[str, Any]) -> Path:

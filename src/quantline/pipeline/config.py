@@ -26,6 +26,7 @@ from quantline.config.speed import SpeedConfig, speed_faults
 from quantline.config.tasks import TasksConfig
 from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import ConfigError
+from quantline.core.text import as_configured
 from quantline.quantization.requirements import method_faults
 from quantline.toolchains.environments import HEALTH_CHECKS
 
@@ -137,14 +138,8 @@ def _describe(fault: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{key}: is missing; give it a value"
     if kind == "literal_error":
-        return f"{key}={_shown(given)}: allowed are {fault['ctx']['expected'].replace(chr(39), '')}"
-    return f"{key}={_shown(given)}: {_lower(fault['msg'])}"
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return f"{key}={as_configured(given)}: allowed are {fault['ctx']['expected'].replace(chr(39), '')}"
+    return f"{key}={as_configured(given)}: {_lower(fault['msg'])}"
 
 
 def _lower(message: str) -> str:
@@ -172,7 +167,7 @@ def _source_faults(values: Mapping[str, Any]) -> list[str]:
             )
         elif model.get("repo") and not re.fullmatch(r"[0-9a-f]{40}", str(model.get("revision") or "")):
             faults.append(
-                f"model.revision={_shown(model.get('revision'))}: give the commit of {model['repo']}, 40 hex digits; "
+                f"model.revision={as_configured(model.get('revision'))}: give the commit of {model['repo']}, 40 hex digits; "
                 "branches and tags move"
             )
     if isinstance(calibration, Mapping) and isinstance(calibration.get("sources"), Mapping):

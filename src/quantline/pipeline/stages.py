@@ -12,11 +12,13 @@ from typing import Any
 
 from quantline.config.evaluate import WINDOW_KEYS
 from quantline.config.method import BASELINE
+from quantline.config.tasks import ITEM_KEYS
 from quantline.pipeline import options
 from quantline.pipeline.config import Config
 from quantline.quantization.capabilities import CALIBRATED
 
 _SERVING = ("serve.runtime", "serve.max_model_len", "serve.dtype", "serve.enforce_eager")
+_GENERATIONS = tuple(f"evaluate.generations.{key}" for key in ("prompts", "prompt_tokens", "new_tokens"))
 _WINDOWS = tuple(f"evaluate.{key}" for key in WINDOW_KEYS)
 
 
@@ -33,7 +35,8 @@ class Stage:
         exact: equal inputs give equal bytes. A server's answers are not exact.
         shared: all variants share one output.
         skipped: whether a configuration skips it.
-        beside_float: compares its output with the float baseline's output of the same stage.
+        beside_float: compares its output with the float baseline's output of the same stage. These are the options that
+            must then be the same for both.
         compared: its metrics are logged to the variant's own run, where variants are compared.
         gated: promoting a variant needs an up-to-date result of it.
         rebuilt: runs again when a variant is rebuilt.
@@ -49,7 +52,7 @@ class Stage:
     exact: bool = False
     shared: bool = False
     skipped: Callable[[Config], bool] = lambda config: False
-    beside_float: bool = False
+    beside_float: tuple[str, ...] = ()
     compared: bool = False
     gated: bool = False
     rebuilt: bool = False
@@ -87,15 +90,15 @@ _TABLE = (
     ),
     Stage(
         "serve_smoke", ("convert",), options.serve_smoke, (*_SERVING, "serve.smoke", *_WINDOWS, "device"), ("server",),
-        beside_float=True, compared=True, gated=True, rebuilt=True,
+        beside_float=("serve.smoke", *_WINDOWS), compared=True, gated=True, rebuilt=True,
     ),
     Stage(
         "evaluate", ("serve_smoke",), options.evaluate, ("evaluate",), ("reference",),
-        beside_float=True, compared=True, gated=True, rebuilt=True,
+        beside_float=("evaluate.level", *_WINDOWS, *_GENERATIONS), compared=True, gated=True, rebuilt=True,
     ),
     Stage(
         "tasks", ("serve_smoke",), options.tasks, ("tasks", *_SERVING, "device"), ("tasks", "server"),
-        beside_float=True, compared=True,
+        beside_float=(*(f"tasks.{key}" for key in ITEM_KEYS), "serve.max_model_len"), compared=True,
     ),
     Stage("speed", ("convert",), options.speed, ("speed", *_SERVING, "device"), ("server",), compared=True),
     Stage("noise", ("quantize",), options.noise, by_hand=True),

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from quantline.core.errors import UserError
+from quantline.pipeline.overrides import key_of, refuse_repeated, split, typed
+
+
+def test_the_option_of_an_override_is_known_in_all_of_hydras_forms():
+    assert [key_of(one) for one in ("bits=8", "+a.b=1", "++a.b=x=y", "~a.b")] == ["bits", "a.b", "a.b", "~a.b"]
+
+
+@pytest.mark.parametrize("line", ["bits=8 bits=4", "bits=8 +bits=8", "method=awq seed=1 method=gptq", "a.b=1 ++a.b=2"])
+def test_an_option_that_is_given_twice_is_refused_with_both(line):
+    first, *_, last = line.split()
+    with pytest.raises(UserError) as caught:
+        refuse_repeated(line.split())
+    assert str(caught.value).startswith(f"{first} ")
+    assert f"and {last}: both set" in str(caught.value)
+
+
+def test_an_option_and_its_section_are_two_things():
+    refuse_repeated(
+        ["calibration=demo", "calibration.seed=1", "evaluate.window=1", "evaluate.stride=1", "--cfg", "job"]
+    )
+
+
+def test_the_override_that_decides_is_the_options_own_wherever_it_stands():
+    assert typed(["model.path=A", "model=demo"], "model.path") == "model.path=A"
+    assert typed(["model.path=A", "model=demo"], "model.repo") == "model=demo"
+    assert typed(["modeling=1"], "model.repo") is None
+
+
+@pytest.mark.parametrize("line", [5, ["bits=8"], {"bits": 8}])
+def test_a_line_is_text(line):
+    with pytest.raises(UserError, match=r"shared is .*; give overrides as one line of text"):
+        split(line, "shared")
+
+
+def test_a_command_that_says_the_same_twice_is_refused(root):
+    command = [sys.executable, "-m", "stages.plan", "bits=8", "method=gptq", "bits=4"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: bits=8 and bits=4: both set bits; keep one of them\n")
