@@ -21,15 +21,24 @@ OPTIONS = [
 
 
 def restore(arguments: dict[str, str | None]) -> int:
+    from quantline.core.errors import QuantlineError
     from quantline.lifecycle.restore import restore as bring_back
+    from quantline.lifecycle.storage.dvc_lock import read_lock
     from stages.verify import verify
 
     restored = bring_back(ROOT, Path(str(arguments["from"])), name=arguments["snapshot"])
     print(f"{restored.snapshot}: {restored.objects} objects and {restored.files} files restored")
     for note in restored.notes:
         print(f"  note: {note}", file=sys.stderr)
-    done = subprocess.run([sys.executable, "-m", "dvc", "checkout", "--quiet"], cwd=ROOT, check=False)
-    return done.returncode or verify({})
+    made = sorted({output.stage for output in read_lock(ROOT)})  # dvc fails for a variant that was not run yet
+    command = [sys.executable, "-m", "dvc", "checkout", *made]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise QuantlineError(
+            f"the outputs are in DVC's cache, but `dvc checkout` failed:\n{(done.stdout + done.stderr).strip()}\n"
+            "Correct that; `python -m stages.verify` then lists what is missing, with the command that brings it"
+        )
+    return verify({})
 
 
 if __name__ == "__main__":

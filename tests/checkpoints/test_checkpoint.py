@@ -16,6 +16,7 @@ from quantline.checkpoints.checkpoint import (
     write_safetensors,
 )
 from quantline.checkpoints.layouts import LAYOUTS, dequantize, quantize_rtn
+from quantline.checkpoints.quantization_config import describe
 from quantline.checkpoints.safetensors_file import numpy_dtype
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
@@ -35,6 +36,13 @@ def sharded(folder: Path, shards: dict[str, dict[str, np.ndarray]], weight_map: 
     index = {"metadata": {}, "weight_map": listed if weight_map is None else weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def test_a_layout_that_config_json_cannot_describe_is_refused_with_those_that_it_can():
+    with pytest.raises(
+        CheckpointError, match=r"msmodelslim: config\.json cannot describe it; it describes awq_gemm, .*, bits"
+    ):
+        describe("msmodelslim", bits=8, group_size=-1, symmetric=True)
 
 
 # Headers

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 
 import pytest
 
-from quantline.core.errors import UserError
+from quantline.core.errors import QuantlineError, UserError
 from quantline.lifecycle import backup as backups
 from quantline.lifecycle import restore as restores
 from quantline.lifecycle.backup import backup, remove_stale
 from quantline.lifecycle.restore import restore
 from quantline.lifecycle.storage.dvc_cache import all_objects
 from quantline.lifecycle.verify import verify
+from stages import restore as restore_stage
+from stages import verify as verify_stage
 
 
 def track(project, text="metrics"):
@@ -157,13 +160,62 @@ def test_uncommitted_changes_are_not_replaced(saved, tmp_path):
         restore(clone.root, folder)
 
 
-def test_a_backup_of_a_changed_checkout_says_so_and_holds_the_patch(project, tmp_path):
+def test_the_advice_that_is_printed_brings_uncommitted_changes_back(project, tmp_path, monkeypatch, capsys):
+    code = project.root / "make.py"
+    code.write_text(code.read_text() + "# changed\n")
+    (project.root / "picture").write_bytes(bytes(range(256)))
+    project.git("add", "picture")
+    project.git("config", "diff.noprefix", "true")
+    project.variants(one="a", two="b", three="c")
+    project.git("config", "commit.gpgsign", "false")
+    (project.root / "mine.py").write_text("")
+    assert backup(project.root, tmp_path / "backup").left_out == ("mine.py",)
+    clone = project.clone(tmp_path / "clone")
+    monkeypatch.setattr(restore_stage, "ROOT", clone.root)
+    monkeypatch.setattr(verify_stage, "ROOT", clone.root)
+    assert restore_stage.restore({"from": str(tmp_path / "backup"), "snapshot": None}) == 0
+    said = capsys.readouterr().err
+    (advice,) = re.findall("`(git apply.*?)`", said)
+    clone.run(*advice.split())
+    for name in ("make.py", "picture", "params.yaml", "dvc.lock"):
+        assert (clone.root / name).read_bytes() == (project.root / name).read_bytes()
+
+
+def test_a_changed_params_yaml_alone_needs_no_patch(project, tmp_path):
     project.variants(one="a", two="b", three="c")
     backup(project.root, tmp_path / "backup")
     clone = project.clone(tmp_path / "clone")
-    restored = restore(clone.root, tmp_path / "backup")
-    assert "backup.patch" in restored.notes[0]
-    assert "+  three: c" in (clone.root / "backup.patch").read_text()
+    assert restore(clone.root, tmp_path / "backup").notes == ()
+    assert "three: c" in (clone.root / "params.yaml").read_text()
+
+
+def test_the_same_code_is_had_by_restoring_at_the_commit_of_the_backup_as_is_advised(project, tmp_path):
+    code = project.root / "make.py"
+    code.write_text(code.read_text() + "# changed\n")
+    backup(project.root, tmp_path / "backup")
+    text = code.read_text()
+    code.write_text("# quite different\n")
+    project.git("commit", "-qam", "later")
+    notes = restore(project.clone(tmp_path / "later").root, tmp_path / "backup").notes
+    clone = project.clone(tmp_path / "clone")
+    checkout, apply = (re.findall("`(git .*?)`", note)[0] for note in notes)
+    clone.run(*checkout.split())
+    (note,) = restore(clone.root, tmp_path / "backup").notes
+    assert apply in note
+    clone.run(*apply.split())
+    assert (clone.root / "make.py").read_text() == text
+
+
+def test_a_checkout_by_dvc_that_fails_says_why(saved, tmp_path, monkeypatch):
+    project, folder, _ = saved
+    clone = project.clone(tmp_path / "clone")
+    (clone.root / "artifacts").symlink_to(tmp_path / "disk that is not mounted")
+    monkeypatch.setattr(restore_stage, "ROOT", clone.root)
+    with pytest.raises(
+        QuantlineError,
+        match=r"`dvc checkout` failed:\n.*clone/artifacts/one(.|\n)*`python -m stages\.verify` then lists",
+    ):
+        restore_stage.restore({"from": str(folder), "snapshot": None})
 
 
 def test_a_dvc_lock_that_was_cut_off_is_not_backed_up(project, tmp_path):

@@ -53,7 +53,8 @@ def section_of(layout: str, wanted: Description) -> dict[str, Any]:
     """
     known = LAYOUTS.get(layout)
     if known is None or known.config is None:
-        raise CheckpointError(f"{layout}: has no section in config.json; use one of layouts.LAYOUTS that has one")
+        described = [name for name, one in LAYOUTS.items() if one.config is not None]
+        raise CheckpointError(f"{layout}: config.json cannot describe it; it describes {', '.join(described)}")
     return known.config.describe(wanted)
 
 

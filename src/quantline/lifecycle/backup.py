@@ -27,7 +27,7 @@ from typing import Any
 from quantline.core.errors import UserError
 from quantline.core.files import replaced, room, sha256_of, write_json
 from quantline.lifecycle.storage import dvc_cache, dvc_lock
-from quantline.pipeline.git import commit_of, patch_of
+from quantline.pipeline.git import commit_of, untracked, whole_patch
 
 SCHEMA = 1
 FILES = ("params.yaml", "dvc.yaml", "dvc.lock")
@@ -36,12 +36,13 @@ DATABASE, ARTIFACTS, PATCH = "mlflow.db", "mlartifacts", "backup.patch"
 
 @dataclass(frozen=True)
 class Saved:
-    """A finished backup. copied: number of new objects."""
+    """A finished backup. copied: number of new objects. left_out: files that git neither tracks nor ignores."""
 
     snapshot: Path
     objects: int
     bytes: int
     copied: int
+    left_out: tuple[str, ...]
 
 
 def backup(root: Path, to: Path, *, also: Collection[str] = ()) -> Saved:
@@ -69,16 +70,17 @@ def backup(root: Path, to: Path, *, also: Collection[str] = ()) -> Saved:
             store.keep_md5(dvc_cache.object_path(cache, md5), md5)
         files.update(_tracking_files(root, store))
         commit, dirty = commit_of(root)
-        patch = patch_of(root) if dirty else None
+        patch = whole_patch(root, FILES) if dirty else b""  # those of FILES are saved whole
         if patch:
-            files[PATCH] = store.keep_text(patch)
+            files[PATCH] = store.keep_bytes(patch)
         manifest = {
             "schema": SCHEMA, "root": str(root), "commit": commit, "md5": store.md5, "files": files,
             "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }  # fmt: skip
         snapshot = to / "snapshots" / f"{_stamp(to)}.json"
         write_json(snapshot, manifest)
-    return Saved(snapshot, len(store.md5) + len(files), store.bytes, store.copied)
+    left_out = [name for name in untracked(root) if name not in files]
+    return Saved(snapshot, len(store.md5) + len(files), store.bytes, store.copied, tuple(left_out))
 
 
 def _stamp(to: Path) -> str:
@@ -131,10 +133,10 @@ class _Store:
         self.bytes += size
         return {"sha256": sha256, "size": size}
 
-    def keep_text(self, text: str) -> dict[str, Any]:
+    def keep_bytes(self, content: bytes) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="quantline-backup-") as scratch:
-            path = Path(scratch) / "text"
-            path.write_text(text, encoding="utf-8", errors="surrogateescape")
+            path = Path(scratch) / "content"
+            path.write_bytes(content)
             return self.keep(path)
 
 

@@ -12,7 +12,15 @@ from typing import Any
 
 from quantline.core.errors import UserError
 from quantline.core.files import room
-from quantline.lifecycle.backup import ARTIFACTS, DATABASE, check_objects, copy_hashed, object_file, read_snapshot
+from quantline.lifecycle.backup import (
+    ARTIFACTS,
+    DATABASE,
+    PATCH,
+    check_objects,
+    copy_hashed,
+    object_file,
+    read_snapshot,
+)
 from quantline.lifecycle.storage import dvc_cache
 from quantline.lifecycle.storage.dvc_lock import held
 from quantline.pipeline.git import commit_of
@@ -141,11 +149,16 @@ def _move(staging: Path, root: Path, names: list[str]) -> None:
 def _notes(root: Path, manifest: dict[str, Any]) -> list[str]:
     notes = []
     commit = commit_of(root)[0]
-    if manifest.get("commit") and commit != manifest["commit"]:
+    other = manifest.get("commit") and commit != manifest["commit"]
+    if other:
         notes.append(
             f"the backup was made at commit {manifest['commit'][:12]}, this clone is at {(commit or 'none')[:12]}; with "
-            "other code `dvc repro` may run stages again"
+            f"other code `dvc repro` may run stages again. For the same code, `git checkout {manifest['commit'][:12]}` in a "
+            "fresh clone, then restore there"
         )
-    if "backup.patch" in manifest["files"]:
-        notes.append("the checkout had uncommitted changes; they are in backup.patch (for `git apply`)")
+    if PATCH in manifest["files"]:
+        notes.append(
+            f"the checkout had uncommitted changes of its code; they are in {PATCH}: "
+            + (f"`git apply {PATCH}` in that clone" if other else f"`git apply {PATCH}`")
+        )
     return notes
