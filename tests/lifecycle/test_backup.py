@@ -213,7 +213,7 @@ def test_a_checkout_by_dvc_that_fails_says_why(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(restore_stage, "ROOT", clone.root)
     with pytest.raises(
         QuantlineError,
-        match=r"`dvc checkout` failed:\n.*clone/artifacts/one(.|\n)*`python -m stages\.verify` then lists",
+        match=r"`dvc checkout` failed:\n.*clone/artifacts/(.|\n)*`python -m stages\.verify` then lists",
     ):
         restore_stage.restore({"from": str(folder), "snapshot": None})
 
