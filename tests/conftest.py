@@ -10,8 +10,13 @@ from checkout_paths import ROOT
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """With two processes a file's tests stay together, and all of e2e does: their fixtures run for minutes."""
+    """With two processes a file's tests stay together, and all of e2e does: their fixtures run for minutes.
+
+    Tests that run DVC's commands in a small project count as e2e, too: each command takes a second.
+    """
     for item in items:
+        if "project" in item.fixturenames or "built_project" in item.fixturenames:
+            item.add_marker(pytest.mark.e2e)
         place = item.path.parent.name if item.path.parent.name == "e2e" else str(item.path)
         item.add_marker(pytest.mark.xdist_group(place))
 

@@ -51,6 +51,7 @@ def test_the_documented_command_makes_a_checkpoint_with_its_proof(root, tmp_path
     assert scratch == (set((root / "scratch").glob("*")) if (root / "scratch").is_dir() else set())
 
 
+@pytest.mark.e2e
 def test_auto_recognises_what_a_folder_holds_and_converts_on(root, tmp_path, source):
     for target, folder, layout in (
         ("gptq", source, "gptq"), ("compressed_tensors", tmp_path / "gptq", "compressed_tensors"),
@@ -109,6 +110,7 @@ convert()
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_leaves_no_checkpoint_and_can_be_run_again(root, tmp_path, source, how):
     out = tmp_path / "out"

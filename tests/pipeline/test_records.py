@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 
 import pytest
 import yaml
@@ -64,15 +66,26 @@ class Pipeline:
         return pipeline_records(self.folder)
 
 
-@pytest.fixture
-def pipeline(root, tmp_path):
-    made = Pipeline(root, tmp_path)
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """Every stage has run once, for all tests of this file."""
+    made = Pipeline(root, tmp_path_factory.mktemp("pipeline"))
     for stage in ("download", "serve_smoke", "evaluate", "tasks"):
         made.run(stage, "float")
     for name in LINES:
         for stage in EACH[1:]:
             made.run(stage, name)
     return made
+
+
+@pytest.fixture
+def pipeline(whole, tmp_path):
+    """A copy of it that a test may change."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(whole.folder, folder, symlinks=True)
+    copied = copy.copy(whole)
+    copied.folder, copied.composed = folder, dict(whole.composed)
+    return copied
 
 
 def test_every_variant_comes_with_all_its_stages_the_baseline_first(pipeline):
