@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 @stage("convert")
 def convert(run: StageRun) -> None:
+    from quantline.conversion.architecture import LABEL, MODULE
     from quantline.conversion.convert import convert as write_converted
     from quantline.pipeline.convert_folder import convert_folder, serving_target
 
@@ -22,7 +23,10 @@ def convert(run: StageRun) -> None:
     run.refuse_float()
     source = run.input("quantize")
     with run.output() as out:
-        proof = write_converted(source, out, run.config.convert, serving=serving)
+        proof = write_converted(
+            source, out, run.config.convert, serving=serving,
+            run_worker=lambda job: run.side_worker("reference", MODULE, job, LABEL),
+        )  # fmt: skip
         run.metrics.update(proof.metrics)
         run.warnings.extend(proof.warnings)
         run.files.append("conversion_proof.json")

@@ -69,6 +69,8 @@ COVERED = {
     "toolchains/workers/quantizers/output": "tests/toolchains/workers/quantizers/test_native.py",
     "toolchains/workers/quantizers/resume_layers": "tests/toolchains/workers/quantizers/test_resume_files.py",
     "toolchains/workers/quantizers/rounding": "tests/toolchains/workers/quantizers/test_autoawq.py",
+    "toolchains/workers/reference/accounting": "tests/toolchains/workers/reference/test_engine.py",
+    "toolchains/workers/reference/architecture": "tests/conversion/test_architecture.py",
     "toolchains/workers/reference/layer_errors": "tests/quantization/test_layer_errors.py",
     "toolchains/workers/reference/linear_locations": "tests/quantization/test_layer_errors.py",
     "toolchains/workers/vllm_bench": "tests/evaluation/speed/test_speed_vllm.py",

@@ -140,6 +140,22 @@ def write_quantized(
     return config
 
 
+def write_whole(folder: Path, layout: str, *, layers: int = 2, tied: bool = False, bits: int = 4) -> Path:
+    """A whole Qwen2 of some layers, all linears but the output layer quantized in groups of 64."""
+    folder.mkdir(parents=True)
+    weights = float_weights(128, 256, tied=tied, layers=layers)
+    for name in [name for name in weights if "proj.weight" in name]:
+        linear = quantize_rtn(weights.pop(name), bits, 64, symmetric=True)
+        stored = LAYOUTS[layout].write(linear)
+        weights.update({name.replace("weight", suffix): tensor for suffix, tensor in stored.items()})
+    section = describe(layout, bits=bits, group_size=64, symmetric=True, modules_to_not_convert=["lm_head"])
+    config = float_config(128, 256, tied=tied, layers=layers)
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": section}))
+    write_safetensors(folder / "model.safetensors", weights)
+    write_tokenizer(folder)
+    return folder
+
+
 def w8a8_config(ignored: list[str]) -> dict[str, Any]:
     """compressed-tensors: int8 weights by output channel, int8 activations by token."""
     fixed = {"num_bits": 8, "type": "int", "symmetric": True}

@@ -8,12 +8,14 @@ equal up to the cast that the proof names. Everything that a target cannot hold 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quantline.checkpoints.layouts import Layout
 from quantline.checkpoints.layouts.choice import converted
 from quantline.config.convert import ConvertConfig
+from quantline.conversion.architecture import RunWorker, check_architecture
 from quantline.conversion.config_files import write_description
 from quantline.conversion.facts import LayerFacts
 from quantline.conversion.passthrough import facts_of_kept, keep
@@ -54,6 +56,7 @@ def convert(
     kind: str = "auto",
     serving: Target | None = None,
     threads: int = 2,
+    run_worker: RunWorker | None = None,
 ) -> Proof:
     """Write the checkpoint in `source` to the empty folder `out`; the caller removes `out` if this raises.
 
@@ -65,6 +68,8 @@ def convert(
         serving: the target that should load the result, with its device. Rules against it become warnings of the proof;
             if `options.must_serve` is set, they raise.
         threads: number of worker threads.
+        run_worker: runs a job of the reference environment's worker that knows the architectures. Without it the proof
+            says that names and shapes were not checked against the architecture.
 
     Raises:
         ConversionError: all reasons against the conversion, before anything is written.
@@ -72,6 +77,7 @@ def convert(
         FormatError: codes that contradict the checkpoint's description, found while writing.
     """
     opened = open_source(source, kind)
+    opened, checked = check_architecture(opened, run_worker)
     symmetric = opened.info is not None and opened.info.symmetric
     layout = choose_layout(options.target, opened, symmetric)
 
@@ -87,6 +93,7 @@ def convert(
         requantize, limit = options.requantize_outliers, options.shard_bytes
         plan = make_plan(opened, layout, requantize=requantize, shard_bytes=limit)
         proof = _rewrite(plan, out, [*plan.warnings, *notes(plan.settings, plan.facts)], threads)
+    proof = replace(proof, architecture=checked)
     proof.write(out)
     return proof
 

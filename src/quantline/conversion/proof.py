@@ -19,6 +19,7 @@ from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quanti
 from quantline.checkpoints.layouts import AffineLinear, Layout
 from quantline.checkpoints.layouts.affine import Grid
 from quantline.checkpoints.layouts.folder import FolderForm
+from quantline.conversion.architecture import NOT_CHECKED, ArchitectureCheck
 from quantline.conversion.errors import ProofError
 from quantline.core.files import write_json
 
@@ -80,6 +81,7 @@ class Proof:
     left_out_files: Mapping[str, str]
     warnings: Sequence[str]
     files: Mapping[str, str] = field(default_factory=dict)
+    architecture: ArchitectureCheck = NOT_CHECKED
 
     @property
     def requantized(self) -> list[dict[str, Any]]:
@@ -116,6 +118,7 @@ class Proof:
                 tensor.name: {"source": tensor.source, "sha256": tensor.sha256, "bytes": tensor.nbytes}
                 for tensor in self.carried
             },
+            "architecture": self.architecture.entry(),
             "left_out": {"tensors": dict(self.left_out_tensors), "files": dict(self.left_out_files)},
             "files": dict(self.files),
         })  # fmt: skip
@@ -131,6 +134,7 @@ class Proof:
             f"  {counts['carried_tensors']} tensors carried over with equal SHA-256, "
             f"{counts['left_out_tensors']} tensors and {counts['left_out_files']} files left out",
         ]
+        lines.append(f"  {self.architecture.line()}")
         if self.requantized:
             lines.append(
                 f"  {counts['requantized_groups']} groups quantized again, largest error added "

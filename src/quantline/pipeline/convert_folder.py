@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from quantline.conversion.architecture import LABEL, MODULE, RunWorker
 from quantline.conversion.convert import convert
 from quantline.core.errors import UserError
 from quantline.core.files import building
 from quantline.pipeline.config import Config
 from quantline.serving.rules import Target
+from quantline.toolchains import environments
 from quantline.toolchains.environments import locked_version
+from quantline.toolchains.protocol import JobResult
+from quantline.toolchains.runner import run_worker
 
 if TYPE_CHECKING:
     from quantline.pipeline.run import StageRun
@@ -20,6 +27,21 @@ if TYPE_CHECKING:
 def serving_target(config: Config, root: Path, device: str) -> Target:
     """The serving target, with the version in the environment's lock file."""
     return Target("vllm", locked_version(root, "vllm", device), device, config.serve.dtype)
+
+
+@contextmanager
+def _reference(run: StageRun) -> Iterator[RunWorker | None]:
+    """Runs jobs in the environment `reference`; None where it is not built, since a conversion alone does not need it."""
+    python = run.config.toolchains.get("reference")
+    toolchain = environments.ready(run.root, "reference", python=python, platform=run.device)
+    with tempfile.TemporaryDirectory(prefix="quantline-architecture-") as scratch:
+
+        def ask(job: dict[str, Any]) -> JobResult:
+            assert toolchain is not None
+            log = Path(scratch, "worker.log")
+            return run_worker(toolchain, MODULE, job, log=log, threads=run.config.threads, label=LABEL)
+
+        yield None if toolchain is None else ask
 
 
 def convert_folder(run: StageRun, serving: Target) -> None:
@@ -38,7 +60,7 @@ def convert_folder(run: StageRun, serving: Target) -> None:
         raise UserError(f"out={out}: exists and is not an empty folder; remove it or give another folder")
     if source.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"out={out}: lies within source.path={source}; give a folder outside of it")
-    with building(out) as partial:
-        proof = convert(source, partial, config.convert, kind=config.source.kind, serving=serving)
+    with building(out) as partial, _reference(run) as ask:
+        proof = convert(source, partial, config.convert, kind=config.source.kind, serving=serving, run_worker=ask)
     for line in [*proof.summary(), *(f"  note: {warning}" for warning in proof.warnings), f"convert -> {out}"]:
         print(line, file=sys.stderr)

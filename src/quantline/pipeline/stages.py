@@ -85,7 +85,8 @@ _TABLE = (
         exact=True, skipped=is_baseline, compared=True, gated=True, rebuilt=True, kept=False,
     ),
     Stage(
-        "convert", ("quantize",), options.convert, ("convert", "serve.runtime", "serve.dtype", "device"), ("server",),
+        "convert", ("quantize",), options.convert, ("convert", "serve.runtime", "serve.dtype", "device"),
+        ("reference", "server"),
         exact=True, skipped=is_baseline, gated=True, rebuilt=True,
     ),
     Stage(

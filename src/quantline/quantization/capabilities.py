@@ -79,6 +79,13 @@ def knows(backend: str, method: str, model_type: str) -> bool:
     return families is None or model_type in families
 
 
+@cache
+def claimed_families() -> frozenset[str]:
+    """The model types that a backend names as its own, with any method."""
+    named = [able(backend, method)["families"] for backend, entry in table().items() for method in entry["methods"]]
+    return frozenset(family for families in named for family in families or ())
+
+
 def faults(backend: str, requirements: Requirements) -> list[str]:
     """The requirements that a backend does not meet, each with the option's name, its value, and what is allowed."""
     methods = table()[backend]["methods"]

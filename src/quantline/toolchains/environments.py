@@ -125,6 +125,14 @@ def ensure(root: Path, name: str, *, python: str | None = None, platform: str | 
     return Toolchain(name, interpreter, digest)
 
 
+def ready(root: Path, name: str, *, python: str | None = None, platform: str | None = None) -> Toolchain | None:
+    """As `ensure`, but None where the environment would have to be built."""
+    folder = environment_folder(root, name, platform)
+    if python is None and environment_state(folder) != sha256_of(lock_file(root, name, platform or detect_platform())):
+        return None
+    return ensure(root, name, python=python, platform=platform)
+
+
 def environment_state(folder: Path) -> str | None:
     """Hash of the lock file that an environment was built from; None if it is half built or missing."""
     state = folder / "quantline-state.json"

@@ -38,6 +38,7 @@ from quantline.checkpoints.checkpoint import (
 )
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
+from quantline.toolchains.workers.reference.accounting import config_of, unaccounted
 
 # Float32 values of one batch of logits: 1 GiB, unless a single window needs more.
 _MAX_LOGITS = 2**28
@@ -85,7 +86,7 @@ def load_model(folder: Path, device: str = "cpu") -> Any:
         raise JobError(str(error)) from error
     try:
         with torch.device("meta"):
-            config = _config_of(folder)
+            config = config_of(folder)
             attention = attention_of(config)
             skeleton = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=False, attn_implementation=attention
@@ -125,48 +126,20 @@ def _round_activations(folder: Path, model: Any, layers: Iterable[str], bits: in
         module.register_forward_pre_hook(rounded)
 
 
-def _config_of(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise JobError(f"{folder}: transformers cannot read its config.json: {error}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
 def _account(
     folder: Path, model: Any, loaded: Mapping[str, Any], state: Mapping[str, Any], quantized: Mapping[str, Any]
 ) -> None:
     import torch
 
-    faults = []
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        faults.append(f"has no tensor for {_names(missing)}")
-    mismatched = sorted(name for name, *_ in loaded["mismatched_keys"])
-    if mismatched:
-        faults.append(f"has tensors of another shape for {_names(mismatched)}")
     invented = {f"{layer}.bias" for layer in quantized}
-    leftover = sorted(
-        name for name in loaded["unexpected_keys"] if not (name in invented and not state[name].count_nonzero().item())
-    )
-    if leftover:
-        faults.append(f"has tensors that the model does not: {_names(leftover)}")
+    zeros = {name for name in invented & set(state) if not state[name].count_nonzero().item()}
+    faults = unaccounted(loaded, zeros)
     tied = model.config.get_text_config().tie_word_embeddings
     if tied and not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight):
         # transformers would load the head from the file, but a server might not.
         faults.append("has a head of its own, but config.json ties it to the embeddings (tie_word_embeddings)")
-    faults.extend(str(message) for message in loaded.get("error_msgs", ()))
     if faults:
         raise JobError(f"{folder}: {'; '.join(faults)}; does config.json belong to these weights?")
-
-
-def _names(names: list[str], shown: int = 5) -> str:
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest
 
 
 def plan_batches(offsets: NDArray[np.int64], batch_tokens: int) -> list[NDArray[np.int64]]:

@@ -1,0 +1,49 @@
+"""What transformers makes of a folder's config.json, and what its model lacks or has too much of a checkpoint's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantline.toolchains.protocol import JobError
+
+
+def config_of(folder: Path) -> Any:
+    """The config of a folder as transformers reads it, without its quantization.
+
+    Raises:
+        JobError: transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise JobError(f"{folder}: transformers cannot read its config.json: {error}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def unaccounted(loaded: Mapping[str, Any], zero_biases: set[str]) -> list[str]:
+    """What a model lacks, or has too much, or in another shape, by what transformers says about loading it.
+
+    zero_biases: of quantized linears, all zero; some quantizers add them to linears without a bias.
+    """
+    faults = []
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        faults.append(f"has no tensor for {_names(missing)}")
+    mismatched = sorted(f"{name} ({list(own)}, not {list(other)})" for name, own, other in loaded["mismatched_keys"])
+    if mismatched:
+        faults.append(f"has tensors of another shape for {_names(mismatched)}")
+    leftover = sorted(set(loaded["unexpected_keys"]) - zero_biases)
+    if leftover:
+        faults.append(f"has tensors that the model does not: {_names(leftover)}")
+    return [*faults, *(str(message) for message in loaded.get("error_msgs", ()))]
+
+
+def _names(names: list[str], shown: int = 5) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
