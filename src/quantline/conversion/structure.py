@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantline.checkpoints.linears import place_of
+from quantline.checkpoints.model_config import dimensions
 from quantline.conversion.source import Source
 from quantline.quantization.capabilities import claimed_families
 
@@ -72,7 +73,8 @@ def _unknown(config: Mapping[str, Any]) -> str | None:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in claimed_families():
         return f"layers of model_type={family!r} are not known to be alike"
-    if _layers(config) is None or _width(config) is None or _size(config, "vocab_size") is None:
+    numbers = dimensions(config)
+    if None in (numbers.layers, numbers.hidden, numbers.vocabulary):
         return "config.json lacks the number of layers, their width or the size of the vocabulary"
     needed = _SAYS_KINDS.get(family, ())
     if needed and not any(isinstance(config.get(key), list) for key in needed):
@@ -80,17 +82,9 @@ def _unknown(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _size(config: Mapping[str, Any], *keys: str) -> int | None:
-    values = [config[key] for key in keys if key in config]
-    return values[0] if values and type(values[0]) is int and values[0] > 0 else None
-
-
-def _layers(config: Mapping[str, Any]) -> int | None:
-    return _size(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-
-
-def _width(config: Mapping[str, Any]) -> int | None:
-    return _size(config, "hidden_size", "n_embd", "d_model")
+def _size(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    return value if type(value) is int and value > 0 else None
 
 
 def _names(tensors: Iterable[str]) -> list[str]:
@@ -133,8 +127,7 @@ def _mixed(dtypes: Mapping[str, str | None]) -> list[str]:
 
 
 def _family(config: Mapping[str, Any], tensors: Mapping[str, Held]) -> list[str]:
-    family, count = config["model_type"], _layers(config)
-    assert count is not None
+    family, count = config["model_type"], dimensions(config).layers or 0
     layers: dict[int, dict[str, Held]] = defaultdict(dict)
     outside: dict[str, Held] = {}
     stacks: set[str] = set()
@@ -158,7 +151,8 @@ def _family(config: Mapping[str, Any], tensors: Mapping[str, Held]) -> list[str]
 
 def _outside(config: Mapping[str, Any], outside: Mapping[str, Held], prefix: str) -> list[str]:
     """Faults of the embeddings, the final norm, the output layer, and of tensors that are none of these."""
-    family, rows, width = config["model_type"], config["vocab_size"], _width(config)
+    family, numbers = config["model_type"], dimensions(config)
+    rows, width = numbers.vocabulary, numbers.hidden
     inner = _size(config, "word_embed_proj_dim") or width
     known = [f"{prefix}{module}" for module in (*EMBEDDINGS, *NORMS, *OTHERS)] + [*HEADS]
     faults = [
