@@ -94,9 +94,9 @@ def noise_floor(root: Path, fingerprint_of: Callable[[int], str]) -> dict[str, A
         runs, low and high (smallest and largest nll_difference), seeds, and the result's output_hash; None if it was not
         measured.
     """
-    from quantline.pipeline.paths import read_result
+    from quantline.pipeline.paths import read_result, recorded
 
-    for path in sorted((root / "scratch").glob("*/noise.json")):
+    for path in recorded(root, "noise"):
         result = read_result(path)
         rows = result.get("tables", {}).get("runs", [])
         if rows and result.get("fingerprint") == fingerprint_of(len(rows)):

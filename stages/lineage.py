@@ -1,7 +1,8 @@
 """Show the lineage of a variant, stage by stage, or the first difference between two variants:
 `python -m stages.lineage variant=awq-w4-g128`, `python -m stages.lineage variant=awq-w4-g128 against=gptq-w4-g128`.
 
-Each is the name of a variant, a folder of results, or an MLflow run by its id, its fingerprint or a prefix of one.
+Each is the name of a variant of params.yaml, by-hand/NAME for a manual run, a folder of results, or an MLflow run by its
+id, its fingerprint or a prefix of one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ OPTIONS = [
     Option(
         "variant",
         "NAME",
-        "a variant of params.yaml or a manual run, a folder of results, or an MLflow run",
+        "a variant of params.yaml, by-hand/NAME for a manual run, a folder of results, or an MLflow run",
         required=True,
     ),
     Option("against", "NAME", "another variant: print the first value in which the two differ"),
@@ -56,10 +57,11 @@ def chain_of(cfg: DictConfig, given: str, root: Path) -> Lineage:
 
     from quantline.pipeline.hydra_values import plain
     from quantline.pipeline.lineage.chain import folder_lineage, local_lineage, require_lineage
+    from quantline.pipeline.paths import BY_HAND
 
-    found = local_lineage(root, given.removeprefix("by-hand/")) or folder_lineage(
-        Path(given).expanduser().absolute(), root
-    )
+    found = local_lineage(root, given)
+    if found is None and not given.startswith(BY_HAND):
+        found = folder_lineage(Path(given).expanduser().absolute(), root)
     if found is None and len(given) >= 6 and set(given) <= set("0123456789abcdef"):
         from quantline.lifecycle.tracking.reader import read_run, tracking_of
 

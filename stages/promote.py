@@ -10,7 +10,7 @@ from quantline.pipeline.command_line import Option
 from stages import ROOT, main
 
 OPTIONS = [
-    Option("variant", "NAME", "a variant of params.yaml, or a manual run", required=True),
+    Option("variant", "NAME", "a variant of params.yaml, or by-hand/NAME for a manual run", required=True),
     Option("alias", "NAME", "such as production", required=True),
 ]
 
@@ -29,14 +29,15 @@ def promote(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.lifecycle.tracking.reader import current_run, tracking_of
     from quantline.pipeline.config import parse
     from quantline.pipeline.hydra_values import plain
+    from quantline.pipeline.records import variant_record
 
     name, alias = str(arguments["variant"]), str(arguments["alias"])
     registry.check_alias(alias)
     values = plain(cfg)
-    record = promotion.record_of(ROOT, name)
+    record = variant_record(ROOT, name)
     tracking = tracking_of(values, HydraConfig.get().overrides.task, ROOT)
     config = parse({**record.config, "tracking": tracking.model_dump(), "promote": values["promote"]})
-    faults = faults_of({result["stage"]: result for result in record.results}, config.promote)
+    faults = faults_of({result["stage"]: result for result in record.results}, config.promote, record.remedy)
     if faults:
         raise GateError(f"{record.name} is not promoted, it fails these gates:\n  " + "\n  ".join(faults))
     record = promotion.with_whole_lock(record)

@@ -2,7 +2,7 @@ import pytest
 
 from quantline.core.errors import UserError
 from quantline.pipeline.config import parse
-from quantline.pipeline.paths import checked_name, derived_name, stage_paths
+from quantline.pipeline.paths import checked_name, derived_name, run_folder, stage_paths
 
 
 def name_of(composed, *overrides):
@@ -37,6 +37,26 @@ def test_long_names_are_cut_and_stay_distinct(composed):
 def test_names_that_are_no_safe_folder_are_refused(name):
     with pytest.raises(UserError):
         checked_name(name)
+
+
+@pytest.mark.parametrize("name", ["float", "shared", "report"])
+def test_names_of_other_folders_are_refused(name):
+    with pytest.raises(UserError, match=f"a variant cannot be called {name}"):
+        checked_name(name)
+
+
+def test_values_that_differ_in_signs_alone_give_different_names(composed):
+    names = {name_of(composed, f"evaluate.path='{path}'") for path in ("/a/b", "/a_b", "a b", "a.b")}
+    assert len(names) == 4
+    assert name_of(composed, "method=gptq", "method.damp_percent=0.1") == "gptq-w4-g128-damp_percent-0_1"
+
+
+def test_a_name_means_one_run(tmp_path):
+    assert run_folder(tmp_path, "one") == tmp_path / "artifacts" / "one"
+    assert run_folder(tmp_path, "by-hand/one") == tmp_path / "scratch" / "one"
+    assert run_folder(tmp_path, "by-hand/float/demo-1") == tmp_path / "scratch" / "float" / "demo-1"
+    for name in ("a/b", "by-hand/a/b", "by-hand/../artifacts/one", "shared", "by-hand/"):
+        assert run_folder(tmp_path, name) is None
 
 
 def test_the_download_has_one_place_for_all_variants(tmp_path):

@@ -12,7 +12,7 @@ from quantline.core.files import write_json
 from quantline.pipeline.compose import freeze
 from quantline.pipeline.config import parse
 from quantline.pipeline.execute import execute
-from quantline.pipeline.records import manual_record, pipeline_records
+from quantline.pipeline.records import manual_record, pipeline_records, variant_record
 from stages.evaluate import noise_floor
 
 LINES = {"one": "method=gptq bits=8", "two": "method=awq"}
@@ -160,18 +160,75 @@ def test_a_variant_by_hand_is_named_apart_from_the_pipelines(root, composed, tmp
             pass
 
     execute("convert", work, parse(composed("bits=4", "variant=one")), tmp_path, ("bits=4", "variant=one"))
-    record = manual_record(tmp_path, "one")
+    record = manual_record(tmp_path, "by-hand/one")
     assert record.name == "by-hand/one"
     assert record.overrides == "bits=4 variant=one"
     assert [result["stage"] for result in record.results] == ["convert"]
     saved = json.loads((tmp_path / "scratch" / "one" / "config.json").read_text())
     (tmp_path / "scratch" / "one" / "config.json").write_text(json.dumps({**saved, "config": composed("seed=3")}))
-    assert manual_record(tmp_path, "one").results == []
+    assert manual_record(tmp_path, "by-hand/one").results == []
+
+
+@pytest.fixture
+def by_hand(root, composed, tmp_path):
+    """Run stages by hand; each writes its name and reads the stage before it."""
+    for name in {"conf", "envs", "assets"} - {path.name for path in tmp_path.iterdir()}:
+        (tmp_path / name).symlink_to(root / name)
+
+    def run(name, *overrides, stages):
+        def work(run):
+            for earlier in {"calibrate": ["download"], "quantize": ["download", "calibrate"]}.get(run.stage, []):
+                run.input(earlier)
+            with run.output() as out:
+                (out / "file").write_text(run.stage)
+
+        options = (*overrides, f"variant={name}")
+        for stage in stages:
+            execute(stage, work, parse(composed(*options)), tmp_path, options)
+
+    return run
+
+
+def test_what_a_run_by_hand_took_from_another_belongs_to_its_record(by_hand, tmp_path, capsys):
+    by_hand("first", "method=gptq", stages=("download", "calibrate", "quantize"))
+    by_hand("second", "method=gptq", "bits=8", stages=("quantize",))
+    record = manual_record(tmp_path, "by-hand/second")
+    assert [result["stage"] for result in record.results] == ["download", "calibrate", "quantize"]
+    assert record.outputs["calibrate"] == tmp_path / "scratch" / "first" / "calibrate"
+    assert record.outputs["quantize"] == tmp_path / "scratch" / "second" / "quantize"
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_a_result_by_hand_of_other_options_is_left_out_with_the_command_that_makes_it(by_hand, tmp_path, capsys):
+    by_hand("one", "method=gptq", stages=("download", "calibrate", "quantize"))
+    by_hand("one", "method=gptq", "calibration.seed=5", stages=("calibrate",))
+    record = manual_record(tmp_path, "by-hand/one")
+    assert [result["stage"] for result in record.results] == ["download", "calibrate"]
+    command = "python -m stages.quantize method=gptq calibration.seed=5 variant=one"
+    assert capsys.readouterr().err.strip().endswith(f"quantize is of other options or code and was left out; to make it, "
+                                                    f"run: {command}")  # fmt: skip
+    assert record.remedy("quantize") == command
+    by_hand("one", *command.split()[3:-1], stages=("quantize",))
+    assert len(manual_record(tmp_path, "by-hand/one").results) == 3
+    assert capsys.readouterr().err.count("left out") == 0
+
+
+def test_a_record_is_that_of_the_run_with_exactly_that_name(pipeline, by_hand):
+    by_hand("one", "method=gptq", stages=("download",))
+    by_hand("three", "method=gptq", stages=("download", "calibrate"))
+    assert (
+        variant_record(pipeline.folder, "one").outputs["convert"] == pipeline.folder / "artifacts" / "one" / "convert"
+    )
+    assert variant_record(pipeline.folder, "by-hand/three").name == "by-hand/three"
+    with pytest.raises(UserError, match=r"variant=three: .*by-hand/three \(did you mean by-hand/three\?\)"):
+        variant_record(pipeline.folder, "three")
+    with pytest.raises(UserError, match="by-hand/two: is not one of the results here"):
+        variant_record(pipeline.folder, "by-hand/two")
 
 
 def test_a_name_under_which_nothing_was_run_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="scratch/one: no stage was run by hand under that name"):
-        manual_record(tmp_path, "one")
+    with pytest.raises(UserError, match="by-hand/one: no stage was run by hand under that name"):
+        manual_record(tmp_path, "by-hand/one")
 
 
 def test_only_a_noise_result_of_the_same_identity_is_taken(tmp_path):

@@ -185,8 +185,70 @@ def test_a_baseline_that_is_missing_names_its_command_without_the_methods_option
 def test_a_baseline_is_found_for_a_variant(checkout, config):
     execute("evaluate", write(), config("method=float"), checkout, ("method=float",))
     run = StageRun("evaluate", config("method=gptq", "bits=8"), checkout, ())
-    assert run.input("evaluate", baseline=True) == checkout / "scratch" / "float" / "evaluate"
+    (made,) = checkout.glob("scratch/float/demo-*/evaluate")
+    assert run.input("evaluate", baseline=True) == made
     assert list(run.inputs) == ["float/evaluate"]
+
+
+MODELS = [("model=custom", f"model.path=/models/{name}") for name in ("a", "b/model", "b_model")]
+MODELS += [("model.repo=a/a", f"model.revision={digit * 40}") for digit in "ab"]
+
+
+def test_two_models_by_hand_keep_their_downloads_and_their_baselines_apart(checkout, config):
+    for index, options in enumerate(MODELS):
+        for stage in ("download", "evaluate"):
+            execute(stage, write(text=f"{stage} {index}"), config(*options, "method=float"), checkout, options)
+    for index, options in enumerate(MODELS):
+        run = StageRun("evaluate", config(*options, "method=gptq", "variant=v1"), checkout, options)
+        assert (run.input("download") / "value").read_text() == f"download {index}"
+        assert (run.input("evaluate", baseline=True) / "value").read_text() == f"evaluate {index}"
+
+
+def test_two_models_by_hand_have_variants_of_different_names(config):
+    names = {StageRun("quantize", config(*options), None, options).variant for options in MODELS}
+    assert len(names) == len(MODELS)
+
+
+def test_the_baseline_by_hand_has_a_folder_that_no_name_takes(checkout, config):
+    execute("evaluate", write(), config("method=float"), checkout, ("method=float",))
+    for name in ("float", "shared"):
+        with pytest.raises(UserError, match=f"a variant cannot be called {name}"):
+            execute("evaluate", write(), config("method=gptq", f"variant={name}"), checkout, ())
+    with pytest.raises(
+        UserError, match=r"variant=v1: the float baseline of a model has its own folder, scratch/float/"
+    ):
+        execute("evaluate", write(), config("method=float", "variant=v1"), checkout, ())
+    assert names(checkout / "scratch") == ["float"]
+
+
+def test_a_frozen_variant_cannot_take_the_baselines_folder(checkout, frozen):
+    with pytest.raises(UserError, match="a variant cannot be called float"):
+        execute("evaluate", write(), frozen("float", "method=gptq"), checkout, ())
+
+
+def test_the_command_for_a_missing_baseline_makes_it_whatever_the_variants_options_are(checkout, composed):
+    options = (
+        "variant=v1", "method=gptq", "bits=8", "backend=gptqmodel", "dtype=float32", "calibration.n_samples=8",
+        "layers=uniform", "seed=3", "low_memory=false", "convert.target=gptq", "evaluate.max_tokens=100", "instruments=none",
+        "threads=4", "serve.max_model_len=512", "model.name=mine",
+    )  # fmt: skip
+    run = StageRun("evaluate", parse(composed(*options)), checkout, options)
+    with pytest.raises(UserError) as refused:
+        run.input("evaluate", baseline=True)
+    command = str(refused.value).rpartition("run: python -m stages.evaluate ")[2].split()
+    kept = ["evaluate.max_tokens=100", "instruments=none", "threads=4", "serve.max_model_len=512", "model.name=mine"]
+    assert command == ["method=float", *kept]
+    execute("evaluate", write(), parse(composed(*command)), checkout, command)
+    assert run.input("evaluate", baseline=True).is_relative_to(checkout / "scratch" / "float")
+
+
+def test_baselines_with_other_options_do_not_replace_each_other(checkout, config):
+    for tokens in (100, 200):
+        options = ("method=float", f"evaluate.max_tokens={tokens}")
+        execute("evaluate", write(text=str(tokens)), config(*options), checkout, options)
+    for tokens in (100, 200):
+        run = StageRun("evaluate", config("method=gptq", f"evaluate.max_tokens={tokens}"), checkout, ())
+        assert (run.input("evaluate", baseline=True) / "value").read_text() == str(tokens)
 
 
 def test_an_input_of_the_pipeline_that_is_missing_names_dvc(checkout, frozen):
@@ -212,7 +274,8 @@ def test_the_float_model_is_served_as_downloaded_and_a_variant_as_converted(chec
     for stage, option in (("download", "method=float"), ("convert", "method=gptq")):
         execute(stage, write(), config(option), checkout, ())
     served = StageRun("serve_smoke", config("method=float"), checkout, ()).checkpoint()
-    assert served == checkout / "scratch" / "shared" / "download" / "model"
+    (downloaded,) = checkout.glob("scratch/float/demo-*/download")
+    assert served == downloaded / "model"
     served = StageRun("serve_smoke", config("method=gptq"), checkout, ()).checkpoint()
     assert served == checkout / "scratch" / "gptq-w4-g128" / "convert"
 

@@ -15,24 +15,9 @@ from quantline.lifecycle.tracking.store import experiment_name
 from quantline.pipeline.config import Config
 from quantline.pipeline.lineage.chain import as_values, local_lineage, require_lineage
 from quantline.pipeline.lineage.report import as_text
-from quantline.pipeline.paths import stage_paths
-from quantline.pipeline.records import VariantRecord, manual_record, pipeline_records
+from quantline.pipeline.records import VariantRecord
 
 _DOCUMENTS = (("convert", "conversion_proof.json"), ("evaluate", "comparison.json"))
-
-
-def record_of(root: Path, name: str) -> VariantRecord:
-    """The record of a variant of params.yaml, else of a manual run with that name.
-
-    Raises:
-        UserError: neither exists.
-    """
-    records = {record.name: record for record in pipeline_records(root)}
-    if name in records:
-        return records[name]
-    if (root / "scratch" / name.removeprefix("by-hand/") / "config.json").is_file():
-        return manual_record(root, name.removeprefix("by-hand/"))
-    raise UserError(f"variant={name}: not found; the pipeline has {', '.join(records) or 'none yet, run `dvc repro`'}")
 
 
 def with_whole_lock(record: VariantRecord) -> VariantRecord:
@@ -48,7 +33,6 @@ def with_whole_lock(record: VariantRecord) -> VariantRecord:
             f"be kept and rebuilt; {REPAIR}, then promote again"
         )
     return record
-
 
 def model_name_of(config: Config) -> str:
     """The registered model's name: the configured name, else one from the float model's name."""
@@ -67,19 +51,17 @@ def promotion_of(record: VariantRecord, model: str, run_id: str, fingerprint: st
         root: the checkout.
     """
     results = {str(result["stage"]): result for result in record.results}
-    name, by_hand = record.name.rpartition("/")[2], "/" in record.name
-    home = root / ("scratch" if by_hand else "artifacts")
-    chain = require_lineage(local_lineage(root, name), name, root)
+    chain = require_lineage(local_lineage(root, record.name), record.name, root)
     documents = {
         "lineage.json": json.dumps(as_values(chain), indent=2, sort_keys=True), "lineage.txt": as_text(chain) + "\n",
         "evaluation.json": json.dumps(results["evaluate"]["metrics"], indent=2, sort_keys=True),
     }  # fmt: skip
     for stage, file in _DOCUMENTS:
-        path = stage_paths(home, name, stage).output / file
+        path = record.outputs[stage] / file
         if path.is_file():
             documents[file] = path.read_text(encoding="utf-8")
     return Promotion(
-        model, record.name, run_id, stage_paths(home, name, "convert").output, results["convert"]["outputs"],
+        model, record.name, run_id, record.outputs["convert"], results["convert"]["outputs"],
         _tags(record, results, fingerprint), documents, as_text(chain).rpartition("\n\n")[2],
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from quantline.config.promote import PromoteConfig
@@ -12,14 +12,19 @@ from quantline.pipeline.stages import names
 _NEEDED = names(lambda stage: stage.gated)
 
 
-def faults_of(results: Mapping[str, Mapping[str, Any]], gates: PromoteConfig) -> list[str]:
+def faults_of(
+    results: Mapping[str, Mapping[str, Any]],
+    gates: PromoteConfig,
+    remedy: Callable[[str], str] = lambda stage: "dvc repro",
+) -> list[str]:
     """Every gate that a variant fails, one sentence each; empty if it may be promoted.
 
     Args:
         results: the variant's up-to-date results by stage.
         gates: the limits in the configuration.
+        remedy: the command that makes the result of a stage.
     """
-    faults = [f"{stage}: has no up-to-date result; run `dvc repro`" for stage in _NEEDED if stage not in results]
+    faults = [f"{stage}: has no up-to-date result; run: {remedy(stage)}" for stage in _NEEDED if stage not in results]
     metrics = {stage: dict(result.get("metrics") or {}) for stage, result in results.items()}
     if "evaluate" in results:
         faults += _quality(metrics["evaluate"], gates.max_perplexity_increase)

@@ -11,6 +11,7 @@ from quantline.lifecycle.storage.dvc_lock import REPAIR
 from quantline.lifecycle.storage.dvc_outputs import unlocked_stages, with_locks
 from quantline.lifecycle.tracking.store import experiment_name
 from quantline.pipeline.config import Config
+from quantline.pipeline.paths import BY_HAND
 from quantline.pipeline.records import VariantRecord, manual_record
 
 
@@ -56,4 +57,5 @@ def _not_kept(records: Sequence[VariantRecord]) -> Iterator[str]:
 
 def publish_by_hand(config: Config, variant: str, root: Path) -> None:
     """Publish the results of a manual run; it has a time limit, since a user waits for the prompt."""
-    publish_records([manual_record(root, variant)], config, root, limit_seconds=2 * config.tracking.timeout_seconds)
+    record = manual_record(root, BY_HAND + variant)
+    publish_records([record], config, root, limit_seconds=2 * config.tracking.timeout_seconds)

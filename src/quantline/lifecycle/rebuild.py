@@ -94,9 +94,12 @@ def rebuild(
     return rebuilt
 
 
+def _is_baseline(run: TrackedRun) -> bool:
+    return (run.config.get("method") or {}).get("name") == BASELINE
+
+
 def _wanted(run: TrackedRun) -> list[str]:
-    baseline = (run.config.get("method") or {}).get("name") == BASELINE
-    return [stage for stage in run.results if stage in MADE_AGAIN and (baseline or STAGES[stage].kept)]
+    return [stage for stage in run.results if stage in MADE_AGAIN and (_is_baseline(run) or STAGES[stage].kept)]
 
 
 def _from_cache(run: TrackedRun, folder: Path, root: Path, remote: str | None) -> tuple[list[str], Rebuilt]:
@@ -156,7 +159,7 @@ def _from_source(run: TrackedRun, folder: Path, root: Path, making: RebuildOptio
         folder / "work", root, commit=run.commit, patch=run.patch, code=code, trust_patch=making.trust_patch
     )
     print(f"rebuilding from {area.origin}", file=sys.stderr, flush=True)
-    name = run.name.rpartition("/")[2]
+    name = BASELINE if _is_baseline(run) else run.name.rpartition("/")[2]
     config = runnable(run, stages, making.toolchains)
     area.freeze(name, config)
     if name != BASELINE:
@@ -183,8 +186,7 @@ def _stages(run: TrackedRun, until: str) -> list[str]:
     """The stages to run: up to the last recorded one, with those in between that a manual run took from another run."""
     candidates = MADE_AGAIN[: MADE_AGAIN.index(until) + 1]
     last = max((candidates.index(stage) for stage in run.results if stage in candidates), default=-1)
-    baseline = (run.config.get("method") or {}).get("name") == BASELINE
-    return [stage for stage in candidates[: last + 1] if not baseline or stage in baseline_stages()]
+    return [stage for stage in candidates[: last + 1] if not _is_baseline(run) or stage in baseline_stages()]
 
 
 def _other_input(run: TrackedRun, stage: str, made: str) -> Difference | None:

@@ -42,8 +42,6 @@ def read_params(params: Path) -> dict[str, Any]:
         if name in variants:
             raise UserError(f"{params.name}: two variants are called {name}; give each a name of its own")
         variants[name] = value
-    if BASELINE in variants:
-        raise UserError(f"{params.name}: a variant cannot be called {BASELINE}, the name of the baseline")
     return {**content, "variants": {BASELINE: content.get("baseline"), **variants}}
 
 
@@ -98,7 +96,6 @@ def frozen_variant(root: Path, name: str) -> dict[str, Any]:
     Raises:
         UserError: its line does not give a valid configuration, or contradicts what it shares with the other variants.
     """
-    checked_name(name)
     conf, lines = root / "conf", _lines(root / "params.yaml", name)
     overrides = [override for line in lines.values() for override in line]
     values = compose_values(conf, overrides)

@@ -17,7 +17,7 @@ from quantline.core.files import write_json
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.hydra_values import plain
 from quantline.pipeline.monitor.monitor import Monitor
-from quantline.pipeline.paths import checked_name, read_result
+from quantline.pipeline.paths import SAVED, read_result
 from quantline.pipeline.run import StageRun, stage_paths_of
 from quantline.pipeline.stages import STAGES, is_baseline, names
 from quantline.toolchains.environments import usable_platform
@@ -34,7 +34,7 @@ def execute(
     """Run one stage from a validated configuration and return its result."""
     started_at = time.time()
     run = StageRun(stage, config, root, tuple(overrides))
-    checked_name(run.variant)
+    places = run.paths  # before the work: it refuses a name that is not valid
     try:
         with Monitor() as monitor:
             work(run)
@@ -47,14 +47,14 @@ def execute(
     try:
         result = run.write_result(started_at)
     except BaseException:
-        shutil.rmtree(run.paths.output, ignore_errors=True)  # an output without its result is not usable
+        shutil.rmtree(places.output, ignore_errors=True)  # an output without its result is not usable
         raise
     if not run.frozen:
         saved = {"config": config.model_dump(exclude={"frozen"}), "overrides": shlex.join(overrides)}
-        write_json(run.home / run.variant / "config.json", saved)
+        write_json(run.home / run.variant / SAVED, saved)
     shown = "  ".join(f"{key}={value:.5g}" for key, value in sorted(run.metrics.items()))
-    where = run.paths.output.relative_to(root)
-    name = run.paths.output.parent.name
+    where = places.output.relative_to(root)
+    name = places.output.parent.relative_to(run.home)
     print(f"{stage} {name}: {run.status} in {result['timings']['total_seconds']:.1f} s -> {where}", file=sys.stderr)
     if shown:
         print(f"  {shown}", file=sys.stderr)

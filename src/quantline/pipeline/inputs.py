@@ -9,7 +9,8 @@ from pathlib import Path
 from quantline.config.method import BASELINE, FloatMethod
 from quantline.core.errors import UserError
 from quantline.pipeline.config import Config
-from quantline.pipeline.paths import read_result, stage_paths
+from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded, stage_paths
+from quantline.pipeline.stages import baseline_overrides
 
 
 def pipeline_output(root: Path, variant: str, stage: str) -> Path:
@@ -18,7 +19,7 @@ def pipeline_output(root: Path, variant: str, stage: str) -> Path:
     Raises:
         UserError: it is not there.
     """
-    places = stage_paths(root / "artifacts", variant, stage)
+    places = stage_paths(root / PIPELINE_HOME, variant, stage)
     if not places.output.is_dir() or not places.result.is_file():
         raise UserError(f"{places.output.relative_to(root)} is missing; run `dvc repro` to make it")
     return places.output
@@ -26,19 +27,17 @@ def pipeline_output(root: Path, variant: str, stage: str) -> Path:
 
 def output_with_fingerprint(root: Path, stage: str, fingerprint: str) -> Path | None:
     """The output of a stage with this fingerprint, from a manual run or the pipeline; None if there is none."""
-    for home in ("scratch", "artifacts"):
-        for result in sorted((root / home).glob(f"*/{stage}.json")):
-            output = result.with_suffix("")
-            if output.is_dir() and read_result(result).get("fingerprint") == fingerprint:
-                return output
+    for result in recorded(root, stage):
+        output = result.with_suffix("")
+        if output.is_dir() and read_result(result).get("fingerprint") == fingerprint:
+            return output
     return None
 
 
-def command_for(stage: str, overrides: Sequence[str], *, baseline: bool) -> str:
+def command_for(stage: str, overrides: Sequence[str], *, baseline: bool = False) -> str:
     """The command that runs a stage manually, with the options of a run or those of its float baseline."""
     if baseline:
-        kept = [part for part in overrides if not part.startswith(("method", "bits", "group_size"))]
-        overrides = [f"method={BASELINE}", *kept]
+        overrides = [f"method={BASELINE}", *baseline_overrides(overrides)]
     return shlex.join(["python", "-m", f"stages.{stage}", *overrides])
 
 

@@ -1,19 +1,27 @@
-"""Results on disk: one JSON file per stage, read by later stages and by `publish`."""
+"""Where results lie on disk: one JSON file per stage beside the stage's output, read by later stages and by `publish`.
+
+    artifacts/shared/download, artifacts/float/evaluate, artifacts/NAME/quantize      made by the pipeline
+    scratch/float/MODEL/download, scratch/float/MODEL/evaluate, scratch/NAME/quantize by hand
+
+By hand every model has a folder of its own for its download and for what the float baseline gives. No variant can be
+named `float` or `shared`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
+from quantline.core.text import nearest
 from quantline.pipeline.config import Config
-from quantline.pipeline.stages import STAGES
+from quantline.pipeline.stages import STAGES, baseline_overrides, is_baseline
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -33,7 +41,14 @@ def read_result(path: Path) -> dict[str, Any]:
     return value
 
 
+PIPELINE_HOME, MANUAL_HOME = "artifacts", "scratch"
 SHARED = "shared"
+# The name of a manual run begins with this, apart from the pipeline's variants; the rest is its folder below scratch/.
+BY_HAND = "by-hand/"
+# The configuration of a manual run, in its folder.
+SAVED = "config.json"
+# Folders of artifacts/ and scratch/ that are not a variant's.
+_RESERVED = (SHARED, BASELINE, "report")
 # Below a report's folder: its content in a form that programs read.
 REPORT_MANIFEST = "data/manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
@@ -70,34 +85,121 @@ class StagePaths:
 
 
 def stage_paths(home: Path, variant: str, stage: str) -> StagePaths:
-    """Paths of a stage below `home` (artifacts/ or scratch/); all variants share one download."""
+    """Paths of a stage of the pipeline below `home`, artifacts/; all variants share one download."""
     return StagePaths(home / (SHARED if stage in STAGES and STAGES[stage].shared else variant) / stage)
 
 
+def manual_paths(root: Path, config: Config, name: str, stage: str) -> StagePaths:
+    """Paths of a stage that is run manually under `name`; all runs with one model share its download."""
+    shared = stage in STAGES and STAGES[stage].shared
+    return StagePaths(root / MANUAL_HOME / (model_folder(config) if shared else name) / stage)
+
+
+def recorded(root: Path, stage: str) -> Iterator[Path]:
+    """The result files of a stage: those of manual runs, then the pipeline's."""
+    for pattern in (f"{MANUAL_HOME}/*", f"{MANUAL_HOME}/{BASELINE}/*", f"{PIPELINE_HOME}/*"):
+        yield from sorted(root.glob(f"{pattern}/{stage}.json"))
+
+
+def run_names(root: Path, *stages: str) -> list[str]:
+    """The names of the runs here with a result of one of these stages, the pipeline's first."""
+    folders = {path.parent.relative_to(root).as_posix() for stage in stages for path in recorded(root, stage)}
+    pipeline = [name.removeprefix(f"{PIPELINE_HOME}/") for name in folders if name.startswith(f"{PIPELINE_HOME}/")]
+    manual = [BY_HAND + name.removeprefix(f"{MANUAL_HOME}/") for name in folders if name.startswith(f"{MANUAL_HOME}/")]
+    return [name for name in sorted(pipeline) if name != SHARED] + sorted(manual)
+
+
+def not_among(name: str, known: Sequence[str]) -> str:
+    """What to say of a name that no run has: the names that there are, and the nearest."""
+    if not known:
+        return "there are no results yet; run `dvc repro`"
+    hint = f" (did you mean {BY_HAND}{name}?)" if BY_HAND + name in known else nearest(name, list(known))
+    return f"is not one of the results here, which are {', '.join(known)}{hint}"
+
+
+def run_folder(root: Path, name: str) -> Path | None:
+    """The folder of the run with this name, the pipeline's or a manual one; None if the name is not that of a run.
+
+    A name means one run: `NAME` is the pipeline's variant, `by-hand/NAME` the manual run.
+    """
+    if name.startswith(BY_HAND):
+        home, parts = MANUAL_HOME, name.removeprefix(BY_HAND).removeprefix(f"{BASELINE}/")
+    else:
+        home, parts = PIPELINE_HOME, name
+    return root / home / name.removeprefix(BY_HAND) if _NAME.fullmatch(parts) and parts != SHARED else None
+
+
 def checked_name(name: str) -> str:
-    """Return `name` if it is valid as the name of a folder.
+    """Return `name` if it is valid as the name of a variant.
 
     Raises:
-        UserError: it is empty, too long, or has characters other than letters, digits, '_' and '-' (DVC splits at a dot).
+        UserError: it is empty, too long, has characters other than letters, digits, '_' and '-' (DVC splits at a dot), or
+            is the name of something else.
     """
-    if not _NAME.fullmatch(name) or name == SHARED:
-        raise UserError(
-            f"variant={name!r}: a variant's name takes letters, digits, '_' and '-', 80 at most, and is not {SHARED!r}"
-        )
+    if name in _RESERVED:
+        raise UserError(f"variant={name}: a variant cannot be called {name}, which is the folder of something else")
+    if not _NAME.fullmatch(name):
+        raise UserError(f"variant={name!r}: a variant's name takes letters, digits, '_' and '-', 80 at most")
     return name
+
+
+def model_folder(config: Config) -> str:
+    """The folder below scratch/ of a model's download and of its float baseline: one a model and revision."""
+    from quantline.data.download import model_name
+
+    model = config.model
+    options = json.dumps(model.model_dump(exclude={"name"}), sort_keys=True)
+    name = _plain(model_name(model)).strip("_-")[:40] or "model"
+    return f"{BASELINE}/{name}-{hashlib.sha256(options.encode()).hexdigest()[:8]}"
+
+
+def manual_name(config: Config, overrides: Sequence[str]) -> str:
+    """The name of a manual run, its folder below scratch/: the given one, else one from method, bits and overrides.
+
+    Raises:
+        UserError: the given name is not valid, or it is given to the float baseline.
+    """
+    if is_baseline(config):
+        own = model_folder(config)
+        if config.variant is not None:
+            raise UserError(
+                f"variant={config.variant}: the float baseline of a model has its own folder, {MANUAL_HOME}/{own}; leave "
+                "variant out"
+            )
+        return _cut("-".join([own, *_named(baseline_overrides(overrides), (*_RUNTIME, "model"))]))
+    return derived_name(config, overrides) if config.variant is None else checked_name(config.variant)
 
 
 def derived_name(config: Config, overrides: Sequence[str]) -> str:
     """The name of a variant that is run manually: method, bits, group size, and all other overrides."""
     group = "channel" if config.group_size == -1 else f"g{config.group_size}"
-    base = BASELINE if config.method.name == BASELINE else f"{config.method.name}-w{config.bits}-{group}"
-    rest = []
+    base = f"{config.method.name}-w{config.bits}-{group}"
+    return _cut("-".join([base, *_named(overrides, ("method=", "bits=", "group_size=", *_RUNTIME))]))
+
+
+def _named(overrides: Sequence[str], without: tuple[str, ...]) -> list[str]:
+    named = []
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if key in ("method", "bits", "group_size") or key.startswith(_RUNTIME):
-            continue
-        rest.append(re.sub(r"[^A-Za-z0-9_-]+", "_", f"{key.removeprefix('method.')}-{value}").strip("_"))
-    name = "-".join([base, *sorted(rest)])
-    if len(name) > 80:
-        name = f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
+        if not f"{key}=".startswith(without):
+            named.append(f"{_plain(key.removeprefix('method.'))}-{_distinct(value)}".strip("_"))
+    return sorted(named)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", text)
+
+
+def _distinct(value: str) -> str:
+    # Values that differ only in characters which a name cannot have, such as /a/b and /a_b, stay distinct.
+    plain = _plain(value)
+    if plain == value or re.fullmatch(r"-?[0-9.]+", value):
+        return plain
+    return f"{plain.strip('_')}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
+
+
+def _cut(name: str) -> str:
+    head, _, tail = name.rpartition("/")
+    if len(tail) > 80:
+        tail = f"{tail[:70]}-{hashlib.sha256(tail.encode()).hexdigest()[:8]}"
+    return f"{head}/{tail}" if head else tail

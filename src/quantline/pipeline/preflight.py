@@ -16,7 +16,7 @@ from quantline.core.gpu import visible_gpus
 from quantline.data.download import model_name
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.options import located
-from quantline.pipeline.paths import read_result
+from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check
 from quantline.planning.spec import Machine, Model, RefusedError, Step, VariantSpec, line
@@ -156,10 +156,10 @@ def preflight(run: StageRun) -> list[str]:
 def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], str]:
     """The measured perplexity of this model's variants, as text, by method, bits and group size."""
     wanted, found = config.model.model_dump(exclude={"name"}), {}
-    for path in sorted([*root.glob("artifacts/*/evaluate.json"), *root.glob("scratch/*/evaluate.json")]):
+    for path in recorded(root, "evaluate"):
         name = path.parent.name
         try:
-            if path.parent.parent.name == "artifacts":
+            if path.parent.parent.name == PIPELINE_HOME:
                 values = yaml.safe_load((root / "variants" / f"{name}.yaml").read_text(encoding="utf-8"))
             else:
                 values = yaml.safe_load((path.parent / "config.json").read_text(encoding="utf-8"))["config"]

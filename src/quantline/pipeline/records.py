@@ -6,9 +6,10 @@ inputs. A stage that has to run again after a change is left out.
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,25 @@ from quantline.pipeline.compose import read_params
 from quantline.pipeline.config import Config, parse, with_current_names
 from quantline.pipeline.git import commit_of, patch_of
 from quantline.pipeline.identity import options_fingerprint, stage_fingerprint
-from quantline.pipeline.paths import read_result, stage_paths
-from quantline.pipeline.stages import PIPELINE, of_config
+from quantline.pipeline.inputs import command_for, output_with_fingerprint
+from quantline.pipeline.paths import (
+    BY_HAND,
+    PIPELINE_HOME,
+    SAVED,
+    StagePaths,
+    manual_paths,
+    not_among,
+    read_result,
+    run_folder,
+    run_names,
+    stage_paths,
+)
+from quantline.pipeline.stages import PIPELINE, STAGES, of_config
 
 # Keys of a frozen file that are for Hydra and not a part of the configuration.
 _HYDRA_KEYS = ("defaults", "hydra")
-BY_HAND = "by-hand/"
+# The results of a run in order, and the folders of their outputs by stage.
+Found = tuple[list[dict[str, Any]], dict[str, Path]]
 
 
 def pipeline_records(root: Path) -> list[VariantRecord]:
@@ -45,54 +59,106 @@ def pipeline_records(root: Path) -> list[VariantRecord]:
             values["frozen"]["overrides"]
         except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{path}: is not a frozen configuration; remove it and run `dvc repro`") from error
-        records.append(_record(root, root / "artifacts", name, values, values["frozen"]["overrides"]))
+        records.append(_record(root, name, values, values["frozen"]["overrides"]))
     return [record for record in records if record.results]
 
 
 def manual_record(root: Path, name: str) -> VariantRecord:
-    """A variant that was run manually. Its name begins with `by-hand/`, apart from the pipeline's.
+    """A manual run. Its name begins with `by-hand/`, apart from the pipeline's variants.
+
+    Outputs that its stages took from another run belong to its record, too.
+
+    Args:
+        root: the checkout.
+        name: `by-hand/NAME`.
 
     Raises:
         UserError: nothing was run under that name.
     """
-    path = root / "scratch" / name / "config.json"
-    if not path.is_file():
-        raise UserError(f"scratch/{name}: no stage was run by hand under that name")
-    saved = read_json(path)
-    record = _record(root, root / "scratch", name, saved["config"], saved["overrides"])
-    return replace(record, name=BY_HAND + name)
+    folder = run_folder(root, name)
+    if not name.startswith(BY_HAND) or folder is None or not (folder / SAVED).is_file():
+        raise UserError(f"{name}: no stage was run by hand under that name")
+    saved = read_json(folder / SAVED)
+    return _record(root, name, saved["config"], saved["overrides"])
 
 
-def _record(root: Path, home: Path, name: str, values: dict[str, Any], overrides: str) -> VariantRecord:
+def variant_record(root: Path, name: str) -> VariantRecord:
+    """The record of a variant of params.yaml, or with `by-hand/NAME` that of a manual run.
+
+    Raises:
+        UserError: there is none with that name; the message lists those that there are.
+    """
+    if name.startswith(BY_HAND) and name in run_names(root, *PIPELINE):
+        return manual_record(root, name)
+    records = {record.name: record for record in pipeline_records(root)}
+    if name not in records:
+        manual = [known for known in run_names(root, *PIPELINE) if known.startswith(BY_HAND)]
+        raise UserError(f"variant={name}: {not_among(name, [*records, *manual])}")
+    return records[name]
+
+
+def _record(root: Path, name: str, values: dict[str, Any], overrides: str) -> VariantRecord:
     values = with_current_names(values)  # those of a variant that was frozen by an older version
     config = parse(values)
-    results = list(_results(root, home, name, config))
+    if config.frozen is None:
+        results, outputs = _manual_results(root, name, config, overrides)
+    else:
+        results, outputs = _pipeline_results(root, name, config)
     commit, dirty = commit_of(root)
     patch = patch_of(root) if dirty else None
-    return VariantRecord(name, values, overrides, results, root, commit, dirty, patch)
+    return VariantRecord(name, values, overrides, results, root, commit, dirty, patch, outputs=outputs)
 
 
-def _results(root: Path, home: Path, folder: str, config: Config) -> Iterator[dict[str, Any]]:
+def _pipeline_results(root: Path, name: str, config: Config) -> Found:
+    found: list[dict[str, Any]] = []
+    outputs: dict[str, Path] = {}
     current: dict[str, str] = {}
     for stage in of_config(config):
-        places = stage_paths(home, folder, stage)
+        places = stage_paths(root / PIPELINE_HOME, name, stage)
         if not places.result.is_file():
             continue
         result = read_result(places.result)
-        if config.frozen is None:
-            belongs = result.get("fingerprint") == stage_fingerprint(config, stage, root)
-        else:
-            belongs = _follows(result, config, stage, root, current)
-        if not belongs:
-            print(f"{folder}: {stage} is out of date and was left out; run it again", file=sys.stderr)
+        if not _follows(result, config, stage, root, current):
+            print(f"{name}: {stage} is out of date and was left out; run `dvc repro`", file=sys.stderr)
             continue
         current[stage] = str(result["output_hash"])
-        # A result may come from another user's cache, so only files of the stage's own output are attached.
-        inside = places.output.resolve()
-        files = [str(name) for name in result.get("files", []) if (root / name).resolve().is_relative_to(inside)]
-        # The log exists only on the machine where the stage ran, and must not change the result's hash elsewhere.
-        log = places.log.relative_to(root).as_posix() if places.log.is_file() else None
-        yield {**result, "files": files, "log": log}
+        found.append(_with_files(root, places, result))
+        outputs[stage] = places.output
+    return found, outputs
+
+
+def _manual_results(root: Path, name: str, config: Config, overrides: str) -> Found:
+    outputs: dict[str, Path] = {}
+    wanted: dict[str, str] = {}  # the hashes of the outputs that later stages were made from
+    stale = []
+    for stage in reversed(of_config(config)):
+        places = manual_paths(root, config, name.removeprefix(BY_HAND), stage)
+        fingerprint = stage_fingerprint(config, stage, root)
+        own = read_result(places.result) if places.result.is_file() and not STAGES[stage].shared else {}
+        found = places.output if own.get("fingerprint") == fingerprint else None
+        if found is None and stage in wanted:
+            found = output_with_fingerprint(root, stage, fingerprint)
+        if found is not None and wanted.get(stage) in (None, read_result(StagePaths(found).result)["output_hash"]):
+            outputs[stage] = found
+            wanted.update(read_result(StagePaths(found).result)["inputs"])
+        elif own:
+            stale.append((stage, command_for(stage, shlex.split(overrides))))
+    for stage, command in reversed(stale):
+        print(
+            f"{name}: {stage} is of other options or code and was left out; to make it, run: {command}", file=sys.stderr
+        )
+    ordered = {stage: StagePaths(outputs[stage]) for stage in PIPELINE if stage in outputs}
+    found_results = [_with_files(root, places, read_result(places.result)) for places in ordered.values()]
+    return found_results, outputs
+
+
+def _with_files(root: Path, places: StagePaths, result: dict[str, Any]) -> dict[str, Any]:
+    # A result may come from another user's cache, so only files of the stage's own output are attached.
+    inside = places.output.resolve()
+    files = [str(name) for name in result.get("files", []) if (root / name).resolve().is_relative_to(inside)]
+    # The log exists only on the machine where the stage ran, and must not change the result's hash elsewhere.
+    log = places.log.relative_to(root).as_posix() if places.log.is_file() else None
+    return {**result, "files": files, "log": log}
 
 
 def _follows(result: dict[str, Any], config: Config, stage: str, root: Path, current: dict[str, str]) -> bool:
@@ -103,7 +169,7 @@ def _follows(result: dict[str, Any], config: Config, stage: str, root: Path, cur
     for name, content in result["inputs"].items():
         of, _, inner = str(name).rpartition("/")
         if of:
-            baseline = stage_paths(root / "artifacts", of, inner).result
+            baseline = stage_paths(root / PIPELINE_HOME, of, inner).result
             found = read_result(baseline).get("output_hash") if baseline.is_file() else None
         else:
             found = current.get(inner)
@@ -119,7 +185,7 @@ class VariantRecord:
     config: its frozen configuration as plain values. overrides: the override string that made it. results: the existing
     results of the stages. folder: the base of the relative paths in the results' `files`. commit: the code's commit,
     if known; dirty: the checkout differed from it, and patch is the difference. lock: its part of dvc.lock, by which its
-    outputs are found in a cache.
+    outputs are found in a cache. outputs: the folders of the stages' outputs, by stage.
     """
 
     name: str
@@ -131,6 +197,11 @@ class VariantRecord:
     dirty: bool = False
     patch: str | None = None
     lock: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Path] = field(default_factory=dict)
+
+    def remedy(self, stage: str) -> str:
+        """The command that makes this variant's result of a stage."""
+        return command_for(stage, shlex.split(self.overrides)) if self.name.startswith(BY_HAND) else "dvc repro"
 
 
 def by_stage(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

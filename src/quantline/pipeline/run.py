@@ -25,7 +25,16 @@ from quantline.pipeline.config import Config
 from quantline.pipeline.hashing import hash_folder
 from quantline.pipeline.identity import combined, identity, options_fingerprint, stage_fingerprint
 from quantline.pipeline.inputs import command_for, float_config, output_with_fingerprint, pipeline_output
-from quantline.pipeline.paths import StagePaths, checked_name, derived_name, read_result, stage_paths
+from quantline.pipeline.paths import (
+    MANUAL_HOME,
+    PIPELINE_HOME,
+    StagePaths,
+    checked_name,
+    manual_name,
+    manual_paths,
+    read_result,
+    stage_paths,
+)
 from quantline.pipeline.stages import is_baseline
 from quantline.toolchains import environments, runner
 from quantline.toolchains.protocol import JobResult, installed_versions
@@ -70,19 +79,25 @@ class StageRun:
     @property
     def home(self) -> Path:
         """artifacts/ or scratch/."""
-        return self.root / ("artifacts" if self.frozen else "scratch")
+        return self.root / (PIPELINE_HOME if self.frozen else MANUAL_HOME)
 
     @property
     def variant(self) -> str:
-        """The variant's name."""
-        if self.config.frozen is not None:
-            return checked_name(self.config.frozen.variant)
-        return checked_name(self.config.variant or derived_name(self.config, self.overrides))
+        """The variant's name, which is the name of its folder below artifacts/ or scratch/.
+
+        Raises:
+            UserError: it is not a valid name.
+        """
+        if self.config.frozen is None:
+            return manual_name(self.config, self.overrides)
+        return BASELINE if self.is_baseline else checked_name(self.config.frozen.variant)
 
     @property
     def paths(self) -> StagePaths:
         """Where this run's output goes."""
-        return stage_paths(self.home, self.variant, self.stage)
+        if self.frozen:
+            return stage_paths(self.home, self.variant, self.stage)
+        return manual_paths(self.root, self.config, self.variant, self.stage)
 
     @property
     def device(self) -> str:
@@ -173,7 +188,7 @@ class StageRun:
     @contextmanager
     def work_folder(self) -> Iterator[Path]:
         """A folder from which a long run resumes after a crash; named by the fingerprint, removed after success."""
-        folder = self.root / "scratch" / ".work" / self.fingerprint[:16]
+        folder = self.root / MANUAL_HOME / ".work" / self.fingerprint[:16]
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)

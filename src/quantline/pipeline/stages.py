@@ -6,7 +6,8 @@ uses, whether its output is reproducible byte for byte, and whether the float ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,18 @@ def baseline_stages() -> tuple[str, ...]:
 
 def _left_out_by_baseline(stage: Stage) -> bool:
     return stage.name == "calibrate" or stage.skipped is is_baseline
+
+
+def baseline_overrides(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a variant that its float baseline reads, too: no name, and none of how the weights are quantized."""
+
+    def of_stages(of: Iterable[str]) -> set[str]:
+        return {key.partition(".")[0] for name in of for key in STAGES[name].reads}
+
+    of_float = baseline_stages()
+    skipped = of_stages(name for name in PIPELINE if name not in of_float) - of_stages(of_float) - {"threads"}
+    skipped |= {"variant", "backends", "noise"}
+    return [part for part in overrides if re.split(r"[.@=]", part.lstrip("+~"), maxsplit=1)[0] not in skipped]
 
 
 def before(config: Config, stage: str) -> tuple[str, ...]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from quantline.checkpoints.safetensors_file import write_safetensors
+from quantline.core.errors import UserError
 from quantline.pipeline.config import parse
 from quantline.pipeline.execute import execute
-from quantline.pipeline.lineage.chain import Lineage, folder_lineage, local_lineage
+from quantline.pipeline.lineage.chain import Lineage, folder_lineage, local_lineage, require_lineage
 from quantline.pipeline.lineage.diff import first_difference
 
 
@@ -44,7 +46,7 @@ def chain(checkout, composed):
         config = parse(composed(*overrides, f"variant={name}"))
         for stage in ("calibrate", "quantize"):
             execute(stage, tensors(**{**WEIGHTS, **arrays}), config, checkout, overrides)
-        found = local_lineage(checkout, name)
+        found = local_lineage(checkout, f"by-hand/{name}")
         assert found is not None
         return found
 
@@ -164,7 +166,21 @@ def test_a_chain_is_found_by_folder_by_result_and_by_output(checkout, plain):
     for path in (folder, folder / "quantize.json", folder / "quantize"):
         assert folder_lineage(path, checkout).results == plain.results
     assert folder_lineage(checkout, checkout) is None
-    assert local_lineage(checkout, "missing") is None
+    assert local_lineage(checkout, "by-hand/missing") is None
+
+
+def test_a_run_by_hand_is_not_compared_with_itself_under_the_pipelines_name(checkout, plain):
+    for name in ("plain", "by-hand/missing", "by-hand/../artifacts/plain"):
+        with pytest.raises(UserError, match=rf"{name}: is not one of the results here, which are .*by-hand/plain"):
+            require_lineage(local_lineage(checkout, name), name, checkout)
+    shutil.copytree(checkout / "scratch" / "plain", checkout / "artifacts" / "plain")
+    result = checkout / "artifacts" / "plain" / "quantize.json"
+    result.write_text(result.read_text().replace('"ok"', '"unsupported"'))
+    try:
+        ours, theirs = (local_lineage(checkout, name) for name in ("plain", "by-hand/plain"))
+        assert str(first_difference(ours, theirs)) == "quantize, result status: unsupported | ok"
+    finally:
+        shutil.rmtree(checkout / "artifacts")
 
 
 def test_an_output_that_was_replaced_since_breaks_the_chain(plain):

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import UserError
-from quantline.pipeline.paths import read_result
+from quantline.pipeline.paths import not_among, read_result, recorded, run_folder, run_names
 from quantline.pipeline.stages import PIPELINE
-
-HOMES = ("artifacts", "scratch")
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,11 @@ def ordered(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def local_lineage(root: Path, name: str) -> Lineage | None:
-    """The lineage of a variant in artifacts/ or scratch/, by its name; None if there is none."""
-    for home in HOMES:
-        folder = root / home / name
-        if "/" not in name and any((folder / f"{stage}.json").is_file() for stage in PIPELINE):
-            return _folder_chain(folder, root, name, f"{home}/{name}")
-    return None
+    """The lineage of a variant of the pipeline, or with `by-hand/NAME` of a manual run; None if there is none."""
+    folder = run_folder(root, name)
+    if folder is None or not any((folder / f"{stage}.json").is_file() for stage in PIPELINE):
+        return None
+    return _folder_chain(folder, root, name, folder.relative_to(root).as_posix())
 
 
 def folder_lineage(path: Path, root: Path) -> Lineage | None:
@@ -78,8 +75,7 @@ def _folder_chain(folder: Path, root: Path, name: str, origin: str) -> Lineage:
 
 
 def _by_content(root: Path, stage: str, output_hash: str) -> Path | None:
-    paths = (path for home in HOMES for path in sorted((root / home).glob(f"*/{stage}.json")))
-    return next((path for path in paths if read_result(path).get("output_hash") == output_hash), None)
+    return next((path for path in recorded(root, stage) if read_result(path).get("output_hash") == output_hash), None)
 
 
 def require_lineage(chain: Lineage | None, given: str, root: Path) -> Lineage:
@@ -90,12 +86,8 @@ def require_lineage(chain: Lineage | None, given: str, root: Path) -> Lineage:
     """
     if chain is not None and chain.results:
         return chain
-    known = sorted({path.parent.name for home in HOMES for stage in PIPELINE[1:]
-                    for path in (root / home).glob(f"*/{stage}.json")})  # fmt: skip
-    raise UserError(
-        f"{given}: is not a variant here, a folder of results or a run in MLflow; the variants here are "
-        f"{', '.join(known) or 'none yet, run `dvc repro`'}"
-    )
+    known = not_among(given, run_names(root, *PIPELINE))
+    raise UserError(f"{given}: {known}; a folder of results or the id of a run in MLflow is allowed, too")
 
 
 def as_values(chain: Lineage) -> dict[str, Any]:
