@@ -141,7 +141,8 @@ def main() -> None:
     options += (f"calibration.n_samples={asked.samples}",)
     stage("download", *options)
     stage("calibrate", "variant=overhead", *options)
-    model, tokens = ROOT / "scratch/shared/download/model", ROOT / "scratch/overhead/calibrate/tokens.safetensors"
+    model = next(ROOT.glob("scratch/float/demo-*/download/model"))
+    tokens = ROOT / "scratch/overhead/calibrate/tokens.safetensors"
     alone: list[Cost] = []
     staged: list[Cost] = []
     starts: dict[str, list[Cost]] = {"pipeline": [], "coverage": []}

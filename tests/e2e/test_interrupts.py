@@ -53,7 +53,7 @@ def computing(module: str):
 
 def partial(copy: Checkout, stage: str, home: str = "scratch"):
     """Whether a half-written output is there."""
-    return lambda _pid: any((copy.root / home).glob(f"*/.{stage}.partial-*"))
+    return lambda _pid: any((copy.root / home).rglob(f".{stage}.partial-*"))
 
 
 def test_ctrl_c_in_download(bare, untouched):

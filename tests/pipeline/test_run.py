@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -171,14 +172,14 @@ def test_an_input_by_hand_is_found_among_the_pipelines_outputs(checkout, config)
 def test_an_input_made_from_other_options_is_not_taken(checkout, config, option):
     execute("quantize", write(), config("method=gptq"), checkout, ())
     run = StageRun("convert", config("method=gptq", option), checkout, ("method=gptq", option))
-    with pytest.raises(UserError, match=f"run: python -m stages.quantize method=gptq {option}$"):
+    with pytest.raises(UserError, match=f"(?m)^  python -m stages.quantize method=gptq {option}$"):
         run.input("quantize")
 
 
 def test_a_baseline_that_is_missing_names_its_command_without_the_methods_options(checkout, config):
     options = ("method=gptq", "method.desc_act=true", "bits=8", "group_size=32", "evaluate.max_tokens=100")
     run = StageRun("evaluate", config(*options), checkout, options)
-    with pytest.raises(UserError, match=r"run: python -m stages.evaluate method=float evaluate.max_tokens=100$"):
+    with pytest.raises(UserError, match=r"  python -m stages.evaluate method=float evaluate.max_tokens=100$"):
         run.input("evaluate", baseline=True)
 
 
@@ -235,11 +236,44 @@ def test_the_command_for_a_missing_baseline_makes_it_whatever_the_variants_optio
     run = StageRun("evaluate", parse(composed(*options)), checkout, options)
     with pytest.raises(UserError) as refused:
         run.input("evaluate", baseline=True)
-    command = str(refused.value).rpartition("run: python -m stages.evaluate ")[2].split()
+    command = str(refused.value).rpartition("python -m stages.evaluate ")[2].split()
     kept = ["evaluate.max_tokens=100", "instruments=none", "threads=4", "serve.max_model_len=512", "model.name=mine"]
     assert command == ["method=float", *kept]
     execute("evaluate", write(), parse(composed(*command)), checkout, command)
     assert run.input("evaluate", baseline=True).is_relative_to(checkout / "scratch" / "float")
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_all_inputs_that_are_missing_are_told_at_once_in_the_order_in_which_they_can_be_made(checkout, config, method):
+    options = (f"method={method}", "variant=v1")
+    run = StageRun("evaluate", config(*options), checkout, options)
+
+    def told():
+        with pytest.raises(UserError) as refused:
+            run.input("download")
+        return re.findall(r"^  python -m stages\.(\S+) (\S+)", str(refused.value), re.MULTILINE)
+
+    of = f"method={method}"
+    every = [
+        ("download", of), ("calibrate", of), ("quantize", of), ("convert", of), ("serve_smoke", "method=float"),
+        ("serve_smoke", of), ("evaluate", "method=float"),
+    ]  # fmt: skip
+    assert told() == every
+    execute("convert", write(), config(*options), checkout, options)
+    assert told() == [every[0], *every[4:]]
+
+
+def test_a_missing_output_of_the_float_model_is_named_as_its_own(checkout, config):
+    for stage, method in (("download", "float"), ("serve_smoke", "float"), ("serve_smoke", "gptq")):
+        execute(stage, write(), config(f"method={method}"), checkout, ())
+    run = StageRun("evaluate", config("method=gptq"), checkout, ("method=gptq",))
+    expected = (
+        "evaluate needs the output of evaluate of the float model, which does not exist for these options; run: python -m "
+        "stages.evaluate method=float"
+    )
+    with pytest.raises(UserError) as refused:
+        run.input("evaluate", baseline=True)
+    assert str(refused.value) == expected
 
 
 def test_baselines_with_other_options_do_not_replace_each_other(checkout, config):

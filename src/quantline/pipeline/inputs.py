@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantline.config.method import BASELINE, FloatMethod
 from quantline.core.errors import UserError
+from quantline.core.text import listed
 from quantline.pipeline.config import Config
+from quantline.pipeline.identity import stage_fingerprint
 from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded, stage_paths
-from quantline.pipeline.stages import baseline_overrides
+from quantline.pipeline.stages import STAGES, baseline_overrides, is_baseline, needed
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The output of a stage, of the variant or of its float baseline."""
+
+    stage: str
+    baseline: bool = False
+
+    def __str__(self) -> str:
+        """Its name in a message."""
+        return f"{self.stage} of the float model" if self.baseline else self.stage
 
 
 def pipeline_output(root: Path, variant: str, stage: str) -> Path:
@@ -39,6 +54,43 @@ def command_for(stage: str, overrides: Sequence[str], *, baseline: bool = False)
     if baseline:
         overrides = [f"method={BASELINE}", *baseline_overrides(overrides)]
     return shlex.join(["python", "-m", f"stages.{stage}", *overrides])
+
+
+def missing_inputs(root: Path, stage: str, asked: Wanted, config: Config) -> list[Wanted]:
+    """What a manual run of `stage` still needs, with the stages that make it, in the order in which they can run.
+
+    asked: the input that it asked for and that is not there.
+    """
+    missing: dict[str, Wanted] = {}
+
+    def need(name: str, *, baseline: bool) -> None:
+        of = float_config(config) if baseline else config
+        fingerprint = stage_fingerprint(of, name, root)
+        if fingerprint in missing or output_with_fingerprint(root, name, fingerprint) is not None:
+            return
+        for earlier in needed(of, name):
+            need(earlier, baseline=baseline)
+        if STAGES[name].beside_float and not is_baseline(of):
+            need(name, baseline=True)
+        missing[fingerprint] = Wanted(name, baseline and not STAGES[name].shared)
+
+    need(asked.stage, baseline=asked.baseline)
+    if stage in STAGES and not STAGES[stage].by_hand:
+        for name in needed(config, stage):
+            need(name, baseline=False)
+        if STAGES[stage].beside_float and not is_baseline(config):
+            need(stage, baseline=True)
+    return list(missing.values())
+
+
+def advice(stage: str, missing: Sequence[Wanted], overrides: Sequence[str]) -> str:
+    """The message of a manual run whose inputs are missing, with the commands that make them."""
+    commands = [command_for(wanted.stage, overrides, baseline=wanted.baseline) for wanted in missing]
+    if len(missing) == 1:
+        return f"{stage} needs the output of {missing[0]}, which does not exist for these options; run: {commands[0]}"
+    lines = "".join(f"\n  {command}" for command in commands)
+    outputs = listed([str(wanted) for wanted in missing])
+    return f"{stage} needs the outputs of {outputs}, which do not exist for these options; run in this order:{lines}"
 
 
 def float_config(config: Config) -> Config:

@@ -24,7 +24,14 @@ from quantline.core.files import alive, write_json
 from quantline.pipeline.config import Config
 from quantline.pipeline.hashing import hash_folder
 from quantline.pipeline.identity import combined, identity, options_fingerprint, stage_fingerprint
-from quantline.pipeline.inputs import command_for, float_config, output_with_fingerprint, pipeline_output
+from quantline.pipeline.inputs import (
+    Wanted,
+    advice,
+    float_config,
+    missing_inputs,
+    output_with_fingerprint,
+    pipeline_output,
+)
 from quantline.pipeline.paths import (
     MANUAL_HOME,
     PIPELINE_HOME,
@@ -163,7 +170,7 @@ class StageRun:
         """The output folder of an earlier stage, or of the baseline's.
 
         Raises:
-            UserError: it is not there; the message names the command that makes it.
+            UserError: it is not there; the message names everything that is missing and the commands that make it.
         """
         if self.frozen:
             path = pipeline_output(self.root, BASELINE if baseline else self.variant, stage)
@@ -171,10 +178,8 @@ class StageRun:
             config = float_config(self.config) if baseline else self.config
             found = output_with_fingerprint(self.root, stage, stage_fingerprint(config, stage, self.root))
             if found is None:
-                command = command_for(stage, self.overrides, baseline=baseline)
-                raise UserError(
-                    f"{self.stage} needs the output of {stage}, which does not exist for these options; run: {command}"
-                )
+                missing = missing_inputs(self.root, self.stage, Wanted(stage, baseline), self.config)
+                raise UserError(advice(self.stage, missing, self.overrides))
             path = found
         name = f"{BASELINE}/{stage}" if baseline else stage
         self.inputs[name] = str(read_result(stage_paths_of(path).result)["output_hash"])

@@ -141,6 +141,14 @@ def baseline_overrides(overrides: Sequence[str]) -> list[str]:
     return [part for part in overrides if re.split(r"[.@=]", part.lstrip("+~"), maxsplit=1)[0] not in skipped]
 
 
+def needed(config: Config, stage: str) -> tuple[str, ...]:
+    """The stages whose outputs a stage reads; a method without calibration is measured on the calibration text, too."""
+    stages: list[str] = []
+    for name in STAGES[stage].after:
+        stages += needed(config, name) if is_baseline(config) and _left_out_by_baseline(STAGES[name]) else [name]
+    return tuple(dict.fromkeys(stages))
+
+
 def before(config: Config, stage: str) -> tuple[str, ...]:
     """The stages that a stage directly depends on in a configuration; a skipped one is replaced by those before it."""
     stages: list[str] = []

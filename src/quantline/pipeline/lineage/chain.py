@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import UserError
-from quantline.pipeline.paths import not_among, read_result, recorded, run_folder, run_names
+from quantline.core.files import read_json
+from quantline.pipeline.inputs import command_for
+from quantline.pipeline.paths import PIPELINE_HOME, SAVED, not_among, read_result, recorded, run_folder, run_names
 from quantline.pipeline.stages import PIPELINE
 
 
@@ -17,13 +20,14 @@ class Lineage:
     """The lineage of one variant.
 
     name: for display. origin: where it was read from. results: by stage, in the pipeline's order. folders: the outputs
-    that are on this disk, by stage.
+    that are on this disk, by stage. remedy: from the name of a stage to how it is made again.
     """
 
     name: str
     origin: str
     results: dict[str, dict[str, Any]]
     folders: dict[str, Path] = field(default_factory=dict)
+    remedy: Callable[[str], str] = lambda stage: ""
 
     def broken(self) -> list[str]:
         """Faults of the lineage: stages that were made from another output than the one in the lineage."""
@@ -32,7 +36,9 @@ class Lineage:
             for name, content in (result.get("inputs") or {}).items():
                 other = self.results.get(name)
                 if other is not None and other.get("output_hash") != content:
-                    faults.append(f"{stage} was made from another output of {name} than the current one; run it again")
+                    faults.append(
+                        f"{stage} was made from another output of {name} than the current one" + self.remedy(stage)
+                    )
         return faults
 
 
@@ -71,7 +77,14 @@ def _folder_chain(folder: Path, root: Path, name: str, origin: str) -> Lineage:
                 if path is not None:
                     paths[wanted], results[wanted] = path, read_result(path)
     folders = {stage: path.with_suffix("") for stage, path in paths.items() if path.with_suffix("").is_dir()}
-    return Lineage(name, origin, ordered(results.values()), folders)
+    return Lineage(name, origin, ordered(results.values()), folders, _remedy(folder, root))
+
+
+def _remedy(folder: Path, root: Path) -> Callable[[str], str]:
+    if (folder / SAVED).is_file():
+        overrides = shlex.split(str(read_json(folder / SAVED)["overrides"]))
+        return lambda stage: f"; run: {command_for(stage, overrides)}"
+    return lambda stage: "; run `dvc repro`" if folder.parent == root / PIPELINE_HOME else ""
 
 
 def _by_content(root: Path, stage: str, output_hash: str) -> Path | None:
