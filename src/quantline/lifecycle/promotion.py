@@ -34,6 +34,7 @@ def with_whole_lock(record: VariantRecord) -> VariantRecord:
         )
     return record
 
+
 def model_name_of(config: Config) -> str:
     """The registered model's name: the configured name, else one from the float model's name."""
     own = config.tracking.model_copy(update={"experiment": None})
