@@ -26,7 +26,7 @@ from quantline.lifecycle.storage.dvc_outputs import hashes_of, outputs_of
 from quantline.lifecycle.tracking.reader import LOCK_FILE, artifact, connected
 from quantline.lifecycle.tracking.store import locked, resolve_uri, sqlite_path
 from quantline.pipeline.identity import file_hashes
-from quantline.pipeline.records import BY_HAND
+from quantline.pipeline.paths import BY_HAND
 
 FILES, MODEL = "registry/files.json", "model"
 # Each file is one request, and a file can have gigabytes.
