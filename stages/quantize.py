@@ -28,7 +28,8 @@ def quantize(run: StageRun) -> None:
         config = run.config
         covered = layer_errors.measure(
             layer_errors.Quantized(
-                download / "model", out, calibration, outcome.linears, config.method.name, outcome.layers
+                download / "model", out, calibration, outcome.linears, config.method.name,
+                config.layers.model_dump()["rules"], outcome.layers,
             ),
             config.layer_errors, run_worker=run.side_worker, threads=config.threads, device=run.device, failed=work,
         )  # fmt: skip

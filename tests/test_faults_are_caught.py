@@ -85,7 +85,7 @@ class Bench:
 
     def measure(self, checkpoint, bits):
         """Measure every linear, as the quantize stage does."""
-        linears = {name: LinearSpec(bits, 128) for name in linear_shapes(Checkpoint.open(self.model))}
+        linears = {name: LinearSpec(bits, 128) for name in linear_shapes(Checkpoint.open(self.model), {})}
         made = layer_errors.Quantized(self.model, checkpoint, self.folder / "tokens.safetensors", linears, "rtn")
         layer_errors.measure(made, self.settings, run_worker=self.worker)
 

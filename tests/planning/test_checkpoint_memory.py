@@ -21,7 +21,7 @@ LLAMA_2_7B = {
 def test_the_planned_size_of_a_checkpoint_is_that_of_the_one_that_is_made(tmp_path, bits, sym, tied):
     model, output = write_float(tmp_path / "model", tied=tied, layers=2), tmp_path / "output"
     output.mkdir()
-    checkpoint, config = Checkpoint.open(model), float_config(tied=tied)
+    checkpoint, config = Checkpoint.open(model), float_config(tied=tied, layers=2)
     widths = select_linears(checkpoint, config, bits=bits, group_size=64)
     layout = choice.layout_of(set(widths.values()), sym)
     job = {"model": str(model), "output": str(output), "bits": bits, "group_size": 64, "options": {"sym": sym}}

@@ -127,3 +127,47 @@ def test_a_shard_that_is_missing_or_cut_off_is_a_fault(models, names, tmp_path):
         file.truncate(100_000)
     (fault,) = inspect(models / "float", tmp_path / "cut", names).faults
     assert "model.safetensors" in fault
+
+
+def test_what_a_quantizer_was_not_asked_for_is_counted_unless_a_rule_leaves_it_float(models, names, tmp_path):
+    # The list that the quantizer got lacks the same linear as its output: only the model itself tells.
+    write_quantized(tmp_path / "part", "gptq", skip=["mlp.down_proj"])
+    asked = [name for name in names if not name.endswith("down_proj")]
+    found = inspect(models / "float", tmp_path / "part", asked)
+    assert found.faults == [
+        f"1 weights of the decoder layers stayed float, although no rule says so: {LAYER}mlp.down_proj"
+    ]
+    assert found.expected == len(names)
+    allowed = inspect(models / "float", tmp_path / "part", asked, [{"match": "*.down_proj", "skip": True}])
+    assert (allowed.faults, allowed.expected) == ([], len(asked))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (8, 64, 64)])
+def test_weights_of_a_layer_in_any_form_count(models, names, tmp_path, shape):
+    model, output = tmp_path / "model", tmp_path / "output"
+    for source, folder in ((models / "float", model), (models / "gptq", output)):
+        shutil.copytree(source, folder)
+        tensors = {name: Checkpoint.open(source).tensor(name).copy() for name in Checkpoint.open(source).names}
+        tensors[f"{LAYER}mlp.experts.gate_up_proj"] = np.ones(shape, np.float16)
+        write_safetensors(folder / "model.safetensors", tensors)
+    (fault,) = inspect(model, output, names).faults
+    assert fault.endswith(f"although no rule says so: {LAYER}mlp.experts.gate_up_proj")
+
+
+@pytest.mark.parametrize("name", ["mlp.switch", "mlp.switch.inner"])
+def test_a_quantized_router_is_found_by_its_shape_whatever_it_is_called(models, names, tmp_path, name):
+    def moe(folder, source, rename):
+        shutil.copytree(source, folder)
+        tensors = {key: Checkpoint.open(source).tensor(key).copy() for key in Checkpoint.open(source).names}
+        old = f"{LAYER}mlp.gate_proj"  # 512 outputs, one for each expert
+        tensors = {key.replace(old, LAYER + rename): value for key, value in tensors.items()}
+        tensors = {key.replace("mlp.up_proj", "mlp.experts.0.up_proj"): value for key, value in tensors.items()}
+        write_safetensors(folder / "model.safetensors", tensors)
+        return folder
+
+    model = moe(tmp_path / "model", models / "float", name)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_experts": 512}))
+    output = moe(tmp_path / "output", models / "gptq", name)
+    asked = [LAYER + name, *(one.replace("mlp.up_proj", "mlp.experts.0.up_proj") for one in names if "gate" not in one)]
+    assert inspect(model, output, asked).faults == [f"1 routers were quantized: {LAYER}{name}"]

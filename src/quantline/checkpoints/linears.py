@@ -1,34 +1,178 @@
 """The linears of a model, from its headers: which are quantized, at how many bits and in what groups.
 
-The 2-D weights inside the decoder layers are quantized, except for embeddings, norms and routers; the output layer is on
-request. Rules by name make exceptions.
+Every tensor with two wide dimensions is one of these (`Inventory`): a linear of a decoder layer, which is quantized; a
+stack, which is a weight of a decoder layer in another form, such as all experts in one tensor; an exception by name
+(embeddings, norms, routers, the output layer); or it belongs to another part, such as a vision tower. No backend
+quantizes stacks, so they need a rule that leaves them float. Other parts are carried over. The output layer is quantized
+on request. Rules by name make exceptions.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
-from quantline.checkpoints.model_config import ties_head
+from quantline.checkpoints.model_config import dimensions, ties_head
 from quantline.core.errors import UserError
 
 LM_HEAD = "lm_head"
-_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.(.+)\.weight$")
-_NOT_LINEAR = re.compile(r"norm|embed|ln_|(?:^|\.)(?:gate|router|shared_expert_gate)$")
+# The smallest group of weights that shares a scale; a tensor with two dimensions of this size is worth quantizing.
+WIDE = 32
+# A list of layers, the number of one, and what is inside it.
+_NUMBERED = re.compile(r"^(.+?)\.(\d+)\.(.+)$")
+_NOT_LINEAR = re.compile(r"norm|embed|ln_|(?:^|\.)(?:gate|shared_expert_gate|\w*router\w*)(?:\.|$)")
+# Also masks that older models store under such a name.
+_BIAS = re.compile(r"bias(?:es)?$")
+_CONVOLUTION = re.compile(r"(?:^|\.)\w*conv\w*$")
+_LANGUAGE = re.compile(r"(?:^|\.)(?:language_model|text_model)(?:\.|$)")
+_OTHER_PART = re.compile(
+    r"(?:^|[._])(?:vision|visual|image|img|audio|speech|video|projector|talker|code2wav|token2wav|mtp)"
+)
+_TABLE = re.compile(r"embed|(?:^|\.)(?:w[tp]e|lm_head|embed_out)$")
 
 
-def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+@dataclass(frozen=True)
+class Inventory:
+    """What the tensors of a float model with two wide dimensions are, by name without `.weight`.
+
+    linears: (in_features, out_features) of the decoder layers' linears. stacks: shapes of the decoder layers' weights that
+    are no linear of their own. others: shapes of the weights of other parts, by name of the part. values: of the whole
+    model.
+    """
+
+    linears: dict[str, tuple[int, int]] = field(default_factory=dict)
+    stacks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    others: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    values: int = 0
+
+    @property
+    def note(self) -> str | None:
+        """What is carried over because it is not in the decoder layers, with its share; None if there is nothing."""
+        if not self.others:
+            return None
+        parts = [f"{part} ({self._share(shapes)})" for part, shapes in self.others.items()]
+        return (
+            f"only the decoder layers are quantized; carried over, with their shares of the weights: {', '.join(parts)}"
+        )
+
+    def stacked(self, rules: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
+        """The stacks that no rule leaves float."""
+        return {name: shape for name, shape in self.stacks.items() if not _rule(name, rules).get("skip")}
+
+    def fault(self, rules: Sequence[Mapping[str, Any]]) -> str | None:
+        """What is said against the stacks that no rule leaves float, with the rules that would; None if there is none."""
+        stacks = self.stacked(rules)
+        if not stacks:
+            return None
+        name, shape = next(iter(stacks.items()))
+        kinds = dict.fromkeys(one.rpartition(".")[2] for one in stacks)
+        remedy = ", ".join(f'{{match: "*.{kind}", skip: true}}' for kind in kinds)
+        return (
+            f"{len(stacks)} weights of the decoder layers, {self._share(stacks)} of the model, are no linears of their own, "
+            f"such as experts in one tensor (first: {name}, {' x '.join(map(str, shape))}), and no backend quantizes them; "
+            f"leave them float with 'layers.rules=[{remedy}]', or take a model that has a tensor for each linear"
+        )
+
+    def _share(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        return f"{100 * sum(map(math.prod, shapes.values())) / self.values:.3g} %"
+
+
+def inventory(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Inventory:
+    """Take stock of a float model, from its headers and its config.json."""
+    shapes = {name: tuple(checkpoint.info(name).shape) for name in checkpoint.names}
+    layers = _decoder_layers(shapes, config)
+    linears: dict[str, tuple[int, int]] = {}
+    stacks: dict[str, tuple[int, ...]] = {}
+    others: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for full, shape in shapes.items():
+        place, name = numbered(full), full.removesuffix(".weight")
+        wide = is_wide(shape)
+        if place and place[:2] in layers:
+            if exempt(place[2], shape):
+                continue
+            if len(shape) == 2 and full.endswith(".weight"):
+                linears[name] = (shape[1], shape[0])
+            elif wide:
+                stacks[name] = shape
+        elif wide and (_OTHER_PART.search(name) or not _TABLE.search(name)):
+            others[_part(name, layers)][name] = shape
+    return Inventory(linears, stacks, dict(others), sum(map(math.prod, shapes.values())))
+
+
+def is_wide(shape: Sequence[int]) -> bool:
+    """Whether a tensor has two wide dimensions."""
+    return len(shape) > 1 and sorted(shape)[-2] >= WIDE
+
+
+def linear_shapes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """(in_features, out_features) of every linear of the decoder's layers, by name without `.weight`."""
-    found = {}
-    for name in checkpoint.names:
-        inside, shape = _IN_LAYER.search(name), checkpoint.info(name).shape
-        if inside and len(shape) == 2 and not _NOT_LINEAR.search(inside[1]):
-            found[name.removesuffix(".weight")] = (int(shape[1]), int(shape[0]))
-    return found
+    return inventory(checkpoint, config).linears
+
+
+def exempt(inside: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of a layer is no weight of a linear by its name: a norm, an embedding, a router, a bias, a mask.
+
+    With three or more dimensions, also a convolution.
+    """
+    name = inside.removesuffix(".weight")
+    return bool(_NOT_LINEAR.search(name) or _BIAS.search(name) or (len(shape) > 2 and _CONVOLUTION.search(name)))
+
+
+def of_another_part(name: str) -> bool:
+    """Whether a tensor belongs to a part that is no language model by its name, such as a vision tower."""
+    return bool(_OTHER_PART.search(name))
+
+
+def numbered(name: str) -> tuple[str, int, str] | None:
+    """The list that a tensor's layer is in, the layer's number, and the tensor's name inside it; None outside of layers."""
+    found = _NUMBERED.search(name)
+    return (found[1], int(found[2]), found[3]) if found else None
+
+
+def _decoder_layers(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> set[tuple[str, int]]:
+    """(list, number) of every decoder layer.
+
+    They are in the lists with as many entries as config.json says, or else in the heaviest one, and in lists of the same
+    kind of layers beside them.
+    """
+    sizes: dict[str, int] = defaultdict(int)
+    numbers: dict[str, set[int]] = defaultdict(set)
+    insides: dict[str, set[str]] = defaultdict(set)
+    for name, shape in shapes.items():
+        if found := numbered(name):
+            sizes[found[0]] += math.prod(shape)
+            numbers[found[0]].add(found[1])
+            insides[found[0]].add(found[2])
+    own = [one for one in sizes if not _OTHER_PART.search(one)]
+    own = [one for one in own if _LANGUAGE.search(one)] or own
+    depth = dimensions(config).layers
+    # Layers beyond the number that config.json gives predict further tokens (DeepSeek V3), and no engine here runs them.
+    chosen = [one for one in own if depth and numbers[one] >= set(range(depth))]
+    if not chosen:
+        chosen, depth = sorted(own, key=lambda one: sizes[one])[-1:], None
+    layers = {(one, number) for one in chosen for number in numbers[one] if depth is None or number < depth}
+    alike = [one for one in own if one not in chosen and any(insides[one] <= insides[other] for other in chosen)]
+    return layers | {(one, number) for one in alike for number in numbers[one]}
+
+
+def _part(name: str, layers: set[tuple[str, int]]) -> str:
+    """The name of the part that a tensor belongs to: up to where it leaves the path to the decoder layers."""
+    path, decoder = name.split("."), min(layers)[0].split(".") if layers else []
+    same = 0
+    while same < len(decoder) and path[same] == decoder[same]:
+        same += 1
+    return ".".join(path[: same + 1])
+
+
+def _rule(name: str, rules: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next((rule for rule in rules if fnmatchcase(name, rule["match"])), {})
 
 
 def select_linears(
@@ -51,9 +195,11 @@ def select_linears(
         lm_head: whether the output layer is quantized too.
 
     Raises:
-        UserError: a rule matches no linear, every linear is skipped, or the output layer cannot be quantized.
+        UserError: a rule matches nothing, every linear is skipped, the output layer cannot be quantized, or a weight of
+            the decoder layers is no linear and no rule leaves it float.
     """
-    names = list(linear_shapes(checkpoint))
+    stock = inventory(checkpoint, config)
+    names = list(stock.linears)
     if lm_head:
         if ties_head(config) or f"{LM_HEAD}.weight" not in checkpoint.names:
             raise UserError(
@@ -61,15 +207,19 @@ def select_linears(
                 "lm_head=float"
             )
         names.append(LM_HEAD)
-    unmatched = [rule["match"] for rule in rules if not any(fnmatchcase(name, rule["match"]) for name in names)]
+    known = [*names, *stock.stacks]
+    unmatched = [rule["match"] for rule in rules if not any(fnmatchcase(name, rule["match"]) for name in known)]
     if unmatched:
         example = names[0] if names else "no linear"
         raise UserError(
             f"layers.rules: {', '.join(unmatched)} matches no linear of this model; names look like {example}"
         )
+    fault = stock.fault(rules)
+    if fault:
+        raise UserError(fault)
     widths = {}
     for name in names:
-        rule = next((rule for rule in rules if fnmatchcase(name, rule["match"])), {})
+        rule = _rule(name, rules)
         if not rule.get("skip"):
             own_bits, own_group = rule.get("bits"), rule.get("group_size")
             widths[name] = LinearSpec(
@@ -84,8 +234,5 @@ def select_linears(
 
 def place_of(name: str) -> tuple[int, str]:
     """The decoder layer of a linear and its name inside that layer; -1 and the whole name outside the layers."""
-    found = _PLACE.search(name)
-    return (int(found[1]), found[2]) if found else (-1, name)
-
-
-_PLACE = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
+    found = numbered(name)
+    return found[1:] if found else (-1, name)

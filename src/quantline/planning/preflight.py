@@ -87,9 +87,7 @@ def _quantizable(
     order, findings = list(machine.order.get(variant.method, ())), []
     backend = ""
     try:
-        backend, notes = capabilities.choose(
-            variant.backend, order, variant.requirements, str(model.config.get("model_type"))
-        )
+        backend, notes = capabilities.choose(variant.backend, order, variant.requirements, model.config)
         findings += [Finding("backend", "quantize", note, refused=False) for note in notes]
     except UserError as error:
         findings.append(Finding("backend", "quantize", str(error), source="capabilities.yaml"))
@@ -100,6 +98,8 @@ def _quantizable(
         )  # fmt: skip
     except UserError as error:
         return backend, [*findings, Finding("layers", "quantize", str(error))], {}
+    if model.inventory.note:
+        findings.append(Finding("carried-over", "quantize", model.inventory.note, refused=False))
     if variant.method != "bnb":
         try:
             check_group_size(model.shapes, widths)

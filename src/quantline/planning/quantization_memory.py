@@ -73,7 +73,7 @@ def quantization_peak(
                      gradients and best values, 3 * 4 bytes per value. rtn: 5 float32 copies of the largest linear. bnb:
                      one float32 copy.
     """
-    shapes = linear_shapes(checkpoint)
+    shapes = linear_shapes(checkpoint, config)
     linears = shapes.values()
     largest = max((wide * high for wide, high in linears), default=0)
     widest = max((wide for wide, _ in linears), default=0)

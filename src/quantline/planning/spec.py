@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantline.checkpoints.checkpoint import Checkpoint
-from quantline.checkpoints.linears import LM_HEAD, linear_shapes
+from quantline.checkpoints.linears import LM_HEAD, Inventory, inventory
 from quantline.checkpoints.model_config import Dimensions, dimensions, ties_head
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
@@ -27,7 +27,7 @@ Step = Literal["quantize", "convert", "serve", "memory"]
 class VariantSpec:
     """A requested variant; names and values as in conf/.
 
-    options: the method's own. backend: a name or auto. rules: by layer, see `linears.planned`. dtype: of the quantizer;
+    options: the method's own. backend: a name or auto. rules: by layer, see `select_linears`. dtype: of the quantizer;
     serve_dtype: of the server. convert: the target layout.
     """
 
@@ -82,9 +82,14 @@ class Model:
         return dimensions(self.config)
 
     @cached_property
+    def inventory(self) -> Inventory:
+        """Which of its tensors are linears."""
+        return inventory(self.checkpoint, self.config)
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of every linear, including the output layer unless it is tied."""
-        found = dict(linear_shapes(self.checkpoint))
+        found = dict(self.inventory.linears)
         if f"{LM_HEAD}.weight" in self.checkpoint.names and not ties_head(self.config):
             rows, columns = self.checkpoint.info(f"{LM_HEAD}.weight").shape
             found[LM_HEAD] = (columns, rows)

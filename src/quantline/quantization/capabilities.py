@@ -6,12 +6,13 @@ it the first one that meets the configuration's requirements and supports the mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from quantline.checkpoints.model_config import dimensions
 from quantline.core.errors import UserError
 from quantline.core.text import alternatives
 
@@ -73,10 +74,33 @@ def able(backend: str, method: str) -> dict[str, Any]:
     return {**table()[backend], **_method(backend, method)}
 
 
-def knows(backend: str, method: str, model_type: str) -> bool:
-    """Whether a backend quantizes models of a type well with a method."""
-    families = able(backend, method)["families"]
-    return families is None or model_type in families
+def family_faults(backend: str, requirements: Requirements, config: Mapping[str, Any]) -> list[str]:
+    """Why a backend that meets the requirements does not quantize a model well.
+
+    config: the model's config.json.
+    """
+    kind, families = str(config.get("model_type")), able(backend, requirements.method)["families"]
+    if families is not None and kind not in families:
+        return [f"model_type={kind}: {backend} supports {', '.join(families)}"]
+    numbers = dimensions(config)
+    facts = {"grouped_heads": numbers.kv_heads != numbers.heads}
+    return [
+        f"model_type={kind}: {backend} cannot quantize it{given}: {reason}"
+        for families, given, reason in _exceptions(backend, requirements, facts) if kind in families
+    ]  # fmt: skip
+
+
+def _exceptions(
+    backend: str, requirements: Requirements, facts: Mapping[str, Any]
+) -> Iterator[tuple[Sequence[str], str, str]]:
+    """The exceptions whose conditions are met: families (none: for all), the conditions in words, and the reason."""
+    sizes = (requirements.group_size, *requirements.rule_groups)
+    known = {**requirements.options, "grouped": any(size != -1 for size in sizes), **facts}
+    for entry in table()[backend].get("exceptions", ()):
+        conditions = entry.get("when", {})
+        if all(known.get(key) == value for key, value in conditions.items()):
+            given = " ".join(f"{key}={str(value).lower()}" for key, value in conditions.items())
+            yield entry.get("families", ()), f" with {given}" if given else "", entry["reason"]
 
 
 @cache
@@ -128,6 +152,10 @@ def faults(backend: str, requirements: Requirements) -> list[str]:
         )
     if requirements.dtype not in known["dtypes"]:
         found.append(f"dtype={requirements.dtype}: {backend} computes in {alternatives(known['dtypes'])}")
+    found += [
+        f"{backend} cannot do this{given}: {reason}"
+        for families, given, reason in _exceptions(backend, requirements, {}) if not families
+    ]  # fmt: skip
     return found
 
 
@@ -146,28 +174,30 @@ def candidates(backend: str, order: Sequence[str], requirements: Requirements) -
     return [name for name in names if not faults(name, requirements)]
 
 
-def choose(backend: str, order: Sequence[str], requirements: Requirements, model_type: str) -> tuple[str, list[str]]:
-    """The backend for a model, and why each one before it in the order was passed over.
+def choose(
+    backend: str, order: Sequence[str], requirements: Requirements, config: Mapping[str, Any]
+) -> tuple[str, list[str]]:
+    """The backend for a model, given by its config.json, and why each one before it in the order was passed over.
 
     Raises:
         UserError: no backend can do it; with the reason for each.
     """
+
+    def against(name: str) -> list[str]:
+        known = requirements.method in table()[name]["methods"]
+        return faults(name, requirements) + (family_faults(name, requirements, config) if known else [])
+
     passed: list[str] = []
     for name in list(order) if backend == "auto" else [backend]:
-        reasons = faults(name, requirements)
-        if requirements.method in table()[name]["methods"] and not knows(name, requirements.method, model_type):
-            families = able(name, requirements.method)["families"]
-            reasons = [*reasons, f"model_type={model_type}: {name} supports {', '.join(families)}"]
+        reasons = against(name)
         if not reasons:
             return name, [f"{name} quantizes this model, because {reason}" for reason in passed]
         passed += reasons
     if backend != "auto":
-        others = [
-            name for name in order
-            if name != backend and not faults(name, requirements) and knows(name, requirements.method, model_type)
-        ]  # fmt: skip
+        others = [name for name in order if name != backend and not against(name)]
         remedy = f"; give backend={others[0]}, or backend=auto" if others else ""
         raise UserError("; ".join(passed) + remedy)
-    raise UserError(
-        f"method={requirements.method}: no backend can do this: " + "; ".join(passed) + "; method=rtn takes any model"
-    )
+    plain = replace(requirements, method="rtn", options={})
+    able_to = not faults("native", plain) and not family_faults("native", plain, config)
+    remedy = "; method=rtn takes this model" if requirements.method != "rtn" and able_to else ""
+    raise UserError(f"method={requirements.method}: no backend can do this: {'; '.join(passed)}{remedy}")

@@ -9,21 +9,23 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers, to_float32
 from quantline.checkpoints.companions import COMPANIONS
 from quantline.checkpoints.layouts import LAYOUTS
-from quantline.checkpoints.linears import LM_HEAD
-from quantline.checkpoints.model_config import ties_head
+from quantline.checkpoints.linears import LM_HEAD, exempt, is_wide, numbered, of_another_part
+from quantline.checkpoints.model_config import dimensions, ties_head
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 
 # Buffers in older checkpoints that models compute themselves: rotary frequencies and causal masks.
 _BUFFERS = re.compile(r"(?:inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -37,6 +39,7 @@ class FileChecks:
         linears: name -> (in_features, out_features) of the quantized linears, as in the float model.
         stored_bits: name -> bits of all tensors of a quantized linear except its bias.
         zero_scales, scales: number of zero scales, and of all scales.
+        expected: number of linears that the float model's shapes and config.json call for.
         weights, bits: number of weights and of bits in the whole model.
     """
 
@@ -46,6 +49,7 @@ class FileChecks:
     stored_bits: dict[str, int] = field(default_factory=dict)
     zero_scales: int = 0
     scales: int = 0
+    expected: int = 0
     weights: int = 0
     bits: int = 0
 
@@ -60,15 +64,19 @@ class FileChecks:
         return sum(self.stored_bits.values()) / max(self.quantized_weights, 1)
 
 
-def inspect(model: Path, output: Path, expected: Sequence[str]) -> FileChecks:
+def inspect(model: Path, output: Path, expected: Sequence[str], rules: Sequence[Mapping[str, Any]] = ()) -> FileChecks:
     """Compare a quantized checkpoint with the float model that it was made from.
+
+    What should be quantized is also counted from the model's shapes and the number of layers in its config.json, apart
+    from the list that the quantizer was given.
 
     Args:
         model: folder of the float model.
         output: folder of the quantized one.
         expected: names of the linears that should be quantized.
+        rules: exceptions by name, see `select_linears`.
     """
-    floats = Checkpoint.open(model)
+    floats, config = Checkpoint.open(model), read_json(model / "config.json")
     weights = sum(math.prod(floats.info(name).shape) for name in floats.names)
     faults = _companion_faults(model, output)
     try:
@@ -96,12 +104,15 @@ def inspect(model: Path, output: Path, expected: Sequence[str]) -> FileChecks:
         linears[name] = int(wide), int(tall)
         stored = [tensor for suffix, tensor in suffixes.items() if suffix != "bias"]
         stored_bits[name] = 8 * sum(checkpoint.info(tensor).nbytes for tensor in stored)
-    tied = ties_head(read_json(model / "config.json"))
-    faults += _absent_faults(floats, checkpoint, layers, tied=tied)
+    faults += _absent_faults(floats, checkpoint, layers, tied=ties_head(config))
+    due = _due(floats, config, rules)
+    faults += _missed_faults(due, layers, expected)
+    faults += _router_faults(floats, config, layers)
     scales = _scales(checkpoint, layers, LAYOUTS[info.layout].scales if info is not None else ())
     return FileChecks(
-        [*faults, *scales.faults], scales.warnings, linears, stored_bits, scales.zeros, scales.count, weights, bits
-    )
+        [*faults, *scales.faults], scales.warnings, linears, stored_bits, scales.zeros, scales.count,
+        len(due | set(linears)), weights, bits,
+    )  # fmt: skip
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:
@@ -133,6 +144,52 @@ def _absent_faults(
         and not (tied and name == f"{LM_HEAD}.weight") and not _BUFFERS.search(name)
     ]  # fmt: skip
     return [f"{len(missing)} tensors of the float model are missing: {some(missing)}"] if missing else []
+
+
+def _due(floats: Checkpoint, config: Mapping[str, Any], rules: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The weights with two wide dimensions in as many layers as config.json says, unless a name or a rule excepts them."""
+    depth, due = dimensions(config).layers or 0, set()
+    for name in floats.names:
+        layer, shape = name.removesuffix(".weight"), floats.info(name).shape
+        place = numbered(name)
+        if place is None or place[1] >= depth or not is_wide(shape):
+            continue
+        rule = next((rule for rule in rules if fnmatchcase(layer, rule["match"])), {})
+        if not (exempt(place[2], shape) or of_another_part(name) or rule.get("skip")):
+            due.add(layer)
+    return due
+
+
+def _missed_faults(due: set[str], layers: Mapping[str, Any], expected: Sequence[str]) -> list[str]:
+    missed = sorted(due - set(layers) - set(expected))  # those in both are reported as not quantized
+    if not missed:
+        return []
+    return [f"{len(missed)} weights of the decoder layers stayed float, although no rule says so: {some(missed)}"]
+
+
+def _router_faults(floats: Checkpoint, config: Mapping[str, Any], layers: Mapping[str, Any]) -> list[str]:
+    """Quantized linears with one output for each expert, beside the experts: routers, whatever they are called."""
+    experts = dimensions(config).experts
+    routers = [
+        layer for layer in layers
+        if experts is not None and f"{layer}.weight" in floats.names and not _EXPERT.search(layer)
+        and floats.info(f"{layer}.weight").shape[0] == experts and _is_beside_experts(layer, floats, experts)
+    ]  # fmt: skip
+    return [f"{len(routers)} routers were quantized: {some(routers)}"] if routers else []
+
+
+def _is_beside_experts(layer: str, floats: Checkpoint, experts: int) -> bool:
+    """Whether the nearest module around a linear that holds other weights, too, holds the experts."""
+    place = numbered(layer)
+    inside = place[2].split(".") if place else []
+    while len(inside) > 1:
+        inside.pop()
+        around = f"{place[0]}.{place[1]}.{'.'.join(inside)}." if place else ""
+        beside = [name for name in floats.names if name.startswith(around) and not name.startswith(f"{layer}.")]
+        shapes = [floats.info(name).shape for name in beside if is_wide(floats.info(name).shape)]
+        if shapes:
+            return any(_EXPERT.search(name) for name in beside) or any(shape[0] == experts for shape in shapes)
+    return False
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ class Quantized:
         calibration: tokens.safetensors, `input_ids` int32 (n, length).
         linears: the linears that should be quantized, by name.
         method: awq, gptq, rtn, bnb or autoround. Scales folded by awq are undone before weights are compared.
+        rules: exceptions by name, see `select_linears`.
         backend_rows: the backend's own rows, with `layer` and `module`, or with the full name in `module`.
     """
 
@@ -94,6 +95,7 @@ class Quantized:
     calibration: Path
     linears: Mapping[str, LinearSpec]
     method: str
+    rules: Sequence[Mapping[str, Any]] = ()
     backend_rows: Sequence[Mapping[str, Any]] = ()
 
 
@@ -119,11 +121,11 @@ def measure(
         WorkerError: the checkpoint does not pass. The message has every reason, with its worst linears.
     """
     linears, method = made.linears, made.method
-    found = inspect(made.model, made.output, list(linears))
+    found = inspect(made.model, made.output, list(linears), made.rules)
     if found.faults:
         raise WorkerError(f"the quantized model does not pass the gate on layer errors: {'; '.join(found.faults)}")
     rows = _rows(found, linears, made.backend_rows)
-    metrics, warnings = _file_metrics(found, len(linears)), list(found.warnings)
+    metrics, warnings = _file_metrics(found), list(found.warnings)
     if not settings.enabled:
         return LayerErrors(rows, metrics, warnings)
     job = {
@@ -182,9 +184,9 @@ def _level(error: float | None, levels: ErrorLevels) -> str | None:
     return "high" if not error < levels.high else "moderate" if error >= levels.moderate else "low"
 
 
-def _file_metrics(found: FileChecks, expected: int) -> dict[str, float]:
+def _file_metrics(found: FileChecks) -> dict[str, float]:
     return {
-        "linears_expected": expected,
+        "linears_expected": found.expected,
         "linears_quantized": len(found.linears),
         "quantized_share": found.quantized_weights / found.weights,
         "effective_bits": found.effective_bits,

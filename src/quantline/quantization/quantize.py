@@ -10,7 +10,7 @@ from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
-from quantline.checkpoints.linears import linear_shapes, select_linears
+from quantline.checkpoints.linears import inventory, select_linears
 from quantline.core.errors import UserError, WorkerError
 from quantline.core.files import read_json
 from quantline.quantization.capabilities import CALIBRATED, Requirements, choose, toolchain_of
@@ -101,15 +101,17 @@ def quantize(
         WorkerError: the backend failed, or its output is not what was requested.
     """
     checkpoint, config = Checkpoint.open(model), read_json(model / "config.json")
-    backend, notes = choose(request.backend, request.order, request.requirements, str(config.get("model_type")))
+    backend, notes = choose(request.backend, request.order, request.requirements, config)
     widths = select_linears(
         checkpoint, config, bits=request.bits, group_size=request.group_size, rules=request.rules,
         lm_head=request.requirements.lm_head,
     )  # fmt: skip
+    stock = inventory(checkpoint, config)
+    notes += [stock.note] if stock.note else []
     method = str(request.method["name"])
     grouped = not (method == "bnb" and request.bits == 8)
     if grouped:
-        check_group_size(linear_shapes(checkpoint), widths)
+        check_group_size(stock.linears, widths)
     job: dict[str, Any] = {
         "model": str(model),
         "output": str(out),

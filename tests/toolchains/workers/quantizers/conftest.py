@@ -48,7 +48,7 @@ def job_for(models, tmp_path_factory):
 @pytest.fixture(scope="session")
 def some_linears(models):
     """What a job asks for when the first decoder layer and every down projection stay float: name -> width."""
-    names = linear_shapes(Checkpoint.open(models / "qwen2" / "model"))
+    names = linear_shapes(Checkpoint.open(models / "qwen2" / "model"), {})
     kept = [name for name in names if not name.startswith("model.layers.0.") and not name.endswith("down_proj")]
     assert 0 < len(kept) < len(names)
     return {name: {"bits": 4, "group_size": 64} for name in kept}

@@ -160,25 +160,15 @@ def test_values_beyond_float16_are_refused(batch):
     assert "model.norm.weight has values up to 9.984e+04" in batch["overflow"][1]["refused"]
 
 
-CONFIG = {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
 @pytest.mark.parametrize(
-    ("values", "config", "message"),
+    ("values", "message"),
     [
-        ({"bits": 8}, {}, "bits=8: awq takes 4; use method=gptq"),
-        ({"group_size": -1}, {}, "group_size=-1: awq takes 32, 64 or 128"),
-        ({"options": {"version": "marlin"}}, {}, "version=marlin: awq takes gemm, gemv"),
-        ({"options": {"damp": 1}}, {}, "options damp: awq has clip, version, zero_point"),
-        ({}, {"model_type": "opt"}, "model_type='opt': AutoAWQ quantizes llama, qwen2"),
-        ({}, {"model_type": "phi3"}, "phi3 with 2 key-value heads for 4 heads"),
+        ({"bits": 8}, "bits=8: awq takes 4; use method=gptq"),
+        ({"group_size": -1}, "group_size=-1: awq takes 32, 64 or 128"),
+        ({"options": {"version": "marlin"}}, "version=marlin: awq takes gemm, gemv"),
+        ({"options": {"damp": 1}}, "options damp: awq has clip, version, zero_point"),
     ],
 )
-def test_what_the_library_fails_on_late_is_refused_early(values, config, message):
+def test_what_the_library_fails_on_late_is_refused_early(values, message):
     with pytest.raises(JobError, match=message):
-        autoawq.check({"bits": 4, "group_size": 64, **values}, {**CONFIG, **config})
-
-
-def test_phi3_with_full_heads_is_accepted():
-    config = {"model_type": "phi3", "num_attention_heads": 4, "num_key_value_heads": 4}
-    assert autoawq.check({"bits": 4, "group_size": 64}, config)["version"] == "gemm"
+        autoawq.check({"bits": 4, "group_size": 64, **values})

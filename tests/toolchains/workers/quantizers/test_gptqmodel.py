@@ -263,25 +263,23 @@ def test_a_linear_that_the_library_does_not_know_is_refused(batch):
 
 
 @pytest.mark.parametrize(
-    ("values", "config", "message"),
+    ("values", "message"),
     [
-        ({"method": "rtn"}, {}, "method=rtn: gptqmodel takes gptq or awq"),
-        ({"bits": 5}, {}, "bits=5: gptq takes 2, 3, 4, 8"),
-        ({"bits": 8, "method": "awq"}, {}, "bits=8: awq takes 4"),
-        ({"group_size": 0}, {}, "group_size=0: gptq takes -1 or a divisor"),
-        ({"group_size": -1, "method": "awq"}, {}, "group_size=-1: awq takes 32, 64"),
-        ({"options": {"damp_percent": 1.5}}, {}, "damp_percent=1.5"),
-        ({"options": {"clip": True}}, {}, "options clip: gptq has activation_bits, damp_percent"),
-        ({"options": {"activation_bits": 8}}, {}, "activation_bits=8: gptqmodel rounds weights only"),
-        ({"options": {"static_groups": True}, "group_size": -1}, {}, "static_groups=true with group_size=-1"),
-        ({"linears": widths(bits=5)}, {}, "bits=5"),
-        ({"linears": widths(lm_head={"bits": 4, "group_size": 64}), "method": "awq"}, {}, "lm_head=quantized: awq"),
-        ({"linears": widths(group_size=32), "method": "awq"}, {}, "one group size for all linears"),
-        ({"low_memory": True}, {}, "low_memory=true: gptqmodel holds the whole model"),
-        ({}, {"model_type": "phi3"}, "model_type='phi3': GPTQModel quantizes llama"),
-        ({"method": "awq"}, {"model_type": "mixtral"}, "model_type='mixtral': GPTQModel quantizes llama"),
+        ({"method": "rtn"}, "method=rtn: gptqmodel takes gptq or awq"),
+        ({"bits": 5}, "bits=5: gptq takes 2, 3, 4, 8"),
+        ({"bits": 8, "method": "awq"}, "bits=8: awq takes 4"),
+        ({"group_size": 0}, "group_size=0: gptq takes -1 or a divisor"),
+        ({"group_size": -1, "method": "awq"}, "group_size=-1: awq takes 32, 64"),
+        ({"options": {"damp_percent": 1.5}}, "damp_percent=1.5"),
+        ({"options": {"clip": True}}, "options clip: gptq has activation_bits, damp_percent"),
+        ({"options": {"activation_bits": 8}}, "activation_bits=8: gptqmodel rounds weights only"),
+        ({"options": {"static_groups": True}, "group_size": -1}, "static_groups=true with group_size=-1"),
+        ({"linears": widths(bits=5)}, "bits=5"),
+        ({"linears": widths(lm_head={"bits": 4, "group_size": 64}), "method": "awq"}, "lm_head=quantized: awq"),
+        ({"linears": widths(group_size=32), "method": "awq"}, "one group size for all linears"),
+        ({"low_memory": True}, "low_memory=true: gptqmodel holds the whole model"),
     ],
 )
-def test_what_the_library_fails_on_late_is_refused_early(values, config, message):
+def test_what_the_library_fails_on_late_is_refused_early(values, message):
     with pytest.raises(JobError, match=message):
-        gptqmodel.check({"bits": 4, "group_size": 64, **values}, {"model_type": "qwen2", **config})
+        gptqmodel.check({"bits": 4, "group_size": 64, **values})

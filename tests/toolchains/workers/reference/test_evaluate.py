@@ -40,7 +40,7 @@ WORST = f"{LAYER}mlp.gate_proj"
 def quantized(model, folder, linears=None):
     """Rounded to nearest at 3 bits, all linears or the given ones."""
     folder.mkdir()
-    names = linears or list(linear_shapes(Checkpoint.open(model)))
+    names = linears or list(linear_shapes(Checkpoint.open(model), {}))
     widths = {name: {"bits": 3, "group_size": 128} for name in names}
     job = {"model": str(model), "output": str(folder), "bits": 3, "group_size": 128, "options": {}, "linears": widths}
     native.run(job, lambda *progress: None)
@@ -75,7 +75,7 @@ def outcome(root, tmp_path_factory):
     write_safetensors(model / "model.safetensors", weights)
     moved = write_float(folder / "moved")
     write_safetensors(moved / "model.safetensors", folded(weights))
-    names = [name for name in linear_shapes(Checkpoint.open(model)) if name != WORST]
+    names = [name for name in linear_shapes(Checkpoint.open(model), {}) if name != WORST]
     for source, name in ((model, "q"), (moved, "f")):
         quantized(source, folder / name)
         quantized(source, folder / f"{name}-but-worst", names)

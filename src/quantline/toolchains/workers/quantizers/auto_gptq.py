@@ -26,7 +26,6 @@ from quantline.toolchains.workers.quantizers import model as _common
 from quantline.toolchains.workers.quantizers import output, rounding, selection
 
 # Families that were tested and beat plain rounding; the library lists more.
-FAMILIES = ("llama", "qwen2", "mistral", "mixtral", "gemma", "opt", "gpt_neox")
 DEFAULTS = {"damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True, "static_groups": False}
 BITS = (2, 3, 4, 8)
 LAYOUT = "gptq"
@@ -56,11 +55,11 @@ class Losses(logging.Handler):
             self.rows[-1]["seconds" if found[1] == "duration" else "loss"] = float(found[2])
 
 
-def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def check(job: dict[str, Any]) -> dict[str, Any]:
     """The job's options. First refuses what the library would reject late or accept wrongly.
 
     Raises:
-        JobError: bits, group size, options or model that AutoGPTQ does not support.
+        JobError: bits, group size or options that AutoGPTQ does not support.
     """
     options = output.method_options(job, DEFAULTS, "gptq")
     if job["bits"] not in BITS:
@@ -70,7 +69,6 @@ def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         raise JobError(f"group_size={size}: gptq takes -1 or a divisor of every width, such as 128")
     if not 0 < options["damp_percent"] < 1:
         raise JobError(f"damp_percent={options['damp_percent']}: gptq takes a number between 0 and 1, such as 0.01")
-    _common.check_family(config, FAMILIES, "AutoGPTQ", "method=awq if AutoAWQ supports it, or method=rtn")
     return options
 
 
@@ -81,7 +79,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         JobError: the job cannot be done as given.
     """
     config = output.float_config(job["model"])
-    options = check(job, config)
+    options = check(job)
     _common.start(job)
     from auto_gptq import BaseQuantizeConfig
     from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP

@@ -32,7 +32,6 @@ from quantline.toolchains.workers.quantizers import model, rounding, selection
 from quantline.toolchains.workers.quantizers import output as _output
 
 # Families that were tested and beat plain rounding; the library lists more.
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma", "gemma2", "phi3")
 # exllama is a choice of kernels at loading time; its weights are stored as gemm.
 LAYOUTS = {version: VERSIONS[version] for version in ("gemm", "gemv", "exllama")}
 DEFAULTS = {"zero_point": True, "version": "gemm", "clip": True}
@@ -42,11 +41,11 @@ _PARALLEL = 8
 _PARALLEL_TOKENS = 4096
 
 
-def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def check(job: dict[str, Any]) -> dict[str, Any]:
     """The job's options. First refuses what the library would reject late or accept wrongly.
 
     Raises:
-        JobError: bits, group size, options or model that AutoAWQ does not support.
+        JobError: bits, group size or options that AutoAWQ does not support.
     """
     options = _output.method_options(job, DEFAULTS, "awq")
     options["version"] = str(options["version"]).lower()
@@ -56,13 +55,6 @@ def check(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         raise JobError(f"group_size={job['group_size']}: awq takes 32, 64 or 128 (or another divisor of every width)")
     if options["version"] not in LAYOUTS:
         raise JobError(f"version={options['version']}: awq takes {', '.join(LAYOUTS)}")
-    model.check_family(config, FAMILIES, "AutoAWQ", "method=rtn, or method=gptq if AutoGPTQ supports it")
-    heads, grouped = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if config.get("model_type") == "phi3" and grouped not in (None, heads):
-        raise JobError(
-            f"phi3 with {grouped} key-value heads for {heads} heads: AutoAWQ silently corrupts its fused attention "
-            "weights; use method=rtn"
-        )
     return options
 
 
@@ -73,7 +65,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         JobError: the job cannot be done as given.
     """
     config = _output.float_config(job["model"])
-    options = check(job, config)
+    options = check(job)
     model.start(job)
     from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
 

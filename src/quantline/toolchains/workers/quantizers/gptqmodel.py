@@ -32,33 +32,6 @@ from quantline.toolchains.workers.quantizers import model as _common
 from quantline.toolchains.workers.quantizers import output, rounding, selection
 from quantline.toolchains.workers.quantizers.resume_layers import LayerStore
 
-# Families that were tested and beat plain rounding; for awq, scaling alone must not change the output. The library
-# lists 187.
-# awq corrupts gemma2, phi, opt, gptj, gpt_neox, cohere, olmo2, starcoder2, exaone4 and every mixture of experts: it
-# scales norms that also feed a router, or that come after the attention.
-_BOTH = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "stablelm",
-    "granite",
-    "smollm3",
-    "ministral3",
-    "seed_oss",
-    "ernie4_5",
-    "hunyuan_v1_dense",
-    "lfm2",
-)
-FAMILIES = {
-    "gptq": (
-        *_BOTH, "gemma2", "gemma3_text", "gemma4_text", "phi", "opt", "gpt_neox", "gpt_neo", "gptj", "gpt_bigcode", "bloom",
-        "mpt", "codegen", "cohere", "cohere2", "olmo2", "olmo3", "starcoder2", "exaone4", "apertus", "mixtral", "qwen2_moe",
-        "qwen3_moe",
-    ),
-    "awq": _BOTH,
-}  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gptq": {
         "damp_percent": 0.05, "desc_act": False, "sym": True, "true_sequential": True, "static_groups": False,
@@ -109,11 +82,11 @@ class Run:
             self.report(len(self.rows), len(self.wanted), name)
 
 
-def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def check(job: Mapping[str, Any]) -> dict[str, Any]:
     """The job's options. First refuses what the library would reject late or accept wrongly.
 
     Raises:
-        JobError: method, bits, group size, options or model that GPTQModel does not support.
+        JobError: method, bits, group size or options that GPTQModel does not support.
     """
     method = job.get("method", "gptq")
     if method not in DEFAULTS:
@@ -143,7 +116,6 @@ def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
             raise JobError("awq with gptqmodel has one group size for all linears; give one, or use method=gptq")
     if job.get("low_memory"):
         raise JobError("low_memory=true: gptqmodel holds the whole model in main memory; give low_memory=false")
-    _common.check_family(config, FAMILIES[method], "GPTQModel", f"another backend for {method}, or method=rtn")
     return options
 
 
@@ -163,7 +135,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         JobError: the job cannot be done as given.
     """
     config = output.float_config(job["model"])
-    options = check(job, config)
+    options = check(job)
     method = job.get("method", "gptq")
     with TemporaryDirectory(prefix="quantline-gptqmodel-") as scratch:
         environment(Path(scratch))

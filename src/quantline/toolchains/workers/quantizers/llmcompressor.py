@@ -30,13 +30,6 @@ from quantline.toolchains.workers.quantizers import model, output, selection
 if TYPE_CHECKING:
     from quantline.toolchains.workers.quantizers.llmcompressor_modifiers import Run
 
-# Families that were tested and beat plain rounding (gptq, awq), or ran (rtn); the library lists more.
-_ALL = (
-    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "stablelm", "mixtral",
-    "qwen2_moe", "qwen3_moe",
-)  # fmt: skip
-_NO_AWQ = ("opt", "gpt_neox", "olmo2", "phi", "starcoder2")  # the library has no mappings of what to scale for them
-FAMILIES = {"gptq": (*_ALL, *_NO_AWQ), "rtn": (*_ALL, *_NO_AWQ), "awq": _ALL}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gptq": {
         "damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True, "static_groups": False,
@@ -46,14 +39,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "awq": {"zero_point": True, "version": "gemm", "clip": False},
 }  # fmt: skip
 BITS = (2, 3, 4, 8)
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
-def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def check(job: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Method and options. First refuses what the library would reject late or accept wrongly.
 
     Raises:
-        JobError: method, bits, group sizes, options or model that llm-compressor or the layouts do not support.
+        JobError: method, bits, group sizes, or options that llm-compressor or the layouts do not support.
     """
     method = job.get("method", "gptq")
     if method not in DEFAULTS:
@@ -81,12 +73,6 @@ def check(job: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, dict[
         )
     if options.get("activation_bits") is not None:
         _check_activations(options, widths)
-        if config.get("model_type") in EXPERTS:
-            raise JobError(
-                f"activation_bits=8 with model_type={config['model_type']!r}: the reference engine cannot round "
-                "the inputs of experts, so the result could not be evaluated; give activation_bits=null"
-            )
-    model.check_family(config, FAMILIES[method], "llm-compressor", f"another backend for {method}, or backend=native")
     return method, options
 
 
@@ -108,7 +94,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         JobError: the job cannot be done as given.
     """
     config = output.float_config(job["model"])
-    method, options = check(job, config)
+    method, options = check(job)
     model.start(job)
     from llmcompressor.modeling.moe.linearize import linearize_moe
 

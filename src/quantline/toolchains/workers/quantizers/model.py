@@ -116,17 +116,6 @@ def start(job: Mapping[str, Any]) -> None:
     torch.manual_seed(seed)
 
 
-def check_family(config: Mapping[str, Any], families: tuple[str, ...], library: str, others: str) -> None:
-    """Refuse a model type that the library cannot quantize.
-
-    Raises:
-        JobError: with the supported types and what else to use.
-    """
-    kind = config.get("model_type")
-    if kind not in families:
-        raise JobError(f"model_type={kind!r}: {library} quantizes {', '.join(families)}; use {others}")
-
-
 def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = True) -> Work:
     """Read calibration, probe and float model, and check that the model's logits match the reference engine's.
 

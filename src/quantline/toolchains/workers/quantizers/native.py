@@ -1,16 +1,16 @@
 """Plain rounding to nearest (method rtn) without a library: NumPy only, one tensor at a time.
 
-The baseline that every method has to beat, and the fallback for models that no old toolchain can load. It quantizes the 2-D
-weights inside the decoder layers, except embeddings, norms and routers. The options determine the layout: sym=true gives
-GPTQ v1; sym=false gives AWQ GEMM at 4 bits and GPTQ v2 at others, which store a zero point of 0 safely.
+The baseline that every method has to beat, and the fallback for models that no old toolchain can load. The options
+determine the layout: sym=true gives GPTQ v1; sym=false gives AWQ GEMM at 4 bits and GPTQ v2 at others, which store a zero
+point of 0 safely.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,13 @@ from quantline.checkpoints.layouts import dequantize, quantize_rtn
 from quantline.checkpoints.layouts.choice import layout_of
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.layouts.packing import BITS
-from quantline.checkpoints.linears import LM_HEAD, linear_shapes
+from quantline.checkpoints.linears import LM_HEAD, inventory
 from quantline.checkpoints.model_config import ties_head
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import output as _output
 
 DEFAULTS = {"sym": True}
-
-# Their linear layers store the transpose, so groups would run along the wrong dimension.
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
 
 
 def check(widths: dict[str, LinearSpec]) -> None:
@@ -55,13 +52,10 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     options = _output.method_options(job, DEFAULTS, "rtn")
     symmetric = bool(options["sym"])
     config = _output.float_config(job["model"])
-    if config.get("model_type") in _TRANSPOSED:
-        raise JobError(
-            f"model_type={config['model_type']!r}: rtn cannot quantize weights that are stored transposed; use another model"
-        )
     with _output.refusals():
         checkpoint = Checkpoint.open(job["model"])
-    shapes = linear_shapes(checkpoint)
+    stock = inventory(checkpoint, config)
+    shapes = dict(stock.linears)
     if not shapes:
         _output.check_shapes({}, "gptq", 4, -1)
     requested = job.get("linears") or dict.fromkeys(shapes, job)
@@ -74,10 +68,9 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     for width in set(widths.values()):
         sized = {name: shapes[name] for name in widths if widths[name] == width}
         _output.check_shapes(sized, layout, width.bits, width.group_size)
-    skipped = [name for name in shapes if name not in widths]
+    # Readers take what is not named for quantized.
+    skipped = [name for name in (*shapes, *stock.stacks, *chain(*stock.others.values())) if name not in widths]
     output = Path(job["output"])
-    stacked = [name for name in checkpoint.names if re.search(r"\.experts\.\w+$", name) and _is_stack(checkpoint, name)]
-    warnings = [f"left in float16: {', '.join(stacked)}"] if stacked else []
 
     started = time.perf_counter()
     errors: list[dict[str, Any]] = []
@@ -104,15 +97,11 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
             pass
     metrics = {
         "linears_quantized": len(errors),
-        "linears_expected": len(widths) + len(stacked),
+        "linears_expected": len(widths),
         "quantize_seconds": time.perf_counter() - started,
         "calibration_tokens": 0,
     }
-    return {"metrics": metrics, "layers": errors, "warnings": warnings}
-
-
-def _is_stack(checkpoint: Checkpoint, name: str) -> bool:
-    return len(checkpoint.info(name).shape) == 3
+    return {"metrics": metrics, "layers": errors, "warnings": []}
 
 
 def _quantize(

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantline.checkpoints.checkpoint import Checkpoint, to_float32
+from quantline.checkpoints.linears import place_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -49,10 +49,10 @@ def locate(model: Any, floats: Checkpoint, names: Sequence[str]) -> tuple[list[L
     import torch
 
     parameters = dict(model.named_parameters())
-    by_layer: dict[str, list[Any]] = defaultdict(list)
+    by_layer: dict[int, list[Any]] = defaultdict(list)
     for name, parameter in parameters.items():
-        if parameter.ndim in (2, 3) and (found := _LAYER.search(name)):
-            by_layer[found[1]].append(parameter)
+        if parameter.ndim in (2, 3) and (layer := place_of(name)[0]) >= 0:
+            by_layer[layer].append(parameter)
     linears: list[Linear] = []
     places: dict[int, WeightLocation] = {}
     for name in names:
@@ -62,8 +62,7 @@ def locate(model: Any, floats: Checkpoint, names: Sequence[str]) -> tuple[list[L
         else:
             values = np.require(to_float32(floats.tensor(f"{name}.weight")), requirements=["C", "W"])
             weight = torch.from_numpy(values).to(model.device)
-            layer = _LAYER.search(name)
-            found_in = _search(name, weight, by_layer[layer[1]] if layer else [])
+            found_in = _search(name, weight, by_layer[place_of(name)[0]])
             if found_in is None:
                 linears.append(Linear(name, weight, seen=False))
                 continue
