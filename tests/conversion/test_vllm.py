@@ -17,7 +17,8 @@ from quantline.config.convert import ConvertConfig
 from quantline.conversion.convert import convert
 from quantline.conversion.source import open_source
 from quantline.core.files import read_json, write_json
-from quantline.serving.server import SERVED_NAME, serve
+from quantline.serving.command import SERVED_NAME
+from quantline.serving.server import serve
 from quantline.toolchains import environments, runner
 from tests.conversion.test_convert_msmodelslim import FIXTURES, needs_fixtures
 

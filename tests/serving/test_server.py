@@ -15,8 +15,9 @@ import sections
 from fake_server import IGNORING
 
 from quantline.core.errors import ServerError, UserError
+from quantline.serving.command import command_line
 from quantline.serving.ports import require_free
-from quantline.serving.server import command_line, serve
+from quantline.serving.server import serve
 
 
 @pytest.fixture
@@ -171,19 +172,3 @@ def test_no_process_is_left_when_the_owner_is_interrupted(root, tmp_path, model,
         assert owner.wait(15) != 0
     assert len(found) >= 2
     assert gone(found)
-
-
-def test_the_command_line_trusts_no_remote_code_and_ignores_the_sampling_defaults_of_the_checkpoint(tmp_path):
-    command = command_line(tmp_path / "python", tmp_path, sections.server(max_model_len=99, kv_cache_gib=0.5), 8123)
-    assert "--trust-remote-code" not in command
-    for name, value in [
-        ("--port", "8123"), ("--host", "127.0.0.1"), ("--max-model-len", "99"), ("--served-model-name", "quantline"),
-        ("--generation-config", "vllm"), ("--kv-cache-memory-bytes", str(2**29)),
-    ]:  # fmt: skip
-        assert command[command.index(name) + 1] == value
-    assert "--gpu-memory-utilization" not in command
-    more = sections.server(device="cuda", trust_remote_code=True, enforce_eager=False, extra_args=["--seed", "1"])
-    command = command_line(tmp_path / "python", tmp_path, more, 8123)
-    assert command[-2:] == ["--seed", "1"]
-    assert {"--trust-remote-code", "--gpu-memory-utilization"} <= set(command)
-    assert "--enforce-eager" not in command

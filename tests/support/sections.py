@@ -17,7 +17,7 @@ from quantline.config.limits import LimitsConfig
 from quantline.config.serve import ProcessConfig, SmokeConfig
 from quantline.config.speed import LevelConfig, SpeedConfig
 from quantline.config.tasks import GateConfig, LocalTasksConfig, TasksConfig
-from quantline.serving.server import ServerOptions
+from quantline.serving.command import ServerOptions
 
 _PROTOCOL = {
     "name": "test", "level": "token", "path": None, "format": None, "text_field": "text", "mode": "documents",

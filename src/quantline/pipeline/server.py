@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from quantline.toolchains.environments import distribution_version
 
 if TYPE_CHECKING:
+    from quantline.pipeline.config import Config
     from quantline.pipeline.run import StageRun
-    from quantline.serving.server import ServerOptions, Vllm
+    from quantline.serving.command import ServerOptions
+    from quantline.serving.server import Vllm
 
 
 def server_of(run: StageRun) -> Vllm:
@@ -23,12 +25,17 @@ def server_of(run: StageRun) -> Vllm:
 
 def server_options(run: StageRun, *, quantized: bool) -> ServerOptions:
     """The options to start the server for a checkpoint."""
-    from quantline.serving.rules import serving_dtype
-    from quantline.serving.server import ServerOptions
+    return options_of(run.config, run.device, quantized=quantized)
 
-    serve = run.config.serve
+
+def options_of(config: Config, device: str, *, quantized: bool) -> ServerOptions:
+    """The options by which a variant with this configuration is served on a device, `cpu` or `cuda`."""
+    from quantline.serving.command import ServerOptions
+    from quantline.serving.rules import serving_dtype
+
+    serve = config.serve
     return ServerOptions(
-        serve.process, device=run.device, dtype=serving_dtype(serve.dtype, quantized=quantized),
+        serve.process, device=device, dtype=serving_dtype(serve.dtype, quantized=quantized),
         max_model_len=serve.max_model_len, enforce_eager=serve.enforce_eager,
-        trust_remote_code=run.config.model.trust_remote_code,
+        trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from quantline.core.errors import ServerError, UserError
 from quantline.core.progress import bar
-from quantline.serving.server import SERVED_NAME, Server
+from quantline.serving.command import SERVED_NAME
+from quantline.serving.server import Server
 
 # vLLM writes minus infinity as this, since JSON cannot express it.
 MINUS_INFINITY = -9999.0

@@ -21,9 +21,10 @@ from quantline.core.errors import ServerError, UserError
 from quantline.core.files import write_json
 from quantline.data.windows import Windows
 from quantline.serving.answer_checks import judge_answers
+from quantline.serving.command import ServerOptions
 from quantline.serving.logprobs import score
 from quantline.serving.rules import checkpoint_facts, verdict, vllm_here
-from quantline.serving.server import ServerOptions, Vllm, serve
+from quantline.serving.server import Vllm, serve
 from quantline.serving.smoke import Answer, run_smoke
 
 

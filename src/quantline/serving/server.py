@@ -22,44 +22,15 @@ from typing import IO, NamedTuple
 import httpx
 import psutil
 
-from quantline.config.serve import ProcessConfig
 from quantline.core.errors import ServerError, UserError
 from quantline.core.progress import bar
-from quantline.serving.memory import GIB
+from quantline.serving.command import SERVED_NAME, ServerOptions, command_line, environment_of
 from quantline.serving.ports import free_port, require_free
 from quantline.serving.server_log import ending, failure_reason
-from quantline.toolchains import protocol
 from quantline.toolchains.toolchain import worker_environment
 
-SERVED_NAME = protocol.SERVED_NAME
 # vLLM was seen to take 2 s to shut down.
 GRACE_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """How a model is served.
-
-    Attributes:
-        process: the configuration's section: address, timeouts, memory, further arguments.
-        device: `cpu` or `cuda`.
-        dtype: of the activations, as vLLM names it; quantized checkpoints take `float16` and `bfloat16`.
-        max_model_len: tokens of prompt and answer together; None takes the model's own limit.
-        enforce_eager: no graph capture.
-        trust_remote_code: run the Python code that a model brings.
-        threads: OpenMP threads of a CPU worker, not bound to cores. None lets vLLM bind them to all cores but one, which
-            was the fastest setting tried on two busy cores.
-        environment: further environment variables of the server.
-    """
-
-    process: ProcessConfig
-    device: str = "cpu"
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    enforce_eager: bool = True
-    trust_remote_code: bool = False
-    threads: int | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Vllm(NamedTuple):
@@ -174,7 +145,7 @@ def serve(python: Path, model: Path, options: ServerOptions, *, log: Path) -> It
     port = options.process.port if options.process.port is not None else free_port(host)
     require_free(host, port)
     log.parent.mkdir(parents=True, exist_ok=True)
-    variables = worker_environment(options.threads or 1, {**_variables(options), **options.environment})
+    variables = worker_environment(options.threads or 1, {**environment_of(options), **options.environment})
     started = time.monotonic()
     with log.open("wb") as sink:
         process = _supervised(command_line(python, model, options, port), variables, sink)
@@ -196,7 +167,7 @@ def run_vllm(python: Path, arguments: Sequence[str], options: ServerOptions, *, 
     Raises:
         ServerError: it failed; the message gives the reason from its log.
     """
-    variables = worker_environment(options.threads or 1, {**_variables(options), **options.environment})
+    variables = worker_environment(options.threads or 1, {**environment_of(options), **options.environment})
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as sink:
         process = _supervised([str(python), "-m", "vllm.entrypoints.cli.main", *arguments], variables, sink)
@@ -222,40 +193,6 @@ def _tell_up(process: subprocess.Popen[bytes]) -> None:
     if process.stdin is not None:
         process.stdin.write(b"+")
         process.stdin.flush()
-
-
-def command_line(python: Path, model: Path, options: ServerOptions, port: int) -> list[str]:
-    """The arguments that start vLLM's server."""
-    command = [
-        str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model),
-        "--served-model-name", SERVED_NAME, "--host", options.process.host, "--port", str(port), "--dtype", options.dtype,
-        "--tensor-parallel-size", str(options.process.tensor_parallel_size),
-        # The checkpoint's own sampling defaults (such as a repetition penalty) would change greedy answers.
-        "--generation-config", "vllm",
-        # A cached prompt takes another path through the kernels and may give another greedy answer.
-        "--no-enable-prefix-caching", "--disable-uvicorn-access-log",
-    ]  # fmt: skip
-    if options.max_model_len is not None:
-        command += ["--max-model-len", str(options.max_model_len)]
-    if options.process.kv_cache_gib is not None:
-        command += ["--kv-cache-memory-bytes", str(int(options.process.kv_cache_gib * GIB))]
-    if options.device == "cuda":
-        command += ["--gpu-memory-utilization", str(options.process.gpu_memory_utilization)]
-    if options.enforce_eager:
-        command.append("--enforce-eager")
-    if options.trust_remote_code:
-        command.append("--trust-remote-code")
-    return [*command, *options.process.extra_args]
-
-
-def _variables(options: ServerOptions) -> dict[str, str]:
-    variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "NO_COLOR": "1"}
-    if options.device == "cpu" and options.threads is not None:
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    if options.device == "cpu" and options.enforce_eager:
-        # Otherwise vLLM still compiles the ranking of log-probabilities: 17 s of C++ at the first scoring request.
-        variables["TORCH_COMPILE_DISABLE"] = "1"
-    return variables
 
 
 def _wait_until_ready(server: Server, started: float) -> None:

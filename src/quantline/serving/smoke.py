@@ -20,7 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from quantline.core.errors import ServerError, UserError
 from quantline.core.gpu import accelerator_use
 from quantline.core.progress import bar
-from quantline.serving.server import SERVED_NAME, Server
+from quantline.serving.command import SERVED_NAME
+from quantline.serving.server import Server
 from quantline.serving.server_log import kernels, weights_bytes
 
 COUNTERS = {"prompt": "vllm:prompt_tokens_total", "generation": "vllm:generation_tokens_total"}

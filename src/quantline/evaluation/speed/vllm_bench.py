@@ -13,7 +13,7 @@ from typing import Any
 
 from quantline.config.speed import LevelConfig, SpeedConfig
 from quantline.core.errors import ServerError
-from quantline.serving.server import SERVED_NAME, ServerOptions
+from quantline.serving.command import SERVED_NAME, ServerOptions
 
 # Our name -> name in the JSON that `vllm bench serve` saves.
 _COLUMNS = {

@@ -1,0 +1,90 @@
+"""How vLLM is started for a checkpoint: the options, its arguments and environment, and the line for a shell."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from quantline.config.serve import ProcessConfig
+from quantline.serving.memory import GIB
+from quantline.toolchains import protocol
+
+SERVED_NAME = protocol.SERVED_NAME
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a model is served.
+
+    Attributes:
+        process: the configuration's section: address, timeouts, memory, further arguments.
+        device: `cpu` or `cuda`.
+        dtype: of the activations, as vLLM names it; quantized checkpoints take `float16` and `bfloat16`.
+        max_model_len: tokens of prompt and answer together; None takes the model's own limit.
+        enforce_eager: no graph capture.
+        trust_remote_code: run the Python code that a model brings.
+        threads: OpenMP threads of a CPU worker, not bound to cores. None lets vLLM bind them to all cores but one, which
+            was the fastest setting tried on two busy cores.
+        environment: further environment variables of the server.
+    """
+
+    process: ProcessConfig
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    enforce_eager: bool = True
+    trust_remote_code: bool = False
+    threads: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def command_line(python: Path, model: Path, options: ServerOptions, port: int) -> list[str]:
+    """The arguments that start vLLM's server."""
+    return [
+        str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model),
+        "--served-model-name", SERVED_NAME, "--host", options.process.host, "--port", str(port),
+        "--disable-uvicorn-access-log", *_flags(options),
+    ]  # fmt: skip
+
+
+def vllm_line(model: str, options: ServerOptions) -> str:
+    """The line of a shell that serves a checkpoint as this project does, on vLLM's own address and under its own name.
+
+    model: a folder, or a repository on the hub.
+    """
+    return shlex.join(["vllm", "serve", model, *_flags(options)])
+
+
+def _flags(options: ServerOptions) -> list[str]:
+    """The arguments that decide what is served and how, the same for every address and name."""
+    flags = [
+        "--dtype", options.dtype, "--tensor-parallel-size", str(options.process.tensor_parallel_size),
+        # The checkpoint's own sampling defaults (such as a repetition penalty) would change greedy answers.
+        "--generation-config", "vllm",
+        # A cached prompt takes another path through the kernels and may give another greedy answer.
+        "--no-enable-prefix-caching",
+    ]  # fmt: skip
+    if options.max_model_len is not None:
+        flags += ["--max-model-len", str(options.max_model_len)]
+    if options.process.kv_cache_gib is not None:
+        flags += ["--kv-cache-memory-bytes", str(int(options.process.kv_cache_gib * GIB))]
+    if options.device == "cuda":
+        flags += ["--gpu-memory-utilization", str(options.process.gpu_memory_utilization)]
+    if options.enforce_eager:
+        flags.append("--enforce-eager")
+    if options.trust_remote_code:
+        flags.append("--trust-remote-code")
+    return [*flags, *options.process.extra_args]
+
+
+def environment_of(options: ServerOptions) -> dict[str, str]:
+    """The environment variables of the server, beside those of every worker."""
+    variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "NO_COLOR": "1"}
+    if options.device == "cpu" and options.threads is not None:
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    if options.device == "cpu" and options.enforce_eager:
+        # Otherwise vLLM still compiles the ranking of log-probabilities: 17 s of C++ at the first scoring request.
+        variables["TORCH_COMPILE_DISABLE"] = "1"
+    return variables
