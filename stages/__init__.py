@@ -8,6 +8,7 @@ repository would run the code of the original repository.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def stage(name: str) -> Callable[[Callable[[StageRun], None]], Callable[[], None
             run_and_publish(name, work, cfg, ROOT, list(HydraConfig.get().overrides.task))
 
         def entry() -> None:
-            main(task, work.__code__.co_filename)
+            main(task, work.__code__.co_filename, about=sys.modules[work.__module__].__doc__)
 
         WORK[name] = work
         return entry
@@ -59,23 +60,27 @@ def run_and_publish(
         publish_by_hand(config, result["variant"], root)
 
 
-def main(task: Callable[..., Any], filename: str, options: Sequence[Option] = (), about: str | None = None) -> None:
+def main(
+    task: Callable[..., Any], filename: str, options: Sequence[Option] = (), about: str | None = None,
+    reads: Sequence[str] | None = None,
+) -> None:  # fmt: skip
     """Run a command that takes the pipeline's configuration; see `command_line` for its error handling.
 
-    task: takes the configuration, and the values of `options` if there are any. filename: of the command's module.
+    task: takes the configuration, and the values of `options` if there are any. filename: of the command's module. reads:
+    the keys of the configuration that it reads, for --help; None for a stage, whose keys are in the table of stages.
     """
-    from quantline.pipeline.command_line import ending, read, report, usage
+    from quantline.pipeline.command_line import ending, read, report
     from quantline.pipeline.overrides import refuse_repeated
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach this function
     os.environ.pop("HYDRA_MAIN_MODULE", None)
     failures: list[int] = []
     with ending(CONF):
-        helped = bool({"--help", "-h"} & set(sys.argv[1:]))
-        if helped and about:
-            print(usage(about, options, configured=True), flush=True)
+        _inform(filename, about, options, configured=True, reads=reads)
         arguments: dict[str, str | None] = {}
-        if not helped:  # Hydra ignores other arguments beside --help
+        if "--help=all" in sys.argv:
+            sys.argv[1:] = ["--help"]
+        else:
             arguments, sys.argv[1:] = read(sys.argv[1:], options, configured=True)
             refuse_repeated(sys.argv[1:])
         given = [arguments] if options else []
@@ -83,6 +88,7 @@ def main(task: Callable[..., Any], filename: str, options: Sequence[Option] = ()
         # A failure must not end the other jobs of a sweep, and Hydra would print its own traceback.
         def guarded(cfg: DictConfig) -> None:
             try:
+                _head_job()
                 task(cfg, *given)
             except Exception as error:
                 failures.append(report(error, CONF))
@@ -101,11 +107,43 @@ def command(
     task: Callable[[dict[str, str | None]], int | None], options: Sequence[Option] = (), about: str | None = None
 ) -> NoReturn:
     """Run a command without a configuration: `task` takes the values of `options` and returns the exit code."""
-    from quantline.pipeline.command_line import ending, read, usage
+    from quantline.pipeline.command_line import ending, read
 
     with ending(CONF):
-        if {"--help", "-h"} & set(sys.argv[1:]):
-            print(usage(about, options, configured=False))
-            sys.exit(0)
+        _inform(task.__code__.co_filename, about, options, configured=False)
         sys.exit(task(read(sys.argv[1:], options, configured=False)[0]))
     raise AssertionError("unreachable")
+
+
+def _inform(
+    filename: str, about: str | None, options: Sequence[Option], *, configured: bool, reads: Sequence[str] | None = None
+) -> None:
+    """Answer --help and --version, and end."""
+    from quantline.pipeline.command_line import help_asked
+
+    name = Path(filename).stem
+    if "--version" in sys.argv:
+        from quantline import __version__
+
+        print(f"quantline {__version__}")
+        sys.exit(0)
+    if help_asked(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+        from quantline.pipeline.usage import usage
+
+        if configured and reads is None:
+            from quantline.pipeline.stages import STAGES
+
+            reads = [key for key in STAGES[name].reads if not key.startswith("frozen.")]
+        print(usage(f"python -m stages.{name}", about, options, reads=reads, conf=CONF, arguments=sys.argv[1:]))
+        sys.exit(0)
+
+
+def _head_job() -> None:
+    """Print a heading for a job of --multirun."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        print(f"\n== {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}", file=sys.stderr, flush=True)

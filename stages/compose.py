@@ -20,4 +20,4 @@ def compose(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(compose, __file__)
+    main(compose, __file__, about=__doc__, reads=("variant",))

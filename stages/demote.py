@@ -31,4 +31,4 @@ def demote(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
 
 
 if __name__ == "__main__":
-    main(demote, __file__, OPTIONS, __doc__)
+    main(demote, __file__, OPTIONS, __doc__, reads=("tracking",))

@@ -34,4 +34,4 @@ def fetch(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
 
 
 if __name__ == "__main__":
-    main(fetch, __file__, OPTIONS, __doc__)
+    main(fetch, __file__, OPTIONS, __doc__, reads=("tracking",))

@@ -71,4 +71,4 @@ def chain_of(cfg: DictConfig, given: str, root: Path) -> Lineage:
 
 
 if __name__ == "__main__":
-    main(lineage, __file__, OPTIONS, __doc__)
+    main(lineage, __file__, OPTIONS, __doc__, reads=("tracking",))

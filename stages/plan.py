@@ -26,6 +26,11 @@ OPTIONS = [
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+READS = (
+    "model", "method", "bits", "group_size", "backend", "backends", "dtype", "lm_head", "low_memory", "layers",
+    "calibration", "convert", "serve", "device",
+)  # fmt: skip
+
 
 def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     import json
@@ -71,4 +76,4 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
 
 
 if __name__ == "__main__":
-    main(plan, __file__, OPTIONS, __doc__)
+    main(plan, __file__, OPTIONS, __doc__, reads=READS)

@@ -54,4 +54,4 @@ def promote(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
 
 
 if __name__ == "__main__":
-    main(promote, __file__, OPTIONS, __doc__)
+    main(promote, __file__, OPTIONS, __doc__, reads=("promote", "tracking"))

@@ -38,4 +38,4 @@ def publish(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(publish, __file__, about=__doc__)
+    main(publish, __file__, about=__doc__, reads=("tracking",))

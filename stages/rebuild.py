@@ -53,4 +53,4 @@ def rebuild(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
 
 
 if __name__ == "__main__":
-    main(rebuild, __file__, OPTIONS, __doc__)
+    main(rebuild, __file__, OPTIONS, __doc__, reads=("tracking",))

@@ -21,4 +21,4 @@ def registry(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(registry, __file__, about=__doc__)
+    main(registry, __file__, about=__doc__, reads=("tracking",))

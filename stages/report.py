@@ -30,4 +30,4 @@ def report(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(report, __file__)
+    main(report, __file__, about=__doc__, reads=("report",))

@@ -12,7 +12,6 @@ import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -23,6 +22,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from quantline.config import files
 from quantline.pipeline.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ class Option:
     name: str
     value: str
     default: str
-    text: Lines = ()
+    text: files.Lines = ()
 
 
 @dataclass
@@ -59,76 +59,8 @@ class Part:
     """Options that stand in one table, under a heading of their own where they have one."""
 
     title: str
-    text: Lines = ()
+    text: files.Lines = ()
     options: list[Option] = field(default_factory=list)
-
-
-# --- comments of YAML files
-
-
-Lines = tuple[str, ...]
-
-
-@cache
-def comments(path: Path) -> tuple[Lines, dict[str, Lines]]:
-    """What a YAML file says of itself in its first lines, and of each key, by the key's place: `smoke.max_tokens`."""
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines()
-    ends: dict[int, int] = {}
-    for token in yaml.scan(text):
-        if token.end_mark.line == token.start_mark.line and token.end_mark.column > token.start_mark.column:
-            ends[token.end_mark.line] = max(ends.get(token.end_mark.line, 0), token.end_mark.column)
-    keys = list(_keys(yaml.compose(text), ""))
-    first = min((line for _, line, _ in keys), default=len(lines))
-    head = [line for line in lines[:first] if line.startswith("#") and not line.startswith("# @package")]
-    blank = next((number for number in range(first - 1, -1, -1) if not lines[number].strip()), None)
-    if blank is not None:  # a block right above the first key belongs to that key
-        head = [line for line in lines[:blank] if line.startswith("#") and not line.startswith("# @package")]
-    said: dict[str, Lines] = {}
-    for place, line, column in keys:
-        after = lines[line][ends.get(line, 0) :].strip()
-        found = []
-        if after.startswith("#") and line not in {other for name, other, _ in keys if name == place.rpartition(".")[0]}:
-            found.append(after)
-            at = lines[line].index("#", ends.get(line, 0))
-            found += _following(lines, line + 1, at)
-        above = _above(lines, line, column) if line != first or blank is not None else []
-        told = _bare([*above, *([""] if above and found else []), *found])
-        if told:
-            said[place] = told
-    return _bare(head), said
-
-
-def _bare(lines: Iterable[str]) -> Lines:
-    return tuple(line.lstrip("#").removeprefix(" ").rstrip() for line in lines)
-
-
-def _keys(node: yaml.Node | None, place: str) -> Iterator[tuple[str, int, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{place}.{key.value}" if place else str(key.value)
-            yield name, key.start_mark.line, key.start_mark.column
-            yield from _keys(value, name)
-
-
-def _following(lines: list[str], start: int, column: int) -> list[str]:
-    """Comment lines that go on where one began, in the same column."""
-    found = []
-    for line in lines[start:]:
-        if not (line.strip().startswith("#") and line.index("#") == column and column > 0):
-            break
-        found.append(line.strip())
-    return found
-
-
-def _above(lines: list[str], line: int, column: int) -> list[str]:
-    """Comment lines right above a key, beginning in its column."""
-    found: list[str] = []
-    for text in reversed(lines[:line]):
-        if not (text.strip().startswith("#") and text.index("#") == column):
-            break
-        found.insert(0, text.strip())
-    return found
 
 
 # --- types
@@ -157,7 +89,7 @@ def _kind(annotation: Any) -> str:
     for member in _members(annotation):
         origin = get_origin(member)
         if origin is Literal:
-            values = [f"`{_shown(value)}`" for value in get_args(member)]
+            values = [f"`{files.shown(value)}`" for value in get_args(member)]
             found.append(values[0] if len(values) == 1 else f"one of {', '.join(values)}")
         elif origin is list:
             found.append(f"list of {_kind(get_args(member)[0])}")
@@ -183,20 +115,12 @@ def _limits(info: FieldInfo) -> list[str]:
     return found
 
 
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (dict, list)):
-        return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip()
-    return '"' + value.replace("\n", "\\n") + '"' if isinstance(value, str) and not value.strip() else str(value)
-
-
 # --- options
 
 
-def options(section: type[BaseModel], place: str, values: Any, said: Mapping[str, Lines]) -> Iterator[Option | Part]:
+def options(
+    section: type[BaseModel], place: str, values: Any, said: Mapping[str, files.Lines]
+) -> Iterator[Option | Part]:
     """Options of a section at a place of the configuration, then those of the sections in it."""
     later: list[Option | Part] = []
     for key, info in section.model_fields.items():
@@ -214,7 +138,9 @@ def options(section: type[BaseModel], place: str, values: Any, said: Mapping[str
             continue
         required = not given and info.is_required()
         told = (info.description,) if info.description else ()  # where conf/ has no line for it
-        yield Option(full, _value(info), "required" if required else f"`{_shown(default)}`", said.get(full) or told)
+        yield Option(
+            full, _value(info), "required" if required else f"`{files.shown(default)}`", said.get(full) or told
+        )
         for entry in inner:
             later.append(Part(full, _first(entry.__doc__)))
             later += options(entry, full, default, said)
@@ -235,11 +161,11 @@ def _value(info: FieldInfo) -> str:
     return f"{told}{',' if limits else ''} or null" if null else told
 
 
-def _first(doc: str | None) -> Lines:
+def _first(doc: str | None) -> files.Lines:
     return (" ".join((doc or "").split("\n\n")[0].split()),)
 
 
-def _prose(lines: Lines) -> str:
+def _prose(lines: files.Lines) -> str:
     """Comment lines as Markdown: those that are set in, a table usually, stay as they are."""
     found: list[str] = []
     inside = False
@@ -263,7 +189,7 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").strip() for cell in cells) + " |"
 
 
-def _cell(lines: Lines) -> str:
+def _cell(lines: files.Lines) -> str:
     return _escaped(" ".join(line.strip() for line in lines))
 
 
@@ -296,70 +222,25 @@ def composed() -> dict[str, Any]:
         return _container(compose("config"))
 
 
-@cache
-def chosen(group: str, choice: str) -> dict[str, Any]:
-    """One file of a group, on top of those that its own `defaults` name."""
-    own = OmegaConf.load(CONF / group / f"{choice}.yaml")
-    below = [chosen(group, name) for name in own.pop("defaults", []) if name != "_self_"]
-    return _container(OmegaConf.merge(*below, own))
-
-
 def _container(config: Any) -> dict[str, Any]:
     values = OmegaConf.to_container(config, resolve=False)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
-def flat(values: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """The single values below a mapping, by place."""
-    if isinstance(values, Mapping) and values:
-        for key, value in values.items():
-            yield from flat(value, f"{place}.{key}" if place else str(key))
-    else:
-        yield place, values
-
-
-def groups() -> dict[str, str]:
-    """The groups of conf/ in their order, each with its default choice."""
-    defaults = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["defaults"]
-    named = [entry for entry in defaults if isinstance(entry, dict)]
-    return {key: value for entry in named for key, value in entry.items() if not key.startswith("override ")}
-
-
-def section_of(group: str) -> str:
-    """The section of the configuration that a group writes to."""
-    path = next(iter(sorted((CONF / group).glob("*.yaml"))))
-    head = path.read_text(encoding="utf-8").splitlines()[0]
-    return head.removeprefix("# @package").strip() if head.startswith("# @package") else group
-
-
-def files_of(group: str, default: str) -> list[Path]:
-    """The choices of a group, the default one first."""
-    return sorted((CONF / group).glob("*.yaml"), key=lambda path: (path.stem != default, path.stem))
-
-
 def choices(group: str, default: str) -> Iterator[str]:
     """A table of a group's files: what each is for, and where it differs from the default one."""
-    before = dict(flat(chosen(group, default)))
+    before = dict(files.flat(files.chosen(CONF, group, default)))
     yield "| choice | what it is | differs from the default by |\n| --- | --- | --- |"
-    for path in files_of(group, default):
-        own = dict(flat(chosen(group, path.stem)))
+    for path in files.files_of(CONF, group, default):
+        own = dict(files.flat(files.chosen(CONF, group, path.stem)))
         changed = {
             key: value for key, value in own.items() if key != "name" and (key not in before or before[key] != value)
         }
         name = f"`{group}={path.stem}`" + (" (default)" if path.stem == default else "")
-        told = "" if group == "method" else ", ".join(f"`{key}={_shown(value)}`" for key, value in changed.items())
-        yield _row(name, _cell(comments(path)[0]), told)
+        told = "" if group == "method" else ", ".join(f"`{key}={files.shown(value)}`" for key, value in changed.items())
+        yield _row(name, _cell(files.comments(path)[0]), told)
     yield ""
-
-
-def texts(group: str, default: str) -> dict[str, Lines]:
-    """What the files of a group say of its options; the default choice has the first word."""
-    found: dict[str, Lines] = {}
-    for path in files_of(group, default):
-        for place, text in comments(path)[1].items():
-            found.setdefault(f"{section_of(group)}.{place}", text)
-    return found
 
 
 def backends() -> Iterator[str]:
@@ -392,11 +273,11 @@ def page() -> str:
 
 
 def _page() -> Iterator[str]:
-    base, known = composed(), groups()
+    base, known = composed(), files.groups(CONF)
     writers: dict[str, list[str]] = {}
     for group in known:
-        writers.setdefault(section_of(group), []).append(group)
-    root_texts = comments(CONF / "config.yaml")[1]
+        writers.setdefault(files.section_of(CONF, group), []).append(group)
+    root_texts = files.comments(CONF / "config.yaml")[1]
     fields = {name: info for name, info in Config.model_fields.items() if name not in NOT_OPTIONS}
     single = [name for name in fields if name not in writers and not _section(_plain(fields[name].annotation))]
     yield INTRO
@@ -409,7 +290,7 @@ def _page() -> Iterator[str]:
         said = {**root_texts}
         yield f"## `{name}`\n"
         for group in writers.get(name, []):
-            said.update(texts(group, known[group]))
+            said.update(files.texts(CONF, group, known[group]))
             if len(writers[name]) > 1:
                 yield f"The group `{group}`:\n"
             yield from choices(group, known[group])
@@ -419,8 +300,8 @@ def _page() -> Iterator[str]:
             continue
         for one in classes:  # which class it is, `name` tells
             (tag,) = get_args(one.model_fields["name"].annotation)
-            own = {f"{name}.{key}": text for key, text in comments(CONF / name / f"{tag}.yaml")[1].items()}
-            rows = [row for row in options(one, name, chosen(name, tag), own) if row.name != f"{name}.name"]
+            own = {f"{name}.{key}": text for key, text in files.comments(CONF / name / f"{tag}.yaml")[1].items()}
+            rows = [row for row in options(one, name, files.chosen(CONF, name, tag), own) if row.name != f"{name}.name"]
             if rows:
                 yield from _tables([Part(f"{name}={tag}", _first(one.__doc__)), *rows])
     yield from backends()

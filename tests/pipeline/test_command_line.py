@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from quantline.core.errors import UserError
-from quantline.pipeline.command_line import Option, ending, read, usage
+from quantline.pipeline.command_line import Option, ending, help_asked, read
 
 TO, KEEP = (
     Option("to", "DIR", "where", required=True),
@@ -15,6 +15,12 @@ TO, KEEP = (
 )
 PORT = Option("port", "PORT", "a port", default="5000", bare=True)
 WITH_OPTIONS = ("backup", "demote", "fetch", "lineage", "plan", "promote", "rebuild", "restore", "retention", "ui")
+
+
+def test_help_of_everything_is_not_the_help_of_the_command():
+    assert help_asked(["bits=8", "--help"])
+    assert help_asked(["-h"])
+    assert not help_asked(["--help=all"])
 
 
 def test_given_values_replace_defaults():
@@ -74,13 +80,6 @@ def test_an_error_becomes_a_message_and_an_exit_code(root, capsys, error, code, 
     assert capsys.readouterr().err.startswith(said)
 
 
-def test_help_names_every_option_with_its_value():
-    text = usage("\nAbout.\n", [TO, KEEP], configured=True)
-    assert text.startswith("About.\n\nOptions of this command:\n  to=DIR          where\n  keep=workspace  what\n")
-    assert text.endswith("All other options belong to the configuration:")
-    assert usage("About.", [], configured=False) == "About."
-
-
 @pytest.mark.parametrize("name", WITH_OPTIONS)
 def test_every_command_with_options_of_its_own_declares_them(name):
     assert all(option.about for option in importlib.import_module(f"stages.{name}").OPTIONS)
@@ -89,9 +88,12 @@ def test_every_command_with_options_of_its_own_declares_them(name):
 @pytest.mark.parametrize(
     ("command", "code", "said"),
     [
-        (["backup", "--help"], 0, "  to=DIR  folder of the backup"),
-        (["promote", "--help"], 0, "  variant=NAME  a variant of params.yaml"),
-        (["promote", "--help"], 0, "Groups of options"),
+        (["backup", "--help"], 0, "usage: python -m stages.backup [NAME=VALUE ...]"),
+        (["promote", "--help"], 0, "Options of this command:\n  variant=NAME"),
+        (["promote", "--help"], 0, "  tracking.uri=null"),
+        (["promote", "--help=all"], 0, "Groups of options"),
+        (["backup", "--version"], 0, "quantline 0."),
+        (["promote", "--version"], 0, "quantline 0."),
         (["backup"], 2, "error: to: is not set; give to=DIR\n"),
         (["promote", "variant=awq-w4-g128"], 2, "error: alias: is not set; give variant=NAME alias=NAME\n"),
         (

@@ -169,8 +169,19 @@ def test_a_failure_does_not_end_the_other_jobs_of_a_sweep(root):
     assert "Traceback" not in done.stderr
 
 
-def test_help_names_the_stage_the_groups_and_every_default(root):
-    done = started(root, "-m", "stages.convert", "--help")
+def test_every_job_of_a_sweep_has_a_heading_and_none_leaves_a_file_in_the_checkout(root):
+    before = sorted(root.iterdir())
+    done = started(root, "-m", "stages.quantize", "-m", "method=gptq", "bits=5,7", "tracking.enabled=false")
+    headings = [line for line in done.stderr.splitlines() if line.startswith("== ")]
+    assert headings == [
+        "== 0: method=gptq bits=5 tracking.enabled=False",
+        "== 1: method=gptq bits=7 tracking.enabled=False",
+    ]
+    assert set(root.iterdir()) - set(before) <= {root / "scratch"}
+
+
+def test_all_help_names_the_stage_the_groups_and_every_default(root):
+    done = started(root, "-m", "stages.convert", "--help=all")
     assert done.returncode == 0
     assert done.stdout.startswith("convert: one stage of the quantline pipeline")
     assert "method: autoround, awq, bnb, float, gptq, rtn" in done.stdout

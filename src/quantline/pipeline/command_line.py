@@ -1,4 +1,4 @@
-"""Shared by all commands: a command's own options, its --help, and its error handling.
+"""Shared by all commands: a command's own options, and its error handling.
 
 A command's own options are written NAME=VALUE, like Hydra's overrides (docs/decisions/0016). They are removed from the
 command line before Hydra reads the rest.
@@ -16,6 +16,8 @@ from pathlib import Path
 
 from quantline.core.errors import UserError
 from quantline.core.text import nearest
+
+_OURS = ("quantline", "stages")
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,9 @@ def read(
     return {**defaults, **given}, rest
 
 
-def usage(about: str | None, options: Sequence[Option], *, configured: bool) -> str:
-    """The text that --help prints for a command; Hydra prints the configuration's options after it."""
-    lines = [(about or "").strip()]
-    if options:
-        width = max(len(option.shown) for option in options)
-        lines += ["", "Options of this command:"]
-        lines += [f"  {option.shown:<{width}}  {option.about}" for option in options]
-    if configured:
-        lines += ["", "All other options belong to the configuration:"]
-    return "\n".join(lines)
+def help_asked(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for the help of the command; --help=all asks for that of the whole configuration."""
+    return "--help" in arguments or "-h" in arguments
 
 
 @contextmanager
@@ -111,8 +106,11 @@ def ending(conf: Path) -> Iterator[None]:
 
 def report(error: Exception, conf: Path) -> int:
     """Print the message for a failure and return its exit code; a bug in Quantline prints its traceback."""
-    if isinstance(error, ModuleNotFoundError) and error.name == "hydra":
-        print("error: hydra is not installed here; run `make setup`, then `source .venv/bin/activate`", file=sys.stderr)
+    if isinstance(error, ModuleNotFoundError) and (error.name or "quantline").partition(".")[0] not in _OURS:
+        print(
+            f"error: {error.name} is not installed here; run `make setup`, then `source .venv/bin/activate`",
+            file=sys.stderr,
+        )
         return 1
     from quantline.pipeline.user_messages import explain
 
