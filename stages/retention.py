@@ -20,10 +20,12 @@ OPTIONS = [
 
 
 def retention(arguments: dict[str, str | None]) -> int:
-    from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former
+    from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former, remove_partial
     from quantline.lifecycle.storage.dvc_lock import held
 
     apply = arguments["apply"] == "true"
+    for line in remove_partial(ROOT):
+        print(line)
     kept = promoted(ROOT)
     with held(ROOT):
         former = former_outputs(ROOT)

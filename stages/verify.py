@@ -13,9 +13,12 @@ from stages import ROOT, command
 
 
 def verify(_arguments: dict[str, str | None]) -> int:
+    from quantline.lifecycle.retention import remove_partial
     from quantline.lifecycle.storage.dvc_cache import cache_folder
     from quantline.lifecycle.verify import verify as check
 
+    for line in remove_partial(ROOT):
+        print(line)
     report = check(ROOT, cache_folder(ROOT))
     for fault in report.faults:
         print(fault, file=sys.stderr)

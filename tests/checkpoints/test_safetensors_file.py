@@ -191,7 +191,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(
     before = path.read_bytes()
 
     def full_disk(descriptor: int) -> None:
-        assert len(list(tmp_path.glob("x.safetensors.*.tmp"))) == 1
+        assert len(list(tmp_path.glob(".x.safetensors.partial-*/x.safetensors"))) == 1
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("quantline.core.files.os.fsync", full_disk)

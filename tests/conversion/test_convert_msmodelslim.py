@@ -140,7 +140,7 @@ def test_everything_else_is_carried_over_and_accounted_for(tmp_path, per_channel
     assert written["counts"]["linears"] == len(written["linears"]) == 14
     assert all(entry["codes"] == entry["zero_points"] == "equal" for entry in written["linears"].values())
     assert 0 <= written["metrics"]["largest_relative_weight_difference"] <= 2**-11
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_norms_smoothed_by_m3_come_from_their_wrapped_copy_and_zero_biases_go(tmp_path):

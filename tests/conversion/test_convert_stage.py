@@ -128,7 +128,7 @@ def test_an_interrupted_run_leaves_no_checkpoint_and_can_be_run_again(root, tmp_
     done = convert(root, "source=auto", f"source.path={source}", "convert.target=gptq", f"out={out}")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
-    assert not list(out.glob("*.tmp"))
+    assert not list(out.glob(".*"))
 
 
 def test_options_that_do_not_go_together_are_refused(composed):

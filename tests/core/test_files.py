@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from quantline.core.files import building, read_json, replaced, write_json
+from quantline.core.files import building, clear, foreign, partial, read_json, replaced, write_json
 
 
 def test_a_file_is_replaced_when_the_block_ends_well(tmp_path):
@@ -72,12 +75,105 @@ def test_a_folder_appears_whole_or_stays_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_temporary_file_of_a_killed_process_is_removed_and_that_of_a_running_one_stays(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for number in (ended.pid, os.getpid(), os.getppid()):
-        (tmp_path / f"a.json.{number}.tmp").write_text("half")
-    with replaced(tmp_path / "a.json") as temporary:
-        assert not temporary.exists()
-        temporary.write_text("whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", f"a.json.{os.getppid()}.tmp"]
+HOLD = """\
+import sys, time
+from pathlib import Path
+from quantline.core.files import partial
+with partial(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("x")
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def source(root):
+    """The environment of another process that imports the code under test."""
+    return {**os.environ, "PYTHONPATH": str(root / "src")}
+
+
+@contextmanager
+def holding(path, source):
+    """Another process that makes `path`, and its folder."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], env=source, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process, Path(process.stdout.readline().strip())
+        finally:
+            process.kill()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_stays(tmp_path, source):
+    path = tmp_path / "out"
+    with holding(path, source) as (process, made), partial(path) as own:
+        reused = tmp_path / f".out.partial-{socket.gethostname()}-{os.getppid()}"
+        reused.mkdir()
+        assert clear(tmp_path) == [reused]
+        assert (made / "half").exists()
+        assert own.exists()
+        process.kill()
+        process.wait()
+        assert clear(tmp_path, "other") == []
+        assert clear(tmp_path, "out") == [made]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_host_makes_is_never_removed(tmp_path, monkeypatch):
+    own = socket.gethostname()
+    others = sorted(tmp_path / f".out.partial-{name}-7" for name in ("elsewhere", f"{own}-2", f"{own}.domain"))
+    for place in others:
+        place.mkdir()
+    assert clear(tmp_path) == []
+    assert foreign(tmp_path) == others
+    with building(tmp_path / "out") as folder:
+        assert len(foreign(tmp_path)) == 3
+        (folder / "file").write_text("x")
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "out"])
+
+
+def test_many_processes_that_make_and_clear_at_once_do_not_take_each_others(tmp_path, source):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom quantline.core.files import write_json\n"
+        "for number in range(150): write_json(Path(sys.argv[1]), {'a': number})"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a.json")], env=source) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0, 0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert read_json(tmp_path / "a.json") == {"a": 149}
+
+
+@pytest.mark.parametrize("kind", ["killed", "interrupted"])
+def test_the_former_folder_is_back_where_the_new_one_was_cut_off_between_the_renames(tmp_path, monkeypatch, kind):
+    out = tmp_path / "out"
+    with building(out) as folder:
+        (folder / "file").write_text("first")
+    rename, calls = os.replace, iter(range(10))
+
+    def cut_off(*names):
+        if next(calls) == 1:
+            if kind == "killed":
+                os._exit(9)
+            raise KeyboardInterrupt
+        rename(*names)
+
+    def build():
+        with building(out) as folder:
+            (folder / "file").write_text("second")
+
+    monkeypatch.setattr("quantline.core.files.os.replace", cut_off)
+    if kind == "interrupted":
+        with pytest.raises(KeyboardInterrupt):
+            build()
+    elif (child := os.fork()) == 0:
+        try:
+            build()
+        finally:
+            os._exit(1)
+    else:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        assert not out.exists()
+    monkeypatch.undo()
+    clear(tmp_path)
+    assert (out / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import traceback
 from pathlib import Path
 
@@ -314,7 +315,7 @@ def test_an_incomplete_model_is_refused_and_leaves_the_old_one(model, out, name,
         (model / name).write_bytes(change)
     with pytest.raises(UserError, match=words) as info:
         fetch(local(model), out)
-    assert ".tmp" not in str(info.value)
+    assert ".partial-" not in str(info.value)
     assert sorted(contents(out)) == sorted(first["files"])
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
@@ -348,7 +349,9 @@ def test_a_full_disk_under_the_cache_is_named(served, out, monkeypatch):
 
 def test_an_old_copy_survives_a_kill_between_the_two_renames(model, out):
     fetch(local(model), out)
-    os.replace(out, out.with_name("model.old"))
+    left = out.with_name(f".model.partial-{socket.gethostname()}-1")
+    left.mkdir()
+    os.replace(out, left / ".former")
     (model / "config.json").unlink()
     with pytest.raises(UserError):
         fetch(local(model), out)

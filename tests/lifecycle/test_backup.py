@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import sqlite3
 
 import pytest
@@ -128,7 +129,7 @@ def test_a_restore_that_is_killed_while_moving_is_finished_by_the_next(saved, tm
 
     def killed(source, target):
         if restores.STAGING in str(source) and str(target).startswith(str(clone.root)) and "files" in str(source):
-            if str(target).endswith(restores.STAGING) or ".tmp" in str(source).rsplit("/", 1)[1]:
+            if str(target).endswith(restores.STAGING) or ".partial-" in str(source):
                 return move(source, target)
             if next(calls) == call:
                 raise MemoryError("killed")
@@ -233,7 +234,7 @@ def test_a_damaged_cache_is_not_backed_up(project, tmp_path):
     with pytest.raises(UserError, match=f"{path}: is damaged.*stages.verify"):
         backup(project.root, tmp_path / "backup")
     assert not list((tmp_path / "backup").rglob("*.json"))
-    assert not list((tmp_path / "backup").rglob("*.tmp"))
+    assert not list((tmp_path / "backup").rglob(".*"))
 
 
 def test_an_interrupted_backup_leaves_no_snapshot_and_the_next_one_goes_on(project, tmp_path, monkeypatch):
@@ -259,10 +260,12 @@ def test_a_folder_inside_the_checkout_is_refused(project):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    (tmp_path / "objects").mkdir()
-    (tmp_path / "objects" / "abc.123.tmp").write_text("half")
+    for folder in ("snapshots", "objects/md5/ab"):
+        left = tmp_path / folder / f".c.partial-{socket.gethostname()}-1"
+        left.mkdir(parents=True)
+        (left / "c").write_text("half")
     remove_stale(tmp_path)
-    assert list(tmp_path.rglob("*.tmp")) == []
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_snapshot_with_a_path_outside_is_refused(saved, tmp_path):

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import shutil
+import socket
 
 import pytest
 
 from quantline.core.errors import QuantlineError, UserError
-from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former
+from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former, remove_partial
 from quantline.lifecycle.storage.dvc_cache import all_objects, object_path, objects_of
 from quantline.lifecycle.storage.dvc_lock import former_variants, read_lock
+from quantline.lifecycle.verify import verify
 
 
 @pytest.fixture
@@ -140,6 +142,24 @@ def test_what_a_variant_left_that_params_yaml_has_no_more_is_named_and_removed(p
     project.variants(one="a", two="b")
     assert "Running stage" not in project.dvc("repro")
     assert (project.root / "artifacts" / "two" / "quantize" / "config.json").is_file()
+
+
+def test_what_killed_processes_left_is_removed_and_what_another_machine_makes_is_named(project):
+    here = f".quantize.partial-{socket.gethostname()}-1"
+    for place in (
+        project.root / f".code.yaml.partial-{socket.gethostname()}-1",
+        project.root / "scratch" / "one" / here,
+        project.root / "artifacts" / "one" / here,
+        project.root / "artifacts" / "two" / ".convert.partial-other-1",
+    ):
+        place.mkdir(parents=True)  # fmt: skip
+    said = remove_partial(project.root)
+    assert [line.partition(":")[0] for line in said] == [
+        f"removed .code.yaml.partial-{socket.gethostname()}-1", f"removed artifacts/one/{here}",
+        f"removed scratch/one/{here}", "artifacts/two/.convert.partial-other-1",
+    ]  # fmt: skip
+    assert [path.name for path in project.root.rglob("*.partial-*")] == [".convert.partial-other-1"]
+    assert verify(project.root, project.cache).faults == ()
 
 
 def test_a_lock_whose_variants_could_lead_elsewhere_is_refused(project):

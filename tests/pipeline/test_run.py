@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import socket
 
 import pytest
 
-from quantline.core.errors import UserError
+from quantline.core.errors import DiskFullError, UserError
+from quantline.core.files import partial
 from quantline.pipeline import run as stage_module
 from quantline.pipeline.config import parse
 from quantline.pipeline.execute import execute
@@ -66,7 +68,7 @@ def test_an_output_appears_when_the_block_ends(checkout, config):
     assert names(run.paths.output.parent) == ["convert"]
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.EIO, "broken")])
 def test_an_output_vanishes_when_the_block_fails_and_the_former_one_stays(checkout, config, error):
     execute("convert", write(), config(), checkout, ())
     folder = checkout / "scratch" / "awq-w4-g128"
@@ -88,8 +90,8 @@ def test_a_disk_that_is_full_at_the_last_moment_leaves_nothing_half_written(chec
     def full(_source, target):
         raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
-    monkeypatch.setattr(stage_module.os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("quantline.core.files.os.replace", full)
+    with pytest.raises(DiskFullError, match="the disk is full"):
         execute("convert", write(), config(), checkout, ())
     assert names(checkout / "scratch" / "awq-w4-g128") == []
 
@@ -104,14 +106,27 @@ def test_an_output_without_a_result_is_not_used(checkout, config, monkeypatch):
     assert names(checkout / "scratch" / "awq-w4-g128") == []
 
 
-def test_a_half_written_output_of_a_dead_process_is_removed_and_that_of_a_living_one_is_not(checkout, config):
+def test_the_next_stage_of_a_variant_removes_what_a_killed_one_left_and_not_what_a_living_one_makes(checkout, config):
     folder = checkout / "scratch" / "awq-w4-g128"
-    dead, alive = folder / ".convert.partial-4194304", folder / f".convert.partial-{os.getppid()}"
-    for partial in (dead, alive):
-        partial.mkdir(parents=True)
-    execute("convert", write(), config(), checkout, ())
-    assert not dead.exists()
-    assert alive.exists()
+    dead = folder / f".quantize.partial-{socket.gethostname()}-{os.getppid()}"  # a number that another process has now
+    dead.mkdir(parents=True)
+    with partial(folder / "calibrate") as alive:
+        execute("convert", write(), config(), checkout, ())
+        assert not dead.exists()
+        assert alive.exists()
+    assert names(folder) == ["config.json", "convert", "convert.json"]
+
+
+def test_an_interrupt_while_the_output_is_being_entered_leaves_nothing(checkout, config):
+    def work(run):
+        kept.append(run.output())
+        kept[0].__enter__()
+        raise KeyboardInterrupt
+
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        execute("convert", work, config(), checkout, ())
+    assert names(checkout / "scratch" / "awq-w4-g128") == []
 
 
 def test_a_result_describes_its_output(checkout, config):

@@ -137,7 +137,7 @@ class Checkout:
     def leftovers(self) -> list[str]:
         """Half-written outputs, and temporary files of workers and servers."""
         halves = [path for home in ("scratch", "artifacts", "variants") for path in (self.root / home).rglob("*")
-                  if ".partial-" in path.name or path.suffix in (".tmp", ".old")]  # fmt: skip
+                  if ".partial-" in path.name or path.suffix == ".tmp"]  # fmt: skip
         return [str(path) for path in [*halves, *self.temporary.glob("quantline-*")]]
 
     def files(self) -> dict[str, tuple[int, int]]:

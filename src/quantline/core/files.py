@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +20,9 @@ from typing import Any
 from quantline.core.errors import CheckpointError, DiskFullError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MARK, _LOCK, _FORMER = ".partial-", ".lock", ".former"
+_own: dict[Path, int | None] = {}  # this process's partial folders, with the descriptors of their locks
+_count = itertools.count()
 
 
 @contextmanager
@@ -34,6 +41,101 @@ def room(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def partial(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` in which this process makes it; it is removed when the block ends.
+
+    It is `.<name>.partial-<host>-<number>`. The process holds a lock on a file in it, which the kernel gives back however
+    the process ends. So `clear` removes what killed processes left, and nothing that a living one makes.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear(path.parent, path.name)
+    folder = None
+    while folder is None:
+        folder = _owned(path.with_name(f".{path.name}{_MARK}{socket.gethostname()}-{os.getpid()}{next(_count)}"))
+    try:
+        yield folder
+    finally:
+        _release(folder)
+
+
+def _restore(folder: Path, out: Path) -> None:
+    """Put the former `out` back, where `building` ended between its two renames."""
+    if (folder / _FORMER).exists() and not out.exists():
+        os.replace(folder / _FORMER, out)
+
+
+def _owned(folder: Path) -> Path | None:
+    """Make a folder and lock it; None if another process took it away in between, or left one of that name."""
+    _own[folder] = None
+    try:
+        folder.mkdir()
+        _own[folder] = lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+        with suppress(OSError):  # a file system without locks: nobody clears there either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / _LOCK).exists():
+            return folder
+    except (FileExistsError, FileNotFoundError):
+        pass
+    except BaseException:
+        _release(folder)
+        raise
+    _forget(folder)
+    return None
+
+
+def _forget(folder: Path) -> None:
+    lock = _own.pop(folder, None)
+    if lock is not None:
+        os.close(lock)
+
+
+def _release(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _forget(folder)
+
+
+def release(path: Path) -> None:
+    """Remove what this process began to make for `path`. For where an interrupt came while a block was being entered."""
+    for folder in list(_own):
+        if folder.parent == path.parent and folder.name.startswith(f".{path.name}{_MARK}"):
+            _release(folder)
+
+
+def clear(folder: Path, name: str | None = None) -> list[Path]:
+    """Remove the partial folders directly in `folder` that no living process owns; those of other hosts stay.
+
+    name: of the file or folder that was to be made; null is any.
+
+    Returns:
+        what was removed.
+    """
+    begin, removed = f"{_MARK}{socket.gethostname()}-", []
+    for place in sorted(folder.glob(f".{glob.escape(name) if name else '*'}{glob.escape(begin)}*")):
+        made, _, number = place.name.partition(begin)
+        if place in _own or not number.isdigit():  # `a-1` is another host than `a`
+            continue
+        with suppress(OSError):  # it is gone, another user's, or a living process holds its lock
+            lock = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _restore(place, place.with_name(made[1:]))
+                shutil.rmtree(place, ignore_errors=True)
+                removed.append(place)
+            finally:
+                os.close(lock)
+    return removed
+
+
+def foreign(folder: Path) -> list[Path]:
+    """The partial folders directly in `folder` of other hosts, which this one cannot know to be dead."""
+    own = re.compile(rf".*{re.escape(_MARK + socket.gethostname())}-\d+")
+    return [place for place in sorted(folder.glob(f".*{_MARK}*")) if not own.fullmatch(place.name)]
+
+
+@contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A temporary path to write to. It is renamed to `path` if the block succeeds, and removed otherwise.
 
@@ -43,18 +145,11 @@ def replaced(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk failed, or the block wrote no file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        number = stale.name.removesuffix(".tmp").rpartition(".")[2]
-        if number == str(os.getpid()) or not (number.isdigit() and alive(int(number))):
-            stale.unlink(missing_ok=True)  # of a process that was killed
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with partial(path) as folder:
+        temporary = folder / path.name
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     with suppress(OSError):  # some network file systems cannot sync a folder
         _sync(path.parent)  # a rename reaches the disk only when its folder does
 
@@ -79,40 +174,25 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def passing(folder: Path) -> Iterator[Path]:
-    """An empty `folder` that exists during the block. An existing one is removed first.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
-    try:
-        with room(folder.parent):
-            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
-            folder.mkdir(parents=True)
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """An empty folder `<out>.tmp` that is renamed to `out` if the block succeeds, and removed otherwise.
+    """An empty folder that is renamed to `out` if the block succeeds, and removed otherwise.
 
     An existing `out` stays as it is until then.
 
     Raises:
         DiskFullError: the disk is full.
     """
-    old = out.with_name(out.name + ".old")
-    with passing(out.with_name(out.name + ".tmp")) as temporary:
-        if old.exists() and not out.exists():  # an earlier run was killed between the two renames below
-            os.replace(old, out)
-        shutil.rmtree(old, ignore_errors=True)
-        yield temporary
-        if out.exists():
-            os.replace(out, old)
-        os.replace(temporary, out)
-        shutil.rmtree(old, ignore_errors=True)
+    with room(out.parent), partial(out) as folder:
+        made = folder / out.name
+        made.mkdir()
+        yield made
+        try:
+            if out.exists():
+                os.replace(out, folder / _FORMER)
+            os.replace(made, out)
+        except BaseException:
+            _restore(folder, out)
+            raise
 
 
 def disk_full(folder: Path) -> DiskFullError:

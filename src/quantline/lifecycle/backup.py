@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sqlite3
 import tempfile
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import UserError
-from quantline.core.files import replaced, room, sha256_of, write_json
+from quantline.core.files import clear, replaced, room, sha256_of, write_json
 from quantline.lifecycle.storage import dvc_cache, dvc_lock
 from quantline.pipeline.git import commit_of, untracked, whole_patch
 
@@ -212,9 +211,6 @@ def check_objects(folder: Path, manifest: dict[str, Any]) -> int:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove temporary files of a killed backup from a backup's own folders; other files in `folder` stay."""
-    for path in (path for own in ("objects", "snapshots") for path in (folder / own).rglob("*.tmp")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    """Remove what a killed backup left in a backup's own folders; other files in `folder` stay."""
+    for own in [folder / "snapshots", *(folder / "objects").glob("*/*")]:
+        clear(own)

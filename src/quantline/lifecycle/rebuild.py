@@ -16,7 +16,7 @@ from typing import Any
 
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
-from quantline.core.files import passing, write_json
+from quantline.core.files import partial, write_json
 from quantline.lifecycle.storage.dvc_outputs import fetch_outputs, outputs_of
 from quantline.lifecycle.tracking.reader import TrackedRun
 from quantline.lifecycle.worktree import Worktree, baseline_config, make_worktree
@@ -77,7 +77,7 @@ def rebuild(
     """
     if out.exists():
         raise UserError(f"out={out}: already exists; give a new folder")
-    with passing(out.with_name(f".{out.name}.partial")) as folder:
+    with partial(out) as folder:
         missing: list[str] = []
         if source != "source":
             missing, rebuilt = _from_cache(run, folder, root, remote)

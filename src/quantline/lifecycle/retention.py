@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import QuantlineError, UserError
+from quantline.core.files import clear, foreign
 from quantline.lifecycle.storage import dvc_cache, dvc_lock
 from quantline.pipeline.paths import checked_name
 
@@ -66,6 +67,19 @@ def remove_former(places: Sequence[Path]) -> None:
             shutil.rmtree(place)
         else:
             place.unlink(missing_ok=True)
+
+
+def remove_partial(root: Path) -> list[str]:
+    """Remove half-made outputs of processes that were killed on this machine; returns a line for each, for the user."""
+    below = {place.parent for home in ("artifacts", "scratch") for place in (root / home).rglob(".*.partial-*")}
+    folders = [root, root / "variants", *sorted(below)]
+    removed, others = (
+        [place.relative_to(root) for folder in folders for place in of(folder)] for of in (clear, foreign)
+    )
+    return [f"removed {place}: half made by a process that was killed" for place in removed] + [
+        f"{place}: half made on another machine, or by an older version; if no process there makes it any more, remove it"
+        for place in others
+    ]
 
 
 def collect_garbage(

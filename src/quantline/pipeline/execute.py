@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantline.core.errors import UserError
-from quantline.core.files import write_json
+from quantline.core.files import clear, release, write_json
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.hydra_values import plain
 from quantline.pipeline.monitor.monitor import Monitor
@@ -35,13 +35,14 @@ def execute(
     started_at = time.time()
     run = StageRun(stage, config, root, tuple(overrides))
     places = run.paths  # before the work: it refuses a name that is not valid
+    clear(places.output.parent)  # also what killed runs of other stages left, which DVC may take from its run cache
     try:
         with Monitor() as monitor:
             work(run)
             run.monitor = {} if run.detached else monitor.finish()
     finally:
         # An interrupt can arrive while a `with` block is being entered; its cleanup does not run then.
-        shutil.rmtree(run.partial, ignore_errors=True)
+        release(places.output)
     if run.detached:
         return {}
     try:

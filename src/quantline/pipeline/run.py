@@ -8,7 +8,6 @@ missing, the error names the command that makes it.
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
-from quantline.core.files import alive, write_json
+from quantline.core.files import building, write_json
 from quantline.pipeline.config import Config
 from quantline.pipeline.hashing import hash_folder
 from quantline.pipeline.identity import combined, identity, options_fingerprint, stage_fingerprint
@@ -208,29 +207,12 @@ class StageRun:
         folder = self.input(self.checkpoint_stage)
         return folder / "model" if self.checkpoint_stage == "download" else folder
 
-    @property
-    def partial(self) -> Path:
-        """The folder in which this process makes its output."""
-        return self.paths.output.with_name(f".{self.paths.output.name}.partial-{os.getpid()}")
-
     @contextmanager
     def output(self) -> Iterator[Path]:
         """An empty folder that becomes this stage's output if the block succeeds, and is removed if it fails."""
-        places = self.paths
-        places.output.parent.mkdir(parents=True, exist_ok=True)
-        for stale in places.output.parent.glob(f".{places.output.name}.partial-*"):
-            if not alive(int(stale.name.rsplit("-", 1)[1])):
-                shutil.rmtree(stale, ignore_errors=True)
-        partial = self.partial
-        try:
-            partial.mkdir()
-            yield partial
-            places.result.unlink(missing_ok=True)
-            if places.output.exists():
-                shutil.rmtree(places.output)
-            os.replace(partial, places.output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with building(self.paths.output) as folder:
+            yield folder
+            self.paths.result.unlink(missing_ok=True)  # it is of the former output
 
     def write_result(self, started_at: float) -> dict[str, Any]:
         """Hash the output and write the result; this is the last step."""

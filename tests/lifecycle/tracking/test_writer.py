@@ -41,7 +41,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         publish([], tracking_uri=None, experiment="unused", root=folder)
-    assert not list(folder.glob("*.tmp*"))
+    assert not list(folder.glob(".*"))
     return folder / "mlflow.db"
 
 
