@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 @stage("download")
 def download(run: StageRun) -> None:
-    from quantline.data.download import fetch
+    from quantline.core.errors import naming
+    from quantline.data.download import check_contents, fetch, label_of
     from quantline.data.parity_probe import record_probe
 
-    with run.output() as out:
+    with run.output() as out, naming(out / "model", label_of(run.config.model), ": "):
         report = fetch(run.config.model, out / "model")
         if report["weights"] == "pickle":
             run.worker(
@@ -24,6 +25,7 @@ def download(run: StageRun) -> None:
                 {"folder": str(out / "model")},
                 "pickles to safetensors",
             )
+        check_contents(out / "model")
         run.metrics.update(size_bytes=report["bytes"], files=len(report["files"]))
         run.metrics.update(record_probe(run.worker, out / "model", out / "probe.safetensors"))
 

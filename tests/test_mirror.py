@@ -38,7 +38,6 @@ COVERED = {
     "conversion/write": "tests/conversion/test_convert.py",
     "data/hub": "tests/data/test_download.py",
     "data/sampling": "tests/data/test_calibration.py",
-    "data/tokenizer": "tests/data/test_calibration.py",
     "data/windows": "tests/evaluation/test_perplexity.py",
     "evaluation/measurements": "tests/evaluation/test_evaluate.py",
     "evaluation/speed/table": "tests/evaluation/speed/test_ratios.py",

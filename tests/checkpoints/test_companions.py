@@ -1,8 +1,34 @@
 from __future__ import annotations
 
 import json
+import re
 
-from quantline.checkpoints.companions import has_chat_template
+import pytest
+
+from quantline.checkpoints.companions import has_chat_template, tokenizer_fault
+
+
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        (["tokenizer.json"], None),
+        (["tokenizer.json", "tokenizer.model"], None),
+        (["vocab.json", "merges.txt"], None),
+        (["vocab.txt"], None),
+        (
+            ["tokenizer.model", "tokenizer_config.json"],
+            "SentencePiece's tokenizer.model .*needs tokenizer.json; .*'own'",
+        ),
+        (["spiece.model"], "SentencePiece's spiece.model"),
+        (["vocab.json"], "vocab.json without merges.txt"),
+        (["tokenizer_config.json"], "has no tokenizer; add one of tokenizer.json"),
+    ],
+)
+def test_files_that_are_read_as_different_tokenizers_are_none(tmp_path, files, fault):
+    for name in files:
+        (tmp_path / name).touch()
+    found = tokenizer_fault(tmp_path, "own")
+    assert found is None if fault is None else re.search(fault, found)
 
 
 def test_a_chat_template_is_found_in_a_file_or_in_the_tokenizer_config(tmp_path):

@@ -13,6 +13,7 @@ from quantline.checkpoints.model_config import (
     read_config,
     restore_config,
     to_transformers4,
+    why_not_causal,
 )
 from quantline.core.errors import UserError
 
@@ -104,6 +105,33 @@ def test_a_legacy_copy_links_every_file_and_translates_the_config(tmp_path):
     assert (copy / "model.safetensors").is_symlink()
     assert (copy / "model.safetensors").read_bytes() == b"weights"
     assert json.loads((source / "config.json").read_text()) == NEW
+
+
+@pytest.mark.parametrize(
+    ("architectures", "reason"),
+    [
+        (["Qwen2Model"], "names Qwen2Model, which is no causal LM"),
+        (["BertModel"], "names BertModel"),
+        (["BertForMaskedLM"], "names BertForMaskedLM"),
+        (["LlamaForSequenceClassification"], "names LlamaForSequenceClassification"),
+        (["Qwen2ForRewardModel"], "names Qwen2ForRewardModel"),
+        ([], "names none"),
+        (["RWForCausalLM"], None),
+    ],
+)
+def test_a_model_that_does_not_predict_the_next_token_is_no_causal_lm(architectures, reason):
+    found = why_not_causal({"architectures": architectures})
+    assert found is None if reason is None else reason in found
+    assert "encoder with a decoder" in why_not_causal(
+        {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+    )
+
+
+def test_every_causal_lm_of_transformers_is_one():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        assert why_not_causal({"architectures": [name] if isinstance(name, str) else list(name)}) is None, name
 
 
 def test_restoring_keeps_the_sources_own_config_and_its_name_for_the_dtype():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from quantline.core.errors import DifferentError, UserError
 from quantline.core.files import building, clear, foreign, partial, read_json, replaced, write_json
 
 
@@ -177,3 +178,14 @@ def test_the_former_folder_is_back_where_the_new_one_was_cut_off_between_the_ren
     clear(tmp_path)
     assert (out / "file").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [UserError, DifferentError, ValueError])
+def test_an_error_names_the_folder_that_stays_not_the_one_that_goes(tmp_path, error):
+    def fail():
+        with building(tmp_path / "out") as folder:
+            raise error(f"{folder}/model/a: is damaged, and so is {folder}")
+
+    with pytest.raises(error) as caught:
+        fail()
+    assert str(caught.value) == f"{tmp_path}/out/model/a: is damaged, and so is {tmp_path}/out"

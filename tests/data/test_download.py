@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import sections
 from hub_server import COMMIT, Hub, serving
+from safetensors.numpy import load_file
 from tiny_model import write_config, write_model
 
+from quantline.checkpoints.checkpoint import write_safetensors
 from quantline.core.errors import UserError
 from quantline.data import download, hub
-from quantline.data.download import fetch, model_name
+from quantline.data.download import check_contents, fetch, model_name
 
 REPO = "owner/tiny"
 TOKEN = "hf_secretSECRETsecret"  # planted, to be found nowhere
@@ -386,3 +388,35 @@ def test_the_embedded_demo_model_is_a_complete_model(root, out):
     if not (root / "assets/demo/model/config.json").is_file():
         pytest.skip("the demo model is not built yet")
     assert fetch(local(root / "assets/demo/model"), out)["weights"] == "safetensors"
+
+
+# --- what the files say
+
+
+@pytest.mark.parametrize("architectures", [["Qwen2Model"], ["Qwen2ForSequenceClassification"], []])
+def test_a_model_that_is_no_causal_lm_is_refused_by_what_was_given(model, out, architectures):
+    write_config(model, architectures=architectures)
+    with pytest.raises(UserError, match=rf"^{model}: architectures in config\.json names .* no causal LM"):
+        fetch(local(model), out)
+    assert nothing_left(out)
+
+
+def test_a_tokenizer_that_not_every_stage_reads_is_refused_with_the_command_that_makes_one(model, out):
+    (model / "tokenizer.json").rename(model / "tokenizer.model")
+    with pytest.raises(UserError, match=rf"{model}: has only SentencePiece's tokenizer\.model .*: uv run .*'{model}'"):
+        fetch(local(model), out)
+    assert nothing_left(out)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused_by_tensor(model, value):
+    check_contents(model)
+    path = model / "model-00002-of-00002.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[1]
+    weights[name][3, 5] = value
+    write_safetensors(path, weights)
+    with pytest.raises(
+        UserError, match=rf"{name} has 1 values that are NaN or infinite: .*damaged, on every device; fetch"
+    ):
+        check_contents(model)

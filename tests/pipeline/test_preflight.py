@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from tiny_quantized import write_float
 
-from quantline.core.errors import ConfigError
+from quantline.core.errors import ConfigError, UserError
 from quantline.pipeline.command_line import read
 from quantline.pipeline.config import parse
-from quantline.pipeline.preflight import PlanOptions, plan_options, preflight
+from quantline.pipeline.preflight import PlanOptions, model_of, plan_options, preflight
 from quantline.pipeline.run import StageRun
 from quantline.planning.spec import RefusedError
 from stages.plan import OPTIONS
@@ -35,6 +38,20 @@ def test_the_preflight_runs_before_the_quantize_stage_computes(root, composed, m
         preflight(run_of(composed, root, *own, "method=gptq", "bits=8", "convert.for=vllm"))
     with pytest.raises(RefusedError, match="group_size=1024: does not divide"):
         preflight(run_of(composed, root, *own, "method=gptq", "group_size=1024"))
+
+
+def test_what_download_would_refuse_is_refused_before(root, composed, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "own")
+    run = run_of(composed, root, *on(folder))
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(
+        UserError, match=rf"{folder}: has only SentencePiece's tokenizer\.model .*: uv run .*'{folder}'"
+    ):
+        model_of(run)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen2Model"]}))
+    with pytest.raises(UserError, match="names Qwen2Model, which is no causal LM"):
+        model_of(run)
 
 
 def test_the_preflight_returns_nothing_without_a_model(root, composed):

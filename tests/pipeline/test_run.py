@@ -86,6 +86,17 @@ def test_an_output_vanishes_when_the_block_fails_and_the_former_one_stays(checko
     assert names(folder / "convert") == ["value"]
 
 
+def test_an_error_names_the_output_not_the_folder_that_goes(checkout, config):
+    run = StageRun("convert", config(), checkout, ())
+
+    def fail():
+        with run.output() as out:
+            raise UserError(f"{out / 'model.safetensors'}: is damaged")
+
+    with pytest.raises(UserError, match=rf"^{run.paths.output}/model\.safetensors: is damaged$"):
+        fail()
+
+
 def test_a_disk_that_is_full_at_the_last_moment_leaves_nothing_half_written(checkout, config, monkeypatch):
     def full(_source, target):
         raise OSError(errno.ENOSPC, "No space left on device", str(target))

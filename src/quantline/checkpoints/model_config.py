@@ -20,6 +20,8 @@ from typing import Any
 
 from quantline.core.errors import UserError
 
+# How transformers ends the names of models that predict the next token (all of AutoModelForCausalLM, 5.19).
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "WithLMHead", "GenerationDecoder")
 # Keys that do not affect what a model computes.
 _NOT_COMPARED = frozenset(
     {"architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"}
@@ -88,6 +90,20 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def ties_head(config: Mapping[str, Any]) -> bool:
     """Whether the output layer is the embedding, so that a tensor of it in the files is a second name."""
     return bool(language_config(config).get("tie_word_embeddings"))
+
+
+def why_not_causal(config: Mapping[str, Any]) -> str | None:
+    """What a model is, by its config.json, if it is no causal LM; None if it is one.
+
+    A server builds the class that `architectures` names, so a model without a head is refused there, even where its config
+    and weights would make a causal LM.
+    """
+    named = [str(name) for name in config.get("architectures") or []]
+    if not any(name.endswith(_CAUSAL) for name in named):
+        return f"architectures in config.json names {', '.join(named) or 'none'}, which is no causal LM"
+    if config.get("is_encoder_decoder"):
+        return f"{named[0]} is an encoder with a decoder (is_encoder_decoder in config.json), no causal LM"
+    return None
 
 
 def dimensions(config: Mapping[str, Any]) -> Dimensions:

@@ -6,13 +6,33 @@ exit with `exit_code`. Any other exception is a bug of ours and keeps its traceb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class QuantlineError(Exception):
     """A failure with a message meant for the user."""
 
     exit_code = 1
+
+
+@contextmanager
+def naming(folder: Path, name: str, joint: str = "/") -> Iterator[None]:
+    """Call `folder` by another name in the messages of errors of the block: one that exists when the message is read.
+
+    joint: between the name and a file of the folder.
+    """
+    try:
+        yield
+    except Exception as error:  # whichever it is, it passes on with its type and traceback
+        error.args = tuple(
+            given.replace(f"{folder}/", f"{name}{joint}").replace(str(folder), name)
+            if isinstance(given, str)
+            else given
+            for given in error.args
+        )
+        raise
 
 
 class UserError(QuantlineError):

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from quantline.core.errors import CheckpointError, DiskFullError
+from quantline.core.errors import CheckpointError, DiskFullError, naming
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MARK, _LOCK, _FORMER = ".partial-", ".lock", ".former"
@@ -177,7 +177,7 @@ def _sync(path: Path) -> None:
 def building(out: Path) -> Iterator[Path]:
     """An empty folder that is renamed to `out` if the block succeeds, and removed otherwise.
 
-    An existing `out` stays as it is until then.
+    An existing `out` stays as it is until then. Errors of the block name `out`, not the folder that is removed.
 
     Raises:
         DiskFullError: the disk is full.
@@ -185,7 +185,8 @@ def building(out: Path) -> Iterator[Path]:
     with room(out.parent), partial(out) as folder:
         made = folder / out.name
         made.mkdir()
-        yield made
+        with naming(made, str(out)):
+            yield made
         try:
             if out.exists():
                 os.replace(out, folder / _FORMER)

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
-from quantline.checkpoints.companions import TOKENIZER, VOCABULARIES
+from quantline.checkpoints.companions import TOKENIZER, tokenizer_fault
+from quantline.checkpoints.finite import nonfinite
+from quantline.checkpoints.model_config import why_not_causal
 from quantline.config.data import ModelConfig
-from quantline.core.errors import UserError
+from quantline.core.errors import UserError, naming
 from quantline.core.files import building, sha256_of
 from quantline.core.progress import bar
 from quantline.data import hub
+from quantline.data.tokenizer import check_tokenizer
 
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
@@ -33,6 +36,11 @@ def model_name(source: ModelConfig) -> str:
     parts = [part for part in (source.repo or source.path or "").replace("\\", "/").split("/") if part not in ("", ".")]
     named = [part for part in parts if part not in ("..", "model")] or parts
     return re.sub(r"[^A-Za-z0-9._-]+", "-", named[-1]).strip("-.") if named else "model"
+
+
+def label_of(source: ModelConfig) -> str:
+    """A model in messages, as it was given: `owner/name@commit`, or the folder."""
+    return f"{source.repo}@{source.revision}" if source.repo else str(source.path)
 
 
 def fetch(source: ModelConfig, out: Path) -> dict[str, Any]:
@@ -52,16 +60,13 @@ def fetch(source: ModelConfig, out: Path) -> dict[str, Any]:
     if (source.repo is None) == (source.path is None):
         given = "both model.repo and model.path are set" if source.repo else "neither model.repo nor model.path is set"
         raise UserError(f"{given}: give model.path=DIR, or model.repo=OWNER/NAME and model.revision=COMMIT")
-    label = f"{source.repo}@{source.revision}" if source.repo else str(source.path)
-    with building(out) as folder:
+    label = label_of(source)
+    with building(out) as folder, naming(folder, label, ": "):
         if source.path is not None:
             hashes = _from_folder(source, Path(source.path), folder, out)
         else:
             hashes = _from_hub(source, str(source.repo), folder)
-        try:
-            config, weights = _checked(source, folder, label)
-        except UserError as error:
-            raise UserError(str(error).replace(f"{folder}/", f"{label}: ").replace(str(folder), label)) from None
+        config, weights = _checked(source, folder, label)
     sizes = {name: (out / name).stat().st_size for name in sorted(hashes)}
     whole = hashlib.sha256("".join(f"{hashes[name]} {name}\n" for name in sizes).encode())
     return {
@@ -75,6 +80,22 @@ def fetch(source: ModelConfig, out: Path) -> dict[str, Any]:
         "sha256": whole.hexdigest(),
         "seconds": time.perf_counter() - started,
     }
+
+
+def check_contents(folder: Path) -> None:
+    """Check what a model's files say: its tokenizer tokenizes, its weights are numbers.
+
+    Raises:
+        UserError: the tokenizer cannot be used, or weights are infinite or NaN.
+    """
+    check_tokenizer(folder)
+    if found := nonfinite(folder):
+        name, count = next(iter(found.items()))
+        more = f", and {len(found) - 1} tensors more" if len(found) > 1 else ""
+        raise UserError(
+            f"{folder}: {name} has {count} values that are NaN or infinite{more}: the weights are damaged, on every device; "
+            "fetch or save them again, or take another model.revision"
+        )
 
 
 def _patterns(source: ModelConfig) -> list[str]:
@@ -163,8 +184,8 @@ def _checked(source: ModelConfig, folder: Path, label: str) -> tuple[dict[str, A
             f"{label}: config.json needs Python code from the repository (auto_map: {code}); read that code and set "
             "model.trust_remote_code=true, or use a model that transformers supports without it"
         )
-    if not any(_matches(path.name, VOCABULARIES) for path in folder.iterdir()):
-        raise UserError(f"{label}: has no tokenizer; add one of {', '.join(VOCABULARIES)} to the model")
+    if fault := tokenizer_fault(folder, label if source.path else "DIR"):
+        raise UserError(f"{label}: {fault}")
     for path in sorted(folder.glob("*.json")):
         _json(path, f"{label}: {path.name}")
     pickled = _wanted(folder, PICKLED)
@@ -185,6 +206,8 @@ def _config(folder: Path, label: str) -> dict[str, Any]:
         or not isinstance(config.get("architectures"), list)
     ):
         raise UserError(f"{label}: config.json has no model_type or no architectures; give a causal LM")
+    if reason := why_not_causal(config):
+        raise UserError(f"{label}: {reason}; give a model that predicts the next token")
     if not isinstance(config.get("auto_map") or {}, dict):
         raise UserError(f"{label}: auto_map in config.json is not a mapping; fetch it again")
     return config

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantline.checkpoints.companions import TOKENIZER, VOCABULARIES
+from quantline.checkpoints.companions import TOKENIZER, tokenizer_fault
 from quantline.checkpoints.model_config import dimensions, language_config, read_config
 from quantline.core.errors import UserError
 from quantline.core.files import sha256_of
 from quantline.data.documents import Document
+
+# Texts that a tokenizer is asked for: words, numbers and signs, other scripts.
+_ASKED = ("the time of a day", "def f(x):\n    return x[0] + 12.5  # 1 % 2", "Zoë Łódź, Привет, 你好, 😀")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,30 @@ class TextEncoder:
             ) from error
 
 
+def check_tokenizer(model_dir: Path) -> None:
+    """Load a model's tokenizer and ask it for the tokens of a few texts.
+
+    Raises:
+        UserError: it cannot be loaded, gives no tokens, gives tokens that the model does not have, or drops white space.
+    """
+    encoder = TextEncoder.load(model_dir, chat=False)
+    for text, ids in zip(_ASKED, encoder.encode([Document(1, text) for text in _ASKED], model_dir), strict=True):
+        top = max([*ids, encoder.separator or 0])
+        if not ids:
+            raise UserError(f"{model_dir}: its tokenizer gives no tokens for {text!r}; use the tokenizer of this model")
+        if top >= encoder.vocab_size:
+            raise UserError(
+                f"{model_dir}: its tokenizer gives id {top}, but the model's vocabulary has {encoder.vocab_size}; use the "
+                "tokenizer of this model"
+            )
+        words = encoder.tokenizer.decode(ids).split()
+        if words != text.split() and "".join(words) == "".join(text.split()):
+            raise UserError(
+                f"{model_dir}: its tokenizer makes {' '.join(words)!r} of {text!r}: its vocabulary and its class do not "
+                "belong together; use the tokenizer of this model"
+            )
+
+
 def tokenizer_sha256(model_dir: Path) -> str:
     """One hash over the names and the content of a tokenizer's files."""
     digest = hashlib.sha256()
@@ -91,8 +118,8 @@ def tokenizer_sha256(model_dir: Path) -> str:
 
 
 def _load(model_dir: Path) -> Any:
-    if not _matching(model_dir, VOCABULARIES):  # without this check transformers would create an empty tokenizer
-        raise UserError(f"{model_dir}: has no tokenizer; run the stage download again")
+    if fault := tokenizer_fault(model_dir):  # without this check transformers would create an empty tokenizer
+        raise UserError(f"{model_dir}: {fault}")
     # Nothing here needs torch, so suppress transformers' advice to install it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -10,8 +10,9 @@ import psutil
 import yaml
 from pydantic import Field, ValidationError
 
+from quantline.checkpoints.companions import tokenizer_fault
 from quantline.config.section import Section
-from quantline.core.errors import ConfigError, QuantlineError
+from quantline.core.errors import ConfigError, QuantlineError, UserError
 from quantline.core.gpu import visible_gpus
 from quantline.data.download import model_name
 from quantline.pipeline.config import Config, parse
@@ -114,12 +115,17 @@ def model_of(run: StageRun) -> Model:
     """The headers of a run's model, from its folder or from the download.
 
     Raises:
-        UserError: it is not downloaded yet (the message names the command), or it is not a float model.
+        UserError: it is not downloaded yet (the message names the command), or download would refuse it: it is not a float
+            model, or has no tokenizer that every stage reads alike.
     """
     model = run.config.model
     name = model.name or model_name(model)
     if model.path:
-        return Model.open(located(run.root, model.path), name)
+        folder = located(run.root, model.path)
+        opened = Model.open(folder, name)
+        if fault := tokenizer_fault(folder, model.path):
+            raise UserError(f"{model.path}: {fault}")
+        return opened
     return Model.open(run.input("download") / "model", name)
 
 

@@ -209,7 +209,10 @@ class StageRun:
 
     @contextmanager
     def output(self) -> Iterator[Path]:
-        """An empty folder that becomes this stage's output if the block succeeds, and is removed if it fails."""
+        """An empty folder that becomes this stage's output if the block succeeds, and is removed if it fails.
+
+        Errors of the block name the output, not the folder that is removed.
+        """
         with building(self.paths.output) as folder:
             yield folder
             self.paths.result.unlink(missing_ok=True)  # it is of the former output

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.linears import LM_HEAD, Inventory, inventory
-from quantline.checkpoints.model_config import Dimensions, dimensions, ties_head
+from quantline.checkpoints.model_config import Dimensions, dimensions, ties_head, why_not_causal
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 from quantline.planning.checkpoint_memory import Weights
@@ -74,6 +74,8 @@ class Model:
         checkpoint, config = Checkpoint.open(folder), read_json(folder / "config.json")
         if config.get("quantization_config"):
             raise UserError(f"{folder}: is quantized already; give the float model instead")
+        if reason := why_not_causal(config):
+            raise UserError(f"{folder}: {reason}; give a model that predicts the next token")
         return cls(name or folder.name, checkpoint, config)
 
     @cached_property

@@ -156,7 +156,9 @@ def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = Tr
         )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise JobError(f"{name} has infinities or NaN in {dtype}: its values exceed that range; use device=cpu")
+            fits = "use dtype=bfloat16, or device=cpu if the backend takes float16 only"
+            remedy = fits if dtype == torch.float16 else "the weights are damaged: run download again"
+            raise JobError(f"{name} has infinities or NaN in {dtype}; {remedy}")
     work = Work(job, config, model, calibration, probe["input_ids"], probe["logits"], {})
     if info["unexpected_keys"]:
         work.warnings.append(f"left out as not part of the model: {', '.join(sorted(info['unexpected_keys']))}")

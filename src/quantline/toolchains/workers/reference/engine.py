@@ -266,6 +266,10 @@ def _probe(model: Any, job: Mapping[str, Any], report: Reporter) -> dict[str, An
         logits.append(model(input_ids=ids, use_cache=False).logits.float().cpu().numpy())
         report(number, len(input_ids), "sequences")
     stacked = np.concatenate(logits)  # (n, t, vocabulary)
+    if not stacked.max() < np.inf:  # NaN is not smaller either; a model may mask tokens by -inf
+        raise JobError(
+            f"{job['checkpoint']}: its logits are NaN or infinite in float32; take weights that work elsewhere"
+        )
     write_safetensors(Path(job["output"]), {"input_ids": input_ids, "logits": stacked})
     return {"sequences": input_ids.shape[0], "tokens": input_ids.size, "vocabulary": stacked.shape[2]}
 
