@@ -42,7 +42,7 @@ def params(entry):
 
 
 def outputs_of(entry):
-    return {dep for dep in entry["deps"] if dep.startswith("artifacts/")}
+    return {dep for dep in entry.get("deps", []) if dep.startswith("artifacts/")}
 
 
 def test_dvc_watches_what_the_table_says_that_a_stage_reads(pipeline):
@@ -50,7 +50,10 @@ def test_dvc_watches_what_the_table_says_that_a_stage_reads(pipeline):
         stage = STAGES[name]
         wanted = {*stage.reads, *(f"frozen.locks.{role}" for role in stage.locks)}
         # An empty list would make DVC watch the whole file.
-        assert params(entry) == {"code.yaml": {name}, **({"variant": wanted} if wanted else {})}, name
+        named = {"variant": wanted} if wanted else {}
+        if stage.inputs:
+            named["inputs.yaml"] = {f"{'float' if 'float' in str(entry['params']) else '${key}'}.{name}"}
+        assert params(entry) == {"code.yaml": {name}, **named}, name
 
 
 def test_dvc_has_the_stages_of_the_table_in_its_order_and_the_baselines_beside_them(pipeline):
@@ -78,7 +81,9 @@ def test_a_stage_depends_on_the_outputs_of_those_it_follows_and_on_the_baselines
 def test_no_entry_names_a_source_file_but_compose(pipeline):
     for name, entry in pipeline.items():
         if not name.startswith(("compose", "code")):
-            assert [dep for dep in body(entry)["deps"] if dep.startswith(("src", "stages"))] == [], name
+            assert [dep for dep in body(entry).get("deps", []) if dep.startswith(("src", "stages", "assets"))] == [], (
+                name
+            )
 
 
 def test_compose_is_made_again_after_an_edit_of_what_it_freezes(pipeline):
@@ -115,7 +120,7 @@ def test_every_stage_of_the_table_has_an_entrypoint(root):
 
 def test_every_dependency_in_the_repository_exists(root, pipeline):
     for entry in pipeline.values():
-        for dep in body(entry)["deps"]:
+        for dep in body(entry).get("deps", []):
             made = dep.split("/")[0] in ("artifacts", "variants")
             assert made or (root / dep).exists(), dep
 
@@ -137,7 +142,7 @@ def test_every_parameter_of_a_stage_is_in_every_frozen_configuration(pipeline, f
             if not isinstance(group, dict):
                 continue
             ((file, keys),) = group.items()
-            if file == "code.yaml":
+            if file in ("code.yaml", "inputs.yaml"):
                 continue
             name = re.fullmatch(r"variants/(.+)\.yaml", file)[1]
             for values in frozen.values() if name == "${key}" else [frozen[name]]:
@@ -157,7 +162,8 @@ def test_dvc_resolves_the_pipeline_to_the_stages_of_each_variant(root, tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     once = {
-        "code", "compose_baseline", "download", "serve_smoke_baseline", "evaluate_baseline", "tasks_baseline", "report"
+        "code", "inputs", "compose_baseline", "download", "serve_smoke_baseline", "evaluate_baseline", "tasks_baseline",
+        "report",
     }  # fmt: skip
     each = ("compose", *names(lambda stage: not stage.shared))
     variants = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["variants"]
@@ -170,8 +176,8 @@ def test_dvc_resolves_the_pipeline_to_the_stages_of_each_variant(root, tmp_path)
 def test_each_stage_runs_the_command_of_its_name_from_its_frozen_configuration(pipeline):
     for entry, stage in pipeline.items():
         name = entry.removesuffix("_baseline")
-        if name == "code":
-            assert stage["cmd"] == "python -m stages.code"
+        if name in ("code", "inputs"):
+            assert stage["cmd"] == f"python -m stages.{name}"
             continue
         variant = "${key}" if "do" in stage else "float"
         expected = (

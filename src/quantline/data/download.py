@@ -114,6 +114,13 @@ def _has_weights(files: Sequence[Path]) -> bool:
     return any(path.suffix == ".safetensors" for path in files)
 
 
+def source_files(source: ModelConfig, folder: Path) -> list[Path]:
+    """The files of a model's folder that `fetch` copies; pickled weights where they are allowed and there are no others."""
+    patterns = _patterns(source)
+    files = _wanted(folder, patterns)
+    return files if _has_weights(files) or not source.allow_pickle else _wanted(folder, [*patterns, *PICKLED])
+
+
 def _from_hub(source: ModelConfig, repo: str, folder: Path) -> dict[str, str]:
     origin = hub.HubRepo(repo, source.revision, "model", "model", _REMEDY)
     patterns = _patterns(source)
@@ -135,13 +142,9 @@ def _from_folder(source: ModelConfig, given: Path, folder: Path, out: Path) -> d
         raise UserError(f"model.path={given}: {path} {fact}; give the folder that holds config.json")
     if path == out.resolve():
         raise UserError(f"model.path={given}: this is the folder to copy the model to; give another one")
-    patterns = _patterns(source)
-    files = _wanted(path, patterns)
-    if not _has_weights(files):
-        pickled = [entry.name for entry in _wanted(path, PICKLED)]
-        if not source.allow_pickle:
-            raise UserError(_no_weights(str(given), pickled))
-        files = _wanted(path, [*patterns, *PICKLED])
+    files = source_files(source, path)
+    if not source.allow_pickle and not _has_weights(files):
+        raise UserError(_no_weights(str(given), [entry.name for entry in _wanted(path, PICKLED)]))
     return _transfer(files, folder, sha256_of, link=False)
 
 

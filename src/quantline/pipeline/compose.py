@@ -120,3 +120,16 @@ def write_frozen(root: Path, name: str, values: Mapping[str, Any]) -> Path:
     with replaced(path) as temporary:
         temporary.write_text(_HEADER.format(name=name) + text, encoding="utf-8")
     return path
+
+
+def read_frozen(path: Path) -> dict[str, Any]:
+    """The configuration in a file that `write_frozen` wrote, as plain values.
+
+    Raises:
+        UserError: it is missing, or is not such a file.
+    """
+    values = read_yaml(path, "`dvc repro` makes it")
+    frozen = values.get("frozen") if isinstance(values, dict) else None
+    if not isinstance(frozen, dict) or not isinstance(frozen.get("overrides"), str):
+        raise UserError(f"{path}: is not a frozen configuration; remove it and run `dvc repro`")
+    return {str(key): value for key, value in values.items() if key not in ("defaults", "hydra")}

@@ -7,15 +7,13 @@ change the hash.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from quantline.core.files import sha256_of
 from quantline.pipeline.config import Config
+from quantline.pipeline.own_files import model_hashes, text_hash
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,16 @@ class Context:
 
 def download(config: Config, context: Context) -> dict[str, Any]:
     """The float model, and its files if it is a local folder."""
-    content = _folder_content(located(context.root, config.model.path)) if config.model.path else None
+    content = model_inputs(config, context.root).get(str(config.model.path))
     model = config.model.model_dump(exclude={"name"})
     return {"model": model, "content": content, "reference": context.locks["reference"]}
 
 
 def calibrate(config: Config, context: Context) -> dict[str, Any]:
     """The calibration options, and the hashes of local text files."""
-    return {"calibration": config.calibration.model_dump(), "files": _file_hashes(config, context.root)}
+    texts, sources = calibration_inputs(config, context.root), config.calibration.sources
+    files = {name: texts[source.path] for name, source in sources.items() if source.path and texts[source.path]}
+    return {"calibration": config.calibration.model_dump(), "files": files}
 
 
 def quantize(config: Config, context: Context) -> dict[str, Any]:
@@ -84,8 +84,7 @@ def tasks(config: Config, context: Context) -> dict[str, Any]:
     own: dict[str, Any] = {"tasks": asked.model_dump()}
     if not asked.any:
         return own
-    path = located(context.root, asked.path)
-    own.update(text=sha256_of(path) if path.is_file() else None, environment=context.locks["tasks"])
+    own.update(text=task_inputs(config, context.root).get(asked.path), environment=context.locks["tasks"])
     own["max_length"] = config.serve.max_model_len
     if "vllm" in asked.engines:
         serving = config.serve.model_dump(exclude={"process", "smoke"})
@@ -93,50 +92,30 @@ def tasks(config: Config, context: Context) -> dict[str, Any]:
     return own
 
 
-def located(root: Path, path: str) -> Path:
-    """A path in a configuration: `~` is the user's home, a relative path starts at the checkout."""
-    return root / Path(path).expanduser()
+def model_inputs(config: Config, root: Path) -> dict[str, Any]:
+    """The hashes of the model's files by name, by its path; empty for a model on the hub."""
+    return {config.model.path: model_hashes(root, config.model)} if config.model.path else {}
+
+
+def calibration_inputs(config: Config, root: Path) -> dict[str, Any]:
+    """The hash of each local calibration text, by its path."""
+    return _texts(root, *(source.path for source in config.calibration.sources.values()))
+
+
+def evaluation_inputs(config: Config, root: Path) -> dict[str, Any]:
+    """The hash of the evaluation text, by its path."""
+    return _texts(root, config.evaluate.path)
+
+
+def task_inputs(config: Config, root: Path) -> dict[str, Any]:
+    """The hash of the text that local tasks are built from, by its path; empty where none is asked."""
+    return _texts(root, config.tasks.path) if config.tasks.any else {}
+
+
+def _texts(root: Path, *paths: str | None) -> dict[str, Any]:
+    return {path: text_hash(root, path) for path in paths if path}
 
 
 def _scored(config: Config, context: Context) -> dict[str, Any]:
-    path = located(context.root, config.evaluate.path) if config.evaluate.path else None
-    text = sha256_of(path) if path is not None and path.is_file() else None
+    text = evaluation_inputs(config, context.root).get(str(config.evaluate.path))
     return {"evaluate": config.evaluate.windows(), "text": text}
-
-
-def _file_hashes(config: Config, root: Path) -> dict[str, str]:
-    # A user's own text is identified by its hash; the stage that reads it reports a missing file.
-    hashes = {}
-    for name, source in config.calibration.sources.items():
-        path = located(root, source.path) if source.path else None
-        if path is not None and path.is_file():
-            hashes[name] = sha256_of(path)
-    return hashes
-
-
-_WHOLE_FILE_BYTES = 256 * 2**20
-_SAMPLES = 64
-
-
-def _folder_content(folder: Path) -> dict[str, str]:
-    # A model in a folder has no commit, so its files are hashed. Of large files, only the size, both ends and samples in
-    # between are hashed, to avoid reading tens of gigabytes at the start. The full hashes are in the download's result.
-    if not folder.is_dir():
-        return {}
-    known = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        stat = path.stat()
-        known[path.name] = _content(path, stat.st_size, stat.st_mtime_ns)
-    return known
-
-
-@cache
-def _content(path: Path, size: int, mtime_ns: int) -> str:
-    if size <= _WHOLE_FILE_BYTES:
-        return sha256_of(path)
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for index in range(_SAMPLES + 1):
-            file.seek((size - 2**16) * index // _SAMPLES)
-            digest.update(file.read(2**16))
-    return digest.hexdigest()

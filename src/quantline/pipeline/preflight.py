@@ -16,7 +16,7 @@ from quantline.core.errors import ConfigError, QuantlineError, UserError
 from quantline.core.gpu import visible_gpus
 from quantline.data.download import model_name
 from quantline.pipeline.config import Config, parse
-from quantline.pipeline.options import located
+from quantline.pipeline.own_files import located
 from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check

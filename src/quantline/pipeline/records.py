@@ -15,7 +15,7 @@ from typing import Any
 
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
-from quantline.pipeline.compose import read_params
+from quantline.pipeline.compose import read_frozen, read_params
 from quantline.pipeline.config import Config, parse, with_current_names
 from quantline.pipeline.git import commit_of, patch_of
 from quantline.pipeline.identity import options_fingerprint, stage_fingerprint
@@ -34,8 +34,6 @@ from quantline.pipeline.paths import (
 )
 from quantline.pipeline.stages import PIPELINE, STAGES, of_config
 
-# Keys of a frozen file that are for Hydra and not a part of the configuration.
-_HYDRA_KEYS = ("defaults", "hydra")
 # The results of a run in order, and the folders of their outputs by stage.
 Found = tuple[list[dict[str, Any]], dict[str, Path]]
 
@@ -46,19 +44,12 @@ def pipeline_records(root: Path) -> list[VariantRecord]:
     Raises:
         UserError: params.yaml or a frozen configuration cannot be read.
     """
-    import yaml
-
     records = []
     for name in read_params(root / "params.yaml")["variants"]:
         path = root / "variants" / f"{name}.yaml"
         if not path.is_file():
             continue
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-            values = {key: value for key, value in values.items() if key not in _HYDRA_KEYS}
-            values["frozen"]["overrides"]
-        except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: is not a frozen configuration; remove it and run `dvc repro`") from error
+        values = read_frozen(path)
         records.append(_record(root, name, values, values["frozen"]["overrides"]))
     return [record for record in records if record.results]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quantline.config.evaluate import WINDOW_KEYS
@@ -31,6 +32,7 @@ class Stage:
         name: of the entrypoint stages/<name>.py, of its output folder and of its result.
         after: the stages directly before it, whose outputs it depends on.
         options: returns the plain values that it reads, see `quantline.pipeline.options`.
+        inputs: returns the hashes of the files that its options name by path, see `quantline.pipeline.own_files`.
         reads: the keys of the frozen configuration that DVC watches for it.
         locks: the environments that it runs in, as keys of `frozen.locks`.
         exact: equal inputs give equal bytes. A server's answers are not exact.
@@ -50,6 +52,7 @@ class Stage:
     options: Callable[[Config, options.Context], dict[str, Any]]
     reads: tuple[str, ...] = ()
     locks: tuple[str, ...] = ()
+    inputs: Callable[[Config, Path], dict[str, Any]] | None = None
     exact: bool = False
     shared: bool = False
     skipped: Callable[[Config], bool] = lambda config: False
@@ -72,11 +75,11 @@ def _uncalibrated(config: Config) -> bool:
 
 _TABLE = (
     Stage(
-        "download", (), options.download, ("model",), ("reference",),
+        "download", (), options.download, ("model",), ("reference",), options.model_inputs,
         exact=True, shared=True, gated=True, rebuilt=True, kept=False,
     ),
     Stage(
-        "calibrate", ("download",), options.calibrate, ("calibration",),
+        "calibrate", ("download",), options.calibrate, ("calibration",), inputs=options.calibration_inputs,
         exact=True, skipped=_uncalibrated, rebuilt=True,
     ),
     Stage(
@@ -92,15 +95,18 @@ _TABLE = (
     ),
     Stage(
         "serve_smoke", ("convert",), options.serve_smoke, (*_SERVING, "serve.smoke", *_WINDOWS, "device"), ("server",),
-        beside_float=("serve.smoke", *_WINDOWS), compared=True, gated=True, rebuilt=True,
+        inputs=options.evaluation_inputs, beside_float=("serve.smoke", *_WINDOWS),
+        compared=True, gated=True, rebuilt=True,
     ),
     Stage(
         "evaluate", ("serve_smoke",), options.evaluate, ("evaluate",), ("reference",),
-        beside_float=("evaluate.level", *_WINDOWS, *_GENERATIONS), compared=True, gated=True, rebuilt=True,
+        inputs=options.evaluation_inputs, beside_float=("evaluate.level", *_WINDOWS, *_GENERATIONS),
+        compared=True, gated=True, rebuilt=True,
     ),
     Stage(
         "tasks", ("serve_smoke",), options.tasks, ("tasks", *_SERVING, "device"), ("tasks", "server"),
-        beside_float=(*(f"tasks.{key}" for key in ITEM_KEYS), "serve.max_model_len"), compared=True,
+        inputs=options.task_inputs, beside_float=(*(f"tasks.{key}" for key in ITEM_KEYS), "serve.max_model_len"),
+        compared=True,
     ),
     Stage("speed", ("convert",), options.speed, ("speed", *_SERVING, "device"), ("server",), compared=True),
     Stage("noise", ("quantize",), options.noise, by_hand=True),

@@ -1,0 +1,103 @@
+"""The files that a configuration names by path, known by their content: a model's folder, and texts.
+
+They are hashed whole, so that no edit goes unseen. The hash of a large file is kept with its size, time and inode, so
+that a model of 140 GB is read once and not at every start.
+
+`python -m stages.inputs` writes the hashes to inputs.yaml, by variant and stage. DVC watches them there, to rerun what
+reads a changed file. A file that is not on this machine keeps the hash that is recorded there: results that were made
+elsewhere stay valid, and a stage that has to read the file says that it is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from quantline.config.data import ModelConfig
+from quantline.core.files import replaced, sha256_of
+
+INPUTS_FILE = "inputs.yaml"
+# Smaller files are hashed at once: 64 MiB take less than 0.1 s.
+_KEPT_FROM_BYTES = 64 * 2**20
+_CACHE = Path("scratch", ".hashes.json")
+# A file that changes within the clock's tick keeps its time, so a hash that was taken right after a change is not kept.
+_SETTLED_NS = 2 * 10**9
+
+
+def located(root: Path, path: str) -> Path:
+    """A path in a configuration: `~` is the user's home, a relative path starts at the checkout."""
+    return root / Path(path).expanduser()
+
+
+def text_hash(root: Path, path: str) -> str | None:
+    """SHA-256 of a text; the recorded one if it is not on this machine, None if there is none."""
+    place = located(root, path)
+    if place.is_file():
+        return _hash(root, place)
+    known = _recorded(root).get(path)
+    return known if isinstance(known, str) else None
+
+
+def model_hashes(root: Path, model: ModelConfig) -> dict[str, str]:
+    """SHA-256 of the files of a model in a folder, by name; those that are recorded if it is not on this machine.
+
+    model: with a `path`.
+    """
+    from quantline.data.download import source_files
+
+    folder = located(root, str(model.path))
+    if folder.is_dir():
+        return {path.relative_to(folder).as_posix(): _hash(root, path) for path in source_files(model, folder)}
+    known = _recorded(root).get(str(model.path))
+    return dict(known) if isinstance(known, Mapping) else {}
+
+
+def _recorded(root: Path) -> dict[str, Any]:
+    """The hashes in inputs.yaml by path."""
+    path = root / INPUTS_FILE
+    return _read_recorded(path, path.stat().st_mtime_ns) if path.is_file() else {}
+
+
+@cache
+def _read_recorded(path: Path, _mtime_ns: int) -> dict[str, Any]:
+    from quantline.pipeline.yaml_file import read_yaml
+
+    content = read_yaml(path, "it is made by `python -m stages.inputs`")
+    stages = [stage for variant in content.values() for stage in variant.values()] if isinstance(content, dict) else []
+    return {name: value for stage in stages for name, value in stage.items() if value}
+
+
+def _hash(root: Path, path: Path) -> str:
+    stat = path.stat()
+    return _hash_of(root, path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@cache
+def _hash_of(root: Path, path: Path, size: int, mtime_ns: int, inode: int) -> str:
+    if size < _KEPT_FROM_BYTES:
+        return sha256_of(path)
+    place, key = root / _CACHE, [size, mtime_ns, inode]
+    known = _kept(place)
+    entry = known.get(str(path))
+    if isinstance(entry, list) and entry[:-1] == key:
+        return str(entry[-1])
+    found = sha256_of(path)
+    if time.time_ns() - mtime_ns > _SETTLED_NS:
+        kept = {name: value for name, value in known.items() if os.path.exists(name)}
+        with suppress(OSError), replaced(place) as temporary:  # a checkout that is only read keeps none
+            temporary.write_text(json.dumps({**kept, str(path): [*key, found]}, indent=0), encoding="utf-8")
+    return found
+
+
+def _kept(place: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

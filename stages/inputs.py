@@ -1,0 +1,22 @@
+"""Write inputs.yaml: the hashes of the files that variants name by path. DVC reruns what reads a changed one."""
+
+from __future__ import annotations
+
+from stages import ROOT, command
+
+
+def inputs(_arguments: dict[str, str | None]) -> int:
+    import yaml
+
+    from quantline.core.files import replaced
+    from quantline.pipeline.own_files import INPUTS_FILE
+    from quantline.pipeline.variant_inputs import inputs_of_variants
+
+    text = yaml.safe_dump(inputs_of_variants(ROOT), allow_unicode=True, width=1000)
+    with replaced(ROOT / INPUTS_FILE) as temporary:
+        temporary.write_text("# Made by `python -m stages.inputs`.\n" + text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    command(inputs, about=__doc__)
