@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+
 import pytest
 
 # Modules without a test file of their own -> the test file that covers them; a package's name stands for its modules.
@@ -18,12 +21,11 @@ COVERED = {
     "checkpoints/layouts/checks": "tests/checkpoints/layouts/test_layouts.py",
     "checkpoints/layouts/gptq": "tests/checkpoints/layouts/test_layouts.py",
     "checkpoints/layouts/gptq_v2": "tests/checkpoints/layouts/test_layouts.py",
-    "checkpoints/layouts/awq": "tests/checkpoints/layouts/test_layout.py",
-    "checkpoints/layouts/config_values": "tests/checkpoints/test_checkpoint.py",
+    "checkpoints/layouts/awq": "tests/checkpoints/layouts/test_layouts.py",
     "checkpoints/layouts/description": "tests/checkpoints/test_checkpoint.py",
     "checkpoints/layouts/folder": "tests/checkpoints/layouts/msmodelslim/test_files.py",
-    "checkpoints/layouts/gptq_config": "tests/checkpoints/test_checkpoint.py",
-    "checkpoints/layouts/msmodelslim/layout": "tests/checkpoints/layouts/msmodelslim/test_files.py",
+    "checkpoints/layouts/gptq_config": "tests/checkpoints/layouts/test_layouts.py",
+    "checkpoints/layouts/msmodelslim/layout": "tests/checkpoints/layouts/test_registry.py",
     "checkpoints/layouts/linear_spec": "tests/checkpoints/layouts/test_sizes.py",
     "checkpoints/layouts/compressed_tensors/config": "tests/checkpoints/layouts/compressed_tensors/test_pack_quantized.py",
     "checkpoints/layouts/msmodelslim/outliers": "tests/checkpoints/layouts/msmodelslim/test_codec.py",
@@ -34,7 +36,7 @@ COVERED = {
     "conversion/passthrough": "tests/conversion/test_convert.py",
     "conversion/proof": "tests/conversion/test_convert.py",
     "conversion/source": "tests/conversion/test_convert_to_msmodelslim.py",
-    "conversion/targets": "tests/conversion/test_plan.py",
+    "conversion/targets": "tests/conversion/test_bands.py",
     "conversion/write": "tests/conversion/test_convert.py",
     "data/hub": "tests/data/test_download.py",
     "data/sampling": "tests/data/test_calibration.py",
@@ -50,10 +52,9 @@ COVERED = {
     "pipeline/convert_folder": "tests/conversion/test_convert_stage.py",
     "pipeline/inputs": "tests/pipeline/test_run.py",
     "pipeline/options": "tests/pipeline/test_identity.py",
-    "pipeline/server": "tests/serving/test_server_vllm.py",
     "pipeline/hydra_values": "tests/pipeline/test_compose.py",
     "pipeline/lineage/chain": "tests/pipeline/lineage/test_diff.py",
-    "pipeline/lineage/report": "tests/pipeline/lineage/test_diff.py",
+    "pipeline/lineage/report": "tests/e2e/test_bring_back.py",
     "pipeline/monitor/sampler": "tests/pipeline/monitor/test_monitor.py",
     "planning/report": "tests/stages/test_plan.py",
     "planning/spec": "tests/planning/test_preflight.py",
@@ -102,6 +103,36 @@ def test_what_covers_a_module_exists_and_no_line_of_the_table_is_left_over(root,
     over = [name for name in COVERED if name not in packages and name not in modules]
     over += [name for name in COVERED if name in modules and own_test(root, name).is_file()]
     assert not over, f"COVERED names modules that are gone or have their own test file: {over}"
+
+
+def test_what_covers_a_module_imports_it_or_a_module_that_does(root, modules):
+    files = {f"quantline.{name.replace('/', '.')}": path for name, path in modules.items()}
+    files |= {f"stages.{path.stem}": path for path in (root / "stages").glob("*.py")}
+    package = root / "src" / "quantline"
+    files |= {
+        f"quantline.{path.parent.relative_to(package).as_posix().replace('/', '.')}": path
+        for path in package.rglob("*/__init__.py")
+    }
+
+    def used_by(path):
+        """The modules that a file imports, starts by their dotted names, or runs as scripts beside it."""
+        text, found = path.read_text(encoding="utf-8"), set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found |= set(re.findall(r"(?:quantline|stages)(?:\.[a-z_0-9]+)+", text))
+        beside = {path.with_name(name) for name in re.findall(r'"([a-z_]+\.py)"', text)}
+        return {files[name] for name in found if name in files} | {script for script in beside if script.is_file()}
+
+    far = []
+    for name, test in COVERED.items():
+        near = used_by(root / test)
+        reached = near.union(*map(used_by, near))
+        wanted = [path for module, path in modules.items() if module == name or module.startswith(f"{name}/")]
+        far += [] if reached.intersection(wanted) else [f"{name}: {test}"]
+    assert not far, f"neither these tests nor what they import import what they are to cover: {far}"
 
 
 def test_the_package_keeps_to_its_size(root, modules):

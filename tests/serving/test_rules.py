@@ -64,6 +64,14 @@ def test_what_0_25_1_did_on_a_gpu(config, dtype, rule):
     assert verdict(Target("vllm", "0.25.1", "cuda", dtype), facts_of(config)).rule_id == rule
 
 
+def test_sections_are_read_by_the_defaults_of_their_layouts():
+    old = {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": True}
+    assert (facts_of(old).bits, facts_of(old).group_size, facts_of(old).layout) == (4, 64, "gemm")
+    assert verdict(GPU, facts_of({**old, "checkpoint_format": "GEMV"})).rule_id == "awq-layout"
+    assert facts_of(GPTQ).layout == "gptq"
+    assert facts_of({**GPTQ, "is_marlin_format": True}).layout == "marlin"
+
+
 def test_a_reason_names_what_was_given():
     found = verdict(CPU, facts_of(GPTQ | {"bits": 8}))
     assert found.reason == ("vLLM 0.32.0+cpu on CPU has a kernel for GPTQ with 4 bits only, this checkpoint has 8")

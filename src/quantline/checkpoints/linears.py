@@ -18,11 +18,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
-from quantline.checkpoints.layouts.linear_spec import LinearSpec
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LinearSpec
 from quantline.checkpoints.model_config import dimensions, ties_head
 from quantline.core.errors import UserError
 
-LM_HEAD = "lm_head"
 # The smallest group of weights that shares a scale; a tensor with two dimensions of this size is worth quantizing.
 WIDE = 32
 # A list of layers, the number of one, and what is inside it.

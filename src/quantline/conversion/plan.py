@@ -14,7 +14,7 @@ from typing import Any
 
 from quantline.checkpoints.layouts import FormatError, Layout, round_scales
 from quantline.checkpoints.layouts.description import Description
-from quantline.checkpoints.linears import LM_HEAD
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD
 from quantline.checkpoints.quantization_config import LayerSettings, section_of
 from quantline.checkpoints.safetensors_stream import TensorSpec
 from quantline.conversion.errors import ConversionError

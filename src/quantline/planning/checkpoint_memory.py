@@ -12,9 +12,8 @@ from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.layouts import LAYOUTS, Storage
-from quantline.checkpoints.layouts.linear_spec import LinearSpec
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LinearSpec
 from quantline.checkpoints.layouts.sizes import LinearBytes
-from quantline.checkpoints.linears import LM_HEAD
 from quantline.checkpoints.model_config import ties_head
 from quantline.serving.memory import GIB
 

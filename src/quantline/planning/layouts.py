@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantline.checkpoints.layouts import LAYOUTS, TARGETS, Storage, choice
 from quantline.checkpoints.layouts.description import Description
-from quantline.checkpoints.layouts.linear_spec import LayerSettings, LinearSpec
-from quantline.checkpoints.linears import LM_HEAD
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LayerSettings, LinearSpec
 from quantline.checkpoints.quantization_config import section_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantline.checkpoints.checkpoint import Checkpoint
-from quantline.checkpoints.linears import LM_HEAD, Inventory, inventory
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD
+from quantline.checkpoints.linears import Inventory, inventory
 from quantline.checkpoints.model_config import Dimensions, dimensions, ties_head, why_not_causal
 from quantline.core.errors import UserError
 from quantline.core.files import read_json

@@ -18,7 +18,8 @@ import numpy as np
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers, to_float32
 from quantline.checkpoints.companions import COMPANIONS
 from quantline.checkpoints.layouts import LAYOUTS
-from quantline.checkpoints.linears import LM_HEAD, exempt, is_wide, numbered, of_another_part
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD
+from quantline.checkpoints.linears import exempt, is_wide, numbered, of_another_part
 from quantline.checkpoints.model_config import dimensions, ties_head
 from quantline.core.errors import UserError
 from quantline.core.files import read_json

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantline.checkpoints.linears import LM_HEAD
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD
 from quantline.checkpoints.quantization_config import LayerSettings
 from quantline.serving.rules import CheckpointFacts, facts_of
 

@@ -14,6 +14,8 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from quantline.checkpoints.layouts import awq, gptq_config
+from quantline.checkpoints.layouts.config_values import stored_bits_and_groups
 from quantline.checkpoints.quantization_config import quantization_of
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
@@ -141,15 +143,16 @@ def facts_of(quantization: Mapping[str, Any] | None, *, widths_divisible_by_32: 
     method = str(quantization.get("quant_method", "unknown"))
     if method == "compressed-tensors":
         return _compressed_facts(quantization, widths_divisible_by_32)
-    layout = quantization.get("version", "gemm") if method == "awq" else quantization.get("checkpoint_format", "gptq")
+    layout = awq.version_of(quantization) if method == awq.METHOD else gptq_config.format_of(quantization)
+    bits, group_size = stored_bits_and_groups(quantization)
     return CheckpointFacts(
         method=method,
-        bits=quantization.get("bits", quantization.get("w_bit")),
-        group_size=quantization.get("group_size", quantization.get("q_group_size")),
+        bits=bits,
+        group_size=group_size,
         sym=quantization.get("sym"),
         desc_act=quantization.get("desc_act"),
         zero_point=quantization.get("zero_point"),
-        layout=str(layout).lower(),
+        layout=layout.lower(),
         widths_divisible_by_32=widths_divisible_by_32,
     )
 

@@ -15,7 +15,14 @@ from quantline.core.errors import CheckpointError
 METHOD = "awq"
 # version in the config -> layout. exllama only selects kernels at load time: its weights are stored as GEMM.
 VERSIONS = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm", "exllamav2": "awq_gemm"}
+# Those that a backend can be asked for -> layout.
+MADE = {version: VERSIONS[version] for version in ("gemm", "gemv", "exllama")}
 _TITLE = "AWQ"
+
+
+def version_of(config: Mapping[str, Any]) -> str:
+    """The version of a section; AutoAWQ's first sections name none."""
+    return str(config.get("version") or config.get("checkpoint_format") or "gemm")
 
 
 def describe(layout: str, wanted: Description) -> dict[str, Any]:
@@ -48,8 +55,7 @@ def parse(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
     Raises:
         CheckpointError: the version is unknown, bits are not 4, or the group size is invalid.
     """
-    version = config.get("version") or config.get("checkpoint_format") or "gemm"
-    layout = one_of(path, METHOD, version, VERSIONS)
+    layout = one_of(path, METHOD, version_of(config), VERSIONS)
     bits, group_size = bits_and_groups(path, METHOD, config, (4,))
     symmetric = not config.get("zero_point", True)
     return QuantizationInfo(

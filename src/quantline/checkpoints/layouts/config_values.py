@@ -26,13 +26,18 @@ def one_of(path: Path, method: str, version: object, known: Mapping[str, str]) -
     return layout
 
 
+def stored_bits_and_groups(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Bits and group size as they are in a section, under today's names or those of AutoAWQ's first sections."""
+    return config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
+
+
 def bits_and_groups(path: Path, method: str, config: Mapping[str, Any], held: Collection[int]) -> tuple[int, int]:
     """Bits and group size.
 
     Raises:
         CheckpointError: they are invalid, or the layout does not support them.
     """
-    bits, group_size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
+    bits, group_size = stored_bits_and_groups(config)
     if type(bits) is not int or bits not in held:
         raise CheckpointError(f"{path}: bits is {bits!r}: {method} takes {' or '.join(map(str, held))}")
     if type(group_size) is not int or group_size < -1 or group_size == 0:

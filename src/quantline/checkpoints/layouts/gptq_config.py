@@ -12,7 +12,7 @@ from typing import Any
 
 from quantline.checkpoints.layouts.config_values import bits_and_groups, one_of, patterns
 from quantline.checkpoints.layouts.description import Description, QuantizationInfo
-from quantline.checkpoints.layouts.linear_spec import LayerSettings
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LayerSettings
 from quantline.checkpoints.layouts.packing import BITS
 
 METHOD = "gptq"
@@ -21,6 +21,11 @@ OWN_FILE = "quantize_config.json"
 FORMATS = {"gptq": "gptq", "gptq_v2": "gptq_v2"}
 # Modules that vLLM fuses from several linears.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def format_of(config: Mapping[str, Any]) -> str:
+    """Under which name of `checkpoint_format` a section's weights are stored; AutoGPTQ's first sections name none."""
+    return "marlin" if config.get("is_marlin_format") else str(config.get("checkpoint_format") or "gptq")
 
 
 def describe(layout: str, wanted: Description) -> dict[str, Any]:
@@ -37,7 +42,7 @@ def describe(layout: str, wanted: Description) -> dict[str, Any]:
         "desc_act": wanted.desc_act,
         "sym": wanted.main.symmetric,
     }
-    excluded = [name for name in wanted.left_float if name != "lm_head"]
+    excluded = [name for name in wanted.left_float if name != LM_HEAD]
     if excluded or wanted.overrides:
         config["dynamic"] = _dynamic(excluded, wanted.overrides)
     return {**config, "lm_head": wanted.quantized_head, "modules_to_not_convert": list(wanted.left_float)}
@@ -49,8 +54,7 @@ def parse(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
     Raises:
         CheckpointError: the format is unknown, or bits, group size or patterns are invalid.
     """
-    version = "marlin" if config.get("is_marlin_format") else config.get("checkpoint_format") or "gptq"
-    layout = one_of(path, METHOD, version, FORMATS)
+    layout = one_of(path, METHOD, format_of(config), FORMATS)
     bits, group_size = bits_and_groups(path, METHOD, config, BITS)
     symmetric = bool(config.get("sym", False))
     return QuantizationInfo(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LM_HEAD = "lm_head"  # the output layer, as transformers names it
+
 
 @dataclass(frozen=True)
 class LinearSpec:

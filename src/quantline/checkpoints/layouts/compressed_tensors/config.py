@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quantline.checkpoints.layouts.description import Description, QuantizationInfo
-from quantline.checkpoints.layouts.linear_spec import LayerSettings
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LayerSettings
 from quantline.checkpoints.layouts.packing import BITS
 from quantline.core.errors import CheckpointError
 
@@ -60,7 +60,7 @@ def section(wanted: Description, *, activations: bool) -> dict[str, Any]:
     """The section; raises what `describe` raises."""
     own = {**wanted.overrides}
     if wanted.quantized_head:
-        own.setdefault("lm_head", wanted.main)
+        own.setdefault(LM_HEAD, wanted.main)
     return describe(wanted.main, own, wanted.desc_act, wanted.left_float, activations=activations)
 
 
@@ -100,7 +100,7 @@ def describe(
     targets: dict[LayerSettings, list[str]] = {main: ["Linear"]}
     for name, settings in overrides.items():
         # Readers that find linears by class do not find the output layer, so it is always named.
-        if settings != main or name == "lm_head":
+        if settings != main or name == LM_HEAD:
             targets.setdefault(settings, []).append(name)
     groups = {
         f"group_{index}": {
@@ -179,7 +179,7 @@ def parse(path: Path, config: Mapping[str, Any]) -> Scheme:
             refuse(f"group {name} has targets {targets!r}", "restore the config")
         if "Linear" in targets:
             main.append(settings)
-        elif all(target == "lm_head" or ("." in target and not target.startswith("re:")) for target in targets):
+        elif all(target == LM_HEAD or ("." in target and not target.startswith("re:")) for target in targets):
             overrides.update(dict.fromkeys(targets, settings))
         else:
             refuse(f"group {name} has targets {targets}", "one group for Linear, others by whole module names")

@@ -26,14 +26,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from quantline.checkpoints.layouts.awq import VERSIONS
+from quantline.checkpoints.layouts.awq import MADE
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model, rounding, selection
 from quantline.toolchains.workers.quantizers import output as _output
 
 # Families that were tested and beat plain rounding; the library lists more.
 # exllama is a choice of kernels at loading time; its weights are stored as gemm.
-LAYOUTS = {version: VERSIONS[version] for version in ("gemm", "gemv", "exllama")}
 DEFAULTS = {"zero_point": True, "version": "gemm", "clip": True}
 
 # Calibration samples per forward pass of a module; bounds the memory for activations.
@@ -53,8 +52,8 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         raise JobError(f"bits={job['bits']}: awq takes 4; use method=gptq for 2, 3 or 8")
     if type(job["group_size"]) is not int or job["group_size"] < 8:
         raise JobError(f"group_size={job['group_size']}: awq takes 32, 64 or 128 (or another divisor of every width)")
-    if options["version"] not in LAYOUTS:
-        raise JobError(f"version={options['version']}: awq takes {', '.join(LAYOUTS)}")
+    if options["version"] not in MADE:
+        raise JobError(f"version={options['version']}: awq takes {', '.join(MADE)}")
     return options
 
 
@@ -79,7 +78,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     found = {name: module for name, module in linears.items() if not any(part in name for part in excluded)}
     wanted = selection.chosen(job, found)
     skipped = [name for name in found if name not in wanted]
-    layout = LAYOUTS[options["version"]]
+    layout = MADE[options["version"]]
     selection.check_selection(job, wanted, layout)
 
     started = time.perf_counter()

@@ -26,8 +26,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD
 from quantline.checkpoints.layouts.packing import BITS
-from quantline.checkpoints.linears import LM_HEAD
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import autoround_resume, model, output, resume_files, selection
 

@@ -16,8 +16,7 @@ from typing import Any
 
 from quantline.checkpoints.layouts import bitsandbytes as layout
 from quantline.checkpoints.layouts.description import Description
-from quantline.checkpoints.layouts.linear_spec import LayerSettings
-from quantline.checkpoints.linears import LM_HEAD
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LayerSettings
 from quantline.checkpoints.quantization_config import section_of
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model, output, selection

@@ -26,7 +26,8 @@ from threading import Lock
 from typing import Any
 
 from quantline.checkpoints.layouts import LAYOUTS
-from quantline.checkpoints.layouts.awq import VERSIONS
+from quantline.checkpoints.layouts.awq import MADE
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model as _common
 from quantline.toolchains.workers.quantizers import output, rounding, selection
@@ -41,7 +42,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 # exllama is a choice of kernels at loading time; its weights are stored as gemm.
-AWQ_LAYOUTS = {version: VERSIONS[version] for version in ("gemm", "gemv", "exllama")}
 
 
 @dataclass
@@ -108,9 +108,9 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
         raise JobError("static_groups=true with group_size=-1: there are no groups; give static_groups=false")
     if method == "awq":
         options["version"] = str(options["version"]).lower()
-        if options["version"] not in AWQ_LAYOUTS:
-            raise JobError(f"version={options['version']}: awq takes {', '.join(AWQ_LAYOUTS)}")
-        if "lm_head" in (job.get("linears") or {}):
+        if options["version"] not in MADE:
+            raise JobError(f"version={options['version']}: awq takes {', '.join(MADE)}")
+        if LM_HEAD in (job.get("linears") or {}):
             raise JobError("lm_head=quantized: awq with gptqmodel leaves the output layer float; use method=gptq")
         if len(widths) > 1:
             raise JobError("awq with gptqmodel has one group size for all linears; give one, or use method=gptq")
@@ -147,7 +147,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         defuser.replace_fused_blocks(config["model_type"])
         work = _common.load(job, config, translate=False)
         work.renamed = lambda name: selection.file_name(name, config["model_type"])
-        layout = AWQ_LAYOUTS[options["version"]] if method == "awq" else "gptq"
+        layout = MADE[options["version"]] if method == "awq" else "gptq"
         versions = " ".join(f"{name} {metadata.version(name)}" for name in ("gptqmodel", "torch", "transformers"))
         state = Run(work, report, options, layout, LayerStore.of(job, versions))
         model = MODEL_MAP[config["model_type"]](
@@ -159,7 +159,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         selection.check_selection(job, state.wanted, layout)
         started = time.perf_counter()
         names = {work.renamed(name): name for name, _ in work.model.named_modules()}
-        model.quantize_config.lm_head = "lm_head" in state.wanted
+        model.quantize_config.lm_head = LM_HEAD in state.wanted
         model.quantize_config.dynamic = dynamic(state, found, names) if method == "gptq" else None
         with library(state, Path(scratch)):
             _quantize(state, model)
@@ -242,7 +242,7 @@ def dynamic(state: Run, found: Mapping[str, Any], names: Mapping[str, str]) -> d
             rules[f"-:{pattern}"] = {}
             continue
         bits, size = state.work.width(name)
-        if (bits, size) != main or name == "lm_head":
+        if (bits, size) != main or name == LM_HEAD:
             by_groups = size != -1 and not options["desc_act"] and not options["static_groups"]
             rules[f"+:{pattern}"] = {"bits": bits, "group_size": size, "act_group_aware": by_groups}
     return rules
@@ -286,7 +286,7 @@ def library(state: Run, scratch: Path) -> Iterator[None]:
             _without_packing(gptqmodel_awq.processor_class(awq_processor.AWQProcessor, state)),
         ),
     ]
-    if "lm_head" in state.wanted:
+    if LM_HEAD in state.wanted:
         # If the last decoder layers are skipped, the library would stop before the output layer.
         replaced.append((stage_layer, "find_last_quantized_layer_index", lambda *_, **__: None))
     with _common.replaced(replaced):

@@ -19,9 +19,9 @@ import numpy as np
 from quantline.checkpoints.checkpoint import Checkpoint, to_float32
 from quantline.checkpoints.layouts import dequantize, quantize_rtn
 from quantline.checkpoints.layouts.choice import layout_of
-from quantline.checkpoints.layouts.linear_spec import LinearSpec
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LinearSpec
 from quantline.checkpoints.layouts.packing import BITS
-from quantline.checkpoints.linears import LM_HEAD, inventory
+from quantline.checkpoints.linears import inventory
 from quantline.checkpoints.model_config import ties_head
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main

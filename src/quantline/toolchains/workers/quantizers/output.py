@@ -26,8 +26,7 @@ from quantline.checkpoints.checkpoint import (
 )
 from quantline.checkpoints.companions import COMPANIONS
 from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, Storage
-from quantline.checkpoints.layouts.linear_spec import LinearSpec
-from quantline.checkpoints.linears import LM_HEAD
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LinearSpec
 from quantline.checkpoints.model_config import read_config, restore_config, write_config
 from quantline.checkpoints.quantization_config import LayerSettings, describe, own_file, quantization_of
 from quantline.core.errors import UserError
