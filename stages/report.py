@@ -1,4 +1,7 @@
-"""Write report/: the variant to ship, and the quality, size and speed of each, as HTML, Markdown, CSV and JSON."""
+"""Write report/: the variant to ship, and the quality, size and speed of each, as HTML, Markdown, CSV and JSON.
+
+In the pipeline also metrics.json and metrics/, the few figures that DVC's tables show.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,17 @@ def report(cfg: DictConfig) -> None:
     from quantline.pipeline.hydra_values import plain
     from quantline.pipeline.records import pipeline_records
     from quantline.report.build import build
+    from quantline.report.figures import write_figures
 
     config = parse(plain(cfg))
     check_caller(config, HydraConfig.get().overrides.task)
-    # A manual run, with other rules for example, writes to scratch/, since report/ belongs to DVC.
+    # A manual run, with other rules for example, writes to scratch/, since report/ and the figures belong to DVC.
     out = ROOT / "report" if config.frozen else ROOT / "scratch" / "report"
     with building(out) as folder:
         found = build(pipeline_records(ROOT), ROOT / "artifacts", config.report, folder)
-    print(f"{found.headline} -> {out.relative_to(ROOT)}/index.html")
+    if config.frozen:
+        write_figures(found, ROOT)
+    print(f"{found.recommendation.headline} -> {out.relative_to(ROOT)}/index.html")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ stages:
     do:
       cmd: python make.py ${key} ${item}
       deps: [make.py]
-      outs: ["artifacts/${key}/quantize"]
-      metrics: ["artifacts/${key}/quantize.json"]
+      outs: ["artifacts/${key}/quantize", "artifacts/${key}/quantize.json"]
 """
 MAKE = """\
 import json, sys

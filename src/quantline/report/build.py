@@ -20,12 +20,12 @@ from quantline.pipeline.records import VariantRecord
 from quantline.report import layer_plots, plots, run_plots, tables
 from quantline.report.document import Report
 from quantline.report.evidence import Evidence, Row, gather, made_of
-from quantline.report.recommendation import Recommendation, recommend
+from quantline.report.recommendation import recommend
 from quantline.report.table import as_csv
 
 
-def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, out: Path) -> Recommendation:
-    """Write the report of these results into `out`, an empty folder. Equal results give equal bytes.
+def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, out: Path) -> Report:
+    """Write the report of these results into `out`, an empty folder, and return it. Equal results give equal bytes.
 
     Args:
         records: the variants, the baseline among them.
@@ -61,7 +61,7 @@ def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, o
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    return report.recommendation
+    return report
 
 
 def compile_report(evidence: Sequence[Evidence], options: ReportConfig) -> Report:
