@@ -30,6 +30,7 @@ def promote(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.pipeline.config import parse
     from quantline.pipeline.hydra_values import plain
     from quantline.pipeline.records import variant_record
+    from quantline.report.card import card_of
 
     name, alias = str(arguments["variant"]), str(arguments["alias"])
     registry.check_alias(alias)
@@ -46,7 +47,8 @@ def promote(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
             "a variant is promoted from its MLflow run, which could not be published; see NOT PUBLISHED above"
         )
     run = current_run(tracking, ROOT, record.name, config.model)
-    what = promotion.promotion_of(record, promotion.model_name_of(config), run.run_id, run.fingerprint, ROOT)
+    card = card_of(record, model=".", faults=[], run_id=run.run_id)
+    what = promotion.promotion_of(record, run, model=promotion.model_name_of(config), card=card, root=ROOT)
     done = registry.promote(tracking, ROOT, what, alias)
     upload = f"{done.uploaded / 1e6:.1f} MB uploaded" if done.uploaded else "files already uploaded"
     moved = f", which version {done.before} had before" if done.before else ""

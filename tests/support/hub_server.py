@@ -1,7 +1,11 @@
-"""A local HTTP server that speaks as much of the hub's API as downloading needs, and can misbehave on request."""
+"""A local HTTP server that speaks as much of the hub's API as downloading and uploading need, and can misbehave on request.
+
+Uploads go by git LFS over HTTP (HF_HUB_DISABLE_XET=1): large files are stored first, then one commit names them.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -24,6 +28,10 @@ class Hub:
     repos: (`models` or `datasets`, name) -> file -> content. token: needed for everything where set.
     broken_once: file -> bytes after which the connection breaks, once; broken: the same, for good.
     corrupt: file -> content that is sent in the place of the right one, of the same length.
+    cards: repository -> the YAML header of its card. private: repositories that are. stored: large files by SHA-256.
+    commits: what each commit said: repository, summary, description, names of added and of deleted files.
+    rejects: the token is not valid. read_only: it may not write. refuses: part of a path -> status, for what is sent.
+    spoils: files whose content the hub changes.
     """
 
     repos: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
@@ -35,7 +43,24 @@ class Hub:
     corrupt: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
     authorizations: list[str | None] = field(default_factory=list)
+    cards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
+    stored: dict[str, bytes] = field(default_factory=dict)
+    commits: list[dict[str, Any]] = field(default_factory=list)
+    rejects: bool = False
+    read_only: bool = False
+    refuses: dict[str, int] = field(default_factory=dict)
+    spoils: set[str] = field(default_factory=set)
     address: str = ""
+
+    @property
+    def head(self) -> str:
+        """The newest commit."""
+        return f"{len(self.commits):040x}" if self.commits else COMMIT
+
+    def puts(self) -> list[str]:
+        """The SHA-256 of each large file that was sent."""
+        return [path.rpartition("/")[2] for method, path, _ in self.requests if method == "PUT"]
 
     def gets(self, file: str) -> list[str | None]:
         """The Range headers of the GET requests for a file."""
@@ -98,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
             kind, repo, revision = ("datasets" if resolve[1] else "models"), resolve[2], resolve[3]
         files = self.state.repos.get((kind, repo))
         refusal = self._refusal(files, revision)
+        if "/xet-write-token/" in path:
+            refusal = (self.state.refuses.get("/xet-write-token/", 404), None)
         if refusal:
             self._fail(*refusal)
         elif files is not None and api:
@@ -110,21 +137,28 @@ class _Handler(BaseHTTPRequestHandler):
     def _refusal(self, files: dict[str, bytes] | None, revision: str | None) -> tuple[int, str | None] | None:
         if self.state.status is not None:
             return self.state.status, None
+        if self.state.rejects:
+            return 401, "InvalidToken"
         if self.state.gated:
             return 403, "GatedRepo"
         if files is None or (self.state.token and self.headers.get("Authorization") != f"Bearer {self.state.token}"):
             return 401, "RepoNotFound"
-        return (404, "RevisionNotFound") if revision not in (None, "main", COMMIT) else None
+        return (404, "RevisionNotFound") if revision not in (None, "main", COMMIT, self.state.head) else None
 
     def _fail(self, status: int, code: str | None) -> None:
         self.send_response(status)
-        if code:
+        if code == "InvalidToken":
+            self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
+        elif code:
             self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
     def _info(self, repo: str, files: dict[str, bytes]) -> dict[str, Any]:
-        return {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+        return {
+            "id": repo, "sha": self.state.head, "siblings": [{"rfilename": name} for name in files],
+            "private": repo in self.state.private, "cardData": self.state.cards.get(repo),
+        }  # fmt: skip
 
     def _tree(self, files: dict[str, bytes]) -> list[dict[str, Any]]:
         rows = []
@@ -134,6 +168,93 @@ class _Handler(BaseHTTPRequestHandler):
                 row["lfs"] = {"oid": etag(content), "size": len(content), "pointerSize": 134}
             rows.append(row)
         return rows
+
+    def do_PUT(self) -> None:
+        content = self._received()
+        oid = self.path.rpartition("/")[2]
+        refused = next((status for part, status in self.state.refuses.items() if part in self.path), None)
+        if refused is not None or hashlib.sha256(content).hexdigest() != oid:
+            self._fail(refused or 400, None)
+            return
+        self.state.stored[oid] = content
+        self._json({}, body=True)
+
+    def do_POST(self) -> None:
+        content = self._received()
+        path = unquote(urlsplit(self.path).path)
+        refused = next((status for part, status in self.state.refuses.items() if part in path), None)
+        write = re.fullmatch(
+            r"/(?:api/models/)?([^/]+/[^/]+?)(?:/(preupload|commit)/main|(\.git)/info/lfs/objects/batch)", path
+        )
+        refusal = self._refusal({}, None)
+        if refusal is None and (refused is not None or self.state.read_only):
+            refusal = (refused or 403, None)
+        if refusal:
+            self._fail(*refusal)
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []}, body=True)
+        elif path == "/api/repos/create":
+            self._create(json.loads(content))
+        elif write and write[2] == "preupload":
+            modes = [{"path": one["path"], "shouldIgnore": False, "oid": None,
+                      "uploadMode": "lfs" if one["size"] >= LARGE else "regular"}
+                     for one in json.loads(content)["files"]]  # fmt: skip
+            self._json({"files": modes}, body=True)
+        elif write and write[2] == "commit":
+            self._commit(write[1], [json.loads(line) for line in content.splitlines()])
+        elif write:
+            objects = [{**one, **({} if one["oid"] in self.state.stored else
+                                  {"actions": {"upload": {"href": f"{self.state.address}/lfs/{one['oid']}"}}})}
+                       for one in json.loads(content)["objects"]]  # fmt: skip
+            self._json({"transfer": "basic", "objects": objects}, body=True)
+        else:
+            self._fail(404, "EntryNotFound")
+
+    def _received(self) -> bytes:
+        """The body of a request, which is noted like all others."""
+        self.state.requests.append((self.command, unquote(urlsplit(self.path).path), None))
+        self.state.authorizations.append(self.headers.get("Authorization"))
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        repo = f"{asked['organization']}/{asked['name']}"
+        if ("models", repo) in self.state.repos:
+            self._fail(409, None)
+            return
+        self.state.repos["models", repo] = {".gitattributes": b"*.safetensors filter=lfs\n"}
+        if asked.get("visibility") == "private" or asked.get("private"):
+            self.state.private.add(repo)
+        self._json({"url": f"{self.state.address}/{repo}"}, body=True)
+
+    def _commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
+        files = self.state.repos["models", repo]
+        header = next(line["value"] for line in lines if line["key"] == "header")
+        if header.get("parentCommit") not in (None, self.state.head):
+            self._fail(412, None)
+            return
+        added, deleted = [], []
+        for line in lines:
+            value, name = line["value"], line["value"].get("path")
+            if line["key"] == "file":
+                files[name] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[name] = self.state.stored[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[name]
+            (deleted if line["key"] == "deletedFile" else added).append(name)
+        for name in self.state.spoils & set(files):
+            files[name] = files[name][:-1] + b"?"
+        self.state.commits.append({"repo": repo, "summary": header["summary"], "description": header["description"],
+                                   "added": sorted(filter(None, added)), "deleted": sorted(deleted)})  # fmt: skip
+        url = f"{self.state.address}/{repo}/commit/{self.state.head}"
+        self._json({"commitUrl": url, "commitOid": self.state.head}, body=True)
 
     def _json(self, value: Any, body: bool) -> None:
         content = json.dumps(value).encode()

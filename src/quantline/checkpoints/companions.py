@@ -20,6 +20,9 @@ TOKENIZER = (
 )  # fmt: skip
 
 
+# The model card, which is written where a model leaves the project; no stage's output has one.
+CARD = "README.md"
+
 # Any one of these can be a tokenizer, see `tokenizer_fault`.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 

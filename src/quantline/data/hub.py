@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from quantline.core.errors import UserError
@@ -64,7 +64,8 @@ def endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
 
 
-def _shown_endpoint() -> str:
+def shown_endpoint() -> str:
+    """The hub's address for messages, without credentials."""
     address = urlsplit(endpoint() or "https://huggingface.co")
     return f"{address.scheme}://{address.netloc.rpartition('@')[2]}"  # an address can carry a password
 
@@ -139,6 +140,15 @@ def list_files(source: HubRepo) -> list[str]:
         return []
 
 
+def card_data(repo: str, revision: str | None) -> dict[str, Any]:
+    """The YAML header of a model's card; empty if it has none, or the hub does not answer."""
+    try:
+        found: Any = _api().model_info(repo, revision=revision, timeout=_TIMEOUT_SECONDS).card_data
+    except Exception:  # a model is described without it
+        return {}
+    return dict(found.to_dict()) if found is not None else {}
+
+
 def hash_checked(path: Path, label: str) -> str:
     """SHA-256 of a cached file, after comparing its content with the hub's hash.
 
@@ -169,7 +179,8 @@ def hash_checked(path: Path, label: str) -> str:
     return sha256.hexdigest()
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and those that caused it, the outermost first."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen
@@ -180,7 +191,7 @@ def _explained(error: Exception, source: HubRepo, file: str | None = None) -> Us
     if isinstance(error, UserError):
         return error
     what = f"{source.kind} {source.repo} at {source.revision}" + (f", file {file}" if file else "")
-    for cause in _chain(error):
+    for cause in chain(error):
         if isinstance(cause, OSError) and cause.errno in DISK_FULL:
             return disk_full(Path(cause.filename or _cache() or Path.home()).parent)
         fact = _fact(cause, source)
@@ -193,7 +204,7 @@ def _explained(error: Exception, source: HubRepo, file: str | None = None) -> Us
 def _fact(error: BaseException, source: HubRepo) -> str | None:
     from huggingface_hub import errors
 
-    where = _shown_endpoint()
+    where = shown_endpoint()
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     facts: tuple[tuple[type[BaseException], str], ...] = (
@@ -207,11 +218,25 @@ def _fact(error: BaseException, source: HubRepo) -> str | None:
         (errors.HFValidationError, f"is not a repository name; give {source.key}.repo as owner/name"),
         (errors.OfflineModeIsEnabled, "is not in the cache and HF_HUB_OFFLINE is set: unset it"),
     )
-    for kind, fact in facts:
+    for kind, known in facts:
         if isinstance(error, kind):
-            return fact
+            return known
     if status in (401, 403):
         return f"{where} refuses access ({status}): set HF_TOKEN to a token with read access"
+    if fact := transport_fact(error):
+        return fact
+    if "Consistency check failed" in str(error):
+        sizes = re.search(r"of size (\d+) but has size (\d+) \((.*)\)", str(error))
+        if sizes:
+            expected, actual, name = sizes.groups()
+            return f"the transfer of {name} ended at {actual} of {expected} bytes: run again"
+    return None
+
+
+def transport_fact(error: BaseException) -> str | None:
+    """What a failed request says of the hub or the network, with the remedy; None if it is something else."""
+    where = shown_endpoint()
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return f"{where} answered with HTTP status {status}: try again later"
     network = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
@@ -219,9 +244,4 @@ def _fact(error: BaseException, source: HubRepo) -> str | None:
         return f"the transfer from {where} was interrupted ({type(error).__name__}): run again"
     if network or isinstance(error, (ConnectionError, TimeoutError)):
         return f"{where} cannot be reached ({type(error).__name__}): check the network, set HF_ENDPOINT to a mirror"
-    if "Consistency check failed" in str(error):
-        sizes = re.search(r"of size (\d+) but has size (\d+) \((.*)\)", str(error))
-        if sizes:
-            expected, actual, name = sizes.groups()
-            return f"the transfer of {name} ended at {actual} of {expected} bytes: run again"
     return None

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quantline.checkpoints.companions import CARD
 from quantline.core.errors import UserError
 from quantline.lifecycle.promotion_gates import perplexity_increase_high
 from quantline.lifecycle.storage.dvc_lock import REPAIR
 from quantline.lifecycle.storage.dvc_outputs import hashes_of, unlocked_stages, with_locks
+from quantline.lifecycle.tracking.reader import Current
 from quantline.lifecycle.tracking.registry import Promotion
 from quantline.lifecycle.tracking.store import experiment_name
 from quantline.pipeline.config import Config
@@ -41,19 +43,20 @@ def model_name_of(config: Config) -> str:
     return config.promote.name or experiment_name(own, config.model).replace("/", "-")
 
 
-def promotion_of(record: VariantRecord, model: str, run_id: str, fingerprint: str, root: Path) -> Promotion:
+def promotion_of(record: VariantRecord, run: Current, *, model: str, card: str, root: Path) -> Promotion:
     """What to register for a variant that passed its gates.
 
     Args:
         record: of the variant.
+        run: the variant's run.
         model: name of the registered model.
-        run_id: of the variant's run.
-        fingerprint: of the variant, as in its run.
+        card: the text of its model card, for the folder in which it is fetched.
         root: the checkout.
     """
     results = {str(result["stage"]): result for result in record.results}
     chain = require_lineage(local_lineage(root, record.name), record.name, root)
     documents = {
+        CARD: card,
         "lineage.json": json.dumps(as_values(chain), indent=2, sort_keys=True), "lineage.txt": as_text(chain) + "\n",
         "evaluation.json": json.dumps(results["evaluate"]["metrics"], indent=2, sort_keys=True),
     }  # fmt: skip
@@ -62,8 +65,8 @@ def promotion_of(record: VariantRecord, model: str, run_id: str, fingerprint: st
         if path.is_file():
             documents[file] = path.read_text(encoding="utf-8")
     return Promotion(
-        model, record.name, run_id, record.outputs["convert"], results["convert"]["outputs"],
-        _tags(record, results, fingerprint), documents, as_text(chain).rpartition("\n\n")[2],
+        model, record.name, run.run_id, record.outputs["convert"], results["convert"]["outputs"],
+        _tags(record, results, run.fingerprint), documents, as_text(chain).rpartition("\n\n")[2],
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from quantline.toolchains.environments import distribution_version
 
@@ -39,3 +40,18 @@ def options_of(config: Config, device: str, *, quantized: bool) -> ServerOptions
         max_model_len=serve.max_model_len, enforce_eager=serve.enforce_eager,
         trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip
+
+
+def proven_line(config: Config, served: Mapping[str, Any], model: str) -> str | None:
+    """The `vllm serve` line by which a quantized variant was served; None if it was not.
+
+    Args:
+        config: of the variant.
+        served: its result of serve_smoke; empty if there is none.
+        model: what the line serves: a folder, or a repository on the hub.
+    """
+    from quantline.serving.command import vllm_line
+
+    if served.get("status") != "ok":
+        return None
+    return vllm_line(model, options_of(config, str(served["environment"]["device"]), quantized=True))

@@ -80,6 +80,11 @@ class Evidence:
         """speed.json of speed."""
         return self._json("speed", "speed.json")
 
+    @cached_property
+    def proof(self) -> Row:
+        """conversion_proof.json of convert."""
+        return self._json("convert", "conversion_proof.json")
+
     @property
     def flags(self) -> list[Row] | None:
         """The alarms that evaluate raised; None if it did not run the measurements for them."""
@@ -95,7 +100,7 @@ class Evidence:
 
     def _file(self, stage: str, name: str) -> Path | None:
         # A folder without a current result is out of date or incomplete.
-        path = stage_paths(self.home, self.name, stage).output / name
+        path = self.record.outputs.get(stage, stage_paths(self.home, self.name, stage).output) / name
         return path if stage in self.results and path.is_file() else None
 
     def _json(self, stage: str, name: str) -> Row:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from quantline.report.document import SECTIONS, Part, Report
+from quantline.report.evidence import Row
 from quantline.report.table import Table
+from quantline.report.units import Column
 
 
 def as_markdown(report: Report) -> str:
@@ -65,17 +67,20 @@ def _watched(report: Report) -> str:
 
 
 def _table(table: Table) -> Iterator[str]:
+    yield from (f"{table.caption} {_links(table.name)}", "")
+    yield grid(table.columns, table.page_rows) if table.page_rows else "Not measured."
+
+
+def grid(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """Rows as a table of Markdown."""
     import tabulate
 
-    yield from (f"{table.caption} {_links(table.name)}", "")
-    if not table.page_rows:
-        yield "Not measured."
-        return
-    cells = [[_escaped(column.text(row)) for column in table.columns] for row in table.page_rows]
-    align = ["right" if column.numeric else "left" for column in table.columns]
-    headers = [column.label for column in table.columns]
-    yield tabulate.tabulate(cells, headers, tablefmt="github", colalign=align, disable_numparse=True)
+    cells = [[escaped(column.text(row)) for column in columns] for row in rows]
+    align = ["right" if column.numeric else "left" for column in columns]
+    headers = [column.label for column in columns]
+    return tabulate.tabulate(cells, headers, tablefmt="github", colalign=align, disable_numparse=True)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text for one line or cell of Markdown."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -124,6 +124,14 @@ def test_a_promoted_variant_whose_outputs_in_dvc_are_not_all_recorded_stops_rete
     assert {f"awq-w4-{stage}.dir" for stage in PIPELINE} < promoted(tmp_path)
 
 
+def test_the_fetched_folder_has_the_card_of_its_promotion_beside_the_verified_files(store, tmp_path):
+    what = store.promotion("awq-w4")
+    promote(store.tracking, store.root, replace(what, documents={"README.md": "# awq-w4\n"}), "carded")
+    assert store.fetched(tmp_path / "out", "carded").keys() == {*what.files, "README.md"}
+    assert (tmp_path / "out" / "README.md").read_text() == "# awq-w4\n"
+    demote(store.tracking, store.root, "awq-w4", "carded")
+
+
 def test_an_alias_is_taken_from_the_variant_that_has_it_alone(store):
     store.promote("gptq-w4")
     with pytest.raises(

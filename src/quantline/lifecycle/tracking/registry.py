@@ -19,6 +19,7 @@ from typing import Any
 import tabulate
 import yaml
 
+from quantline.checkpoints.companions import CARD
 from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import TrackingError, UserError
 from quantline.core.files import building
@@ -186,7 +187,7 @@ def _outputs(tracking: TrackingConfig, root: Path, item: Version) -> tuple[str, 
 
 
 def fetch(tracking: TrackingConfig, root: Path, model: str, alias: str, out: Path) -> Version:
-    """Download a registered model by its alias into the new folder `out` and verify every file.
+    """Download a registered model by its alias into the new folder `out` and verify every file; its card is added.
 
     Raises:
         UserError: no such model or alias, or `out` exists.
@@ -215,6 +216,9 @@ def fetch(tracking: TrackingConfig, root: Path, model: str, alias: str, out: Pat
                 raise TrackingError(
                     f"{wrong[0]} of {model} version {number} differs from the registered file; promote it again"
                 )
+            card = artifact(client, version.run_id, f"registry/{CARD}")
+            if card is not None and CARD not in files:  # a version of before there were cards has none
+                (folder / CARD).write_text(card, encoding="utf-8")
         return version
 
 
