@@ -103,6 +103,15 @@ def test_a_missing_list_of_a_folder_and_a_missing_output_are_named(project):
     }
 
 
+def test_a_result_that_dvc_lock_lacks_is_named_with_its_variant(project):
+    for name in ("float/evaluate", "shared/download", "one/convert", "removed/convert"):
+        path = project.root / "artifacts" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    found = {(fault.variant, fault.what.split()[3].rstrip(",")) for fault in verify(project.root, project.cache).faults}
+    assert found == {("float", "evaluate_baseline"), ("shared", "download"), ("one", "convert@one")}
+
+
 def test_a_damaged_object_that_nothing_needs_may_go(project):
     path = project.cache / "files" / "md5" / "ab" / ("c" * 30)
     path.parent.mkdir(exist_ok=True)

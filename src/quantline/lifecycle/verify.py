@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.lifecycle.storage.dvc_cache import Entry, all_objects, entries_of, md5_of, object_path
 from quantline.lifecycle.storage.dvc_lock import REPAIR, Output, held, lacking, read_lock
 from quantline.pipeline.identity import combined, differing, file_hashes
-from quantline.pipeline.paths import read_result
+from quantline.pipeline.paths import SHARED, read_result
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def verify(root: Path, cache: Path) -> VerifyReport:
     with held(root):
         outputs = read_lock(root)
         faults = [
-            Fault("dvc.lock", key.partition("@")[2] or key, f"does not have {key}, whose result is here", REPAIR)
+            Fault("dvc.lock", _variant_of(key), f"does not have {key}, whose result is here", REPAIR)
             for key in lacking(root)
         ]
     damaged, size = _damaged_objects(cache)
@@ -69,6 +70,11 @@ def verify(root: Path, cache: Path) -> VerifyReport:
                 Fault(str(path), "no current variant", f"its content is not {md5}", f"no variant needs it: rm {path}")
             )
     return VerifyReport(sum(1 for _ in all_objects(cache)), count, size, tuple(faults))
+
+
+def _variant_of(key: str) -> str:
+    """The variant of a stage, from its name in dvc.lock."""
+    return key.partition("@")[2] or (BASELINE if key.endswith("_baseline") else SHARED)
 
 
 def _damaged_objects(cache: Path) -> tuple[dict[str, Path], int]:
