@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from variant_records import record
 
 from quantline.core.errors import TrackingError
 from quantline.lifecycle.publish import publish_records
+from quantline.lifecycle.storage.dvc_cache import md5_of
 from quantline.lifecycle.tracking.store import experiment_name
 from quantline.pipeline.config import parse
 
@@ -50,11 +52,21 @@ def test_publishing_prints_the_outcome_with_its_warnings(config, monkeypatch, ca
 
 
 def test_outputs_that_dvc_lock_lacks_are_named(config, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("quantline.lifecycle.tracking.writer.publish", lambda *_, **__: Report())
+    published = []
+    monkeypatch.setattr(
+        "quantline.lifecycle.tracking.writer.publish", lambda records, **_: published.extend(records) or Report()
+    )
     made = record("awq-w4", "awq", 4, 0.01, tmp_path, stages=("quantize", "convert"))
+    folder = made.folder / "artifacts" / "awq-w4"
+    folder.mkdir(parents=True)
+    (folder / "quantize.json").write_text("{}")
+    md5 = md5_of(folder / "quantize.json")
+    lock = {"stages": {"quantize@awq-w4": {"outs": [{"path": "artifacts/awq-w4/quantize.json", "md5": md5}]}}}
+    (made.folder / "dvc.lock").write_text(yaml.safe_dump(lock))
     assert publish_records([made], config(), tmp_path) is True
+    assert published[0].lock == {}
     said = capsys.readouterr().err
-    assert "  note: awq-w4: dvc.lock lacks quantize@awq-w4, convert@awq-w4 as they are here" in said
+    assert "  note: awq-w4: dvc.lock lacks convert@awq-w4 as they are here" in said
 
 
 def test_a_server_that_is_down_is_reported_and_not_raised(config, monkeypatch, capsys, tmp_path):

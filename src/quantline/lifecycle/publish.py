@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quantline.core.errors import TrackingError
@@ -30,6 +31,12 @@ def publish_records(
     from quantline.lifecycle.tracking.writer import publish
 
     records = with_locks(records)
+    notes = [
+        f"{record.name}: dvc.lock lacks {', '.join(lost)} as they are here, so that `stages.rebuild` cannot take them from "
+        f"a cache; {REPAIR}, then publish again" for record in records if (lost := _lost(record))
+    ]  # fmt: skip
+    # A part would take the place of the whole that an earlier publish may have recorded.
+    records = [replace(record, lock={}) if _lost(record) else record for record in records]
     try:
         done = publish(
             records, tracking_uri=config.tracking.uri, experiment=experiment_name(config.tracking, config.model),
@@ -40,19 +47,14 @@ def publish_records(
         print(f"NOT PUBLISHED: {error}", file=sys.stderr)
         return False
     print(done, file=sys.stderr)
-    for warning in [*done.warnings, *_not_kept(records)]:
+    for warning in [*done.warnings, *notes]:
         print(f"  note: {warning}", file=sys.stderr)
     return True
 
 
-def _not_kept(records: Sequence[VariantRecord]) -> Iterator[str]:
-    for record in records:
-        made = {result["stage"] for result in record.results}
-        if lost := [key for stage, key in unlocked_stages(record).items() if stage in made]:
-            yield (
-                f"{record.name}: dvc.lock lacks {', '.join(lost)} as they are here, so that `stages.rebuild` cannot take "
-                f"them from a cache; {REPAIR}, then publish again"
-            )
+def _lost(record: VariantRecord) -> list[str]:
+    made = {result["stage"] for result in record.results}
+    return [key for stage, key in unlocked_stages(record).items() if stage in made]
 
 
 def publish_by_hand(config: Config, variant: str, root: Path) -> None:
