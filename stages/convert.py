@@ -16,7 +16,8 @@ def convert(run: StageRun) -> None:
     from quantline.conversion.convert import convert as write_converted
     from quantline.pipeline.convert_folder import convert_folder, serving_target
 
-    serving = serving_target(run.config, run.root, run.device)
+    serving, notes = serving_target(run.config, run.root, run.device)
+    run.warnings.extend(notes)
     if run.config.source.kind != "pipeline":
         convert_folder(run, serving)
         return

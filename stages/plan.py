@@ -5,6 +5,7 @@ With gpu_memory_gb or critical, it also recommends a variant.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from quantline.pipeline.command_line import Option
@@ -70,6 +71,8 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
         print(json.dumps(as_json(found, model, place, near, choice), indent=2))
     else:
         print(as_text(found, model, place, near, choice))
+    for note in place.notes:
+        print(f"  note: {note}", file=sys.stderr)
     if not found.passes():
         reasons = ", ".join(dict.fromkeys(finding.id for finding in found.refused))
         raise UserError(f"this variant is refused ({reasons}){f'; the nearest that works: {near}' if near else ''}")

@@ -54,6 +54,11 @@ def test_what_download_would_refuse_is_refused_before(root, composed, model, tmp
         model_of(run)
 
 
+def test_a_machine_that_only_quantizes_needs_no_server(root, composed, model):
+    (note,) = preflight(run_of(composed, root, *on(model, "method=rtn", "bits=8", "toolchains.vllm=/no/such/python")))
+    assert note.startswith("toolchains.vllm=/no/such/python: is not on this machine; assumed is vllm ")
+
+
 def test_the_preflight_returns_nothing_without_a_model(root, composed):
     assert preflight(run_of(composed, root, "model=qwen2_5_3b", "method=gptq")) == []
 

@@ -12,7 +12,7 @@ import pytest
 
 from quantline.core.errors import DiskFullError, UserError, WorkerError
 from quantline.toolchains import environments, toolchain
-from quantline.toolchains.environments import ensure
+from quantline.toolchains.environments import ensure, expected_version, locked_version
 from quantline.toolchains.runner import run_worker
 from quantline.toolchains.toolchain import Toolchain
 
@@ -230,3 +230,27 @@ def test_who_waits_too_long_for_an_environment_is_told(tmp_path, monkeypatch):
     lock, build = tmp_path / ".venvs" / ".vllm.lock", environments._building_alone
     with build(lock), pytest.raises(WorkerError, match="another process has been building"), build(lock):
         pass
+
+
+def test_the_version_of_a_server_is_known_without_its_environment(root, tmp_path):
+    (tmp_path / "envs").symlink_to(root / "envs")
+    locked = locked_version(root, "vllm", "cpu")
+    assert expected_version(tmp_path, "vllm", "cpu") == (locked, None)
+    version, note = expected_version(tmp_path, "vllm", "cpu", python="/other/machine/python")
+    assert version == locked
+    assert (
+        note == f"toolchains.vllm=/other/machine/python: is not on this machine; assumed is vllm {locked}, as in envs/"
+    )
+    assert not (tmp_path / ".venvs").exists()
+
+
+def test_the_version_of_a_named_server_is_asked_of_its_interpreter(root, tmp_path):
+    packages = tmp_path / "site" / "vllm-9.8.7+cpu.dist-info"
+    packages.mkdir(parents=True)
+    (packages / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 9.8.7+cpu\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/site exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    assert expected_version(root, "vllm", "cpu", python=str(python)) == ("9.8.7", None)
+    with pytest.raises(UserError, match=r"does not have lm_eval; install it there or set toolchains\.lm_eval=null"):
+        expected_version(root, "lm_eval", "cpu", python=str(python))

@@ -16,7 +16,7 @@ from quantline.core.files import building
 from quantline.pipeline.config import Config
 from quantline.serving.rules import Target
 from quantline.toolchains import environments
-from quantline.toolchains.environments import locked_version
+from quantline.toolchains.environments import expected_version
 from quantline.toolchains.protocol import JobResult
 from quantline.toolchains.runner import run_worker
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from quantline.pipeline.run import StageRun
 
 
-def serving_target(config: Config, root: Path, device: str) -> Target:
-    """The serving target, with the version in the environment's lock file."""
-    return Target("vllm", locked_version(root, "vllm", device), device, config.serve.dtype)
+def serving_target(config: Config, root: Path, device: str) -> tuple[Target, list[str]]:
+    """The serving target, and notes on what is only assumed of it."""
+    version, note = expected_version(root, "vllm", device, python=config.toolchains.get("vllm"))
+    return Target("vllm", version, device, config.serve.dtype), [note] if note else []
 
 
 @contextmanager
@@ -62,5 +63,6 @@ def convert_folder(run: StageRun, serving: Target) -> None:
         raise UserError(f"out={out}: lies within source.path={source}; give a folder outside of it")
     with building(out) as partial, _reference(run) as ask:
         proof = convert(source, partial, config.convert, kind=config.source.kind, serving=serving, run_worker=ask)
-    for line in [*proof.summary(), *(f"  note: {warning}" for warning in proof.warnings), f"convert -> {out}"]:
+    notes = [f"  note: {warning}" for warning in [*run.warnings, *proof.warnings]]
+    for line in [*proof.summary(), *notes, f"convert -> {out}"]:
         print(line, file=sys.stderr)

@@ -24,7 +24,7 @@ from quantline.planning.spec import Machine, Model, RefusedError, Step, VariantS
 from quantline.quantization.requirements import requirements_of
 from quantline.serving.memory import GIB
 from quantline.serving.rules import Target, cpu_instructions
-from quantline.toolchains.environments import detect_platform, distribution_version, ensure
+from quantline.toolchains.environments import detect_platform, expected_version
 
 if TYPE_CHECKING:
     from quantline.pipeline.run import StageRun
@@ -66,20 +66,15 @@ def variant_spec(values: Mapping[str, Any]) -> VariantSpec:
 
 
 def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -> Machine:
-    """The machine that runs a configuration's variant: the locked server, the local CPU or GPU, the given memory.
+    """The machine that runs a configuration's variant: the locked or named server, the local CPU or GPU, the given memory.
 
     With device=auto, giving a GPU's memory or compute capability plans for a GPU, even if this machine has none.
     """
-    from quantline.toolchains.environments import locked_version
-
     options = options or PlanOptions()
     device: str = config.device
     if device == "auto":
         device = "cuda" if options.gpu_memory_gb or options.compute_capability else detect_platform()
-    named = config.toolchains.get("vllm")
-    version = locked_version(root, "vllm", device)
-    if named is not None:
-        version = distribution_version(ensure(root, "vllm", python=named, platform=device), "vllm")
+    version, note = expected_version(root, "vllm", device, python=config.toolchains.get("vllm"))
     gpu = next(iter(visible_gpus()), None) if device == "cuda" else None
     capability = gpu.compute_capability if gpu else None
     found = gpu.memory_total_bytes if gpu else None
@@ -98,7 +93,7 @@ def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -
         batch=options.batch or config.serve.process.concurrency, memory_bytes=memory,
         utilization=config.serve.process.gpu_memory_utilization if device == "cuda" else 1.0,
         quantizer_bytes=memory if device == "cuda" else psutil.virtual_memory().total,
-        calibration_tokens=config.calibration.n_samples * config.calibration.seq_len,
+        calibration_tokens=config.calibration.n_samples * config.calibration.seq_len, notes=(note,) if note else (),
     )  # fmt: skip
 
 
@@ -197,4 +192,4 @@ def before_quantize(
         from quantline.planning.nearest import nearest
 
         raise RefusedError(against, nearest(variant, model, place, defaults))
-    return [line(finding) for finding in plan.findings]
+    return [*place.notes, *(line(finding) for finding in plan.findings)]

@@ -106,7 +106,7 @@ class Machine:
     order: the backends of each method, in the order in which `backend=auto` tries them. context, batch: tokens per sequence
     and concurrent sequences that the server must hold. memory_bytes: of each GPU (or what a server on a CPU may take); None
     skips the check. utilization: the share of it that the server gets. quantizer_bytes: what quantizing may take; None if
-    unknown. calibration_tokens: of all samples.
+    unknown. calibration_tokens: of all samples. notes: what is only assumed of it.
     """
 
     target: Target
@@ -117,6 +117,7 @@ class Machine:
     utilization: float = 1.0
     quantizer_bytes: int | None = None
     calibration_tokens: int = 128 * 2048
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def ensure(root: Path, name: str, *, python: str | None = None, platform: str | 
     """
     if python is not None:
         interpreter = Path(python).expanduser()
-        if not interpreter.is_file() or not os.access(interpreter, os.X_OK):
+        if not _can_run(interpreter):
             raise UserError(
                 f"toolchains.{name}={python}: is not a Python interpreter; give the path of one or leave it null"
             )
@@ -131,6 +131,10 @@ def ready(root: Path, name: str, *, python: str | None = None, platform: str | N
     if python is None and environment_state(folder) != sha256_of(lock_file(root, name, platform or detect_platform())):
         return None
     return ensure(root, name, python=python, platform=platform)
+
+
+def _can_run(interpreter: Path) -> bool:
+    return interpreter.is_file() and os.access(interpreter, os.X_OK)
 
 
 def environment_state(folder: Path) -> str | None:
@@ -265,3 +269,29 @@ def locked_version(root: Path, name: str, platform: str) -> str:
     if not found:
         raise UserError(f"envs/{lock.name}: does not name {name}; run `make lock`")
     return found.group(1)
+
+
+def expected_version(root: Path, name: str, platform: str, *, python: str | None = None) -> tuple[str, str | None]:
+    """The version of a toolchain's main library that a later stage will use. No environment is built for it.
+
+    The stage can run on another machine: an interpreter that is named but is not here is taken to have the locked version.
+
+    Args:
+        root: the checkout.
+        name: of the toolchain.
+        platform: cpu or cuda.
+        python: the interpreter that `toolchains.NAME` names.
+
+    Returns:
+        The version, and a note if it is only assumed.
+
+    Raises:
+        UserError: the named interpreter is here and does not have the library.
+    """
+    if python is None:
+        return locked_version(root, name, platform), None
+    interpreter = Path(python).expanduser()
+    if _can_run(interpreter):
+        return distribution_version(Toolchain(name, interpreter, None), name), None
+    locked = locked_version(root, name, platform)
+    return locked, f"toolchains.{name}={python}: is not on this machine; assumed is {name} {locked}, as in envs/"
