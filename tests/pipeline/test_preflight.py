@@ -55,7 +55,7 @@ def test_what_download_would_refuse_is_refused_before(root, composed, model, tmp
 
 
 def test_a_machine_that_only_quantizes_needs_no_server(root, composed, model):
-    (note,) = preflight(run_of(composed, root, *on(model, "method=rtn", "bits=8", "toolchains.vllm=/no/such/python")))
+    note, *_ = preflight(run_of(composed, root, *on(model, "method=rtn", "bits=8", "toolchains.vllm=/no/such/python")))
     assert note.startswith("toolchains.vllm=/no/such/python: is not on this machine; assumed is vllm ")
 
 
