@@ -41,9 +41,9 @@ def follow(copy: Checkout, stage: str, *overrides: str) -> list[str]:
     assert "Traceback" not in done.err
     commands = re.findall(r"(?m)(?:^  |run: )(python -m stages\..*)", done.err)
     assert commands, done.err
-    for command in commands:
-        made = copy.run(*shlex.split(command))
-        assert made.code == 0, f"{command}\n{made.text}"
+    for named in commands:
+        made = copy.run(*shlex.split(named))
+        assert made.code == 0, f"{named}\n{made.text}"
     again = copy.run(*command)
     assert again.code == 0, again.text
     return commands

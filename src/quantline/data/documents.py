@@ -81,7 +81,13 @@ def format_of(path: Path, given: str | None) -> str:
     named = next((name for name, ends in FORMATS.items() if ends and path.name.lower().endswith(ends)), None)
     if named or given:
         return named or str(given)
-    raise UserError(f"{path}: the format cannot be told from the name; set format to one of {', '.join(FORMATS)}")
+    raise UserError(
+        f"{path}: the format cannot be told from the name; {_option('format')} to one of {', '.join(FORMATS)}"
+    )
+
+
+def _option(name: str) -> str:
+    return f"set {name} (evaluate.{name}, tasks.{name}, or calibration.sources.NAME.{name})"
 
 
 def read_documents(path: Path, format_name: str, fields: tuple[str, ...]) -> Iterator[Document]:
@@ -208,14 +214,16 @@ def _document(path: Path, line: int, row: Any, fields: tuple[str, ...]) -> Docum
         if isinstance(value, str) and field in fields:
             return Document(line, _whole(path, line, field, value), id=own)
         if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-            allowed = "a text or a list of texts" if field in fields else "a list of messages; or set text_field"
+            allowed = (
+                "a text or a list of texts" if field in fields else f"a list of messages; or {_option('text_field')}"
+            )
             raise UserError(f"{path}:{line}: {field} is a {type(value).__name__}; it must be {allowed}")
         return Document(line, None, tuple(_message(path, line, field, item) for item in value), own)
     if empty:
         return Document(line, "", id=own)
     has = ", ".join(sorted(row)) or "nothing"
     wanted = " nor ".join(dict.fromkeys((*fields, *_CONVERSATIONS[:2])))
-    raise UserError(f"{path}:{line}: has neither {wanted} (it has {_shown(has)}); set text_field")
+    raise UserError(f"{path}:{line}: has neither {wanted} (it has {_shown(has)}); {_option('text_field')}")
 
 
 def _message(path: Path, line: int, field: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,7 +293,7 @@ def _parquet_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, di
             columns = [name for name in file.schema_arrow.names if name in heads]
             if not columns:
                 has = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{path}: has no column {' or '.join(fields)} (it has {has}); set text_field")
+                raise UserError(f"{path}: has no column {' or '.join(fields)} (it has {has}); {_option('text_field')}")
             line = 0
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():

@@ -139,7 +139,9 @@ def build_windows(model_dir: Path, protocol: ProtocolConfig) -> Windows:
         )
     prefix = [encoder.tokenizer.bos_token_id] if protocol.bos == "add" else []
     if prefix == [None]:
-        raise UserError("evaluate.bos=add: the model's tokenizer has no beginning-of-sequence token; set bos=none")
+        raise UserError(
+            "evaluate.bos=add: the model's tokenizer has no beginning-of-sequence token; set evaluate.bos=none"
+        )
     windows = cut_documents(_tokenized(encoder, protocol), protocol, prefix)
     words, text_bytes = count_units(encoder.tokenizer, windows)
     return replace(windows, words=words, text_bytes=text_bytes)
@@ -214,7 +216,9 @@ def _documents(protocol: ProtocolConfig) -> tuple[list[Document], list[str]]:
     ]
     for document in documents:
         if document.text is None:
-            raise UserError(f"{path}:{document.line}: has messages, but perplexity is measured on text; set text_field")
+            raise UserError(
+                f"{path}:{document.line}: has messages, but perplexity is measured on text; set evaluate.text_field"
+            )
     if all(document.empty for document in documents):
         raise UserError(f"{path}: has no text; give a file with text")
     own = form == "jsonl"

@@ -67,7 +67,9 @@ def local_items(options: TasksConfig, root: Path) -> dict[str, list[Item]]:
     texts = []
     for document in read_documents(file, format_of(file, options.format), (options.text_field,)):
         if document.text is None:
-            raise UserError(f"{file}:{document.line}: has messages, but local tasks are made from text; set text_field")
+            raise UserError(
+                f"{file}:{document.line}: has messages, but local tasks are made from text; set tasks.text_field"
+            )
         texts += [document.text] if document.text else []
     return items_of(options.local, texts, options.seed, options.limit)
 

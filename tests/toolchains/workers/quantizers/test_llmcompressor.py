@@ -208,7 +208,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(batch, label, messag
         ({"options": {"desc_act": True}}, "give static_groups=true"),
         (
             {"options": {"activation_bits": 8}},
-            "activation_bits=8 with bits=4 group_size=64 sym=true: kernels take",
+            "activation_bits=8 with bits=4 group_size=64 method.sym=true: kernels take",
         ),
         ({**W8A8, "options": {"activation_bits": 8, "sym": False}}, "sym=false: kernels take bits=8"),
         ({"method": "awq", "options": {"clip": True}}, "give clip=false"),

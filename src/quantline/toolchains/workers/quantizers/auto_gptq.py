@@ -68,7 +68,9 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     if type(size) is not int or size == 0 or size < -1:
         raise JobError(f"group_size={size}: gptq takes -1 or a divisor of every width, such as 128")
     if not 0 < options["damp_percent"] < 1:
-        raise JobError(f"damp_percent={options['damp_percent']}: gptq takes a number between 0 and 1, such as 0.01")
+        raise JobError(
+            f"method.damp_percent={options['damp_percent']}: gptq takes a number between 0 and 1, such as 0.01"
+        )
     return options
 
 
@@ -170,12 +172,12 @@ def _gptq_class(base: Any, losses: Losses) -> Any:
                 except torch.linalg.LinAlgError as error:
                     if damping >= _MOST_DAMPING:
                         raise JobError(
-                            f"{losses.current}: its Hessian cannot be inverted, even with damp_percent={damping:g}; "
+                            f"{losses.current}: its Hessian cannot be inverted, even with method.damp_percent={damping:g}; "
                             "use more calibration samples, or method=rtn"
                         ) from error
                     before, damping = damping, min(_MOST_DAMPING, damping * 10)
                     losses.warnings.append(
-                        f"{losses.current}: its Hessian could not be inverted with damp_percent={before:g}; "
+                        f"{losses.current}: its Hessian could not be inverted with method.damp_percent={before:g}; "
                         f"tried again with {damping:g}"
                     )
                     self.H = hessian.clone()

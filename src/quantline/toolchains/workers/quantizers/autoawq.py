@@ -53,7 +53,7 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     if type(job["group_size"]) is not int or job["group_size"] < 8:
         raise JobError(f"group_size={job['group_size']}: awq takes 32, 64 or 128 (or another divisor of every width)")
     if options["version"] not in MADE:
-        raise JobError(f"version={options['version']}: awq takes {', '.join(MADE)}")
+        raise JobError(f"method.version={options['version']}: awq takes {', '.join(MADE)}")
     return options
 
 

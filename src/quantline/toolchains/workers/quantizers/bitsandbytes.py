@@ -35,7 +35,7 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
     if job["bits"] not in BITS:
         raise JobError(f"bits={job['bits']}: bnb takes {' or '.join(map(str, BITS))}")
     if options["quant_type"] not in layout.TABLES:
-        raise JobError(f"quant_type={options['quant_type']}: bnb takes {' or '.join(layout.TABLES)}")
+        raise JobError(f"method.quant_type={options['quant_type']}: bnb takes {' or '.join(layout.TABLES)}")
     if job["bits"] == 4 and job["group_size"] not in layout.BLOCK_SIZES:
         sizes = ", ".join(map(str, layout.BLOCK_SIZES))
         raise JobError(f"group_size={job['group_size']}: bnb takes blocks of {sizes}")

@@ -101,15 +101,19 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
             allowed = "32, 64 or 128 (or another divisor" if method == "awq" else "-1 or a divisor (such as 128"
             raise JobError(f"group_size={size}: {method} takes {allowed} of every width)")
     if method == "gptq" and not 0 < options["damp_percent"] < 1:
-        raise JobError(f"damp_percent={options['damp_percent']}: gptq takes a number between 0 and 1, such as 0.05")
+        raise JobError(
+            f"method.damp_percent={options['damp_percent']}: gptq takes a number between 0 and 1, such as 0.05"
+        )
     if options.get("activation_bits") is not None:
-        raise JobError(f"activation_bits={options['activation_bits']}: gptqmodel rounds weights only; give null")
+        raise JobError(f"method.activation_bits={options['activation_bits']}: gptqmodel rounds weights only; give null")
     if method == "gptq" and options["static_groups"] and any(size == -1 for _, size in widths):
-        raise JobError("static_groups=true with group_size=-1: there are no groups; give static_groups=false")
+        raise JobError(
+            "method.static_groups=true with group_size=-1: there are no groups; give method.static_groups=false"
+        )
     if method == "awq":
         options["version"] = str(options["version"]).lower()
         if options["version"] not in MADE:
-            raise JobError(f"version={options['version']}: awq takes {', '.join(MADE)}")
+            raise JobError(f"method.version={options['version']}: awq takes {', '.join(MADE)}")
         if LM_HEAD in (job.get("linears") or {}):
             raise JobError("lm_head=quantized: awq with gptqmodel leaves the output layer float; use method=gptq")
         if len(widths) > 1:

@@ -76,7 +76,7 @@ def gptq_class(base: Any, state: Any) -> Any:
             for what, part in (("codes", codes), ("zero points", zeros)):
                 if not ((part >= 0) & (part < 2**self.qcfg.bits)).all():
                     raise JobError(
-                        f"{what} exceed [0, {2**self.qcfg.bits - 1}]; use sym=true, more bits, or method=rtn"
+                        f"{what} exceed [0, {2**self.qcfg.bits - 1}]; use method.sym=true, more bits, or method=rtn"
                     )
             parts = [part.numpy() for part in (codes.byte(), scales.half(), zeros.byte(), index.int())]
             facts = {"row": row, "note": self.note(given, damp, loss, tokens), "rounding": str(loss)}
@@ -91,7 +91,9 @@ def gptq_class(base: Any, state: Any) -> Any:
                 return f"{reason}, so it was rounded to nearest instead; use more calibration samples"
             lifted = ", and the Hessian's diagonal was lifted" if self.lifted else ""
             if damp > given or lifted:
-                return f"its Hessian could not be inverted with damp_percent={given:g}; {damp:.4g} was used{lifted}"
+                return (
+                    f"its Hessian could not be inverted with method.damp_percent={given:g}; {damp:.4g} was used{lifted}"
+                )
             return None
 
     return Recorded

@@ -58,17 +58,21 @@ def check(job: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         if type(size) is not int or size == 0 or size < -1:
             raise JobError(f"group_size={size}: {method} takes -1 or a divisor of every width, such as 128")
     if method == "gptq" and not 0 < options["damp_percent"] < 1:
-        raise JobError(f"damp_percent={options['damp_percent']}: gptq takes a number between 0 and 1, such as 0.01")
+        raise JobError(
+            f"method.damp_percent={options['damp_percent']}: gptq takes a number between 0 and 1, such as 0.01"
+        )
     if options.get("desc_act") and not options["static_groups"] and any(size != -1 for _, size in widths):
         raise JobError(
-            "desc_act=true with static_groups=false: llmcompressor reorders columns within fixed groups only; give "
-            "static_groups=true, group_size=-1, or another backend"
+            "method.desc_act=true with method.static_groups=false: llmcompressor reorders columns within fixed groups only; "
+            "give method.static_groups=true, group_size=-1, or another backend"
         )
     if method == "awq" and options["clip"]:
-        raise JobError("clip=true: awq with llmcompressor has no search for a clipping range; give clip=false")
+        raise JobError(
+            "method.clip=true: awq with llmcompressor has no search for a clipping range; give method.clip=false"
+        )
     if method == "awq" and options["version"] != "gemm":
         raise JobError(
-            f"version={options['version']}: llmcompressor always writes compressed-tensors; give gemm, or "
+            f"method.version={options['version']}: llmcompressor always writes compressed-tensors; give gemm, or "
             "backend=autoawq"
         )
     if options.get("activation_bits") is not None:
@@ -78,12 +82,12 @@ def check(job: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _check_activations(options: Mapping[str, Any], widths: set[tuple[int, int]]) -> None:
     if options["activation_bits"] != 8:
-        raise JobError(f"activation_bits={options['activation_bits']}: llmcompressor takes 8 or null")
+        raise JobError(f"method.activation_bits={options['activation_bits']}: llmcompressor takes 8 or null")
     if widths != {(8, -1)} or not options["sym"]:
         found = ", ".join(f"bits={bits} group_size={size}" for bits, size in sorted(widths))
         raise JobError(
-            f"activation_bits=8 with {found} sym={str(options['sym']).lower()}: kernels take bits=8 group_size=-1 "
-            "sym=true for all linears; give those, or activation_bits=null"
+            f"method.activation_bits=8 with {found} method.sym={str(options['sym']).lower()}: kernels take bits=8 "
+            "group_size=-1 method.sym=true for all linears; give those, or method.activation_bits=null"
         )
 
 

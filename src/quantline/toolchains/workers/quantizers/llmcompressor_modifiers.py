@@ -68,7 +68,8 @@ class Gptq(GPTQModifier):  # type: ignore[misc]
             state.rows.append({**place(name), "loss": loss, "seconds": seconds, "damp_percent": damp})
             if damp != self.dampening_frac:
                 state.work.warnings.append(
-                    f"{name}: its Hessian could not be inverted with damp_percent={self.dampening_frac:g}; {damp:g} was used"
+                    f"{name}: its Hessian could not be inverted with method.damp_percent={self.dampening_frac:g}; "
+                    f"{damp:g} was used"
                 )
 
     def _compress(self, name: str, module: Any) -> tuple[float, float]:
@@ -100,8 +101,8 @@ def stronger(name: str, damp: float) -> float:
     """
     if damp >= 1:
         raise JobError(
-            f"{name}: its Hessian cannot be inverted, even with damp_percent=1; its inputs or weights are not finite; skip "
-            "it (layers.rules), or use method=rtn"
+            f"{name}: its Hessian cannot be inverted, even with method.damp_percent=1; its inputs or weights are not "
+            "finite; skip it (layers.rules), or use method=rtn"
         )
     return min(1.0, damp * 10)
 

@@ -274,7 +274,7 @@ def add_layer(work: Work, name: str, layout: str, layer: LayerArrays, *, zero_po
         if not ((array == np.rint(array)) & (array >= 0) & (array < 2**bits)).all():
             raise JobError(
                 f"{name}: {what} exceed [0, {2**bits - 1}], so {bits} bits cannot represent this layer; "
-                "use sym=true, more bits, or method=rtn"
+                "use method.sym=true, more bits, or method=rtn"
             )
     consecutive = layer.group_index is None
     index = sequential_groups(layer.codes.shape[1], group_size) if consecutive else _numpy(layer.group_index)
