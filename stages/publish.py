@@ -1,41 +1,52 @@
-"""Publish every variant of the pipeline to MLflow and print the table that compares them."""
+"""Publish every variant of the pipeline to MLflow and print the table that compares them: `python -m stages.publish`.
+
+With variant=by-hand/NAME, that manual run is published instead.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantline.pipeline.command_line import Option
 from stages import ROOT, main
+
+OPTIONS = [Option("variant", "by-hand/NAME", "publish this manual run, and not the pipeline's variants")]
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def publish(cfg: DictConfig) -> None:
+def publish(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from quantline.core.errors import TrackingError, UserError
     from quantline.lifecycle.publish import publish_records
     from quantline.pipeline.config import parse
     from quantline.pipeline.hydra_values import plain
-    from quantline.pipeline.records import pipeline_records
+    from quantline.pipeline.paths import BY_HAND
+    from quantline.pipeline.records import manual_record, pipeline_records
     from quantline.report.evidence import current_report
     from quantline.report.summary import render_table, variant_table
 
-    records = pipeline_records(ROOT)
+    name = arguments["variant"]
+    if name is not None and not name.startswith(BY_HAND):
+        raise UserError(f"variant={name}: give {BY_HAND}NAME; without variant, all of the pipeline's are published")
+    records = pipeline_records(ROOT) if name is None else [manual_record(ROOT, name)]
     if not records:
         raise UserError("there are no results to publish; run `dvc repro` first")
     given = any(override.startswith("tracking") for override in HydraConfig.get().overrides.task)
     kept = records[0].config
     tracking = plain(cfg)["tracking"] if given else kept["tracking"]
     config = parse({**kept, "tracking": tracking})
-    report = current_report(ROOT, records)
+    report = None if name else current_report(ROOT, records)
     done = not config.tracking.enabled or publish_records(records, config, ROOT, report=report)
     print(render_table(variant_table(records)))
     print("\nCompare them in MLflow: make ui")
-    print(f"Which one to ship: {report / 'index.html' if report else 'no current report, run `dvc repro`'}")
+    if name is None:
+        print(f"Which one to ship: {report / 'index.html' if report else 'no current report, run `dvc repro`'}")
     if not done:
         raise TrackingError("the table above is complete, but it was not published to MLflow; see NOT PUBLISHED above")
 
 
 if __name__ == "__main__":
-    main(publish, __file__, about=__doc__, reads=("tracking",))
+    main(publish, __file__, OPTIONS, __doc__, reads=("tracking",))

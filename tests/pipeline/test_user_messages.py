@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import ast
 import errno
+import importlib
+import re
 import subprocess
 import sys
 
@@ -61,8 +64,12 @@ def test_what_hydra_cannot_compose_is_explained_with_what_is_allowed(failure, ov
 
 def test_a_frozen_configuration_that_is_missing_is_named_with_its_command(failure):
     message, code = failure(name="nope")
-    assert message == "nope: no such configuration; `dvc repro` makes those of the pipeline"
+    assert message == "nope: no such configuration; params.yaml names float, awq-w4-g128, gptq-w4-g128, gptq-w8-g128"
     assert code == 2
+    message, _ = failure(name="gptq-w8-g128")
+    assert message == (
+        "gptq-w8-g128: was not composed yet; run `python -m stages.compose variant=gptq-w8-g128`, or `dvc repro`"
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -186,3 +193,69 @@ def test_all_help_names_the_stage_the_groups_and_every_default(root):
     assert done.stdout.startswith("convert: one stage of the quantline pipeline")
     assert "method: autoround, awq, bnb, float, gptq, rtn" in done.stdout
     assert "group_size: 128" in done.stdout
+
+
+def messages(root):
+    """Every text with a space in the code, docstrings aside, and every text in its YAML: where it is, and the text."""
+    for path in sorted([*(root / "src").rglob("*.py"), *(root / "stages").glob("*.py")]):
+        tree, parts = ast.parse(path.read_text(encoding="utf-8")), set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr | ast.JoinedStr):
+                parts.update(id(part) for part in ast.iter_child_nodes(node))
+            text = None
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+                text = node.value
+            if text and " " in text:
+                yield f"{path.name}:{node.lineno}", text
+    for path in sorted((root / "src").rglob("*.yaml")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if re.search(r"(reason|remedy):", line):
+                yield f"{path.name}:{number}", line.partition("#")[0]
+
+
+def options_of_commands(root):
+    """The own options of each command in stages/, by its name."""
+    return {
+        path.stem: {option.name for option in getattr(importlib.import_module(f"stages.{path.stem}"), "OPTIONS", ())}
+        for path in (root / "stages").glob("[a-z]*.py")
+    }
+
+
+def test_every_option_that_a_message_advises_to_give_can_be_typed_like_that(root, conf):
+    groups = {path.parent.relative_to(conf).as_posix() for path in conf.glob("*/*.yaml")}
+    known = {*option_names(conf), *groups, *(name for own in options_of_commands(root).values() for name in own)}
+    wrong, seen = [], 0
+    for where, text in messages(root):
+        for advised in re.findall(r"\b(?:[Gg]ive|[Ss]et|[Uu]se|[Cc]hoose|[Aa]dd|raise)\b([^;:]*)", text):
+            for key in re.findall(r"(?<![\w./{}`-])([a-z_][a-z_0-9.]*)=[\w{\[]", advised):
+                seen += 1
+                if re.sub(r"\{\}|NAME", "demo", key) not in known:
+                    wrong.append(f"{where}: {key} in {text!r}")
+            bare = re.findall(r"^ ([a-z_]+\.[a-z_.]+[a-z])\b(?![=(])", advised)
+            wrong += [f"{where}: {key} in {text!r}" for key in bare if key not in known]
+    assert wrong == []
+    assert seen > 50
+
+
+def test_every_command_that_a_message_names_exists_and_takes_its_options(root, conf):
+    own, known = options_of_commands(root), set(option_names(conf))
+    targets = set(re.findall(r"(?m)^([a-z]+):", (root / "Makefile").read_text(encoding="utf-8")))
+    from dvc.cli.parser import COMMANDS
+
+    of_dvc = {module.__name__.rpartition(".")[2] for module in COMMANDS}
+    wrong, seen = [], 0
+    for where, text in messages(root):
+        for name, arguments in re.findall(r"python -m stages\.(\w+)((?: [\w.]+=[\w{}./<>-]+)*)", text):
+            keys = set(re.findall(r" ([\w.]+)=", arguments))
+            seen += 1
+            if name not in own or keys - own[name] - known:
+                wrong.append(f"{where}: stages.{name}{arguments}")
+        unknown = [f"make {name}" for name in re.findall(r"`make ([a-z]+)", text) if name not in targets]
+        named = re.findall(r"`dvc ([a-z]+)", text)
+        unknown += [f"dvc {name}" for name in named if name not in of_dvc]
+        wrong += [f"{where}: {command}" for command in unknown]
+        seen += len(named)
+    assert wrong == []
+    assert seen > 30

@@ -6,7 +6,7 @@ import errno
 import re
 from pathlib import Path
 
-from quantline.core.errors import QuantlineError
+from quantline.core.errors import QuantlineError, UserError
 from quantline.core.text import nearest
 from quantline.pipeline.config import renamed
 
@@ -64,11 +64,23 @@ def _explain_composition(error: Exception, conf: Path) -> str:
         return f"{group.group(1)}={group.group(2)}: allowed are {', '.join(choices)}{hint}"
     primary = re.search(r"Cannot find primary config '([^']+)'", text)
     if primary:
-        return f"{primary.group(1)}: no such configuration; `dvc repro` makes those of the pipeline"
+        return _no_such_variant(primary.group(1), conf.parent)
     folder = re.search(r"Primary config directory not found.*config directory '([^']+)'", text, re.DOTALL)
     if folder:
         return f"{folder.group(1)}: no such folder of configurations; `dvc repro` makes those of the pipeline"
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _no_such_variant(name: str, root: Path) -> str:
+    from quantline.pipeline.compose import read_params
+
+    try:
+        known = list(read_params(root / "params.yaml")["variants"])
+    except UserError as error:
+        return f"{name}: no such configuration, and none can be made: {error}"
+    if name in known:
+        return f"{name}: was not composed yet; run `python -m stages.compose variant={name}`, or `dvc repro`"
+    return f"{name}: no such configuration; params.yaml names {', '.join(known)}{nearest(name, known)}"
 
 
 def _owners(conf: Path, key: str) -> list[str]:

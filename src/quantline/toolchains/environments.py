@@ -168,7 +168,8 @@ def _uv() -> list[str]:
     beside = Path(sys.executable).with_name("uv")
     found = str(beside) if beside.exists() else shutil.which("uv")
     if found is None:
-        raise UserError("uv, which builds the environments, is not installed; run `make setup`")
+        fact = "uv, which builds the environments, is not installed here"
+        raise UserError(f"{fact}; run `make setup`, then `source .venv/bin/activate`")
     return [found]
 
 
@@ -252,9 +253,9 @@ def distribution_version(toolchain: Toolchain, name: str) -> str:
         [str(toolchain.python), "-c", code], capture_output=True, text=True, env=worker_environment(1), check=False
     )
     if done.returncode != 0:
-        raise UserError(
-            f"{toolchain.python} does not have {name}; install it there or set toolchains.{toolchain.name}=null"
-        )
+        own = f"remove {toolchain.python.parents[1]}, which is then built again"
+        remedy = own if toolchain.lock_sha256 else f"install it there or set toolchains.{toolchain.name}=null"
+        raise UserError(f"{toolchain.python} does not have {name}; {remedy}")
     return done.stdout.strip().partition("+")[0]
 
 

@@ -213,8 +213,8 @@ def _compared(
 def _require_same_items(name: str, engine: str, rows: Sequence[Row], float_rows: Sequence[Row]) -> None:
     if [(row["item"], row["hash"]) for row in rows] != [(row["item"], row["hash"]) for row in float_rows]:
         raise UserError(
-            f"{name}: the float model was scored on other items with {engine}; run stages.tasks method=float with the "
-            "same options of tasks"
+            f"{name}: the float model was scored on other items with {engine}; give the options of tasks in "
+            "`shared:` of params.yaml, so that both are asked the same, then run `dvc repro`"
         )
 
 

@@ -8,7 +8,9 @@ upload is not repeated.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,7 @@ from quantline.lifecycle.storage.dvc_outputs import hashes_of, outputs_of
 from quantline.lifecycle.tracking.reader import LOCK_FILE, artifact, connected
 from quantline.lifecycle.tracking.store import locked, resolve_uri, sqlite_path
 from quantline.pipeline.identity import file_hashes
+from quantline.pipeline.inputs import command_for
 from quantline.pipeline.paths import BY_HAND
 
 FILES, MODEL = "registry/files.json", "model"
@@ -85,7 +88,10 @@ def promote(tracking: TrackingConfig, root: Path, what: Promotion, alias: str) -
     found = file_hashes(what.checkpoint)
     changed = sorted(name for name in {*found, *what.files} if found.get(name) != what.files.get(name))
     if changed:
-        raise UserError(f"{what.checkpoint / changed[0]}: differs from the convert stage's output; run `dvc checkout`")
+        command = f"dvc checkout --force {os.path.relpath(what.checkpoint, root)}"
+        if what.variant.startswith(BY_HAND):
+            command = command_for("convert", shlex.split(what.tags.get("quantline.overrides", "")))
+        raise UserError(f"{what.checkpoint / changed[0]}: differs from the convert stage's output; run: {command}")
     with connected(tracking, root, timeout_seconds=TRANSFER_SECONDS) as client, _alone(tracking, root):
         uploaded = _upload(client, what)
         _ensure_model(client, what.model)

@@ -32,6 +32,7 @@ from quantline.core.files import replaced
 from quantline.core.secrets import Scrubber
 from quantline.lifecycle.tracking.projection import RunContent, plan_report, plan_variant
 from quantline.lifecycle.tracking.store import check_reachable, locked, resolve_uri, sqlite_path
+from quantline.pipeline.paths import BY_HAND
 from quantline.pipeline.records import VariantRecord
 
 MAX_TAG_CHARS = 5000
@@ -44,7 +45,7 @@ COLUMNS = (
     "metrics.`size_bytes`", "metrics.`compression_ratio`", "metrics.`output_tokens_per_second`",
     "metrics.`quantize_seconds`", "tags.`quantline.served`",
 )  # fmt: skip
-REMEDY = "Nothing is lost: the result files hold every measurement. Publish them later with `python -m stages.publish`."
+_REMEDY = "Nothing is lost: the result files hold every measurement. Publish them later with"
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ def _view_state() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _remedy(records: Sequence[VariantRecord]) -> str:
+    commands = [f"`python -m stages.publish variant={one.name}`" for one in records if one.name.startswith(BY_HAND)]
+    return f"{_REMEDY} {' and '.join(commands or ['`python -m stages.publish`'])}."
+
+
 def publish(
     records: Sequence[VariantRecord],
     *,
@@ -135,7 +141,7 @@ def publish(
     except Exception as error:  # a server, a proxy or a database can raise any exception
         cause = str(error) if isinstance(error, TrackingError) else f"{type(error).__name__}: {error}"
         # `from None`: the original message may contain credentials, and a traceback would print it.
-        raise TrackingError(scrubber(f"MLflow at {uri}: publishing failed: {cause}\n{REMEDY}")) from None
+        raise TrackingError(scrubber(f"MLflow at {uri}: publishing failed: {cause}\n{_remedy(records)}")) from None
     return PublishReport(
         scrubber(uri), experiment, publisher.experiment_id, tuple(publisher.created), tuple(publisher.completed),
         tuple(publisher.unchanged), publisher.run_ids, tuple(notes), time.monotonic() - begun,
