@@ -61,7 +61,7 @@ def test_what_is_asked_for_is_made_by_the_commands_that_are_printed_for_two_mode
     for named in commands.values():
         assert len(named[0]) == 5  # download, calibrate, quantize, convert, and serve_smoke of the float model
         assert len(named[1]) == 1  # evaluate of the float model
-    models = [next(bare.root.glob(f"scratch/float/{name}-*")).name for name in ("own_model", "demo")]
+    models = [next(bare.root.glob(f"scratch/float/{name}-*")).name for name in ("own-model", "demo")]
     baselines = [perplexity(bare, f"float/{name}") for name in models]
     assert baselines[0] != baselines[1]
     # Neither model lost anything to the other, so that each can go on where it was.
