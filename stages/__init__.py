@@ -14,9 +14,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
+_HERE = Path(__file__).resolve().parent.parent
+
+
+def _project() -> Path:
+    """The checkout of this file; for an installed package the project that the current folder is in."""
+    if (_HERE / "src" / "quantline").is_dir():
+        return _HERE
+    around = (Path.cwd(), *Path.cwd().parents)
+    return next((folder for folder in around if (folder / "conf" / "config.yaml").is_file()), Path.cwd())
+
+
+ROOT = _project()
 CONF = ROOT / "conf"
-sys.path.insert(0, str(ROOT / "src"))
+if _HERE == ROOT:
+    sys.path.insert(0, str(ROOT / "src"))
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -96,9 +108,10 @@ def main(
         # Hydra derives the job's name and the path of conf/ from the task's source file, which must be the stage's.
         guarded.__module__ = "__main__"
         guarded.__code__ = guarded.__code__.replace(co_filename=filename)
+        _place_configurations()
         import hydra
 
-        hydra.main(version_base="1.3", config_path="../conf", config_name="config")(guarded)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(guarded)()
     if failures:
         sys.exit(failures[0])
 
@@ -113,6 +126,23 @@ def command(
         _inform(task.__code__.co_filename, about, options, configured=False)
         sys.exit(task(read(sys.argv[1:], options, configured=False)[0]))
     raise AssertionError("unreachable")
+
+
+def _place_configurations() -> None:
+    """Check that there is a project, and let `-cp ../variants` mean a folder of it, wherever this package lies.
+
+    Raises:
+        UserError: there is no project here.
+    """
+    from quantline.core.errors import UserError
+
+    if not (CONF / "config.yaml").is_file():
+        raise UserError(
+            f"{ROOT}: is no Quantline project, and in none; make one with `quantline init to=DIR`, and go there"
+        )
+    for place, argument in enumerate(sys.argv[:-1]):
+        if argument in ("-cp", "--config-path"):
+            sys.argv[place + 1] = os.path.normpath(ROOT / "stages" / sys.argv[place + 1])
 
 
 def _inform(
@@ -135,8 +165,13 @@ def _inform(
             from quantline.pipeline.stages import STAGES
 
             reads = [key for key in STAGES[name].reads if not key.startswith("frozen.")]
-        print(usage(f"python -m stages.{name}", about, options, reads=reads, conf=CONF, arguments=sys.argv[1:]))
+        print(usage(f"{_typed()}{name}", about, options, reads=reads, conf=CONF, arguments=sys.argv[1:]))
         sys.exit(0)
+
+
+def _typed() -> str:
+    """How commands are started here: by the console command, or as modules."""
+    return "quantline " if Path(sys.argv[0]).name == "quantline" else "python -m stages."
 
 
 def _head_job() -> None:

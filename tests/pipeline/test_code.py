@@ -115,5 +115,5 @@ def test_the_file_that_dvc_watches_has_a_hash_for_every_stage(root, tmp_path, mo
     monkeypatch.setattr(entry, "ROOT", tmp_path)
     assert entry.code({}) == 0
     written = yaml.safe_load((tmp_path / code.CODE_FILE).read_text(encoding="utf-8"))
-    assert set(written) == {name for name, stage in STAGES.items() if not stage.by_hand} | {"report"}
+    assert set(written) == {name for name, stage in STAGES.items() if not stage.by_hand} | {"compose", "report"}
     assert written["quantize"] == stage_hash("quantize")

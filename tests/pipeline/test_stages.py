@@ -9,6 +9,7 @@ import sys
 import pytest
 import yaml
 
+from quantline.pipeline.code import code_files
 from quantline.pipeline.compose import freeze
 from quantline.pipeline.config import parse
 from quantline.pipeline.stages import PIPELINE, STAGES, baseline_stages, before, names, of_config
@@ -94,8 +95,12 @@ def test_no_entry_names_a_source_file_but_compose(pipeline):
 
 def test_compose_is_made_again_after_an_edit_of_what_it_freezes(pipeline):
     for name in ("compose", "compose_baseline"):
-        deps = body(pipeline[name])["deps"]
-        assert {"conf", "envs", "src/quantline/config", "src/quantline/pipeline/identity.py"} <= set(deps)
+        assert body(pipeline[name])["deps"] == ["conf", "envs"]
+        assert {"code.yaml": ["compose"]} in body(pipeline[name])["params"]
+    files = {name.removeprefix("src/quantline/") for name in code_files("compose")}
+    parts = {"config/method.py", "pipeline/identity.py", "pipeline/agreement.py", "quantization/capabilities.yaml"}
+    assert parts <= files
+    assert not [name for name in files if name.startswith(("report/", "lifecycle/"))]
 
 
 def test_a_watched_list_is_written_once(root):

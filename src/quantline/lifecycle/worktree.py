@@ -18,6 +18,7 @@ from typing import Any
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError, WorkerError
 from quantline.core.files import sha256_of
+from quantline.pipeline.code import source_file
 from quantline.pipeline.compose import write_frozen
 from quantline.pipeline.config import parse, with_current_names
 from quantline.pipeline.identity import backends_of, locks_of
@@ -169,7 +170,7 @@ def _other_code(folder: Path, code: Mapping[str, Any]) -> str | None:
     """
     for stage, recorded in code.items():
         for name, digest in sorted(recorded.items()):
-            path = folder / name
+            path = source_file(name, folder)
             if not path.is_file():
                 return f"{name}, which {stage} uses, is missing"
             if sha256_of(path) != digest:

@@ -18,15 +18,17 @@ from pathlib import Path
 
 from quantline.core.files import sha256_of
 
-# The checkout of the running code, which can be another one than the checkout of the results.
-CHECKOUT = Path(__file__).resolve().parents[3]
+_PACKAGE = Path(__file__).resolve().parents[1]
+# The checkout of the running code, which can be another one than the checkout of the results. For an installed package it is
+# the folder of packages; its files are named as in a checkout, so that the same code has the same identity.
+CHECKOUT = _PACKAGE.parents[1] if _PACKAGE.parent.name == "src" else _PACKAGE.parent
 CODE_FILE = "code.yaml"
 # They decide where and whether a stage runs, not its output: an edit of them reruns nothing.
 _CARRIES = re.compile(r"(quantline|stages)$|quantline\.(core|config|pipeline|lifecycle|toolchains)(\.(?!workers\.)|$)")
 # The modules among them that do have a part in an output: alarms, the use of GPUs, how a server is started.
 _MAKES = ("quantline.config.limits", "quantline.core.gpu", "quantline.pipeline.server")
-# The report takes a second to make, and shows what nearly every package says: it follows all of its imports.
-_FOLLOWS_ALL = "stages.report"
+# These take a second to run, and nearly every package has a part in what they say: they follow all of their imports.
+_FOLLOW_ALL = ("compose", "report")
 # These files define the identity. They are not in any identity themselves, but DVC must rerun every stage after an edit
 # of them; otherwise `publish` would treat every result as out of date.
 _IDENTITY = ("src/quantline/pipeline/identity.py", "src/quantline/pipeline/options.py")
@@ -36,17 +38,39 @@ _NAME = re.compile(r"(quantline|stages)(\.[a-z_0-9]+)+\.?")
 @cache
 def code_files(stage: str, checkout: Path = CHECKOUT) -> dict[str, str]:
     """SHA-256 of every source file that a stage's output depends on, by path in the checkout, sorted."""
-    paths = _closure(f"stages.{stage}", checkout)
-    return {path.relative_to(checkout).as_posix(): sha256_of(path) for path in sorted(paths)}
+    # The entrypoints' package names the publishing of results, which has no part in a frozen configuration.
+    start = "quantline.pipeline.compose" if stage == "compose" else f"stages.{stage}"
+    paths = _closure(start, checkout, everything=stage in _FOLLOW_ALL)
+    return {_named(path, checkout): sha256_of(path) for path in sorted(paths)}
+
+
+def source_file(name: str, checkout: Path) -> Path:
+    """A file of the code by its name in a checkout: there, or in the installed package where the checkout has no code."""
+    if (checkout / "stages").is_dir() or (checkout / "src").is_dir() or _PACKAGE.parent == CHECKOUT / "src":
+        return checkout / name
+    return CHECKOUT / name.removeprefix("src/")
+
+
+def _named(path: Path, checkout: Path) -> str:
+    name = path.relative_to(checkout).as_posix()
+    return f"src/{name}" if name.startswith("quantline/") else name
+
+
+def _sources(checkout: Path) -> Path:
+    """The folder that holds the package."""
+    return checkout / "src" if (checkout / "src").is_dir() else checkout
 
 
 def stage_hash(stage: str, checkout: Path = CHECKOUT) -> str:
     """One hash over a stage's source files and the files that define the identity; DVC watches it."""
-    files = {**code_files(stage, checkout), **{name: sha256_of(checkout / name) for name in _IDENTITY}}
+    files = {
+        **code_files(stage, checkout),
+        **{name: sha256_of(_sources(checkout) / name.removeprefix("src/")) for name in _IDENTITY},
+    }
     return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
 
 
-def _closure(start: str, checkout: Path) -> set[Path]:
+def _closure(start: str, checkout: Path, *, everything: bool) -> set[Path]:
     files: set[Path] = set()
     ahead, seen = [start], {start}
     while ahead:
@@ -56,7 +80,7 @@ def _closure(start: str, checkout: Path) -> set[Path]:
         found, beside = _references(path)
         files |= {path, *beside}
         for name in _modules(found, checkout):
-            left_out = start != _FOLLOWS_ALL and name not in _MAKES and _CARRIES.match(name)
+            left_out = not everything and name not in _MAKES and _CARRIES.match(name)
             if name not in seen and not left_out:
                 seen.add(name)
                 ahead.append(name)
@@ -65,7 +89,7 @@ def _closure(start: str, checkout: Path) -> set[Path]:
 
 def module_file(module: str, checkout: Path) -> Path | None:
     """The file of a dotted module of this project; None if there is none."""
-    base = checkout if module.startswith("stages") else checkout / "src"
+    base = checkout if module.startswith("stages") else _sources(checkout)
     path = base / module.replace(".", "/")
     return next((found for found in (path.with_suffix(".py"), path / "__init__.py") if found.is_file()), None)
 
@@ -73,7 +97,7 @@ def module_file(module: str, checkout: Path) -> Path | None:
 def _modules(names: Iterable[str], checkout: Path) -> Iterator[str]:
     for name in names:
         if name.endswith("."):  # the start of a composed module name: all modules of that package
-            folder = checkout / "src" / name.rstrip(".").replace(".", "/")
+            folder = _sources(checkout) / name.rstrip(".").replace(".", "/")
             yield from (f"{name}{path.stem}" for path in sorted(folder.glob("*.py")))
         elif module_file(name, checkout) is not None:
             yield name

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@cache
+def _source_path() -> Path:
+    """A folder that holds this package and nothing else, for the path of workers.
+
+    The packages beside an installed one are those of the pipeline's environment, and must not meet a worker's own.
+    """
+    if _PACKAGE.parent.name == "src":
+        return _PACKAGE.parent
+    folder = Path(tempfile.mkdtemp(prefix="quantline-source-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / _PACKAGE.name).symlink_to(_PACKAGE, target_is_directory=True)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -27,7 +47,7 @@ def worker_environment(threads: int, extra: Mapping[str, str] | None = None) -> 
     for secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         variables.pop(secret, None)
     variables.update(
-        PYTHONPATH=str(Path(__file__).resolve().parents[2]),
+        PYTHONPATH=str(_source_path()),
         PYTHONHASHSEED="0",
         PYTHONUNBUFFERED="1",
         PYTHONWARNINGS="ignore",

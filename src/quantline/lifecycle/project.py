@@ -1,0 +1,103 @@
+"""Makes a new project: a folder with everything that the pipeline reads, and a git repository with DVC in it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from quantline.core.errors import UserError
+from quantline.core.files import building
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# What a project holds, named as in a checkout; the wheel carries the same files in this folder of the package.
+CARRIED = _PACKAGE / "_project"
+PARTS = ("conf", "envs", "dvc.yaml", "params.yaml", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore")
+DEMO = "assets"
+
+
+def create(to: Path, *, model: str | None = None, calibration: str | None = None) -> None:
+    """Make a project in a new or empty folder.
+
+    Args:
+        to: the folder.
+        model: folder of a float model, or owner/name@COMMIT on the hub; None: the demo model.
+        calibration: file of the calibration text; None: that of the demo model.
+
+    Raises:
+        UserError: the folder holds something, or model or calibration do not exist.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"to={to}: is not empty; give a new folder")
+    shared = [*_model(model), *_calibration(calibration)]
+    source = _PACKAGE.parents[1] if _PACKAGE.parent.name == "src" else CARRIED
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if to.exists():
+        to.rmdir()
+    with building(to) as folder:
+        folder.mkdir(exist_ok=True)
+        for part in (*PARTS, *([DEMO] if "model=demo" in shared or "calibration=demo" in shared else [])):
+            _copy(source / part, folder / part)
+        _edit(folder / "dvc.yaml", _without_sources)
+        _edit(
+            folder / "params.yaml",
+            lambda text: re.sub(r"(?m)^shared: .*?(?= +#|$)", f"shared: {shlex.join(shared)}", text),
+        )
+    if _git(to, "rev-parse", "--is-inside-work-tree") != 0:
+        _git(to, "init", "--quiet")
+
+
+def _model(given: str | None) -> list[str]:
+    if given is None:
+        return ["model=demo"]
+    folder = Path(given).expanduser()
+    if given and folder.is_dir():
+        return ["model=custom", f"model.path={folder.absolute()}"]
+    repo, _, commit = given.partition("@")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) and re.fullmatch(r"[0-9a-f]{40}", commit):
+        return ["model=custom", f"model.repo={repo}", f"model.revision={commit}"]
+    raise UserError(
+        f"model={given}: is no folder and no model of the hub; give a folder, or owner/name@COMMIT with a commit of 40 hex "
+        "digits"
+    )
+
+
+def _calibration(given: str | None) -> list[str]:
+    if given is None:
+        return ["calibration=demo"]
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise UserError(f"calibration={given}: no such file; give a .jsonl, .parquet or .txt file")
+    return ["calibration=jsonl", f"calibration.path={path.absolute()}"]
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copyfile(source, target)
+
+
+def _edit(path: Path, change: Callable[[str], str]) -> None:
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _without_sources(text: str) -> str:
+    """dvc.yaml for a project whose code is an installed package: DVC cannot watch its files, so `code` always runs."""
+    kept = text.replace("    deps: [src/quantline, stages]\n", "    always_changed: true\n")
+    code = yaml.safe_load(kept)["stages"]["code"]
+    assert "deps" not in code, "dvc.yaml: the stage `code` depends on files that a project does not have"
+    return kept
+
+
+def _git(folder: Path, *arguments: str) -> int:
+    try:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False).returncode
+    except OSError as error:
+        raise UserError("git is not installed; install it, since DVC needs it") from error

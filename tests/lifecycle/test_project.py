@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import yaml
+
+from quantline.core.errors import UserError
+from quantline.lifecycle.project import create
+from quantline.pipeline.compose import read_params
+
+
+def shared_of(folder):
+    return yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["shared"].split("#")[0].split()
+
+
+def test_a_project_has_all_that_the_pipeline_reads_and_a_repository(tmp_path, root):
+    create(tmp_path / "new")
+    assert (tmp_path / "new" / "conf" / "config.yaml").read_bytes() == (root / "conf" / "config.yaml").read_bytes()
+    assert list(read_params(tmp_path / "new" / "params.yaml")["variants"]) == list(
+        read_params(root / "params.yaml")["variants"]
+    )
+    assert shared_of(tmp_path / "new") == ["model=demo", "calibration=demo"]
+    asked = ["git", "-C", str(tmp_path / "new"), "rev-parse", "--show-toplevel"]
+    inside = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert inside.stdout.strip() == str(tmp_path / "new")
+
+
+def test_no_stage_depends_on_a_file_that_a_project_does_not_have(tmp_path):
+    create(tmp_path / "new")
+    stages = yaml.safe_load((tmp_path / "new" / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for name, stage in stages.items():
+        for dep in stage.get("do", stage).get("deps", []):
+            made = dep.split("/")[0] in ("artifacts", "variants")
+            assert made or (tmp_path / "new" / dep).exists(), (name, dep)
+    assert stages["code"]["always_changed"]
+
+
+def test_a_project_about_an_own_model_and_text_has_no_demo(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "my text.jsonl").write_text('{"text": "a"}\n')
+    create(tmp_path / "new", model=str(tmp_path / "model"), calibration=str(tmp_path / "my text.jsonl"))
+    line = (tmp_path / "new" / "params.yaml").read_text(encoding="utf-8")
+    assert f"shared: model=custom model.path={tmp_path}/model calibration=jsonl 'calibration.path={tmp_path}" in line
+    assert not (tmp_path / "new" / "assets").exists()
+
+
+def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path):
+    create(tmp_path / "new", model=f"owner/name@{'a1' * 20}")
+    assert shared_of(tmp_path / "new") == [
+        "model=custom", "model.repo=owner/name", f"model.revision={'a1' * 20}", "calibration=demo",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["owner/name", "owner/name@main", "no/such/folder", ""])
+def test_a_model_that_is_neither_is_refused_and_nothing_is_made(tmp_path, model):
+    with pytest.raises(UserError, match="give a folder, or owner/name@COMMIT"):
+        create(tmp_path / "new", model=model)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_holds_something_is_refused_and_stays(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is not empty; give a new folder"):
+        create(tmp_path)
+    with pytest.raises(UserError, match="is not empty"):
+        create(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_calibration_text_must_exist(tmp_path):
+    with pytest.raises(UserError, match=r"no such file; give a \.jsonl, \.parquet or \.txt file"):
+        create(tmp_path / "new", calibration="none.jsonl")
+
+
+def test_within_a_repository_no_other_is_made(tmp_path):
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    create(tmp_path / "new")
+    assert not (tmp_path / "new" / ".git").exists()
