@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from quantline.checkpoints.layouts import AffineLinear
 from quantline.checkpoints.layouts.affine import sequential_groups
 from quantline.checkpoints.model_config import legacy_copy, misread_values
+from quantline.core.errors import naming
 from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.quantizers import output as _output
 from quantline.toolchains.workers.quantizers.selection import width_of
@@ -138,7 +139,11 @@ def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = Tr
     dtype = torch.float32 if job["device"] == "cpu" else torch.float16
     if job.get("dtype", "auto") != "auto":
         dtype = getattr(torch, job["dtype"])
-    with tempfile.TemporaryDirectory(prefix="quantline-model-") as scratch, _output.refusals():
+    with (
+        tempfile.TemporaryDirectory(prefix="quantline-model-") as scratch,
+        _output.refusals(),
+        naming(Path(scratch), str(job["model"])),
+    ):
         folder = legacy_copy(job["model"], Path(scratch)) if translate else Path(job["model"])
         settings: dict[str, Any] = {"torch_dtype" if translate else "dtype": dtype}
         config_read = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)

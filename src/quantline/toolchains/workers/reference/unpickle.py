@@ -36,16 +36,22 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [SINGLE[0]]
     missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
     if missing:
-        raise JobError(f"{missing[0]}: pickled weights are missing; convert this model to safetensors yourself")
+        raise JobError(
+            f"{folder / missing[0]}: pickled weights are missing; convert this model to safetensors yourself"
+        )
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         try:
             state = torch.load(folder / shard, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             first = str(error).splitlines()[0]
-            raise JobError(f"{shard}: is damaged or contains more than tensors ({first}); fetch it again") from error
+            raise JobError(
+                f"{folder / shard}: is damaged or contains more than tensors ({first}); fetch it again"
+            ) from error
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise JobError(f"{shard}: is not a mapping of names to tensors; convert this model to safetensors yourself")
+            raise JobError(
+                f"{folder / shard}: is not a mapping of names to tensors; convert this model to safetensors yourself"
+            )
         name = shard.replace("pytorch_model", "model").replace(".bin", ".safetensors")
         # clone: tied tensors share storage in a pickle, which safetensors does not support
         save_file({key: value.contiguous().clone() for key, value in state.items()}, folder / name, {"format": "pt"})
