@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sections
 from hub_server import COMMIT, Hub, serving
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
 from pydantic import ValidationError
 from text_files import parquet
 from tiny_model import CHAT_TEMPLATE, SENTENCES, VOCAB_SIZE, write_config, write_model
@@ -241,6 +244,26 @@ def test_nulls_are_the_empty_rows_that_skip_empty_skips(model, tmp_path, out):
     with pytest.raises(UserError, match=r"1 of 41 rows are empty \(lines 1\); .*calibration\.skip_empty=true"):
         build(model, spec(path), out)
     assert build(model, spec(path, skip_empty=True), out)["sources"]["own"]["documents_empty"] == 1
+
+
+WORDS = some.text(some.characters(), max_size=20)  # halves of surrogate pairs among them
+ANY = some.none() | some.booleans() | WORDS | some.lists(WORDS, max_size=2)
+MESSAGE = some.dictionaries(some.sampled_from(["role", "content", "from", "value", "name", "tool_calls"]), ANY)
+ROW = some.fixed_dictionaries({}, optional={"text": ANY, "messages": some.lists(MESSAGE, max_size=3), "id": ANY})
+
+
+@given(rows=some.lists(ROW, min_size=1, max_size=5), chat=some.booleans(), skip=some.booleans())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_rows_give_samples_or_a_refusal_and_nothing_half_written(chat_model, tmp_path, rows, chat, skip):
+    path = write_rows(tmp_path / "any.jsonl", rows)
+    out = tmp_path / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        build(chat_model, spec(path, chat_template=chat, skip_empty=skip, n_samples=1, seq_len=8), out)
+    except UserError:
+        assert sorted(tmp_path.iterdir()) == [path]
+    else:
+        assert load(out)[0].shape == (1, 8)
 
 
 def test_a_tokenizer_without_chat_template_is_refused(model, text_file, out):
