@@ -15,6 +15,7 @@ def download(run: StageRun) -> None:
     from quantline.core.errors import naming
     from quantline.data.download import check_contents, fetch, label_of
     from quantline.data.parity_probe import record_probe
+    from quantline.pipeline.fit import refuse_what_does_not_fit
 
     with run.output() as out, naming(out / "model", label_of(run.config.model), ": "):
         report = fetch(run.config.model, out / "model")
@@ -25,6 +26,8 @@ def download(run: StageRun) -> None:
                 {"folder": str(out / "model")},
                 "pickles to safetensors",
             )
+        if run.frozen:  # before anything is computed; by hand, each stage looks at what it reads
+            refuse_what_does_not_fit(run.config, out / "model")
         check_contents(out / "model")
         run.metrics.update(size_bytes=report["bytes"], files=len(report["files"]))
         run.metrics.update(record_probe(run.worker, out / "model", out / "probe.safetensors"))

@@ -35,6 +35,7 @@ READS = (
 
 def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     import json
+    from dataclasses import replace
 
     from hydra.core.hydra_config import HydraConfig
 
@@ -63,6 +64,7 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     variant = preflight.variant_spec(config.model_dump())
     found = check(variant, model, place)
     near = None if found.passes() else nearest(variant, model, place, defaults)
+    found = replace(found, findings=(*found.findings, *preflight.length_findings(config, model)))
     choice = None
     if options.gpu_memory_gb is not None or options.critical:
         measured = preflight.measured_losses(ROOT, config)

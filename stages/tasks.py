@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @stage("tasks")
 def tasks(run: StageRun) -> None:
+    from quantline.config.context import served_length
     from quantline.evaluation.tasks import run as tasks
+    from quantline.pipeline.fit import positions_of
 
     options = run.config.tasks
     with run.output() as out:
@@ -33,7 +35,7 @@ def tasks(run: StageRun) -> None:
                 "checkpoint": str(checkpoint), "device": run.device, "threads": run.config.threads, "seed": options.seed,
                 "batch_size": options.batch_size, "concurrency": run.config.serve.process.concurrency,
                 "timeout_seconds": run.config.serve.process.request_timeout_seconds, "download": options.download,
-                "max_length": run.config.serve.max_model_len,
+                "max_length": served_length(run.config, positions_of(checkpoint)),
             },
             run_worker=lambda job: ask(run, job), server=lambda: server(run, checkpoint),
             baseline=None if run.is_baseline else run.input("tasks", baseline=True), out=out,

@@ -22,8 +22,12 @@ def plan(root, *arguments):
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
 
+# The tiny model takes 64 tokens.
+SHORT = ["evaluate.window=32", "calibration.seq_len=32", "speed.input_tokens=32"]
+
+
 def on(model, *arguments):
-    return ["model=custom", f"model.path={model}", "device=cpu", *arguments]
+    return ["model=custom", f"model.path={model}", "device=cpu", *SHORT, *arguments]
 
 
 @pytest.mark.usefixtures("serves_4_bits")  # another variant is the nearest elsewhere
@@ -60,7 +64,7 @@ def test_what_no_configuration_allows_gets_a_nearest_variant_too(root, model):
 
 
 def test_memory_and_criticality_give_a_recommendation_for_a_gpu(root, model):
-    arguments = ["model=custom", f"model.path={model}", "gpu_memory_gb=24", "critical=true"]
+    arguments = ["model=custom", f"model.path={model}", *SHORT, "gpu_memory_gb=24", "critical=true"]
     done = plan(root, *arguments)
     assert done.returncode == 0
     assert "recommended, least loss: method=gptq bits=8 group_size=128" in done.stdout
@@ -75,3 +79,13 @@ def test_a_model_that_was_not_downloaded_names_the_command(root):
     done = plan(root, "model=qwen2_5_3b")
     assert done.returncode == 2
     assert "python -m stages.download model=qwen2_5_3b" in done.stderr
+
+
+def test_texts_that_the_model_does_not_take_are_refused_before_anything_runs(root, model):
+    done = plan(root, "model=custom", f"model.path={model}", "device=cpu", "method=rtn", "speed=none")
+    assert done.returncode == 2
+    assert (
+        "evaluate.window=512: the model takes at most 64 tokens, and the server one more than a window" in done.stdout
+    )
+    assert "calibration.seq_len" not in done.stdout
+    assert "this variant is refused (length)" in done.stderr

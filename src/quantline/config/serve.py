@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -35,8 +35,14 @@ class ServeConfig(Section):
     """The server and its smoke test."""
 
     runtime: Literal["vllm"]
-    max_model_len: int = Field(ge=16)
+    max_model_len: Annotated[int, Field(ge=16)] | Literal["auto"]
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
     enforce_eager: bool
     smoke: SmokeConfig
     process: ProcessConfig
+
+    @property
+    def length(self) -> int:
+        """The context length, after `auto` was replaced; see `quantline.config.context`."""
+        assert self.max_model_len != "auto"
+        return self.max_model_len

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -51,17 +50,3 @@ class SpeedConfig(Section):
         if len(set(concurrencies)) != len(concurrencies):
             raise ValueError(f"levels {concurrencies}: a concurrency is given twice; give each once")
         return self
-
-
-def speed_faults(values: Mapping[str, Any]) -> list[str]:
-    """Faults of the speed options that the server could not serve."""
-    speed, serve = values.get("speed"), values.get("serve")
-    if not isinstance(speed, Mapping) or not isinstance(serve, Mapping) or not speed.get("tools"):
-        return []
-    prompt, answer, limit = speed.get("input_tokens"), speed.get("output_tokens"), serve.get("max_model_len")
-    if not (isinstance(prompt, int) and isinstance(answer, int) and isinstance(limit, int)) or prompt + answer <= limit:
-        return []
-    return [
-        f"speed.input_tokens={prompt} speed.output_tokens={answer}: together they exceed serve.max_model_len={limit} "
-        "of the server; give fewer tokens or raise serve.max_model_len"
-    ]

@@ -16,6 +16,7 @@ from quantline.core.files import replaced
 from quantline.core.text import nearest
 from quantline.pipeline.agreement import BASELINE_LINE, SHARED_LINE, refuse_contradictions
 from quantline.pipeline.config import parse
+from quantline.pipeline.fit import refuse_what_the_model_does_not_take
 from quantline.pipeline.hydra_values import plain
 from quantline.pipeline.identity import backends_of, locks_of
 from quantline.pipeline.overrides import split
@@ -105,6 +106,8 @@ def frozen_variant(root: Path, name: str) -> dict[str, Any]:
     if name != BASELINE:
         of_float = _lines(root / "params.yaml", BASELINE)
         refuse_contradictions(config, lines, of_float, lambda own: parse(compose_values(conf, own)))
+    refuse_what_the_model_does_not_take(config, root)
+    values["serve"] = {**values["serve"], "max_model_len": config.serve.length}
     values["frozen"] = {"variant": name, "overrides": shlex.join(overrides), "backends": backends_of(config)}
     values["frozen"]["locks"] = locks_of(values["frozen"]["backends"], root)
     return values

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from quantline.config.context import automatic, length_faults
 from quantline.config.convert import ConvertConfig, ConvertSourceConfig
 from quantline.config.data import EMBEDDED_MODEL, CalibrationConfig, ModelConfig
 from quantline.config.evaluate import EvaluateConfig, NoiseConfig
@@ -22,7 +23,7 @@ from quantline.config.promote import PromoteConfig
 from quantline.config.report import ReportConfig
 from quantline.config.section import Section
 from quantline.config.serve import ServeConfig
-from quantline.config.speed import SpeedConfig, speed_faults
+from quantline.config.speed import SpeedConfig
 from quantline.config.tasks import TasksConfig
 from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import ConfigError
@@ -86,7 +87,8 @@ def parse(values: Mapping[str, Any]) -> Config:
     config: Config | None = None
     values = _repository_over_embedded(values)
     try:
-        config = Config.model_validate(dict(values))
+        config = _with_context(Config.model_validate(dict(values)))
+        faults.extend(length_faults(config))
     except ValidationError as error:
         faults.extend(_describe(fault) for fault in error.errors(include_url=False))
     faults.extend(method_faults(values))
@@ -94,10 +96,15 @@ def parse(values: Mapping[str, Any]) -> Config:
     faults.extend(_convert_faults(values))
     faults.extend(_tracking_faults(values))
     faults.extend(_toolchain_faults(values))
-    faults.extend(speed_faults(values))
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     return config
+
+
+def _with_context(config: Config) -> Config:
+    if config.serve.max_model_len != "auto":
+        return config
+    return config.model_copy(update={"serve": config.serve.model_copy(update={"max_model_len": automatic(config)})})
 
 
 # Former names of groups and options.

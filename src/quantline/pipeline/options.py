@@ -85,7 +85,7 @@ def tasks(config: Config, context: Context) -> dict[str, Any]:
     if not asked.any:
         return own
     own.update(text=task_inputs(config, context.root).get(asked.path), environment=context.locks["tasks"])
-    own["max_length"] = config.serve.max_model_len
+    own["max_length"] = config.serve.length
     if "vllm" in asked.engines:
         serving = config.serve.model_dump(exclude={"process", "smoke"})
         own.update(serve=serving, server=context.locks["server"])

@@ -16,11 +16,12 @@ from quantline.core.errors import ConfigError, QuantlineError, UserError
 from quantline.core.gpu import visible_gpus
 from quantline.data.download import model_name
 from quantline.pipeline.config import Config, parse
+from quantline.pipeline.fit import faults_with_model
 from quantline.pipeline.own_files import located
 from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check
-from quantline.planning.spec import Machine, Model, RefusedError, Step, VariantSpec, line
+from quantline.planning.spec import Finding, Machine, Model, RefusedError, Step, VariantSpec, line
 from quantline.quantization.requirements import requirements_of
 from quantline.serving.memory import GIB
 from quantline.serving.rules import Target, cpu_instructions
@@ -89,7 +90,7 @@ def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -
             config.serve.runtime, version, device, instructions=cpu_instructions() if device == "cpu" else None,
             compute_capability=capability,
         ),
-        order=order, context=options.context or config.serve.max_model_len,
+        order=order, context=options.context or config.serve.length,
         batch=options.batch or config.serve.process.concurrency, memory_bytes=memory,
         utilization=config.serve.process.gpu_memory_utilization if device == "cuda" else 1.0,
         quantizer_bytes=memory if device == "cuda" else psutil.virtual_memory().total,
@@ -152,6 +153,11 @@ def preflight(run: StageRun) -> list[str]:
     variant, place = variant_spec(run.config.model_dump()), machine_of(run.config, run.root)
     must_serve = run.config.convert.must_serve is not None
     return before_quantize(variant, model, place, must_serve=must_serve, defaults=method_defaults(run.root))
+
+
+def length_findings(config: Config, model: Model) -> list[Finding]:
+    """What evaluation, calibration and server need and the model does not take."""
+    return [Finding("length", "serve", fault) for fault in faults_with_model(config, model.config)]
 
 
 def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], str]:

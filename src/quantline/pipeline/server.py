@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantline.config.context import served_length
+from quantline.pipeline.fit import positions_of
 from quantline.toolchains.environments import distribution_version
 
 if TYPE_CHECKING:
@@ -26,18 +28,21 @@ def server_of(run: StageRun) -> Vllm:
 
 def server_options(run: StageRun, *, quantized: bool) -> ServerOptions:
     """The options to start the server for a checkpoint."""
-    return options_of(run.config, run.device, quantized=quantized)
+    return options_of(run.config, run.device, quantized=quantized, positions=positions_of(run.checkpoint()))
 
 
-def options_of(config: Config, device: str, *, quantized: bool) -> ServerOptions:
-    """The options by which a variant with this configuration is served on a device, `cpu` or `cuda`."""
+def options_of(config: Config, device: str, *, quantized: bool, positions: int | None = None) -> ServerOptions:
+    """The options by which a variant with this configuration is served on a device, `cpu` or `cuda`.
+
+    positions: the most tokens that the model takes; None if that is unknown.
+    """
     from quantline.serving.command import ServerOptions
     from quantline.serving.rules import serving_dtype
 
     serve = config.serve
     return ServerOptions(
         serve.process, device=device, dtype=serving_dtype(serve.dtype, quantized=quantized),
-        max_model_len=serve.max_model_len, enforce_eager=serve.enforce_eager,
+        max_model_len=served_length(config, positions), enforce_eager=serve.enforce_eager,
         trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip
 

@@ -163,7 +163,10 @@ def test_every_choice_of_the_group_is_valid_and_only_none_measures_nothing(compo
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
-        (["speed.input_tokens=1000"], r"speed.input_tokens=1000 speed.output_tokens=32: .* serve.max_model_len=1024"),
+        (
+            ["speed.input_tokens=1000", "serve.max_model_len=1024"],
+            r"speed.input_tokens=1000 speed.output_tokens=32: .* serve.max_model_len=1032",
+        ),
         (["speed.tools=[loop]"], "allowed are serve, latency or throughput"),
         (["speed.levels=[]"], "there are no levels to measure"),
         (["speed.levels=[{concurrency: 8, prompts: 8}, {concurrency: 8, prompts: 9}]"], "is given twice"),

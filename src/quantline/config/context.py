@@ -1,0 +1,106 @@
+"""How many tokens the server takes, and who needs how many.
+
+The only place that knows what `serve.max_model_len=auto` stands for. It follows from the other options alone, so it can be
+frozen before a model is there: what evaluation and speed need, what tasks use, and at least what is usual. A model that
+takes less is served with what it takes, as long as nothing is cut that must not be.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from quantline.config.data import CalibrationConfig
+from quantline.config.evaluate import EvaluateConfig, ProtocolConfig
+from quantline.config.serve import ServeConfig
+from quantline.config.speed import SpeedConfig
+from quantline.config.tasks import TasksConfig
+
+# Enough for the questions of the smoke test and for prompts of tasks without examples.
+USUAL = 1024
+# Prompts of the standard tasks with their usual examples: 5 of mmlu or gsm8k, 25 of arc_challenge. Longer ones are cut.
+WITH_EXAMPLES = 4096
+_TOKENS_A_WORD = 4
+
+
+class Lengths(Protocol):
+    """The sections of a configuration that have lengths in tokens."""
+
+    serve: ServeConfig
+    evaluate: EvaluateConfig
+    tasks: TasksConfig
+    speed: SpeedConfig
+    calibration: CalibrationConfig
+
+
+def longest_window(protocol: ProtocolConfig) -> int:
+    """The tokens of the longest window that a protocol can give."""
+    if protocol.mode == "concatenated":
+        return protocol.window
+    limits = [limit for limit in (protocol.max_document_tokens, protocol.max_tokens) if limit is not None]
+    return min(protocol.window, *(limit + (protocol.bos == "add") for limit in limits)) if limits else protocol.window
+
+
+def needs(config: Lengths) -> dict[str, int]:
+    """The tokens that the server must take, by the options that need them. The server adds a token to a window."""
+    speed, evaluate = config.speed, config.evaluate
+    needed = {f"evaluate.window={evaluate.window}": longest_window(evaluate) + 1}
+    if speed.tools:
+        prompt, answer = speed.input_tokens, speed.output_tokens
+        needed[f"speed.input_tokens={prompt} speed.output_tokens={answer}"] = prompt + answer
+    return needed
+
+
+def automatic(config: Lengths) -> int:
+    """What `serve.max_model_len=auto` stands for."""
+    wished = [USUAL, USUAL // 2 + config.serve.smoke.max_tokens]
+    tasks = config.tasks
+    if tasks.any:
+        words = [task.context_words for task in (tasks.local.last_word, tasks.local.multiple_choice) if task]
+        wished += [_TOKENS_A_WORD * count for count in words]
+        if any(task.num_fewshot != 0 for task in tasks.standard.values()):
+            wished.append(WITH_EXAMPLES)
+    return max(*wished, *needs(config).values())
+
+
+def served_length(config: Lengths, positions: int | None) -> int:
+    """The context length that the server is started with.
+
+    positions: the most tokens that the model takes; None if that is unknown.
+    """
+    given = config.serve.length
+    return min(given, positions) if positions and given == automatic(config) else given
+
+
+def length_faults(config: Lengths) -> list[str]:
+    """Options that need more tokens than a given `serve.max_model_len` has."""
+    given = config.serve.length
+    return [
+        f"{options}: the server needs serve.max_model_len={needed} for it, and {given} is given; "
+        "leave serve.max_model_len=auto, or give less here"
+        for options, needed in needs(config).items()
+        if needed > given
+    ]
+
+
+def model_faults(config: Lengths, positions: int | None, *, calibrated: bool) -> list[str]:
+    """Options that need more tokens than the model takes.
+
+    positions: the most tokens that the model takes; None if that is unknown. calibrated: whether the method calibrates.
+    """
+    if not positions:
+        return []
+    takes = f"the model takes at most {positions} tokens"
+    asked = {options: (needed, "") for options, needed in needs(config).items()}
+    window = f"evaluate.window={config.evaluate.window}"
+    remedy = f"give {positions - 1} or less; the result then compares with no published one of a longer window"
+    asked[window] = (max(asked[window][0], config.evaluate.window), remedy)
+    if calibrated:
+        asked[f"calibration.seq_len={config.calibration.seq_len}"] = (config.calibration.seq_len, "")
+    if config.serve.length != automatic(config):
+        asked[f"serve.max_model_len={config.serve.length}"] = (config.serve.length, "leave it auto")
+    return [
+        f"{options}: {takes}{', and the server one more than a window' if options == window else ''}; "
+        f"{remedy or 'give less'}"
+        for options, (needed, remedy) in asked.items()
+        if needed > positions
+    ]
