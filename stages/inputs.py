@@ -1,4 +1,4 @@
-"""Write inputs.yaml: the hashes of the files that variants name by path. DVC reruns what reads a changed one."""
+"""Write inputs.yaml: one hash a stage over the options and files that it reads. DVC reruns what reads a changed one."""
 
 from __future__ import annotations
 

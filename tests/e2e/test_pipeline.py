@@ -283,6 +283,33 @@ def quantizing(pid: int) -> bool:
         return False
 
 
+def test_dvcs_tables_fit_a_terminal_and_lead_with_the_variant_to_ship(pipeline):
+    shown = [pipeline.run("python", "-m", "dvc", *words, COLUMNS="120") for words in (
+        ("metrics", "show"), ("metrics", "diff", "HEAD~1"), ("exp", "show", "--no-pager"), ("params", "diff", "HEAD~1"),
+    )]  # fmt: skip
+    for table in shown:
+        assert table.code == 0, table.text
+        assert max(len(line) for line in table.out.splitlines()) <= 120
+    manifest = json.loads((pipeline.root / "report" / "data" / "manifest.json").read_text())
+    best = json.loads((pipeline.root / "metrics.json").read_text())["best"]
+    assert best == (manifest["chosen"] or "none")
+    assert best in shown[0].out.splitlines()[1]
+    assert best in shown[2].out
+    figures = json.loads((pipeline.root / "metrics" / "awq-w4-g128").read_text())
+    measured = pipeline.result("awq-w4-g128", "evaluate")["metrics"]
+    assert figures["perplexity"] == pytest.approx(measured["reference_perplexity"], rel=1e-3)
+    assert figures["size_mb"] == pytest.approx(measured["size_bytes"] / 1e6, rel=1e-3)
+
+
+def test_params_diff_names_the_line_and_the_stages_that_read_it_and_on_demand_the_option(pipeline, params):
+    replace(params, "gptq-w8-g128: method=gptq bits=8", "gptq-w8-g128: method=gptq bits=8 seed=7")
+    assert pipeline.dvc("repro", "inputs").code == 0
+    rows = [line.split()[:2] for line in pipeline.dvc("params", "diff").out.splitlines()[1:]]
+    assert rows == [["inputs.yaml", "reads.gptq-w8-g128.quantize"], ["params.yaml", "variants.gptq-w8-g128"]]
+    named = pipeline.dvc("params", "diff", "--targets", "variants/gptq-w8-g128.yaml").out
+    assert re.search(r"^variants/gptq-w8-g128.yaml +seed +0 +7$", named, re.MULTILINE), named
+
+
 def test_an_experiment_adds_a_variant_as_params_yaml_says(pipeline, params, root):
     """The command of the comment in params.yaml, for one stage."""
     (option,) = re.findall(r"dvc exp run -S '(.+)'", (root / "params.yaml").read_text())

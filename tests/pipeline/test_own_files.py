@@ -90,7 +90,7 @@ def test_hashes_that_were_kept_and_are_damaged_are_taken_again(tmp_path, kept_fr
 
 def test_a_file_that_is_elsewhere_keeps_the_hash_that_is_recorded(tmp_path):
     (tmp_path / INPUTS_FILE).write_text(
-        "float: {download: {model: {config.json: abc}}}\none: {calibrate: {own.txt: def, none.txt: null}}\n"
+        "files: {model: {config.json: abc}, own.txt: def, none.txt: null}\nreads: {float: {download: 0123}}\n"
     )
     assert text_hash(tmp_path, "own.txt") == "def"
     assert text_hash(tmp_path, "none.txt") is None

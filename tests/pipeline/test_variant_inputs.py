@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import pytest
+import yaml
 
 from quantline.pipeline.compose import freeze
+from quantline.pipeline.stages import PIPELINE, STAGES, baseline_stages
 from quantline.pipeline.variant_inputs import inputs_of_variants
 
 
@@ -22,24 +25,53 @@ def checkout(root, tmp_path):
     return tmp_path
 
 
-def test_every_file_of_a_frozen_variant_is_named_with_the_stages_that_read_it(checkout):
-    own = {"own.jsonl": hashlib.sha256(b'{"text": "a"}\n').hexdigest()}
-    found = inputs_of_variants(checkout)
-    assert set(found) == {"float", "own"}
-    assert found["own"] == {"calibrate": own, "serve_smoke": own, "evaluate": own, "tasks": {}}
-    assert set(found["float"]) == {"download", "serve_smoke", "evaluate", "tasks"}
-    assert found["float"]["evaluate"] == own
-    assert "model.safetensors" in found["float"]["download"]["assets/demo/model"]
-    assert list(found["float"]["tasks"]) == ["assets/demo/evaluation.jsonl"]
+def test_every_file_of_a_frozen_variant_is_named_with_its_hash(checkout):
+    files = inputs_of_variants(checkout)["files"]
+    assert files["own.jsonl"] == hashlib.sha256(b'{"text": "a"}\n').hexdigest()
+    assert "model.safetensors" in files["assets/demo/model"]
+    assert set(files) == {"own.jsonl", "assets/demo/model", "assets/demo/evaluation.jsonl"}
+
+
+def test_every_stage_of_a_frozen_variant_has_a_hash_and_a_shared_one_is_the_baselines(checkout):
+    reads = inputs_of_variants(checkout)["reads"]
+    assert {name: set(stages) for name, stages in reads.items()} == {
+        "float": set(baseline_stages()), "own": {name for name in PIPELINE if not STAGES[name].shared}
+    }  # fmt: skip
+    assert all(re.fullmatch("[0-9a-f]{16}", value) for stages in reads.values() for value in stages.values())
+
+
+def changed(before, after):
+    """(variant, stage) of the hashes that differ."""
+    return {(name, stage) for name in after for stage in after[name] if after[name][stage] != before[name][stage]}
 
 
 def test_a_changed_file_changes_the_stages_that_read_it_alone(checkout):
-    before = inputs_of_variants(checkout)
+    before = inputs_of_variants(checkout)["reads"]
     (checkout / "own.jsonl").write_text('{"text": "b"}\n')
-    after = inputs_of_variants(checkout)
-    changed = {
-        (name, stage) for name in after for stage in after[name] if after[name][stage] != before[name][stage]
-    }  # fmt: skip
-    assert changed == {(name, stage) for name in ("own", "float") for stage in ("serve_smoke", "evaluate")} | {
-        ("own", "calibrate")
-    }
+    assert changed(before, inputs_of_variants(checkout)["reads"]) == {
+        (name, stage) for name in ("own", "float") for stage in ("serve_smoke", "evaluate")
+    } | {("own", "calibrate")}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stages"),
+    [
+        ("bits", 8, {"quantize"}),
+        ("speed.rounds", 77, {"speed"}),
+        ("evaluate.stride", 64, {"serve_smoke", "evaluate"}),
+        ("frozen.locks.server", "another", {"convert", "serve_smoke", "tasks", "speed"}),
+        ("tracking.timeout_seconds", 77, set()),
+    ],
+)
+def test_a_changed_option_changes_the_stages_that_read_it_alone(checkout, key, value, stages):
+    before = inputs_of_variants(checkout)["reads"]
+    path = checkout / "variants" / "own.yaml"
+    values = yaml.safe_load(path.read_text())
+    *sections, last = key.split(".")
+    place = values
+    for section in sections:
+        place = place[section]
+    assert place[last] != value
+    place[last] = value
+    path.write_text(yaml.safe_dump(values))
+    assert changed(before, inputs_of_variants(checkout)["reads"]) == {("own", stage) for stage in stages}

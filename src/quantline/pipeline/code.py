@@ -62,12 +62,15 @@ def _sources(checkout: Path) -> Path:
 
 
 def stage_hash(stage: str, checkout: Path = CHECKOUT) -> str:
-    """One hash over a stage's source files and the files that define the identity; DVC watches it."""
+    """One hash over a stage's source files and the files that define the identity; DVC watches it.
+
+    Short, since `dvc params diff` shows the former and the new one side by side.
+    """
     files = {
         **code_files(stage, checkout),
         **{name: sha256_of(_sources(checkout) / name.removeprefix("src/")) for name in _IDENTITY},
     }
-    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()[:16]
 
 
 def _closure(start: str, checkout: Path, *, everything: bool) -> set[Path]:

@@ -3,8 +3,8 @@
 They are hashed whole, so that no edit goes unseen. The hash of a large file is kept with its size, time and inode, so
 that a model of 140 GB is read once and not at every start.
 
-`python -m stages.inputs` writes the hashes to inputs.yaml, by variant and stage. DVC watches them there, to rerun what
-reads a changed file. A file that is not on this machine keeps the hash that is recorded there: results that were made
+`python -m stages.inputs` writes the hashes to inputs.yaml, where DVC watches what each stage reads, to rerun what reads a
+changed file. A file that is not on this machine keeps the hash that is recorded there: results that were made
 elsewhere stay valid, and a stage that has to read the file says that it is missing.
 """
 
@@ -69,8 +69,8 @@ def _read_recorded(path: Path, _mtime_ns: int) -> dict[str, Any]:
     from quantline.pipeline.yaml_file import read_yaml
 
     content = read_yaml(path, "it is made by `python -m stages.inputs`")
-    stages = [stage for variant in content.values() for stage in variant.values()] if isinstance(content, dict) else []
-    return {name: value for stage in stages for name, value in stage.items() if value}
+    files = content.get("files") if isinstance(content, dict) else None
+    return {name: value for name, value in files.items() if value} if isinstance(files, dict) else {}
 
 
 def _hash(root: Path, path: Path) -> str:

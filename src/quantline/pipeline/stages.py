@@ -33,7 +33,7 @@ class Stage:
         after: the stages directly before it, whose outputs it depends on.
         options: returns the plain values that it reads, see `quantline.pipeline.options`.
         inputs: returns the hashes of the files that its options name by path, see `quantline.pipeline.own_files`.
-        reads: the keys of the frozen configuration that DVC watches for it.
+        reads: the keys of the frozen configuration that it reads; a change of their values makes DVC run it again.
         locks: the environments that it runs in, as keys of `frozen.locks`.
         exact: equal inputs give equal bytes. A server's answers are not exact.
         shared: all variants share one output.

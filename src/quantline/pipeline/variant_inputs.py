@@ -1,33 +1,61 @@
-"""The files that each variant of params.yaml names by path, by the stages that read them."""
+"""What each stage of each variant of params.yaml reads: one hash over its options and the files that these name by path."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quantline.config.method import BASELINE
 from quantline.pipeline.compose import read_frozen, read_params
 from quantline.pipeline.config import parse
-from quantline.pipeline.stages import STAGES, of_config
+from quantline.pipeline.stages import STAGES, Stage, of_config
 
 
-def inputs_of_variants(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """The content of inputs.yaml: by variant and stage, the hash of each file by its path, as the configuration names it.
+def inputs_of_variants(root: Path) -> dict[str, dict[str, Any]]:
+    """The content of inputs.yaml.
 
     A shared stage is the baseline's. A variant that is not frozen yet is left out.
+
+    Returns:
+        reads: by variant and stage, one hash over what the stage reads. DVC watches it.
+        files: the hash of each file by its path, as the configuration names it.
 
     Raises:
         UserError: params.yaml or a frozen configuration cannot be read.
     """
-    found = {}
+    reads: dict[str, dict[str, str]] = {}
+    files: dict[str, Any] = {}
     for name in read_params(root / "params.yaml")["variants"]:
         path = root / "variants" / f"{name}.yaml"
-        if path.is_file():
-            config = parse(read_frozen(path))
-            stages = [STAGES[stage] for stage in of_config(config)]
-            found[name] = {
-                stage.name: stage.inputs(config, root)
-                for stage in stages
-                if stage.inputs and (name == BASELINE or not stage.shared)
-            }
+        if not path.is_file():
+            continue
+        values = read_frozen(path)
+        config = parse(values)
+        reads[name] = {}
+        for stage in (STAGES[each] for each in of_config(config)):
+            if stage.shared and name != BASELINE:
+                continue
+            own = stage.inputs(config, root) if stage.inputs else {}
+            files.update(own)
+            reads[name][stage.name] = _hash({"options": _options(stage, values), "files": own})
+    return {"reads": reads, "files": files}
+
+
+def _options(stage: Stage, values: Mapping[str, Any]) -> dict[str, Any]:
+    keys = (*stage.reads, *(f"frozen.locks.{role}" for role in stage.locks))
+    return {key: _value(values, key) for key in keys}
+
+
+def _value(values: Mapping[str, Any], key: str) -> Any:
+    found: Any = values
+    for part in key.split("."):
+        found = found[part]
     return found
+
+
+def _hash(value: object) -> str:
+    # Short, since `dvc params diff` shows the former and the new one side by side.
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
