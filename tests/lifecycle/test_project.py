@@ -36,6 +36,15 @@ def test_no_stage_depends_on_a_file_that_a_project_does_not_have(tmp_path):
     assert stages["code"]["always_changed"]
 
 
+def test_a_project_has_the_templates_of_its_plots(tmp_path):
+    create(tmp_path / "new")
+    plots = yaml.safe_load((tmp_path / "new" / "dvc.yaml").read_text(encoding="utf-8"))["plots"]
+    templates = [plot["template"] for entry in plots for plot in entry.values()]
+    assert len(templates) == 3
+    for name in templates:
+        assert (tmp_path / "new" / ".dvc" / "plots" / f"{name}.json").is_file(), name
+
+
 def test_a_project_about_an_own_model_and_text_has_no_demo(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "my text.jsonl").write_text('{"text": "a"}\n')

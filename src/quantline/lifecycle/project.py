@@ -17,7 +17,9 @@ from quantline.core.files import building
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What a project holds, named as in a checkout; the wheel carries the same files in this folder of the package.
 CARRIED = _PACKAGE / "_project"
-PARTS = ("conf", "envs", "dvc.yaml", "params.yaml", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore")
+PARTS = (
+    "conf", "envs", "dvc.yaml", "params.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitignore",
+)  # fmt: skip
 DEMO = "assets"
 
 
