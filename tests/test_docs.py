@@ -15,7 +15,7 @@ from tools import docs_hooks, options_reference
 
 # Made by the pipeline or by a build, or a name that stands for the reader's own.
 NOT_KEPT = re.compile(
-    r"^(artifacts|variants|scratch|report|site|mlartifacts|data|\.venvs?)(/|$)|NAME|NNNN|[<>*{}$=: ]|^\W|//|"
+    r"^(artifacts|variants|scratch|report|metrics|site|mlartifacts|data|\.venvs?)(/|$)|NAME|NNNN|[<>*{}$=: ]|^\W|//|"
     r"mylib|sizes|smollm2|float_quantized|torch_rtn|^dvc/|^system/"
 )
 PATH = re.compile(r"`([\w.][\w./-]*/[\w./-]*)`")
