@@ -16,7 +16,7 @@ from quantline.checkpoints.checkpoint import (
     write_safetensors,
 )
 from quantline.checkpoints.layouts import LAYOUTS, dequantize, quantize_rtn
-from quantline.checkpoints.quantization_config import describe
+from quantline.checkpoints.quantization_config import describe, float_config, is_quantized
 from quantline.checkpoints.safetensors_file import numpy_dtype
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
@@ -191,6 +191,44 @@ def test_auto_gptqs_own_config_is_read_and_must_agree(tmp_path: Path) -> None:
     assert quantization_of(config(tmp_path, {**GPTQ, "checkpoint_format": "gptq_v2"})) is not None
     config(tmp_path, {**GPTQ, "group_size": 64})
     with pytest.raises(CheckpointError, match=r"group_size is 64, but quantize_config\.json says 32"):
+        quantization_of(tmp_path)
+
+
+OLD_AWQ = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+
+
+@pytest.mark.parametrize("place", ["text_config", "compression_config", "both", "quant_config.json"])
+def test_the_section_is_found_wherever_tools_put_it(tmp_path: Path, place: str) -> None:
+    packed = describe("compressed_tensors", bits=4, group_size=32, symmetric=True)
+    old = {key: value for key, value in packed.items() if key != "quant_method"}
+    content = {
+        "text_config": {"text_config": {"quantization_config": GPTQ}},
+        "compression_config": {"compression_config": old},
+        "both": {"text_config": {"compression_config": old}},
+        "quant_config.json": {},
+    }[place]
+    (tmp_path / "config.json").write_text(json.dumps({**content, "model_type": "x"}))
+    if not content:
+        (tmp_path / place).write_text(json.dumps(OLD_AWQ))
+    info = quantization_of(tmp_path)
+    assert info is not None
+    layout = {"text_config": "gptq", "quant_config.json": "awq_gemm"}.get(place, "compressed_tensors")
+    assert (info.layout, info.bits, info.group_size) == (layout, 4, 32)
+    assert is_quantized(content) == (place != "quant_config.json")
+    assert not is_quantized(float_config(content))
+
+
+def test_autoawqs_own_file_must_agree_in_its_own_words(tmp_path: Path) -> None:
+    config(tmp_path, AWQ)
+    (tmp_path / "quant_config.json").write_text(json.dumps({**OLD_AWQ, "q_group_size": 64}))
+    with pytest.raises(CheckpointError, match=r"group_size is 32, but quant_config\.json says 64"):
+        quantization_of(tmp_path)
+
+
+def test_the_description_of_a_tool_that_is_not_supported_is_named(tmp_path: Path) -> None:
+    config(tmp_path)
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="ModelOpt's description, which is not supported"):
         quantization_of(tmp_path)
 
 

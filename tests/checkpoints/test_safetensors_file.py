@@ -105,6 +105,11 @@ def test_header_gives_dtype_shape_and_place(tmp_path: Path) -> None:
     assert (infos["b"].shape, infos["b"].offset) == ((2,), start + 4)
 
 
+def test_null_as_metadata_is_none(tmp_path: Path) -> None:
+    path = raw(tmp_path / "x", {"__metadata__": None, "a": entry()}, bytes(4))
+    assert list(read_header(path)) == ["a"]
+
+
 @pytest.mark.parametrize(
     ("header", "data", "length", "fact"),
     [

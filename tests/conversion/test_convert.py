@@ -19,6 +19,7 @@ from quantline.conversion.convert import convert as convert_with
 from quantline.conversion.errors import ProofError
 from quantline.conversion.proof import PROOF_NAME
 from quantline.core.errors import UserError
+from quantline.core.files import sha256_of
 from quantline.pipeline.hashing import hash_folder
 
 
@@ -386,3 +387,24 @@ def test_a_file_that_changes_while_it_is_copied_is_noticed(tmp_path, monkeypatch
     monkeypatch.setattr(passthrough, "carry_file", copied)
     with pytest.raises(UserError, match=r"tokenizer_config\.json: changed while it was carried over"):
         convert(source, tmp_path / "out", "auto")
+
+
+def test_a_section_that_stands_elsewhere_is_written_where_servers_look(tmp_path):
+    """AutoAWQ's quant_config.json alone, converted and kept."""
+    source = make_checkpoint(tmp_path / "awq", "awq_gemm", 4, symmetric=True)
+    config = json.loads((source / "config.json").read_text())
+    section = config.pop("quantization_config")
+    (source / "config.json").write_text(json.dumps(config))
+    old = {"zero_point": True, "q_group_size": section["group_size"], "w_bit": 4, "version": "GEMM"}
+    (source / "quant_config.json").write_text(json.dumps(old))
+    for target in ("keep", "gptq_v2"):
+        (tmp_path / target).mkdir()
+        proof = convert(source, tmp_path / target, target)
+        assert len(proof.linears) == 2
+        assert (format_of(tmp_path / target)["bits"], format_of(tmp_path / target)["group_size"]) == (4, 32)
+    assert format_of(tmp_path / "keep")["quant_method"] == "awq"
+    assert proof_file(tmp_path / "keep")["files"]["config.json"] == sha256_of(tmp_path / "keep" / "config.json")
+
+
+def proof_file(folder):
+    return json.loads((folder / PROOF_NAME).read_text())

@@ -12,10 +12,26 @@ from quantline.checkpoints.layouts.registry import CONFIG_SECTIONS, LAYOUTS
 from quantline.core.errors import CheckpointError
 from quantline.core.files import read_json
 
-__all__ = ["LayerSettings", "QuantizationInfo", "describe", "own_file", "quantization_of", "section_of"]
+__all__ = [
+    "LayerSettings", "QuantizationInfo", "describe", "described_in", "float_config", "has_own_file", "is_quantized",
+    "own_file", "quantization_of", "section_of",
+]  # fmt: skip
 
 # Keys on which config.json and a method's own file must agree.
 _SHARED_KEYS = ("quant_method", "checkpoint_format", "bits", "group_size", "desc_act", "sym")
+# Keys of config.json that hold the section, and what old tools left out of it.
+_SECTIONS: dict[str, dict[str, Any]] = {
+    "quantization_config": {}, "compression_config": {"quant_method": "compressed-tensors"},
+}  # fmt: skip
+# Files beside config.json that hold it -> the method of whose tool they are.
+_OWN_FILES = {
+    name: method
+    for method, known in CONFIG_SECTIONS.items()
+    for name in (known.own_file, known.old_file)
+    if name is not None
+}
+_WORDS = {"w_bit": "bits", "q_group_size": "group_size"}
+_MODELOPT = "hf_quant_config.json"
 
 
 def describe(
@@ -65,39 +81,91 @@ def own_file(section: Mapping[str, Any]) -> str | None:
 
 
 def quantization_of(folder: str | Path) -> QuantizationInfo | None:
-    """How a checkpoint is quantized, from `config.json` and AutoGPTQ's `quantize_config.json`; None for a float one.
+    """How a checkpoint is quantized; None for a float one.
 
     Raises:
-        CheckpointError: there is no config, two configs disagree, or the layout is not one of `layouts.LAYOUTS`.
+        CheckpointError: there is no config, two descriptions disagree, or the layout is not one of `layouts.LAYOUTS`.
     """
-    folder = Path(folder)
-    own = {known.own_file: method for method, known in CONFIG_SECTIONS.items() if known.own_file is not None}
-    paths = [folder / name for name in ("config.json", *own) if (folder / name).exists()]
-    if not paths:
-        raise CheckpointError(f"{folder}: has no config.json: it is not a model folder")
-    found: list[tuple[Path, dict[str, Any]]] = []
-    for path in paths:
-        config = read_json(path)
-        method = own.get(path.name)
-        config = config.get("quantization_config") or {} if method is None else {"quant_method": method, **config}
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path}: quantization_config is not a JSON object: restore the file")
-        if config:
-            found.append((path, config))
-    if not found:
+    found = described_in(folder)
+    if found is None:
         return None
-    path, config = found[0]
-    for other_path, other in found[1:]:
-        for key in _SHARED_KEYS:
-            if key in config and key in other and config[key] != other[key]:
-                raise CheckpointError(
-                    f"{path}: {key} is {config[key]!r}, but {other_path.name} says {other[key]!r}: correct the wrong one"
-                )
-        config = {**other, **config}
-    method = str(config.get("quant_method", "")).lower()
+    path, section = found
+    method = str(section.get("quant_method", "")).lower()
     if method not in CONFIG_SECTIONS:
         *others, last = CONFIG_SECTIONS
         raise CheckpointError(
             f"{path}: quant_method is {method!r}: supported are {', '.join(others)} and {last}; use one of these"
         )
-    return CONFIG_SECTIONS[method].parse(path, config)
+    return CONFIG_SECTIONS[method].parse(path, section)
+
+
+def described_in(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The quantization's description in the keys of `quantization_config`, wherever tools put it, and its (first) file.
+
+    Looked for in config.json (under `quantization_config` or, of old compressed-tensors, `compression_config`; also inside
+    `text_config`), in AutoGPTQ's quantize_config.json and in AutoAWQ's quant_config.json. None for a float model.
+
+    Raises:
+        CheckpointError: there is no config, one is no JSON object, two disagree, or it is in a form that is not supported.
+    """
+    folder = Path(folder)
+    paths = [path for path in (folder / "config.json", *(folder / name for name in _OWN_FILES)) if path.exists()]
+    if not paths:
+        raise CheckpointError(f"{folder}: has no config.json: it is not a model folder")
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for path in paths:
+        content, method = read_json(path), _OWN_FILES.get(path.name)
+        sections = _sections(path, content) if method is None else [{"quant_method": method, **content}]
+        found += [(path, _renamed(section)) for section in sections if section]
+    if not found:
+        if (folder / _MODELOPT).exists():
+            raise CheckpointError(
+                f"{folder / _MODELOPT}: ModelOpt's description, which is not supported; use another tool"
+            )
+        return None
+    path, merged = found[0]
+    for other_path, other in found[1:]:
+        for key in _SHARED_KEYS:
+            if key in merged and key in other and merged[key] != other[key]:
+                where = other_path.name if other_path != path else f"another section of {path.name}"
+                raise CheckpointError(
+                    f"{path}: {key} is {merged[key]!r}, but {where} says {other[key]!r}: correct the wrong one"
+                )
+        merged = {**other, **merged}
+    return path, merged
+
+
+def has_own_file(folder: Path) -> bool:
+    """Whether a file beside config.json describes the quantization."""
+    return any((folder / name).exists() for name in _OWN_FILES)
+
+
+def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without any description of a quantization."""
+    plain = {key: value for key, value in config.items() if key not in _SECTIONS}
+    if isinstance(config.get("text_config"), Mapping):
+        plain["text_config"] = {key: value for key, value in config["text_config"].items() if key not in _SECTIONS}
+    return plain
+
+
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes a quantization itself."""
+    text = config.get("text_config")
+    return any(place.get(key) for place in (config, text) if isinstance(place, Mapping) for key in _SECTIONS)
+
+
+def _sections(path: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    text = config.get("text_config")
+    found = []
+    for place in (config, text if isinstance(text, dict) else {}):
+        for key, method in _SECTIONS.items():
+            section = place.get(key) or {}
+            if not isinstance(section, dict):
+                raise CheckpointError(f"{path}: {key} is not a JSON object: restore the file")
+            found.append({**method, **section} if section else {})
+    return found
+
+
+def _renamed(section: Mapping[str, Any]) -> dict[str, Any]:
+    """AutoAWQ's own words in those of `quantization_config`."""
+    return {(_WORDS[key] if key in _WORDS and _WORDS[key] not in section else key): section[key] for key in section}

@@ -145,7 +145,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{path}: the header is not valid JSON ({error}): {_REMEDY}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object: {_REMEDY}")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # null is none, as the format's own reader takes it
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is not a mapping of strings: {_REMEDY}")
     start = 8 + length

@@ -14,6 +14,7 @@ from typing import Any
 
 from quantline.checkpoints.layouts import Layout
 from quantline.checkpoints.layouts.choice import converted
+from quantline.checkpoints.quantization_config import described_in
 from quantline.config.convert import ConvertConfig
 from quantline.conversion.architecture import RunWorker, check_architecture
 from quantline.conversion.config_files import write_description
@@ -25,7 +26,6 @@ from quantline.conversion.serving_notes import serving_notes
 from quantline.conversion.source import Source, open_source
 from quantline.conversion.write import write_weights
 from quantline.core.errors import UserError
-from quantline.core.files import read_json
 from quantline.serving.rules import Target
 
 __all__ = ["choose_layout", "convert"]
@@ -111,5 +111,6 @@ def _rewrite(plan: ConversionPlan, out: Path, notes: list[str], threads: int) ->
 
 def _keep(source: Source, out: Path, notes: Notes, threads: int) -> Proof:
     facts = facts_of_kept(source, threads)
-    settings = read_json(source.folder / "config.json").get("quantization_config", {})
-    return keep(source, facts, out, [*source.warnings, *notes(settings, facts)])
+    found = described_in(source.folder)
+    settings = found[1] if found is not None else {}
+    return keep(source, facts, out, settings, [*source.warnings, *notes(settings, facts)])

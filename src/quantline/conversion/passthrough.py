@@ -16,7 +16,7 @@ from quantline.conversion.plan import examine
 from quantline.conversion.proof import CarriedProof, LinearProof, Proof
 from quantline.conversion.source import Source
 from quantline.core.errors import UserError
-from quantline.core.files import sha256_of
+from quantline.core.files import read_json, sha256_of, write_json
 
 _CHUNK = 1 << 22
 
@@ -35,8 +35,10 @@ def facts_of_kept(source: Source, threads: int) -> Mapping[str, LayerFacts]:
     return facts
 
 
-def keep(source: Source, facts: Mapping[str, LayerFacts], out: Path, notes: list[str]) -> Proof:
-    """Carry every file over.
+def keep(
+    source: Source, facts: Mapping[str, LayerFacts], out: Path, section: Mapping[str, Any], notes: list[str]
+) -> Proof:
+    """Carry every file over. Only a config.json without the section that servers look for is written anew, with it.
 
     Raises:
         UserError: a file changed while it was carried over.
@@ -44,8 +46,13 @@ def keep(source: Source, facts: Mapping[str, LayerFacts], out: Path, notes: list
     weights = set(source.tensors.files.values())
     files: dict[str, str] = {}
     tensors: dict[str, str] = {}
+    told = read_json(source.folder / "config.json").get("quantization_config") or not section
     for path in sorted(path for path in source.folder.iterdir() if path.is_file()):
         target = out / path.name
+        if path.name == "config.json" and not told:
+            write_json(target, {**source.config, "quantization_config": dict(section)})
+            files[path.name] = sha256_of(target)
+            continue
         carry_file(path, target)
         infos = read_header(target) if path.name in weights else {}
         files[path.name], own = hashes_of(target, infos)

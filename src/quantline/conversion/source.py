@@ -18,7 +18,7 @@ from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, FormatError, La
 from quantline.checkpoints.layouts.layout import Found, Shape
 from quantline.checkpoints.layouts.linear_spec import LayerSettings, LinearSpec
 from quantline.checkpoints.layouts.registry import folder_layout
-from quantline.checkpoints.quantization_config import QuantizationInfo
+from quantline.checkpoints.quantization_config import QuantizationInfo, float_config, has_own_file
 from quantline.conversion.errors import ConversionError
 from quantline.conversion.tensor_reader import TensorFiles
 from quantline.core.errors import UserError
@@ -187,13 +187,13 @@ def _own_form(folder: Path, layout: Layout, config: dict[str, Any], faults: list
     return Source(
         folder=folder, layout=LAYOUTS[found.layout], kind=f"{layout.method} {found.variant}",
         tensors=TensorFiles(folder, found.files, found.infos), layers=layers, carried=found.carried,
-        left_out=found.dropped, float_linears=found.float_linears, config=_float_config(config), info=None,
+        left_out=found.dropped, float_linears=found.float_linears, config=float_config(config), info=None,
         faults=(*faults, *(str(fault) for fault in found.refusals)),
     )  # fmt: skip
 
 
 def _described(folder: Path, config: dict[str, Any], faults: list[str]) -> Source:
-    if faults and not (folder / "quantize_config.json").exists():
+    if faults and not has_own_file(folder):
         raise ConversionError([*faults, *_opening_fault(folder)])
     info = quantization_of(folder)
     if info is None:
@@ -209,7 +209,7 @@ def _described(folder: Path, config: dict[str, Any], faults: list[str]) -> Sourc
     )  # fmt: skip
     return Source(
         folder=folder, layout=LAYOUTS[info.layout], kind=info.layout, tensors=TensorFiles(folder, checkpoint.shards, infos),
-        layers=layers, carried=carried, left_out={}, float_linears=floats, config=_float_config(config), info=info,
+        layers=layers, carried=carried, left_out={}, float_linears=floats, config=float_config(config), info=info,
         faults=tuple(faults),
     )  # fmt: skip
 
@@ -260,7 +260,3 @@ def _opening_fault(folder: Path) -> list[str]:
     except UserError as error:
         return [str(error)]
     return []
-
-
-def _float_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}

@@ -140,9 +140,8 @@ def _family(config: Mapping[str, Any], tensors: Mapping[str, Held]) -> list[str]
             stacks.add(name.removesuffix(f"{number}.{rest}"))
     if len(stacks) != 1:
         return [f"decoder layers are named {' and '.join(sorted(stacks)) or 'nowhere'}, but a {family} has them once"]
-    if set(layers) != set(range(count)):
-        odd = sorted(set(layers) ^ set(range(count)))
-        return [f"layer {odd[0]}: config.json names {count} layers, the tensors are of {len(layers)}; {_AGAIN}"]
+    if len(layers) != count or max(layers) >= count:
+        return [f"layer {max(layers)}: config.json names {count} layers, the tensors are of {len(layers)}; {_AGAIN}"]
     prefix = next(iter(stacks)).removesuffix(".").rpartition(".")[0]
     faults = _outside(config, outside, f"{prefix}." if prefix else "")
     faults += _alike(family, [layers[number] for number in range(count)], _kinds(config, count))

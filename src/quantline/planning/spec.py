@@ -12,6 +12,7 @@ from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD
 from quantline.checkpoints.linears import Inventory, inventory
 from quantline.checkpoints.model_config import Dimensions, dimensions, ties_head, why_not_causal
+from quantline.checkpoints.quantization_config import described_in
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 from quantline.planning.checkpoint_memory import Weights
@@ -73,7 +74,7 @@ class Model:
             UserError: the folder has no model, or the model is quantized already.
         """
         checkpoint, config = Checkpoint.open(folder), read_json(folder / "config.json")
-        if config.get("quantization_config"):
+        if described_in(folder) is not None:
             raise UserError(f"{folder}: is quantized already; give the float model instead")
         if reason := why_not_causal(config):
             raise UserError(f"{folder}: {reason}; give a model that predicts the next token")

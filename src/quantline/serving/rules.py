@@ -16,9 +16,8 @@ from packaging.version import InvalidVersion, Version
 
 from quantline.checkpoints.layouts import awq, gptq_config
 from quantline.checkpoints.layouts.config_values import stored_bits_and_groups
-from quantline.checkpoints.quantization_config import quantization_of
+from quantline.checkpoints.quantization_config import described_in, quantization_of
 from quantline.core.errors import UserError
-from quantline.core.files import read_json
 
 _CPU_INFO = Path("/proc/cpuinfo")
 # The flags by which torch recognizes a CPU with AVX-512; vLLM chooses its library by that.
@@ -208,11 +207,11 @@ def serving_dtype(dtype: str, quantized: bool) -> str:
 
 def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
     """What decides whether a target loads a checkpoint, from its config and its headers."""
-    settings = read_json(checkpoint / "config.json").get("quantization_config")
-    if settings is None:
+    found = described_in(checkpoint)
+    if found is None:
         return facts_of(None)
     quantization_of(checkpoint)  # refuses unknown layouts
-    return facts_of(settings)
+    return facts_of(found[1])
 
 
 def vllm_here(version: str, device: str, dtype: str) -> Target:

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantline.checkpoints.layouts.config_values import bits_and_groups, one_of, patterns
+from quantline.checkpoints.layouts.config_values import bits_and_groups, flag, names, one_of, patterns
 from quantline.checkpoints.layouts.description import Description, QuantizationInfo
 from quantline.checkpoints.layouts.layout import Fault, Shape, Storage, bits_faults, order_faults, word_faults
 from quantline.checkpoints.layouts.linear_spec import LayerSettings, LinearSpec
 from quantline.core.errors import CheckpointError
 
 METHOD = "awq"
+OLD_FILE = "quant_config.json"
 # version in the config -> layout. exllama only selects kernels at load time: its weights are stored as GEMM.
 VERSIONS = {"gemm": "awq_gemm", "gemv": "awq_gemv", "exllama": "awq_gemm", "exllamav2": "awq_gemm"}
 # Those that a backend can be asked for -> layout.
@@ -57,11 +58,11 @@ def parse(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
     """
     layout = one_of(path, METHOD, version_of(config), VERSIONS)
     bits, group_size = bits_and_groups(path, METHOD, config, (4,))
-    symmetric = not config.get("zero_point", True)
+    symmetric = not flag(path, config, "zero_point", True)
     return QuantizationInfo(
-        method=METHOD, layout=layout, bits=bits, group_size=group_size, desc_act=bool(config.get("desc_act", False)),
-        symmetric=symmetric, modules_to_not_convert=tuple(config.get("modules_to_not_convert") or ()),
-        patterns=patterns(path, config.get("dynamic") or {}, LayerSettings(bits, group_size, symmetric)),
+        method=METHOD, layout=layout, bits=bits, group_size=group_size, desc_act=flag(path, config, "desc_act", False),
+        symmetric=symmetric, modules_to_not_convert=names(path, config, "modules_to_not_convert"),
+        patterns=patterns(path, config, LayerSettings(bits, group_size, symmetric)),
     )  # fmt: skip
 
 

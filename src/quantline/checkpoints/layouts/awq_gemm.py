@@ -140,6 +140,6 @@ LAYOUT = Layout(
     faults=partial(awq.faults, NAME),
     dequantize=weights_of(read),
     affine=Affine(read, write, half_scales=True, bands=Bands("across", read_grid, write_grid)),
-    config=ConfigSection(partial(awq.describe, NAME), awq.parse),
+    config=ConfigSection(partial(awq.describe, NAME), awq.parse, old_file=awq.OLD_FILE),
     target="awq",
 )

@@ -162,6 +162,6 @@ LAYOUT = Layout(
     faults=faults,
     dequantize=weights_of(read),
     affine=Affine(read, write, rows_are_outputs=True, half_scales=True),
-    config=ConfigSection(partial(awq.describe, NAME), awq.parse),
+    config=ConfigSection(partial(awq.describe, NAME), awq.parse, old_file=awq.OLD_FILE),
     nearest=lambda _bits, _symmetric: awq_gemm.NAME,
 )

@@ -202,13 +202,15 @@ def parse(config: Mapping[str, Any]) -> tuple[int, int, tuple[str, ...]]:
     four, eight = (bool(config.get(key, config.get(f"_{key}"))) for key in ("load_in_4bit", "load_in_8bit"))
     if four == eight:
         raise FormatError("set either load_in_4bit or load_in_8bit: correct quantization_config")
-    skipped = tuple(config.get("llm_int8_skip_modules") or ())
+    skipped = config.get("llm_int8_skip_modules") or []
+    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+        raise FormatError(f"llm_int8_skip_modules is {skipped!r}: it must be a list of names")
     if eight:
-        return 8, -1, skipped
+        return 8, -1, tuple(skipped)
     block = config.get(BLOCK_SIZE_KEY, DEFAULT_BLOCK_SIZE)
     if type(block) is not int or block < 2:
         raise FormatError(f"{BLOCK_SIZE_KEY} is {block!r}: it must be a number such as 64")
-    return 4, block, skipped
+    return 4, block, tuple(skipped)
 
 
 def _dequantize_8bit(tensors: Raw) -> NDArray[np.float32]:

@@ -45,12 +45,49 @@ def bits_and_groups(path: Path, method: str, config: Mapping[str, Any], held: Co
     return bits, group_size
 
 
-def patterns(path: Path, dynamic: object, main: LayerSettings) -> tuple[tuple[str, LayerSettings], ...]:
-    """GPTQModel's `dynamic`. Negative patterns are skipped: the tensors show which modules are in float.
+def flag(path: Path, config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """A truth value; one that is missing or null is the default.
 
     Raises:
-        CheckpointError: patterns or settings are invalid.
+        CheckpointError: it is another value.
     """
+    value = default if config.get(key) is None else config[key]
+    if type(value) is not bool:
+        raise CheckpointError(f"{path}: {key} is {value!r}: it must be true or false")
+    return value
+
+
+def names(path: Path, config: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """A list of names; one that is missing or null is empty.
+
+    Raises:
+        CheckpointError: it is another value.
+    """
+    value = config.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise CheckpointError(f"{path}: {key} is {value!r}: it must be a list of names")
+    return tuple(value)
+
+
+# GPTQModel's keys of a rule about how the weights are found and computed, not about how they are stored.
+_MAKING = frozenset(
+    {
+        "mse", "damp_percent", "damp_auto_increment", "act_group_aware", "static_groups", "true_sequential", "gptaq",
+        "gptaq_alpha", "gptaq_memory_device", "foem", "hessian", "fallback", "failsafe", "smooth", "smoother",
+        "calibration", "mock_quantization", "v2", "v2_alpha", "v2_memory_device", "meta", "device", "desc_act",
+    }
+)  # fmt: skip
+
+
+def patterns(path: Path, config: Mapping[str, Any], main: LayerSettings) -> tuple[tuple[str, LayerSettings], ...]:
+    """GPTQModel's `dynamic`. Negative patterns are skipped: the tensors show which modules are in float.
+
+    Keys about the making of the weights are passed over; those about the order of columns, too, which the tensors show.
+
+    Raises:
+        CheckpointError: patterns or settings are invalid, or a key gives some linears another format.
+    """
+    dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, dict):
         raise CheckpointError(f"{path}: dynamic is not a JSON object: restore the file")
     found = []
@@ -58,19 +95,28 @@ def patterns(path: Path, dynamic: object, main: LayerSettings) -> tuple[tuple[st
         if str(key).startswith("-:"):
             continue
         known = {"bits": main.bits, "group_size": main.group_size, "sym": main.symmetric}
-        if not isinstance(own, dict) or set(own) - {*known, "desc_act"}:
-            raise CheckpointError(f"{path}: dynamic {key!r} sets {own!r}: allowed are bits, group_size and sym")
-        values = {**known, **own}
-        if values["bits"] not in BITS or type(values["group_size"]) is not int:
+        if not isinstance(own, dict):
+            raise CheckpointError(f"{path}: dynamic {key!r} is {own!r}: it must be a JSON object")
+        # A key that says the same as the whole section changes nothing.
+        alien = [name for name in own if name not in known and name not in _MAKING and own[name] != config.get(name)]
+        if alien:
             raise CheckpointError(
-                f"{path}: dynamic {key!r} sets {own!r}: bits must be 2, 3, 4 or 8, group_size an integer"
+                f"{path}: dynamic {key!r} sets {alien[0]} to {own[alien[0]]!r}: linears may differ in bits, group_size "
+                "and sym; quantize these with the settings of the others"
             )
+        values = {**known, **{name: own[name] for name in known if own.get(name) is not None}}
+        bits, size = values["bits"], values["group_size"]
+        if type(bits) is not int or bits not in BITS or type(size) is not int or size < -1 or size == 0:
+            raise CheckpointError(
+                f"{path}: dynamic {key!r} sets {own!r}: bits must be 2, 3, 4 or 8, group_size -1 or positive"
+            )
+        symmetric = flag(Path(f"{path}: dynamic {key!r}"), values, "sym", main.symmetric)
         try:
             re.compile(str(key).removeprefix("+:"))
         except re.error as error:
             raise CheckpointError(
                 f"{path}: dynamic {key!r} is not a regular expression ({error}): correct it"
             ) from error
-        settings = LayerSettings(values["bits"], values["group_size"], bool(values["sym"]))
+        settings = LayerSettings(bits, size, symmetric)
         found.append((str(key).removeprefix("+:"), settings))
     return tuple(found)

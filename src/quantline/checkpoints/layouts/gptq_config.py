@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantline.checkpoints.layouts.config_values import bits_and_groups, one_of, patterns
+from quantline.checkpoints.layouts.config_values import bits_and_groups, flag, names, one_of, patterns
 from quantline.checkpoints.layouts.description import Description, QuantizationInfo
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LayerSettings
 from quantline.checkpoints.layouts.packing import BITS
@@ -56,11 +56,11 @@ def parse(path: Path, config: Mapping[str, Any]) -> QuantizationInfo:
     """
     layout = one_of(path, METHOD, format_of(config), FORMATS)
     bits, group_size = bits_and_groups(path, METHOD, config, BITS)
-    symmetric = bool(config.get("sym", False))
+    symmetric = flag(path, config, "sym", False)
     return QuantizationInfo(
-        method=METHOD, layout=layout, bits=bits, group_size=group_size, desc_act=bool(config.get("desc_act", False)),
-        symmetric=symmetric, modules_to_not_convert=tuple(config.get("modules_to_not_convert") or ()),
-        patterns=patterns(path, config.get("dynamic") or {}, LayerSettings(bits, group_size, symmetric)),
+        method=METHOD, layout=layout, bits=bits, group_size=group_size, desc_act=flag(path, config, "desc_act", False),
+        symmetric=symmetric, modules_to_not_convert=names(path, config, "modules_to_not_convert"),
+        patterns=patterns(path, config, LayerSettings(bits, group_size, symmetric)),
     )  # fmt: skip
 
 

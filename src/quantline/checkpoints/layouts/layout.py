@@ -152,7 +152,8 @@ class ConfigSection:
     Attributes:
         describe: writes the section; raises CheckpointError if the section cannot express the description.
         parse: reads a section of the layout's method; raises CheckpointError.
-        own_file: readers also look for the section in a file of this name.
+        own_file: readers also look for the section in a file of this name, so it is written too.
+        old_file: an old tool wrote the section to a file of this name alone.
         names_tied_head: the section names modules by class. An output layer that is tied to the embeddings has no tensor,
             but must be named if it stays in float.
     """
@@ -160,6 +161,7 @@ class ConfigSection:
     describe: Callable[[Description], dict[str, Any]]
     parse: Callable[[Path, Mapping[str, Any]], QuantizationInfo]
     own_file: str | None = None
+    old_file: str | None = None
     names_tied_head: bool = False
 
 

@@ -161,8 +161,26 @@ def test_gptq_leaves_float_linears_out_by_pattern(tmp_path: Path) -> None:
     section["dynamic"]["+:^a"] = {"bits": 5}
     with pytest.raises(CheckpointError, match="bits must be 2, 3, 4 or 8"):
         quantization_of(written(tmp_path, section))
-    section["dynamic"]["+:^a"] = {"mse": 1.0}
-    with pytest.raises(CheckpointError, match="allowed are bits, group_size and sym"):
+    section["dynamic"]["+:^a"] = {"bits": 8, "mse": 1.0, "damp_percent": 0.05, "desc_act": True}  # about the making
+    assert quantization_of(written(tmp_path, section)).of("a") == LayerSettings(8, 64, True)
+    section["dynamic"]["+:^a"] = {"checkpoint_format": "gptq", "pack_dtype": None}  # as the whole section says
+    assert quantization_of(written(tmp_path, section)).of("a") == LayerSettings(4, 64, True)
+    for key, value in (("checkpoint_format", "gptq_v2"), ("pack_dtype", "int8"), ("new_key", 1)):
+        section["dynamic"]["+:^a"] = {key: value}
+        with pytest.raises(CheckpointError, match=f"sets {key} to .*: linears may differ in bits, group_size and sym"):
+            quantization_of(written(tmp_path, section))
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        ("gptq", "sym", "yes"), ("awq", "zero_point", 7), ("gptq", "desc_act", []), ("awq", "modules_to_not_convert", 7),
+        ("gptq", "modules_to_not_convert", ["lm_head", 1]), ("gptq", "dynamic", [1]),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused_with_its_key(tmp_path: Path, method: str, key: str, value: Any) -> None:
+    section = {"quant_method": method, "bits": 4, "group_size": 64, key: value}
+    with pytest.raises(CheckpointError, match=key):
         quantization_of(written(tmp_path, section))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -178,11 +179,20 @@ def all_tensors(folder: Path) -> dict[str, np.ndarray]:
     return {name: checkpoint.tensor(name) for name in found.files}
 
 
-@pytest.mark.parametrize("scheme", ["W8A8_DYNAMIC", "FLOAT", 4, None, ["W4A16"]])
+@pytest.mark.parametrize("scheme", ["W8A8_DYNAMIC", "FLOAT"])
 def test_unknown_schemes_of_quantized_tensors_are_refused(tmp_path: Path, scheme: Any) -> None:
     write_files(tmp_path, layers(), FLOATS)
     change(tmp_path, **{f"a.q_proj.{suffix}": scheme for suffix in ("weight", "weight_scale", "weight_offset")})
     assert refusals(tmp_path)[0].startswith(f"a.q_proj.weight: has the scheme {scheme!r}; supported are")
+
+
+@pytest.mark.parametrize("scheme", [4, None, ["W4A16"], {"scheme": "W4A16"}])
+@pytest.mark.parametrize("key", ["model_quant_type", "a.q_proj.weight", "a.norm.weight", "gone.weight"])
+def test_a_scheme_that_is_no_string_is_refused_with_its_key(tmp_path: Path, key: str, scheme: Any) -> None:
+    write_files(tmp_path, layers(), FLOATS)
+    change(tmp_path, **{key: scheme})
+    with pytest.raises(CheckpointError, match=f"{re.escape(key)} is .*: it must be a scheme such as W8A16 or FLOAT"):
+        plan(tmp_path)
 
 
 def test_partners_described_otherwise_are_refused(tmp_path: Path) -> None:

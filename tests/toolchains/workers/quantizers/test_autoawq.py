@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from quantline.checkpoints.checkpoint import Checkpoint, iter_dequantized, quantization_of
+from quantline.checkpoints.checkpoint import Checkpoint, iter_dequantized, quantization_of, write_safetensors
+from quantline.pipeline.hashing import hash_folder
 from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.quantizers import autoawq
 
@@ -14,8 +16,13 @@ pytestmark = pytest.mark.toolchain("autoawq")
 
 
 @pytest.fixture(scope="module")
-def batch(work, job_for, some_linears):
+def batch(work, job_for, some_linears, models, tmp_path_factory):
+    other = tmp_path_factory.mktemp("headers") / "model"
+    shutil.copytree(models / "qwen2" / "model", other)
+    tensors = {name: np.array(Checkpoint.open(other).tensor(name)) for name in Checkpoint.open(other).names}
+    write_safetensors(other / "model.safetensors", tensors, {"format": "of another tool"})
     jobs = {
+        "header": {**job_for("qwen2", "awq-header"), "model": str(other)},
         "gemm": job_for("qwen2", "awq-gemm"),
         "gemv": job_for("qwen2", "awq-gemv", options={"version": "gemv"}),
         "one_sided": job_for("one_sided", "awq-one-sided", options={"clip": False}),
@@ -45,6 +52,11 @@ def facts(work, job_for, batch):
     work("autoawq", "quantline.toolchains.workers.quantizers.native", rounded)
     written = str(batch["gemm"][0])
     return work("autoawq", "awq_facts", job_for("qwen2", "awq-facts", written=written, rounded=rounded["output"]))
+
+
+def test_a_model_whose_header_is_of_another_tool_is_quantized_as_any(batch):
+    gemm, header = (hash_folder(batch[label][0]) for label in ("gemm", "header"))
+    assert header.tensors == gemm.tensors
 
 
 def test_linears_that_are_skipped_stay_float_and_the_config_names_them(batch, some_linears):

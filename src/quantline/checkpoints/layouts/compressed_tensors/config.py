@@ -206,13 +206,14 @@ def _settings(weights: Any, kind: str) -> LayerSettings | None:
     bits, size, strategy = weights.get("num_bits", 8), weights.get("group_size"), weights.get("strategy")
     if strategy is None and type(size) is int:
         strategy = "channel" if size == -1 else "group"
-    if type(bits) is not int or bits not in BITS or strategy not in ("group", "channel"):
+    symmetric = weights.get("symmetric", True)
+    if type(bits) is not int or bits not in BITS or strategy not in ("group", "channel") or type(symmetric) is not bool:
         return None
     if strategy == "channel":
-        return LayerSettings(bits, -1, bool(weights.get("symmetric", True))) if size in (None, -1) else None
+        return LayerSettings(bits, -1, symmetric) if size in (None, -1) else None
     if type(size) is not int or size < 1:
         return None
-    return LayerSettings(bits, size, bool(weights.get("symmetric", True)))
+    return LayerSettings(bits, size, symmetric)
 
 
 def _reordered(actorder: Any) -> bool | None:

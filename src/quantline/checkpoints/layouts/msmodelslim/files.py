@@ -58,7 +58,7 @@ def plan(folder: str | Path) -> FolderContents:
     """
     folder = Path(folder)
     description, weights = _find(folder)
-    schemes = read_json(folder / description)
+    schemes = _schemes(folder / description)
     if weights.endswith(_INDEX):
         files, infos = read_index(folder / weights)
     else:
@@ -66,6 +66,15 @@ def plan(folder: str | Path) -> FolderContents:
         files = dict.fromkeys(sorted(infos), weights)
     variant = V1 if weights.startswith("quant_model_weights") else ASCEND_V1 if "version" in schemes else SAFE_TENSOR
     return Planner(folder, variant, description, files, infos, schemes).plan()
+
+
+def _schemes(path: Path) -> dict[str, Any]:
+    """The content of a description. Keys of tensors have a dot; what they and the whole model have is a scheme's name."""
+    content = read_json(path)
+    for key, value in content.items():
+        if not isinstance(value, str) and (key == "model_quant_type" or "." in key):
+            raise CheckpointError(f"{path}: {key} is {value!r}: it must be a scheme such as W8A16 or FLOAT; correct it")
+    return content
 
 
 def _weights_in(folder: Path) -> list[str]:

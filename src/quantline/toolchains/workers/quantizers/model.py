@@ -24,6 +24,7 @@ from quantline.checkpoints.model_config import legacy_copy, misread_values
 from quantline.core.errors import naming
 from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.quantizers import output as _output
+from quantline.toolchains.workers.quantizers.legacy_headers import said_to_be_torch
 from quantline.toolchains.workers.quantizers.selection import width_of
 from quantline.toolchains.workers.reference.engine import attention_of
 
@@ -143,6 +144,7 @@ def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = Tr
         tempfile.TemporaryDirectory(prefix="quantline-model-") as scratch,
         _output.refusals(),
         naming(Path(scratch), str(job["model"])),
+        replaced(said_to_be_torch(transformers.modeling_utils) if translate else ()),
     ):
         folder = legacy_copy(job["model"], Path(scratch)) if translate else Path(job["model"])
         settings: dict[str, Any] = {"torch_dtype" if translate else "dtype": dtype}

@@ -28,7 +28,7 @@ from quantline.checkpoints.companions import COMPANIONS
 from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, Storage
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LinearSpec
 from quantline.checkpoints.model_config import read_config, restore_config, write_config
-from quantline.checkpoints.quantization_config import LayerSettings, describe, own_file, quantization_of
+from quantline.checkpoints.quantization_config import LayerSettings, describe, is_quantized, own_file, quantization_of
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError
 
@@ -55,9 +55,8 @@ def float_config(model_dir: str | Path) -> dict[str, Any]:
     """
     with refusals():
         config = read_config(model_dir)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise JobError(f"{model_dir} is quantized already ({method}); give the float model it was made from")
+    if is_quantized(config):
+        raise JobError(f"{model_dir} is quantized already; give the float model it was made from")
     return config
 
 

@@ -21,8 +21,10 @@ def config_of(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         raise JobError(f"{folder}: transformers cannot read its config.json: {error}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for part in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(part, key):
+                delattr(part, key)
     return config
 
 
