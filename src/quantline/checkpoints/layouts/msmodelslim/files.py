@@ -27,6 +27,7 @@ from quantline.checkpoints.layouts.msmodelslim.tensors import (
     ASCEND_V1,
     FLOAT,
     SAFE_TENSOR,
+    SUFFIXES,
     V1,
     Planner,
 )
@@ -69,10 +70,11 @@ def plan(folder: str | Path) -> FolderContents:
 
 
 def _schemes(path: Path) -> dict[str, Any]:
-    """The content of a description. Keys of tensors have a dot; what they and the whole model have is a scheme's name."""
+    """The content of a description; what tensors and the whole model have is a scheme's name. Keys of tensors have a dot."""
     content = read_json(path)
     for key, value in content.items():
-        if not isinstance(value, str) and (key == "model_quant_type" or "." in key):
+        tensor = "." in key and (key.rpartition(".")[2] in SUFFIXES or isinstance(value, (dict, list)))
+        if not isinstance(value, str) and (tensor or key == "model_quant_type"):
             raise CheckpointError(f"{path}: {key} is {value!r}: it must be a scheme such as W8A16 or FLOAT; correct it")
     return content
 

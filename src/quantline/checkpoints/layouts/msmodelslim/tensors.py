@@ -25,6 +25,7 @@ NAMES = {SAFE_TENSOR: "msmodelslim", ASCEND_V1: "msmodelslim_ascend_v1", V1: "ms
 PACKED = NAMES[ASCEND_V1]
 
 _PARTNERS = ("weight_scale", "weight_offset")
+SUFFIXES = ("weight", "bias", *_PARTNERS)
 _AGAIN = "save the model again"
 _DROPPED = "a copy or a zero bias that anti-outlier m3 adds to norms"
 
@@ -181,7 +182,7 @@ class Planner:
         """Record faults of tensors that are in the description but in no file."""
         for name, scheme in self.schemes.items():
             module, _, suffix = name.rpartition(".")
-            if name in self.infos or not module or suffix not in ("weight", "bias", *_PARTNERS):
+            if name in self.infos or not module or suffix not in SUFFIXES:
                 continue
             if module in self.refused or not isinstance(scheme, str):
                 continue  # its module has a fault already, or this is not a tensor
