@@ -58,7 +58,7 @@ LAYER = "model.layers.0."
     ("tensor", "changes", "message"),
     [
         (f"{LAYER}self_attn.q_proj.bias", {"name": f"{LAYER}self_attn.q_proj.biasx"}, "self_attn.q_proj.bias"),
-        (f"{LAYER}self_attn.q_proj.bias", {"name": "MODEL.LAYERS.0.SELF_ATTN.Q_PROJ.BIAS"}, "q_proj.bias: is missing"),
+        (f"{LAYER}self_attn.q_proj.bias", {"name": "MODEL.LAYERS.0.SELF_ATTN.Q_PROJ.BIAS"}, "named MODEL.LAYERS. and"),
         (f"{LAYER}self_attn.q_proj.bias", {"shape": [128, 1]}, "its linear has 128 outputs"),
         (f"{LAYER}input_layernorm.weight", {"shape": [128, 1]}, r"has shape \(128,\), layer 0 has \(128, 1\)"),
         (f"{LAYER}input_layernorm.weight", {"dtype": "BF16"}, "has dtype F16, layer 0 has BF16"),
