@@ -65,7 +65,6 @@ COVERED = {
     "toolchains/workers/quantizers/autoround_resume": "tests/toolchains/workers/quantizers/test_autoround.py",
     "toolchains/workers/quantizers/gptqmodel_awq": "tests/toolchains/workers/quantizers/test_gptqmodel.py",
     "toolchains/workers/quantizers/gptqmodel_gptq": "tests/toolchains/workers/quantizers/test_gptqmodel.py",
-    "toolchains/workers/quantizers/legacy_headers": "tests/toolchains/workers/quantizers/test_autoawq.py",
     "toolchains/workers/quantizers/llmcompressor_modifiers": "tests/toolchains/workers/quantizers/test_llmcompressor.py",
     "toolchains/workers/quantizers/output": "tests/toolchains/workers/quantizers/test_native.py",
     "toolchains/workers/quantizers/resume_layers": "tests/toolchains/workers/quantizers/test_resume_files.py",

@@ -119,7 +119,8 @@ def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
         (["consolidated.00.pth"], "pickled weights only"),
         (["model.pt"], "pickled weights only"),
         (["gptq_model-4bit-128g.safetensors"], "rename it"),
-        (["config.json"], "download the model first"),
+        (["config.json"], "give a complete model"),
+        (["adapter_config.json", "adapter_model.safetensors"], "is a LoRA adapter, not a model: merge it"),
         (["model.safetensors", "model.safetensors.index.json"], "remove the outdated one"),
     ],
 )

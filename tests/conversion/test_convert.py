@@ -408,3 +408,17 @@ def test_a_section_that_stands_elsewhere_is_written_where_servers_look(tmp_path)
 
 def proof_file(folder):
     return json.loads((folder / PROOF_NAME).read_text())
+
+
+@pytest.mark.parametrize("target", ["keep", "gptq_v2"])
+def test_chat_templates_in_their_folder_are_carried_over(tmp_path, target):
+    source = make_checkpoint(tmp_path / "in", "gptq", 4, symmetric=True)
+    for name in ("additional_chat_templates/tool_use.jinja", "notes/mine.txt"):
+        (source / name).parent.mkdir()
+        (source / name).write_text("{{ messages }}")
+    (tmp_path / "out").mkdir()
+    convert(source, tmp_path / "out", target)
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "out" / "notes").exists()
+    if target != "keep":
+        assert proof_file(tmp_path / "out")["left_out"]["files"]["notes"] == "a folder"

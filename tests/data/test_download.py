@@ -33,7 +33,7 @@ def local(path, **changes):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def nothing_left(out: Path) -> bool:
@@ -89,6 +89,66 @@ def test_a_pinned_commit_arrives_as_plain_files_without_code_pickles_and_subfold
     )
     assert report["bytes"] == sum(len(content) for content in contents(out).values())
     assert sorted(report["files"]) == sorted(path.name for path in out.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model-{}-of-2.safetensors", "model.safetensors-{}-of-2.safetensors", "w [{}]*.safetensors"],
+)
+def test_the_index_says_which_files_are_the_weights_whatever_they_are_called(served, model, out, tmp_path, name):
+    files = served.repos["models", REPO]
+    index = model / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    for number, old in enumerate(sorted(set(content["weight_map"].values()))):
+        (model / old).rename(model / name.format(number))
+        del files[old]
+        content["weight_map"] = {
+            tensor: name.format(number) if shard == old else shard for tensor, shard in content["weight_map"].items()
+        }
+    index.write_text(json.dumps(content))
+    own = contents(model)
+    files.update(own)
+    (model / "model-00001-of-00009.safetensors").write_bytes(b"of an earlier version")
+    files["model-00001-of-00009.safetensors"] = b"of an earlier version"
+    assert fetch(local(model), out)["sha256"] == fetch(pinned(), tmp_path / "hub")["sha256"]
+    assert contents(out) == contents(tmp_path / "hub") == own
+
+
+def test_an_index_that_leaves_its_folder_fetches_nothing(served, files, out):
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": {"a": "../../secret"}}).encode()
+    with pytest.raises(UserError, match="is not a plain file name"):
+        fetch(pinned(), out)
+    assert nothing_left(out)
+
+
+def test_what_a_tokenizer_or_a_processor_needs_comes_along(served, files, model, out, tmp_path):
+    more = {
+        "additional_chat_templates/tool_use.jinja": b"{{ messages }}", "preprocessor_config.json": b"{}",
+        "sentencepiece.bpe.model": b"pieces",
+    }  # fmt: skip
+    for name, content in more.items():
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes(content)
+    own = contents(model)
+    files.update(more)
+    files["additional_chat_templates/deeper/x.jinja"] = b"of nobody"
+    report = fetch(pinned(), out)
+    assert contents(out) == own
+    assert "additional_chat_templates/tool_use.jinja" in report["files"]
+    assert fetch(local(model), tmp_path / "again")["sha256"] == report["sha256"]
+
+
+def test_a_lora_adapter_is_called_one_and_the_merge_is_named(served, files, model, out):
+    for name in [name for name in files if "safetensors" in name or name.endswith(".bin")]:
+        del files[name]
+    files["adapter_model.safetensors"], files["adapter_config.json"] = b"x", b"{}"
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    (model / "adapter_model.safetensors").write_bytes(b"x")
+    for source in (pinned(), local(model)):
+        with pytest.raises(UserError, match=r"is a LoRA adapter, not a model: merge it .*merge_and_unload\(\)"):
+            fetch(source, out)
+    assert nothing_left(out)
 
 
 def test_a_second_fetch_transfers_nothing(served, out):
@@ -228,7 +288,7 @@ def test_scrub_takes_the_token_out_of_a_text(monkeypatch):
 def test_pickled_weights_alone_are_refused_and_the_option_is_named(served, files, out):
     for name in [name for name in files if "safetensors" in name]:
         del files[name]
-    with pytest.raises(UserError, match=r"only pickled weights \(pytorch_model\.bin\).*model\.allow_pickle=true"):
+    with pytest.raises(UserError, match=r"pickled weights only \(pytorch_model\.bin\).*model\.allow_pickle=true"):
         fetch(pinned(), out)
     assert not served.gets("pytorch_model.bin")
     report = fetch(pinned(allow_pickle=True), out)

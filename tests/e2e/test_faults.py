@@ -121,7 +121,7 @@ def spoil(path):
         (lambda folder: spoil(folder / "model.safetensors"), ["model.safetensors", "header"]),
         (lambda folder: cut(folder / "config.json", 100), ["config.json is not valid JSON", "100 bytes"]),
         (lambda folder: (folder / "tokenizer.json").unlink(), ["has no tokenizer"]),
-        (lambda folder: (folder / "model.safetensors").unlink(), ["has no model.safetensors"]),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["has neither model.safetensors nor"]),
     ],
     ids=["cut off", "garbage", "config cut off", "no tokenizer", "no weights"],
 )

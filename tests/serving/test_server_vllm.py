@@ -19,7 +19,7 @@ import sections
 from checkout_paths import DEMO_MODEL as MODEL
 from checkout_paths import interpreter
 
-from quantline.checkpoints.companions import has_chat_template
+from quantline.checkpoints.model_files import has_chat_template
 from quantline.core.errors import ServerError, UserError
 from quantline.serving.answer_checks import judge_answers
 from quantline.serving.logprobs import score

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from quantline.checkpoints.layouts import LAYOUTS, FormatError
 from quantline.checkpoints.layouts.layout import Found
 from quantline.checkpoints.layouts.registry import packed_linear
+from quantline.checkpoints.model_files import INDEX_NAME, WEIGHTS_NAME, no_weights
 from quantline.checkpoints.quantization_config import QuantizationInfo, quantization_of
 from quantline.checkpoints.safetensors_file import (
     SafetensorsFile,
@@ -44,9 +45,6 @@ __all__ = [
     "to_float32",
     "write_safetensors",
 ]
-
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,12 +183,4 @@ def plain(array: NDArray[Any]) -> NDArray[Any]:
 def _no_weights(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: is not a folder: check the path"
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-    if pickled:
-        return f"{folder}: holds pickled weights only ({pickled[0]}), which can run code: save it as safetensors"
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    if others:
-        return (
-            f"{folder}: holds {others[0]}, but neither {WEIGHTS_NAME} nor {INDEX_NAME}: rename it, or fetch the index"
-        )
-    return f"{folder}: has neither {WEIGHTS_NAME} nor {INDEX_NAME}: download the model first"
+    return no_weights(str(folder), [path.name for path in folder.iterdir()])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantline.checkpoints.layouts.config_values import renamed
 from quantline.checkpoints.layouts.description import Description, QuantizationInfo
 from quantline.checkpoints.layouts.linear_spec import LayerSettings
 from quantline.checkpoints.layouts.registry import CONFIG_SECTIONS, LAYOUTS
@@ -30,7 +31,6 @@ _OWN_FILES = {
     for name in (known.own_file, known.old_file)
     if name is not None
 }
-_WORDS = {"w_bit": "bits", "q_group_size": "group_size"}
 _MODELOPT = "hf_quant_config.json"
 
 
@@ -116,7 +116,7 @@ def described_in(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     for path in paths:
         content, method = read_json(path), _OWN_FILES.get(path.name)
         sections = _sections(path, content) if method is None else [{"quant_method": method, **content}]
-        found += [(path, _renamed(section)) for section in sections if section]
+        found += [(path, renamed(section)) for section in sections if section]
     if not found:
         if (folder / _MODELOPT).exists():
             raise CheckpointError(
@@ -164,8 +164,3 @@ def _sections(path: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
                 raise CheckpointError(f"{path}: {key} is not a JSON object: restore the file")
             found.append({**method, **section} if section else {})
     return found
-
-
-def _renamed(section: Mapping[str, Any]) -> dict[str, Any]:
-    """AutoAWQ's own words in those of `quantization_config`."""
-    return {(_WORDS[key] if key in _WORDS and _WORDS[key] not in section else key): section[key] for key in section}

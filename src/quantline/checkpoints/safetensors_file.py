@@ -22,8 +22,9 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.checkpoints.model_files import weight_map
 from quantline.core.errors import CheckpointError
-from quantline.core.files import _unique_keys, read_json, replaced
+from quantline.core.files import _unique_keys, replaced
 
 # The limit of the format itself; a corrupt length must not allocate terabytes.
 MAX_HEADER_BYTES = 100_000_000
@@ -335,14 +336,9 @@ def read_index(index: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
         CheckpointError: the index contradicts its shards or names files outside its folder, or a shard is missing or
             damaged.
     """
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{index}: has no weight_map from tensor to file names: fetch or write it again")
+    shards = weight_map(index)
     infos: dict[str, TensorInfo] = {}
     for shard in sorted(set(shards.values())):
-        # A plain name only: an index must not reach files outside its own folder.
-        if shard in ("", ".", "..") or any(char in shard for char in "/\\\0"):
-            raise CheckpointError(f"{index}: {shard!r} is not a plain file name: do not use this checkpoint")
         if not (index.parent / shard).is_file():
             raise CheckpointError(f"{index}: shard {shard} is missing: fetch it again")
         header = read_header(index.parent / shard)

@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+from quantline.checkpoints.model_files import FOLDERS, PICKLES, files_of
 from quantline.checkpoints.quantization_config import own_file
 from quantline.conversion.plan import ConversionPlan
-from quantline.conversion.source import PICKLES
 from quantline.core.files import write_json
 
 # Files that describe the old weights, or that this project writes itself.
@@ -33,19 +33,18 @@ def write_description(plan: ConversionPlan, out: Path) -> dict[str, str]:
     own = own_file(plan.settings)
     if own is not None:
         write_json(out / own, dict(plan.settings))
-    left_out = {}
-    for path in sorted(plan.source.folder.iterdir()):
-        reason = _reason(path)
+    folder = plan.source.folder
+    left_out = {path.name: "a folder" for path in folder.iterdir() if not path.is_file() and path.name not in FOLDERS}
+    for name in files_of(folder):
+        reason = _reason(folder / name)
         if reason:
-            left_out[path.name] = reason
+            left_out[name] = reason
         else:
-            carry_file(path, out / path.name)
-    return left_out
+            carry_file(folder / name, out / name)
+    return dict(sorted(left_out.items()))
 
 
 def _reason(path: Path) -> str | None:
-    if not path.is_file():
-        return "a folder"
     if path.name in _REPLACED:
         return "written anew"
     if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
@@ -57,6 +56,7 @@ def _reason(path: Path) -> str | None:
 
 def carry_file(source: Path, target: Path) -> None:
     """Hard-link a file, or copy it if that fails. Linking is safe because no finished file is written in place."""
+    target.parent.mkdir(exist_ok=True)
     try:
         os.link(source.resolve(), target)
     except OSError:

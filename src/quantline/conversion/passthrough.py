@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from quantline.checkpoints.model_files import files_of
 from quantline.checkpoints.safetensors_file import TensorInfo, read_header
 from quantline.conversion.config_files import carry_file
 from quantline.conversion.errors import ConversionError
@@ -47,19 +48,19 @@ def keep(
     files: dict[str, str] = {}
     tensors: dict[str, str] = {}
     told = read_json(source.folder / "config.json").get("quantization_config") or not section
-    for path in sorted(path for path in source.folder.iterdir() if path.is_file()):
-        target = out / path.name
-        if path.name == "config.json" and not told:
+    for name in files_of(source.folder):
+        path, target = source.folder / name, out / name
+        if name == "config.json" and not told:
             write_json(target, {**source.config, "quantization_config": dict(section)})
-            files[path.name] = sha256_of(target)
+            files[name] = sha256_of(target)
             continue
         carry_file(path, target)
-        infos = read_header(target) if path.name in weights else {}
-        files[path.name], own = hashes_of(target, infos)
+        infos = read_header(target) if name in weights else {}
+        files[name], own = hashes_of(target, infos)
         tensors.update(own)
         # A hard link has the same bytes.
-        if not target.samefile(path) and sha256_of(path) != files[path.name]:
-            raise UserError(f"{path.name}: changed while it was carried over; run it again")
+        if not target.samefile(path) and sha256_of(path) != files[name]:
+            raise UserError(f"{name}: changed while it was carried over; run it again")
     linears = [_kept(source, name, fact, tensors) for name, fact in sorted(facts.items())]
     carried = [
         CarriedProof(name, old, tensors[old], source.tensors.infos[old].nbytes) for name, old in source.carried.items()

@@ -24,7 +24,6 @@ from quantline.conversion.tensor_reader import TensorFiles
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _FLOATS = ("F16", "BF16", "F32")
 
 

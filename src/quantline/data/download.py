@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
+import glob
 import hashlib
 import json
 import os
@@ -14,9 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
-from quantline.checkpoints.companions import TOKENIZER, tokenizer_fault
 from quantline.checkpoints.finite import nonfinite
 from quantline.checkpoints.model_config import why_not_causal
+from quantline.checkpoints.model_files import (
+    CODE,
+    COMPANIONS,
+    FOLDERS,
+    INDEX_NAME,
+    PICKLED_INDEX,
+    PICKLED_NAME,
+    WEIGHTS_NAME,
+    files_of,
+    matching,
+    no_weights,
+    tokenizer_fault,
+    weights_of,
+)  # fmt: skip
 from quantline.config.data import ModelConfig
 from quantline.core.errors import UserError, naming
 from quantline.core.files import building, sha256_of
@@ -24,11 +37,8 @@ from quantline.core.progress import bar
 from quantline.data import hub
 from quantline.data.tokenizer import check_tokenizer
 
-WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
-OTHERS = ("config.json", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-CODE = ("*.py",)
 _REMEDY = "or give a folder with model.path=DIR"
+_PICKLES = "use a repository or a commit with safetensors, or set model.allow_pickle=true to load and convert them"
 
 
 def model_name(source: ModelConfig) -> str:
@@ -99,40 +109,51 @@ def check_contents(folder: Path) -> None:
 
 
 def _patterns(source: ModelConfig) -> list[str]:
-    return [*WEIGHTS, *TOKENIZER, *OTHERS, *(CODE if source.trust_remote_code else ())]
+    return ["config.json", *COMPANIONS, *(CODE if source.trust_remote_code else ())]
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def source_files(source: ModelConfig, folder: Path) -> list[str]:
+    """The files of a model's folder that `fetch` copies; pickled weights where they are allowed and there are no others.
 
-
-def _wanted(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and _matches(path.name, patterns))
-
-
-def _has_weights(files: Sequence[Path]) -> bool:
-    return any(path.suffix == ".safetensors" for path in files)
-
-
-def source_files(source: ModelConfig, folder: Path) -> list[Path]:
-    """The files of a model's folder that `fetch` copies; pickled weights where they are allowed and there are no others."""
-    patterns = _patterns(source)
-    files = _wanted(folder, patterns)
-    return files if _has_weights(files) or not source.allow_pickle else _wanted(folder, [*patterns, *PICKLED])
+    Raises:
+        CheckpointError: the index of the weights is damaged.
+    """
+    weights = _weights(folder, pickled=False)
+    if not weights and source.allow_pickle:
+        weights = _weights(folder, pickled=True)
+    return [*matching(folder, _patterns(source)), *weights]
 
 
 def _from_hub(source: ModelConfig, repo: str, folder: Path) -> dict[str, str]:
     origin = hub.HubRepo(repo, source.revision, "model", "model", _REMEDY)
     patterns = _patterns(source)
-    cached = hub.fetch_snapshot(origin, patterns, ["*/*"])
-    files = _wanted(cached, patterns)
-    if not _has_weights(files):
-        if not source.allow_pickle:
-            pickled = [name for name in hub.list_files(origin) if _matches(name, PICKLED)]
-            raise UserError(_no_weights(f"{repo}@{source.revision}", pickled))
-        cached = hub.fetch_snapshot(origin, [*patterns, *PICKLED], ["*/*"])
-        files = _wanted(cached, [*patterns, *PICKLED])
-    return _transfer(files, folder, lambda path: hub.hash_checked(path, f"{repo}: {path.name}"), link=True)
+    # A pattern's * matches a slash, too, so each depth is asked for by itself.
+    cached = hub.fetch_snapshot(origin, [*patterns, INDEX_NAME], ["*/*"])
+    there = hub.list_files(origin)
+    if any(name.startswith(tuple(f"{folder}/" for folder in FOLDERS)) for name in there):
+        hub.fetch_snapshot(origin, [f"{name}/*" for name in FOLDERS], ["*/*/*"])
+    weights = _hub_weights(origin, cached, pickled=False)
+    if not weights and source.allow_pickle:
+        if PICKLED_INDEX in there:
+            hub.fetch_snapshot(origin, [PICKLED_INDEX], ["*/*"])
+        weights = _hub_weights(origin, cached, pickled=True)
+    if not weights:
+        raise UserError(no_weights(f"{repo}@{source.revision}", there, pickles=_PICKLES))
+    names = [*matching(cached, patterns), *weights]
+    return _transfer(cached, names, folder, lambda path: hub.hash_checked(path, f"{repo}: {path.name}"), link=True)
+
+
+def _hub_weights(origin: hub.HubRepo, cached: Path, *, pickled: bool) -> list[str]:
+    """Fetch the files of the weights that the index names, or the single file; those that are there."""
+    single, index = (PICKLED_NAME, PICKLED_INDEX) if pickled else (WEIGHTS_NAME, INDEX_NAME)
+    wanted = weights_of([index], cached.joinpath, pickled=pickled) if (cached / index).is_file() else [single]
+    hub.fetch_snapshot(origin, [glob.escape(name) for name in wanted], ["*/*"])
+    return _weights(cached, pickled=pickled)
+
+
+def _weights(folder: Path, *, pickled: bool) -> list[str]:
+    here = files_of(folder)
+    return [name for name in weights_of(here, folder.joinpath, pickled=pickled) if name in here]
 
 
 def _from_folder(source: ModelConfig, given: Path, folder: Path, out: Path) -> dict[str, str]:
@@ -143,22 +164,26 @@ def _from_folder(source: ModelConfig, given: Path, folder: Path, out: Path) -> d
     if path == out.resolve():
         raise UserError(f"model.path={given}: this is the folder to copy the model to; give another one")
     files = source_files(source, path)
-    if not source.allow_pickle and not _has_weights(files):
-        raise UserError(_no_weights(str(given), [entry.name for entry in _wanted(path, PICKLED)]))
-    return _transfer(files, folder, sha256_of, link=False)
+    weights = weights_of(files, path.joinpath) or weights_of(files, path.joinpath, pickled=True)
+    if not weights:
+        raise UserError(no_weights(str(given), files_of(path), pickles=_PICKLES))
+    return _transfer(path, files, folder, sha256_of, link=False)
 
 
-def _transfer(files: Sequence[Path], folder: Path, hash_of: Callable[[Path], str], *, link: bool) -> dict[str, str]:
-    """Put `files` into `folder` as plain files. With `link`, weights are hard links into the cache where possible."""
-    total = sum(path.stat().st_size for path in files)
+def _transfer(
+    origin: Path, names: Sequence[str], folder: Path, hash_of: Callable[[Path], str], *, link: bool
+) -> dict[str, str]:
+    """Put files into `folder` as plain files. With `link`, weights are hard links into the cache where possible."""
+    total = sum((origin / name).stat().st_size for name in names)
     hashes: dict[str, str] = {}
     done = 0
     with bar("checking files") as progress:
-        for path in files:
-            progress.update(done, total, path.name)
-            hashes[path.name] = hash_of(path)
+        for name in sorted(names):
+            path, target = origin / name, folder / name
+            progress.update(done, total, name)
+            hashes[name] = hash_of(path)
             done += path.stat().st_size
-            target = folder / path.name
+            target.parent.mkdir(exist_ok=True)
             if link and path.suffix == ".safetensors":
                 try:
                     os.link(path.resolve(), target)
@@ -168,15 +193,6 @@ def _transfer(files: Sequence[Path], folder: Path, hash_of: Callable[[Path], str
             shutil.copyfile(path, target)
         progress.update(total, total)
     return hashes
-
-
-def _no_weights(label: str, pickled: Sequence[str]) -> str:
-    if not pickled:
-        return f"{label}: has no model.safetensors and no model.safetensors.index.json; give a model with weights"
-    return (
-        f"{label}: has only pickled weights ({pickled[0]}), and loading those can run any code; use a repository or "
-        "a commit with safetensors, or set model.allow_pickle=true to load and convert them"
-    )
 
 
 def _checked(source: ModelConfig, folder: Path, label: str) -> tuple[dict[str, Any], str]:
@@ -191,8 +207,7 @@ def _checked(source: ModelConfig, folder: Path, label: str) -> tuple[dict[str, A
         raise UserError(f"{label}: {fault}")
     for path in sorted(folder.glob("*.json")):
         _json(path, f"{label}: {path.name}")
-    pickled = _wanted(folder, PICKLED)
-    if source.allow_pickle and pickled and not _has_weights(_wanted(folder, WEIGHTS)):
+    if not _weights(folder, pickled=False):
         return config, "pickle"
     Checkpoint.open(folder)
     return config, "safetensors"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import os
 from collections.abc import Sequence
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantline.checkpoints.companions import TOKENIZER, tokenizer_fault
 from quantline.checkpoints.model_config import dimensions, language_config, read_config
+from quantline.checkpoints.model_files import TOKENIZER, matching, tokenizer_fault
 from quantline.core.errors import UserError
 from quantline.core.files import sha256_of
 from quantline.data.documents import Document
@@ -112,8 +111,8 @@ def check_tokenizer(model_dir: Path) -> None:
 def tokenizer_sha256(model_dir: Path) -> str:
     """One hash over the names and the content of a tokenizer's files."""
     digest = hashlib.sha256()
-    for path in _matching(model_dir, TOKENIZER):
-        digest.update(f"{sha256_of(path)} {path.name}\n".encode())
+    for name in matching(model_dir, TOKENIZER):
+        digest.update(f"{sha256_of(model_dir / name)} {name}\n".encode())
     return digest.hexdigest()
 
 
@@ -137,7 +136,3 @@ def _load(model_dir: Path) -> Any:
         ) from error
     tokenizer.model_max_length = 10**9  # Quantline cuts texts itself, so a warning about long ones would be wrong
     return tokenizer
-
-
-def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if any(fnmatch.fnmatchcase(path.name, one) for one in patterns)]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantline.checkpoints.companions import CARD
+from quantline.checkpoints.model_files import CARD
 from quantline.core.errors import UserError
 from quantline.lifecycle.promotion_gates import perplexity_increase_high
 from quantline.lifecycle.storage.dvc_lock import REPAIR

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantline.checkpoints.companions import CARD
+from quantline.checkpoints.model_files import CARD
 from quantline.conversion.proof import PROOF_NAME
 from quantline.core.errors import GateError, QuantlineError, UserError
 from quantline.data import hub

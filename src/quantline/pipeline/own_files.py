@@ -53,7 +53,7 @@ def model_hashes(root: Path, model: ModelConfig) -> dict[str, str]:
 
     folder = located(root, str(model.path))
     if folder.is_dir():
-        return {path.relative_to(folder).as_posix(): _hash(root, path) for path in source_files(model, folder)}
+        return {name: _hash(root, folder / name) for name in sorted(source_files(model, folder))}
     known = _recorded(root).get(str(model.path))
     return dict(known) if isinstance(known, Mapping) else {}
 

@@ -10,7 +10,7 @@ import psutil
 import yaml
 from pydantic import Field, ValidationError
 
-from quantline.checkpoints.companions import tokenizer_fault
+from quantline.checkpoints.model_files import tokenizer_fault
 from quantline.config.section import Section
 from quantline.core.errors import ConfigError, QuantlineError, UserError
 from quantline.core.gpu import visible_gpus

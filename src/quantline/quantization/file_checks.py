@@ -9,18 +9,18 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch, fnmatchcase
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers, to_float32
-from quantline.checkpoints.companions import COMPANIONS
 from quantline.checkpoints.layouts import LAYOUTS
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD
 from quantline.checkpoints.linears import exempt, is_wide, numbered, of_another_part
 from quantline.checkpoints.model_config import dimensions, ties_head
+from quantline.checkpoints.model_files import COMPANIONS, matching
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 
@@ -124,7 +124,7 @@ def some(names: Sequence[str], shown: int = 3) -> str:
 def _companion_faults(model: Path, output: Path) -> list[str]:
     faults = []
     wanted = ["config.json"]
-    wanted += [path.name for path in sorted(model.iterdir()) if any(fnmatch(path.name, like) for like in COMPANIONS)]
+    wanted += matching(model, COMPANIONS)
     missing = [name for name in wanted if not (output / name).exists()]
     if missing:
         faults.append(f"{some(missing)}: missing, although the float model has it")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from quantline.checkpoints.checkpoint import write_safetensors
-from quantline.checkpoints.companions import has_chat_template
+from quantline.checkpoints.model_files import has_chat_template
 from quantline.config.serve import SmokeConfig
 from quantline.core.errors import ServerError, UserError
 from quantline.core.files import write_json

@@ -26,9 +26,20 @@ def one_of(path: Path, method: str, version: object, known: Mapping[str, str]) -
     return layout
 
 
+# AutoAWQ's first words for keys of today.
+_FIRST_WORDS = {"w_bit": "bits", "q_group_size": "group_size"}
+
+
+def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A section in today's words; one that has both keeps today's."""
+    old = {key: _FIRST_WORDS[key] for key in config if key in _FIRST_WORDS and _FIRST_WORDS[key] not in config}
+    return {old.get(key, key): value for key, value in config.items()}
+
+
 def stored_bits_and_groups(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """Bits and group size as they are in a section, under today's names or those of AutoAWQ's first sections."""
-    return config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
+    own = renamed(config)
+    return own.get("bits"), own.get("group_size")
 
 
 def bits_and_groups(path: Path, method: str, config: Mapping[str, Any], held: Collection[int]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from typing import Any
 import tabulate
 import yaml
 
-from quantline.checkpoints.companions import CARD
+from quantline.checkpoints.model_files import CARD
 from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import TrackingError, UserError
 from quantline.core.files import building

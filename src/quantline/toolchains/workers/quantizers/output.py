@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from quantline.checkpoints.checkpoint import (
     to_float32,
     write_safetensors,
 )
-from quantline.checkpoints.companions import COMPANIONS
 from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, Storage
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LinearSpec
 from quantline.checkpoints.model_config import read_config, restore_config, write_config
+from quantline.checkpoints.model_files import COMPANIONS, matching
 from quantline.checkpoints.quantization_config import LayerSettings, describe, is_quantized, own_file, quantization_of
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError
@@ -210,13 +209,9 @@ def write_configs(
         # Without the name, AutoGPTQ looks for a weights file named after bits and group size.
         extra = {"model_name_or_path": None, "model_file_base_name": "model"}
         write_config(output / config_name, {**quantization, **extra})
-    for path in sorted(source.iterdir()):
-        if not any(fnmatch(path.name, pattern) for pattern in COMPANIONS):
-            continue
-        if path.is_dir():
-            shutil.copytree(path, output / path.name)
-        else:
-            shutil.copyfile(path, output / path.name)
+    for name in matching(source, COMPANIONS):
+        (output / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, output / name)
 
 
 def verify(output: Path, quantized: Iterable[str]) -> Iterator[tuple[str, NDArray[np.float32], bool]]:

@@ -13,11 +13,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quantline.checkpoints.model_files import INDEX_NAME, PICKLED_INDEX, PICKLED_NAME, WEIGHTS_NAME
 from quantline.core.files import write_json
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 
-SINGLE = ("pytorch_model.bin", "model.safetensors")
-INDEX = ("pytorch_model.bin.index.json", "model.safetensors.index.json")
+SINGLE = (PICKLED_NAME, WEIGHTS_NAME)
+INDEX = (PICKLED_INDEX, INDEX_NAME)
 
 
 def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:

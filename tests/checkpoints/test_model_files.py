@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from quantline.checkpoints.companions import has_chat_template, tokenizer_fault
+from quantline.checkpoints.model_files import COMPANIONS, files_of, has_chat_template, matching, tokenizer_fault
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,17 @@ def test_a_chat_template_is_found_in_a_file_or_in_the_tokenizer_config(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert has_chat_template(tmp_path)
+
+
+def test_files_below_other_folders_and_other_files_are_not_of_the_model(tmp_path):
+    for name in (
+        "additional_chat_templates/a.jinja",
+        "onnx/tokenizer.json",
+        "tokenizer.json",
+        "README.md",
+        "vocab.json",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert matching(tmp_path, COMPANIONS) == ["additional_chat_templates/a.jinja", "tokenizer.json", "vocab.json"]
+    assert files_of(tmp_path) == ["README.md", "additional_chat_templates/a.jinja", "tokenizer.json", "vocab.json"]

@@ -1,0 +1,143 @@
+"""Which files make a model: weights by their index, and what a tokenizer or processor needs; the one place that knows.
+
+Weights are `model.safetensors`, or `model.safetensors.index.json` and the files that it names, whatever these are called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from quantline.core.errors import CheckpointError
+from quantline.core.files import read_json
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+PICKLED_NAME = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
+ADAPTER = "adapter_config.json"
+
+# The model card, which is written where a model leaves the project; no stage's output has one.
+CARD = "README.md"
+
+# Any one of these can be a tokenizer, see `tokenizer_fault`.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
+# What tokenizers and processors read besides, files below these folders included.
+FOLDERS = ("additional_chat_templates",)
+TOKENIZER = (
+    *VOCABULARIES, "tokenizer*", "*.model", "tekken.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    *(f"{folder}/*" for folder in FOLDERS),
+)  # fmt: skip
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+# Kept whatever the layout of the weights; config.json is written anew.
+COMPANIONS = (*TOKENIZER, "generation_config.json", *LICENCES)
+CODE = ("*.py",)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a file's path below the model's folder matches one of the patterns; * stops at a folder."""
+    return any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
+    )  # fmt: skip
+
+
+def files_of(folder: Path) -> list[str]:
+    """The paths of the files that may belong to a model, in order: those in its folder and below `FOLDERS`."""
+    inner = [path for name in FOLDERS if (folder / name).is_dir() for path in (folder / name).iterdir()]
+    return sorted(path.relative_to(folder).as_posix() for path in (*folder.iterdir(), *inner) if path.is_file())
+
+
+def matching(folder: Path, patterns: Sequence[str]) -> list[str]:
+    """The paths of the files of a model that match one of the patterns, in order."""
+    return [name for name in files_of(folder) if matches(name, patterns)]
+
+
+def weights_of(names: Collection[str], read: Callable[[str], Path], *, pickled: bool = False) -> list[str]:
+    """The files of a model's weights: its index and what that names, or the single file; empty if there is neither.
+
+    Args:
+        names: the files of the model's folder or repository.
+        read: gives one of them as a local file.
+        pickled: look for pickles instead of safetensors.
+
+    Raises:
+        CheckpointError: the index is damaged or names files outside its folder.
+    """
+    single, index = (PICKLED_NAME, PICKLED_INDEX) if pickled else (WEIGHTS_NAME, INDEX_NAME)
+    found = [single] if single in names else []
+    if index in names:
+        found += [index, *sorted(set(weight_map(read(index)).values()))]
+    return found
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, of an index.
+
+    Raises:
+        CheckpointError: it has none, or it names a file outside its folder.
+    """
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensor to file names: fetch or write it again")
+    for shard in sorted(set(shards.values())):
+        # A plain name only: an index must not reach files outside its own folder.
+        if shard in ("", ".", "..") or any(char in shard for char in "/\\\0"):
+            raise CheckpointError(f"{index}: {shard!r} is not a plain file name: do not use this checkpoint")
+    return shards
+
+
+def no_weights(label: str, names: Collection[str], *, pickles: str = "save it as safetensors") -> str:
+    """Why a folder or repository with these files is no model that can be opened, and what to do; pickles: about those."""
+    if ADAPTER in names or any(name.startswith("adapter_model.") for name in names):
+        return (
+            f"{label}: is a LoRA adapter, not a model: merge it into its base model first, with peft installed: "
+            'python -c "from peft import AutoPeftModelForCausalLM as M; '
+            "M.from_pretrained('ADAPTER').merge_and_unload().save_pretrained('MERGED')\", and copy the tokenizer to it"
+        )
+    pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+    if pickled:
+        return f"{label}: holds pickled weights only ({pickled[0]}), which can run code: {pickles}"
+    others = sorted(name for name in names if name.endswith(".safetensors"))
+    if others:
+        return f"{label}: holds {others[0]}, but neither {WEIGHTS_NAME} nor {INDEX_NAME}: rename it, or fetch the index"
+    return f"{label}: has neither {WEIGHTS_NAME} nor {INDEX_NAME}: give a complete model, as transformers saves it"
+
+
+# Makes tokenizer.json from any other vocabulary, as transformers understands it.
+_MAKE = (
+    "uv run --no-project --with transformers --with sentencepiece --with protobuf python -c "
+    "\"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{0}').save_pretrained('{0}')\""
+)
+
+
+def tokenizer_fault(model: Path, shown: str = "DIR") -> str | None:
+    """Why the files of a folder are no tokenizer that every stage reads alike; None if they are. Nothing is loaded.
+
+    SentencePiece's own file is none: transformers reads it by the rules of the model's family, and where the family has
+    others than the file, it makes another tokenizer without a word (5.19, model_type qwen2). Most environments lack the
+    library, too.
+
+    shown: the folder, in the command that makes tokenizer.json.
+    """
+    found = matching(model, VOCABULARIES)
+    if not found:
+        return f"has no tokenizer; add one of {', '.join(VOCABULARIES)} to the model"
+    if all(name.endswith(".model") for name in found):
+        lacks = f"has only SentencePiece's {found[0]} for a tokenizer, and needs tokenizer.json"
+    elif found == ["vocab.json"] and not (model / "merges.txt").is_file():
+        lacks = "has vocab.json without merges.txt, and needs both, or tokenizer.json"
+    else:
+        return None
+    return f"{lacks}; take a revision that has it, or make it in a copy of the model: {_MAKE.format(shown)}"
+
+
+def has_chat_template(model: Path) -> bool:
+    """Whether the checkpoint's tokenizer has a chat template; vLLM refuses chat requests without one."""
+    if (model / "chat_template.jinja").is_file() or (model / "chat_template.json").is_file():
+        return True
+    settings = model / "tokenizer_config.json"
+    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
