@@ -151,6 +151,15 @@ def test_linears_that_a_rule_left_float_and_biases_of_quantizers_are_good():
     assert misfits(config_of("llama", 2), tensors) == ([], None)
 
 
+def test_float16_biases_of_packed_linears_beside_a_bfloat16_model_are_good():
+    tensors = decoder(2, lambda n: {"mlp.up_proj.weight": (INNER, HIDDEN)})
+    tensors = {name: Held(one.shape, "BF16") for name, one in tensors.items()}
+    for number in range(2):
+        tensors[f"model.layers.{number}.mlp.up_proj.weight"] = Held((INNER, HIDDEN), None)
+        tensors[f"model.layers.{number}.mlp.up_proj.bias"] = Held((INNER,), "F16")
+    assert misfits(config_of("qwen2", 2), tensors) == ([], None)
+
+
 FAMILIES = """
 import json, sys
 import torch, transformers

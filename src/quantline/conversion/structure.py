@@ -145,7 +145,12 @@ def _family(config: Mapping[str, Any], tensors: Mapping[str, Held]) -> list[str]
     prefix = next(iter(stacks)).removesuffix(".").rpartition(".")[0]
     faults = _outside(config, outside, f"{prefix}." if prefix else "")
     faults += _alike(family, [layers[number] for number in range(count)], _kinds(config, count))
-    return faults or _mixed({name: one.dtype for name, one in tensors.items()})
+    if faults:
+        return faults
+    # GPTQModel keeps biases of the linears that it packs in float16 beside a bfloat16 model.
+    packed = {name for name in tensors if _of_packed(tensors, name)}
+    groups = (packed, tensors.keys() - packed)
+    return [fault for own in groups for fault in _mixed({name: tensors[name].dtype for name in tensors if name in own})]
 
 
 def _outside(config: Mapping[str, Any], outside: Mapping[str, Held], prefix: str) -> list[str]:
