@@ -182,7 +182,7 @@ def _serving(item: Evidence, about: Card) -> Iterator[str]:
     version = (environment.get("versions") or {}).get("vllm", "")
     yield from ("```sh", line, "```", "")
     yield f"By this line vLLM {version} on {environment['device']} served it when it was measured.".replace("  ", " ")
-    yield "Memory is the machine's: raise `--kv-cache-memory-bytes` and `--gpu-memory-utilization`, or leave them out."
+    yield "`--kv-cache-memory-bytes` and `--gpu-memory-utilization` are the machine's: set them, or leave them out."
     yield "`--no-enable-prefix-caching` and `--enforce-eager` keep answers comparable, and are slower."
 
 
