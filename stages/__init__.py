@@ -81,6 +81,7 @@ def main(
     task: takes the configuration, and the values of `options` if there are any. filename: of the command's module. reads:
     the keys of the configuration that it reads, for --help; None for a stage, whose keys are in the table of stages.
     """
+    from quantline.core.secrets import hide_requests
     from quantline.pipeline.command_line import ending, read, report
     from quantline.pipeline.overrides import refuse_repeated
 
@@ -100,6 +101,7 @@ def main(
         # A failure must not end the other jobs of a sweep, and Hydra would print its own traceback.
         def guarded(cfg: DictConfig) -> None:
             try:
+                hide_requests()
                 _head_job()
                 task(cfg, *given)
             except Exception as error:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 
-from quantline.core.secrets import SECRET_VARIABLES, Scrubber
+from quantline.core.secrets import SECRET_VARIABLES, Scrubber, hide_requests
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +38,15 @@ def test_in_nested_values_a_string_under_a_secret_key_goes_altogether():
     assert Scrubber("").value(values) == {
         "password": "***", "hf_token": "***", "max_tokens": 5, "list": [{"api_key": "***"}, "a://***@d"], "token": "",
     }  # fmt: skip
+
+
+def test_the_addresses_that_the_hubs_client_asks_are_not_logged(caplog):
+    from huggingface_hub.utils import get_session
+
+    client, _, _ = type(get_session()).__mro__[-2].__module__.partition(".")
+    caplog.set_level(logging.INFO)
+    hide_requests()
+    for name in ("httpx", client):
+        logging.getLogger(name).info("HTTP Request: PUT https://storage.example/x?signature=s")
+    assert client.startswith("httpx")
+    assert caplog.text == ""

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from checkout import SHARED, VARIANTS, wait_for
+from checkout import PLANTED, SHARED, VARIANTS, wait_for
+from hub_server import Hub, serving
 
 from quantline.core.files import sha256_of
 from quantline.pipeline.identity import combined, file_hashes
@@ -65,6 +66,32 @@ def test_a_first_repro_runs_every_stage_of_every_variant(pipeline, first_run):
     expected = {*once, *(f"{stage}@{name}" for stage in ("compose", *EACH) for name in VARIANTS)}
     assert set(ran(first_run)) == expected
     assert set(yaml.safe_load((pipeline.root / "dvc.lock").read_text())["stages"]) == expected
+
+
+def test_a_variant_goes_to_the_hub_with_its_figures_and_neither_token_nor_address_of_storage_is_shown(pipeline):
+    command = [
+        "python",
+        "-m",
+        "stages.upload",
+        "variant=gptq-w4-g128",
+        "repo=me/tiny",
+        "promote.max_perplexity_increase=1",
+    ]
+    token = PLANTED["HF_TOKEN"]
+    with serving(Hub(token=token)) as hub:
+        away = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}
+        done = pipeline.run(*command, *([] if "gptq-w4-g128" in SERVED else ["despite=served"]), **away)
+    assert done.code == 0, done.text
+    assert done.out.startswith(f"gptq-w4-g128 -> {hub.address}/me/tiny (private), commit ")
+    assert done.out.count("\n") == 1
+    assert token not in done.text
+    assert "/lfs/" not in done.text
+    held = hub.repos["models", "me/tiny"]
+    assert held.keys() - {".gitattributes"} == {"README.md", *pipeline.result("gptq-w4-g128", "convert")["outputs"]}
+    card = held["README.md"].decode()
+    assert "| perplexity growth | +" in card
+    assert ("vllm serve me/tiny --dtype float16" in card) == ("gptq-w4-g128" in SERVED)
+    assert str(pipeline.root.parent) not in card
 
 
 def test_a_second_repro_only_looks_at_the_files_that_variants_name(pipeline):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -13,6 +14,12 @@ SECRET_VARIABLES = (
     "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
 )  # fmt: skip
+
+
+def hide_requests() -> None:
+    """Keep HTTP clients from logging each request, as Hydra shows level INFO: addresses of storage carry signatures."""
+    for client in ("httpx", "httpx2"):  # huggingface_hub 2.4 has the second
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 class Scrubber:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import shutil
@@ -93,8 +92,6 @@ def run_stage(
     name: str, work: Callable[[StageRun], None], cfg: DictConfig, root: Path, overrides: Sequence[str]
 ) -> tuple[Config, dict[str, Any]]:
     """Validate the configuration and run the stage; returns the configuration and the result ({} if none is written)."""
-    # Hydra's logging shows level INFO, and the HTTP client logs a line for each request.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     config = parse(plain(cfg))
     check_caller(config, overrides)
     if STAGES[name].locks:
