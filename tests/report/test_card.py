@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,12 @@ def test_the_card_says_where_it_comes_from_how_good_it_is_and_how_it_is_served(v
         "It passes every gate", "MLflow run `abc123`", "`hash-of-convert`", "KL from float, nats/token",
     ):  # fmt: skip
         assert said in body, body
+
+
+def test_the_line_names_no_longer_context_than_the_model_takes(variant, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "max_position_embeddings": 700}))
+    text = cards.card_of(replace(variant(), outputs={"convert": tmp_path}), model=".", faults=[])
+    assert "--max-model-len 700 " in text
 
 
 def test_what_was_not_measured_is_said_so_and_failed_gates_stand_in_the_card(variant):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantline.config.context import served_length
@@ -47,16 +48,19 @@ def options_of(config: Config, device: str, *, quantized: bool, positions: int |
     )  # fmt: skip
 
 
-def proven_line(config: Config, served: Mapping[str, Any], model: str) -> str | None:
+def proven_line(config: Config, served: Mapping[str, Any], checkpoint: Path | None, model: str) -> str | None:
     """The `vllm serve` line by which a quantized variant was served; None if it was not.
 
     Args:
         config: of the variant.
         served: its result of serve_smoke; empty if there is none.
+        checkpoint: the converted model, if it is here.
         model: what the line serves: a folder, or a repository on the hub.
     """
     from quantline.serving.command import vllm_line
 
     if served.get("status") != "ok":
         return None
-    return vllm_line(model, options_of(config, str(served["environment"]["device"]), quantized=True))
+    positions = positions_of(checkpoint) if checkpoint is not None else None
+    device = str(served["environment"]["device"])
+    return vllm_line(model, options_of(config, device, quantized=True, positions=positions))

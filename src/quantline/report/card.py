@@ -173,7 +173,7 @@ def _level(config: Config) -> str:
 
 def _serving(item: Evidence, about: Card) -> Iterator[str]:
     served: Mapping[str, Any] = item.results.get("serve_smoke", {})
-    line = proven_line(about.config, served, about.model)
+    line = proven_line(about.config, served, item.record.outputs.get("convert"), about.model)
     if line is None:
         reason = escaped(str(served.get("reason") or "serving was not tried"))
         yield f"It was not served: {reason}."
