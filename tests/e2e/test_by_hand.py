@@ -61,14 +61,15 @@ def test_what_is_asked_for_is_made_by_the_commands_that_are_printed_for_two_mode
     for named in commands.values():
         assert len(named[0]) == 5  # download, calibrate, quantize, convert, and serve_smoke of the float model
         assert len(named[1]) == 1  # evaluate of the float model
-    models = [next(bare.root.glob(f"scratch/float/{name}-*")).name for name in ("own-model", "demo")]
-    baselines = [perplexity(bare, f"float/{name}") for name in models]
+    models = ("own-model", "demo")
+    baselines = [perplexity(bare, f"float/{name}-*") for name in models]
     assert baselines[0] != baselines[1]
     # Neither model lost anything to the other, so that each can go on where it was.
     for options in (first, second):
         assert follow(bare, "evaluate", *options) == []
-    assert baselines == [perplexity(bare, f"float/{name}") for name in models]
+    assert baselines == [perplexity(bare, f"float/{name}-*") for name in models]
     assert perplexity(bare, "v1") == pytest.approx(baselines[0], rel=0.02)
-    shown = bare.run("python", "-m", "stages.lineage", "variant=by-hand/v1", f"against=by-hand/float/{models[0]}")
+    (folder,) = (path.parent for path in bare.root.glob("scratch/float/own-model-*/evaluate.json"))
+    shown = bare.run("python", "-m", "stages.lineage", "variant=by-hand/v1", f"against=by-hand/float/{folder.name}")
     assert "first difference: calibrate, stage calibrate: ran | nothing" in shown.out
     assert "v1: is not one of the results here" in bare.run("python", "-m", "stages.lineage", "variant=v1").err
