@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
-from quantline.checkpoints.linears import inventory, linear_shapes, select_linears
+from quantline.checkpoints.linears import inventory, linear_shapes, modules_left, select_linears
 from quantline.checkpoints.model_config import read_config
 from quantline.core.errors import UserError
 from quantline.quantization.quantize import check_group_size
@@ -108,6 +108,7 @@ def test_a_weight_in_another_form_is_never_left_out_in_silence(tmp_path, name):
         "mlp.gate.weight", "mlp.router.weight", "feed_forward.router.weight", "mlp.gate.wg.weight", "mlp.router.gate.weight",
         "mlp.router.classifier.weight", "mlp.shared_expert_gate.weight", "self_attention.experts.router.layer.weight",
         "mlp.gate.router_mlp.fc1.weight", "self_attn.q_norm.weight", "attn.attention.bias", "mlp.experts.down_proj_bias",
+        "mixer.A_log",
     ],
 )  # fmt: skip
 def test_routers_norms_and_biases_are_exceptions_by_name(tmp_path, name):
@@ -153,3 +154,11 @@ def test_the_layers_are_found_whatever_their_list_is_called(tmp_path, lists, dep
     found = stock(tmp_path, {"n_layers": depth}, **shapes, **{"transformer.adapters.0.weight": (64, 64)})
     assert set(found.linears) == {name.removesuffix(".weight") for name in shapes}
     assert list(found.others) == ["transformer.adapters"] or list(found.others) == ["transformer"]
+
+
+def test_experts_that_are_all_float_are_named_as_the_one_module_that_readers_ask_for():
+    experts = [f"model.layers.0.mlp.experts.{number}.up_proj" for number in range(2)]
+    assert modules_left([*experts, "lm_head"], ["model.layers.0.self_attn.q_proj"])[-1] == "model.layers.0.mlp.experts"
+    assert modules_left(experts[:1], experts[1:]) == experts[:1]
+    assert modules_left(["model.layers.0.mlp.experts.gate_up_proj"], [])[1:] == ["model.layers.0.mlp.experts"]
+    assert modules_left(["lm_head"], experts) == ["lm_head"]

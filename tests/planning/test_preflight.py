@@ -104,6 +104,15 @@ def test_a_server_that_is_given_too_small_a_share_is_told_which_would_do(variant
     assert check(variant("awq"), model, replace(given, utilization=share)).findings == ()
 
 
+def test_quantized_experts_are_not_served_on_a_cpu_without_amx_and_float_ones_are(variant, tmp_path):
+    folder = write_float(tmp_path / "model", experts=4)
+    mixture, here = Model.open(folder), replace(HERE, target=replace(CPU, amx=False))
+    assert against(check(variant("rtn"), mixture, here)) == [("serve", "cpu-experts")]
+    assert against(check(variant("rtn"), mixture, replace(HERE, target=replace(CPU, amx=True)))) == []
+    skipped = variant("rtn", rules=({"match": "*.experts.*", "skip": True},))
+    assert against(check(skipped, mixture, here)) == []
+
+
 def test_memory_that_a_config_does_not_give_is_unknown_and_no_reason_against_it(variant, model):
     headless = replace(model, config={"model_type": "mamba", "hidden_size": 64, "vocab_size": 9})
     plan = check(variant("rtn"), headless, replace(HERE, memory_bytes=GIB))

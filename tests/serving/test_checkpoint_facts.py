@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from tiny_quantized import shapes_of
+from tiny_quantized import mlp_of, shapes_of
 
 from quantline.checkpoints.quantization_config import LayerSettings, describe
 from quantline.serving.checkpoint_facts import facts_of_layers
@@ -65,3 +65,9 @@ def test_a_quantized_head_is_named_by_its_config_or_not():
     config["config_groups"]["group_0"]["targets"].append("re:.*lm_head")
     assert facts(shapes, config=config)[0].head == "named"
     assert facts(shapes, skip=["lm_head"])[0].head == "float"
+
+
+def test_experts_are_quantized_or_float():
+    assert facts()[0].experts == "float"
+    assert facts(shapes_of(experts=2))[0].experts == "quantized"
+    assert facts(shapes_of(experts=2), skip=mlp_of(2))[0].experts == "float"

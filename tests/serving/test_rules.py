@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 
 from quantline.core.errors import UserError
-from quantline.serving.rules import CheckpointFacts, Target, cpu_instructions, facts_of, rules, verdict, verdicts
+from quantline.serving.rules import (
+    CheckpointFacts,
+    Target,
+    cpu_has_amx,
+    cpu_instructions,
+    facts_of,
+    rules,
+    verdict,
+    verdicts,
+)
 
 CPU = Target("vllm", "0.32.0+cpu", "cpu", "bfloat16")
 GPU = Target("vllm", "0.32.0", "cuda", "bfloat16")
@@ -141,3 +150,11 @@ def test_the_instruction_set_is_read_from_the_cpus_flags(tmp_path, monkeypatch, 
     assert cpu_instructions(tmp_path / "missing") is None
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert cpu_instructions(tmp_path / "cpuinfo") is None
+
+
+def test_amx_is_read_from_the_cpus_flags(tmp_path, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for flags, expected in (("fpu avx512f amx_bf16 amx_tile", True), ("fpu avx512f", False)):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+        assert cpu_has_amx(tmp_path / "cpuinfo") is expected
+    assert not cpu_has_amx(tmp_path / "missing")

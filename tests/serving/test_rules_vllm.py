@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from checkout_paths import interpreter
 from packaging.version import Version
-from tiny_quantized import LAYER, shapes_of, write_quantized
+from tiny_quantized import LAYER, mlp_of, shapes_of, write_quantized
 
 from quantline.checkpoints.quantization_config import LayerSettings
 from quantline.serving.checkpoint_facts import facts_of_layers
-from quantline.serving.rules import Target, cpu_instructions, rules, verdicts
+from quantline.serving.rules import Target, cpu_has_amx, cpu_instructions, rules, verdicts
 from quantline.toolchains.toolchain import worker_environment
 
 PYTHON = interpreter("vllm")
@@ -94,6 +94,8 @@ CASES = {
     "gptq, q, k and v float": case("gptq", skip=list(QKV)),
     "gptq head": case("gptq", head=True, names_head=True),
     "gptq head, unsaid": case("gptq", "quantized-head-unnamed", head=True),
+    "gptq experts": case("gptq", "cpu-experts", experts=4),
+    "gptq, experts float": case("gptq", experts=4, skip=mlp_of(4)),
     # AWQ
     "awq": case("awq_gemm", sym=False),
     "awq float16": case("awq_gemm", sym=False, dtype="float16"),
@@ -109,7 +111,9 @@ CASES = {
     "awq, q, k and v float": case("awq_gemm", sym=False, skip=list(QKV)),
     "awq head": case("awq_gemm", sym=False, head=True, names_head=True),
     "awq head, unsaid": case("awq_gemm", "quantized-head-unnamed", sym=False, head=True),
+    "awq experts": case("awq_gemm", "cpu-experts", sym=False, experts=4),
     # compressed-tensors
+    "ct experts": case("compressed_tensors", "cpu-experts", experts=4),
     "ct": case("compressed_tensors"),
     "ct float16": case("compressed_tensors", dtype="float16"),
     "ct asymmetric": case("compressed_tensors", sym=False),
@@ -158,7 +162,10 @@ def said_by_rules(name: str, config: Mapping[str, Any], version: str) -> tuple[s
     one = CASES[name]
     main = LayerSettings(one.bits, one.group_size, one.sym)
     own, skip = one.write.get("own", {}), one.write.get("skip", ())
-    shapes = shapes_of(one.write.get("hidden", 256), one.write.get("inner", 512), head=one.write.get("head", False))
+    shapes = shapes_of(
+        one.write.get("hidden", 256), one.write.get("inner", 512), head=one.write.get("head", False),
+        experts=one.write.get("experts", 0),
+    )  # fmt: skip
     short = {layer: layer.removeprefix(LAYER) for layer in shapes}
     linears = {layer: own.get(short[layer], main) for layer in shapes if short[layer] not in skip}
     # A config that says something else than the tensors hold is believed by vLLM, and by the facts.
@@ -166,8 +173,9 @@ def said_by_rules(name: str, config: Mapping[str, Any], version: str) -> tuple[s
         linears = {layer: LayerSettings(one.write["says"]["bits"], one.group_size, one.sym) for layer in linears}
     ranks = one.asked_ranks or one.ranks
     target = Target(
-        "vllm", version, "cpu", one.dtype, tensor_parallel_size=ranks, instructions="avx512" if one.avx512 else "avx2"
-    )
+        "vllm", version, "cpu", one.dtype, tensor_parallel_size=ranks, instructions="avx512" if one.avx512 else "avx2",
+        amx=False,
+    )  # fmt: skip
     found = facts_of_layers(config, linears, shapes, heads=4, tensor_parallel_size=ranks)
     return tuple(dict.fromkeys(known.rule_id for facts in found for known in verdicts(target, facts)))
 
@@ -181,8 +189,11 @@ def version():
     return found.partition("+")[0]
 
 
-# A CPU without AVX-512 can only show what it lacks.
-HERE = {name: one for name, one in CASES.items() if cpu_instructions() not in ("avx2", "none") or not one.avx512}
+# A CPU without AVX-512 can only show what it lacks, one with AMX cannot show what experts need.
+HERE = {
+    name: one for name, one in CASES.items()
+    if (cpu_instructions() not in ("avx2", "none") or not one.avx512) and not ("cpu-experts" in one.rules and cpu_has_amx())
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from tiny_model import VOCAB_SIZE, write_tokenizer
 from quantline.checkpoints.checkpoint import write_safetensors
 from quantline.checkpoints.layouts import LAYOUTS, dequantize, quantize_rtn
 from quantline.checkpoints.layouts.msmodelslim import codec
+from quantline.checkpoints.linears import modules_left
 from quantline.checkpoints.quantization_config import LayerSettings, describe
 
 VOCAB = VOCAB_SIZE + 20  # a multiple of 32, so that an output layer can be packed
@@ -22,8 +23,20 @@ ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-def float_weights(hidden: int = 256, inner: int = 512, *, tied: bool = True, layers: int = 1) -> dict[str, Any]:
-    """A Qwen2 of one layer with random weights, float16: 4 heads, 2 of them for keys and values."""
+def mlp_of(experts: int = 0) -> tuple[str, ...]:
+    """Names of the MLP's linears, of each expert's if there are experts."""
+    if not experts:
+        return MLP
+    return tuple(name.replace("mlp.", f"mlp.experts.{number}.") for number in range(experts) for name in MLP)
+
+
+def float_weights(
+    hidden: int = 256, inner: int = 512, *, tied: bool = True, layers: int = 1, experts: int = 0
+) -> dict[str, Any]:
+    """A Qwen2 of one layer with random weights, float16: 4 heads, 2 of them for keys and values.
+
+    experts: of a Qwen2-MoE without a shared expert, in place of the MLP.
+    """
     random = np.random.default_rng(0)
 
     def normal(*shape: int) -> Any:
@@ -40,37 +53,51 @@ def float_weights(hidden: int = 256, inner: int = 512, *, tied: bool = True, lay
             weights[f"{layer}self_attn.{name}_proj.weight"] = normal(out, hidden)
             weights[f"{layer}self_attn.{name}_proj.bias"] = normal(out)
         weights[f"{layer}self_attn.o_proj.weight"] = normal(hidden, hidden)
-        weights[f"{layer}mlp.gate_proj.weight"] = normal(inner, hidden)
-        weights[f"{layer}mlp.up_proj.weight"] = normal(inner, hidden)
-        weights[f"{layer}mlp.down_proj.weight"] = normal(hidden, inner)
+        for name in mlp_of(experts):
+            shape = (hidden, inner) if name.endswith("down_proj") else (inner, hidden)
+            weights[f"{layer}{name}.weight"] = normal(*shape)
+        if experts:
+            weights[f"{layer}mlp.gate.weight"] = normal(experts, hidden)
     return weights
 
 
-def float_config(hidden: int = 256, inner: int = 512, *, tied: bool = True, layers: int = 1) -> dict[str, Any]:
+def float_config(
+    hidden: int = 256, inner: int = 512, *, tied: bool = True, layers: int = 1, experts: int = 0
+) -> dict[str, Any]:
     """Its config.json."""
-    return {
+    mixture = {
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_experts": experts,
+        "num_experts_per_tok": 2, "moe_intermediate_size": inner, "shared_expert_intermediate_size": 0,
+    }  # fmt: skip
+    dense = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": VOCAB, "hidden_size": hidden,
         "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
         "tie_word_embeddings": tied, "torch_dtype": "float16",
     }  # fmt: skip
+    return {**dense, **(mixture if experts else {})}
 
 
-def write_float(folder: Path, hidden: int = 256, inner: int = 512, *, tied: bool = True, layers: int = 1) -> Path:
+def write_float(
+    folder: Path, hidden: int = 256, inner: int = 512, *, tied: bool = True, layers: int = 1, experts: int = 0
+) -> Path:
     """The float model itself."""
+    options: dict[str, Any] = {"tied": tied, "layers": layers, "experts": experts}
     folder.mkdir(parents=True)
-    write_safetensors(folder / "model.safetensors", float_weights(hidden, inner, tied=tied, layers=layers))
-    (folder / "config.json").write_text(json.dumps(float_config(hidden, inner, tied=tied, layers=layers)))
+    write_safetensors(folder / "model.safetensors", float_weights(hidden, inner, **options))
+    (folder / "config.json").write_text(json.dumps(float_config(hidden, inner, **options)))
     write_tokenizer(folder)
     return folder
 
 
-def shapes_of(hidden: int = 256, inner: int = 512, *, head: bool = False) -> dict[str, tuple[int, int]]:
+def shapes_of(
+    hidden: int = 256, inner: int = 512, *, head: bool = False, experts: int = 0
+) -> dict[str, tuple[int, int]]:
     """(in, out) of its linears, by name."""
     outs = {"q": hidden, "k": hidden // 2, "v": hidden // 2, "o": hidden}
     found = {f"{LAYER}self_attn.{name}_proj": (hidden, out) for name, out in outs.items()}
-    found |= {f"{LAYER}mlp.gate_proj": (hidden, inner), f"{LAYER}mlp.up_proj": (hidden, inner)}
-    found[f"{LAYER}mlp.down_proj"] = (inner, hidden)
+    for name in mlp_of(experts):
+        found[LAYER + name] = (inner, hidden) if name.endswith("down_proj") else (hidden, inner)
     return found | ({"lm_head": (hidden, VOCAB)} if head else {})
 
 
@@ -88,20 +115,21 @@ def write_quantized(
     inner: int = 512,
     head: bool = False,
     names_head: bool = False,
+    experts: int = 0,
 ) -> dict[str, Any]:
     """Write a quantized checkpoint and, in `dequantized.npz`, what its quantized weights stand for.
 
     layout: of `LAYOUTS`, or w8a8, msmodelslim, or bitsandbytes (a config only). own: settings of linears that differ,
     skip: linears left in float, both without the layer's prefix. says: replaces keys of the quantization_config.
-    head: the output layer is its own and quantized; names_head: the config says so.
+    experts: of a mixture. head: the output layer is its own and quantized; names_head: the config says so.
 
     Returns:
         The quantization_config; msModelSlim has none, and what this returns instead is not written.
     """
     folder.mkdir(parents=True)
     main, own, skip = LayerSettings(bits, group_size, sym), own or {}, list(skip)
-    weights, meanings = float_weights(hidden, inner, tied=not head), {}
-    for name in [f"{LAYER}{name}" for name in (*ATTENTION, *MLP)] + (["lm_head"] if head else []):
+    weights, meanings = float_weights(hidden, inner, tied=not head, experts=experts), {}
+    for name in [f"{LAYER}{name}" for name in (*ATTENTION, *mlp_of(experts))] + (["lm_head"] if head else []):
         short = name.removeprefix(LAYER)
         if layout == "bitsandbytes" or short in skip:
             continue
@@ -116,7 +144,7 @@ def write_quantized(
             tensors, meaning = write(linear), dequantize(linear)
         weights.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
         meanings[name] = meaning
-    ignored = ([] if head else ["lm_head"]) + [LAYER + name for name in skip]
+    ignored = modules_left(([] if head else ["lm_head"]) + [LAYER + name for name in skip], meanings)
     overrides = {LAYER + name: settings for name, settings in own.items()}
     if layout == "bitsandbytes":
         config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -132,7 +160,7 @@ def write_quantized(
     config |= says or {}
     write_safetensors(folder / "model.safetensors", weights)
     np.savez(folder / REFERENCE, **meanings)
-    whole = float_config(hidden, inner, tied=not head)
+    whole = float_config(hidden, inner, tied=not head, experts=experts)
     if layout != "msmodelslim":
         whole["quantization_config"] = config
     (folder / "config.json").write_text(json.dumps(whole))

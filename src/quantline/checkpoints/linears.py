@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -26,7 +26,7 @@ from quantline.core.errors import UserError
 WIDE = 32
 # A list of layers, the number of one, and what is inside it.
 _NUMBERED = re.compile(r"^(.+?)\.(\d+)\.(.+)$")
-_NOT_LINEAR = re.compile(r"norm|embed|ln_|(?:^|\.)(?:gate|shared_expert_gate|\w*router\w*)(?:\.|$)")
+_NOT_LINEAR = re.compile(r"norm|embed|ln_|A_log|(?:^|\.)(?:gate|shared_expert_gate|\w*router\w*)(?:\.|$)")
 # Also masks that older models store under such a name.
 _BIAS = re.compile(r"bias(?:es)?$")
 _CONVOLUTION = re.compile(r"(?:^|\.)\w*conv\w*$")
@@ -34,6 +34,7 @@ _LANGUAGE = re.compile(r"(?:^|\.)(?:language_model|text_model)(?:\.|$)")
 _OTHER_PART = re.compile(
     r"(?:^|[._])(?:vision|visual|image|img|audio|speech|video|projector|talker|code2wav|token2wav|mtp)"
 )
+_EXPERTS = re.compile(r"(.+\.experts)\.")
 _TABLE = re.compile(r"embed|(?:^|\.)(?:w[tp]e|lm_head|embed_out)$")
 
 
@@ -229,6 +230,15 @@ def select_linears(
             "layers.rules: every linear is skipped, so nothing would be quantized; use method=float for that"
         )
     return widths
+
+
+def modules_left(left: Sequence[str], quantized: Collection[str]) -> list[str]:
+    """The modules that a config must name as left in float: the linears, and the experts of a layer if none is quantized.
+
+    vLLM 0.32 asks for the module that holds the experts, and otherwise takes them for quantized.
+    """
+    experts = dict.fromkeys(found[1] for name in left if (found := _EXPERTS.match(name)))
+    return [*left, *(one for one in experts if not any(name.startswith(f"{one}.") for name in quantized))]
 
 
 def place_of(name: str) -> tuple[int, str]:

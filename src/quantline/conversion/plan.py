@@ -15,6 +15,7 @@ from typing import Any
 from quantline.checkpoints.layouts import FormatError, Layout, round_scales
 from quantline.checkpoints.layouts.description import Description
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD
+from quantline.checkpoints.linears import modules_left
 from quantline.checkpoints.quantization_config import LayerSettings, section_of
 from quantline.checkpoints.safetensors_stream import TensorSpec
 from quantline.conversion.errors import ConversionError
@@ -132,7 +133,7 @@ def _left_float(source: Source, layout: Layout) -> list[str]:
     tied = layout.config is not None and layout.config.names_tied_head
     if tied and LM_HEAD not in (*source.layers, *floats):
         floats.append(LM_HEAD)
-    return floats
+    return modules_left(floats, source.layers)
 
 
 def _warnings(source: Source, layout: Layout, facts: Mapping[str, LayerFacts]) -> list[str]:

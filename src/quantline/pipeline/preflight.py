@@ -24,7 +24,7 @@ from quantline.planning.preflight import check
 from quantline.planning.spec import Finding, Machine, Model, RefusedError, Step, VariantSpec, line
 from quantline.quantization.requirements import requirements_of
 from quantline.serving.memory import GIB
-from quantline.serving.rules import Target, cpu_instructions
+from quantline.serving.rules import Target, cpu_traits
 from quantline.toolchains.environments import detect_platform, expected_version
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -
         order[config.method.name] = config.frozen.backends
     return Machine(
         target=Target(
-            config.serve.runtime, version, device, instructions=cpu_instructions() if device == "cpu" else None,
-            compute_capability=capability,
+            config.serve.runtime, version, device, compute_capability=capability, **cpu_traits(device)
         ),
         order=order, context=options.context or config.serve.length,
         batch=options.batch or config.serve.process.concurrency, memory_bytes=memory,

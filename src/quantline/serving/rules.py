@@ -29,6 +29,7 @@ class Target:
     """What serves: runtime `vllm`, its version such as `0.32.0`, device `cpu` or `cuda`, and the activations' dtype.
 
     instructions: the best instruction set of an x86 CPU that vLLM has kernels for: `avx512`, `avx2` or `none`.
+    amx: whether the CPU has AMX tiles; None if unknown.
     compute_capability: of an NVIDIA GPU, 89 for 8.9. None if unknown; then no rule about it applies.
     """
 
@@ -38,6 +39,7 @@ class Target:
     dtype: str = "auto"
     tensor_parallel_size: int = 1
     instructions: str | None = None
+    amx: bool | None = None
     compute_capability: int | None = None
 
 
@@ -49,7 +51,8 @@ class CheckpointFacts:
     `gptq_v2` for GPTQ; the format for compressed-tensors. group_size: -1 is one group per channel. The rest comes from
     the layers (see `checkpoint_facts`). widths_divisible_by_32: whether in and out of every quantized layer are, on each
     GPU. fused: `mixed` if the parts of a fused linear differ, else `alike`. head: whether the config names a quantized
-    output layer, `named` or `unnamed`; `float` if that layer is not quantized. cut: what tensor parallelism would cut
+    output layer, `named` or `unnamed`; `float` if that layer is not quantized. experts: `quantized`, if experts of a mixture
+    are, else `float`. cut: what tensor parallelism would cut
     through: `heads`, `groups` or `nothing`.
     """
 
@@ -63,6 +66,7 @@ class CheckpointFacts:
     widths_divisible_by_32: bool | None = None
     fused: str | None = None
     head: str | None = None
+    experts: str | None = None
     cut: str | None = None
 
 
@@ -216,16 +220,31 @@ def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
 
 def vllm_here(version: str, device: str, dtype: str) -> Target:
     """This machine's vLLM as a target."""
-    return Target("vllm", version, device, dtype, instructions=cpu_instructions() if device == "cpu" else None)
+    return Target("vllm", version, device, dtype, **cpu_traits(device))
+
+
+def cpu_traits(device: str) -> dict[str, Any]:
+    """What a target on this machine has of `instructions` and `amx`; nothing on a GPU."""
+    return {"instructions": cpu_instructions(), "amx": cpu_has_amx()} if device == "cpu" else {}
+
+
+def _cpu_flags(info: Path) -> set[str]:
+    """The flags of an x86 CPU; none for other CPUs."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return set()
+    try:
+        lines = info.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+
+
+def cpu_has_amx(info: Path = _CPU_INFO) -> bool:
+    """Whether this CPU has AMX tiles."""
+    return "amx_tile" in _cpu_flags(info)
 
 
 def cpu_instructions(info: Path = _CPU_INFO) -> str | None:
     """The best instruction set of this x86 CPU that vLLM has kernels for: avx512, avx2 or none; None for other CPUs."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return None
-    try:
-        lines = info.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    flags = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+    flags = _cpu_flags(info)
     return "avx512" if flags >= _AVX512 else "avx2" if "avx2" in flags else "none" if flags else None

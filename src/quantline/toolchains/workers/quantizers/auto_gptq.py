@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from quantline.checkpoints.linears import modules_left
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model as _common
 from quantline.toolchains.workers.quantizers import output, rounding, selection
@@ -106,7 +107,8 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         gptq.quantize(_common.samples(work), batch_size=1, use_triton=False)
     work.metrics["quantize_seconds"] = time.perf_counter() - started
     work.warnings.extend(losses.warnings)
-    quantization = {"quant_method": "gptq", "checkpoint_format": "gptq", **settings, **output.left_float(skipped)}
+    left = output.left_float(modules_left(skipped, wanted))
+    quantization = {"quant_method": "gptq", "checkpoint_format": "gptq", **settings, **left}
     result = _common.finish(
         work, {name: module for name, module in linears.items() if name not in skipped}, quantization
     )

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from quantline.checkpoints.layouts.awq import MADE
+from quantline.checkpoints.linears import modules_left
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model, rounding, selection
 from quantline.toolchains.workers.quantizers import output as _output
@@ -99,7 +100,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         "group_size": job["group_size"],
         "version": options["version"],
         "zero_point": True,
-        "modules_to_not_convert": [*excluded, *skipped] or None,
+        "modules_to_not_convert": [*excluded, *modules_left(skipped, wanted)] or None,
     }
     return model.finish(work, {name: module for name, module in linears.items() if name not in skipped}, quantization)
 

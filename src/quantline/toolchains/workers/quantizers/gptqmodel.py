@@ -150,7 +150,6 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         # Split experts into separate linears before the probe, which then also shows that splitting changes nothing.
         defuser.replace_fused_blocks(config["model_type"])
         work = _common.load(job, config, translate=False)
-        work.renamed = lambda name: selection.file_name(name, config["model_type"])
         layout = MADE[options["version"]] if method == "awq" else "gptq"
         versions = " ".join(f"{name} {metadata.version(name)}" for name in ("gptqmodel", "torch", "transformers"))
         state = Run(work, report, options, layout, LayerStore.of(job, versions))

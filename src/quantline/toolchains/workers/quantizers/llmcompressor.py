@@ -105,7 +105,6 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     from quantline.toolchains.workers.quantizers import llmcompressor_modifiers as modifiers
 
     work = model.load(job, config, translate=False)
-    work.renamed = lambda path: selection.file_name(path, config["model_type"])
     linearize_moe(work.model)  # experts as separate linears, as in the files
     symmetric = not options["zero_point"] if method == "awq" else bool(options["sym"])
     layout = compressed_tensors_of(bool(options.get("activation_bits")))

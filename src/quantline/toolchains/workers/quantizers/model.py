@@ -25,7 +25,7 @@ from quantline.core.errors import naming
 from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.quantizers import output as _output
 from quantline.toolchains.workers.quantizers.legacy_headers import said_to_be_torch
-from quantline.toolchains.workers.quantizers.selection import width_of
+from quantline.toolchains.workers.quantizers.selection import file_name, width_of
 from quantline.toolchains.workers.reference.engine import attention_of
 
 
@@ -167,6 +167,8 @@ def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = Tr
             remedy = fits if dtype == torch.float16 else "the weights are damaged: run download again"
             raise JobError(f"{name} has infinities or NaN in {dtype}; {remedy}")
     work = Work(job, config, model, calibration, probe["input_ids"], probe["logits"], {})
+    if not translate:  # transformers 5 renames in memory
+        work.renamed = lambda name: file_name(name, config["model_type"])
     if info["unexpected_keys"]:
         work.warnings.append(f"left out as not part of the model: {', '.join(sorted(info['unexpected_keys']))}")
     _check_probe(work)

@@ -25,6 +25,7 @@ from quantline.checkpoints.checkpoint import (
 )
 from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, Storage
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LinearSpec
+from quantline.checkpoints.linears import modules_left
 from quantline.checkpoints.model_config import read_config, restore_config, write_config
 from quantline.checkpoints.model_files import COMPANIONS, matching
 from quantline.checkpoints.quantization_config import LayerSettings, describe, is_quantized, own_file, quantization_of
@@ -193,7 +194,7 @@ def described(
     with refusals():
         return describe(
             layout, bits=main[0], group_size=main[1], symmetric=symmetric, desc_act=desc_act,
-            modules_to_not_convert=skipped, quantized_head=LM_HEAD in widths,
+            modules_to_not_convert=modules_left(skipped, widths), quantized_head=LM_HEAD in widths,
             overrides={name: LayerSettings(*width, symmetric) for name, width in widths.items() if width != main},
         )  # fmt: skip
 

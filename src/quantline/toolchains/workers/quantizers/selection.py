@@ -14,6 +14,7 @@ _RENAMED = {
     "mixtral": (
         (r"\.mlp\.", ".block_sparse_moe."), (r"\.gate_proj\b", ".w1"), (r"\.down_proj\b", ".w2"), (r"\.up_proj\b", ".w3"),
     ),
+    "gpt_neox": ((r"^lm_head\b", "embed_out"),),
 }  # fmt: skip
 
 

@@ -1,0 +1,104 @@
+"""Run by the interpreter of the reference environment: a tiny random model of each family, and its logits on a probe.
+
+    python make_families.py FOLDER FAMILY ...
+
+FOLDER/<family> gets `model/`, `tokens.safetensors` and `probe.safetensors`, the logits by the reference engine, as the
+download stage records them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import save_file
+
+from quantline.toolchains.protocol import Reporter
+from quantline.toolchains.workers.reference import engine
+
+VOCAB = 320  # of the tokenizer in tiny_model.py, up to a multiple of 64
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 32, "bos_token_id": None, "eos_token_id": None,
+    "pad_token_id": None, "initializer_range": 0.2, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "sliding_window": 128,
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {
+    "apertus": {"hidden_act": "xielu"},
+    "codegen": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "n_ctx": 512, "rotary_dim": 16},
+    "gemma3": {
+        "text_config": {**SIZES}, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7,
+        "vision_config": {
+            "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56,
+            "patch_size": 14,
+        },
+    },
+    "gemma4_text": {
+        "global_head_dim": 32, "num_global_key_value_heads": 2, "hidden_size_per_layer_input": 64,
+        "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt_bigcode": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt_neo": {
+        "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 512,
+    },
+    "gptj": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mpt": {"d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 512},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
+    "mamba": {"state_size": 32, "time_step_rank": 64},
+    "qwen2_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
+}  # fmt: skip
+
+
+def config_of(family: str) -> Any:
+    """The family's config with tiny sizes: those that it knows by their usual names, and its own."""
+    kind = transformers.CONFIG_MAPPING[family]
+    usual = kind().to_dict()
+    given = {key: value for key, value in SIZES.items() if key in usual}
+    if "layer_types" in usual and "layer_types" not in OWN.get(family, {}):
+        given["layer_types"] = ["full_attention"] * 2
+    return kind(**{**given, **OWN.get(family, {})})
+
+
+def make(folder: Path, family: str) -> None:
+    torch.manual_seed(0)
+    config = config_of(family)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.ndim > 1 and "layers" in name:
+                parameter[..., ::17] *= 4.0  # outlier channels, as trained models have them
+    model.to(torch.bfloat16).save_pretrained(folder / family / "model")
+    random = np.random.default_rng(0)
+    save_file({"input_ids": random.integers(0, 256, (16, 64), dtype=np.int32)}, folder / family / "tokens.safetensors")
+    engine.run(
+        {
+            "kind": "probe", "checkpoint": str(folder / family / "model"),
+            "input_ids": random.integers(0, 256, (2, 48)).tolist(), "output": str(folder / family / "probe.safetensors"),
+        },
+        Reporter(),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    failed = []
+    for one in sys.argv[2:]:
+        try:
+            make(Path(sys.argv[1]), one)
+        except Exception as error:  # all families are tried, and all that fail are named
+            failed.append(f"{one}: {type(error).__name__}: {error}")
+    if failed:
+        sys.exit("\n".join(failed))
