@@ -6,6 +6,7 @@ plan says, the stage says, too.
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from places import CPU
 from tiny_model import write_tokenizer
+from tiny_quantized import write_float
 
 from quantline.checkpoints.model_config import read_config
 from quantline.config.data import ModelConfig
@@ -20,6 +22,7 @@ from quantline.core.errors import UserError
 from quantline.data.download import fetch
 from quantline.pipeline.preflight import method_defaults
 from quantline.planning.preflight import check
+from quantline.planning.report import as_text
 from quantline.planning.spec import Machine, Model, VariantSpec
 from quantline.quantization import capabilities
 from quantline.quantization.file_checks import inspect
@@ -33,8 +36,8 @@ REFUSED = {"gpt2": "stored transposed", "gpt_oss": "no linears of their own", "g
 BACKENDS = [name for name, entry in capabilities.table().items() if entry["toolchain"]]
 SCRIPTS = Path(__file__).parents[1] / "toolchains" / "workers" / "quantizers" / "scripts"
 BITS, GROUP = {"bnb": 4}, {"bnb": 64}
-# Steps of learning; the rest as in conf/.
-QUICK = {"autoround": {"iters": 2}}
+# Few steps of learning, and what the backend does not have; the rest as in conf/.
+OWN_OPTIONS = {"autoround": {"iters": 2}, "llmcompressor": {"clip": False}}
 
 pytestmark = [pytest.mark.toolchain("reference")]
 
@@ -63,7 +66,7 @@ def models(root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(root):
-    return {name: {**values, **QUICK.get(name, {})} for name, values in method_defaults(root).items()}
+    return method_defaults(root)
 
 
 def spec_of(method: str, options: dict[str, Any], backend: str) -> VariantSpec:
@@ -94,6 +97,39 @@ def stage(spec: VariantSpec, folder: Path, out: Path, run_worker: Any = refuse_t
     )  # fmt: skip
 
 
+CONFIGS = """
+import json, sys
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+found = {}
+for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    try:
+        found[family] = json.loads(CONFIG_MAPPING[family]().to_json_string(use_diff=False))
+    except Exception:  # some have no defaults
+        continue
+json.dump(found, open(sys.argv[1], "w"))
+"""
+
+
+def test_plan_answers_for_every_causal_family_of_transformers(root, options, tmp_path):
+    python = environments.ensure(root, "reference").python
+    command = [python, "-c", CONFIGS, tmp_path / "configs.json"]
+    subprocess.run(command, env=worker_environment(1), capture_output=True, check=True)
+    configs = json.loads((tmp_path / "configs.json").read_text())
+    assert len(configs) > 150
+    headers = Model.open(write_float(tmp_path / "model"))
+    here = Machine(CPU, {"rtn": ["native"], "gptq": ["gptqmodel"]}, memory_bytes=2**40)
+    unknown = set()
+    for family, config in configs.items():
+        model = Model(family, headers.checkpoint, {**config, "model_type": family})
+        for method in ("rtn", "gptq", "float"):
+            plan = check(spec_of(method, options.get(method, {}), "auto"), model, here)
+            assert as_text(plan, model, here, None, None), family
+        unknown |= {family} if plan.kv is None else set()
+    # Those without heads, and those whose numbers are in several sections.
+    assert unknown <= {"blt", "falcon_mamba", "gemma4_assistant", "gemma4_unified_assistant", "mamba", "rwkv"}
+
+
 @pytest.mark.parametrize("family", [*CLAIMED, *ANY, *REFUSED])
 def test_a_family_is_downloaded_planned_and_rounded_or_refused_by_plan_and_stage_alike(
     models, options, tmp_path, family
@@ -122,7 +158,8 @@ def test_a_family_is_downloaded_planned_and_rounded_or_refused_by_plan_and_stage
 def test_a_backend_quantizes_every_family_that_it_claims(root, models, options, tmp_path, backend):
     jobs = {}
     for method, family in claims(backend):
-        spec = spec_of(method, options[method], backend)
+        own = {key: value for key, value in OWN_OPTIONS.get(backend, {}).items() if key in options[method]}
+        spec = spec_of(method, {**options[method], **own}, backend)
         plan = check(spec, Model.open(models / family / "model"), Machine(CPU, {method: [backend]}))
         if not plan.passes("quantize", "convert"):
             reasons = capabilities.family_faults(backend, spec.requirements, read_config(models / family / "model"))

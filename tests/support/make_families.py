@@ -80,7 +80,7 @@ def make(folder: Path, family: str) -> None:
                 parameter[..., ::17] *= 4.0  # outlier channels, as trained models have them
     model.to(torch.bfloat16).save_pretrained(folder / family / "model")
     random = np.random.default_rng(0)
-    save_file({"input_ids": random.integers(0, 256, (16, 64), dtype=np.int32)}, folder / family / "tokens.safetensors")
+    save_file({"input_ids": random.integers(0, 256, (8, 64), dtype=np.int32)}, folder / family / "tokens.safetensors")
     engine.run(
         {
             "kind": "probe", "checkpoint": str(folder / family / "model"),
