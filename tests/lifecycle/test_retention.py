@@ -10,6 +10,8 @@ from quantline.lifecycle.retention import collect_garbage, former_outputs, promo
 from quantline.lifecycle.storage.dvc_cache import all_objects, object_path, objects_of
 from quantline.lifecycle.storage.dvc_lock import former_variants, read_lock
 from quantline.lifecycle.verify import verify
+from stages import retention as retention_stage
+from stages import verify as verify_stage
 
 
 @pytest.fixture
@@ -160,6 +162,23 @@ def test_what_killed_processes_left_is_removed_and_what_another_machine_makes_is
     ]  # fmt: skip
     assert [path.name for path in project.root.rglob("*.partial-*")] == [".convert.partial-other-1"]
     assert verify(project.root, project.cache).faults == ()
+
+
+@pytest.mark.parametrize("command", ["verify", "retention"])
+def test_the_commands_that_look_after_a_checkout_remove_what_killed_processes_left(
+    project, monkeypatch, capsys, command
+):
+    left = project.root / "artifacts" / "one" / f".quantize.partial-{socket.gethostname()}-1"
+    left.mkdir()
+    for stage in (verify_stage, retention_stage):
+        monkeypatch.setattr(stage, "ROOT", project.root)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    done = verify_stage.verify({}) if command == "verify" else retention_stage.retention(
+        {"apply": "false", "keep": "workspace", "remote": None}
+    )  # fmt: skip
+    assert done == 0
+    assert f"removed artifacts/one/{left.name}: half made" in capsys.readouterr().out
+    assert not left.exists()
 
 
 def test_a_lock_whose_variants_could_lead_elsewhere_is_refused(project):
