@@ -91,11 +91,12 @@ def parse(values: Mapping[str, Any]) -> Config:
         faults.extend(length_faults(config))
     except ValidationError as error:
         faults.extend(_describe(fault) for fault in error.errors(include_url=False))
-    faults.extend(method_faults(values))
-    faults.extend(_source_faults(values))
-    faults.extend(_convert_faults(values))
-    faults.extend(_tracking_faults(values))
-    faults.extend(_toolchain_faults(values))
+    for check in (method_faults, _source_faults, _convert_faults, _tracking_faults, _toolchain_faults):
+        try:
+            faults.extend(check(values))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            if config is not None:
+                raise  # otherwise the types are wrong, which is reported already
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     return config

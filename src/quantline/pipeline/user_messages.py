@@ -9,6 +9,7 @@ from pathlib import Path
 from quantline.core.errors import QuantlineError, UserError
 from quantline.core.text import nearest
 from quantline.pipeline.config import renamed
+from quantline.pipeline.suggestions import choice_meant, option_meant
 
 # A disk that fails or is missing, or a path that is something else than it should be: not a bug in Quantline.
 _BROKEN_PLACES = (
@@ -21,6 +22,7 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int] | None:
     """The message and exit code for a failure that the user can fix; None for a bug, which keeps its traceback."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     if isinstance(error, QuantlineError):
         return str(error), error.exit_code
@@ -34,6 +36,13 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int] | None:
             f"{error.filename}: {error.strerror}; check the path, and that its disk is mounted",
             1,
         )
+    if isinstance(error, YAMLError):  # of a file that Hydra reads
+        return (
+            f"not valid YAML: {' '.join(str(error).split())}; remove the file, `dvc repro` makes those in variants/",
+            2,
+        )
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):  # Hydra's, for `evaluate=null`
+        return "a group takes the name of one of its choices, such as method=gptq; see --help", 2
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_composition(error, conf), 2
     return None
@@ -56,11 +65,11 @@ def _explain_composition(error: Exception, conf: Path) -> str:
         if owners := _owners(conf, key):
             group = key.partition(".")[0]
             return f"{key}: this {group} has no such option; {group}={' or '.join(owners)} has it, see --help"
-        return f"{key}: no such option{nearest(key, option_names(conf))}; see the allowed ones with --help"
+        return f"{key}: no such option{option_meant(key, option_names(conf))}; see the allowed ones with --help"
     group = re.search(r"Could not find '([^']+)/([^'/]*)'", text)
     if group:
         choices = sorted(path.stem for path in (conf / group.group(1)).glob("*.yaml"))
-        hint = nearest(group.group(2), choices)
+        hint = choice_meant(group.group(2), choices)
         return f"{group.group(1)}={group.group(2)}: allowed are {', '.join(choices)}{hint}"
     primary = re.search(r"Cannot find primary config '([^']+)'", text)
     if primary:
@@ -101,7 +110,7 @@ def _owners(conf: Path, key: str) -> list[str]:
 
 
 def option_names(conf: Path) -> list[str]:
-    """The dotted names of all options in conf/, from every choice of every group."""
+    """The names of all groups in conf/, and the dotted names of all options of every choice."""
     import yaml
 
     names: set[str] = set()
@@ -119,6 +128,7 @@ def option_names(conf: Path) -> list[str]:
         if not group.startswith("hydra"):
             prefix = package[1] if package else "" if group == "." else group.replace("/", ".")
             collect(prefix, yaml.safe_load(text))
+            names.update({group} - {"."})
     return sorted(
         name for name in names if not name.startswith(("hydra", "defaults")) and not name.endswith(".defaults")
     )
