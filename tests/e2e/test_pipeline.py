@@ -312,7 +312,8 @@ def quantizing(pid: int) -> bool:
 
 def test_dvcs_tables_fit_a_terminal_and_lead_with_the_variant_to_ship(pipeline):
     shown = [pipeline.run("python", "-m", "dvc", *words, COLUMNS="120") for words in (
-        ("metrics", "show"), ("metrics", "diff", "HEAD~1"), ("exp", "show", "--no-pager"), ("params", "diff", "HEAD~1"),
+        ("metrics", "show"), ("metrics", "diff", "HEAD~1"),
+        ("exp", "show", "--no-pager", "--drop", ".*", "--keep", "Exp|best|metrics"), ("params", "diff", "HEAD~1"),
     )]  # fmt: skip
     for table in shown:
         assert table.code == 0, table.text
@@ -322,6 +323,9 @@ def test_dvcs_tables_fit_a_terminal_and_lead_with_the_variant_to_ship(pipeline):
     assert best == (manifest["chosen"] or "none")
     assert best in shown[0].out.splitlines()[1]
     assert best in shown[2].out
+    leads = pipeline.dvc("exp", "show").out.splitlines()
+    assert leads[1][:120].split()[2:5] == ["best", "metrics.json:change_percent", "metrics.json:size_mb"]
+    assert best in leads[3][:120]
     figures = json.loads((pipeline.root / "metrics" / "awq-w4-g128").read_text())
     measured = pipeline.result("awq-w4-g128", "evaluate")["metrics"]
     assert figures["perplexity"] == pytest.approx(measured["reference_perplexity"], rel=1e-3)
