@@ -1,9 +1,73 @@
 from __future__ import annotations
 
+import pytest
+
+from quantline.core.errors import UserError
 from quantline.pipeline.config import parse
-from quantline.pipeline.execute import seeded
+from quantline.pipeline.execute import run_until, seeded
+from quantline.pipeline.stages import STAGES, needed
 
 
 def test_the_seed_goes_to_the_calibration_samples_too(composed):
     config = seeded(parse(composed("method=gptq")), 7)
     assert (config.seed, config.calibration.seed) == (7, 7)
+
+
+@pytest.fixture
+def everything(root, tmp_path):
+    """A checkout in which every stage writes a file; its `runs` are (stage, variant), in order."""
+    for name in ("conf", "envs", "assets"):
+        (tmp_path / name).symlink_to(root / name)
+    runs = []
+
+    def work_of(stage):
+        def work(run):
+            runs.append((stage, run.variant))
+            for earlier in needed(run.config, stage):
+                run.input(earlier)
+            if STAGES[stage].beside_float and not run.is_baseline:
+                run.input(stage, baseline=True)
+            with run.output() as out:
+                (out / "file").write_text("text")
+
+        return work
+
+    return tmp_path, {stage: work_of(stage) for stage in STAGES}, runs
+
+
+def test_what_is_missing_runs_in_order_with_the_float_baseline_and_once(composed, everything):
+    folder, work, runs = everything
+    words = ("method=gptq", "bits=8", "tracking.enabled=false")
+    config = parse(composed(*words))
+    ran = run_until("evaluate", work, config, folder, words)
+    assert [stage for stage, _ in runs] == [
+        "download", "calibrate", "quantize", "convert", "serve_smoke", "serve_smoke", "evaluate", "evaluate",
+    ]  # fmt: skip
+    assert runs[-1] == ("evaluate", "gptq-w8-g128")
+    assert len(ran) == 2
+    assert "gptq-w8-g128" in ran
+    runs.clear()
+    assert run_until("evaluate", work, config, folder, words) == []
+    assert runs == []
+
+
+def test_another_option_runs_only_what_depends_on_it(composed, everything):
+    folder, work, runs = everything
+    run_until("evaluate", work, parse(composed("method=gptq")), folder, ("method=gptq",))
+    runs.clear()
+    run_until("evaluate", work, parse(composed("method=gptq", "bits=8")), folder, ("method=gptq", "bits=8"))
+    assert runs == [(stage, "gptq-w8-g128") for stage in ("quantize", "convert", "serve_smoke", "evaluate")]
+
+
+def test_the_run_ends_at_the_stage_that_refuses_and_what_was_made_stays(composed, everything):
+    folder, work, runs = everything
+
+    def refuse(_run):
+        raise UserError("no")
+
+    config = parse(composed("method=gptq"))
+    with pytest.raises(UserError, match="no"):
+        run_until("convert", {**work, "convert": refuse}, config, folder, ("method=gptq",))
+    runs.clear()
+    run_until("convert", work, config, folder, ("method=gptq",))
+    assert [stage for stage, _ in runs] == ["convert"]

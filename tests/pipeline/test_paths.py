@@ -20,7 +20,19 @@ def test_a_group_size_of_minus_one_is_named_channel(composed):
 def test_other_overrides_are_part_of_the_name_in_a_fixed_order(composed):
     one = name_of(composed, "method=gptq", "method.desc_act=true", "calibration.n_samples=64")
     other = name_of(composed, "calibration.n_samples=64", "method.desc_act=true", "method=gptq")
-    assert one == other == "gptq-w4-g128-calibration_n_samples-64-desc_act-true"
+    assert one == other
+    assert one.startswith("gptq-w4-g128-n_samples-64-desc_act-true-")
+
+
+def test_a_path_is_no_part_of_a_name_and_a_choice_is(composed):
+    name = name_of(composed, "calibration=jsonl", "calibration.path=/data/of/mine/texts.jsonl")
+    assert name.startswith("awq-w4-g128-calibration-jsonl-path-")
+    assert len(name) == len("awq-w4-g128-calibration-jsonl-path-") + 6
+    assert name_of(composed, "calibration=jsonl", "seed=1") == "awq-w4-g128-calibration-jsonl-seed-1"
+
+
+def test_options_of_different_sections_with_the_same_last_word_give_different_names(composed):
+    assert name_of(composed, "calibration.seed=1") != name_of(composed, "seed=1")
 
 
 def test_what_only_changes_how_a_stage_runs_is_no_part_of_the_name(composed):

@@ -11,14 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.files import clear, release, write_json
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.hydra_values import plain
+from quantline.pipeline.inputs import Wanted, float_config, missing_inputs
 from quantline.pipeline.monitor.monitor import Monitor
 from quantline.pipeline.paths import SAVED, read_result
 from quantline.pipeline.run import StageRun, stage_paths_of
-from quantline.pipeline.stages import STAGES, is_baseline, names
+from quantline.pipeline.stages import STAGES, baseline_overrides, is_baseline, names
 from quantline.toolchains.environments import usable_platform
 
 if TYPE_CHECKING:
@@ -94,6 +96,13 @@ def run_stage(
     """Validate the configuration and run the stage; returns the configuration and the result ({} if none is written)."""
     config = parse(plain(cfg))
     check_caller(config, overrides)
+    return config, run_checked(name, work, config, root, overrides)
+
+
+def run_checked(
+    name: str, work: Callable[[StageRun], None], config: Config, root: Path, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Check what can be known before the stage computes, then run it; returns the result ({} if none is written)."""
     if STAGES[name].locks:
         usable_platform(config.device)  # before anything is read, installed or computed
     if name == "quantize" and not is_baseline(config):
@@ -102,7 +111,35 @@ def run_stage(
 
         for note in preflight(StageRun(name, config, root, tuple(overrides))):
             print(f"  note: {note}", file=sys.stderr)
-    return config, execute(name, work, config, root, overrides)
+    return execute(name, work, config, root, overrides)
+
+
+def run_until(
+    until: str, work: Mapping[str, Callable[[StageRun], None]], config: Config, root: Path, overrides: Sequence[str]
+) -> list[str]:
+    """Run by hand what is missing up to a stage, in order; returns the names of the runs that have new results.
+
+    Args:
+        until: the last stage.
+        work: the functions of the stages, by name.
+        config: of the variant.
+        root: the checkout.
+        overrides: of the variant, as typed.
+
+    Raises:
+        UserError: a stage refuses the variant. What ran before it stays.
+    """
+    missing = missing_inputs(root, until, Wanted(until), config)
+    ran: dict[str, None] = {}
+    for number, wanted in enumerate(missing, 1):
+        own, words = config, overrides
+        if wanted.baseline:
+            own = float_config(config).model_copy(update={"variant": None})
+            words = [f"method={BASELINE}", *baseline_overrides(overrides)]
+        print(f"\n[{number}/{len(missing)}] {wanted}", file=sys.stderr, flush=True)
+        run_checked(wanted.stage, work[wanted.stage], own, root, words)
+        ran[StageRun(wanted.stage, own, root, tuple(words)).variant] = None
+    return list(ran)
 
 
 def check_caller(config: Config, overrides: Sequence[str]) -> None:

@@ -178,24 +178,26 @@ def derived_name(config: Config, overrides: Sequence[str]) -> str:
 
 
 def _named(overrides: Sequence[str], without: tuple[str, ...]) -> list[str]:
-    named = []
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        if not f"{key}=".startswith(without):
-            named.append(f"{_plain(key.removeprefix('method.'))}-{_distinct(value)}".strip("_"))
-    return sorted(named)
+    """The parts of a name for the overrides that make a run another one, short and readable.
+
+    A choice of a group is its name, a number or a short word stands behind its option, and a path is left to the hash that
+    ends the name wherever the parts alone do not say which overrides they are.
+    """
+    plain = sorted(override.lstrip("+~") for override in overrides)
+    given = sorted(plain, key=lambda override: "." in override.partition("=")[0])  # groups first
+    given = [one for one in given if not f"{one.partition('=')[0]}=".startswith(without)]
+    parts, exact = [], True
+    for override in given:
+        key, _, value = override.removeprefix("method.").partition("=")
+        word = _plain(key.rpartition(".")[2])
+        short = re.fullmatch(r"[A-Za-z0-9_-]{1,16}|-?[0-9.]{1,16}", value)
+        parts.append(f"{word}-{_plain(value)}" if short else word)
+        exact = exact and "." not in key and bool(short)
+    return parts if exact else [*parts, hashlib.sha256(" ".join(given).encode()).hexdigest()[:6]]
 
 
 def _plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text)
-
-
-def _distinct(value: str) -> str:
-    # Values that differ only in characters which a name cannot have, such as /a/b and /a_b, stay distinct.
-    plain = _plain(value)
-    if plain == value or re.fullmatch(r"-?[0-9.]+", value):
-        return plain
-    return f"{plain.strip('_')}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
 
 
 def _cut(name: str) -> str:
