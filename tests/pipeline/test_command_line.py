@@ -14,7 +14,9 @@ TO, KEEP = (
     Option("keep", "workspace", "what", allowed=("workspace", "tags")),
 )
 PORT = Option("port", "PORT", "a port", default="5000", bare=True)
-WITH_OPTIONS = ("backup", "demote", "fetch", "lineage", "plan", "promote", "rebuild", "restore", "retention", "ui")
+WITH_OPTIONS = (
+    "backup", "demote", "fetch", "lineage", "plan", "promote", "rebuild", "restore", "retention", "serve", "ui",
+)  # fmt: skip
 
 
 def test_help_of_everything_is_not_the_help_of_the_command():

@@ -28,6 +28,7 @@ class ServerOptions:
         threads: OpenMP threads of a CPU worker, not bound to cores. None lets vLLM bind them to all cores but one, which
             was the fastest setting tried on two busy cores.
         environment: further environment variables of the server.
+        name: under which requests ask for the model.
     """
 
     process: ProcessConfig
@@ -38,13 +39,14 @@ class ServerOptions:
     trust_remote_code: bool = False
     threads: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    name: str = SERVED_NAME
 
 
 def command_line(python: Path, model: Path, options: ServerOptions, port: int) -> list[str]:
     """The arguments that start vLLM's server."""
     return [
         str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model),
-        "--served-model-name", SERVED_NAME, "--host", options.process.host, "--port", str(port),
+        "--served-model-name", options.name, "--host", options.process.host, "--port", str(port),
         "--disable-uvicorn-access-log", *_flags(options),
     ]  # fmt: skip
 

@@ -19,16 +19,16 @@ def free_port(host: str) -> int:
         return int(listener.getsockname()[1])
 
 
-def require_free(host: str, port: int) -> None:
-    """Check that a server can listen on `port`.
+def require_free(host: str, port: int, remedy: str = "set serve.process.port=null") -> None:
+    """Check that a server can listen on `port`. remedy: what to do where it is taken.
 
     Raises:
         UserError: it is taken, or `host` is not an address of this machine.
     """
-    _bound(host, port).close()
+    _bound(host, port, remedy).close()
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int, remedy: str = "") -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     # As the server does. Otherwise a port that was just released would count as taken for a minute.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -38,7 +38,7 @@ def _bound(host: str, port: int) -> socket.socket:
         listener.close()
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise UserError(
-                f"port {port} of {host} is taken; stop the process that listens on it, or set serve.process.port=null"
+                f"port {port} of {host} is taken; stop the process that listens on it, or {remedy}"
             ) from None
         raise UserError(
             f"host {host}, port {port}: cannot listen there ({error}); set another serve.process.host or port"

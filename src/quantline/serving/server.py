@@ -24,7 +24,7 @@ import psutil
 
 from quantline.core.errors import ServerError, UserError
 from quantline.core.progress import bar
-from quantline.serving.command import SERVED_NAME, ServerOptions, command_line, environment_of
+from quantline.serving.command import ServerOptions, command_line, environment_of
 from quantline.serving.ports import free_port, require_free
 from quantline.serving.server_log import ending, failure_reason
 from quantline.toolchains.toolchain import worker_environment
@@ -131,7 +131,7 @@ class Server:
 
 @contextmanager
 def serve(python: Path, model: Path, options: ServerOptions, *, log: Path) -> Iterator[Server]:
-    """Serve the checkpoint in `model` with the vLLM of the interpreter `python`, under the name `quantline`.
+    """Serve the checkpoint in `model` with the vLLM of the interpreter `python`.
 
     log: gets everything the server prints; overwritten.
 
@@ -243,10 +243,12 @@ def _max_model_len(server: Server, client: httpx.Client) -> int:
     """The longest sequence that the server takes. Checks first that the port is not another server's."""
     try:
         models = client.get("/v1/models").raise_for_status().json()["data"]
-        card = next(card for card in models if card["id"] == SERVED_NAME)
+        card = next(card for card in models if card["id"] == server.options.name)
         root, length = str(card["root"]), int(card["max_model_len"])
     except (httpx.HTTPError, ValueError, KeyError, TypeError, StopIteration) as error:
-        raise ServerError(f"port {server.port} is healthy but does not list {SERVED_NAME}: {error!r}") from error
+        raise ServerError(
+            f"port {server.port} is healthy but does not list {server.options.name}: {error!r}"
+        ) from error
     if root != str(server.model):
         raise ServerError(f"port {server.port} belongs to another server, of {root}; set serve.process.port=null")
     return length

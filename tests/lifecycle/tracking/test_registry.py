@@ -48,11 +48,13 @@ def lock_of(record: VariantRecord, *without: str) -> dict[str, Any]:
 class Store:
     """Two published variants with a checkpoint each."""
 
-    def __init__(self, root: Path, uri: str | None = None) -> None:
+    def __init__(self, root: Path, uri: str | None = None, configured: dict[str, Any] | None = None) -> None:
         self.root, self.tracking = root, tracking(uri)
         self.records = [record(f"{method}-w4", method, 4, worse, root / "work") for method, worse in
                         (("awq", 0.01), ("gptq", 0.02))]  # fmt: skip
-        self.records = [replace(record, lock=lock_of(record)) for record in self.records]
+        self.records = [
+            replace(record, lock=lock_of(record), config=configured or record.config) for record in self.records
+        ]
         self.run_ids = publish(
             self.records, tracking_uri=uri, experiment="quantline/demo", root=root, timeout_seconds=60
         ).run_ids

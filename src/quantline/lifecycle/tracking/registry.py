@@ -202,30 +202,61 @@ def fetch(tracking: TrackingConfig, root: Path, model: str, alias: str, out: Pat
     if out.exists():
         raise UserError(f"out={out}: already exists; give a new folder")
     with connected(tracking, root, timeout_seconds=TRANSFER_SECONDS) as client:
-        number = _holder(client, model, alias)
-        known = {item.version: item for item in _versions(client, model)}
-        if number is None or number not in known:
-            held = sorted(f"{model}@{name}" for item in known.values() for name in item.aliases)
-            raise UserError(f"{model}@{alias}: is not registered; the model has {', '.join(held) or 'no aliases'}")
-        version = known[number]
-        files = json.loads(artifact(client, version.run_id, FILES) or "{}")
-        if not files:
-            raise UserError(f"{model} version {number}: has no list of files; promote it with stages.promote")
-        with building(out) as folder:
-            place = Path(client.download_artifacts(version.run_id, MODEL, str(folder)))
-            for path in list(place.iterdir()):
-                shutil.move(path, folder / path.name)
-            place.rmdir()
-            received = file_hashes(folder)
-            wrong = sorted(name for name in {*received, *files} if received.get(name) != files.get(name))
-            if wrong:
-                raise TrackingError(
-                    f"{wrong[0]} of {model} version {number} differs from the registered file; promote it again"
-                )
-            card = artifact(client, version.run_id, f"registry/{CARD}")
-            if card is not None and CARD not in files:  # a version of before there were cards has none
-                (folder / CARD).write_text(card, encoding="utf-8")
+        version = _held(client, model, alias)
+        _download(client, version, out)
         return version
+
+
+def kept(tracking: TrackingConfig, root: Path, model: str, alias: str, home: Path) -> tuple[Version, Path]:
+    """The version with an alias and a folder below `home` that has it: fetched once, verified each time.
+
+    Raises:
+        UserError: no such model or alias.
+        TrackingError: MLflow does not answer, or a file differs from the registered one; nothing is left then.
+    """
+    with connected(tracking, root, timeout_seconds=TRANSFER_SECONDS) as client:
+        version = _held(client, model, alias)
+        folder = home / f"{model}-{version.version}"
+        files = _files(client, version)
+        if not folder.is_dir() or {**file_hashes(folder), CARD: ""} != {**files, CARD: ""}:
+            _download(client, version, folder)
+        return version, folder
+
+
+def _held(client: Any, model: str, alias: str) -> Version:
+    number = _holder(client, model, alias)
+    known = {item.version: item for item in _versions(client, model)}
+    if number is None or number not in known:
+        held = sorted(f"{model}@{name}" for item in known.values() for name in item.aliases)
+        raise UserError(f"{model}@{alias}: is not registered; the model has {', '.join(held) or 'no aliases'}")
+    return known[number]
+
+
+def _files(client: Any, version: Version) -> dict[str, str]:
+    files: dict[str, str] = json.loads(artifact(client, version.run_id, FILES) or "{}")
+    if not files:
+        raise UserError(
+            f"{version.model} version {version.version}: has no list of files; promote it with stages.promote"
+        )
+    return files
+
+
+def _download(client: Any, version: Version, out: Path) -> None:
+    files = _files(client, version)
+    with building(out) as folder:
+        place = Path(client.download_artifacts(version.run_id, MODEL, str(folder)))
+        for path in list(place.iterdir()):
+            shutil.move(path, folder / path.name)
+        place.rmdir()
+        received = file_hashes(folder)
+        wrong = sorted(name for name in {*received, *files} if received.get(name) != files.get(name))
+        if wrong:
+            raise TrackingError(
+                f"{wrong[0]} of {version.model} version {version.version} differs from the registered file; promote it again"
+            )
+        card = artifact(client, version.run_id, f"registry/{CARD}")
+        if card is not None and CARD not in files:  # a version of before there were cards has none
+            (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _alone(tracking: TrackingConfig, root: Path) -> Any:
