@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantline.checkpoints.companions import has_chat_template
+from quantline.checkpoints.model_files import has_chat_template
 from quantline.config.context import automatic
 from quantline.core.errors import UserError
 from quantline.core.text import nearest
