@@ -26,6 +26,7 @@ from quantline.pipeline.paths import stage_paths
 from quantline.toolchains.environments import (
     HEALTH_CHECKS,
     PLATFORMS,
+    detect_platform,
     environment_folder,
     environment_state,
     lock_file,
@@ -185,6 +186,8 @@ def _link_environments(folder: Path, root: Path) -> None:
         built, lock = environment_folder(root, name, platform), lock_file(folder, name, platform)
         if lock.is_file() and environment_state(built) == sha256_of(lock):
             environment_folder(folder, name, platform).symlink_to(built.resolve())
+            if platform == detect_platform():  # where the code of older commits looks
+                (folder / ".venvs" / name).symlink_to(built.resolve())
 
 
 def baseline_config(config: Mapping[str, Any]) -> dict[str, Any]:
