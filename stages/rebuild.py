@@ -12,7 +12,7 @@ from quantline.pipeline.command_line import Option
 from stages import ROOT, main
 
 OPTIONS = [
-    Option("run", "ID", "an MLflow run by its id, its fingerprint, or a prefix of one", required=True),
+    Option("run", "NAME", "a variant by its name, or a run by its id or fingerprint, or by a prefix of one", required=True),
     Option("out", "DIR", "a new folder: DIR/convert is the checkpoint, with the other outputs beside it", required=True),
     Option("from", "auto", "cache: DVC's cache or a remote; source: run the stages again; auto: cache, else source",
            allowed=("auto", "cache", "source")),

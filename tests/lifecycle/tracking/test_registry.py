@@ -195,10 +195,10 @@ def test_a_server_that_is_down_is_no_empty_registry(tmp_path):
         promoted_outputs(tmp_path, tracking("http://127.0.0.1:9"))
 
 
-def test_a_run_is_found_by_the_beginning_of_its_id_and_by_a_stages_fingerprint(store):
+def test_a_run_is_found_by_its_variants_name_the_beginning_of_its_id_and_a_stages_fingerprint(store):
     run_id = store.run_ids["awq-w4"]
     stage = store.records[0].results[2]["fingerprint"]
-    for given in (run_id[:10], stage):
+    for given in ("awq-w4", run_id[:10], stage):
         found = read_run(store.tracking, store.root, given)
         assert (found.run_id, found.name) == (run_id, "awq-w4")
     assert list(found.results) == [result["stage"] for result in store.records[0].results]

@@ -102,7 +102,7 @@ def connected(tracking: TrackingConfig, root: Path, *, timeout_seconds: float | 
 
 
 def read_run(tracking: TrackingConfig, root: Path, given: str) -> TrackedRun:
-    """The variant's run with this id or fingerprint, or a prefix of one.
+    """The variant's run with this id or fingerprint, or a prefix of one, or the current run of the variant of this name.
 
     Raises:
         UserError: no run matches, or more than one.
@@ -140,20 +140,21 @@ def find_run(client: Any, given: str) -> Any:
 
     Args:
         client: an MlflowClient.
-        given: the id or fingerprint of the run or of one of its stages, or at least the first 6 digits of one.
+        given: the id or fingerprint of the run or of one of its stages, or at least the first 6 digits of one; or the
+            name of a variant, whose current run is meant.
 
     Raises:
         UserError: no run matches, or more than one.
     """
-    if not re.fullmatch(r"[0-9a-f]+", given) or len(given) < _LEAST_PREFIX:
-        raise UserError(
-            f"run={given}: give the id or fingerprint of a run, or its first {_LEAST_PREFIX} digits or more"
-        )
+    prefix = re.fullmatch(r"[0-9a-f]+", given) is not None and len(given) >= _LEAST_PREFIX
     experiments = {str(item.experiment_id): str(item.name) for item in client.search_experiments()}
     runs = {str(run.info.run_id): run for run in all_runs(client, list(experiments), "tags.`quantline.role` != ''")}
     parents = {}
     for run_id, run in runs.items():
-        if run_id.startswith(given) or run.data.tags.get("quantline.fingerprint", "").startswith(given):
+        tags = run.data.tags
+        named = tags.get("quantline.variant") == given and tags.get("quantline.current") == "true"
+        digits = run_id.startswith(given) or tags.get("quantline.fingerprint", "").startswith(given)
+        if named or (prefix and digits):
             parent = runs.get(run.data.tags.get("mlflow.parentRunId", run_id))
             if parent is not None and parent.data.tags.get("quantline.role") == "variant":
                 parents[str(parent.info.run_id)] = parent
@@ -163,8 +164,11 @@ def find_run(client: Any, given: str) -> Any:
     if len(parents) == 1:
         return next(iter(parents.values()))
     if not parents:
+        names = {str(run.data.tags.get("quantline.variant")) for run in runs.values()} - {"None"}
         raise UserError(
-            f"run={given}: no run or fingerprint in the {len(experiments)} experiments starts with this; give another id"
+            f"run={given}: is no variant, and no run or fingerprint in the {len(experiments)} experiments starts with it; "
+            f"give a name ({', '.join(sorted(names)) or 'nothing is published'}), an id or a fingerprint, or its first "
+            f"{_LEAST_PREFIX} digits or more"
         )
     shown = ", ".join(f"{run_id} ({run.info.run_name})" for run_id, run in sorted(parents.items())[:8])
     raise UserError(f"run={given}: matches {len(parents)} runs: {shown}; give one of these")
