@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ import yaml
 
 from quantline.config.report import ReportConfig
 from quantline.report.build import build
-from quantline.report.figures import best_of, figures_of, write_figures
+from quantline.report.figures import best_of, write_figures
 
 COLUMNS = 120
 NAMES = ("awq-w4-g128", "gptq-w4-g128", "gptq-w8-g128")
@@ -62,10 +61,6 @@ def test_the_variant_to_ship_comes_first_with_its_name_and_figures(written: Path
 
 def test_no_variant_to_ship_is_said() -> None:
     assert best_of({"awq-w4-g128": {"change_percent": 20.0}}, None) == {"best": "none"}
-
-
-def test_a_loss_without_bound_is_written_as_a_word() -> None:
-    assert figures_of({"perplexity": math.inf, "kl_divergence": math.nan}) == {"perplexity": "inf", "kl": "nan"}
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ The same rows become CSV and JSON files, HTML and Markdown. A value that was not
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
+from quantline.pipeline.figures import mean_ratio
 from quantline.report import run_tables
 from quantline.report.evidence import Evidence, Row
 from quantline.report.table import Table, variant_column
@@ -59,9 +59,9 @@ def _variant_row(item: Evidence) -> Row:
         "top1_agreement": item.metric("top1_agreement", "evaluate"),
         "top1_agreement_low": item.metric("top1_agreement_low", "evaluate"),
         "identical_generations": item.metric("identical_generations", "evaluate"),
-        "speed_up": _mean_ratio(row["speed_up"] for row in ratios),
-        "speed_up_low": _mean_ratio(row["low"] for row in ratios),
-        "speed_up_high": _mean_ratio(row["high"] for row in ratios),
+        "speed_up": mean_ratio(row["speed_up"] for row in ratios),
+        "speed_up_low": mean_ratio(row["low"] for row in ratios),
+        "speed_up_high": mean_ratio(row["high"] for row in ratios),
         "slower_than_float": None if slower is None else bool(slower),
         "weights_memory_bytes": item.metric("weights_memory_bytes", "speed", "serve_smoke"),
         "quantize_peak_bytes": item.results.get("quantize", {}).get("peak_memory_bytes"),
@@ -72,12 +72,6 @@ def _variant_row(item: Evidence) -> Row:
                                 default=None),
         "alarms": None if item.flags is None or item.is_baseline else len(item.flags),
     }  # fmt: skip
-
-
-def _mean_ratio(ratios: Iterable[float]) -> float | None:
-    """The geometric mean; None if there are no values."""
-    logs = [math.log(ratio) for ratio in ratios]
-    return math.exp(math.fsum(logs) / len(logs)) if logs else None
 
 
 def quality(evidence: Sequence[Evidence]) -> Table:

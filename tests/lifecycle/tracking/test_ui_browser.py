@@ -11,12 +11,12 @@ from mlflow_server import running
 from variant_records import four
 
 import tests.lifecycle.tracking.test_writer as test_tracking
-from tests.lifecycle.tracking.test_writer import to, view_path
+from quantline.lifecycle.tracking.view import COLUMNS, view_path
+from tests.lifecycle.tracking.test_writer import to
 
 database, store = test_tracking.database, test_tracking.root  # fixtures
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NAMES = ("float", "awq-w4-g128", "gptq-w4-g128", "gptq-w8-g128")
-METRICS = ("reference_perplexity", "perplexity_difference", "size_bytes", "compression_ratio", "quantize_seconds")
 MILLISECONDS = 240_000  # a page may take as long on a busy machine
 
 pytestmark = [
@@ -40,40 +40,50 @@ def served(store):
         yield f"http://127.0.0.1:{port}", experiment
 
 
-def compare(address: str, experiment: str, pictures: Path) -> tuple[str, str]:
-    """Open the table of variants, select all, open their comparison; the texts of both pages."""
+def compare(address: str, experiment: str, pictures: Path) -> tuple[list[tuple[str, bool]], str, str]:
+    """Open the table of variants at 1400 px, select all, open their comparison.
+
+    Returns:
+        the table's headings and whether each is in sight, from left to right; the texts of both pages.
+    """
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
-            page = browser.new_page(viewport={"width": 1900, "height": 720})
+            page = browser.new_page(viewport={"width": 1400, "height": 720})
             page.set_default_timeout(MILLISECONDS)
             page.goto(f"{address}/#{view_path(experiment)}")
             for name in NAMES:
                 page.get_by_role("link", name=name, exact=True).wait_for()
             if (assistant := page.get_by_role("button", name="Close", exact=True)).count():
                 assistant.click()  # MLflow's, which takes a quarter of the page
+            page.get_by_text(list(COLUMNS)[-1], exact=True).wait_for()
+            headings = page.locator(".ag-header-viewport [col-id^='tags']").evaluate_all(
+                "found => found.map(one => [one.getBoundingClientRect().left, one.innerText.trim(),"
+                " one.getBoundingClientRect().right <= one.closest('.ag-header-viewport').getBoundingClientRect().right])"
+            )
             table = page.inner_text("body")
             page.screenshot(path=pictures / "mlflow-variants.png")
+            page.set_viewport_size({"width": 1900, "height": 720})
             page.get_by_role("checkbox", name="Select all runs").click()
             page.get_by_role("button", name="Compare", exact=True).click()
             page.get_by_text(f"Comparing {len(NAMES)} Runs from 1 Experiment").wait_for()
-            page.get_by_text("compression_ratio", exact=True).last.wait_for()
+            page.get_by_text("2 size/size_mb", exact=True).last.wait_for()
             for part in ("Visualizations", "Parameters"):
                 page.get_by_text(part, exact=True).first.click()  # folds it up: the metrics move into sight
             comparison = page.inner_text("body")
             page.screenshot(path=pictures / "mlflow-comparison.png")
         finally:
             browser.close()
-    return table, comparison
+    return [(text, bool(seen)) for _, text, seen in sorted(headings)], table, comparison
 
 
-def test_the_variants_are_selected_and_compared_by_their_metrics(served, tmp_path):
-    table, comparison = compare(*served, tmp_path)
-    for metric in METRICS:
-        assert metric in table, table
-    assert "21.35" in table, "the baseline's perplexity"
-    # The comparison's own table makes only the rows in sight, the first ones by the alphabet.
-    for word in (*NAMES, "compression_ratio", "nll_difference"):
+def test_the_variants_are_compared_in_readable_columns_and_by_the_figures_first(served, tmp_path):
+    headings, table, comparison = compare(*served, tmp_path)
+    assert headings == [(name, True) for name in COLUMNS]
+    for text in ("+1.24 % [+0.99, +1.55]", "2.50 MB", "1.32x", "baseline"):
+        assert text in table, table
+    # The comparison's own table makes only the rows in sight, the first ones by name.
+    for word in (*NAMES, "1 quality/change_percent", "2 size/size_mb", "3 serving/speed_up"):
         assert word in comparison, comparison

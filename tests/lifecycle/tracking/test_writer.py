@@ -25,9 +25,10 @@ from variant_records import COMMIT, REFUSED, four, record
 
 from quantline.core.errors import TrackingError
 from quantline.core.secrets import Scrubber
-from quantline.lifecycle.tracking.projection import variant_metrics
+from quantline.lifecycle.tracking.projection import plan_variant
 from quantline.lifecycle.tracking.store import locked, resolve_uri
-from quantline.lifecycle.tracking.writer import publish, view_path
+from quantline.lifecycle.tracking.view import view_path
+from quantline.lifecycle.tracking.writer import publish
 from quantline.pipeline.records import VariantRecord
 from quantline.pipeline.stages import PIPELINE as STAGES
 
@@ -262,7 +263,7 @@ def test_publish_cut_off_anywhere_is_completed_by_the_next(
     assert [run[0] for run in said] == ["float", "float: download", "float: evaluate", "float: serve_smoke"]
     assert {run[1] for run in said} == {"FINISHED"}
     assert all(len(dict(run[3])) == len(run[3]) for run in said), "a metric was logged twice"
-    assert dict(said[0][3]) == variant_metrics(float_model.results)
+    assert dict(said[0][3]) == plan_variant(float_model, Scrubber(), []).metrics
     assert said[2][5] == ["evaluate/worker.log", "result.json"]
 
 
@@ -402,11 +403,13 @@ def test_experiment_gets_a_saved_view_and_an_edited_description_stays(root: Path
     client = MlflowClient(f"sqlite:///{root}/mlflow.db")
     tags = client.get_experiment(experiment_id).tags
     assert f"#{view_path(experiment_id)}" in tags["mlflow.note.content"]
-    shown = json.loads(tags["mlflow.sharedViewState.quantline"])["selectedColumns"]
-    published = variant_metrics(four(root / "work")[1].results)
-    wanted = [column.split("`")[1] for column in shown if column.startswith("metrics.")]
-    assert len(wanted) >= 6
-    assert set(wanted) <= set(published)
+    shown = json.loads(tags["mlflow.sharedViewState.variants"])["selectedColumns"]
+    to(root, four(root / "work"))
+    assert {column.split("`")[1] for column in shown} <= set(runs_of(root)["awq-w4-g128"].data.tags)
+    older = "[Compare the variants](#/experiments/1/runs?viewStateShareKey=quantline): one run per variant"
+    client.set_experiment_tag(experiment_id, "mlflow.note.content", older)
+    to(root, [])
+    assert client.get_experiment(experiment_id).tags["mlflow.note.content"] == tags["mlflow.note.content"]
     client.set_experiment_tag(experiment_id, "mlflow.note.content", "ours")
     to(root, [])
     assert client.get_experiment(experiment_id).tags["mlflow.note.content"] == "ours"

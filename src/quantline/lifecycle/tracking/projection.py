@@ -18,6 +18,8 @@ import yaml
 
 from quantline.core.secrets import Scrubber
 from quantline.lifecycle.tracking.datasets import DatasetUse, SystemSample, datasets_of, system_samples
+from quantline.lifecycle.tracking.view import columns_of, figure_metrics
+from quantline.pipeline.figures import measured
 from quantline.pipeline.paths import REPORT_MANIFEST
 from quantline.pipeline.records import VariantRecord, by_stage
 from quantline.pipeline.stages import names
@@ -28,7 +30,7 @@ COMPARED = names(lambda stage: stage.compared)
 RUNTIME_KEYS = ("tracking", "promote", "report", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
-PROJECTION = 2  # part of the content hash: increase it when the same results should be logged differently
+PROJECTION = 3  # part of the content hash: increase it when the same results should be logged differently
 
 
 @dataclass
@@ -127,7 +129,9 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
     config = scrubber.value(record.config)
     refused = {result["stage"]: str(result.get("reason")) for result in results if result["status"] == "unsupported"}
     served = {result["stage"]: result["status"] == "ok" for result in results}.get("serve_smoke")
+    row = measured(record)
     tags = {
+        **columns_of(row),
         "quantline.fingerprint": _digest([result.get("fingerprint") for result in results]),
         "quantline.overrides": scrubber(record.overrides),
         "quantline.stages": " ".join(result["stage"] for result in results),
@@ -159,10 +163,10 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
     datasets = {(use.name, use.digest): use for child in children for use in child.datasets}
     # dvc.lock is written after the stages. A run without it is completed later rather than replaced.
     held = [child.complete for child in children] + ([record.lock] if record.lock else [])
+    metrics = {**_numbers(figure_metrics(row)), **variant_metrics(results)}
     return RunContent(
-        record.name, {"quantline.role": "variant", "quantline.variant": record.name}, tags, params,
-        variant_metrics(results), texts, {}, _digest([PROJECTION, params, held]), started, seconds, children,
-        tuple(datasets.values()),
+        record.name, {"quantline.role": "variant", "quantline.variant": record.name}, tags, params, metrics, texts, {},
+        _digest([PROJECTION, params, held]), started, seconds, children, tuple(datasets.values()),
     )  # fmt: skip
 
 

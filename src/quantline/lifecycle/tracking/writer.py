@@ -32,19 +32,11 @@ from quantline.core.files import replaced
 from quantline.core.secrets import Scrubber
 from quantline.lifecycle.tracking.projection import RunContent, plan_report, plan_variant
 from quantline.lifecycle.tracking.store import check_reachable, locked, resolve_uri, sqlite_path
+from quantline.lifecycle.tracking.view import VARIANTS, VIEW, metric_name, view_path, view_state
 from quantline.pipeline.paths import BY_HAND
 from quantline.pipeline.records import VariantRecord
 
 MAX_TAG_CHARS = 5000
-# The run of the report is current too, but is not a variant.
-CURRENT_FILTER = "tags.\"quantline.current\" = 'true' and tags.\"quantline.role\" = 'variant'"
-VIEW = "quantline"
-COLUMNS = (
-    "params.`method.name`", "params.`bits`", "params.`group_size`",
-    "metrics.`reference_perplexity`", "metrics.`perplexity_difference`", "metrics.`vllm_perplexity`",
-    "metrics.`size_bytes`", "metrics.`compression_ratio`", "metrics.`output_tokens_per_second`",
-    "metrics.`quantize_seconds`", "tags.`quantline.served`",
-)  # fmt: skip
 _REMEDY = "Nothing is lost: the result files hold every measurement. Publish them later with"
 
 
@@ -72,11 +64,6 @@ class PublishReport:
         return f"{self.uri}, experiment {self.experiment}: {done}"
 
 
-def view_path(experiment_id: str) -> str:
-    """The address of the variants' table in MLflow's UI, after the `#`."""
-    return f"/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}"
-
-
 def comparison_path(uri: str, experiment: str) -> str:
     """`view_path` of an experiment in the database at `uri`, by its name; the list of experiments if it does not exist."""
     with quiet_mlflow(uri, 10):
@@ -84,17 +71,6 @@ def comparison_path(uri: str, experiment: str) -> str:
 
         found = MlflowClient(tracking_uri=uri).get_experiment_by_name(experiment)
     return view_path(found.experiment_id) if found else "/experiments"
-
-
-def _view_state() -> dict[str, Any]:
-    # The format in which MLflow's "share this view" stores the state of its table.
-    return {
-        "searchFilter": CURRENT_FILTER, "orderByKey": "metrics.`reference_perplexity`", "orderByAsc": True,
-        "selectedColumns": list(COLUMNS), "lifecycleFilter": "Active", "modelVersionFilter": "All Runs",
-        "startTime": "ALL", "datasetsFilter": [], "runsExpanded": {}, "runsPinned": [], "runsHidden": [],
-        "runsVisibilityMap": {}, "runsHiddenMode": "FIRST_10_RUNS", "groupBy": None, "groupsExpanded": {},
-        "useGroupedValuesInCharts": True, "hideEmptyCharts": True, "viewMaximized": False, "runListHidden": False,
-    }  # fmt: skip
 
 
 def _remedy(records: Sequence[VariantRecord]) -> str:
@@ -197,17 +173,21 @@ class _Publisher:
         return str(self._client.create_experiment(name, artifact_location=location))
 
     def _describe_experiment(self) -> None:
-        """Give the experiment a saved view with the main columns; existing tags, perhaps edited by a user, are kept."""
+        """Give the experiment its saved view and a description; a description that a user edited is kept."""
         existing = self._client.get_experiment(self.experiment_id).tags
-        link = f"[Compare the variants](#{view_path(self.experiment_id)})"
+        link = "[Compare the variants](#"
         wanted = {
-            "mlflow.note.content": f"{link}: one run per variant, one child per stage. The latest: `{CURRENT_FILTER}`. "
-            "Which one to ship: the run `report`.",
+            "mlflow.note.content": f"{link}{view_path(self.experiment_id)}): one run per variant, one child per stage. "
+            f"The latest: `{VARIANTS}`. Which one to ship: the run `report`.",
             "mlflow.experimentKind": "custom_model_development",
-            f"mlflow.sharedViewState.{VIEW}": json.dumps(_view_state()),
+            "mlflow.experiment.primaryMetric.name": metric_name("change_percent"),
+            f"mlflow.sharedViewState.{VIEW}": json.dumps(view_state()),
         }
         for key, value in wanted.items():
-            if key not in existing:
+            found = existing.get(key)
+            # A note of an older version leads to a view of then.
+            ours = found is None or key.startswith("mlflow.sharedViewState") or found.startswith(link)
+            if ours and found != value:
                 self._client.set_experiment_tag(self.experiment_id, key, value)
 
     def upsert(self, plan: RunContent) -> None:

@@ -1,0 +1,78 @@
+"""What MLflow's pages show of the variants: the columns of their table, the groups of their figures, the saved view.
+
+A column is a tag: its text is read as it stands (`+2.46 % [+2.28, +2.65]`), where MLflow shows a metric with ten digits, and
+another text makes no new run. The same figures are metrics, for sorting and for charts; the digits before their names put
+them before everything else, since MLflow orders metrics by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantline.pipeline.figures import MISSING, Row, difference_text, figures_of, group_text, number_text
+
+# The report's run is current too, but is not a variant.
+VARIANTS = "tags.\"quantline.current\" = 'true' and tags.\"quantline.role\" = 'variant'"
+VIEW = "variants"
+# Column -> its width in pixels; all of them fit a window of 1400 pixels, beside the run's name and time.
+COLUMNS = {
+    "method": 95, "bits": 48, "group": 65, "change of perplexity": 160, "KL": 65, "size": 80, "speed-up": 80, "served": 65,
+    "alarms": 65,
+}  # fmt: skip
+# Figure -> the group in which MLflow lists and draws it.
+_GROUPS = {
+    "change_percent": "1 quality", "low": "1 quality", "high": "1 quality", "kl": "1 quality", "perplexity": "1 quality",
+    "alarms": "1 quality", "size_mb": "2 size", "served": "3 serving", "speed_up": "3 serving", "tok_s": "3 serving",
+}  # fmt: skip
+
+
+def metric_name(figure: str) -> str:
+    """The metric of a figure of `pipeline.figures`: `1 quality/kl`."""
+    return f"{_GROUPS[figure]}/{figure}"
+
+
+def figure_metrics(row: Row) -> dict[str, float | str]:
+    """The figures of a row of `pipeline.figures.measured` as metrics; served is 1 or 0."""
+    figures = figures_of(row)
+    if row["alarms"] is not None:
+        figures["alarms"] = row["alarms"]
+    if row["speed_up"] is not None:
+        figures["speed_up"] = round(row["speed_up"], 3)
+    if "served" in figures:
+        figures["served"] = float(figures["served"] == "yes")
+    return {metric_name(name): figures[name] for name in _GROUPS if name in figures}
+
+
+def columns_of(row: Row) -> dict[str, str]:
+    """The text of every column for a row of `pipeline.figures.measured`."""
+    served = row["served"]
+    size, ratio = number_text(row["size_bytes"], 3, 1e-6), number_text(row["speed_up"], 3)
+    texts = (
+        str(row["method"] or MISSING), MISSING if row["bits"] is None else str(row["bits"]), group_text(row["group_size"]),
+        "baseline" if row["baseline"] else difference_text(row), number_text(row["kl_divergence"], 3),
+        size if size == MISSING else f"{size} MB", ratio if ratio == MISSING else f"{ratio}x",
+        MISSING if served is None else "yes" if served else "no",
+        MISSING if row["alarms"] is None else f"{row['alarms']:.0f}",
+    )  # fmt: skip
+    return dict(zip(COLUMNS, texts, strict=True))
+
+
+def view_path(experiment_id: str) -> str:
+    """The address of the variants' table in MLflow's UI, after the `#`."""
+    return f"/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}"
+
+
+def view_state() -> Mapping[str, Any]:
+    """The state of the table, in the format in which MLflow's "share this view" stores it."""
+    columns = {f"tags.`{name}`": width for name, width in COLUMNS.items()}
+    pinned = {"attributes.`Run Name`": 185, "runDateAndNestInfo": 130}
+    widths = {**pinned, **columns, "duration": 85}
+    return {
+        "searchFilter": VARIANTS, "orderByKey": f"metrics.`{metric_name('change_percent')}`", "orderByAsc": True,
+        "selectedColumns": list(columns), "columnOrder": list(widths), "columnWidths": widths,
+        "lifecycleFilter": "Active", "modelVersionFilter": "All Runs",
+        "startTime": "ALL", "datasetsFilter": [], "runsExpanded": {}, "runsPinned": [], "runsHidden": [],
+        "runsVisibilityMap": {}, "runsHiddenMode": "FIRST_10_RUNS", "groupBy": None, "groupsExpanded": {},
+        "useGroupedValuesInCharts": True, "hideEmptyCharts": True, "viewMaximized": False, "runListHidden": False,
+    }  # fmt: skip
