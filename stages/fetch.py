@@ -31,6 +31,8 @@ def fetch(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     tracking = tracking_of(plain(cfg), HydraConfig.get().overrides.task, ROOT)
     version = registry.fetch(tracking, ROOT, model, alias, place)
     print(f"{model} version {version.version} ({version.tags['quantline.variant']}), every file verified -> {place}")
+    if line := registry.serving_line(version, place):
+        print(f"serve it here with `python -m stages.serve alias={alias} model={model}`, elsewhere with\n  {line}")
 
 
 if __name__ == "__main__":

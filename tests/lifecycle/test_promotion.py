@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import closing
 
 import pytest
+import report_records
 import yaml
 from dvc.repo import Repo
 
 from quantline.core.errors import UserError
 from quantline.core.files import write_json
+from quantline.lifecycle import promotion
 from quantline.lifecycle.promotion import with_whole_lock
 from quantline.lifecycle.storage.dvc_lock import stage_keys
 from quantline.lifecycle.storage.dvc_outputs import hashes_of
+from quantline.lifecycle.tracking.registry import SERVING_TAG, Version, serving_line
 from quantline.pipeline.paths import stage_paths
 from quantline.pipeline.records import VariantRecord
 
@@ -53,6 +57,21 @@ def test_a_variant_that_is_not_whole_in_dvc_lock_is_not_promoted(record, harm):
         write_json(record.folder / "artifacts" / "one" / "speed.json", {"stage": "other"})
     with pytest.raises(UserError, match=r"variant=one: dvc\.lock lacks .*speed@one as they are here.* run `dvc repro`"):
         with_whole_lock(record)
+
+
+def test_a_version_says_how_it_is_served_and_one_of_before_that_says_nothing(tmp_path):
+    made = next(one for one in report_records.records(tmp_path) if one.name == "gptq-w4-g128")
+    results = {result["stage"]: result for result in made.results}
+    results["convert"]["output_hash"] = "h"
+    tags = promotion._tags(made, results, "f")
+    assert f"\n    {tags[SERVING_TAG]}\n" in promotion._description(made, "its lineage")
+    line = serving_line(Version("m", "1", (), "run", tags), tmp_path / "my folder")
+    assert shlex.split(line)[:4] == ["vllm", "serve", str(tmp_path / "my folder"), "--dtype"]
+    assert shlex.split(line)[3:] == shlex.split(tags[SERVING_TAG])[3:]
+    results["serve_smoke"].update(status="unsupported", reason="no kernel")
+    tags = promotion._tags(made, results, "f")
+    assert serving_line(Version("m", "1", (), "run", tags), tmp_path) is None
+    assert promotion._description(made, "its lineage") == "its lineage"
 
 
 def test_a_manual_run_is_not_in_dvc(tmp_path):

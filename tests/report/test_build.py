@@ -57,6 +57,16 @@ def test_the_recommended_variant_leads_both_documents_with_its_reasons(whole: Pa
         assert "vLLM does not serve it here: vLLM 0.32.0 on CPU serves GPTQ of 4 bits only" in document
 
 
+def test_what_was_served_is_shown_with_its_lines_and_nothing_else(whole: Path) -> None:
+    found = {row["variant"]: row for row in rows(whole, "serving")}
+    assert found.keys() == {"float", "awq-w4-g128", "gptq-w4-g128", "gptq-w3-g128", "gptq-w2-g128"}
+    assert found["awq-w4-g128"]["here"] == "python -m stages.serve variant=awq-w4-g128"
+    assert found["awq-w4-g128"]["elsewhere"].startswith("vllm serve . --dtype float16 ")
+    assert found["float"]["elsewhere"].startswith("vllm serve . --dtype bfloat16 ")
+    for document in ("index.html", "report.md"):
+        assert "vllm serve . --dtype float16 " in (whole / document).read_text()
+
+
 def test_alarms_stand_before_everything_but_the_recommendation(whole: Path) -> None:
     page = (whole / "index.html").read_text()
     assert page.index('id="recommendation"') < page.index("Alarms: gptq-w2-g128") < page.index('id="glance"')

@@ -12,12 +12,13 @@ from quantline.lifecycle.promotion_gates import perplexity_increase_high
 from quantline.lifecycle.storage.dvc_lock import REPAIR
 from quantline.lifecycle.storage.dvc_outputs import hashes_of, unlocked_stages, with_locks
 from quantline.lifecycle.tracking.reader import Current
-from quantline.lifecycle.tracking.registry import Promotion
+from quantline.lifecycle.tracking.registry import SERVING_TAG, Promotion
 from quantline.lifecycle.tracking.store import experiment_name
 from quantline.pipeline.config import Config
 from quantline.pipeline.lineage.chain import as_values, local_lineage, require_lineage
 from quantline.pipeline.lineage.report import as_text
 from quantline.pipeline.records import VariantRecord
+from quantline.pipeline.server import record_line
 
 _DOCUMENTS = (("convert", "conversion_proof.json"), ("evaluate", "comparison.json"))
 
@@ -66,8 +67,14 @@ def promotion_of(record: VariantRecord, run: Current, *, model: str, card: str, 
             documents[file] = path.read_text(encoding="utf-8")
     return Promotion(
         model, record.name, run.run_id, record.outputs["convert"], results["convert"]["outputs"],
-        _tags(record, results, run.fingerprint), documents, as_text(chain).rpartition("\n\n")[2],
+        _tags(record, results, run.fingerprint), documents, _description(record, as_text(chain).rpartition("\n\n")[2]),
     )  # fmt: skip
+
+
+def _description(record: VariantRecord, lineage: str) -> str:
+    """What the registry's page says of a version, Markdown."""
+    line = record_line(record, ".")
+    return f"Serve it in the folder of its files:\n\n    {line}\n\n{lineage}" if line else lineage
 
 
 def _tags(record: VariantRecord, results: dict[str, Any], fingerprint: str) -> dict[str, str]:
@@ -79,6 +86,7 @@ def _tags(record: VariantRecord, results: dict[str, Any], fingerprint: str) -> d
         "quantline.overrides": record.overrides, "quantline.served": "yes" if results["serve_smoke"]["status"] == "ok" else
         "no", "quantline.perplexity": repr(metrics.get("reference_perplexity")),
         "quantline.perplexity_increase_high": repr(high), "quantline.size_bytes": str(metrics.get("size_bytes")),
+        SERVING_TAG: record_line(record, ".") or "",
         "quantline.dvc": " ".join(sorted(hashes_of(record.lock))), "quantline.commit": record.commit or "",
     }  # fmt: skip
     return {key: value for key, value in tags.items() if value}

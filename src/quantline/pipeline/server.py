@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantline.config.context import served_length
+from quantline.pipeline.config import parse
 from quantline.pipeline.fit import positions_of
+from quantline.pipeline.stages import is_baseline
 from quantline.toolchains.environments import distribution_version
 
 if TYPE_CHECKING:
     from quantline.pipeline.config import Config
+    from quantline.pipeline.records import VariantRecord
     from quantline.pipeline.run import StageRun
     from quantline.serving.command import ServerOptions
     from quantline.serving.server import Vllm
@@ -49,12 +52,12 @@ def options_of(config: Config, device: str, *, quantized: bool, positions: int |
 
 
 def proven_line(config: Config, served: Mapping[str, Any], checkpoint: Path | None, model: str) -> str | None:
-    """The `vllm serve` line by which a quantized variant was served; None if it was not.
+    """The `vllm serve` line by which a variant was served; None if it was not.
 
     Args:
         config: of the variant.
         served: its result of serve_smoke; empty if there is none.
-        checkpoint: the converted model, if it is here.
+        checkpoint: the model, if it is here.
         model: what the line serves: a folder, or a repository on the hub.
     """
     from quantline.serving.command import vllm_line
@@ -63,4 +66,14 @@ def proven_line(config: Config, served: Mapping[str, Any], checkpoint: Path | No
         return None
     positions = positions_of(checkpoint) if checkpoint is not None else None
     device = str(served["environment"]["device"])
-    return vllm_line(model, options_of(config, device, quantized=True, positions=positions))
+    return vllm_line(model, options_of(config, device, quantized=not is_baseline(config), positions=positions))
+
+
+def record_line(record: VariantRecord, model: str) -> str | None:
+    """The same by the record of a variant, or of the float model."""
+    config = parse(record.config)
+    served = next((result for result in record.results if result["stage"] == "serve_smoke"), {})
+    folder = record.outputs.get("download" if is_baseline(config) else "convert")
+    checkpoint = folder / "model" if folder is not None and is_baseline(config) else folder
+    here = checkpoint is not None and (checkpoint / "config.json").is_file()
+    return proven_line(config, served, checkpoint if here else None, model)

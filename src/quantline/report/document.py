@@ -71,6 +71,11 @@ SECTIONS = (
     ),
     Section("memory", "Memory", "How much memory does it need?", (Part("plot", "memory"), Part("table", "memory"))),
     Section(
+        "serve", "Serve it", "How is it served?", (Part("table", "serving"),),
+        "Here by name; on another machine by the line of vLLM, in the folder of the variant’s files. Memory is "
+        "the machine’s: set the size of the cache for it.",
+    ),
+    Section(
         "stages", "Stages", "What the stages noted, took and loaded",
         (
             Part("table", "notes"), Part("table", "costs", folded="Time and memory of every stage"),

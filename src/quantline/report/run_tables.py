@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from quantline.pipeline.server import record_line
 from quantline.report.evidence import Evidence, Row, first
 from quantline.report.table import Table, variant_column
 from quantline.report.units import Column
@@ -165,6 +166,17 @@ def commands(evidence: Sequence[Evidence]) -> Table:
         Column("command", "command", "code"),
     )
     return Table("commands", "The commands that rebuild each variant.", columns, rows)
+
+
+def serving(evidence: Sequence[Evidence]) -> Table:
+    """How to serve each variant that was served: here, and elsewhere in the folder of its files."""
+    rows = [
+        {"variant": item.name, "here": f"python -m stages.serve variant={item.name}", "elsewhere": line}
+        for item in evidence
+        if (line := record_line(item.record, "."))
+    ]
+    columns = (variant_column(), Column("here", "here", "code"), Column("elsewhere", "elsewhere", "code"))
+    return Table("serving", "How each variant is served, as it was when it was measured.", columns, rows)
 
 
 def _last_stages(item: Evidence) -> list[str]:

@@ -18,7 +18,8 @@ def all_tables(evidence: Sequence[Evidence], worst_layers: int) -> dict[str, Tab
     """Every table by its name, in the order of the report."""
     makers: list[Callable[[Sequence[Evidence]], Table]] = [
         variants, quality, generations, tasks, lambda found: worst(found, worst_layers), layers, restored,
-        run_tables.speed, run_tables.speed_ratios, run_tables.servers, run_tables.memory, alarms, notes,
+        run_tables.speed, run_tables.speed_ratios, run_tables.servers, run_tables.memory, run_tables.serving,
+        alarms, notes,
         run_tables.costs, run_tables.environment, run_tables.fingerprints, run_tables.commands, run_tables.protocol,
     ]  # fmt: skip
     return {table.name: table for table in (make(evidence) for make in makers)}

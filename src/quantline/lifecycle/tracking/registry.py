@@ -33,6 +33,8 @@ from quantline.pipeline.inputs import command_for
 from quantline.pipeline.paths import BY_HAND
 
 FILES, MODEL = "registry/files.json", "model"
+# A version's `vllm serve` line, for the folder of its files.
+SERVING_TAG = "quantline.serve"
 # Each file is one request, and a file can have gigabytes.
 TRANSFER_SECONDS = 3600.0
 
@@ -221,6 +223,12 @@ def kept(tracking: TrackingConfig, root: Path, model: str, alias: str, home: Pat
         if not folder.is_dir() or {**file_hashes(folder), CARD: ""} != {**files, CARD: ""}:
             _download(client, version, folder)
         return version, folder
+
+
+def serving_line(version: Version, folder: Path) -> str | None:
+    """The `vllm serve` line of a version for its files in a folder; None for a version of before there was one."""
+    words = shlex.split(version.tags.get(SERVING_TAG, ""))
+    return shlex.join([*words[:2], str(folder), *words[3:]]) if words else None
 
 
 def _held(client: Any, model: str, alias: str) -> Version:
