@@ -164,15 +164,45 @@ def test_unsupported_variant_says_so_with_its_reason(root: Path) -> None:
     assert tags["quantline.reason"] == f"serve_smoke: {REFUSED}"
 
 
-def test_known_start_times_are_the_runs_times(root: Path) -> None:
+def test_run_takes_the_time_of_the_variants_own_stages(root: Path) -> None:
     known = baseline(root)
     for at, result in enumerate(known.results):
         result["timings"] = {"total_seconds": 2.0, "started_at": 1_700_000_000.0 + 10 * at}
     to(root, [known])
     parent, child = runs_of(root)["float"], runs_of(root)["float: evaluate"]
-    assert (parent.info.start_time, parent.info.end_time) == (1_700_000_000_000, 1_700_000_022_000)
+    assert (parent.info.start_time, parent.info.end_time) == (1_700_000_010_000, 1_700_000_014_000)
     assert (child.info.start_time, child.info.end_time) == (1_700_000_020_000, 1_700_000_022_000)
     assert "started_at" not in child.data.metrics
+
+
+def test_description_that_a_user_wrote_stays(root: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
+    whole = baseline(root)
+    run = to(root, [replace(whole, results=whole.results[:2])]).run_ids["float"]
+    experiment = client.get_run(run).info.experiment_id
+    note = client.get_run(run).data.tags["mlflow.note.content"]
+    assert f"](#/experiments/{experiment}/runs?" in note
+    assert to(root, [whole]).run_ids["float"] == run
+    assert client.get_run(run).data.tags["mlflow.note.content"] != note
+    client.set_tag(run, "mlflow.note.content", "ours")
+    assert to(root, [replace(whole, lock={"stages": {}})]).completed == ("float",)
+    assert client.get_run(run).data.tags["mlflow.note.content"] == "ours"
+
+
+def test_runs_by_hand_have_a_view_of_their_own(root: Path) -> None:
+    from mlflow import MlflowClient
+
+    manual = replace(baseline(root), name="by-hand/try")
+    experiment = to(root, [baseline(root), manual]).experiment_id
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
+    tags = client.get_experiment(experiment).tags
+    found = {}
+    for view in ("variants", "by-hand"):
+        state = json.loads(tags[f"mlflow.sharedViewState.{view}"])
+        found[view] = [run.info.run_name for run in client.search_runs([experiment], state["searchFilter"])]
+    assert found == {"variants": ["float"], "by-hand": ["by-hand/try"]}
 
 
 def test_changed_results_make_a_new_run_and_keep_the_former_as_history(root: Path) -> None:
@@ -208,15 +238,16 @@ def test_changed_config_makes_a_new_run_but_another_port_does_not(root: Path) ->
 
 
 def test_a_stage_that_comes_later_is_added_to_the_same_run(
-    root: Path, tmp_path_factory: pytest.TempPathFactory
+    root: Path, database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     whole = baseline(root)
     for count in (1, 2, 3):
         to(root, [replace(whole, results=whole.results[:count])])
     assert len(told(root)) == 4
     straight = tmp_path_factory.mktemp("straight")
-    shutil.copyfile(root / "mlflow.db", straight / "mlflow.db")
-    publish([whole], tracking_uri=None, experiment="straight", root=straight)
+    shutil.copyfile(database, straight / "mlflow.db")
+    to(straight, [whole])
+    assert len(told(straight)) == 4
     at_once = [run for run in told(straight) if run not in told(root)]
     assert at_once == []
 

@@ -18,11 +18,12 @@ import yaml
 
 from quantline.core.secrets import Scrubber
 from quantline.lifecycle.tracking.datasets import DatasetUse, SystemSample, datasets_of, system_samples
+from quantline.lifecycle.tracking.description import NOTE, describe
 from quantline.lifecycle.tracking.view import columns_of, figure_metrics
 from quantline.pipeline.figures import measured
-from quantline.pipeline.paths import REPORT_MANIFEST
+from quantline.pipeline.paths import BY_HAND, REPORT_MANIFEST
 from quantline.pipeline.records import VariantRecord, by_stage
-from quantline.pipeline.stages import names
+from quantline.pipeline.stages import STAGES, names
 
 # The stages by whose metrics variants are compared.
 COMPARED = names(lambda stage: stage.compared)
@@ -30,7 +31,7 @@ COMPARED = names(lambda stage: stage.compared)
 RUNTIME_KEYS = ("tracking", "promote", "report", "toolchains", "device", "serve.process", "frozen.overrides")
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
-PROJECTION = 3  # part of the content hash: increase it when the same results should be logged differently
+PROJECTION = 4  # part of the content hash: increase it when the same results should be logged differently
 
 
 @dataclass
@@ -137,23 +138,20 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
         "quantline.stages": " ".join(result["stage"] for result in results),
         "quantline.status": "unsupported" if refused else "ok",
         "quantline.dirty": str(record.dirty).lower(),
+        "quantline.by_hand": str(record.name.startswith(BY_HAND)).lower(),
     }
     if served is not None or refused:
         tags["quantline.served"] = "yes" if served else "no"
     if refused:
         reason = "\n".join(f"{stage}: {why}" for stage, why in refused.items())
-        tags["quantline.reason"] = tags["mlflow.note.content"] = reason
+        tags["quantline.reason"] = reason
+    tags[NOTE] = scrubber(describe(record, results, row, tags["quantline.fingerprint"]))
     if record.commit:
         tags["mlflow.source.git.commit"] = tags["quantline.commit"] = record.commit
     # The baseline's configuration has bits and group_size like every other, but they do not apply to it.
     baseline = (config.get("method") or {}).get("name") == "float"
     params = flatten(config, (*RUNTIME_KEYS, "bits", "group_size") if baseline else RUNTIME_KEYS)
-    starts = [child.started for child in children]
-    known = [(child.started, child.seconds) for child in children if child.started is not None]
-    started = min(start for start, _ in known) if known and None not in starts else None
-    seconds = sum(child.seconds for child in children)
-    if started is not None:
-        seconds = max(start + length for start, length in known) - started
+    started, seconds = _times(record.name, results, children)
     texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}
     if record.patch:
         texts["dirty.patch"] = scrubber(record.patch)
@@ -168,6 +166,23 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
         record.name, {"quantline.role": "variant", "quantline.variant": record.name}, tags, params, metrics, texts, {},
         _digest([PROJECTION, params, held]), started, seconds, children, tuple(datasets.values()),
     )  # fmt: skip
+
+
+def _times(
+    name: str, results: Sequence[Mapping[str, Any]], children: Sequence[RunContent]
+) -> tuple[float | None, float]:
+    """When the first of the variant's own stages began, and the seconds that they took.
+
+    Stages that all variants share and outputs of other runs are not its own. Between two stages others may have run.
+    """
+    names = (name, name.removeprefix(BY_HAND))
+    own = [
+        child
+        for result, child in zip(results, children, strict=True)
+        if result.get("variant") in names and not STAGES[result["stage"]].shared
+    ] or children
+    starts = [child.started for child in own if child.started is not None]
+    return min(starts) if len(starts) == len(own) and own else None, sum(child.seconds for child in own)
 
 
 def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str]) -> RunContent:

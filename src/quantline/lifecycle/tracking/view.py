@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 from quantline.pipeline.figures import MISSING, Row, difference_text, figures_of, group_text, number_text
 
-# The report's run is current too, but is not a variant.
-VARIANTS = "tags.\"quantline.current\" = 'true' and tags.\"quantline.role\" = 'variant'"
-VIEW = "variants"
+VIEW, VIEW_BY_HAND = "variants", "by-hand"
+# Stands for the id of the experiment in a text that is written before it is known.
+EXPERIMENT = "EXPERIMENT_ID"
+# How the description of an experiment begins, by which one that a user wrote is told from it.
+INTRODUCED = "[Compare the variants](#"
 # Column -> its width in pixels; all of them fit a window of 1400 pixels, beside the run's name and time.
 COLUMNS = {
     "method": 95, "bits": 48, "group": 65, "change of perplexity": 160, "KL": 65, "size": 80, "speed-up": 80, "served": 65,
@@ -58,18 +61,40 @@ def columns_of(row: Row) -> dict[str, str]:
     return dict(zip(COLUMNS, texts, strict=True))
 
 
-def view_path(experiment_id: str) -> str:
-    """The address of the variants' table in MLflow's UI, after the `#`."""
-    return f"/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}"
+def condition(role: str, *, by_hand: bool = False) -> str:
+    """MLflow's filter for the current runs of a role, `variant` or `report`; by_hand: of the variants run by hand."""
+    wanted = {"current": "true", "role": role}
+    if role == "variant":
+        wanted["by_hand"] = str(by_hand).lower()
+    return " and ".join(f"tags.\"quantline.{key}\" = '{value}'" for key, value in wanted.items())
 
 
-def view_state() -> Mapping[str, Any]:
-    """The state of the table, in the format in which MLflow's "share this view" stores it."""
+def view_path(experiment_id: str, view: str = VIEW) -> str:
+    """The address of a table of variants in MLflow's UI, after the `#`."""
+    return f"/experiments/{experiment_id}/runs?viewStateShareKey={view}"
+
+
+def report_path(experiment_id: str) -> str:
+    """The address of the report's run in MLflow's list of runs, after the `#`."""
+    return f"/experiments/{experiment_id}/runs?searchFilter={quote(condition('report'))}"
+
+
+def introduction(experiment_id: str) -> str:
+    """The description of the experiment, Markdown."""
+    return (
+        f"{INTRODUCED}{view_path(experiment_id)}) · [those run by hand](#{view_path(experiment_id, VIEW_BY_HAND)}) · "
+        f"[which one to ship: the report](#{report_path(experiment_id)}). One run a variant, one child a stage."
+    )
+
+
+def view_state(*, by_hand: bool = False) -> Mapping[str, Any]:
+    """The state of a table of variants, in the format in which MLflow's "share this view" stores it."""
     columns = {f"tags.`{name}`": width for name, width in COLUMNS.items()}
     pinned = {"attributes.`Run Name`": 185, "runDateAndNestInfo": 130}
     widths = {**pinned, **columns, "duration": 85}
     return {
-        "searchFilter": VARIANTS, "orderByKey": f"metrics.`{metric_name('change_percent')}`", "orderByAsc": True,
+        "searchFilter": condition("variant", by_hand=by_hand),
+        "orderByKey": f"metrics.`{metric_name('change_percent')}`", "orderByAsc": True,
         "selectedColumns": list(columns), "columnOrder": list(widths), "columnWidths": widths,
         "lifecycleFilter": "Active", "modelVersionFilter": "All Runs",
         "startTime": "ALL", "datasetsFilter": [], "runsExpanded": {}, "runsPinned": [], "runsHidden": [],

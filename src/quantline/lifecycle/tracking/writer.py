@@ -30,9 +30,19 @@ from typing import Any
 from quantline.core.errors import TrackingError
 from quantline.core.files import replaced
 from quantline.core.secrets import Scrubber
+from quantline.lifecycle.tracking.description import NOTE, opening
 from quantline.lifecycle.tracking.projection import RunContent, plan_report, plan_variant
 from quantline.lifecycle.tracking.store import check_reachable, locked, resolve_uri, sqlite_path
-from quantline.lifecycle.tracking.view import VARIANTS, VIEW, metric_name, view_path, view_state
+from quantline.lifecycle.tracking.view import (
+    EXPERIMENT,
+    INTRODUCED,
+    VIEW,
+    VIEW_BY_HAND,
+    introduction,
+    metric_name,
+    view_path,
+    view_state,
+)
 from quantline.pipeline.paths import BY_HAND
 from quantline.pipeline.records import VariantRecord
 
@@ -175,18 +185,16 @@ class _Publisher:
     def _describe_experiment(self) -> None:
         """Give the experiment its saved view and a description; a description that a user edited is kept."""
         existing = self._client.get_experiment(self.experiment_id).tags
-        link = "[Compare the variants](#"
         wanted = {
-            "mlflow.note.content": f"{link}{view_path(self.experiment_id)}): one run per variant, one child per stage. "
-            f"The latest: `{VARIANTS}`. Which one to ship: the run `report`.",
-            "mlflow.experimentKind": "custom_model_development",
+            NOTE: introduction(self.experiment_id), "mlflow.experimentKind": "custom_model_development",
             "mlflow.experiment.primaryMetric.name": metric_name("change_percent"),
             f"mlflow.sharedViewState.{VIEW}": json.dumps(view_state()),
-        }
+            f"mlflow.sharedViewState.{VIEW_BY_HAND}": json.dumps(view_state(by_hand=True)),
+        }  # fmt: skip
         for key, value in wanted.items():
             found = existing.get(key)
             # A note of an older version leads to a view of then.
-            ours = found is None or key.startswith("mlflow.sharedViewState") or found.startswith(link)
+            ours = found is None or key.startswith("mlflow.sharedViewState") or found.startswith(INTRODUCED)
             if ours and found != value:
                 self._client.set_experiment_tag(self.experiment_id, key, value)
 
@@ -234,7 +242,12 @@ class _Publisher:
         logged = run.data
         params = [Param(key, value) for key, value in plan.params.items() if key not in logged.params]
         metrics = [Metric(key, v, timestamp, 0) for key, v in plan.metrics.items() if key not in logged.metrics]
-        wanted = {key: value[:MAX_TAG_CHARS] for key, value in plan.tags.items()}
+        wanted = {
+            key: value.replace(EXPERIMENT, self.experiment_id)[:MAX_TAG_CHARS] for key, value in plan.tags.items()
+        }
+        written = logged.tags.get(NOTE)
+        if written and not written.startswith(opening(plan.name)) and written != logged.tags.get("quantline.reason"):
+            wanted.pop(NOTE, None)  # a user's own
         tags = [RunTag(key, value) for key, value in wanted.items() if logged.tags.get(key) != value]
         # A server accepts at most 100 parameters, 100 tags and 1000 metrics per request; there are far fewer metrics.
         for at in range(0, max(len(params), len(tags), 1), 100):
