@@ -14,6 +14,7 @@ from quantline.lifecycle import serve
 from quantline.lifecycle.serve import Typed, curl_line, options_for, port_of, subject_of
 from quantline.lifecycle.tracking.registry import promote
 from quantline.pipeline.identity import file_hashes
+from quantline.pipeline.server import options_of
 from tests.lifecycle.tracking.test_registry import MODEL, Store
 
 GPTQ = ("method=gptq", "bits=4", "tracking.uri=null")
@@ -146,6 +147,13 @@ def test_a_folder_of_a_float_model_is_served_with_the_options_of_today_and_no_mo
     long = asked(composed, tmp_path, "serve.max_model_len=999999", folder=str(folder))
     with pytest.raises(UserError, match=r"serve\.max_model_len=999999: the model takes at most"):
         options_for(long, "0.32.0", "cpu", 0)
+
+
+def test_prompts_share_a_cache_where_that_was_asked_for_and_never_where_answers_are_measured(kept, composed, tmp_path):
+    kept()
+    subject = asked(composed, tmp_path, "serve.process.enable_prefix_caching=true", variant="gptq-w4")
+    assert options_for(subject, "0.40.0", "cpu", 0)[0].process.enable_prefix_caching
+    assert not options_of(subject.config, "cpu", quantized=True).process.enable_prefix_caching
 
 
 def test_the_port_is_that_of_the_command_then_of_the_configuration_then_8000(composed, tmp_path):

@@ -41,7 +41,15 @@ def test_threads_are_part_of_the_identity(fingerprints):
 
 @pytest.mark.parametrize(
     "override",
-    ["device=cpu", "serve.process.port=9000", "toolchains.vllm=/opt/python", "tracking.uri=http://h", "variant=x"],
+    [
+        "device=cpu",
+        "serve.process.port=9000",
+        "serve.process.cpu_offload_gib=2",
+        "serve.process.block_size=32",
+        "toolchains.vllm=/opt/python",
+        "tracking.uri=http://h",
+        "variant=x",
+    ],
 )
 def test_where_and_how_it_runs_is_no_part_of_the_identity(fingerprints, override):
     assert changed(fingerprints(), fingerprints(override)) == []

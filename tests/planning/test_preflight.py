@@ -12,7 +12,7 @@ from quantline.pipeline.preflight import before_quantize
 from quantline.planning.preflight import check
 from quantline.planning.report import as_text, sizes
 from quantline.planning.spec import Machine, Model, RefusedError
-from quantline.serving.memory import GIB
+from quantline.serving.memory import GIB, Limits
 from quantline.serving.rules import Target
 
 
@@ -126,3 +126,30 @@ def test_memory_that_a_config_does_not_give_is_unknown_and_no_reason_against_it(
 def test_quantizing_beyond_the_memory_is_a_note(variant, model):
     (note,) = check(variant("awq"), model, replace(HERE, quantizer_bytes=2**20)).findings
     assert (note.id, note.step, note.refused) == ("quantization-memory", "quantize", False)
+
+
+def test_weights_in_main_memory_are_not_on_the_gpu_and_embeddings_never_leave_it(variant, model):
+    usual = check(variant("awq"), model, THERE)
+    some = check(variant("awq"), model, replace(THERE, limits=Limits(offloaded=1000, kv_offloaded=500)))
+    assert some.serving_bytes() == usual.serving_bytes() - 1000
+    assert sizes(some, replace(THERE, limits=Limits(offloaded=1000, kv_offloaded=500)))["main_memory"] == 1500
+    everything = check(variant("awq"), model, replace(THERE, limits=Limits(offloaded=GIB)))
+    left = usual.weights.total - everything.offloaded_bytes
+    tables = sum(model.checkpoint.info(name).shape[0] * model.checkpoint.info(name).shape[1] * 2
+                 for name in model.checkpoint.names if "embed" in name or "lm_head" in name)  # fmt: skip
+    assert 0 < left <= tables
+    halves = check(variant("awq", tensor_parallel_size=2), model, replace(THERE, limits=Limits(offloaded=1000)))
+    assert halves.offloaded_bytes == 1000  # of each GPU
+    assert check(variant("awq"), model, replace(HERE, limits=Limits(offloaded=1000))).offloaded_bytes == 0
+
+
+def test_the_cache_has_whole_blocks_of_the_sequences_that_are_computed_at_a_time(variant, model):
+    place = replace(THERE, context=100, batch=8)
+    usual = check(variant("awq"), model, place)
+    few = check(variant("awq"), model, replace(place, limits=Limits(max_num_seqs=2, block_size=64)))
+    assert (usual.kv_bytes, few.kv_bytes) == (800 * usual.kv.bytes_per_token, 256 * usual.kv.bytes_per_token)
+    more = check(variant("awq"), model, replace(place, limits=Limits(batched_tokens=100_000)))
+    assert more.overhead_bytes > usual.overhead_bytes > few.overhead_bytes
+    assert "2 x 128 tokens" in as_text(
+        few, model, replace(place, limits=Limits(max_num_seqs=2, block_size=64)), None, None
+    )

@@ -23,6 +23,26 @@ def test_the_command_line_trusts_no_remote_code_and_ignores_the_sampling_default
     assert "--enforce-eager" not in command
 
 
+def test_options_by_name_are_vllms_flags_and_without_them_the_line_is_as_it_was(tmp_path):
+    usual = shlex.split(vllm_line(".", sections.server()))
+    assert usual == [
+        "vllm", "serve", ".", "--dtype", "auto", "--tensor-parallel-size", "1", "--generation-config", "vllm",
+        "--no-enable-prefix-caching", "--enforce-eager",
+    ]  # fmt: skip
+    named = sections.server(
+        max_num_seqs=4, max_num_batched_tokens=512, block_size=64, cpu_offload_gib=2.5, kv_offload_gib=8.0,
+        attention_backend="FLASHINFER", enable_prefix_caching=True,
+    )  # fmt: skip
+    flags = shlex.split(vllm_line(".", named))
+    for name, value in [
+        ("--max-num-seqs", "4"), ("--max-num-batched-tokens", "512"), ("--block-size", "64"), ("--cpu-offload-gb", "2.5"),
+        ("--kv-offloading-size", "8"), ("--attention-backend", "FLASHINFER"),
+    ]:  # fmt: skip
+        assert flags[flags.index(name) + 1] == value
+    assert "--enable-prefix-caching" in flags
+    assert "--no-enable-prefix-caching" not in flags
+
+
 def test_the_line_for_a_shell_has_every_flag_of_the_server_but_its_address_its_name_and_its_log(tmp_path):
     options = sections.server(max_model_len=99, device="cuda", extra_args=["--chat-template", "my template.jinja"])
     command = command_line(tmp_path / "python", tmp_path, options, 8123)

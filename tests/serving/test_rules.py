@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import sections
 
 from quantline.core.errors import UserError
 from quantline.serving.rules import (
@@ -9,6 +10,7 @@ from quantline.serving.rules import (
     cpu_has_amx,
     cpu_instructions,
     facts_of,
+    refuse_options,
     rules,
     verdict,
     verdicts,
@@ -158,3 +160,24 @@ def test_amx_is_read_from_the_cpus_flags(tmp_path, monkeypatch):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
         assert cpu_has_amx(tmp_path / "cpuinfo") is expected
     assert not cpu_has_amx(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("option", "rule"),
+    [
+        ({"cpu_offload_gib": 2}, "cpu-offload-without-gpu"),
+        ({"kv_offload_gib": 0.5}, "kv-offload-without-gpu"),
+        ({"attention_backend": "FLASH_ATTN"}, "cpu-attention-backend"),
+    ],
+)
+def test_options_of_the_process_that_a_cpu_lacks_are_refused_by_name_and_say_nothing_of_the_checkpoint(option, rule):
+    process = sections.server(**option).process
+    with pytest.raises(UserError, match=rf"serve\.process\.{next(iter(option))}=.*{rule}"):
+        refuse_options("0.32.0", "cpu", process)
+    refuse_options("0.32.0", "cuda", process)
+    assert verdict(CPU, facts_of(GPTQ)).supported
+
+
+def test_the_usual_options_of_the_process_are_refused_nowhere():
+    for process in (sections.server().process, sections.server(attention_backend="CPU_ATTN", max_num_seqs=1).process):
+        refuse_options("0.32.0", "cpu", process)

@@ -29,6 +29,14 @@ class ProcessConfig(Section):
     tensor_parallel_size: int = Field(ge=1)
     concurrency: int = Field(ge=1)
     extra_args: list[str]
+    # With defaults, since configurations that were frozen before do not have them.
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    block_size: int | None = Field(default=None, ge=1)
+    enable_prefix_caching: bool = False
+    cpu_offload_gib: float = Field(default=0, ge=0)
+    kv_offload_gib: float = Field(default=0, ge=0)
+    attention_backend: str | None = Field(default=None, pattern=r"^[A-Z0-9_]+$")
 
 
 class ServeConfig(Section):

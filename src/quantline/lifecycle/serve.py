@@ -99,7 +99,8 @@ def options_for(subject: Subject, version: str, device: str, port: int) -> tuple
         raise UserError(f"serve.max_model_len={options.max_model_len}: the model takes at most {positions} tokens")
     if port:
         require_free(options.process.host, port, "give port=NUMBER, 0 for a free one")
-    process = options.process.model_copy(update={"port": port or None})
+    shared = subject.config.serve.process.enable_prefix_caching  # which is off only where answers are measured
+    process = options.process.model_copy(update={"port": port or None, "enable_prefix_caching": shared})
     options = ServerOptions(**{**vars(options), "process": process, "name": subject.name})
     ruling = verdict(vllm_here(version, device, options.dtype), facts)
     if ruling.supported:

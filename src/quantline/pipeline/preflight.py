@@ -23,8 +23,8 @@ from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check
 from quantline.planning.spec import Finding, Machine, Model, RefusedError, Step, VariantSpec, line
 from quantline.quantization.requirements import requirements_of
-from quantline.serving.memory import GIB
-from quantline.serving.rules import Target, cpu_traits
+from quantline.serving.memory import GIB, Limits
+from quantline.serving.rules import Target, cpu_traits, process_facts
 from quantline.toolchains.environments import detect_platform, expected_version
 
 if TYPE_CHECKING:
@@ -87,13 +87,15 @@ def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -
         order[config.method.name] = config.frozen.backends
     return Machine(
         target=Target(
-            config.serve.runtime, version, device, compute_capability=capability, **cpu_traits(device)
+            config.serve.runtime, version, device, compute_capability=capability, **cpu_traits(device),
+            **process_facts(config.serve.process),
         ),
         order=order, context=options.context or config.serve.length,
         batch=options.batch or config.serve.process.concurrency, memory_bytes=memory,
         utilization=config.serve.process.gpu_memory_utilization if device == "cuda" else 1.0,
         quantizer_bytes=memory if device == "cuda" else psutil.virtual_memory().total,
-        calibration_tokens=config.calibration.n_samples * config.calibration.seq_len, notes=(note,) if note else (),
+        calibration_tokens=config.calibration.n_samples * config.calibration.seq_len, limits=Limits.of(config.serve.process),
+        notes=(note,) if note else (),
     )  # fmt: skip
 
 

@@ -21,11 +21,17 @@ if TYPE_CHECKING:
 
 
 def server_of(run: StageRun) -> Vllm:
-    """Interpreter and version of the server's environment; it is recorded as the stage's environment."""
+    """Interpreter and version of the server's environment; it is recorded as the stage's environment.
+
+    Raises:
+        UserError: this vLLM lacks an option of the server's process.
+    """
+    from quantline.serving.rules import refuse_options
     from quantline.serving.server import Vllm
 
     chosen = run.toolchain("vllm")
     version = distribution_version(chosen, "vllm")
+    refuse_options(version, run.device, run.config.serve.process)
     run.environment.update(toolchain="vllm", lock_sha256=chosen.lock_sha256, versions={"vllm": version})
     return Vllm(chosen.python, version)
 
@@ -38,14 +44,15 @@ def server_options(run: StageRun, *, quantized: bool) -> ServerOptions:
 def options_of(config: Config, device: str, *, quantized: bool, positions: int | None = None) -> ServerOptions:
     """The options by which a variant with this configuration is served on a device, `cpu` or `cuda`.
 
-    positions: the most tokens that the model takes; None if that is unknown.
+    positions: the most tokens that the model takes; None if that is unknown. Prompts share no cache, so that an answer does
+    not depend on those before it.
     """
     from quantline.serving.command import ServerOptions
     from quantline.serving.rules import serving_dtype
 
     serve = config.serve
     return ServerOptions(
-        serve.process, device=device, dtype=serving_dtype(serve.dtype, quantized=quantized),
+        serve.process.model_copy(update={"enable_prefix_caching": False}), device=device, dtype=serving_dtype(serve.dtype, quantized=quantized),
         max_model_len=served_length(config, positions), enforce_eager=serve.enforce_eager,
         trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import replace
 from quantline.checkpoints.layouts import Storage
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import select_linears
+from quantline.checkpoints.model_config import ties_head
 from quantline.checkpoints.quantization_config import LayerSettings
 from quantline.core.errors import UserError
 from quantline.core.text import binary_size
@@ -65,9 +66,9 @@ def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refu
     kv = memory.kv_cache(model.config)
     plan = Plan(
         variant, backend, layout, tuple(findings), weights, kv,
-        None if kv is None else kv.bytes(machine.context, machine.batch),
+        None if kv is None else kv.bytes(*machine.limits.cached(machine.context, machine.batch)),
         _overhead(model, machine), _peak(variant, backend, model, machine, weights),
-        kv_heads=model.dimensions.kv_heads or 1,
+        kv_heads=model.dimensions.kv_heads or 1, offloaded_bytes=_offloaded(variant, model, machine, weights),
     )  # fmt: skip
     return replace(plan, findings=(*findings, *_too_large(plan, machine)))
 
@@ -124,9 +125,20 @@ def _storable(
 def _overhead(model: Model, machine: Machine) -> int | None:
     context = checkpoint_memory.GPU_CONTEXT if machine.target.device == "cuda" or machine.memory_bytes else 0
     large = machine.memory_bytes is not None and machine.memory_bytes >= memory.LARGE_GPU
-    tokens = memory.BATCHED_TOKENS_LARGE if large else memory.BATCHED_TOKENS
-    computed = memory.activations(model.config, machine.batch, tokens)
+    usual = memory.BATCHED_TOKENS_LARGE if large else memory.BATCHED_TOKENS
+    _, batch = machine.limits.cached(machine.context, machine.batch)
+    computed = memory.activations(model.config, batch, machine.limits.batched_tokens or usual)
     return None if computed is None else context + computed
+
+
+def _offloaded(variant: VariantSpec, model: Model, machine: Machine, weights: Weights) -> int:
+    """Bytes of each GPU's weights that stay in main memory; vLLM moves decoder layers, no embeddings or output layer."""
+    if machine.target.device == "cpu":
+        return 0
+    numbers = model.dimensions
+    tables = 1 if ties_head(model.config) else 2
+    outside = tables * 2 * (numbers.vocabulary or 0) * (numbers.hidden or 0)
+    return min(machine.limits.offloaded, max(weights.total - outside, 0) // variant.tensor_parallel_size)
 
 
 def _peak(variant: VariantSpec, backend: str, model: Model, machine: Machine, weights: Weights) -> Peak | None:

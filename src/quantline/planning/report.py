@@ -43,9 +43,15 @@ def sizes(plan: Plan, machine: Machine) -> dict[str, Any] | None:
         "kv_cache_window_per_token": kv.window_bytes_per_token if kv else None,
         "kv_cache_window": kv.window if kv else None, "kv_cache": plan.kv_bytes,
         "activations_and_context": plan.overhead_bytes, "needed_per_device": needed,
+        "offloaded_weights_per_device": plan.offloaded_bytes, "main_memory": main_memory(plan, machine),
         "fits": None if machine.memory_bytes is None or needed is None else needed <= machine.memory_bytes,
         "quantization_peak": None if plan.peak is None else {**asdict(plan.peak), "total": plan.peak.total},
     }  # fmt: skip
+
+
+def main_memory(plan: Plan, machine: Machine) -> int:
+    """Bytes of main memory for what GPUs leave there: weights of each of them, and blocks of the cache."""
+    return plan.offloaded_bytes * plan.planned.tensor_parallel_size + machine.limits.kv_offloaded
 
 
 def as_text(plan: Plan, model: Model, machine: Machine, nearest: str | None, recommendation: Suggestion | None) -> str:
@@ -93,7 +99,8 @@ def _sizes_table(plan: Plan, machine: Machine) -> str:
     cache = "config.json does not say how many layers and heads keep keys and values"
     if kv is not None:
         window = f", {binary_size(kv.window_bytes_per_token)} a token of the last {kv.window}" if kv.window else ""
-        cache = f"{machine.batch} x {machine.context} tokens, {binary_size(kv.bytes_per_token)} a token{window}"
+        context, batch = machine.limits.cached(machine.context, machine.batch)
+        cache = f"{batch} x {context} tokens, {binary_size(kv.bytes_per_token)} a token{window}"
     rows = [
         ("float weights", binary_size(weights.float_source), "as downloaded"),
         ("weights", binary_size(weights.total), f"{weights.bits_per_weight:.2f} bits a weight over the whole model"),
@@ -111,6 +118,11 @@ def _sizes_table(plan: Plan, machine: Machine) -> str:
         ("activations", _size(plan.overhead_bytes), "with the GPU's context; an assumption, see serving/memory.py"),
         ("needed", _size(plan.serving_bytes()), _fit(plan, machine)),
     ]  # fmt: skip
+    if kept := main_memory(plan, machine):
+        own = f"{binary_size(plan.offloaded_bytes)} of each GPU's weights"
+        rows.insert(
+            -1, ("main memory", binary_size(kept), f"{own}, {binary_size(machine.limits.kv_offloaded)} for the cache")
+        )
     if plan.peak is not None:
         rows.append(("quantizing", binary_size(plan.peak.total), f"estimated peak: {plan.peak.formula}"))
     return str(tabulate.tabulate(rows, tablefmt="plain", disable_numparse=True, preserve_whitespace=True))

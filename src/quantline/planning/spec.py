@@ -18,7 +18,7 @@ from quantline.core.files import read_json
 from quantline.planning.checkpoint_memory import Weights
 from quantline.planning.quantization_memory import Peak
 from quantline.quantization.capabilities import Requirements
-from quantline.serving.memory import KvCache
+from quantline.serving.memory import KvCache, Limits
 from quantline.serving.rules import Target
 
 FLOAT = "float"
@@ -107,7 +107,7 @@ class Machine:
     order: the backends of each method, in the order in which `backend=auto` tries them. context, batch: tokens per sequence
     and concurrent sequences that the server must hold. memory_bytes: of each GPU (or what a server on a CPU may take); None
     skips the check. utilization: the share of it that the server gets. quantizer_bytes: what quantizing may take; None if
-    unknown. calibration_tokens: of all samples. notes: what is only assumed of it.
+    unknown. calibration_tokens: of all samples. limits: of the server's process. notes: what is only assumed of it.
     """
 
     target: Target
@@ -118,6 +118,7 @@ class Machine:
     utilization: float = 1.0
     quantizer_bytes: int | None = None
     calibration_tokens: int = 128 * 2048
+    limits: Limits = field(default_factory=Limits)
     notes: tuple[str, ...] = ()
 
 
@@ -135,7 +136,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a variant before anything is computed. layout: as it is served. Sizes are bytes, None if unknown."""
+    """The plan of a variant before anything is computed. layout: as it is served. Sizes are bytes, None if unknown.
+
+    offloaded_bytes: of each GPU's weights, which stay in main memory.
+    """
 
     planned: VariantSpec
     backend: str
@@ -147,6 +151,7 @@ class Plan:
     overhead_bytes: int | None = None
     peak: Peak | None = None
     kv_heads: int = 1
+    offloaded_bytes: int = 0
 
     @property
     def refused(self) -> list[Finding]:
@@ -160,13 +165,20 @@ class Plan:
     def serving_bytes(self) -> int | None:
         """Memory that each GPU needs: its share of weights and cache, activations and context; None if unknown.
 
+        Weights that stay in main memory do not count.
+
         GPUs beyond the key-value heads hold copies of the cache.
         """
         if self.kv_bytes is None or self.overhead_bytes is None:
             return None
         ranks = self.planned.tensor_parallel_size
         total = self.weights.total if self.weights else 0
-        return -(-total // ranks) + -(-self.kv_bytes // min(ranks, self.kv_heads)) + self.overhead_bytes
+        return (
+            -(-total // ranks)
+            - self.offloaded_bytes
+            + -(-self.kv_bytes // min(ranks, self.kv_heads))
+            + self.overhead_bytes
+        )
 
 
 def line(finding: Finding) -> str:

@@ -66,7 +66,7 @@ def _flags(options: ServerOptions) -> list[str]:
         # The checkpoint's own sampling defaults (such as a repetition penalty) would change greedy answers.
         "--generation-config", "vllm",
         # A cached prompt takes another path through the kernels and may give another greedy answer.
-        "--no-enable-prefix-caching",
+        "--enable-prefix-caching" if options.process.enable_prefix_caching else "--no-enable-prefix-caching",
     ]  # fmt: skip
     if options.max_model_len is not None:
         flags += ["--max-model-len", str(options.max_model_len)]
@@ -74,6 +74,14 @@ def _flags(options: ServerOptions) -> list[str]:
         flags += ["--kv-cache-memory-bytes", str(int(options.process.kv_cache_gib * GIB))]
     if options.device == "cuda":
         flags += ["--gpu-memory-utilization", str(options.process.gpu_memory_utilization)]
+    process = options.process
+    for flag, value in (
+        ("--max-num-seqs", process.max_num_seqs), ("--max-num-batched-tokens", process.max_num_batched_tokens),
+        ("--block-size", process.block_size), ("--cpu-offload-gb", process.cpu_offload_gib),  # GiB, as vLLM counts
+        ("--kv-offloading-size", process.kv_offload_gib), ("--attention-backend", process.attention_backend),
+    ):  # fmt: skip
+        if value:
+            flags += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
     if options.enforce_eager:
         flags.append("--enforce-eager")
     if options.trust_remote_code:

@@ -7,10 +7,40 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantline.checkpoints.model_config import dimensions, language_config
+from quantline.config.serve import ProcessConfig
 
 GIB = 2**30
 # Tokens that vLLM computes at a time by default (0.32.0, EngineArgs), on GPUs smaller than LARGE_GPU and on larger ones.
 BATCHED_TOKENS, BATCHED_TOKENS_LARGE, LARGE_GPU = 2048, 8192, 70 * GIB
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the options of a server's process say of its memory.
+
+    max_num_seqs: sequences at a time; others wait and hold no cache. batched_tokens: computed at a time; None is vLLM's own.
+    block_size: tokens of a block of the cache, of which a sequence has whole ones. offloaded: bytes of each GPU's weights
+    that stay in main memory. kv_offloaded: bytes of main memory for the cache.
+    """
+
+    max_num_seqs: int | None = None
+    batched_tokens: int | None = None
+    block_size: int | None = None
+    offloaded: int = 0
+    kv_offloaded: int = 0
+
+    @classmethod
+    def of(cls, process: ProcessConfig) -> Limits:
+        """Those of a configuration."""
+        return cls(
+            process.max_num_seqs, process.max_num_batched_tokens, process.block_size,
+            round(process.cpu_offload_gib * GIB), round(process.kv_offload_gib * GIB),
+        )  # fmt: skip
+
+    def cached(self, context: int, batch: int) -> tuple[int, int]:
+        """The tokens and sequences that the cache holds where `batch` sequences of `context` tokens are asked for."""
+        block = self.block_size or 1
+        return -(-context // block) * block, min(batch, self.max_num_seqs or batch)
 
 
 @dataclass(frozen=True)

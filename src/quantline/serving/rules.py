@@ -17,6 +17,7 @@ from packaging.version import InvalidVersion, Version
 from quantline.checkpoints.layouts import awq, gptq_config
 from quantline.checkpoints.layouts.config_values import stored_bits_and_groups
 from quantline.checkpoints.quantization_config import described_in, quantization_of
+from quantline.config.serve import ProcessConfig
 from quantline.core.errors import UserError
 
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -31,6 +32,7 @@ class Target:
     instructions: the best instruction set of an x86 CPU that vLLM has kernels for: `avx512`, `avx2` or `none`.
     amx: whether the CPU has AMX tiles; None if unknown.
     compute_capability: of an NVIDIA GPU, 89 for 8.9. None if unknown; then no rule about it applies.
+    cpu_offload_gib, kv_offload_gib, attention_backend: options of the server's process; None where they are not set.
     """
 
     runtime: str
@@ -41,6 +43,12 @@ class Target:
     instructions: str | None = None
     amx: bool | None = None
     compute_capability: int | None = None
+    cpu_offload_gib: float | None = None
+    kv_offload_gib: float | None = None
+    attention_backend: str | None = None
+
+
+PROCESS_FACTS = ("cpu_offload_gib", "kv_offload_gib", "attention_backend")
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,24 @@ def verdicts(target: Target, facts: CheckpointFacts) -> list[Ruling]:
         if rule.covers(target.runtime, version)
         and all(_holds(condition, known[name]) for name, condition in rule.when.items())
     ]
+
+
+def process_facts(process: ProcessConfig) -> dict[str, Any]:
+    """What a target has of the options of the server's process."""
+    return {name: getattr(process, name) or None for name in PROCESS_FACTS}
+
+
+def refuse_options(version: str, device: str, process: ProcessConfig) -> None:
+    """Refuse options of the server's process that this vLLM lacks on this device, or takes and ignores.
+
+    They are no part of a variant, so they say nothing about whether it is served.
+
+    Raises:
+        UserError: every such option.
+    """
+    target = Target("vllm", version, device, **process_facts(process))
+    if faults := verdicts(target, CheckpointFacts("float")):
+        raise UserError("\n  ".join(f"{fault.reason}; {fault.remedy} [{fault.rule_id}]" for fault in faults))
 
 
 def facts_of(quantization: Mapping[str, Any] | None, *, widths_divisible_by_32: bool | None = None) -> CheckpointFacts:
