@@ -51,8 +51,9 @@ def options_of(config: Config, device: str, *, quantized: bool, positions: int |
     from quantline.serving.rules import serving_dtype
 
     serve = config.serve
+    process = serve.process.model_copy(update={"enable_prefix_caching": False})
     return ServerOptions(
-        serve.process.model_copy(update={"enable_prefix_caching": False}), device=device, dtype=serving_dtype(serve.dtype, quantized=quantized),
+        process, device=device, dtype=serving_dtype(serve.dtype, quantized=quantized),
         max_model_len=served_length(config, positions), enforce_eager=serve.enforce_eager,
         trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip
