@@ -3,12 +3,16 @@ from __future__ import annotations
 import pytest
 
 from quantline.pipeline.config import parse
-from quantline.pipeline.run import StageRun
-from quantline.pipeline.server import server_options
+from quantline.pipeline.server import options_of
 
 
 @pytest.mark.parametrize(("quantized", "dtype"), [(True, "float16"), (False, "bfloat16")])
-def test_a_server_is_started_with_the_options_of_the_variant(composed, tmp_path, quantized, dtype):
-    config = parse(composed("serve.max_model_len=256", "serve.enforce_eager=true", "device=cpu"))
-    options = server_options(StageRun("serve_smoke", config, tmp_path, ()), quantized=quantized)
-    assert (options.device, options.dtype, options.max_model_len, options.enforce_eager) == ("cpu", dtype, 256, True)
+def test_a_server_is_started_with_the_options_of_the_variant(composed, quantized, dtype):
+    config = parse(composed("serve.max_model_len=600", "serve.enforce_eager=true", "device=cpu"))
+    options = options_of(config, "cpu", quantized=quantized)
+    assert (options.device, options.dtype, options.max_model_len, options.enforce_eager) == ("cpu", dtype, 600, True)
+
+
+def test_answers_that_are_measured_never_share_a_cache(composed):
+    config = parse(composed("serve.process.enable_prefix_caching=true"))
+    assert not options_of(config, "cpu", quantized=True).process.enable_prefix_caching
