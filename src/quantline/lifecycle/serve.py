@@ -164,7 +164,7 @@ def _of_alias(root: Path, alias: str, model: str | None, typed: Typed) -> Subjec
     run = read_run(tracking, root, held[0].run_id)
     version, folder = registry.kept(tracking, root, held[0].model, alias, root / HOME)
     shown = f"{version.model}@{alias}"
-    _refuse_unserved(shown, run.results.get("serve_smoke"), "promote it again after `dvc repro`", folder)
+    _refuse_unserved(shown, run.results.get("serve_smoke"), "dvc repro, then promote it again", folder)
     config = parse(with_current_names(run.config))
     return Subject(run.name, folder, _as_typed(config, typed), proven=True)
 
@@ -195,7 +195,7 @@ def _refuse_unread(overrides: Sequence[str], reads: Sequence[str]) -> None:
 
 def _refuse_unserved(shown: str, served: Mapping[str, Any] | None, remedy: str, folder: Path) -> None:
     if served is None:
-        raise UserError(f"{shown}: no result of serve_smoke is up to date; {remedy}, {_anyway(folder)}")
+        raise UserError(f"{shown}: no result of serve_smoke is up to date; run: {remedy}; {_anyway(folder)}")
     if served["status"] != "ok":
         raise UserError(f"{shown}: serve_smoke found that it is not served: {served['reason']}; {_anyway(folder)}")
 
