@@ -66,7 +66,7 @@ def test_what_the_command_line_says_of_serving_replaces_only_that(kept, composed
     ("changes", "words"),
     [
         ({"status": "unsupported", "reason": "vLLM has no kernel"}, "it is not served: vLLM has no kernel; or to try"),
-        ({"without": ("serve_smoke",)}, "no result of serve_smoke is up to date; run: dvc repro; or to try it all the same: "),
+        ({"without": ("serve_smoke",)}, "no result of serve_smoke is up to date; run: dvc repro; or to try it all"),
         ({"without": ("convert",)}, None),
     ],
 )  # fmt: skip
