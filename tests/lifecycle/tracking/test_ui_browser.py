@@ -11,13 +11,13 @@ from mlflow_server import running
 from variant_records import four
 
 import tests.lifecycle.tracking.test_writer as test_tracking
-from quantline.lifecycle.tracking.view import COLUMNS, view_path
+from quantline.lifecycle.tracking.view import CHARTS, COLUMNS, view_path
 from tests.lifecycle.tracking.test_writer import to
 
 database, store = test_tracking.database, test_tracking.root  # fixtures
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NAMES = ("float", "awq-w4-g128", "gptq-w4-g128", "gptq-w8-g128")
-MILLISECONDS = 240_000  # a page may take as long on a busy machine
+MILLISECONDS = 240_000
 
 pytestmark = [
     pytest.mark.e2e,
@@ -32,7 +32,10 @@ def served(store):
     folder = store / "report"
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "manifest.json").write_text('{"chosen": "float", "headline": "Ship it.", "variants": ["float"]}')
-    experiment = to(store, four(store / "work"), report=folder).experiment_id
+    records = four(store / "work")
+    for result in (result for record in records for result in record.results if result["stage"] == "evaluate"):
+        result["metrics"]["kl_divergence"] = 0.0261258
+    experiment = to(store, records, report=folder).experiment_id
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,6 +80,30 @@ def compare(address: str, experiment: str, pictures: Path) -> tuple[list[tuple[s
         finally:
             browser.close()
     return [(text, bool(seen)) for _, text, seen in sorted(headings)], table, comparison
+
+
+def charts(address: str, experiment: str) -> str:
+    """The text of the page of charts, once the charts that matter are there."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            page = browser.new_page(viewport={"width": 1400, "height": 900})
+            page.set_default_timeout(MILLISECONDS)
+            page.goto(f"{address}/#{view_path(experiment)}&compareRunsMode=CHART")
+            page.get_by_text("3 serving/tok_s", exact=True).first.wait_for()
+            return page.inner_text("[data-testid='experiment-view-compare-runs-chart-area']")
+        finally:
+            browser.close()
+
+
+def test_charts_that_matter_come_first_and_the_others_are_folded(served):
+    text = charts(*served)
+    assert text.split("\n")[:2] == [CHARTS, "(4)"], text
+    assert "2 size/size_mb vs. 1 quality/change_percent" in text
+    assert "\ndownload\n(" in text, "the section of the others"
+    assert "linears_quantized" not in text, "a chart of another section"
 
 
 def test_the_variants_are_compared_in_readable_columns_and_by_the_figures_first(served, tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from variant_records import four
 
-from quantline.lifecycle.tracking.view import COLUMNS, columns_of, figure_metrics, view_state
+from quantline.lifecycle.tracking.view import COLUMNS, columns_of, figure_metrics, sections_of, view_state
 from quantline.pipeline.figures import measured
 
 
@@ -49,3 +50,23 @@ def test_view_shows_the_columns_in_their_order_and_each_as_wide_as_its_text() ->
         "the width of the table in a window of 1400 pixels, without the boxes"
     )
     assert set(state["columnOrder"]) == set(state["columnWidths"])
+
+
+def test_four_charts_come_first_and_all_others_are_folded(rows: dict[str, dict[str, Any]]) -> None:
+    metrics = figure_metrics(rows["awq-w4-g128"])
+    state = view_state(sections_of([*metrics, "download/files", "tasks/task/word/vllm", "size_bytes"], None))
+    first, *others = state["compareRunSections"]
+    assert first["display"]
+    assert len(state["compareRunCharts"]) == 4
+    for chart in state["compareRunCharts"]:
+        assert chart["metricSectionId"] == first["uuid"]
+        keys = {chart["metricKey"]} if "metricKey" in chart else {chart["xaxis"]["key"], chart["yaxis"]["key"]}
+        assert keys <= {*metrics, "1 quality/kl"}
+    assert [section["name"] for section in others if not section["display"]] == [
+        "1 quality", "2 size", "3 serving", "Model metrics", "download", "tasks/task/word",
+    ]  # fmt: skip
+
+
+def test_sections_of_an_earlier_publish_stay_folded() -> None:
+    before = json.dumps(view_state(["tasks"]))
+    assert sections_of(["speed/rounds"], before) == ["speed", "tasks"]

@@ -7,13 +7,15 @@ them before everything else, since MLflow orders metrics by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 from quantline.pipeline.figures import MISSING, Row, difference_text, figures_of, group_text, number_text
 
 VIEW, VIEW_BY_HAND = "variants", "by-hand"
+CHARTS = "Which one to ship"
 # Stands for the id of the experiment in a text that is written before it is known.
 EXPERIMENT = "EXPERIMENT_ID"
 # How the description of an experiment begins, by which one that a user wrote is told from it.
@@ -82,13 +84,17 @@ def report_path(experiment_id: str) -> str:
 def introduction(experiment_id: str) -> str:
     """The description of the experiment, Markdown."""
     return (
-        f"{INTRODUCED}{view_path(experiment_id)}) · [those run by hand](#{view_path(experiment_id, VIEW_BY_HAND)}) · "
+        f"{INTRODUCED}{view_path(experiment_id)}) · [their charts](#{view_path(experiment_id)}&compareRunsMode=CHART) · "
+        f"[those run by hand](#{view_path(experiment_id, VIEW_BY_HAND)}) · "
         f"[which one to ship: the report](#{report_path(experiment_id)}). One run a variant, one child a stage."
     )
 
 
-def view_state(*, by_hand: bool = False) -> Mapping[str, Any]:
-    """The state of a table of variants, in the format in which MLflow's "share this view" stores it."""
+def view_state(sections: Sequence[str] = (), *, by_hand: bool = False) -> Mapping[str, Any]:
+    """The state of a table of variants and its charts, in the format in which MLflow's "share this view" stores it.
+
+    sections: of charts that MLflow makes by itself, see `sections_of`; they are folded, below the charts that matter.
+    """
     columns = {f"tags.`{name}`": width for name, width in COLUMNS.items()}
     pinned = {"attributes.`Run Name`": 185, "runDateAndNestInfo": 130}
     widths = {**pinned, **columns, "duration": 85}
@@ -100,4 +106,40 @@ def view_state(*, by_hand: bool = False) -> Mapping[str, Any]:
         "startTime": "ALL", "datasetsFilter": [], "runsExpanded": {}, "runsPinned": [], "runsHidden": [],
         "runsVisibilityMap": {}, "runsHiddenMode": "FIRST_10_RUNS", "groupBy": None, "groupsExpanded": {},
         "useGroupedValuesInCharts": True, "hideEmptyCharts": True, "viewMaximized": False, "runListHidden": False,
+        "compareRunCharts": _charts(),
+        # Low enough for all four on one page.
+        "compareRunSections": [{**_section(CHARTS, display=True), "columns": 2, "cardHeight": 240},
+                               *(_section(name, display=False) for name in sections)],
+        "isAccordionReordered": True,  # else MLflow sorts the sections by name
     }  # fmt: skip
+
+
+def sections_of(metrics: Iterable[str], before: str | None) -> list[str]:
+    """The sections into which MLflow sorts its own charts of metrics, by what is before the last slash of their names.
+
+    before: the saved state of the view, whose sections are kept; None if there is none.
+    """
+    known = json.loads(before).get("compareRunSections") or [] if before else []
+    found = {section["name"] for section in known if section["name"] != CHARTS}
+    return sorted(found | {name.rpartition("/")[0] or "Model metrics" for name in metrics})
+
+
+def _section(name: str, *, display: bool) -> dict[str, Any]:
+    return {"uuid": f"quantline {name}", "name": name, "display": display, "isReordered": True, "deleted": False}
+
+
+def _charts() -> list[dict[str, Any]]:
+    """Change of perplexity against size, and the change, the KL divergence and the speed of each variant."""
+    common = {
+        "metricSectionId": f"quantline {CHARTS}",
+        "deleted": False,
+        "isGenerated": False,
+        "runsCountToCompare": 20,
+    }
+    axes = {axis: {"key": metric_name(figure), "type": "METRIC"} for axis, figure in
+            (("xaxis", "size_mb"), ("yaxis", "change_percent"))}  # fmt: skip
+    bars = ("change_percent", "kl", "tok_s")
+    return [
+        {**common, "uuid": "quantline scatter", "type": "SCATTER", **axes},
+        *({**common, "uuid": f"quantline {name}", "type": "BAR", "metricKey": metric_name(name)} for name in bars),
+    ]

@@ -40,6 +40,7 @@ from quantline.lifecycle.tracking.view import (
     VIEW_BY_HAND,
     introduction,
     metric_name,
+    sections_of,
     view_path,
     view_state,
 )
@@ -121,7 +122,7 @@ def publish(
         check_reachable(uri, timeout_seconds)
         with quiet_mlflow(uri, timeout_seconds), locked(uri, limit_seconds or max(60.0, timeout_seconds)):
             _ensure_database(uri)
-            publisher = _Publisher(uri, experiment, limit_seconds)
+            publisher = _Publisher(uri, experiment, limit_seconds, [key for plan in plans for key in plan.metrics])
             for plan in plans:
                 publisher.upsert(plan)
     except Exception as error:  # a server, a proxy or a database can raise any exception
@@ -159,12 +160,12 @@ class _Timed:
 
 
 class _Publisher:
-    def __init__(self, uri: str, experiment: str, limit_seconds: float | None) -> None:
+    def __init__(self, uri: str, experiment: str, limit_seconds: float | None, metrics: Sequence[str]) -> None:
         from mlflow import MlflowClient
 
         self._client = _Timed(MlflowClient(tracking_uri=uri, registry_uri=uri), limit_seconds)
         self.experiment_id = self._ensure_experiment(uri, experiment)
-        self._describe_experiment()
+        self._describe_experiment(metrics)
         self.created: list[str] = []
         self.completed: list[str] = []
         self.unchanged: list[str] = []
@@ -182,19 +183,20 @@ class _Publisher:
         location = (database.parent / "mlartifacts" / name).as_uri() if database else None
         return str(self._client.create_experiment(name, artifact_location=location))
 
-    def _describe_experiment(self) -> None:
+    def _describe_experiment(self, metrics: Sequence[str]) -> None:
         """Give the experiment its saved view and a description; a description that a user edited is kept."""
         existing = self._client.get_experiment(self.experiment_id).tags
+        views = {f"mlflow.sharedViewState.{name}": name == VIEW_BY_HAND for name in (VIEW, VIEW_BY_HAND)}
         wanted = {
             NOTE: introduction(self.experiment_id), "mlflow.experimentKind": "custom_model_development",
             "mlflow.experiment.primaryMetric.name": metric_name("change_percent"),
-            f"mlflow.sharedViewState.{VIEW}": json.dumps(view_state()),
-            f"mlflow.sharedViewState.{VIEW_BY_HAND}": json.dumps(view_state(by_hand=True)),
+            **{key: json.dumps(view_state(sections_of(metrics, existing.get(key)), by_hand=by_hand))
+               for key, by_hand in views.items()},
         }  # fmt: skip
         for key, value in wanted.items():
             found = existing.get(key)
             # A note of an older version leads to a view of then.
-            ours = found is None or key.startswith("mlflow.sharedViewState") or found.startswith(INTRODUCED)
+            ours = found is None or key in views or found.startswith(INTRODUCED)
             if ours and found != value:
                 self._client.set_experiment_tag(self.experiment_id, key, value)
 
