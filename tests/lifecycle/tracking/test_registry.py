@@ -106,6 +106,16 @@ def test_an_alias_moves_from_version_to_version_and_a_second_promotion_uploads_n
     assert promoted(store.root) == {*outputs["awq-w4"], *outputs["gptq-w4"]}  # what is kept
 
 
+def test_the_registered_model_says_how_to_fetch_and_serve_it(store):
+    from mlflow import MlflowClient
+
+    store.promote("awq-w4", "said")
+    said = MlflowClient(f"sqlite:///{store.root}/mlflow.db").get_registered_model(MODEL).description
+    assert f"`python -m stages.fetch model={MODEL} alias=production out=DIR`" in said
+    assert f"`python -m stages.serve model={MODEL} alias=production`" in said
+    demote(store.tracking, store.root, "awq-w4", "said")
+
+
 def test_a_promoted_variant_whose_outputs_in_dvc_are_not_all_recorded_stops_retention_until_it_is_promoted_again(
     tmp_path,
 ):

@@ -306,7 +306,11 @@ def _ensure_model(client: Any, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        client.create_registered_model(name, description="Quantized variants, promoted by Quantline.")
+        client.create_registered_model(name, description=(
+            "Quantized variants, promoted by Quantline.\n\n"
+            f"- **Fetch** one, verified: `python -m stages.fetch model={name} alias=production out=DIR`\n"
+            f"- **Serve** one: `python -m stages.serve model={name} alias=production`"
+        ))  # fmt: skip
 
 
 def _holder(client: Any, model: str, alias: str) -> str | None:
