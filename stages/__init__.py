@@ -83,7 +83,7 @@ def main(
     """
     from quantline.core.secrets import hide_requests
     from quantline.pipeline.command_line import ending, read, report
-    from quantline.pipeline.overrides import refuse_repeated
+    from quantline.pipeline.overrides import refuse_repeated, with_home
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach this function
     os.environ.pop("HYDRA_MAIN_MODULE", None)
@@ -96,6 +96,7 @@ def main(
         else:
             arguments, sys.argv[1:] = read(sys.argv[1:], options, configured=True)
             refuse_repeated(sys.argv[1:])
+            sys.argv[1:] = with_home(sys.argv[1:])
         given = [arguments] if options else []
 
         # A failure must not end the other jobs of a sweep, and Hydra would print its own traceback.

@@ -115,23 +115,29 @@ def test_a_legacy_copy_links_every_file_and_translates_the_config(tmp_path):
         (["BertForMaskedLM"], "names BertForMaskedLM"),
         (["LlamaForSequenceClassification"], "names LlamaForSequenceClassification"),
         (["Qwen2ForRewardModel"], "names Qwen2ForRewardModel"),
-        ([], "names none"),
+        ([], "no architectures as a list"),
+        (None, "no architectures as a list"),
+        ("Qwen2ForCausalLM", "no architectures as a list"),
         (["RWForCausalLM"], None),
     ],
 )
 def test_a_model_that_does_not_predict_the_next_token_is_no_causal_lm(architectures, reason):
-    found = why_not_causal({"architectures": architectures})
+    found = why_not_causal({"model_type": "qwen2", "architectures": architectures})
     assert found is None if reason is None else reason in found
     assert "encoder with a decoder" in why_not_causal(
-        {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+        {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
     )
+    assert "no model_type" in why_not_causal({"architectures": ["Qwen2ForCausalLM"]})
 
 
 def test_every_causal_lm_of_transformers_is_one():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        assert why_not_causal({"architectures": [name] if isinstance(name, str) else list(name)}) is None, name
+        assert (
+            why_not_causal({"model_type": "x", "architectures": [name] if isinstance(name, str) else list(name)})
+            is None
+        ), name
 
 
 def test_restoring_keeps_the_sources_own_config_and_its_name_for_the_dtype():

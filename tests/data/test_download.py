@@ -9,6 +9,7 @@ import socket
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sections
 from hub_server import COMMIT, Hub, serving
@@ -362,7 +363,7 @@ def test_the_folder_itself_is_no_place_for_the_copy(model):
         ("config.json", None, "has no config.json"),
         ("config.json", b"{}", "has no model_type"),
         ("config.json", b'{"model_type": ', "config.json is not valid JSON"),
-        ("config.json", b"[]", "has no model_type"),
+        ("config.json", b"[]", "is no JSON object"),
         ("tokenizer.json", None, "has no tokenizer"),
         ("tokenizer_config.json", b"{", "tokenizer_config.json is not valid JSON"),
         ("model-00002-of-00002.safetensors", None, "shard model-00002-of-00002.safetensors is missing"),
@@ -453,7 +454,7 @@ def test_the_embedded_demo_model_is_a_complete_model(root, out):
 # --- what the files say
 
 
-@pytest.mark.parametrize("architectures", [["Qwen2Model"], ["Qwen2ForSequenceClassification"], []])
+@pytest.mark.parametrize("architectures", [["Qwen2Model"], ["Qwen2ForSequenceClassification"]])
 def test_a_model_that_is_no_causal_lm_is_refused_by_what_was_given(model, out, architectures):
     write_config(model, architectures=architectures)
     with pytest.raises(UserError, match=rf"^{model}: architectures in config\.json names .* no causal LM"):
@@ -480,3 +481,18 @@ def test_weights_that_are_no_numbers_are_refused_by_tensor(model, value):
         UserError, match=rf"{name} has 1 values that are NaN or infinite: .*damaged, on every device; fetch"
     ):
         check_contents(model)
+
+
+@pytest.mark.parametrize("dtype", ["I8", "F8_E4M3"])
+def test_a_weight_that_holds_codes_is_refused_though_nothing_says_that_the_model_is_quantized(model, out, dtype):
+    path = model / "model-00002-of-00002.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    weights[name] = np.zeros((64, 64), np.int8)
+    write_safetensors(path, weights)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header = path.read_bytes()[8 : 8 + size].replace(b'"I8"', f'"{dtype}"'.encode())
+    path.write_bytes(len(header).to_bytes(8, "little") + header + path.read_bytes()[8 + size :])
+    with pytest.raises(UserError, match=rf"^{model}: {name} has dtype {dtype}, and a float model has BF16"):
+        fetch(local(model), out)
+    assert nothing_left(out)

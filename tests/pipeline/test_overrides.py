@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from quantline.core.errors import UserError
-from quantline.pipeline.overrides import key_of, refuse_repeated, split, typed
+from quantline.pipeline.overrides import key_of, refuse_repeated, split, typed, with_home
 
 
 def test_the_option_of_an_override_is_known_in_all_of_hydras_forms():
@@ -44,3 +45,21 @@ def test_a_command_that_says_the_same_twice_is_refused(root):
     command = [sys.executable, "-m", "stages.plan", "bits=8", "method=gptq", "bits=4"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "error: bits=8 and bits=4: both set bits; keep one of them\n")
+
+
+def test_the_users_home_is_a_value_on_a_command_line_and_in_a_line_of_params(composed):
+    assert with_home(["model.path=~/a b", "+x=~", "~speed", "name=a~b"]) == [
+        'model.path="~/a b"', '+x="~"', "~speed", "name=a~b",
+    ]  # fmt: skip
+    (given,) = split("model.path=~/models/my-llama", "shared")
+    assert composed(given)["model"]["path"] == "~/models/my-llama"
+
+
+def test_a_command_takes_a_path_in_the_users_home(root, tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    told = subprocess.run(
+        [sys.executable, "-m", "stages.plan", "model.path=~/none", "method=rtn"],
+        check=False, cwd=root, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.returncode == 2
+    assert f"{tmp_path}/none: is not a folder" in told.stderr

@@ -363,3 +363,11 @@ def test_metrics_are_printed(checkout, config, capsys):
     assert "-> scratch/awq-w4-g128/convert" in said
     assert "note: look" in said
     assert "note: no kernel" in said
+
+
+def test_only_convert_takes_a_checkpoint_of_another_tool(config, checkout):
+    given = config("source=auto", "source.path=/some/where")
+    StageRun("convert", given, checkout, ())
+    for stage in ("plan", "download", "quantize"):
+        with pytest.raises(UserError, match=rf"^source=auto: only stages.convert .* {stage} would not read it"):
+            StageRun(stage, given, checkout, ())

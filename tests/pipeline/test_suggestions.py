@@ -20,7 +20,7 @@ def names(root):
         ("symmetric", "method.sym"), ("method.asym", "method.zero_point"), ("nsamples", "calibration.n_samples"),
         ("calibration.nsamples", "calibration.n_samples"), ("seqlen", "calibration.seq_len"),
         ("calibration.max_seq_length", "calibration.seq_len"), ("max_len", "serve.max_model_len"),
-        ("serve.max_len", "serve.max_model_len"), ("trust_remote", "model.trust_remote_code"),
+        ("serve.max_len", "serve.max_model_len"), ("serve.ctx", "serve.max_model_len"), ("trust_remote", "model.trust_remote_code"),
         ("trust_remote_code", "model.trust_remote_code"), ("model_path", "model.path"),
         ("tp", "serve.process.tensor_parallel_size"),
         ("window", "evaluate.window"), ("methods", "method"), ("dataset", "calibration"), ("bitss", "bits"),

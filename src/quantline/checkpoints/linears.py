@@ -27,6 +27,7 @@ WIDE = 32
 # A list of layers, the number of one, and what is inside it.
 _NUMBERED = re.compile(r"^(.+?)\.(\d+)\.(.+)$")
 _NOT_LINEAR = re.compile(r"norm|embed|ln_|A_log|(?:^|\.)(?:gate|shared_expert_gate|\w*router\w*)(?:\.|$)")
+_FLOATS = ("BF16", "F16", "F32", "F64")
 # Also masks that older models store under such a name.
 _BIAS = re.compile(r"bias(?:es)?$")
 _CONVOLUTION = re.compile(r"(?:^|\.)\w*conv\w*$")
@@ -104,6 +105,18 @@ def inventory(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Inventory:
         elif wide and (_OTHER_PART.search(name) or not _TABLE.search(name)):
             others[_part(name, layers)][name] = shape
     return Inventory(linears, stacks, dict(others), sum(map(math.prod, shapes.values())))
+
+
+def why_not_float(checkpoint: Checkpoint) -> str | None:
+    """Which weight of a model has a dtype that only a quantized one has, and what to do; None if there is none.
+
+    transformers would take the codes of such a weight for its values.
+    """
+    for name in sorted(checkpoint.names):
+        info = checkpoint.info(name)
+        if name.endswith(".weight") and is_wide(info.shape) and info.dtype not in _FLOATS:
+            return f"{name} has dtype {info.dtype}, and a float model has {', '.join(_FLOATS)}: give the float model instead"
+    return None
 
 
 def is_wide(shape: Sequence[int]) -> bool:

@@ -98,9 +98,13 @@ def why_not_causal(config: Mapping[str, Any]) -> str | None:
     A server builds the class that `architectures` names, so a model without a head is refused there, even where its config
     and weights would make a causal LM.
     """
-    named = [str(name) for name in config.get("architectures") or []]
-    if not any(name.endswith(_CAUSAL) for name in named):
-        return f"architectures in config.json names {', '.join(named) or 'none'}, which is no causal LM"
+    named = config.get("architectures")
+    if not config.get("model_type") or not named or not isinstance(named, list):
+        return (
+            "config.json has no model_type, or no architectures as a list of names, by which a server builds the model"
+        )
+    if not any(str(name).endswith(_CAUSAL) for name in named):
+        return f"architectures in config.json names {', '.join(map(str, named))}, which is no causal LM"
     if config.get("is_encoder_decoder"):
         return f"{named[0]} is an encoder with a decoder (is_encoder_decoder in config.json), no causal LM"
     return None

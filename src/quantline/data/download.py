@@ -15,6 +15,7 @@ from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.finite import nonfinite
+from quantline.checkpoints.linears import why_not_float
 from quantline.checkpoints.model_config import why_not_causal
 from quantline.checkpoints.model_files import (
     CODE,
@@ -209,7 +210,8 @@ def _checked(source: ModelConfig, folder: Path, label: str) -> tuple[dict[str, A
         _json(path, f"{label}: {path.name}")
     if not _weights(folder, pickled=False):
         return config, "pickle"
-    Checkpoint.open(folder)
+    if fault := why_not_float(Checkpoint.open(folder)):
+        raise UserError(f"{label}: {fault}")
     return config, "safetensors"
 
 
@@ -218,12 +220,8 @@ def _config(folder: Path, label: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{label}: has no config.json; give a complete model as transformers saves it")
     config = _json(path, f"{label}: config.json")
-    if (
-        not isinstance(config, dict)
-        or not config.get("model_type")
-        or not isinstance(config.get("architectures"), list)
-    ):
-        raise UserError(f"{label}: config.json has no model_type or no architectures; give a causal LM")
+    if not isinstance(config, dict):
+        raise UserError(f"{label}: config.json is no JSON object; give a complete model as transformers saves it")
     if reason := why_not_causal(config):
         raise UserError(f"{label}: {reason}; give a model that predicts the next token")
     if not isinstance(config.get("auto_map") or {}, dict):

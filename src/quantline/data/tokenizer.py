@@ -70,7 +70,7 @@ class TextEncoder:
         if not self.chat:
             if document.text is None:
                 raise UserError(
-                    f"{path}:{document.line}: has messages; set calibration.chat_template=true to render them"
+                    f"{path}:{document.line}: is a conversation; set calibration.chat_template=true to render them"
                 )
             return document.text
         messages = (

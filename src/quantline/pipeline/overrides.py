@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from collections.abc import Sequence
 
 from quantline.core.errors import UserError
 
+_HOME = re.compile(r"^([^=]+=)(~(?:/.*)?)$", re.DOTALL)
+
 
 def key_of(override: str) -> str:
     """The option or group that an override sets: `bits` of `bits=8`, `method.sym` of `++method.sym=false`."""
     return override.partition("=")[0].lstrip("+")
+
+
+def with_home(overrides: Sequence[str]) -> list[str]:
+    """Overrides whose values may begin with the user's home, as in `model.path=~/model`: quoted, as Hydra needs it.
+
+    A shell leaves `~` as it is there; what reads the path replaces it.
+    """
+    return [_HOME.sub(lambda found: found[1] + json.dumps(found[2], ensure_ascii=False), one) for one in overrides]
 
 
 def split(line: object, where: str) -> list[str]:
@@ -28,7 +40,7 @@ def split(line: object, where: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"{where} is {line!r}: {error}; quote it as in a shell") from error
     refuse_repeated(overrides, f"{where}: ")
-    return overrides
+    return with_home(overrides)
 
 
 def refuse_repeated(overrides: Sequence[str], where: str = "") -> None:

@@ -77,6 +77,13 @@ class StageRun:
     early: dict[str, Ask] = field(default_factory=dict)
     monitor: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.config.source.kind != "pipeline" and self.stage != "convert":
+            raise UserError(
+                f"source={self.config.source.kind}: only stages.convert takes a checkpoint of another tool, and "
+                f"{self.stage} would not read it; leave source and source.path out"
+            )
+
     @property
     def frozen(self) -> bool:
         """Whether this run is a part of the pipeline rather than a manual run."""

@@ -15,7 +15,7 @@ _OPTIONS = {
     "zero_point": ("zeropoint", "zp", "asym", "asymmetric"),
     "n_samples": ("nsamples", "num_samples", "num_calibration_samples", "max_calib_samples"),
     "calibration.seq_len": ("seqlen", "seq_length", "max_seq_length", "max_seq_len", "max_calib_seq_len"),
-    "max_model_len": ("max_len", "max_length", "context_length", "ctx_size", "n_ctx"),
+    "max_model_len": ("max_len", "max_length", "context_length", "ctx_size", "n_ctx", "ctx"),
     "trust_remote_code": ("trust_remote", "remote_code"),
     "tensor_parallel_size": ("tp", "tensor_parallel"),
     "quant_type": ("bnb_4bit_quant_type",),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD
-from quantline.checkpoints.linears import Inventory, inventory
+from quantline.checkpoints.linears import Inventory, inventory, why_not_float
 from quantline.checkpoints.model_config import Dimensions, dimensions, ties_head, why_not_causal
 from quantline.checkpoints.quantization_config import described_in
 from quantline.core.errors import UserError
@@ -78,6 +78,8 @@ class Model:
             raise UserError(f"{folder}: is quantized already; give the float model instead")
         if reason := why_not_causal(config):
             raise UserError(f"{folder}: {reason}; give a model that predicts the next token")
+        if fault := why_not_float(checkpoint):
+            raise UserError(f"{folder}: {fault}")
         return cls(name or folder.name, checkpoint, config)
 
     @cached_property
