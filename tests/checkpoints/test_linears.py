@@ -87,6 +87,31 @@ def test_experts_in_one_tensor_need_a_rule_that_leaves_them_float_and_a_router_i
 
 
 @pytest.mark.parametrize(
+    ("stacks", "linear", "rules"),
+    [
+        (["0.mlp.experts.down_proj"], "0.mlp.down_proj", ["*.experts.down_proj"]),
+        (["0.mlp.experts.down_proj"], "0.mlp.shared.experts.down_proj", ["*.mlp.experts.down_proj"]),
+        (["0.mlp.experts.up", "0.mlp.experts.down"], "0.shared_expert.down", ["*.up", "*.experts.down"]),
+        (["1.mlp.up", "1.mlp.down"], "0.mlp.up", ["*.1.mlp.up", "*.down"]),
+    ],
+)
+def test_the_rules_advised_for_stacks_match_no_linear(tmp_path, stacks, linear, rules):
+    names = {f"model.layers.{name}": (4, 64, 64) for name in stacks}
+    found = stock(tmp_path, {}, **names, **{f"model.layers.{linear}.weight": (64, 64)})
+    advised = yaml.safe_load(str(found.fault([])).partition("layers.rules=")[2].partition("'")[0])
+    assert {rule["match"] for rule in advised} == set(rules)
+    assert found.fault(advised) is None
+    chosen = select_linears(Checkpoint.open(tmp_path), {}, bits=4, group_size=32, rules=advised)
+    assert list(chosen) == [f"model.layers.{linear}"]
+
+
+def test_rules_for_stacks_are_advised_before_those_given_which_may_match_them(tmp_path):
+    found = stock(tmp_path, {"num_hidden_layers": 1}, **GRANITE)
+    assert "before the rules given" not in str(found.fault([]))
+    assert "skip: true}]' before the rules given" in str(found.fault([{"match": "*_linear", "bits": 8}]))
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "mlp.experts.gate_up_proj",

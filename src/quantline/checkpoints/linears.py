@@ -73,13 +73,19 @@ class Inventory:
         if not stacks:
             return None
         name, shape = next(iter(stacks.items()))
-        kinds = dict.fromkeys(one.rpartition(".")[2] for one in stacks)
-        remedy = ", ".join(f'{{match: "*.{kind}", skip: true}}' for kind in kinds)
+        remedy = ", ".join(f'{{match: "{rule}", skip: true}}' for rule in dict.fromkeys(map(self._matching, stacks)))
         return (
             f"{len(stacks)} weights of the decoder layers, {self._share(stacks)} of the model, are no linears of their own, "
             f"such as experts in one tensor (first: {name}, {' x '.join(map(str, shape))}), and no backend quantizes them; "
-            f"leave them float with 'layers.rules=[{remedy}]', or take a model that has a tensor for each linear"
+            f"leave them float with 'layers.rules=[{remedy}]'{' before the rules given' if rules else ''}, "
+            "or take a model that has a tensor for each linear"
         )
+
+    def _matching(self, stack: str) -> str:
+        """The shortest rule by the end of a stack's name that matches no linear."""
+        parts = stack.split(".")
+        rules = (f"*.{'.'.join(parts[-count:])}" for count in range(1, len(parts)))
+        return next((rule for rule in rules if not any(fnmatchcase(one, rule) for one in self.linears)), stack)
 
     def _share(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
         return f"{100 * sum(map(math.prod, shapes.values())) / self.values:.3g} %"
