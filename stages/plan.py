@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 READS = (
     "model", "method", "bits", "group_size", "backend", "backends", "dtype", "lm_head", "low_memory", "layers",
-    "calibration", "convert", "serve", "device",
+    "calibration", "convert", "serve", "evaluate", "tasks", "speed", "device",
 )  # fmt: skip
 
 
@@ -64,7 +64,8 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     variant = preflight.variant_spec(config.model_dump())
     found = check(variant, model, place)
     near = None if found.passes() else nearest(variant, model, place, defaults)
-    found = replace(found, findings=(*found.findings, *preflight.length_findings(config, model)))
+    unread = (*preflight.length_findings(config, model), *preflight.text_findings(config, ROOT))
+    found = replace(found, findings=(*found.findings, *unread))
     choice = None
     if options.gpu_memory_gb is not None or options.critical:
         measured = preflight.measured_losses(ROOT, config)

@@ -176,6 +176,20 @@ def test_a_line_that_contradicts_what_is_shared_is_refused_with_both_lines_as_ty
     assert any(fault.startswith(says) for fault in refused(checkout, f"method=rtn {line}")), line
 
 
+def test_a_checkpoint_of_another_tool_is_no_line(checkout):
+    lines = {
+        "shared": "model=demo",
+        "baseline": "method=float",
+        "variants": {"other": "method=rtn source=auto source.path=/x"},
+    }
+    (checkout / "params.yaml").write_text(yaml.safe_dump(lines))
+    with pytest.raises(
+        UserError, match=r"^source=auto: only stages\.convert by hand takes .*, and the pipeline would not"
+    ):
+        freeze(checkout, "other")
+    assert not (checkout / "variants" / "other.yaml").exists()
+
+
 def test_the_baselines_own_line_is_compared_with_too(checkout):
     (fault, *_) = refused(checkout, "method=rtn", baseline="method=float evaluate.max_tokens=5000")
     assert "the default evaluate.max_tokens=100000 contradicts baseline: evaluate.max_tokens=5000" in fault

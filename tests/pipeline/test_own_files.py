@@ -9,7 +9,8 @@ import sections
 from tiny_model import write_model
 
 from quantline.pipeline import own_files
-from quantline.pipeline.own_files import INPUTS_FILE, model_hashes, text_hash
+from quantline.pipeline.config import parse
+from quantline.pipeline.own_files import INPUTS_FILE, missing_texts, model_hashes, text_hash
 
 
 def sha256(content):
@@ -35,6 +36,37 @@ def test_a_text_is_known_by_its_content_wherever_it_is(tmp_path, monkeypatch):
     (tmp_path / "own.txt").write_text("two")
     assert text_hash(tmp_path, "own.txt") == sha256(b"two")
     assert text_hash(tmp_path, "none.txt") is None
+
+
+def test_every_text_that_is_not_here_is_named_by_its_option_as_typed(tmp_path, composed):
+    (tmp_path / "here.txt").write_text("text")
+    (tmp_path / "folder").mkdir()
+    own = ["calibration=jsonl", "calibration.path=/no/own.txt", "evaluate.path=folder", "tasks.path=none.txt"]
+    assert missing_texts(tmp_path, parse(composed(*own))) == [
+        "calibration.path=/no/own.txt: does not exist; give an existing file",
+        f"evaluate.path=folder: is not a file (looked in {tmp_path}); give an existing file",
+        f"tasks.path=none.txt: does not exist (looked in {tmp_path}); give an existing file",
+    ]
+    (fault,) = missing_texts(
+        tmp_path,
+        parse(composed("calibration=c4", "calibration.sources.c4.path=no.txt", "evaluate.path=here.txt", "tasks=none")),
+    )
+    assert fault.startswith("calibration.sources.c4.path=no.txt: does not exist")
+
+
+def test_a_text_that_a_variant_does_not_read_may_be_missing(tmp_path, composed):
+    (tmp_path / "here.txt").write_text("text")
+    own = [
+        "evaluate.path=here.txt",
+        "tasks=none",
+        "tasks.path=none.txt",
+        "calibration=jsonl",
+        "calibration.path=none.txt",
+    ]
+    assert len(missing_texts(tmp_path, parse(composed(*own)))) == 1
+    assert missing_texts(tmp_path, parse(composed(*own, "method=float"))) == []
+    (fault,) = missing_texts(tmp_path, parse(composed("evaluate=wikitext2", "tasks=none", "calibration=pileval")))
+    assert fault == "evaluate.path=null: is not set; give an existing file"
 
 
 def test_a_model_is_known_by_the_files_that_are_downloaded(tmp_path):

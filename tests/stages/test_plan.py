@@ -81,6 +81,17 @@ def test_a_model_that_was_not_downloaded_names_the_command(root):
     assert "python -m stages.download model=qwen2_5_3b" in done.stderr
 
 
+def test_texts_that_are_not_here_are_refused_all_at_once_with_what_the_model_does_not_take(root, model):
+    files = ["calibration=jsonl", "calibration.path=/no/such.txt", "evaluate.path=no.jsonl"]
+    lengths = ["evaluate.window=64", "calibration.seq_len=32", "speed.input_tokens=32"]
+    done = plan(root, "model=custom", f"model.path={model}", "device=cpu", "method=rtn", *files, *lengths)
+    assert done.returncode == 2
+    assert "evaluate.window=64: the model takes at most 64 tokens" in done.stdout
+    assert "REFUSED (file): calibration.path=/no/such.txt: does not exist" in done.stdout
+    assert "REFUSED (file): evaluate.path=no.jsonl: does not exist (looked in" in done.stdout
+    assert "this variant is refused (length, file)" in done.stderr
+
+
 def test_texts_that_the_model_does_not_take_are_refused_before_anything_runs(root, model):
     done = plan(root, "model=custom", f"model.path={model}", "device=cpu", "method=rtn", "speed=none")
     assert done.returncode == 2

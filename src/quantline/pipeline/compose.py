@@ -21,6 +21,7 @@ from quantline.pipeline.hydra_values import plain
 from quantline.pipeline.identity import backends_of, locks_of
 from quantline.pipeline.overrides import split
 from quantline.pipeline.paths import checked_name
+from quantline.pipeline.stages import refuse_source
 from quantline.pipeline.yaml_file import read_yaml
 
 _HEADER = "# Made by `python -m stages.compose variant={name}`; edit conf/ or params.yaml instead.\n"
@@ -106,6 +107,7 @@ def frozen_variant(root: Path, name: str) -> dict[str, Any]:
     if name != BASELINE:
         of_float = _lines(root / "params.yaml", BASELINE)
         refuse_contradictions(config, lines, of_float, lambda own: parse(compose_values(conf, own)))
+    refuse_source(config, "the pipeline")
     refuse_what_the_model_does_not_take(config, root)
     values["serve"] = {**values["serve"], "max_model_len": config.serve.length}
     values["frozen"] = {"variant": name, "overrides": shlex.join(overrides), "backends": backends_of(config)}

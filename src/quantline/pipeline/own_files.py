@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from quantline.config.data import ModelConfig
+from quantline.config.method import BASELINE
 from quantline.core.files import replaced, sha256_of
+from quantline.core.text import as_configured
+from quantline.pipeline.config import Config
 
 INPUTS_FILE = "inputs.yaml"
 # Smaller files are hashed at once: 64 MiB take less than 0.1 s.
@@ -56,6 +59,34 @@ def model_hashes(root: Path, model: ModelConfig) -> dict[str, str]:
         return {name: _hash(root, folder / name) for name in sorted(source_files(model, folder))}
     known = _recorded(root).get(str(model.path))
     return dict(known) if isinstance(known, Mapping) else {}
+
+
+def missing_texts(root: Path, config: Config) -> list[str]:
+    """The texts that a variant reads and that are not on this machine, each by the option that names it."""
+    named: dict[str, str | None] = {}
+    if config.method.name != BASELINE:
+        for name, source in config.calibration.sources.items():
+            key = "path" if source.path == config.calibration.path else f"sources.{name}.path"
+            if source.path or not source.repo:
+                named[f"calibration.{key}"] = source.path
+    named["evaluate.path"] = config.evaluate.path
+    if config.tasks.any:
+        named["tasks.path"] = config.tasks.path
+    return [
+        f"{option}={as_configured(path)}: {fault}; give an existing file"
+        for option, path in named.items()
+        if (fault := _text_fault(root, path))
+    ]
+
+
+def _text_fault(root: Path, path: str | None) -> str | None:
+    if not path:
+        return "is not set"
+    place = located(root, path)
+    if place.is_file():
+        return None
+    looked = "" if Path(path).expanduser().is_absolute() else f" (looked in {root})"
+    return f"{'is not a file' if place.exists() else 'does not exist'}{looked}"
 
 
 def _recorded(root: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from quantline.core.gpu import visible_gpus
 from quantline.data.download import model_name
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.fit import faults_with_model
-from quantline.pipeline.own_files import located
+from quantline.pipeline.own_files import located, missing_texts
 from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check
@@ -159,6 +159,11 @@ def preflight(run: StageRun) -> list[str]:
 def length_findings(config: Config, model: Model) -> list[Finding]:
     """What evaluation, calibration and server need and the model does not take."""
     return [Finding("length", "serve", fault) for fault in faults_with_model(config, model.config)]
+
+
+def text_findings(config: Config, root: Path) -> list[Finding]:
+    """The texts that a variant names and that are not here."""
+    return [Finding("file", "quantize", fault) for fault in missing_texts(root, config)]
 
 
 def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], str]:

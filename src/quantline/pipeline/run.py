@@ -41,7 +41,7 @@ from quantline.pipeline.paths import (
     read_result,
     stage_paths,
 )
-from quantline.pipeline.stages import is_baseline
+from quantline.pipeline.stages import is_baseline, refuse_source
 from quantline.toolchains import environments, runner
 from quantline.toolchains.protocol import JobResult, installed_versions
 from quantline.toolchains.runner import Ask, early_worker
@@ -78,11 +78,8 @@ class StageRun:
     monitor: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.config.source.kind != "pipeline" and self.stage != "convert":
-            raise UserError(
-                f"source={self.config.source.kind}: only stages.convert takes a checkpoint of another tool, and "
-                f"{self.stage} would not read it; leave source and source.path out"
-            )
+        if self.stage != "convert":
+            refuse_source(self.config, self.stage)
 
     @property
     def frozen(self) -> bool:

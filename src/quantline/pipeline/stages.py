@@ -15,6 +15,7 @@ from typing import Any
 from quantline.config.evaluate import WINDOW_KEYS
 from quantline.config.method import BASELINE
 from quantline.config.tasks import ITEM_KEYS
+from quantline.core.errors import UserError
 from quantline.pipeline import options
 from quantline.pipeline.config import Config
 from quantline.quantization.capabilities import CALIBRATED
@@ -119,6 +120,19 @@ PIPELINE = tuple(stage.name for stage in _TABLE if not stage.by_hand)
 def names(holds: Callable[[Stage], bool]) -> tuple[str, ...]:
     """The pipeline's stages for which `holds` is true, in order."""
     return tuple(name for name in PIPELINE if holds(STAGES[name]))
+
+
+def refuse_source(config: Config, reader: str) -> None:
+    """Refuse a checkpoint of another tool, which only stages.convert by hand takes. reader: what would not read it.
+
+    Raises:
+        UserError: the configuration has such a source.
+    """
+    if config.source.kind != "pipeline":
+        raise UserError(
+            f"source={config.source.kind}: only stages.convert by hand takes a checkpoint of another tool, and {reader} "
+            "would not read it; leave source and source.path out"
+        )
 
 
 def of_config(config: Config) -> tuple[str, ...]:
