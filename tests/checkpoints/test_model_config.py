@@ -10,6 +10,7 @@ from quantline.checkpoints.model_config import (
     dimensions,
     legacy_copy,
     misread_values,
+    number_fault,
     read_config,
     restore_config,
     to_transformers4,
@@ -138,6 +139,33 @@ def test_every_causal_lm_of_transformers_is_one():
             why_not_causal({"model_type": "x", "architectures": [name] if isinstance(name, str) else list(name)})
             is None
         ), name
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        ({"num_attention_heads": "6"}, 'num_attention_heads="6"'),
+        ({"n_layer": 6.5}, "n_layer=6.5"),
+        ({"vocab_size": True}, "vocab_size=true"),
+        ({"hidden_size": float("nan")}, "hidden_size=NaN"),
+        ({"intermediate_size": [64, "64"]}, 'intermediate_size=[64, "64"]'),
+        ({"attn_config": {"kv_n_heads": "2"}}, 'attn_config.kv_n_heads="2"'),
+        ({"hidden_size": "8", "text_config": {"hidden_size": 8, "head_dim": {}}}, "text_config.head_dim={}"),
+        ({"sliding_window": "4096"}, 'sliding_window="4096"'),
+        ({"num_attention_heads": 6, "n_inner": None, "sliding_window": False, "moe_num_experts": [4, 8]}, None),
+        ({"_name_or_path": "6", "rope_theta": 1e6}, None),
+    ],
+)
+def test_a_number_of_another_type_is_a_fault_by_its_key(tmp_path, config, shown):
+    fault = number_fault(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if shown is None:
+        assert fault is None
+        assert read_config(tmp_path) == config
+        return
+    assert fault.startswith(f"config.json has {shown}; it must be a whole number")
+    with pytest.raises(UserError, match=f"^{tmp_path}: config.json has "):
+        read_config(tmp_path)
 
 
 def test_restoring_keeps_the_sources_own_config_and_its_name_for_the_dtype():

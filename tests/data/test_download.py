@@ -462,6 +462,15 @@ def test_a_model_that_is_no_causal_lm_is_refused_by_what_was_given(model, out, a
     assert nothing_left(out)
 
 
+def test_a_number_in_quotes_is_refused_by_its_key_and_what_was_given(model, out):
+    write_config(model, num_attention_heads="6")
+    with pytest.raises(
+        UserError, match=rf'^{model}: config\.json has num_attention_heads="6"; it must be a whole number'
+    ):
+        fetch(local(model), out)
+    assert nothing_left(out)
+
+
 def test_a_tokenizer_that_not_every_stage_reads_is_refused_with_the_command_that_makes_one(model, out):
     (model / "tokenizer.json").rename(model / "tokenizer.model")
     with pytest.raises(UserError, match=rf"{model}: has only SentencePiece's tokenizer\.model .*: uv run .*'{model}'"):

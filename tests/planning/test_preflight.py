@@ -89,6 +89,14 @@ def test_a_quantized_model_is_refused_as_a_source(tmp_path):
         Model.open(folder)
 
 
+def test_a_number_in_quotes_is_refused_by_its_key(tmp_path):
+    folder = write_float(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": "6"}))
+    with pytest.raises(UserError, match=rf'^{folder}: config\.json has num_attention_heads="6"'):
+        Model.open(folder)
+
+
 def test_gpus_share_weights_and_cache_and_copy_what_heads_cannot_be_shared(variant, model):
     one, two, four = (check(variant("awq", tensor_parallel_size=size), model, THERE) for size in (1, 2, 4))
     assert one.serving_bytes() == one.weights.total + one.kv_bytes + one.overhead_bytes

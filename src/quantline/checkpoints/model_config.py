@@ -55,6 +55,8 @@ _WORDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Lists with one entry for each layer, for families that do not give the number itself (Nemotron-H).
 _LAYER_LISTS = ("layers_block_type", "layer_types")
+# Numbers of the attention cache, which all families call alike.
+_CACHE_SIZES = ("sliding_window", "max_window_layers", "kv_lora_rank", "qk_rope_head_dim")
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,25 @@ def why_not_causal(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def number_fault(config: Mapping[str, Any]) -> str | None:
+    """Which number of a config.json is none, such as "6" in quotes, and what to do; None if there is none.
+
+    transformers 5 refuses it, and older ones compute with it until something breaks.
+    """
+    own, text = language_config(config), config.get("text_config")
+    for word in (*(one for words in _WORDS.values() for one in words), *_CACHE_SIZES):
+        value = _value(own, word)
+        entries = value if isinstance(value, list) else [value]
+        # false says that there is none, as null does.
+        if any(type(one) is not int and one is not None and one is not False for one in entries):
+            inside = isinstance(text, Mapping) and word.partition(".")[0] in text
+            return (
+                f"config.json has {'text_config.' if inside else ''}{word}={json.dumps(value)[:60]}; it must be a whole "
+                "number: correct it in a copy of the model, or fetch the model again"
+            )
+    return None
+
+
 def dimensions(config: Mapping[str, Any]) -> Dimensions:
     """The numbers of a model's config.json, in the words of any family."""
     own = language_config(config)
@@ -129,11 +150,15 @@ def dimensions(config: Mapping[str, Any]) -> Dimensions:
 
 def _number(config: Mapping[str, Any], word: str) -> int | None:
     """A positive whole number by its key; of a list with one for each layer, the largest."""
-    section, _, key = word.rpartition(".")
-    place = config.get(section) if section else config
-    value = place.get(key) if isinstance(place, Mapping) else None
+    value = _value(config, word)
     numbers = [one for one in (value if isinstance(value, list) else [value]) if type(one) is int and one > 0]
     return max(numbers, default=None)
+
+
+def _value(config: Mapping[str, Any], word: str) -> Any:
+    section, _, key = word.rpartition(".")
+    place = config.get(section) if section else config
+    return place.get(key) if isinstance(place, Mapping) else None
 
 
 def to_transformers4(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +261,7 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     """The config.json of a model folder.
 
     Raises:
-        UserError: there is no config.json, or it is not a JSON object.
+        UserError: there is no config.json, it is not a JSON object, or a number in it is none.
     """
     path = Path(model_dir) / "config.json"
     try:
@@ -245,6 +270,8 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: is not readable JSON ({error}); download the model again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: is not a JSON object; download the model again")
+    if fault := number_fault(config):
+        raise UserError(f"{path.parent}: {fault}")
     return config
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.finite import nonfinite
 from quantline.checkpoints.linears import why_not_float
-from quantline.checkpoints.model_config import why_not_causal
+from quantline.checkpoints.model_config import number_fault, why_not_causal
 from quantline.checkpoints.model_files import (
     CODE,
     COMPANIONS,
@@ -224,6 +224,8 @@ def _config(folder: Path, label: str) -> dict[str, Any]:
         raise UserError(f"{label}: config.json is no JSON object; give a complete model as transformers saves it")
     if reason := why_not_causal(config):
         raise UserError(f"{label}: {reason}; give a model that predicts the next token")
+    if fault := number_fault(config):
+        raise UserError(f"{label}: {fault}")
     if not isinstance(config.get("auto_map") or {}, dict):
         raise UserError(f"{label}: auto_map in config.json is not a mapping; fetch it again")
     return config

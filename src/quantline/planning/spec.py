@@ -11,10 +11,9 @@ from typing import Any, Literal
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD
 from quantline.checkpoints.linears import Inventory, inventory, why_not_float
-from quantline.checkpoints.model_config import Dimensions, dimensions, ties_head, why_not_causal
+from quantline.checkpoints.model_config import Dimensions, dimensions, read_config, ties_head, why_not_causal
 from quantline.checkpoints.quantization_config import described_in
 from quantline.core.errors import UserError
-from quantline.core.files import read_json
 from quantline.planning.checkpoint_memory import Weights
 from quantline.planning.quantization_memory import Peak
 from quantline.quantization.capabilities import Requirements
@@ -71,9 +70,9 @@ class Model:
         """Read the headers of a model's folder.
 
         Raises:
-            UserError: the folder has no model, or the model is quantized already.
+            UserError: the folder has no model, its config.json is damaged, or the model is quantized already.
         """
-        checkpoint, config = Checkpoint.open(folder), read_json(folder / "config.json")
+        checkpoint, config = Checkpoint.open(folder), read_config(folder)
         if described_in(folder) is not None:
             raise UserError(f"{folder}: is quantized already; give the float model instead")
         if reason := why_not_causal(config):

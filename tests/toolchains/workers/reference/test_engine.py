@@ -166,6 +166,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, toolchain: Toolchain) -> Pa
         {k: v for k, v in packed.items() if not k.endswith("0.mlp.up_proj.scales")},
     )
     copy_of(folder / "untied", folder / "unknown", whole, model_type="no-such-model")
+    copy_of(folder / "untied", folder / "quoted", whole, rms_norm_eps="1e-6")
+    copy_of(folder / "untied", folder / "activation", whole, hidden_act="siluu")
     copy_of(folder / "untied", folder / "overflow", {**whole, norm: np.full(128, 3e38, np.float32)})
 
     offsets = np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int64)
@@ -191,6 +193,8 @@ REFUSALS: dict[str, str] = {
     "bias": "tensors that the model does not: model.layers.0.mlp.down_proj.bias",
     "damaged": "model.layers.0.mlp.up_proj lacks scales",
     "unknown": "transformers cannot read its config.json",
+    "quoted": "config.json: StrictDataclassFieldValidationError: Validation error for field 'rms_norm_eps': TypeError",
+    "activation": "transformers cannot build the model that its config.json describes: KeyError: 'siluu'",
     "absent": "is not a folder",
     "overflow": "log-probabilities are NaN",
 }

@@ -19,13 +19,19 @@ def config_of(folder: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise JobError(f"{folder}: transformers cannot read its config.json: {error}") from error
+    except Exception as error:  # a value that transformers does not expect raises anything
+        raise JobError(f"{folder}: transformers cannot read its config.json: {said(error)}") from error
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
             if hasattr(part, key):
                 delattr(part, key)
     return config
+
+
+def said(error: Exception) -> str:
+    """What a library says in an error, in one line. By itself, the text of a KeyError is only the key."""
+    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())
 
 
 def unaccounted(loaded: Mapping[str, Any], zero_biases: set[str]) -> list[str]:

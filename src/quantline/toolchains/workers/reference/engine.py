@@ -38,7 +38,7 @@ from quantline.checkpoints.checkpoint import (
 )
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
-from quantline.toolchains.workers.reference.accounting import config_of, unaccounted
+from quantline.toolchains.workers.reference.accounting import config_of, said, unaccounted
 
 # Float32 values of one batch of logits: 1 GiB, unless a single window needs more.
 _MAX_LOGITS = 2**28
@@ -84,13 +84,18 @@ def load_model(folder: Path, device: str = "cpu") -> Any:
         }
     except UserError as error:
         raise JobError(str(error)) from error
+    config = config_of(folder)
     try:
         with torch.device("meta"):
-            config = config_of(folder)
             attention = attention_of(config)
             skeleton = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=False, attn_implementation=attention
             )  # fmt: skip
+    except Exception as error:  # a value of config.json that the model does not expect raises anything
+        raise JobError(
+            f"{folder}: transformers cannot build the model that its config.json describes: {said(error)}"
+        ) from error
+    try:
         # Without a path, transformers loads the given tensors as it would load a file's, with renaming and fusing.
         # Buffers that are not in a checkpoint (rotary frequencies) are computed, not left empty.
         model, loaded = type(skeleton).from_pretrained(
