@@ -42,6 +42,7 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.core.errors import ConfigError, UserError
     from quantline.pipeline import preflight
     from quantline.pipeline.config import parse
+    from quantline.pipeline.fit import remedy_with_model
     from quantline.pipeline.hydra_values import plain
     from quantline.pipeline.run import StageRun
     from quantline.planning.nearest import nearest
@@ -78,7 +79,11 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
         print(f"  note: {note}", file=sys.stderr)
     if not found.passes():
         reasons = ", ".join(dict.fromkeys(finding.id for finding in found.refused))
-        raise UserError(f"this variant is refused ({reasons}){f'; the nearest that works: {near}' if near else ''}")
+        fits = remedy_with_model(config, model.config)
+        raise UserError(
+            f"this variant is refused ({reasons}){f'; the nearest that works: {near}' if near else ''}"
+            f"{f'; {fits}' if fits else ''}"
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quantline.config.context import automatic, model_faults, served_length
+from quantline.config.context import automatic, fitting, model_faults, served_length
 from quantline.core.errors import ConfigError
 from quantline.pipeline.config import parse
 
@@ -78,3 +78,23 @@ def test_what_the_model_does_not_take_is_told_all_at_once(config):
     assert model_faults(config(), 513, calibrated=True) == []
     (fault,) = model_faults(config(), 512, calibrated=True)
     assert "and the server one more than a window; give 511 or less" in fault
+
+
+@pytest.mark.parametrize("positions", [40, 128, 512])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (), ("method=gptq", "evaluate.window=2048", "evaluate.stride=1024"), ("speed=sweep", "speed.input_tokens=3000"),
+        (*WIKITEXT, "serve.max_model_len=5000", "speed.output_tokens=600"), ("speed=none", "method=float"),
+    ],
+)  # fmt: skip
+def test_what_mends_all_lengths_can_be_pasted(config, overrides, positions):
+    words = fitting(config(*overrides), positions, calibrated=True)
+    mended = [old for old in overrides if old.partition("=")[0] not in {word.partition("=")[0] for word in words}]
+    assert model_faults(config(*overrides), positions, calibrated=True)
+    assert model_faults(config(*mended, *words), positions, calibrated=True) == []
+
+
+def test_nothing_is_mended_where_the_model_takes_all_or_does_not_say(config):
+    assert fitting(config(), 513, calibrated=True) == fitting(config(), None, calibrated=True) == []
+    assert fitting(config(), 512, calibrated=True) == ["evaluate.window=511"]

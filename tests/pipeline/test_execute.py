@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from quantline.core.errors import UserError
+from quantline.core.errors import ConfigError, UserError
 from quantline.pipeline.config import parse
-from quantline.pipeline.execute import run_until, seeded
+from quantline.pipeline.execute import run_checked, run_until, seeded
 from quantline.pipeline.stages import STAGES, needed
 
 
@@ -48,6 +50,40 @@ def test_what_is_missing_runs_in_order_with_the_float_baseline_and_once(composed
     assert "gptq-w8-g128" in ran
     runs.clear()
     assert run_until("evaluate", work, config, folder, words) == []
+    assert runs == []
+
+
+SHORT = {"max_position_embeddings": 512}
+
+
+def test_by_hand_the_first_stage_refuses_what_a_model_in_a_folder_does_not_take(composed, everything):
+    folder, work, runs = everything
+    own = folder / "own"
+    own.mkdir()
+    (own / "config.json").write_text(json.dumps(SHORT))
+    words = ["model=custom", f"model.path={own}", "method=gptq"]
+    for stage in ("download", "calibrate", "quantize", "convert", "noise"):
+        with pytest.raises(ConfigError, match=r"evaluate\.window=512: the model takes at most 512 tokens"):
+            run_checked(stage, work[stage], parse(composed(*words)), folder, words)
+    assert (runs, (folder / "scratch").exists()) == ([], False)
+    words.append("evaluate.window=511")
+    run_checked("download", work["download"], parse(composed(*words)), folder, words)
+    assert [stage for stage, _ in runs] == ["download"]
+
+
+def test_by_hand_the_stage_after_the_download_refuses_what_a_model_of_the_hub_does_not_take(composed, everything):
+    folder, work, runs = everything
+
+    def download(run):
+        with run.output() as out:
+            (out / "model").mkdir()
+            (out / "model" / "config.json").write_text(json.dumps(SHORT))
+
+    words = ["model=qwen2_5_0_5b", "method=gptq"]
+    config = parse(composed(*words))
+    run_checked("download", download, config, folder, words)
+    with pytest.raises(ConfigError, match=r"evaluate\.window=512: the model takes at most 512 tokens"):
+        run_checked("calibrate", work["calibrate"], config, folder, words)
     assert runs == []
 
 

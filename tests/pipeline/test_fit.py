@@ -17,6 +17,7 @@ def test_a_model_in_a_folder_is_asked_before_the_download(tmp_path, composed, wo
     with pytest.raises(ConfigError) as caught:
         refuse_what_the_model_does_not_take(config, tmp_path)
     assert [fault.split(":")[0] for fault in caught.value.faults] == ["evaluate.window=512", "calibration.seq_len=512"]
+    assert str(caught.value).endswith("\nall that it takes: evaluate.window=255 calibration.seq_len=256")
 
 
 def test_a_model_that_is_not_here_yet_is_asked_later(tmp_path, composed):

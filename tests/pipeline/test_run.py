@@ -11,6 +11,7 @@ import pytest
 
 from quantline.core.errors import DiskFullError, UserError
 from quantline.core.files import partial
+from quantline.pipeline import identity as identity_module
 from quantline.pipeline import run as stage_module
 from quantline.pipeline.config import parse
 from quantline.pipeline.execute import execute
@@ -287,6 +288,45 @@ def test_all_inputs_that_are_missing_are_told_at_once_in_the_order_in_which_they
     assert told() == every
     execute("convert", write(), config(*options), checkout, options)
     assert told() == [every[0], *every[4:]]
+
+
+def test_what_other_code_made_with_the_same_options_is_said_to_be_that(checkout, config, monkeypatch):
+    options = ("method=gptq", "variant=v1")
+    code = {"stages/x.py": "old"}
+    monkeypatch.setattr(identity_module, "code_files", lambda stage: dict(code))
+
+    def make(run):
+        if run.stage == "calibrate":
+            run.input("download")
+        write()(run)
+
+    for stage in ("download", "calibrate"):
+        execute(stage, make, config(*options), checkout, options)
+
+    def told(stage, wanted, *more):
+        with pytest.raises(UserError) as refused:
+            StageRun(stage, config(*options, *more), checkout, (*options, *more)).input(wanted)
+        return str(refused.value)
+
+    code["stages/x.py"] = "new"
+    (download,) = checkout.glob("scratch/float/*/download")
+    place = download.relative_to(checkout)
+    assert told("calibrate", "download") == (
+        f"calibrate needs the output of download, which was made by other code ({place}); run it again: "
+        "python -m stages.download method=gptq variant=v1"
+    )
+    both = f"which were made by other code ({place} and scratch/v1/calibrate); run them again in this order:"
+    assert both in told("quantize", "calibrate")
+    assert f"do not exist for these options ({place} was made by other code); run in this order:" in told(
+        "quantize", "calibrate", "calibration.seed=5"
+    )
+    other_model = told("calibrate", "download", "model.allow_pickle=true")
+    assert "download, which does not exist for these options; run: " in other_model
+    execute("download", make, config(*options), checkout, options)
+    assert "output of calibrate, which was made by other code (scratch/v1/calibrate)" in told("quantize", "calibrate")
+    code["stages/x.py"] = "newer"
+    shutil.rmtree(download)
+    assert "download, which does not exist for these options; run: " in told("calibrate", "download")
 
 
 def test_a_missing_output_of_the_float_model_is_named_as_its_own(checkout, config):

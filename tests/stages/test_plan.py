@@ -99,4 +99,4 @@ def test_texts_that_the_model_does_not_take_are_refused_before_anything_runs(roo
         "evaluate.window=512: the model takes at most 64 tokens, and the server one more than a window" in done.stdout
     )
     assert "calibration.seq_len" not in done.stdout
-    assert "this variant is refused (length)" in done.stderr
+    assert "this variant is refused (length); all that it takes: evaluate.window=63" in done.stderr

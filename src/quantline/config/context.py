@@ -104,3 +104,24 @@ def model_faults(config: Lengths, positions: int | None, *, calibrated: bool) ->
         for options, (needed, remedy) in asked.items()
         if needed > positions
     ]
+
+
+def fitting(config: Lengths, positions: int | None, *, calibrated: bool) -> list[str]:
+    """The options that mend every fault of `model_faults`, each as it is typed."""
+    if not positions:
+        return []
+    given, window = {}, config.evaluate.window
+    if max(window, longest_window(config.evaluate) + 1) > positions:
+        given["evaluate.window"] = positions - 1
+        if positions <= config.evaluate.stride < window:  # given by itself; otherwise it follows the window
+            given["evaluate.stride"] = positions - 1
+    prompt, answer = config.speed.input_tokens, config.speed.output_tokens
+    if config.speed.tools and prompt + answer > positions:
+        if answer >= positions:
+            given["speed.output_tokens"] = answer = positions // 2
+        given["speed.input_tokens"] = min(prompt, positions - answer)
+    if calibrated and config.calibration.seq_len > positions:
+        given["calibration.seq_len"] = positions
+    words = [f"{option}={value}" for option, value in given.items()]
+    automatically = config.serve.length == automatic(config) or config.serve.length <= positions
+    return words if automatically else [*words, "serve.max_model_len=auto"]

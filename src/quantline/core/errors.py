@@ -42,12 +42,15 @@ class UserError(QuantlineError):
 
 
 class ConfigError(UserError):
-    """One or more faults of a configuration; all of them are collected before it is raised."""
+    """One or more faults of a configuration; all of them are collected before it is raised.
 
-    def __init__(self, faults: Sequence[str]) -> None:
+    remedy: what mends them all at once, if that is known.
+    """
+
+    def __init__(self, faults: Sequence[str], remedy: str = "") -> None:
         self.faults = tuple(faults)
         head = "the configuration has a fault" if len(faults) == 1 else f"the configuration has {len(faults)} faults"
-        super().__init__("\n".join([f"{head}:", *(f"  {fault}" for fault in faults)]))
+        super().__init__("\n".join([f"{head}:", *(f"  {fault}" for fault in faults), *([remedy] if remedy else [])]))
 
 
 class DiskFullError(UserError):

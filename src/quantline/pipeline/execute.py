@@ -15,8 +15,10 @@ from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.files import clear, release, write_json
 from quantline.pipeline.config import Config, parse
+from quantline.pipeline.fit import refuse_what_the_model_does_not_take
 from quantline.pipeline.hydra_values import plain
-from quantline.pipeline.inputs import Wanted, float_config, missing_inputs
+from quantline.pipeline.identity import stage_fingerprint
+from quantline.pipeline.inputs import Wanted, float_config, missing_inputs, output_with_fingerprint
 from quantline.pipeline.monitor.monitor import Monitor
 from quantline.pipeline.paths import SAVED, read_result
 from quantline.pipeline.run import StageRun, stage_paths_of
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from quantline.pipeline.run import StageRun
+
+# A server and the evaluation compare the lengths with the model in hand by themselves.
+_BEFORE_SERVING = (*names(lambda stage: stage.exact), "noise")
 
 
 def execute(
@@ -105,6 +110,10 @@ def run_checked(
     """Check what can be known before the stage computes, then run it; returns the result ({} if none is written)."""
     if STAGES[name].locks:
         usable_platform(config.device)  # before anything is read, installed or computed
+    if config.frozen is None and config.source.kind == "pipeline" and name in _BEFORE_SERVING:
+        refuse_what_the_model_does_not_take(
+            config, root, _downloaded(config, root)
+        )  # as `compose` does for the pipeline
     if name == "quantize" and not is_baseline(config):
         # Here, not in the stage: a change of the planning code should not make DVC quantize again.
         from quantline.pipeline.preflight import preflight
@@ -112,6 +121,12 @@ def run_checked(
         for note in preflight(StageRun(name, config, root, tuple(overrides))):
             print(f"  note: {note}", file=sys.stderr)
     return execute(name, work, config, root, overrides)
+
+
+def _downloaded(config: Config, root: Path) -> Path | None:
+    """The model that is downloaded for a configuration; None if it is not."""
+    output = output_with_fingerprint(root, "download", stage_fingerprint(config, "download", root))
+    return output / "model" if output else None
 
 
 def run_until(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.checkpoints.model_config import dimensions, read_config
-from quantline.config.context import model_faults
+from quantline.config.context import fitting, model_faults
 from quantline.core.errors import ConfigError
 from quantline.pipeline.config import Config
 from quantline.pipeline.own_files import located
@@ -24,22 +24,31 @@ def faults_with_model(config: Config, model: Mapping[str, Any]) -> list[str]:
     return model_faults(config, dimensions(model).positions, calibrated=config.method.name in CALIBRATED)
 
 
+def remedy_with_model(config: Config, model: Mapping[str, Any]) -> str:
+    """What mends the faults of `faults_with_model` all at once, ready to paste; empty if there are none."""
+    given = fitting(config, dimensions(model).positions, calibrated=config.method.name in CALIBRATED)
+    return f"all that it takes: {' '.join(given)}" if given else ""
+
+
 def refuse_what_does_not_fit(config: Config, folder: Path) -> None:
     """Refuse options that need more tokens than the model in a folder takes.
 
     Raises:
         ConfigError: every such option.
     """
-    if faults := faults_with_model(config, read_config(folder)):
-        raise ConfigError(faults)
+    model = read_config(folder)
+    if faults := faults_with_model(config, model):
+        raise ConfigError(faults, remedy_with_model(config, model))
 
 
-def refuse_what_the_model_does_not_take(config: Config, root: Path) -> None:
+def refuse_what_the_model_does_not_take(config: Config, root: Path, downloaded: Path | None = None) -> None:
     """The same before the download, for a model in a folder; that of the hub is not here yet, so its download refuses.
+
+    downloaded: a folder of the model of the hub, for stages after the download.
 
     Raises:
         ConfigError: every such option.
     """
-    folder = located(root, config.model.path) if config.model.path else None
+    folder = located(root, config.model.path) if config.model.path else downloaded
     if folder is not None and (folder / "config.json").is_file():
         refuse_what_does_not_fit(config, folder)

@@ -11,17 +11,21 @@ from quantline.config.method import BASELINE, FloatMethod
 from quantline.core.errors import UserError
 from quantline.core.text import listed
 from quantline.pipeline.config import Config
-from quantline.pipeline.identity import stage_fingerprint
+from quantline.pipeline.identity import options_fingerprint, stage_fingerprint
 from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded, stage_paths
-from quantline.pipeline.stages import STAGES, baseline_overrides, is_baseline, needed
+from quantline.pipeline.stages import STAGES, baseline_overrides, before, is_baseline, needed
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The output of a stage, of the variant or of its float baseline."""
+    """The output of a stage, of the variant or of its float baseline.
+
+    outdated: where an output of the same options is that other code made, relative to the checkout; None if there is none.
+    """
 
     stage: str
     baseline: bool = False
+    outdated: str | None = None
 
     def __str__(self) -> str:
         """Its name in a message."""
@@ -49,6 +53,24 @@ def output_with_fingerprint(root: Path, stage: str, fingerprint: str) -> Path | 
     return None
 
 
+def _of_any_code(root: Path, config: Config, stage: str) -> dict[str, Path]:
+    """The outputs of a stage with these options, whatever code made them and what they were made from.
+
+    Each is there by its fingerprint and by its content: what an output was made from may have been made again since.
+    """
+    options = options_fingerprint(config, stage, root)
+    earlier = {name: _of_any_code(root, config, name) for name in before(config, stage)}
+    found: dict[str, Path] = {}
+    for path in recorded(root, stage):
+        result = read_result(path)
+        made_from, contents = result.get("identity", {}).get("before", {}), result.get("inputs", {})
+        if result.get("options") == options and all(
+            made_from.get(name) in known or contents.get(name) in known for name, known in earlier.items()
+        ):
+            found.update(dict.fromkeys((result["fingerprint"], result["output_hash"]), path.with_suffix("")))
+    return found
+
+
 def command_for(stage: str, overrides: Sequence[str], *, baseline: bool = False) -> str:
     """The command that runs a stage manually, with the options of a run or those of its float baseline."""
     if baseline:
@@ -72,7 +94,9 @@ def missing_inputs(root: Path, stage: str, asked: Wanted, config: Config) -> lis
             need(earlier, baseline=baseline)
         if STAGES[name].beside_float and not is_baseline(of):
             need(name, baseline=True)
-        missing[fingerprint] = Wanted(name, baseline and not STAGES[name].shared)
+        old = next((path for path in _of_any_code(root, of, name).values() if path.is_dir()), None)
+        place = old.relative_to(root).as_posix() if old else None
+        missing[fingerprint] = Wanted(name, baseline and not STAGES[name].shared, place)
 
     need(asked.stage, baseline=asked.baseline)
     if stage in STAGES and not STAGES[stage].by_hand:
@@ -86,11 +110,19 @@ def missing_inputs(root: Path, stage: str, asked: Wanted, config: Config) -> lis
 def advice(stage: str, missing: Sequence[Wanted], overrides: Sequence[str]) -> str:
     """The message of a manual run whose inputs are missing, with the commands that make them."""
     commands = [command_for(wanted.stage, overrides, baseline=wanted.baseline) for wanted in missing]
+    old = [str(wanted.outdated) for wanted in missing if wanted.outdated]
     if len(missing) == 1:
-        return f"{stage} needs the output of {missing[0]}, which does not exist for these options; run: {commands[0]}"
+        fact = f"was made by other code ({old[0]}); run it again" if old else "does not exist for these options; run"
+        return f"{stage} needs the output of {missing[0]}, which {fact}: {commands[0]}"
     lines = "".join(f"\n  {command}" for command in commands)
     outputs = listed([str(wanted) for wanted in missing])
-    return f"{stage} needs the outputs of {outputs}, which do not exist for these options; run in this order:{lines}"
+    fact = "do not exist for these options; run in this order"
+    if len(old) == len(missing):
+        fact = f"were made by other code ({listed(old)}); run them again in this order"
+    elif old:
+        were = "were" if len(old) > 1 else "was"
+        fact = f"do not exist for these options ({listed(old)} {were} made by other code); run in this order"
+    return f"{stage} needs the outputs of {outputs}, which {fact}:{lines}"
 
 
 def float_config(config: Config) -> Config:
