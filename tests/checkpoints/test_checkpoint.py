@@ -78,14 +78,34 @@ def test_shards_are_opened_through_their_index(tmp_path: Path) -> None:
     assert checkpoint.tensor("b").shape == (0, 3)
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "a\\b", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "sub/../../outside.safetensors",
+        "linked/outside.safetensors",
+        "sub//x",
+        "..",
+        "a\\b",
+        "",
+    ],
+)
 def test_an_index_cannot_reach_outside_its_folder(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     write_safetensors(tmp_path / "outside.safetensors", {"a": np.zeros(2)})
+    (folder / "sub").mkdir()
+    (folder / "linked").symlink_to(tmp_path)
     sharded(folder, {}, {"a": name})
-    with pytest.raises(CheckpointError, match="not a plain file name"):
+    with pytest.raises(CheckpointError, match="is no file inside its folder"):
         Checkpoint.open(folder)
+
+
+def test_shards_may_lie_in_folders_below_their_index(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    sharded(tmp_path, {"a/b/1.safetensors": {"a": np.ones(2)}, "2.safetensors": {"b": np.zeros(2)}})
+    assert Checkpoint.open(tmp_path).tensor("a").tolist() == [1, 1]
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

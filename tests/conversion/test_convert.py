@@ -375,6 +375,32 @@ def test_what_is_kept_is_hashed_tensor_by_tensor_too(tmp_path, monkeypatch, shar
     }
 
 
+@pytest.mark.parametrize("target", ["auto", "awq"])
+def test_a_source_with_weights_in_folders_is_read_and_its_output_has_them_beside_the_index(tmp_path, target):
+    flat, source = (make_checkpoint(tmp_path / name, "gptq", 4, symmetric=True, shards=2) for name in ("flat", "in"))
+    index = source / "model.safetensors.index.json"
+    (source / "weights").mkdir()
+    first = "model-00001-of-00002.safetensors"
+    (source / first).rename(source / "weights" / "z.safetensors")
+    index.write_text(index.read_text().replace(first, "weights/z.safetensors"))
+    (source / first).write_bytes(b"of an earlier version")
+    for name in ("out", "expected"):
+        (tmp_path / name).mkdir()
+    convert(source, tmp_path / "out", target)
+    convert(flat, tmp_path / "expected", target)
+    found, expected = weights(tmp_path / "out"), weights(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "expected").iterdir()
+    }
+    assert (source / first).read_bytes() == b"of an earlier version"
+    proof = json.loads((tmp_path / "out" / PROOF_NAME).read_text())
+    if target == "auto":
+        written = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "out").iterdir()}
+        assert proof["files"] == {name: value for name, value in written.items() if name != PROOF_NAME}
+
+
 def test_a_file_that_changes_while_it_is_copied_is_noticed(tmp_path, monkeypatch):
     source = make_checkpoint(tmp_path / "in", "gptq", 4, symmetric=True)
     (tmp_path / "out").mkdir()

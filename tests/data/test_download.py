@@ -16,7 +16,7 @@ from hub_server import COMMIT, Hub, serving
 from safetensors.numpy import load_file
 from tiny_model import write_config, write_model
 
-from quantline.checkpoints.checkpoint import write_safetensors
+from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
 from quantline.core.errors import UserError
 from quantline.data import download, hub
 from quantline.data.download import check_contents, fetch, model_name
@@ -115,9 +115,37 @@ def test_the_index_says_which_files_are_the_weights_whatever_they_are_called(ser
     assert contents(out) == contents(tmp_path / "hub") == own
 
 
+def test_weights_in_folders_are_fetched_and_lie_beside_their_index_where_every_server_looks(
+    served, model, out, tmp_path
+):
+    files = served.repos["models", REPO]
+    before = Checkpoint.open(model)
+    tensors = {name: before.tensor(name).tobytes() for name in before.names}
+    index = model / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    for number, old in enumerate(sorted(set(content["weight_map"].values()))):
+        new = ["weights/sub/1.safetensors", "2.safetensors"][number]
+        (model / new).parent.mkdir(parents=True, exist_ok=True)
+        (model / old).rename(model / new)
+        files[new] = files.pop(old)
+        content["weight_map"] = {name: new if file == old else file for name, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    files[index.name] = index.read_bytes()
+    report = fetch(local(model), out)
+    assert report["sha256"] == fetch(pinned(), tmp_path / "hub")["sha256"]
+    assert contents(out) == contents(tmp_path / "hub")
+    assert report["files"].keys() == {path.name for path in out.iterdir()}
+    assert {path.name for path in out.glob("*.safetensors")} == {
+        f"model-0000{number}-of-00002.safetensors" for number in (1, 2)
+    }
+    after = Checkpoint.open(out)
+    assert {name: after.tensor(name).tobytes() for name in after.names} == tensors
+    assert json.loads((out / index.name).read_text())["metadata"] == content["metadata"]
+
+
 def test_an_index_that_leaves_its_folder_fetches_nothing(served, files, out):
     files["model.safetensors.index.json"] = json.dumps({"weight_map": {"a": "../../secret"}}).encode()
-    with pytest.raises(UserError, match="is not a plain file name"):
+    with pytest.raises(UserError, match="is no file inside its folder"):
         fetch(pinned(), out)
     assert nothing_left(out)
 

@@ -1,6 +1,7 @@
 """Which files make a model: weights by their index, and what a tokenizer or processor needs; the one place that knows.
 
 Weights are `model.safetensors`, or `model.safetensors.index.json` and the files that it names, whatever these are called.
+They may lie in folders below the index, where transformers finds them; what is written here has them beside it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from quantline.core.errors import CheckpointError
 from quantline.core.files import read_json
@@ -84,10 +86,29 @@ def weight_map(index: Path) -> dict[str, str]:
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(f"{index}: has no weight_map from tensor to file names: fetch or write it again")
     for shard in sorted(set(shards.values())):
-        # A plain name only: an index must not reach files outside its own folder.
-        if shard in ("", ".", "..") or any(char in shard for char in "/\\\0"):
-            raise CheckpointError(f"{index}: {shard!r} is not a plain file name: do not use this checkpoint")
+        # An index must not reach files outside its own folder, by a linked folder either.
+        plain = not any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in shard.split("/"))
+        if not plain or not (index.parent / shard).parent.resolve().is_relative_to(index.parent.resolve()):
+            raise CheckpointError(f"{index}: {shard!r} is no file inside its folder: do not use this checkpoint")
     return shards
+
+
+def beside(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """How the files of an index are called when all lie beside it: vLLM does not look into folders.
+
+    Returns:
+        File -> its usual name, and the index with these names; both are empty if no file is in a folder.
+
+    Raises:
+        CheckpointError: as `weight_map`.
+    """
+    tensors = weight_map(index)
+    shards = sorted(set(tensors.values()))
+    if not any("/" in shard for shard in shards):
+        return {}, {}
+    stem, _, suffix = index.name.removesuffix(".index.json").rpartition(".")
+    names = {shard: f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}" for number, shard in enumerate(shards, 1)}
+    return names, {**read_json(index), "weight_map": {name: names[shard] for name, shard in tensors.items()}}
 
 
 def no_weights(label: str, names: Collection[str], *, pickles: str = "save it as safetensors") -> str:

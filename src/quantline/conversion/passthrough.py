@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from quantline.checkpoints.model_files import files_of
+from quantline.checkpoints.model_files import beside, files_of, weight_map
 from quantline.checkpoints.safetensors_file import TensorInfo, read_header
 from quantline.conversion.config_files import carry_file
 from quantline.conversion.errors import ConversionError
@@ -39,7 +39,9 @@ def facts_of_kept(source: Source, threads: int) -> Mapping[str, LayerFacts]:
 def keep(
     source: Source, facts: Mapping[str, LayerFacts], out: Path, section: Mapping[str, Any], notes: list[str]
 ) -> Proof:
-    """Carry every file over. Only a config.json without the section that servers look for is written anew, with it.
+    """Carry every file over, all weights beside their index.
+
+    Written anew are a config.json without the section that servers look for, with it, and the index of weights in folders.
 
     Raises:
         UserError: a file changed while it was carried over.
@@ -48,15 +50,24 @@ def keep(
     files: dict[str, str] = {}
     tensors: dict[str, str] = {}
     told = read_json(source.folder / "config.json").get("quantization_config") or not section
-    for name in files_of(source.folder):
-        path, target = source.folder / name, out / name
+    here = files_of(source.folder)
+    moved: dict[str, str] = {}
+    for name in here:
+        if name.endswith(".safetensors.index.json") and weights == set(weight_map(source.folder / name).values()):
+            moved, index = beside(source.folder / name)
+            if moved:
+                write_json(out / name, index)
+                files[name] = sha256_of(out / name)
+    stale = set(moved.values()) - weights
+    for name in sorted({*here, *weights} - set(files) - stale):
+        path, target = source.folder / name, out / moved.get(name, name)
         if name == "config.json" and not told:
             write_json(target, {**source.config, "quantization_config": dict(section)})
             files[name] = sha256_of(target)
             continue
         carry_file(path, target)
         infos = read_header(target) if name in weights else {}
-        files[name], own = hashes_of(target, infos)
+        files[target.relative_to(out).as_posix()], own = hashes_of(target, infos)
         tensors.update(own)
         # A hard link has the same bytes.
         if not target.samefile(path) and sha256_of(path) != files[name]:

@@ -25,6 +25,7 @@ from quantline.checkpoints.model_files import (
     PICKLED_INDEX,
     PICKLED_NAME,
     WEIGHTS_NAME,
+    beside,
     files_of,
     matching,
     no_weights,
@@ -33,7 +34,7 @@ from quantline.checkpoints.model_files import (
 )  # fmt: skip
 from quantline.config.data import ModelConfig
 from quantline.core.errors import UserError, naming
-from quantline.core.files import building, sha256_of
+from quantline.core.files import building, sha256_of, write_json
 from quantline.core.progress import bar
 from quantline.data import hub
 from quantline.data.tokenizer import check_tokenizer
@@ -148,13 +149,13 @@ def _hub_weights(origin: hub.HubRepo, cached: Path, *, pickled: bool) -> list[st
     """Fetch the files of the weights that the index names, or the single file; those that are there."""
     single, index = (PICKLED_NAME, PICKLED_INDEX) if pickled else (WEIGHTS_NAME, INDEX_NAME)
     wanted = weights_of([index], cached.joinpath, pickled=pickled) if (cached / index).is_file() else [single]
-    hub.fetch_snapshot(origin, [glob.escape(name) for name in wanted], ["*/*"])
+    hub.fetch_snapshot(origin, [glob.escape(name) for name in wanted], [])
     return _weights(cached, pickled=pickled)
 
 
 def _weights(folder: Path, *, pickled: bool) -> list[str]:
-    here = files_of(folder)
-    return [name for name in weights_of(here, folder.joinpath, pickled=pickled) if name in here]
+    found = weights_of(files_of(folder), folder.joinpath, pickled=pickled)
+    return [name for name in found if (folder / name).is_file()]
 
 
 def _from_folder(source: ModelConfig, given: Path, folder: Path, out: Path) -> dict[str, str]:
@@ -174,17 +175,30 @@ def _from_folder(source: ModelConfig, given: Path, folder: Path, out: Path) -> d
 def _transfer(
     origin: Path, names: Sequence[str], folder: Path, hash_of: Callable[[Path], str], *, link: bool
 ) -> dict[str, str]:
-    """Put files into `folder` as plain files. With `link`, weights are hard links into the cache where possible."""
+    """Put files into `folder` as plain files, all weights beside their index; returns their hashes by name.
+
+    With `link`, weights are hard links into the cache where possible.
+    """
     total = sum((origin / name).stat().st_size for name in names)
     hashes: dict[str, str] = {}
     done = 0
+    moved: dict[str, str] = {}
+    anew: dict[str, dict[str, Any]] = {}
+    for name in {INDEX_NAME, PICKLED_INDEX}.intersection(names):
+        own, content = beside(origin / name)
+        moved |= own
+        anew |= {name: content} if own else {}
     with bar("checking files") as progress:
         for name in sorted(names):
-            path, target = origin / name, folder / name
+            path, target = origin / name, folder / moved.get(name, name)
             progress.update(done, total, name)
-            hashes[name] = hash_of(path)
+            hashes[target.relative_to(folder).as_posix()] = hash_of(path)
             done += path.stat().st_size
             target.parent.mkdir(exist_ok=True)
+            if name in anew:
+                write_json(target, anew[name])
+                hashes[name] = sha256_of(target)
+                continue
             if link and path.suffix == ".safetensors":
                 try:
                     os.link(path.resolve(), target)
