@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from quantline.checkpoints.model_files import COMPANIONS, files_of, has_chat_template, matching, tokenizer_fault
+from quantline.checkpoints.model_files import COMPANIONS, beside, files_of, has_chat_template, matching, tokenizer_fault
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,28 @@ def test_files_below_other_folders_and_other_files_are_not_of_the_model(tmp_path
         (tmp_path / name).write_text("x")
     assert matching(tmp_path, COMPANIONS) == ["additional_chat_templates/a.jinja", "tokenizer.json", "vocab.json"]
     assert files_of(tmp_path) == ["README.md", "additional_chat_templates/a.jinja", "tokenizer.json", "vocab.json"]
+
+
+@pytest.mark.parametrize(
+    ("index", "shards", "names"),
+    [
+        ("model.safetensors.index.json", ["a.safetensors", "b.safetensors"], []),
+        (
+            "model.safetensors.index.json",
+            ["w/a.x", "b"],
+            ["model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"],
+        ),
+        (
+            "pytorch_model.bin.index.json",
+            ["w/1.bin", "w/2.bin"],
+            ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
+        ),
+    ],
+)
+def test_files_in_folders_get_the_usual_names_of_their_index(tmp_path, index, shards, names):
+    content = {"metadata": {"total_size": 8}, "weight_map": {"x": shards[0], "y": shards[1], "z": shards[0]}}
+    (tmp_path / index).write_text(json.dumps(content))
+    moved, anew = beside(tmp_path / index)
+    assert moved == dict(zip(shards, names, strict=False))
+    expected = {**content, "weight_map": {"x": names[0], "y": names[1], "z": names[0]}} if names else {}
+    assert anew == expected
