@@ -1,6 +1,12 @@
-"""Check every line of params.yaml, with shorter messages than DVC's and before anything runs: python -m stages.check"""
+"""Check every line of params.yaml before anything runs: python -m stages.check
+
+Each line is composed, and where its model is on this machine, also planned as `python -m stages.plan` does. A variant
+that cannot be quantized is refused here, not after the float model has been served and scored.
+"""
 
 from __future__ import annotations
+
+import sys
 
 from stages import CONF, ROOT, command
 
@@ -8,16 +14,26 @@ from stages import CONF, ROOT, command
 def check(_arguments: dict[str, str | None]) -> int:
     from quantline.core.errors import UserError
     from quantline.pipeline.compose import frozen_variant, place_of, read_params, variant_overrides
+    from quantline.pipeline.config import parse
+    from quantline.pipeline.own_files import missing_texts
+    from quantline.pipeline.preflight import preflight
+    from quantline.pipeline.run import StageRun
+    from quantline.pipeline.stages import is_baseline
     from quantline.pipeline.user_messages import explain
 
-    faults = []
+    faults: list[str] = []
+    notes: list[str] = []
     params = ROOT / "params.yaml"
     names = list(read_params(params)["variants"])
     for name in names:
         variant_overrides(params, name)  # what is no line of overrides is told alone
     for name in names:
         try:
-            frozen_variant(ROOT, name)
+            config = parse(frozen_variant(ROOT, name))
+            if not is_baseline(config):
+                preflight(StageRun("quantize", config, ROOT, ()))
+            # A text that is elsewhere is no fault: its results may be in DVC's cache.
+            notes += [f"{place_of(name)}: {text}" for text in missing_texts(ROOT, config)]
         except Exception as error:
             explained = explain(error, CONF)
             if explained is None:
@@ -26,6 +42,9 @@ def check(_arguments: dict[str, str | None]) -> int:
             faults.append(explained[0] if named else f"params.yaml: {place_of(name)}: {explained[0]}")
     if faults:
         raise UserError("\n".join(dict.fromkeys(faults)))
+    for note in dict.fromkeys(notes):
+        print(f"  note: {note}", file=sys.stderr)
+    print(f"params.yaml: no fault in {', '.join(names)}", file=sys.stderr)
     return 0
 
 

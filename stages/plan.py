@@ -25,6 +25,9 @@ OPTIONS = [
 ]
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
     from omegaconf import DictConfig
 
 READS = (
@@ -51,6 +54,8 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.planning.report import as_json, as_text
 
     options, values = preflight.plan_options(arguments), plain(cfg)
+    if values["variant"] is not None and values.get("frozen") is None:
+        values = _line_of(values["variant"], HydraConfig.get().overrides.task)
     try:
         config = parse(values)
     except ConfigError as error:
@@ -84,6 +89,27 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
             f"this variant is refused ({reasons}){f'; the nearest that works: {near}' if near else ''}"
             f"{f'; {fits}' if fits else ''}"
         )
+
+
+def _line_of(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a variant of params.yaml.
+
+    Raises:
+        UserError: other options are given, too, or params.yaml has no such variant.
+    """
+    from quantline.core.errors import UserError
+    from quantline.core.text import nearest
+    from quantline.pipeline.compose import frozen_variant, read_params
+
+    others = [override for override in overrides if not override.startswith("variant=")]
+    if others:
+        raise UserError(
+            f"variant={name} {' '.join(others)}: a variant has its options in params.yaml; give either its name, or options"
+        )
+    known = list(read_params(ROOT / "params.yaml")["variants"])
+    if name not in known:
+        raise UserError(f"variant={name}: is not in params.yaml, which has {', '.join(known)}{nearest(name, known)}")
+    return frozen_variant(ROOT, name)
 
 
 if __name__ == "__main__":

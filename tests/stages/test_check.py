@@ -41,3 +41,16 @@ def test_missing_params_are_an_error_and_good_ones_none(tmp_path, monkeypatch, r
         check.check({})
     monkeypatch.setattr(check, "ROOT", root)
     assert check.check({}) == 0
+
+
+def test_a_variant_that_cannot_be_quantized_is_refused_with_its_line(root, tmp_path, monkeypatch, capsys):
+    for name in ("conf", "envs", "assets"):
+        (tmp_path / name).symlink_to(root / name)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    lines = "variants:\n  good: method=rtn\n  narrow: method=awq group_size=256\n"
+    (tmp_path / "params.yaml").write_text(f"shared: model=demo\nbaseline: method=float\n{lines}")
+    with pytest.raises(UserError, match=r"(?s)params\.yaml: variants\.narrow: .*group_size=256: does not divide"):
+        check.check({})
+    (tmp_path / "params.yaml").write_text(f"{HEAD}variants:\n  good: method=rtn evaluate.min_tokens=16\n")
+    assert check.check({}) == 0
+    assert "params.yaml: no fault in float, good" in capsys.readouterr().err

@@ -100,3 +100,17 @@ def test_texts_that_the_model_does_not_take_are_refused_before_anything_runs(roo
     )
     assert "calibration.seq_len" not in done.stdout
     assert "this variant is refused (length); all that it takes: evaluate.window=63" in done.stderr
+
+    assert "this variant is refused (length)" in done.stderr
+
+
+def test_a_variant_of_params_is_planned_by_its_name(root):
+    done = plan(root, "variant=gptq-w4-g128", "json=true")
+    found = json.loads(done.stdout)
+    assert (found["variant"]["method"], found["variant"]["bits"]) == ("gptq", 4)
+    other = plan(root, "variant=gptq-w4-g12")
+    assert other.returncode == 2
+    assert (
+        "is not in params.yaml, which has float, awq-w4-g128, gptq-w4-g128, gptq-w8-g128 (did you mean" in other.stderr
+    )
+    assert "give either its name, or options" in plan(root, "variant=gptq-w4-g128", "bits=8").stderr
