@@ -117,3 +117,11 @@ def test_commands_print_their_help_and_refuse_unknown_options(root, command, cod
     )
     assert done.returncode == code
     assert said in done.stdout + done.stderr
+
+
+def test_output_that_is_cut_off_by_a_pipe_is_no_error(root):
+    command = f"{sys.executable} -m stages.plan json=true method=gptq | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout == "{\n"
+    assert "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr

@@ -6,6 +6,7 @@ command line before Hydra reads the rest.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -106,6 +107,9 @@ def ending(conf: Path) -> Iterator[None]:
 
 def report(error: Exception, conf: Path) -> int:
     """Print the message for a failure and return its exit code; a bug in Quantline prints its traceback."""
+    if isinstance(error, BrokenPipeError):  # `| head` has read enough; nothing more can be printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     if isinstance(error, ModuleNotFoundError) and (error.name or "quantline").partition(".")[0] not in _OURS:
         print(
             f"error: {error.name} is not installed here; run `make setup`, then `source .venv/bin/activate`",
