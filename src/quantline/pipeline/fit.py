@@ -8,7 +8,7 @@ from typing import Any
 
 from quantline.checkpoints.model_config import dimensions, read_config
 from quantline.config.context import fitting, model_faults
-from quantline.core.errors import ConfigError
+from quantline.core.errors import ConfigError, UserError
 from quantline.pipeline.config import Config
 from quantline.pipeline.own_files import located
 from quantline.quantization.capabilities import CALIBRATED
@@ -36,7 +36,10 @@ def refuse_what_does_not_fit(config: Config, folder: Path) -> None:
     Raises:
         ConfigError: every such option.
     """
-    model = read_config(folder)
+    _refuse(config, read_config(folder))
+
+
+def _refuse(config: Config, model: Mapping[str, Any]) -> None:
     if faults := faults_with_model(config, model):
         raise ConfigError(faults, remedy_with_model(config, model))
 
@@ -51,4 +54,8 @@ def refuse_what_the_model_does_not_take(config: Config, root: Path, downloaded: 
     """
     folder = located(root, config.model.path) if config.model.path else downloaded
     if folder is not None and (folder / "config.json").is_file():
-        refuse_what_does_not_fit(config, folder)
+        try:
+            model = read_config(folder)
+        except UserError:
+            return  # download refuses it, in the words of the folder that was given
+        _refuse(config, model)
