@@ -189,6 +189,13 @@ def test_a_checkpoint_without_config_is_refused(tmp_path, out):
     assert "config.json: is missing; copy it from the float model" in refused(source, out, "awq")
 
 
+def test_a_number_in_quotes_is_refused_by_its_key(tmp_path, out):
+    source = gptq(tmp_path / "in", {NAME.format(0): linear()})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_attention_heads": "6"}))
+    assert 'config.json has num_attention_heads="6"; it must be a whole number' in refused(source, out, "awq")
+
+
 def test_an_index_that_leaves_its_folder_is_refused(tmp_path, out):
     source = gptq(tmp_path / "in", {NAME.format(0): linear()})
     (source / "model.safetensors").rename(tmp_path / "outside.safetensors")

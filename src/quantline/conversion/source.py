@@ -18,6 +18,7 @@ from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, FormatError, La
 from quantline.checkpoints.layouts.layout import Found, Shape
 from quantline.checkpoints.layouts.linear_spec import LayerSettings, LinearSpec
 from quantline.checkpoints.layouts.registry import folder_layout
+from quantline.checkpoints.model_config import number_fault
 from quantline.checkpoints.quantization_config import QuantizationInfo, float_config, has_own_file
 from quantline.conversion.errors import ConversionError
 from quantline.conversion.tensor_reader import TensorFiles
@@ -168,9 +169,11 @@ def _config(folder: Path) -> tuple[dict[str, Any], list[str]]:
     if not (folder / "config.json").is_file():
         return {}, [f"{folder.name}/config.json: is missing; copy it from the float model"]
     try:
-        return read_json(folder / "config.json"), []
+        config = read_json(folder / "config.json")
     except UserError as error:
         return {}, [str(error)]
+    fault = number_fault(config)
+    return config, [f"{folder.name}: {fault}"] if fault else []
 
 
 def _own_form(folder: Path, layout: Layout, config: dict[str, Any], faults: list[str]) -> Source:
