@@ -221,7 +221,7 @@ def test_rows_are_rendered_through_the_chat_template_without_separators(chat_mod
 
 def test_messages_without_the_chat_template_name_the_option(chat_model, tmp_path, out):
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
-    with pytest.raises(UserError, match=r"chats\.jsonl:1: has messages; set calibration\.chat_template=true"):
+    with pytest.raises(UserError, match=r"chats\.jsonl:1: is a conversation; set calibration\.chat_template=true"):
         build(chat_model, spec(path), out)
 
 

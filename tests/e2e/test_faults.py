@@ -59,9 +59,9 @@ def test_a_folder_of_configurations_that_is_not_there_names_the_command_that_mak
     assert_refused(done, "none: no such folder of configurations", "dvc repro")
 
 
-def test_a_frozen_configuration_that_is_not_there_names_the_command_that_makes_it(pipeline, untouched):
+def test_a_frozen_configuration_that_is_not_there_names_those_that_are(pipeline, untouched):
     done = pipeline.run("python", "-m", "stages.quantize", "-cp", "../variants", "-cn", "nope")
-    assert_refused(done, "nope: no such configuration", "dvc repro")
+    assert_refused(done, "nope: no such configuration", "params.yaml names float, awq-w4-g128")
 
 
 def test_dvc_runs_no_stage_from_a_configuration_that_is_not_frozen(bare, untouched):

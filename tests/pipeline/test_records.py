@@ -80,11 +80,10 @@ def whole(root, tmp_path_factory):
 
 @pytest.fixture
 def pipeline(whole, tmp_path):
-    """A copy of it that a test may change."""
-    folder = tmp_path / "pipeline"
-    shutil.copytree(whole.folder, folder, symlinks=True)
+    """A copy of it that a test may change, in the test's own folder."""
+    shutil.copytree(whole.folder, tmp_path, symlinks=True, dirs_exist_ok=True)
     copied = copy.copy(whole)
-    copied.folder, copied.composed = folder, dict(whole.composed)
+    copied.folder, copied.composed = tmp_path, dict(whole.composed)
     return copied
 
 

@@ -80,7 +80,7 @@ W8A8 = Requirements("gptq", 8, -1, {**GPTQ.options, "activation_bits": 8})
         ("llmcompressor", replace(GPTQ, options={**GPTQ.options, "desc_act": True, "static_groups": False}),
          {"model_type": "qwen2"}, "static_groups=true or group_size=-1"),
         ("gptqmodel", replace(GPTQ, group_size=-1, options={**GPTQ.options, "static_groups": True}),
-         {"model_type": "qwen2"}, "set static_groups=false"),
+         {"model_type": "qwen2"}, "set method.static_groups=false"),
         ("gptqmodel", AWQ, {"model_type": "mixtral"}, "model_type=mixtral: gptqmodel supports llama"),
     ],
 )  # fmt: skip

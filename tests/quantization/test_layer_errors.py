@@ -129,6 +129,7 @@ SETTINGS = {
     "max_weight_error": {"bits8": 0.1, "bits4": 0.6, "bits3": 0.9, "bits2": None},
 }  # fmt: skip
 DAMAGED = "model.layers.1.self_attn.o_proj"
+RULES = {"widths": [{"match": "*.0.mlp.*", "skip": True}, {"match": "*_attn*", "bits": 8}]}
 CASES = ["dense", "head", "mixtral", "qwen2_moe", "widths"]
 
 
@@ -197,8 +198,7 @@ def made(root, tmp_path_factory):
         "dense": quantized(folder / "dense", folder / "dense-w4"),
         "head": quantized(folder / "dense", folder / "head-w4", lm_head=True),
         "widths": quantized(
-            folder / "dense", folder / "widths-w4",
-            rules=[{"match": "*.0.mlp.*", "skip": True}, {"match": "*_attn*", "bits": 8}],
+            folder / "dense", folder / "widths-w4", rules=RULES["widths"],
         ),
         "mixtral": quantized(folder / "mixtral", folder / "mixtral-w4"),
         "qwen2_moe": quantized(folder / "qwen2_moe", folder / "qwen2_moe-w4"),
@@ -251,7 +251,7 @@ def gate(made, tmp_path):
         result = layer_errors.measure(
             layer_errors.Quantized(
                 made.folder / model, output, made.folder / "tokens.safetensors", {**made.widths[name], **(also or {})},
-                method,
+                method, RULES.get(name, ()),
             ),
             LayerErrorsConfig.model_validate({**SETTINGS, **settings}), run_worker=worker, failed=tmp_path / "failed",
         )  # fmt: skip

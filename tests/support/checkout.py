@@ -98,7 +98,9 @@ class Checkout:
         return self.run(*self.stage_command(name, *overrides), **variables)
 
     def stage_command(self, name: str, *overrides: str) -> list[str]:
-        return ["python", "-m", f"stages.{name}", *SHARED, "tracking.enabled=false", *overrides]
+        given = {override.partition("=")[0] for override in overrides}
+        shared = [override for override in SHARED if override.partition("=")[0] not in given]
+        return ["python", "-m", f"stages.{name}", *shared, "tracking.enabled=false", *overrides]
 
     def git(self, *arguments: str) -> str:
         identity = ["-c", "user.name=tester", "-c", "user.email=tester@localhost", "-c", "commit.gpgsign=false"]

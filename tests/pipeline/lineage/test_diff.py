@@ -71,7 +71,7 @@ def test_the_same_made_twice_does_not_differ(plain, chain):
     [
         ("bits=8", ("quantize", "options.bits", "4", "8")),
         ("threads=1", ("quantize", "options.threads", "2", "1")),
-        ("method.desc_act=true", ("quantize", "options.method.desc_act", "False", "True")),
+        ("method.damp_percent=0.02", ("quantize", "options.method.damp_percent", "0.01", "0.02")),
         ("calibration.seed=7", ("calibrate", "options.calibration.seed", "0", "7")),
     ],
 )

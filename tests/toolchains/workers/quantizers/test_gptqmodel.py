@@ -215,7 +215,7 @@ def test_experts_that_no_token_reached_are_reported(batch):
 def test_damping_that_was_raised_is_reported_with_the_layer(batch):
     result = batch["damped"][1]
     assert (
-        "model.layers.0.mlp.down_proj: its Hessian could not be inverted with damp_percent=1e-09; 0.01 was used"
+        "model.layers.0.mlp.down_proj: its Hessian could not be inverted with method.damp_percent=1e-09; 0.01 was used"
         in result["warnings"]
     )
     assert all(row["damp_percent"] == pytest.approx(0.01) for row in result["layers"])

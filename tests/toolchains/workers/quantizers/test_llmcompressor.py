@@ -151,7 +151,7 @@ def test_experts_are_quantized_one_by_one_under_the_names_of_the_files(batch):
 
 def test_a_hessian_that_cannot_be_inverted_gets_more_damping_and_a_warning(batch):
     _, result = batch["damped"]
-    assert "its Hessian could not be inverted with damp_percent=1e-12; " in result["warnings"][0]
+    assert "its Hessian could not be inverted with method.damp_percent=1e-12; " in result["warnings"][0]
     assert all(1e-12 <= row["damp_percent"] <= 1e-4 for row in result["layers"])
     assert max(row["damp_percent"] for row in result["layers"]) > 1e-12
 
@@ -205,13 +205,13 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(batch, label, messag
         ({"bits": 5}, "bits=5: gptq takes 2, 3, 4, 8"),
         ({"group_size": 0}, "group_size=0: gptq takes -1 or a divisor"),
         ({"options": {"damp_percent": 1.5}}, "damp_percent=1.5"),
-        ({"options": {"desc_act": True}}, "give static_groups=true"),
+        ({"options": {"desc_act": True}}, "give method.static_groups=true"),
         (
             {"options": {"activation_bits": 8}},
             "activation_bits=8 with bits=4 group_size=64 method.sym=true: kernels take",
         ),
         ({**W8A8, "options": {"activation_bits": 8, "sym": False}}, "sym=false: kernels take bits=8"),
-        ({"method": "awq", "options": {"clip": True}}, "give clip=false"),
+        ({"method": "awq", "options": {"clip": True}}, "give method.clip=false"),
         (
             {"method": "awq", "options": {"version": "gemv"}},
             "version=gemv: llmcompressor always writes compressed",
