@@ -124,7 +124,8 @@ def _locate(name: str, source: SourceConfig) -> tuple[Path, str, tuple[str, ...]
         path = Path(source.path).expanduser()
         if not path.is_file():
             fact = "is not a file" if path.exists() else "does not exist"
-            raise UserError(f"{key}.path={source.path}: {fact} (looked in {Path.cwd()}); give an existing file")
+            looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+            raise UserError(f"{key}.path={source.path}: {fact}{looked}; give an existing file")
         fields = (source.text_field, "text") if source.repo else (source.text_field,)
         origin: dict[str, Any] = {"file": path.name}
     else:

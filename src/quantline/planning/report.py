@@ -115,7 +115,7 @@ def _sizes_table(plan: Plan, machine: Machine) -> str:
         ]  # fmt: skip
     rows += [
         ("KV cache", _size(plan.kv_bytes), cache),
-        ("activations", _size(plan.overhead_bytes), "with the GPU's context; an assumption, see serving/memory.py"),
+        ("activations", _size(plan.overhead_bytes), "with the GPU's context; assumed (src/quantline/serving/memory.py)"),
         ("needed", _size(plan.serving_bytes()), _fit(plan, machine)),
     ]  # fmt: skip
     if kept := main_memory(plan, machine):
