@@ -180,8 +180,8 @@ def derived_name(config: Config, overrides: Sequence[str]) -> str:
 def _named(overrides: Sequence[str], without: tuple[str, ...]) -> list[str]:
     """The parts of a name for the overrides that make a run another one, short and readable.
 
-    A choice of a group is its name, a number or a short word stands behind its option, and a path is left to the hash that
-    ends the name wherever the parts alone do not say which overrides they are.
+    The choice of a group, an option at the top and one of the method stand in it with a short value. All others, a path
+    above all, are left to the hash that then ends the name.
     """
     plain = sorted(override.lstrip("+~") for override in overrides)
     given = sorted(plain, key=lambda override: "." in override.partition("=")[0])  # groups first
@@ -189,10 +189,10 @@ def _named(overrides: Sequence[str], without: tuple[str, ...]) -> list[str]:
     parts, exact = [], True
     for override in given:
         key, _, value = override.removeprefix("method.").partition("=")
-        word = _plain(key.rpartition(".")[2])
-        short = re.fullmatch(r"[A-Za-z0-9_-]{1,16}|-?[0-9.]{1,16}", value)
-        parts.append(f"{word}-{_plain(value)}" if short else word)
-        exact = exact and "." not in key and bool(short)
+        if "." not in key and re.fullmatch(r"[A-Za-z0-9_-]{1,16}|-?[0-9.]{1,16}", value):
+            parts.append(f"{_plain(key)}-{_plain(value)}")
+        else:
+            exact = False
     return parts if exact else [*parts, hashlib.sha256(" ".join(given).encode()).hexdigest()[:6]]
 
 
