@@ -33,7 +33,7 @@ _BIAS = re.compile(r"bias(?:es)?$")
 _CONVOLUTION = re.compile(r"(?:^|\.)\w*conv\w*$")
 _LANGUAGE = re.compile(r"(?:^|\.)(?:language_model|text_model)(?:\.|$)")
 _OTHER_PART = re.compile(
-    r"(?:^|[._])(?:vision|visual|image|img|audio|speech|video|projector|talker|code2wav|token2wav|mtp)"
+    r"(?:^|[._])(?:vision|visual|image|img|audio|speech|video|projector|connector|perceiver|resampler|talker|code2wav|token2wav|mtp)"
 )
 _EXPERTS = re.compile(r"(.+\.experts)\.")
 _TABLE = re.compile(r"embed|(?:^|\.)(?:w[tp]e|lm_head|embed_out)$")

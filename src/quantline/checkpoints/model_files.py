@@ -6,7 +6,6 @@ They may lie in folders below the index, where transformers finds them; what is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +21,7 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 ADAPTER = "adapter_config.json"
 
-# The model card, which is written where a model leaves the project; no stage's output has one.
+# The model card, which is written where a model leaves the project; convert may carry over that of a foreign source.
 CARD = "README.md"
 
 # Any one of these can be a tokenizer, see `tokenizer_fault`.
@@ -161,4 +160,4 @@ def has_chat_template(model: Path) -> bool:
     if (model / "chat_template.jinja").is_file() or (model / "chat_template.json").is_file():
         return True
     settings = model / "tokenizer_config.json"
-    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    return settings.is_file() and bool(read_json(settings).get("chat_template"))

@@ -14,7 +14,7 @@ from quantline.conversion.config_files import carry_file
 from quantline.conversion.errors import ConversionError
 from quantline.conversion.facts import LayerFacts
 from quantline.conversion.plan import examine
-from quantline.conversion.proof import CarriedProof, LinearProof, Proof
+from quantline.conversion.proof import PROOF_NAME, CarriedProof, LinearProof, Proof
 from quantline.conversion.source import Source
 from quantline.core.errors import UserError
 from quantline.core.files import read_json, sha256_of, write_json
@@ -59,7 +59,7 @@ def keep(
                 write_json(out / name, index)
                 files[name] = sha256_of(out / name)
     stale = set(moved.values()) - weights
-    for name in sorted({*here, *weights} - set(files) - stale):
+    for name in sorted({*here, *weights} - set(files) - stale - {PROOF_NAME}):
         path, target = source.folder / name, out / moved.get(name, name)
         if name == "config.json" and not told:
             write_json(target, {**source.config, "quantization_config": dict(section)})
@@ -67,10 +67,11 @@ def keep(
             continue
         carry_file(path, target)
         infos = read_header(target) if name in weights else {}
-        files[target.relative_to(out).as_posix()], own = hashes_of(target, infos)
+        whole, own = hashes_of(target, infos)
+        files[target.relative_to(out).as_posix()] = whole
         tensors.update(own)
         # A hard link has the same bytes.
-        if not target.samefile(path) and sha256_of(path) != files[name]:
+        if not target.samefile(path) and sha256_of(path) != whole:
             raise UserError(f"{name}: changed while it was carried over; run it again")
     linears = [_kept(source, name, fact, tensors) for name, fact in sorted(facts.items())]
     carried = [

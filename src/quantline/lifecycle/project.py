@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -32,11 +33,15 @@ def create(to: Path, *, model: str | None = None, calibration: str | None = None
         calibration: file of the calibration text; None: that of the demo model.
 
     Raises:
-        UserError: the folder holds something, or model or calibration do not exist.
+        UserError: git is not installed, the folder holds something, or model or calibration do not exist.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"to={to}: is not empty; give a new folder")
+    if shutil.which("git") is None:  # before anything is made
+        raise UserError("git is not installed; install it, since DVC needs it")
     shared = [*_model(model), *_calibration(calibration)]
+    line = shlex.join(shared)
+    line = json.dumps(line, ensure_ascii=False) if re.search(r" #|: ", line) else line  # as YAML needs it
     source = _PACKAGE.parents[1] if _PACKAGE.parent.name == "src" else CARRIED
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.exists():
@@ -48,7 +53,7 @@ def create(to: Path, *, model: str | None = None, calibration: str | None = None
         _edit(folder / "dvc.yaml", _without_sources)
         _edit(
             folder / "params.yaml",
-            lambda text: re.sub(r"(?m)^shared: .*?(?= +#|$)", f"shared: {shlex.join(shared)}", text),
+            lambda text: re.sub(r"(?m)^shared: .*?(?= +#|$)", lambda _: f"shared: {line}", text),
         )
     if _git(to, "rev-parse", "--is-inside-work-tree") != 0:
         _git(to, "init", "--quiet")
@@ -59,7 +64,7 @@ def _model(given: str | None) -> list[str]:
         return ["model=demo"]
     folder = Path(given).expanduser()
     if given and folder.is_dir():
-        return ["model=custom", f"model.path={folder.absolute()}"]
+        return ["model=custom", _option("model.path", folder.absolute())]
     repo, _, commit = given.partition("@")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) and re.fullmatch(r"[0-9a-f]{40}", commit):
         return ["model=custom", f"model.repo={repo}", f"model.revision={commit}"]
@@ -69,13 +74,19 @@ def _model(given: str | None) -> list[str]:
     )
 
 
+def _option(key: str, path: Path) -> str:
+    """An override with a path, quoted where Hydra would read its characters otherwise."""
+    text = str(path)
+    return f"{key}={text if re.fullmatch('[-+./~ _0-9A-Za-z]+', text) else json.dumps(text, ensure_ascii=False)}"
+
+
 def _calibration(given: str | None) -> list[str]:
     if given is None:
         return ["calibration=demo"]
     path = Path(given).expanduser()
     if not path.is_file():
         raise UserError(f"calibration={given}: no such file; give a .jsonl, .parquet or .txt file")
-    return ["calibration=jsonl", f"calibration.path={path.absolute()}"]
+    return ["calibration=jsonl", _option("calibration.path", path.absolute())]
 
 
 def _copy(source: Path, target: Path) -> None:

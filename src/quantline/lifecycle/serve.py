@@ -216,7 +216,7 @@ def _as_typed(config: Config, typed: Typed) -> Config:
             *inner, last = key.split(".")[1:]
             place, source = serve, typed.values["serve"]
             for part in inner:
-                place, source = place[part], source[part]
+                place, source = place.setdefault(part, {}), source[part]
             place[last] = source[last]
     values = {"serve": {**serve, "max_model_len": "auto"}, "device": typed.values["device"]}
     checked = parse({**config.model_dump(), **values, "toolchains": typed.values["toolchains"]})

@@ -142,7 +142,7 @@ def environment_state(folder: Path) -> str | None:
     state = folder / "quantline-state.json"
     try:
         return str(json.loads(state.read_text(encoding="utf-8"))["lock_sha256"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -250,7 +250,7 @@ def _prepared(subject: Subject, plan: SpeedConfig) -> Subject:
         most = cache.bytes(length, max(level.concurrency for level in plan.levels))
         needed = 1.1 * max(most, cache.bytes(options.max_model_len or length, 1)) / GIB
     eager = options.device == "cpu" if plan.enforce_eager == "auto" else bool(plan.enforce_eager)
-    kv_cache_gib = max(options.process.kv_cache_gib or 0, round(needed, 3))
+    kv_cache_gib = max(options.process.kv_cache_gib or 0, round(needed, 3)) or None
     process = options.process.model_copy(update={"kv_cache_gib": kv_cache_gib})
     return replace(subject, options=replace(options, process=process, enforce_eager=eager))
 
