@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING
 from quantline.pipeline.command_line import Option
 from stages import ROOT, WORK, main
 
-UNTIL = ("evaluate", "download", "calibrate", "quantize", "convert", "serve_smoke", "tasks", "speed")
-OPTIONS = [Option("until", "STAGE", "the last stage", allowed=UNTIL)]
+OPTIONS = [
+    Option(  # spelled out: completion reads it without importing this module
+        "until", "STAGE", "the last stage",
+        allowed=("evaluate", "download", "calibrate", "quantize", "convert", "serve_smoke", "tasks", "speed"),
+    ),
+]  # fmt: skip
 READS = ("model", "method", "bits", "group_size", "backend", "calibration", "layers", "convert", "variant", "device")
 
 if TYPE_CHECKING:
@@ -31,7 +35,7 @@ def run(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
 
     config, overrides = parse(plain(cfg)), list(HydraConfig.get().overrides.task)
     check_caller(config, overrides)
-    for name in UNTIL:
+    for name in OPTIONS[0].allowed:
         importlib.import_module(f"stages.{name}")
     until = str(arguments["until"])
     ran = run_until(until, WORK, config, ROOT, overrides)

@@ -51,7 +51,8 @@ def test_a_project_about_an_own_model_and_text_has_no_demo(tmp_path):
     create(tmp_path / "new", model=str(tmp_path / "model"), calibration=str(tmp_path / "my text.jsonl"))
     line = (tmp_path / "new" / "params.yaml").read_text(encoding="utf-8")
     assert f"shared: model=custom model.path={tmp_path}/model calibration=jsonl 'calibration.path={tmp_path}" in line
-    assert not (tmp_path / "new" / "assets").exists()
+    assert not (tmp_path / "new" / "assets" / "demo" / "model").exists()
+    assert (tmp_path / "new" / "assets" / "demo" / "evaluation.jsonl").is_file()  # what evaluation reads by default
 
 
 def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path):

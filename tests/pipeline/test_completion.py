@@ -35,6 +35,7 @@ def test_a_commands_own_options_come_first_and_alone_where_it_has_no_configurati
     assert candidates("stages.retention apply=", root) == ["apply=false", "apply=true"]
     assert candidates("stages.rebuild ", root)[:2] == ["run=", "out="]
     assert "tracking=" in candidates("stages.rebuild ", root)
+    assert candidates("stages.run until=ev", root) == ["until=evaluate"]
 
 
 def test_what_does_not_exist_has_no_completions(root):

@@ -22,6 +22,8 @@ PARTS = (
     "conf", "envs", "dvc.yaml", "params.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitignore",
 )  # fmt: skip
 DEMO = "assets"
+# Evaluation and tasks read this text by default, whatever the model and the calibration are.
+EVALUATION = ("assets/demo/evaluation.jsonl", "assets/demo/README.md", "assets/demo/LICENSES")
 
 
 def create(to: Path, *, model: str | None = None, calibration: str | None = None) -> None:
@@ -48,7 +50,7 @@ def create(to: Path, *, model: str | None = None, calibration: str | None = None
         to.rmdir()
     with building(to) as folder:
         folder.mkdir(exist_ok=True)
-        for part in (*PARTS, *([DEMO] if "model=demo" in shared or "calibration=demo" in shared else [])):
+        for part in (*PARTS, *((DEMO,) if "model=demo" in shared or "calibration=demo" in shared else EVALUATION)):
             _copy(source / part, folder / part)
         _edit(folder / "dvc.yaml", _without_sources)
         _edit(

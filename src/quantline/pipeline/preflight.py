@@ -48,12 +48,19 @@ def plan_options(arguments: Mapping[str, str | None]) -> PlanOptions:
     Raises:
         ConfigError: a value is not valid for its option.
     """
-    given = {key: yaml.safe_load(value) for key, value in arguments.items() if value is not None}
+    given = {key: _plain(value) for key, value in arguments.items() if value is not None}
     try:
         return PlanOptions.model_validate(given)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         raise ConfigError([f"{fault['loc'][0]}={fault['input']}: {fault['msg'].lower()}" for fault in faults]) from None
+
+
+def _plain(value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):  # such as a date that does not exist
+        return value
 
 
 def variant_spec(values: Mapping[str, Any]) -> VariantSpec:

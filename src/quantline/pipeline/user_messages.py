@@ -38,7 +38,8 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int] | None:
         )
     if isinstance(error, YAMLError):  # of a file that Hydra reads
         return (
-            f"not valid YAML: {' '.join(str(error).split())}; remove the file, `dvc repro` makes those in variants/",
+            f"not valid YAML: {' '.join(str(error).split())}; correct the file (one in variants/ can be removed: "
+            "`dvc repro` makes it again)",
             2,
         )
     if isinstance(error, ValueError) and "Config group override must be" in str(error):  # Hydra's, for `evaluate=null`
