@@ -16,6 +16,7 @@ from tiny_quantized import write_whole
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.config.convert import ConvertConfig
+from quantline.conversion import structure
 from quantline.conversion.convert import convert
 from quantline.conversion.structure import Held, misfits
 from quantline.core.errors import QuantlineError, UserError
@@ -277,3 +278,9 @@ def test_what_is_damaged_anyhow_is_refused_or_gives_the_same_weights(whole, tmp_
         except QuantlineError:
             continue
         assert digest(out) == good
+
+
+def test_layer_types_of_any_json_are_kinds():
+    kinds = structure._kinds({"layer_types": [{"a": []}, "full_attention", {"a": []}]}, 3)
+    assert kinds[0] == kinds[2] != kinds[1]
+    assert len(dict.fromkeys(kinds)) == 2

@@ -190,7 +190,7 @@ def _kinds(config: Mapping[str, Any], count: int) -> list[Hashable]:
     step, shared = _size(config, "decoder_sparse_step") or 1, _size(config, "num_kv_shared_layers") or 0
     return [
         (
-            types[index] if isinstance(types, list) and len(types) == count else None,
+            str(types[index]) if isinstance(types, list) and len(types) == count else None,  # whatever stands there
             isinstance(full, list) and index in full,
             (isinstance(dense, list) and index in dense) or (index + 1) % step != 0,
             index >= count - shared,
