@@ -48,7 +48,7 @@ def instruments(run: StageRun) -> MeasurementOptions:
         return MeasurementOptions(generations=options.generations)
     try:
         layers = LayerInputs(
-            quantized=run.input("quantize"), calibration=run.input("calibrate") / "tokens.safetensors",
+            quantized=run.input("quantize"), calibration=run.input_file("calibrate"),
             samples=config.layer_errors.samples, unfold=True if config.method.name == "awq" else None,
             restore=options.restore,
         )  # fmt: skip

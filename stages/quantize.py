@@ -17,7 +17,7 @@ def quantize(run: StageRun) -> None:
     from quantline.quantization import quantize as quantization
 
     run.refuse_float()
-    download, calibration = run.input("download"), run.input("calibrate") / "tokens.safetensors"
+    download, calibration = run.input("download"), run.input_file("calibrate")
     early = layer_errors.early(run.early_side_worker, enabled=run.config.layer_errors.enabled)
     with run.output() as out, run.work_folder() as work, early:
         outcome = quantization.quantize(

@@ -28,7 +28,7 @@ def tasks(run: StageRun) -> None:
             tasks.write_nothing(out)
             return
         checkpoint, items = run.checkpoint(), tasks.local_items(options, run.root)
-        refused = tasks.refusal(run.input("serve_smoke")) if "vllm" in options.engines else ""
+        refused = tasks.refusal(run.input_file("serve_smoke")) if "vllm" in options.engines else ""
         report = tasks.evaluate(
             options, items, refused=refused,
             job={

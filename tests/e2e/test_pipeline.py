@@ -143,7 +143,10 @@ def test_a_stage_names_the_content_of_what_it_was_made_from(pipeline):
     for name in VARIANTS:
         results = {stage: pipeline.result(name, stage) for stage in EACH}
         assert results["convert"]["inputs"] == {"quantize": results["quantize"]["output_hash"]}
+        tokens = results["calibrate"]["outputs"]["tokens.safetensors"]
+        assert results["quantize"]["inputs"]["calibrate/tokens.safetensors"] == tokens
         inputs = results["evaluate"]["inputs"]
+        assert inputs["calibrate/tokens.safetensors"] == tokens
         assert inputs["convert"] == results["convert"]["output_hash"]
         assert inputs["serve_smoke"] == results["serve_smoke"]["output_hash"]
         assert inputs["float/evaluate"] == pipeline.result("float", "evaluate")["output_hash"]

@@ -165,7 +165,12 @@ def test_inputs_of_a_manual_run_from_other_runs_are_rebuilt_and_compared_by_hash
     run = TrackedRun("r1", "by-hand/one", "e", {"method": {"name": "gptq"}}, results)
     assert _stages(run, "evaluate") == ["download", "calibrate", "quantize", "convert"]
     assert _stages(run, "calibrate") == ["download", "calibrate"]
-    assert _other_input(run, "download", "d") is None
-    assert str(_other_input(run, "quantize", "x")) == "quantize, output hash: q | x"
+    assert _other_input(run, "download", {"output_hash": "d"}) is None
+    assert str(_other_input(run, "quantize", {"output_hash": "x"})) == "quantize, output hash: q | x"
+    made = {"output_hash": "x", "outputs": {"tokens.safetensors": "t"}}
+    results["quantize"] = {"inputs": {"calibrate/tokens.safetensors": "t"}}
+    assert _other_input(run, "calibrate", made) is None
+    results["quantize"] = {"inputs": {"calibrate/tokens.safetensors": "u"}}
+    assert str(_other_input(run, "calibrate", made)) == "calibrate, output tokens.safetensors: u | t"
     baseline = TrackedRun("r1", "float", "e", {"method": {"name": "float"}}, {"evaluate": {"inputs": {}}})
     assert _stages(baseline, "evaluate") == ["download", "serve_smoke", "evaluate"]

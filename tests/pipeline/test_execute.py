@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from taken_files import write_taken
 
 from quantline.core.errors import ConfigError, UserError
 from quantline.pipeline.config import parse
@@ -31,6 +32,7 @@ def everything(root, tmp_path):
                 run.input(stage, baseline=True)
             with run.output() as out:
                 (out / "file").write_text("text")
+                write_taken(out, stage, "text")
 
         return work
 
@@ -51,6 +53,18 @@ def test_what_is_missing_runs_in_order_with_the_float_baseline_and_once(composed
     runs.clear()
     assert run_until("evaluate", work, config, folder, words) == []
     assert runs == []
+
+
+def test_another_text_of_the_evaluation_runs_no_task_again(composed, everything, tmp_path):
+    folder, work, runs = everything
+    text = tmp_path / "own.jsonl"
+    words = ("method=gptq", f"evaluate.path={text}")
+    for content in ("one", "two"):
+        text.write_text(content)
+        runs.clear()
+        for stage in ("evaluate", "tasks"):
+            run_until(stage, work, parse(composed(*words)), folder, words)
+    assert {stage for stage, _ in runs} == {"serve_smoke", "evaluate"}
 
 
 SHORT = {"max_position_embeddings": 512}

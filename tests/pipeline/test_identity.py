@@ -59,7 +59,19 @@ def test_limits_and_instruments_change_the_evaluation_alone(fingerprints):
     before = fingerprints()
     for override in ("evaluate.limits.kl_divergence=0.5", "evaluate.restore.layers=2", "evaluate.bootstrap.seed=1"):
         assert changed(before, fingerprints(override)) == ["evaluate"]
-    assert changed(before, fingerprints("evaluate.max_tokens=500")) == ["serve_smoke", "evaluate", "tasks"]
+    assert changed(before, fingerprints("evaluate.max_tokens=500")) == ["serve_smoke", "evaluate"]
+
+
+def test_tasks_depend_on_whether_the_server_takes_a_variant_and_not_on_what_it_scores(tmp_path, fingerprints):
+    text = tmp_path / "own.jsonl"
+    text.write_text("one")
+    before = fingerprints(f"evaluate.path={text}")
+    text.write_text("two")
+    assert changed(before, fingerprints(f"evaluate.path={text}")) == ["serve_smoke", "evaluate"]
+    assert changed(before, fingerprints(f"evaluate.path={text}", "bits=8", "method=gptq"))[-2:] == ["tasks", "speed"]
+    # The questions of the smoke test come before the evaluation alone.
+    assert changed(fingerprints(), fingerprints("serve.smoke.max_tokens=5")) == ["serve_smoke", "evaluate"]
+    assert "tasks" in changed(fingerprints(), fingerprints("serve.enforce_eager=false"))
 
 
 def test_the_baseline_is_the_same_whatever_bits_say(fingerprints):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import yaml
+from taken_files import write_taken
 
 from quantline.core.errors import UserError
 from quantline.core.files import write_json
@@ -42,7 +43,7 @@ class Pipeline:
             )
         return self.composed[key]
 
-    def run(self, stage, name, text="same"):
+    def run(self, stage, name, text="same", taken="same"):
         before = {
             "calibrate": ["download"], "quantize": ["download", "calibrate"], "convert": ["quantize"],
             "serve_smoke": ["download"] if name == "float" else ["convert"], "evaluate": ["serve_smoke"],
@@ -56,6 +57,7 @@ class Pipeline:
                 run.input(stage, baseline=True)
             with run.output() as out:
                 (out / "file").write_text(text)
+                write_taken(out, stage, taken)
 
         execute(stage, work, self.compose(name), self.folder, ())
 
@@ -130,6 +132,27 @@ def test_a_changed_output_makes_later_stages_out_of_date(pipeline):
     assert pipeline.stages("one") == EACH[:4]
 
 
+def test_a_stage_that_takes_one_file_of_an_output_stays_current_while_that_file_is_the_same(pipeline):
+    pipeline.run("calibrate", "one", "a manifest with another hash")
+    assert pipeline.stages("one") == EACH
+    pipeline.run("serve_smoke", "one", "scores of another text")
+    assert pipeline.stages("one") == [stage for stage in EACH if stage != "evaluate"]
+    pipeline.run("serve_smoke", "one", taken="another verdict")
+    assert pipeline.stages("one") == [stage for stage in EACH if stage not in ("evaluate", "tasks")]
+    pipeline.run("calibrate", "one", taken="other tokens")
+    assert pipeline.stages("one") == ["download", "calibrate"]
+
+
+def test_results_that_name_whole_outputs_of_an_older_version_stay_current(pipeline):
+    path = pipeline.folder / "artifacts" / "one" / "quantize.json"
+    result = json.loads(path.read_text())
+    assert set(result["inputs"]) == {"download", "calibrate/tokens.safetensors"}
+    whole = json.loads(path.with_name("calibrate.json").read_text())["output_hash"]
+    for content, stages in ((whole, EACH), ("0", ["download", "calibrate"])):
+        path.write_text(json.dumps({**result, "inputs": {"calibrate": content}}))
+        assert pipeline.stages("one") == stages
+
+
 def test_another_baseline_drops_the_evaluations_that_were_compared_with_the_former(pipeline):
     pipeline.run("evaluate", "float", "another")
     assert pipeline.stages("one") == pipeline.stages("two") == [stage for stage in EACH if stage != "evaluate"]
@@ -180,6 +203,7 @@ def by_hand(root, composed, tmp_path):
                 run.input(earlier)
             with run.output() as out:
                 (out / "file").write_text(run.stage)
+                write_taken(out, run.stage, "text")
 
         options = (*overrides, f"variant={name}")
         for stage in stages:

@@ -59,10 +59,21 @@ def test_a_stage_depends_on_the_outputs_of_those_it_follows_and_on_the_baselines
         assert entry["outs"] == [output, f"{output}.json"]
         found = outputs_of(entry)
         if variant == "${key}":
-            for earlier in stage.after:
-                home = "shared" if STAGES[earlier].shared else variant
-                assert f"artifacts/{home}/{earlier}" in found, (name, earlier)
+            for earlier in (*stage.after, *stage.takes):
+                place = f"artifacts/{'shared' if STAGES[earlier].shared else variant}/{earlier}"
+                assert (place in found) == (earlier not in stage.takes), (name, earlier)
             assert (f"artifacts/float/{name}" in found) == bool(stage.beside_float), name
+        home = variant if variant == "${key}" else "float"
+        files = {f"artifacts/{home}/{earlier}/{file}" for earlier, file in stage.takes.items()}
+        of_float = {} if variant == "${key}" else {"calibrate"}
+        assert {dep for dep in found if dep.count("/") > 2} == {
+            file for file in files if file.split("/")[2] not in of_float
+        }, name
+
+
+def test_a_file_that_only_some_options_decide_is_one_that_a_later_stage_takes():
+    taken = {(earlier, file) for stage in STAGES.values() for earlier, file in stage.takes.items()}
+    assert {(stage.name, file) for stage in STAGES.values() for file in stage.decide} <= taken
 
 
 def test_dvc_takes_its_metrics_from_the_figures_alone(pipeline):

@@ -23,8 +23,8 @@ from quantline.lifecycle.worktree import Worktree, baseline_config, make_worktre
 from quantline.pipeline.hashing import hash_folder
 from quantline.pipeline.identity import combined
 from quantline.pipeline.lineage.chain import Lineage
-from quantline.pipeline.lineage.diff import Difference, outcome_difference, stage_difference
-from quantline.pipeline.paths import read_result
+from quantline.pipeline.lineage.diff import MISSING, Difference, outcome_difference, stage_difference
+from quantline.pipeline.paths import read_result, taken
 from quantline.pipeline.stages import STAGES, baseline_stages, names
 from quantline.toolchains.environments import detect_platform
 
@@ -175,7 +175,7 @@ def _from_source(run: TrackedRun, folder: Path, root: Path, making: RebuildOptio
             rebuilt.compared.append(_counts(stage, run.results[stage]))
             found = stage_difference(stage, run.chain, chain)
         else:
-            found = _other_input(run, stage, str(chain.results[stage]["output_hash"]))
+            found = _other_input(run, stage, chain.results[stage])
         if found is not None:
             return replace(rebuilt, difference=found)
     _collect(area, run, name, folder / "result")
@@ -189,10 +189,13 @@ def _stages(run: TrackedRun, until: str) -> list[str]:
     return [stage for stage in candidates[: last + 1] if not _is_baseline(run) or stage in baseline_stages()]
 
 
-def _other_input(run: TrackedRun, stage: str, made: str) -> Difference | None:
-    """The difference of a stage without a result in the run: its hash is recorded as an input of later stages."""
-    taken = {str(result["inputs"][stage]) for result in run.results.values() if stage in (result.get("inputs") or {})}
-    return Difference(stage, "output", "hash", ", ".join(sorted(taken)), made) if taken - {made} else None
+def _other_input(run: TrackedRun, stage: str, made: Mapping[str, Any]) -> Difference | None:
+    """The difference of a stage without a result in the run: what later stages took of it is recorded, by its hash."""
+    for result in run.results.values():
+        for took, content in taken(result).items():
+            if took.stage == stage and not took.baseline and took.content(made) != content:
+                return Difference(stage, "output", took.file or "hash", content, took.content(made) or MISSING)
+    return None
 
 
 def _order(stages: list[str], name: str) -> list[tuple[str, str]]:

@@ -1,10 +1,10 @@
 """Fingerprints: one hash over the plain values that determine a stage's output.
 
 A stage's fingerprint covers the options that it reads, the content of files that they name, the lock files of its
-environments, the project's version and the stage's source files, and the fingerprints of the stages before it. Where and
-how the stage ran (device, ports, paths of interpreters) is recorded in the result, but is not part of the fingerprint. A
-fingerprint is known before a stage runs. Values that are known only afterwards (token ids, tensors, the backend that
-`auto` selected) are in the result.
+environments, the project's version and the stage's source files, and the fingerprints of the stages before it (of the one
+file, where a stage reads only one of an earlier output). Where and how the stage ran (device, ports, paths of
+interpreters) is recorded in the result, but is not part of the fingerprint. A fingerprint is known before a stage runs.
+Values that are known only afterwards (token ids, tensors, the backend that `auto` selected) are in the result.
 """
 
 from __future__ import annotations
@@ -58,26 +58,33 @@ def locks_of(backends: Sequence[str], root: Path) -> dict[str, str]:
     }
 
 
-def options_of(config: Config, stage: str, root: Path) -> dict[str, Any]:
-    """The plain values that a stage itself reads: options, hashes of locks, and hashes of files that the options name."""
+def options_of(config: Config, stage: str, root: Path, file: str | None = None) -> dict[str, Any]:
+    """The plain values that a stage itself reads: options, hashes of locks, and hashes of files that the options name.
+
+    file: only those that determine this file of its output.
+    """
     if stage not in STAGES:
         raise ValueError(f"no stage named {stage}")
     locks = config.frozen.locks if config.frozen else locks_of(backends_of(config), root)
-    return STAGES[stage].options(config, Context(root, locks, backends_of(config)))
+    entry = STAGES[stage]
+    values = entry.decide.get(file, entry.options) if file else entry.options
+    return values(config, Context(root, locks, backends_of(config)))
 
 
-def identity(config: Config, stage: str, root: Path) -> dict[str, Any]:
-    """The plain values that determine a stage's output; earlier stages are represented by their fingerprints."""
-    earlier = {name: stage_fingerprint(config, name, root) for name in before(config, stage)}
-    return {
-        "stage": stage, "version": __version__, "code": code_files(stage), "options": options_of(config, stage, root),
-        "before": earlier,
-    }  # fmt: skip
+def identity(config: Config, stage: str, root: Path, file: str | None = None) -> dict[str, Any]:
+    """The plain values that determine a stage's output; earlier stages are represented by their fingerprints.
+
+    file: those that determine this file of the output.
+    """
+    takes = STAGES[stage].takes
+    earlier = {name: stage_fingerprint(config, name, root, takes.get(name)) for name in before(config, stage)}
+    options = options_of(config, stage, root, file)
+    return {"stage": stage, "version": __version__, "code": code_files(stage), "options": options, "before": earlier}
 
 
-def stage_fingerprint(config: Config, stage: str, root: Path) -> str:
-    """The fingerprint of a stage for a configuration."""
-    return fingerprint(identity(config, stage, root))
+def stage_fingerprint(config: Config, stage: str, root: Path, file: str | None = None) -> str:
+    """The fingerprint of a stage for a configuration, or that of one file of its output."""
+    return fingerprint(identity(config, stage, root, file))
 
 
 def options_fingerprint(config: Config, stage: str, root: Path) -> str:

@@ -12,7 +12,7 @@ from quantline.core.errors import UserError
 from quantline.core.text import listed
 from quantline.pipeline.config import Config
 from quantline.pipeline.identity import options_fingerprint, stage_fingerprint
-from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded, stage_paths
+from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded, stage_paths, taken
 from quantline.pipeline.stages import STAGES, baseline_overrides, before, is_baseline, needed
 
 
@@ -63,11 +63,13 @@ def _of_any_code(root: Path, config: Config, stage: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in recorded(root, stage):
         result = read_result(path)
-        made_from, contents = result.get("identity", {}).get("before", {}), result.get("inputs", {})
+        made_from = result.get("identity", {}).get("before", {})
+        contents = {took.stage: content for took, content in taken(result).items() if not took.baseline}
         if result.get("options") == options and all(
             made_from.get(name) in known or contents.get(name) in known for name, known in earlier.items()
         ):
-            found.update(dict.fromkeys((result["fingerprint"], result["output_hash"]), path.with_suffix("")))
+            hashes = (result["fingerprint"], result["output_hash"], *result.get("outputs", {}).values())
+            found.update(dict.fromkeys(hashes, path.with_suffix("")))
     return found
 
 

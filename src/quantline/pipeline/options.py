@@ -59,6 +59,11 @@ def serve_smoke(config: Config, context: Context) -> dict[str, Any]:
     return {**_scored(config, context), "serve": serve, "environment": context.locks["server"]}
 
 
+def verdict(config: Config, context: Context) -> dict[str, Any]:
+    """What decides whether the server takes a checkpoint: neither the questions nor the text that it scores."""
+    return {"serve": config.serve.model_dump(exclude={"process", "smoke"}), "environment": context.locks["server"]}
+
+
 def evaluate(config: Config, context: Context) -> dict[str, Any]:
     """The text and all measurements on it."""
     evaluation = config.evaluate.model_dump()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,39 @@ _RUNTIME = (
     "speed",
     "report",
 )
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a stage was made from: another stage's output or one file of it, of its variant or of the float baseline.
+
+    Its name stands in a result's `inputs`, beside the hash: `quantize`, `float/evaluate`, `calibrate/tokens.safetensors`.
+    """
+
+    stage: str
+    file: str | None = None
+    baseline: bool = False
+
+    def __str__(self) -> str:
+        """Its name."""
+        return "/".join([*([BASELINE] if self.baseline else []), self.stage, *([self.file] if self.file else [])])
+
+    @classmethod
+    def named(cls, name: str) -> Taken:
+        """What a name in `inputs` stands for."""
+        own = name.removeprefix(f"{BASELINE}/")
+        stage, _, file = own.partition("/")
+        return cls(stage, file or None, own != name)
+
+    def content(self, result: Mapping[str, Any]) -> str | None:
+        """The hash of it in the other stage's result; None if that has none."""
+        found = (result.get("outputs") or {}).get(self.file) if self.file else result.get("output_hash")
+        return None if found is None else str(found)
+
+
+def taken(result: Mapping[str, Any]) -> dict[Taken, str]:
+    """What a stage's result says that it was made from, with the hashes."""
+    return {Taken.named(str(name)): str(content) for name, content in (result.get("inputs") or {}).items()}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 from quantline.pipeline.compose import read_frozen, read_params
@@ -25,12 +26,14 @@ from quantline.pipeline.paths import (
     PIPELINE_HOME,
     SAVED,
     StagePaths,
+    Taken,
     manual_paths,
     not_among,
     read_result,
     run_folder,
     run_names,
     stage_paths,
+    taken,
 )
 from quantline.pipeline.stages import PIPELINE, STAGES, of_config
 
@@ -103,7 +106,7 @@ def _record(root: Path, name: str, values: dict[str, Any], overrides: str) -> Va
 def _pipeline_results(root: Path, name: str, config: Config) -> Found:
     found: list[dict[str, Any]] = []
     outputs: dict[str, Path] = {}
-    current: dict[str, str] = {}
+    current: dict[str, dict[str, Any]] = {}
     for stage in of_config(config):
         places = stage_paths(root / PIPELINE_HOME, name, stage)
         if not places.result.is_file():
@@ -112,7 +115,7 @@ def _pipeline_results(root: Path, name: str, config: Config) -> Found:
         if not _follows(result, config, stage, root, current):
             print(f"{name}: {stage} is out of date and was left out; run `dvc repro`", file=sys.stderr)
             continue
-        current[stage] = str(result["output_hash"])
+        current[stage] = result
         found.append(_with_files(root, places, result))
         outputs[stage] = places.output
     return found, outputs
@@ -120,18 +123,20 @@ def _pipeline_results(root: Path, name: str, config: Config) -> Found:
 
 def _manual_results(root: Path, name: str, config: Config, overrides: str) -> Found:
     outputs: dict[str, Path] = {}
-    wanted: dict[str, str] = {}  # the hashes of the outputs that later stages were made from
+    wanted: dict[Taken, str] = {}  # what later stages were made from, with the hashes
     stale = []
     for stage in reversed(of_config(config)):
         places = manual_paths(root, config, name.removeprefix(BY_HAND), stage)
         fingerprint = stage_fingerprint(config, stage, root)
         own = read_result(places.result) if places.result.is_file() and not STAGES[stage].shared else {}
         found = places.output if own.get("fingerprint") == fingerprint else None
-        if found is None and stage in wanted:
+        asked = {took: content for took, content in wanted.items() if took.stage == stage and not took.baseline}
+        if found is None and asked:
             found = output_with_fingerprint(root, stage, fingerprint)
-        if found is not None and wanted.get(stage) in (None, read_result(StagePaths(found).result)["output_hash"]):
+        result = read_result(StagePaths(found).result) if found is not None else {}
+        if found is not None and all(took.content(result) == content for took, content in asked.items()):
             outputs[stage] = found
-            wanted.update(read_result(StagePaths(found).result)["inputs"])
+            wanted.update(taken(result))
         elif own:
             stale.append((stage, command_for(stage, shlex.split(overrides))))
     for stage, command in reversed(stale):
@@ -152,19 +157,19 @@ def _with_files(root: Path, places: StagePaths, result: dict[str, Any]) -> dict[
     return {**result, "files": files, "log": log}
 
 
-def _follows(result: dict[str, Any], config: Config, stage: str, root: Path, current: dict[str, str]) -> bool:
+def _follows(
+    result: dict[str, Any], config: Config, stage: str, root: Path, current: dict[str, dict[str, Any]]
+) -> bool:
     # DVC does not run a stage again when its inputs did not change, so its fingerprint may cover older options of the
     # stages before it. The result is identified by its own options and by the hashes of its inputs.
     if result.get("options") != options_fingerprint(config, stage, root):
         return False
-    for name, content in result["inputs"].items():
-        of, _, inner = str(name).rpartition("/")
-        if of:
-            baseline = stage_paths(root / PIPELINE_HOME, of, inner).result
-            found = read_result(baseline).get("output_hash") if baseline.is_file() else None
-        else:
-            found = current.get(inner)
-        if found != content:
+    for took, content in taken(result).items():
+        source = current.get(took.stage, {})
+        if took.baseline:
+            path = stage_paths(root / PIPELINE_HOME, BASELINE, took.stage).result
+            source = read_result(path) if path.is_file() else {}
+        if took.content(source) != content:
             return False
     return True
 

@@ -35,13 +35,14 @@ from quantline.pipeline.paths import (
     MANUAL_HOME,
     PIPELINE_HOME,
     StagePaths,
+    Taken,
     checked_name,
     manual_name,
     manual_paths,
     read_result,
     stage_paths,
 )
-from quantline.pipeline.stages import is_baseline, refuse_source
+from quantline.pipeline.stages import STAGES, is_baseline, refuse_source
 from quantline.toolchains import environments, runner
 from quantline.toolchains.protocol import JobResult, installed_versions
 from quantline.toolchains.runner import Ask, early_worker
@@ -173,7 +174,8 @@ class StageRun:
         """The output folder of an earlier stage, or of the baseline's.
 
         Raises:
-            UserError: it is not there; the message names everything that is missing and the commands that make it.
+            UserError: it is not there; the message names everything that is missing and the commands that make it. Or it
+                lacks the file that this stage reads of it.
         """
         if self.frozen:
             path = pipeline_output(self.root, BASELINE if baseline else self.variant, stage)
@@ -184,9 +186,21 @@ class StageRun:
                 missing = missing_inputs(self.root, self.stage, Wanted(stage, baseline), self.config)
                 raise UserError(advice(self.stage, missing, self.overrides))
             path = found
-        name = f"{BASELINE}/{stage}" if baseline else stage
-        self.inputs[name] = str(read_result(stage_paths_of(path).result)["output_hash"])
+        takes = STAGES[self.stage].takes if self.stage in STAGES else {}
+        took = Taken(stage, None if baseline else takes.get(stage), baseline)
+        content = took.content(read_result(stage_paths_of(path).result))
+        if content is None:
+            raise UserError(f"{path.relative_to(self.root)}: its result does not have {took.file}; run {stage} again")
+        self.inputs[str(took)] = content
         return path
+
+    def input_file(self, stage: str) -> Path:
+        """The one file that this stage reads of an earlier stage's output, as the table of stages says.
+
+        Raises:
+            UserError: the output is not there, see `input`.
+        """
+        return self.input(stage) / STAGES[self.stage].takes[stage]
 
     @property
     def is_baseline(self) -> bool:

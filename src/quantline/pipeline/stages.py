@@ -7,8 +7,8 @@ uses, whether its output is reproducible byte for byte, and whether the float ba
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from quantline.pipeline import options
 from quantline.pipeline.config import Config
 from quantline.quantization.capabilities import CALIBRATED
 
+# What others read of an output by itself: the calibration's token ids, and whether the server takes a variant.
+TOKENS, VERDICT = "tokens.safetensors", "verdict.json"
 _SERVING = ("serve.runtime", "serve.max_model_len", "serve.dtype", "serve.enforce_eager")
 _GENERATIONS = tuple(f"evaluate.generations.{key}" for key in ("prompts", "prompt_tokens", "new_tokens"))
 _WINDOWS = tuple(f"evaluate.{key}" for key in WINDOW_KEYS)
+_Values = Callable[[Config, options.Context], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class Stage:
         options: returns the plain values that it reads, see `quantline.pipeline.options`.
         inputs: returns the hashes of the files that its options name by path, see `quantline.pipeline.own_files`.
         reads: the keys of the frozen configuration that it reads; a change of their values makes DVC run it again.
+        takes: the one file that it reads of an earlier stage's output, by stage; of the other stages it takes the whole
+            output. It does not run again where only other files changed.
+        decide: for a file of its output that not all of its options decide, by name: returns those that do.
         locks: the environments that it runs in, as keys of `frozen.locks`.
         exact: equal inputs give equal bytes. A server's answers are not exact.
         shared: all variants share one output.
@@ -50,10 +56,12 @@ class Stage:
 
     name: str
     after: tuple[str, ...]
-    options: Callable[[Config, options.Context], dict[str, Any]]
+    options: _Values
     reads: tuple[str, ...] = ()
     locks: tuple[str, ...] = ()
     inputs: Callable[[Config, Path], dict[str, Any]] | None = None
+    takes: Mapping[str, str] = field(default_factory=dict)
+    decide: Mapping[str, _Values] = field(default_factory=dict)
     exact: bool = False
     shared: bool = False
     skipped: Callable[[Config], bool] = lambda config: False
@@ -87,7 +95,7 @@ _TABLE = (
         "quantize", ("download", "calibrate"), options.quantize,
         ("method", "bits", "group_size", "backend", "dtype", "lm_head", "low_memory", "layers", "layer_errors", "seed",
          "threads", "device", "frozen.backends"), ("quantizer",),
-        exact=True, skipped=is_baseline, compared=True, gated=True, rebuilt=True, kept=False,
+        takes={"calibrate": TOKENS}, exact=True, skipped=is_baseline, compared=True, gated=True, rebuilt=True, kept=False,
     ),
     Stage(
         "convert", ("quantize",), options.convert, ("convert", "serve.runtime", "serve.dtype", "device"),
@@ -96,18 +104,18 @@ _TABLE = (
     ),
     Stage(
         "serve_smoke", ("convert",), options.serve_smoke, (*_SERVING, "serve.smoke", *_WINDOWS, "device"), ("server",),
-        inputs=options.evaluation_inputs, beside_float=("serve.smoke", *_WINDOWS),
+        decide={VERDICT: options.verdict}, inputs=options.evaluation_inputs, beside_float=("serve.smoke", *_WINDOWS),
         compared=True, gated=True, rebuilt=True,
     ),
     Stage(
         "evaluate", ("serve_smoke",), options.evaluate, ("evaluate",), ("reference",),
-        inputs=options.evaluation_inputs, beside_float=("evaluate.level", *_WINDOWS, *_GENERATIONS),
-        compared=True, gated=True, rebuilt=True,
+        takes={"calibrate": TOKENS}, inputs=options.evaluation_inputs,
+        beside_float=("evaluate.level", *_WINDOWS, *_GENERATIONS), compared=True, gated=True, rebuilt=True,
     ),
     Stage(
         "tasks", ("serve_smoke",), options.tasks, ("tasks", *_SERVING, "device"), ("tasks", "server"),
-        inputs=options.task_inputs, beside_float=(*(f"tasks.{key}" for key in ITEM_KEYS), "serve.max_model_len"),
-        compared=True,
+        takes={"serve_smoke": VERDICT}, inputs=options.task_inputs, compared=True,
+        beside_float=(*(f"tasks.{key}" for key in ITEM_KEYS), "serve.max_model_len"),
     ),
     Stage("speed", ("convert",), options.speed, ("speed", *_SERVING, "device"), ("server",), compared=True),
     Stage("noise", ("quantize",), options.noise, by_hand=True),

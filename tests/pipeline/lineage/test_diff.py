@@ -186,7 +186,31 @@ def test_a_run_by_hand_is_not_compared_with_itself_under_the_pipelines_name(chec
 
 def test_an_output_that_was_replaced_since_breaks_the_chain(plain):
     assert plain.broken() == []
-    asked = altered(plain, "quantize", lambda r: r["inputs"].update(calibrate="0"))
-    assert asked.broken() == [
-        "quantize was made from another output of calibrate than the current one; run: python -m stages.quantize method=gptq"
-    ]
+    for name in ("calibrate", "calibrate/model.safetensors"):
+        asked = altered(plain, "quantize", lambda r, name=name: r["inputs"].update({name: "0"}))
+        assert asked.broken() == [
+            "quantize was made from another output of calibrate than the current one; run: python -m stages.quantize "
+            "method=gptq"
+        ]
+    right = plain.results["calibrate"]["outputs"]["model.safetensors"]
+    same = altered(plain, "quantize", lambda r: r["inputs"].update({"calibrate/model.safetensors": right}))
+    assert same.broken() == []
+
+
+def test_what_a_run_took_from_another_by_one_file_is_found_unless_runs_of_other_options_have_the_same(checkout, plain):
+    folder = checkout / "scratch" / "later"
+    taken = {name: result["outputs"]["model.safetensors"] for name, result in plain.results.items()}
+    shutil.copytree(checkout / "scratch" / "plain", checkout / "scratch" / "source")
+    (checkout / "scratch" / "source" / "quantize.json").rename(checkout / "scratch" / "source" / "serve_smoke.json")
+    smoke = json.loads((checkout / "scratch" / "source" / "serve_smoke.json").read_text())
+    smoke["outputs"]["verdict.json"] = "v"
+    (checkout / "scratch" / "source" / "serve_smoke.json").write_text(json.dumps(smoke))
+    folder.mkdir()
+    inputs = {"calibrate/model.safetensors": taken["calibrate"], "serve_smoke/verdict.json": "v"}
+    (folder / "tasks.json").write_text(json.dumps({"stage": "tasks", "inputs": inputs}))
+    try:
+        found = local_lineage(checkout, "by-hand/later")
+        assert list(found.results) == ["calibrate", "tasks"]
+    finally:
+        for name in ("later", "source"):
+            shutil.rmtree(checkout / "scratch" / name)

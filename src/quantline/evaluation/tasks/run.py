@@ -281,9 +281,9 @@ def _counted(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"scores": {name: score for name, score in row["scores"].items() if score in (0.0, 1.0)}}
 
 
-def refusal(served: Path) -> str:
-    """Why the server does not load the variant, from the output of serve_smoke; empty if it does."""
-    verdict = read_json(served / "verdict.json")
+def refusal(path: Path) -> str:
+    """Why the server does not load the variant, from serve_smoke's verdict.json; empty if it does."""
+    verdict = read_json(path)
     return "" if verdict["supported"] else str(verdict["reason"])
 
 

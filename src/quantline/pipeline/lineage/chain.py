@@ -11,8 +11,18 @@ from typing import Any
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 from quantline.pipeline.inputs import command_for
-from quantline.pipeline.paths import PIPELINE_HOME, SAVED, not_among, read_result, recorded, run_folder, run_names
-from quantline.pipeline.stages import PIPELINE
+from quantline.pipeline.paths import (
+    PIPELINE_HOME,
+    SAVED,
+    Taken,
+    not_among,
+    read_result,
+    recorded,
+    run_folder,
+    run_names,
+    taken,
+)
+from quantline.pipeline.stages import PIPELINE, STAGES
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,11 @@ class Lineage:
         """Faults of the lineage: stages that were made from another output than the one in the lineage."""
         faults = []
         for stage, result in self.results.items():
-            for name, content in (result.get("inputs") or {}).items():
-                other = self.results.get(name)
-                if other is not None and other.get("output_hash") != content:
-                    faults.append(
-                        f"{stage} was made from another output of {name} than the current one" + self.remedy(stage)
-                    )
+            for took, content in taken(result).items():
+                other = None if took.baseline else self.results.get(took.stage)
+                if other is not None and took.content(other) != content:
+                    fact = f"{stage} was made from another output of {took.stage} than the current one"
+                    faults.append(fact + self.remedy(stage))
         return faults
 
 
@@ -71,11 +80,13 @@ def _folder_chain(folder: Path, root: Path, name: str, origin: str) -> Lineage:
     results = {stage: read_result(path) for stage, path in paths.items()}
     # Shared outputs, and inputs that were found by fingerprint in another variant's folder, are found by content.
     for stage in reversed(PIPELINE):
-        for wanted, content in (results.get(stage, {}).get("inputs") or {}).items():
-            if wanted not in results and wanted in PIPELINE:
-                path = _by_content(root, wanted, str(content))
+        for took, content in taken(results.get(stage, {})).items():
+            # Of a file that not all options of its stage decide, equal ones are in outputs of other options, too.
+            shared = took.file in STAGES[took.stage].decide if took.stage in STAGES else True
+            if took.stage not in results and not took.baseline and not shared:
+                path = _by_content(root, took, content)
                 if path is not None:
-                    paths[wanted], results[wanted] = path, read_result(path)
+                    paths[took.stage], results[took.stage] = path, read_result(path)
     folders = {stage: path.with_suffix("") for stage, path in paths.items() if path.with_suffix("").is_dir()}
     return Lineage(name, origin, ordered(results.values()), folders, _remedy(folder, root))
 
@@ -87,8 +98,8 @@ def _remedy(folder: Path, root: Path) -> Callable[[str], str]:
     return lambda stage: "; run `dvc repro`" if folder.parent == root / PIPELINE_HOME else ""
 
 
-def _by_content(root: Path, stage: str, output_hash: str) -> Path | None:
-    return next((path for path in recorded(root, stage) if read_result(path).get("output_hash") == output_hash), None)
+def _by_content(root: Path, took: Taken, content: str) -> Path | None:
+    return next((path for path in recorded(root, took.stage) if took.content(read_result(path)) == content), None)
 
 
 def require_lineage(chain: Lineage | None, given: str, root: Path) -> Lineage:
