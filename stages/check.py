@@ -16,9 +16,7 @@ def check(_arguments: dict[str, str | None]) -> int:
     from quantline.pipeline.compose import frozen_variant, place_of, read_params, variant_overrides
     from quantline.pipeline.config import parse
     from quantline.pipeline.own_files import missing_texts
-    from quantline.pipeline.preflight import preflight
-    from quantline.pipeline.run import StageRun
-    from quantline.pipeline.stages import is_baseline
+    from quantline.pipeline.preflight import refuse_early
     from quantline.pipeline.user_messages import explain
 
     faults: list[str] = []
@@ -30,8 +28,7 @@ def check(_arguments: dict[str, str | None]) -> int:
     for name in names:
         try:
             config = parse(frozen_variant(ROOT, name))
-            if not is_baseline(config):
-                preflight(StageRun("quantize", config, ROOT, ()))
+            refuse_early(config, ROOT)
             # A text that is elsewhere is no fault: its results may be in DVC's cache.
             notes += [f"{place_of(name)}: {text}" for text in missing_texts(ROOT, config)]
         except Exception as error:

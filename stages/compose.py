@@ -1,4 +1,7 @@
-"""Freeze the configuration of one variant of params.yaml: `python -m stages.compose variant=NAME`."""
+"""Freeze the configuration of one variant of params.yaml: `python -m stages.compose variant=NAME`.
+
+A variant that cannot be quantized is refused here, if its model is on this machine.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,15 @@ if TYPE_CHECKING:
 
 def compose(cfg: DictConfig) -> None:
     from quantline.core.errors import UserError
-    from quantline.pipeline.compose import freeze
+    from quantline.pipeline.compose import frozen_variant, write_frozen
+    from quantline.pipeline.config import parse
+    from quantline.pipeline.preflight import refuse_early
 
     if not cfg.variant:
         raise UserError("variant: is not set; give variant=NAME, a name from params.yaml")
-    print(f"compose -> {freeze(ROOT, cfg.variant).relative_to(ROOT)}")
+    values = frozen_variant(ROOT, cfg.variant)
+    refuse_early(parse(values), ROOT)  # here, so that an edit of the planning code composes nothing again
+    print(f"compose -> {write_frozen(ROOT, cfg.variant, values).relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -93,3 +93,16 @@ def test_results_stay_valid_where_the_files_are_not(copy, files):
     finally:
         moved.rename(files)
     assert ran(copy) == ["inputs"]
+
+
+def test_a_variant_that_cannot_be_quantized_stops_a_bare_repro_before_anything_is_computed(copy):
+    params = copy.root / "params.yaml"
+    before = params.read_text()
+    params.write_text(f"{before}  narrow: method=awq group_size=256\n")
+    try:
+        done = copy.dvc("repro")
+        assert done.code != 0
+        assert "group_size=256: does not divide" in done.text
+        assert set(re.findall(r"Running stage '([^']+)'", done.text)) <= {"code", "inputs", "compose@narrow"}
+    finally:
+        params.write_text(before)

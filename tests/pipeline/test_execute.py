@@ -4,6 +4,7 @@ import json
 
 import pytest
 from taken_files import write_taken
+from tiny_quantized import write_float
 
 from quantline.core.errors import ConfigError, UserError
 from quantline.pipeline.config import parse
@@ -97,6 +98,22 @@ def test_by_hand_the_stage_after_the_download_refuses_what_a_model_of_the_hub_do
     config = parse(composed(*words))
     run_checked("download", download, config, folder, words)
     with pytest.raises(ConfigError, match=r"evaluate\.window=512: the model takes at most 512 tokens"):
+        run_checked("calibrate", work["calibrate"], config, folder, words)
+    assert runs == []
+
+
+def test_the_calibration_of_a_model_of_the_hub_is_refused_where_quantizing_will_be(composed, everything):
+    folder, work, runs = everything
+
+    def download(run):
+        with run.output() as out:
+            path = write_float(out / "model", layers=2) / "config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 4096}))
+
+    words = ["model=qwen2_5_0_5b", "method=gptq", "group_size=1024"]
+    config = parse(composed(*words))
+    run_checked("download", download, config, folder, words)
+    with pytest.raises(UserError, match="group_size=1024: does not divide"):
         run_checked("calibrate", work["calibrate"], config, folder, words)
     assert runs == []
 

@@ -114,12 +114,14 @@ def run_checked(
         refuse_what_the_model_does_not_take(
             config, root, _downloaded(config, root)
         )  # as `compose` does for the pipeline
-    if name == "quantize" and not is_baseline(config):
-        # Here, not in the stage: a change of the planning code should not make DVC quantize again.
+    if name in ("calibrate", "quantize") and not is_baseline(config):
+        # Here, not in the stage: a change of the planning code should not make DVC quantize again. The calibration is the
+        # first stage that finds a model of the hub.
         from quantline.pipeline.preflight import preflight
 
         for note in preflight(StageRun(name, config, root, tuple(overrides))):
-            print(f"  note: {note}", file=sys.stderr)
+            if name == "quantize":
+                print(f"  note: {note}", file=sys.stderr)
     return execute(name, work, config, root, overrides)
 
 

@@ -17,8 +17,10 @@ from quantline.core.gpu import visible_gpus
 from quantline.data.download import model_name
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.fit import faults_with_model
+from quantline.pipeline.identity import options_fingerprint
 from quantline.pipeline.own_files import located, missing_texts
 from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded
+from quantline.pipeline.stages import is_baseline
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check
 from quantline.planning.spec import Finding, Machine, Model, RefusedError, Step, VariantSpec, line
@@ -130,7 +132,16 @@ def model_of(run: StageRun) -> Model:
         if fault := tokenizer_fault(folder, model.path):
             raise UserError(f"{model.path}: {fault}")
         return opened
-    return Model.open(run.input("download") / "model", name)
+    return Model.open(_downloaded(run) / "model", name)
+
+
+def _downloaded(run: StageRun) -> Path:
+    """The output of the download of a run's model; the pipeline has one, which may still be of another model."""
+    folder = run.input("download")
+    made = read_result(folder.with_suffix(".json")).get("options")
+    if made != options_fingerprint(run.config, "download", run.root):
+        raise UserError(f"{folder.relative_to(run.root)} is not of this model; run `dvc repro download`")
+    return folder
 
 
 def hint(values: Mapping[str, Any], root: Path, options: PlanOptions) -> str | None:
@@ -161,6 +172,20 @@ def preflight(run: StageRun) -> list[str]:
     variant, place = variant_spec(run.config.model_dump()), machine_of(run.config, run.root)
     must_serve = run.config.convert.must_serve is not None
     return before_quantize(variant, model, place, must_serve=must_serve, defaults=method_defaults(run.root))
+
+
+def refuse_early(config: Config, root: Path) -> None:
+    """Refuse a variant of params.yaml by the headers of its model, as `preflight` does; nothing for the float baseline.
+
+    A model that is not on this machine yet is looked at by the stage after its download.
+
+    Raises:
+        RefusedError: it cannot be quantized or stored, or (with `convert.for`) cannot be served.
+    """
+    from quantline.pipeline.run import StageRun
+
+    if not is_baseline(config):
+        preflight(StageRun("quantize", config, root, ()))
 
 
 def length_findings(config: Config, model: Model) -> list[Finding]:
