@@ -19,7 +19,7 @@ from tiny_model import write_config, write_model
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
 from quantline.core.errors import UserError
 from quantline.data import download, hub
-from quantline.data.download import check_contents, fetch, model_name
+from quantline.data.download import check_contents, fetch, model_name, spoken_name
 
 REPO = "owner/tiny"
 TOKEN = "hf_secretSECRETsecret"  # planted, to be found nowhere
@@ -460,6 +460,19 @@ def test_an_old_copy_survives_a_kill_between_the_two_renames(model, out):
 )
 def test_a_model_is_named_after_its_repository_or_folder(source, name):
     assert model_name(source) == name
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ({"name": "Mine", "repo": "a/b"}, "Mine"),
+        ({"name": None, "repo": "meta-llama/Llama-2-7b-hf", "revision": "1"}, "meta-llama/Llama-2-7b-hf"),
+        ({"repo": None, "path": "/srv/models/tiny/model"}, "tiny"),
+        ({}, "model"),
+    ],
+)
+def test_a_reader_sees_a_name_and_no_path(model, name):
+    assert spoken_name(model) == name
 
 
 def test_the_model_options_name_pinned_sources(root):

@@ -5,7 +5,7 @@ import pytest
 from sections import bootstrap
 
 from quantline.core.errors import UserError
-from quantline.evaluation.bootstrap import paired_bootstrap, paired_recovery
+from quantline.evaluation.bootstrap import caution, paired_bootstrap, paired_recovery
 
 HOW = bootstrap()
 WEIGHTS = np.array([100.0, 200.0, 300.0])
@@ -129,3 +129,9 @@ def test_recovery_of_other_items_or_of_one_is_refused() -> None:
         paired_recovery(np.ones(3), np.ones(2), aggregation="mean", higher_is_better=True, how=HOW)
     with pytest.raises(UserError, match="has no spread"):
         paired_recovery(np.ones(1), np.ones(1), aggregation="mean", higher_is_better=True, how=HOW)
+
+
+def test_intervals_on_few_documents_come_with_a_caution():
+    assert caution(None) is None
+    assert caution(50) is None
+    assert "the intervals rest on 49 documents only" in caution(49)

@@ -48,6 +48,18 @@ def test_equal_errors_give_an_equal_picture(tmp_path):
     assert (tmp_path / "three").read_bytes() != (tmp_path / "one").read_bytes()
 
 
+def test_low_errors_are_pale_and_high_ones_dark(tmp_path):
+    from matplotlib.image import imread
+
+    assert draw([row(0, "a", 0.01), row(1, "a", 1.0)], tmp_path / "two", "title")
+    cells = imread(tmp_path / "two")[..., :3].mean(axis=2)
+    # Of the picture's left half the palest tenth of what is coloured is the low error, of the right half the high one.
+    across = cells[cells.shape[0] // 2]
+    left, right = across[int(0.3 * len(across))], across[int(0.7 * len(across))]
+    assert left > 0.8
+    assert right < 0.45
+
+
 def test_without_an_error_there_is_no_picture(tmp_path):
     assert not draw([row(0, "mlp.up_proj", None)], tmp_path / "none", "title")
     assert not draw([row(0, "mlp.up_proj", float("inf"))], tmp_path / "none", "title")

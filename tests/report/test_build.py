@@ -9,18 +9,12 @@ from xml.etree import ElementTree
 
 import pytest
 import report_records
-import yaml
 
 from quantline.config.report import ReportConfig
 from quantline.core.errors import UserError
 from quantline.report import run_tables, svg, tables
 from quantline.report.build import build, compile_report
 from quantline.report.evidence import current_report, gather, made_of
-
-
-@pytest.fixture(scope="module")
-def rules(root: Path) -> ReportConfig:
-    return ReportConfig.model_validate(yaml.safe_load((root / "conf" / "report" / "default.yaml").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +179,30 @@ def test_a_gate_without_a_limit_is_not_a_pass(tmp_path: Path) -> None:
         return tables.variants(gather([record], tmp_path / "artifacts")).rows[0]["tasks_passed"]
 
     assert [passed(2, 0.9), passed(2, None), passed(0, 0.9)] == [True, None, None]
+
+
+def test_speeds_that_the_stage_disowns_are_not_shown(tmp_path: Path, rules: ReportConfig) -> None:
+    records = report_records.records(tmp_path, names=["gptq-w4-g128"])
+    path = tmp_path / "artifacts" / "gptq-w4-g128" / "speed" / "speed.json"
+    measured = json.loads(path.read_text())
+    path.write_text(json.dumps({**measured, "session": {**measured["session"], "load_average": 9.0}}))
+    report = compile_report(gather(records, tmp_path / "artifacts"), rules)
+    assert report.tables["speed"].rows == []
+    assert "Left out: gptq-w4-g128: tokens/s and times, since the machine was busy" in report.tables["speed"].caption
+    assert "speed" not in report.plots
+    assert len(report.tables["speed_ratios"].rows) == 3
+
+
+def test_the_model_is_called_by_its_name(whole: Path) -> None:
+    assert (whole / "report.md").read_text().startswith("# Which variant of demo to ship")
+    assert "Which variant of <em>demo</em> to ship" in (whole / "index.html").read_text()
+
+
+def test_few_documents_are_told_of_beside_the_intervals(tmp_path: Path) -> None:
+    records = report_records.records(tmp_path, names=["gptq-w4-g128"])
+    for record in records:
+        for result in record.results:
+            if result["stage"] == "evaluate":
+                result["metrics"]["documents"] = 13
+    caption = tables.quality(gather(records, tmp_path / "artifacts")).caption
+    assert "Caution: the intervals rest on 13 documents only" in caption

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import report_records
-import yaml
 
 from quantline.config.report import ReportConfig
 from quantline.report.build import build
@@ -26,9 +24,8 @@ DRAWN = """svg => svg.map(one => {
 
 
 @pytest.fixture(scope="module")
-def address(root: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def address(rules: ReportConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("page")
-    rules = ReportConfig.model_validate(yaml.safe_load((root / "conf" / "report" / "default.yaml").read_text()))
     names = ["awq-w4-g128", "gptq-w8-g128", "gptq-w2-g128"]
     build(report_records.records(folder, names=names, gpu=True), folder / "artifacts", rules, folder / "report")
     return (folder / "report" / "index.html").as_uri()
@@ -123,3 +120,43 @@ def test_text_stands_out_from_its_ground(page: Any) -> None:
       }
       return [...new Set(poor)]; }"""
     assert page.evaluate(contrast) == []
+
+
+@pytest.fixture(scope="module")
+def usual(browser: Any, address: str) -> Iterator[Any]:
+    """The page in a window of 1400 pixels, nothing opened."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900}, offline=True)
+    context.set_default_timeout(120_000)
+    opened = context.new_page()
+    opened.goto(address)
+    yield opened
+    context.close()
+
+
+def test_the_main_table_fits_a_window_of_1400_pixels(usual: Any) -> None:
+    wide = "box => [box.scrollWidth, box.clientWidth]"
+    found, room = usual.eval_on_selector(".scroll:has(#table-variants)", wide)
+    assert found <= room
+    usual.eval_on_selector(
+        "#table-variants tbody th", "cell => { cell.textContent = 'gptq-w4-g128-' + 'calibration-'.repeat(4) }"
+    )
+    found, room = usual.eval_on_selector(".scroll:has(#table-variants)", wide)
+    assert found <= room
+
+
+def test_long_tables_are_folded_and_the_main_ones_are_not(usual: Any) -> None:
+    rows = "all => all.map(one => [one.id, one.tBodies[0].rows.length, one.closest('details:not([open])') !== null])"
+    found = {name: (count, folded) for name, count, folded in usual.eval_on_selector_all("table", rows)}
+    for name, (count, folded) in found.items():
+        assert folded or count <= 12, name
+    assert found["table-protocol"][1]
+    assert not found["table-variants"][1]
+    assert not found["table-quality"][1]
+
+
+def test_what_is_folded_is_printed(usual: Any) -> None:
+    seen = "cell => cell.checkVisibility()"
+    assert not usual.eval_on_selector("#table-protocol tbody tr:last-child td", seen)
+    usual.emulate_media(media="print")
+    assert usual.eval_on_selector("#table-protocol tbody tr:last-child td", seen)
+    usual.emulate_media(media="screen")

@@ -1,20 +1,13 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from quantline.config.report import Judged, ReportConfig
 from quantline.core.errors import ConfigError
 from quantline.pipeline.config import parse
 from quantline.report.recommendation import SPOKEN, recommend
-
-
-@pytest.fixture
-def rules(root: Path) -> ReportConfig:
-    return ReportConfig.model_validate(yaml.safe_load((root / "conf" / "report" / "default.yaml").read_text()))
 
 
 def row(name: str, **changes: Any) -> dict[str, Any]:
@@ -132,3 +125,9 @@ def test_every_column_that_can_be_judged_has_words() -> None:
 def test_an_invalid_rule_is_refused(composed: Any, override: str, fault: str) -> None:
     with pytest.raises(ConfigError, match=fault.replace(".", r"\.")):
         parse(composed(override))
+
+
+def test_few_documents_are_a_reason_for_caution(rules: ReportConfig) -> None:
+    found = recommend([FLOAT, row("small", documents=13)], rules)
+    assert found.caveats[0].startswith("The intervals rest on 13 documents only")
+    assert not any("documents" in caveat for caveat in recommend([row("small", documents=186)], rules).caveats)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,12 @@ def model_name(source: ModelConfig) -> str:
     parts = [part for part in (source.repo or source.path or "").replace("\\", "/").split("/") if part not in ("", ".")]
     named = [part for part in parts if part not in ("..", "model")] or parts
     return re.sub(r"[^A-Za-z0-9._-]+", "-", named[-1]).strip("-.") if named else "model"
+
+
+def spoken_name(model: Mapping[str, Any]) -> str:
+    """A model's name for readers, from its options: the given name, `owner/name`, or the end of the path."""
+    source = ModelConfig.model_construct(repo=None, path=model.get("path"))
+    return str(model.get("name") or model.get("repo") or model_name(source))
 
 
 def label_of(source: ModelConfig) -> str:

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from quantline.config.evaluate import BootstrapConfig
 from quantline.core.errors import UserError
 
+# With fewer documents a percentile interval is often too narrow, since few resamples of them are different.
+ENOUGH_DOCUMENTS = 50
 # The most drawn item numbers in memory at a time, whatever the number of documents.
 _DRAWS = 2_000_000
 
@@ -29,6 +31,16 @@ class Interval:
     estimate: float
     low: float
     high: float
+
+
+def caution(documents: float | None) -> str | None:
+    """A sentence if an interval rests on few documents; None if on enough, or if their number is not known."""
+    if documents is None or documents >= ENOUGH_DOCUMENTS:
+        return None
+    return (
+        f"the intervals rest on {documents:.0f} documents only, with which they are often too narrow: evaluate at least "
+        f"{ENOUGH_DOCUMENTS} (evaluate.max_documents, or more text in evaluate.path)"
+    )
 
 
 def bootstrap(
@@ -63,7 +75,9 @@ def paired_bootstrap(
     if values.shape != (documents,) or baseline.shape != (documents,):
         raise UserError(f"bootstrap: {values.shape[0]}, {baseline.shape[0]} and {documents} documents cannot be paired")
     if documents < 2:
-        raise UserError(f"bootstrap: {documents} document has no spread; evaluate at least two, better fifty")
+        raise UserError(
+            f"bootstrap: {documents} document has no spread; evaluate two at least, better {ENOUGH_DOCUMENTS}"
+        )
     if not (weights > 0).all():
         raise UserError("bootstrap: the weight of a document is not positive; leave it out")
     differences = values - baseline

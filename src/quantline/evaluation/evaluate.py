@@ -23,7 +23,7 @@ from quantline.core.errors import UserError
 from quantline.core.files import write_json
 from quantline.data.windows import Windows, save_windows
 from quantline.evaluation import generations, perplexity, sensitivity, thresholds
-from quantline.evaluation.bootstrap import bootstrap
+from quantline.evaluation.bootstrap import bootstrap, caution
 from quantline.evaluation.measurements import Measurement, MeasurementOptions, WorkerRequest, plan
 from quantline.evaluation.perplexity import DocumentScore
 from quantline.toolchains.protocol import JobResult
@@ -143,6 +143,8 @@ def evaluate(
     notes = list(layers.notes)
     if not is_baseline and instruments.divergence != 0 and not parts.rows:
         notes.append("errors of single linears are not measured: the quantize stage's table of them is missing")
+    if not is_baseline and (few := caution(len(own.documents))):
+        notes.append(few)
     if instruments.changed_files is not None:
         metrics["changed_files"] = float(instruments.changed_files)
     # By token, whatever the protocol's level: a limit by word would depend on the length of words.

@@ -59,17 +59,17 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=0)
+    image = axes.imshow(values, cmap="YlOrRd", aspect="auto", vmin=0)
     every = max(1, len(layers) // 40)
     axes.set_xticks(range(0, len(layers), every), ["-" if layer < 0 else str(layer) for layer in layers[::every]])
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("decoder layer")
     axes.set_title(title, fontsize=9)
     if values.size <= _WRITTEN:
-        middle = float(np.nanmax(values)) / 2
+        middle = 0.6 * float(np.nanmax(values))  # darker cells have white numbers
         for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
             value = float(values[row, column])
-            colour = "white" if value < middle else "black"
+            colour = "black" if value < middle else "white"
             axes.text(int(column), int(row), f"{value:.2g}", ha="center", va="center", color=colour, fontsize=6)
     figure.colorbar(image, ax=axes, label="relative output error")
     figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

@@ -15,6 +15,7 @@ from quantline import __version__
 from quantline.config.report import ReportConfig
 from quantline.core.errors import UserError
 from quantline.core.secrets import Scrubber
+from quantline.data.download import spoken_name
 from quantline.pipeline.paths import REPORT_MANIFEST
 from quantline.pipeline.records import VariantRecord
 from quantline.report import layer_plots, plots, run_plots, tables
@@ -87,15 +88,11 @@ def compile_report(evidence: Sequence[Evidence], options: ReportConfig) -> Repor
     config: dict[str, Any] = evidence[0].record.config
     level = ((config.get("evaluate") or {}).get("bootstrap") or {}).get("level", 0.95)
     return Report(
-        model=_model(config.get("model") or {}), summary=_summary(evidence, config), recommendation=recommendation,
+        model=spoken_name(config.get("model") or {}), summary=_summary(evidence, config), recommendation=recommendation,
         tables=made, plots={plot.name: plot for plot in drawn if plot}, glossary=glossary, level=float(level),
         alarms={item.name: item.flags for item in evidence if item.flags and not item.is_baseline},
         unwatched=[item.name for item in evidence if item.flags is None and not item.is_baseline],
     )  # fmt: skip
-
-
-def _model(model: Row) -> str:
-    return str(model.get("repo") or model.get("name") or model.get("path") or "the model")
 
 
 def _summary(evidence: Sequence[Evidence], config: Row) -> list[tuple[str, str]]:
@@ -113,8 +110,9 @@ def _summary(evidence: Sequence[Evidence], config: Row) -> list[tuple[str, str]]
     where = ", ".join(sorted(device for device in devices if device != "None")) or "not recorded"
     if session.get("device_name") or session.get("host"):
         where += f" ({session.get('device_name') or session['host']})"
-    return [("Model", _model(config.get("model") or {})), ("Variants", str(sum(not item.is_baseline for item in evidence))),
-            ("Judged on", text), ("Measured on", where)]  # fmt: skip
+    variants = sum(not item.is_baseline for item in evidence)
+    return [("Model", spoken_name(config.get("model") or {})), ("Variants", str(variants)), ("Judged on", text),
+            ("Measured on", where)]  # fmt: skip
 
 
 def as_json(value: Any) -> str:

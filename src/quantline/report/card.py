@@ -95,9 +95,9 @@ def _body(item: Evidence, about: Card) -> Iterator[str]:
 
 
 def _base(config: Config) -> str:
-    from quantline.data.download import model_name
+    from quantline.data.download import spoken_name
 
-    return config.model.name or config.model.repo or model_name(config.model)
+    return spoken_name(config.model.model_dump())
 
 
 def _method(config: Config) -> str:

@@ -64,8 +64,7 @@ SECTIONS = (
         "speed", "Speed", "How fast is it here?",
         (
             Part("plot", "speed-up"), Part("plot", "speed"), Part("table", "speed_ratios"),
-            Part("table", "speed", "The column “tokens/s, one request” of data/variants.csv is of the serving check: one "
-                 "short request at a time."),
+            Part("table", "speed", "Choose what to measure with the group conf/speed."),
             Part("table", "servers"),
         ),
     ),

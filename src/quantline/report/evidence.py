@@ -13,6 +13,7 @@ from typing import Any
 
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
+from quantline.evaluation.speed.trust import trusted
 from quantline.pipeline.paths import REPORT_MANIFEST, stage_paths
 from quantline.pipeline.records import VariantRecord
 from quantline.pipeline.stages import PIPELINE
@@ -77,8 +78,13 @@ class Evidence:
 
     @cached_property
     def speed(self) -> Row:
-        """speed.json of speed."""
-        return self._json("speed", "speed.json")
+        """speed.json of speed, without the figures that its notes disown."""
+        return trusted(self._json("speed", "speed.json"))[0]
+
+    @property
+    def speed_left_out(self) -> list[str]:
+        """What `speed` leaves out, and why."""
+        return trusted(self._json("speed", "speed.json"))[1]
 
     @cached_property
     def proof(self) -> Row:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,21 +24,36 @@ def heat_maps(evidence: Sequence[Evidence]) -> list[Plot]:
     values = [value for *_, cells in found for value in cells.ravel() if math.isfinite(value) and value > 0]
     if not values:
         return []
-    span = min(values), max(values)
-    return [plot for item, layers, kinds, cells in found if (plot := _heat_map(item, layers, kinds, cells, span))]
+    levels: Row = next((known for item, *_ in found if (known := _levels(item))), {})
+    shade = _shades(max(min(values), max(values) / 1e4), max(values), levels)
+    return [plot for item, layers, kinds, cells in found if (plot := _heat_map(item, layers, kinds, cells, shade))]
+
+
+def _levels(item: Evidence) -> Row:
+    return dict((item.record.config.get("layer_errors") or {}).get("levels") or {})
+
+
+def _shades(least: float, most: float, levels: Mapping[str, float]) -> Callable[[Any], Any]:
+    """From an error to its place on the ramp, 0 to 1, by its logarithm. Errors below the level `moderate` are pale, those
+    of the level `high` dark, whatever the others are.
+    """
+    places = [(least, 0.0), (most, 1.0)]
+    if levels:
+        moderate, high = levels["moderate"], levels["high"]
+        places = [(min(least, moderate / 100), 0.0), (moderate, 0.24), (high, 0.56), (max(most, 4 * high), 1.0)]
+    errors, shades = zip(*places, strict=True)
+    return lambda error: np.interp(np.log(np.maximum(error, errors[0])), np.log(errors), shades)
 
 
 def _heat_map(
-    item: Evidence, layers: list[int], kinds: list[str], cells: np.ndarray, span: tuple[float, float]
+    item: Evidence, layers: list[int], kinds: list[str], cells: np.ndarray, shade: Callable[[Any], Any]
 ) -> Plot | None:
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.colors import LinearSegmentedColormap
 
     cells = np.where(np.isfinite(cells), cells, np.nan)
     if np.isnan(cells).all():
         return None
-    levels = (item.record.config.get("layer_errors") or {}).get("levels") or {}
-    least = max(span[0], span[1] / 1e4) * 0.999
-    scale = LogNorm(least, span[1] * 1.001)
+    levels = _levels(item)
     ramp = LinearSegmentedColormap.from_list("errors", _RAMP)
     width = 190 + 52 * min(len(layers), 12) + 22 * max(0, len(layers) - 12)
     with svg.canvas(max(430, width), 84 + 25 * len(kinds)) as figure:
@@ -45,14 +61,14 @@ def _heat_map(
         written = cells.size <= _WRITTEN
         axes.pcolormesh(
             np.arange(len(layers) + 1) - 0.5, np.arange(len(kinds) + 1) - 0.5,
-            np.ma.masked_invalid(np.maximum(cells, least)),
-            cmap=ramp, norm=scale, edgecolors=ink("bg"), linewidth=1.5 if written else 0.4,
+            np.ma.masked_invalid(shade(cells)),
+            cmap=ramp, vmin=0, vmax=1, edgecolors=ink("bg"), linewidth=1.5 if written else 0.4,
         )  # fmt: skip
         for (y, x), value in np.ndenumerate(cells):
             if math.isnan(value) or not written:
                 continue
             mark = {"high": "▲", "moderate": "△"}.get(_level(value, levels), "")
-            dark = scale(max(value, least)) > 0.52
+            dark = shade(value) > 0.5
             axes.text(x, y, f"{value:.2g}{mark}", ha="center", va="center", fontsize=7.8,
                       color="#fffefb" if dark else "#241a12")  # fmt: skip
         axes.set_xlim(-0.5, len(layers) - 0.5)
@@ -65,7 +81,7 @@ def _heat_map(
         for spine in axes.spines.values():
             spine.set_visible(False)
         axes.set_xlabel("decoder layer")
-        axes.set_title(item.name)
+        axes.set_title(svg.short(item.name))
         worst = max(item.layers, key=lambda row: row.get("output_error") or 0.0)
         counts = {name: sum(_level(value, levels) == name for value in cells.ravel() if not math.isnan(value))
                   for name in ("low", "moderate", "high")}  # fmt: skip
@@ -101,7 +117,7 @@ def restored(rows: Sequence[Row], order: Mapping[str, int]) -> Plot | None:
         axes.axvline(0, color=ink("muted"), linewidth=1)
         axes.margins(x=0.14)
         axes.set_ylim(len(kept) - 0.5, -0.5)
-        axes.set_yticks(range(len(kept)), [f"{row['variant']}  {_short(row['name'])}" for row in kept])
+        axes.set_yticks(range(len(kept)), [f"{svg.short(row['variant'])}  {_short(row['name'])}" for row in kept])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("share of the loss undone, %")
@@ -109,7 +125,8 @@ def restored(rows: Sequence[Row], order: Mapping[str, int]) -> Plot | None:
             figure, "restored", title="What one linear in float undoes", tips=tips,
             description="; ".join(f"{row['variant']} {row['name']} {100 * row['recovered_share']:.1f} %" for row in kept),
             caption="Each of the worst linears was put back to float by itself and the loss measured again. Shares need "
-            "not add up to 100 %: errors of different linears can cancel or amplify each other.",
+            "not add up to 100 %: errors of different linears can cancel or amplify each other. Those that are not told "
+            "from zero are left out.",
         )  # fmt: skip
 
 

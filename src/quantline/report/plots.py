@@ -45,7 +45,8 @@ def quality_size(rows: Sequence[Row], order: Mapping[str, int], limit: float | N
     tips: dict[str, str] = {}
     with svg.canvas(680, 400) as figure:
         axes = figure.add_subplot()
-        tops = [row.get("difference_high_percent") or row["difference_percent"] for row in known]
+        # The limit is in the picture too: what is written beyond the axes takes their room and is cut off.
+        lows, tops = [_end(row, "low") for row in known], [_end(row, "high") for row in known] + [limit or 0.0]
         wide = max(tops) > 20
         if wide:
             axes.set_yscale("symlog", linthresh=1.0, linscale=0.8)
@@ -66,9 +67,9 @@ def quality_size(rows: Sequence[Row], order: Mapping[str, int], limit: float | N
             axes.set_xlim(min(sizes) / 1.25, max(sizes) * 1.4)
         else:
             axes.set_xlim(0, max(sizes) * 1.13)
-        _room_above(axes, tops, wide)
+        _room_around(axes, lows, tops, wide)
         if wide:
-            _plain_ticks(axes, max(tops))
+            _plain_ticks(axes, min(lows), max(tops))
         axes.set_xlabel("weights on disk, MB (left is smaller)")
         axes.set_ylabel("growth of the perplexity, %" + (" (logarithmic above 1)" if wide else ""))
         _name_points(figure, axes, known, chosen, steps)
@@ -106,6 +107,10 @@ def _name_points(figure: Any, axes: Any, rows: Sequence[Row], chosen: str | None
     corners = axes.transData.transform([(row["size_bytes"] / 1e6, row["difference_percent"]) for row in steps])
     for (x, y), (right, below) in pairwise(corners):
         taken += [Bbox.from_extents(x, y - 1, right, y + 1), Bbox.from_extents(right - 1, below, right + 1, y)]
+    for row in rows:
+        x = row["size_bytes"] / 1e6
+        (left, low), (_, high) = axes.transData.transform([(x, _end(row, "low")), (x, _end(row, "high"))])
+        taken.append(Bbox.from_extents(left - 1, low, left + 1, high))
     frame = axes.get_window_extent()
     places = [(12, -3, "left"), (-12, -3, "right"), (0, 12, "center"), (0, -19, "center"), (10, 12, "left"),
               (-10, 12, "right"), (10, -19, "left"), (-10, -19, "right"), (0, 26, "center"), (0, -33, "center")]  # fmt: skip
@@ -113,7 +118,7 @@ def _name_points(figure: Any, axes: Any, rows: Sequence[Row], chosen: str | None
         best = None
         for dx, dy, side in places:
             label = axes.annotate(
-                row["variant"], (row["size_bytes"] / 1e6, row["difference_percent"]), xytext=(dx, dy),
+                svg.short(row["variant"]), (row["size_bytes"] / 1e6, row["difference_percent"]), xytext=(dx, dy),
                 textcoords="offset points", ha=side, fontsize=8.8, weight="bold" if row["variant"] == chosen else "normal",
             )  # fmt: skip
             box = label.get_window_extent()
@@ -131,14 +136,24 @@ def _name_points(figure: Any, axes: Any, rows: Sequence[Row], chosen: str | None
         taken.append(best[2])
 
 
-def _room_above(axes: Any, tops: Sequence[float], wide: bool) -> None:
-    low = axes.get_ylim()[0]
-    top = max([*tops, 0.5])
-    axes.set_ylim(min(low, -0.3 if wide else -0.06 * top), top * (2.2 if wide else 1.15))
+def _end(row: Row, end: str) -> float:
+    value = row.get(f"difference_{end}_percent")
+    return float(row["difference_percent"] if value is None else value)
 
 
-def _plain_ticks(axes: Any, top: float) -> None:
-    ticks = [tick for tick in (0, 0.5, 1, 3, 10, 30, 100, 300, 1000, 10_000, 100_000, 1_000_000) if tick <= 2 * top]
+def _room_around(axes: Any, lows: Sequence[float], tops: Sequence[float], wide: bool) -> None:
+    """Room for the points' names: above the highest, and below the lowest, which can be below zero."""
+    top, bottom = max([*tops, 0.5]), min([*lows, 0.0])
+    if wide:
+        axes.set_ylim(min(-0.3, 2 * bottom), top * 2.2)
+    else:
+        axes.set_ylim(bottom - 0.1 * (top - bottom), top + 0.15 * (top - bottom))
+
+
+def _plain_ticks(axes: Any, bottom: float, top: float) -> None:
+    steps = (0.5, 1, 3, 10, 30, 100, 300, 1000, 10_000, 100_000, 1_000_000)
+    ticks = [-step for step in reversed(steps) if -step >= 2 * bottom]
+    ticks += [0, *(step for step in steps if step <= 2 * top)]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
 
@@ -180,7 +195,9 @@ def forest(rows: Sequence[Row], order: Mapping[str, int]) -> Plot | None:
             elif key == "kl_divergence":
                 _positive(axes, [row[key] for row in kept if _finite(row.get(key))])
             axes.set_ylim(len(kept) - 0.5, -0.5)
-            axes.set_yticks(range(len(kept)), [row["variant"] for row in kept] if at == 0 else [""] * len(kept))
+            axes.set_yticks(
+                range(len(kept)), [svg.short(row["variant"]) for row in kept] if at == 0 else [""] * len(kept)
+            )
             axes.tick_params(axis="y", length=0)
             axes.grid(visible=False, axis="y")
             axes.set_title(label)
@@ -236,7 +253,9 @@ def memory(table: Table, order: Mapping[str, int]) -> Plot | None:
             axes.set_xlim(0, top * 1.02)
             axes.set_xticks([])
             axes.set_ylim(len(rows) - 0.5, -0.5)
-            axes.set_yticks(range(len(rows)), [row["variant"] for row in rows] if at == 0 else [""] * len(rows))
+            axes.set_yticks(
+                range(len(rows)), [svg.short(row["variant"]) for row in rows] if at == 0 else [""] * len(rows)
+            )
             axes.tick_params(axis="y", length=0)
             axes.grid(visible=False)
             axes.spines["bottom"].set_visible(False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from quantline.config.report import Preference, ReportConfig, Rule
 from quantline.core.text import listed
+from quantline.evaluation.bootstrap import caution
 from quantline.report.evidence import Row
 from quantline.report.units import Column, Kind, written
 
@@ -119,6 +120,8 @@ def recommend(rows: Sequence[Row], options: ReportConfig) -> Recommendation:
     elif len(fit) > 1:
         reasons.append(f"{listed([row['variant'] for row in fit])} meet every rule.")
     caveats = [f"{check.sentence}." for check in checks[name] if not check.measured] + caveats
+    if few := caution(best.get("documents")):
+        caveats.insert(0, f"{_capital(few)}.")
     if best.get("slower_than_float"):
         caveats.insert(0, "It is slower than the float model at some concurrency here: it saves memory, not time.")
     return Recommendation(name, f"Ship {name}.", reasons + steps, checks, ruled_out, passed_over, caveats)

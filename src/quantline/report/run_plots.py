@@ -43,7 +43,7 @@ def speed(evidence: Sequence[Evidence], order: Mapping[str, int]) -> Plot | None
                                         color=colour, linewidth=wide, zorder=above)  # fmt: skip
                     svg.gid(line, tips, f"{name} ({item.name}), {label}: " +
                             ", ".join(f"{row['concurrency']}: {row[key]:.4g}" for row in rows))  # fmt: skip
-                    handles.setdefault(name, line)
+                    handles.setdefault(svg.short(name), line)
                     if tail and all(row.get(tail) is not None for row in rows):
                         axes.plot(xs, [row[tail] for row in rows], color=colour, linewidth=1, linestyle=(0, (1, 1.6)))
             axes.set_xscale("log", base=2)
@@ -94,7 +94,7 @@ def ratios(evidence: Sequence[Evidence], order: Mapping[str, int]) -> Plot | Non
                                   ha="right" if left else "left", textcoords="offset points", va="center", fontsize=8.4,
                                   color=ink("bad") if slower else ink("fg"))  # fmt: skip
                     ticks.append(y)
-                    names.append(item.name)
+                    names.append(svg.short(item.name))
                     y += 1
         axes.axvline(1, color=ink("muted"), linewidth=1.3)
         axes.annotate("as fast as float", (1, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
@@ -144,7 +144,7 @@ def tasks(rows: Sequence[Row], order: Mapping[str, int], limit: float | None) ->
                                    color=svg.colour(place))  # fmt: skip
                 svg.gid(dot, tips, f"{row['variant']}, {name}: {100 * row['recovery']:.4g} % kept")
                 ticks.append(y)
-                names.append(row["variant"])
+                names.append(svg.short(row["variant"]))
                 y += 1
         axes.axvline(100, color=ink("muted"), linewidth=1.3)
         if limit is not None:
@@ -152,11 +152,12 @@ def tasks(rows: Sequence[Row], order: Mapping[str, int], limit: float | None) ->
             axes.annotate("limit", (100 * limit, 1), xycoords=("data", "axes fraction"), xytext=(-3, -9), ha="right",
                           textcoords="offset points", color=ink("bad"), fontsize=8.2)  # fmt: skip
         axes.set_ylim(y - 0.4, -0.9)
+        known = {svg.short(name) for name in order}
         right = max([100.0, *(100 * (row.get("recovery_high") or row["recovery"]) for row in kept)])
         axes.set_xlim(left, right + 0.04 * (right - left))
         axes.set_yticks(ticks, names)
         for tick, name in zip(axes.get_yticklabels(), names, strict=True):
-            tick.set_fontweight("normal" if name in order else "bold")
+            tick.set_fontweight("normal" if name in known else "bold")
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("share of the float model's score that is kept, %")

@@ -24,11 +24,10 @@ def speed(evidence: Sequence[Evidence]) -> Table:
         Column("ttft_ms_median", "first token, median", "ms"), Column("ttft_ms_p99", "p99", "ms"),
         Column("itl_ms_median", "between tokens, median", "ms"), Column("itl_ms_p99", "p99", "ms"),
     )  # fmt: skip
+    left_out = [f"{item.name}: {why}" for item in evidence for why in item.speed_left_out]
+    caption = "Throughput and latency by requests at once, the float model of the same session beside."
     return Table(
-        "speed",
-        "Throughput and latency by requests at once, the float model of the same session beside.",
-        columns,
-        rows,
+        "speed", " ".join([caption, *([f"Left out: {'; '.join(left_out)}."] if left_out else [])]), columns, rows
     )
 
 

@@ -53,6 +53,11 @@ def colour(position: int) -> str:
     return ink("c0") if position == 0 else ink(f"c{(position - 1) % 8 + 1}")
 
 
+def short(name: str, most: int = 32) -> str:
+    """A variant's name beside an axis: of a long one the beginning and the end, since it would take the axis' room."""
+    return name if len(name) <= most else f"{name[: most - 13]}…{name[-12:]}"
+
+
 def marker(position: int) -> str:
     """The marker of the variant at a position in the order, so that variants differ in more than colour."""
     return MARKERS[position % len(MARKERS)]

@@ -10,21 +10,32 @@ from dataclasses import dataclass
 from quantline.report.evidence import Row
 from quantline.report.units import Column
 
+# A table of more rows is folded on the page.
+_LONG = 12
+
 
 @dataclass(frozen=True)
 class Table:
-    """caption: its content, in one sentence. shown: number of rows on a page, the first ones; None shows all."""
+    """caption: its content, in one sentence. shown: number of rows on a page, the first ones; None shows all. main: the
+    page never folds it.
+    """
 
     name: str
     caption: str
     columns: tuple[Column, ...]
     rows: list[Row]
     shown: int | None = None
+    main: bool = False
 
     @property
     def page_rows(self) -> list[Row]:
         """The rows that a page shows."""
         return self.rows if self.shown is None else self.rows[: self.shown]
+
+    @property
+    def folds(self) -> bool:
+        """Whether the page folds it, since a reader would have to scroll past it."""
+        return not self.main and len(self.page_rows) > _LONG
 
     @property
     def keys(self) -> list[str]:

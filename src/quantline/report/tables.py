@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from quantline.evaluation.bootstrap import caution
 from quantline.pipeline.figures import mean_ratio
 from quantline.report import run_tables
 from quantline.report.evidence import Evidence, Row
@@ -37,7 +38,7 @@ def variants(evidence: Sequence[Evidence]) -> Table:
         Column("speed_up", "speed-up", "ratio", "speed_up_low", "speed_up_high"),
         Column("recovery_lowest", "worst task kept", "share"),
     )  # fmt: skip
-    return Table("variants", "Quality, size and speed of each variant.", columns, rows)
+    return Table("variants", "Quality, size and speed of each variant.", columns, rows, main=True)
 
 
 def _variant_row(item: Evidence) -> Row:
@@ -72,6 +73,7 @@ def _variant_row(item: Evidence) -> Row:
         "output_error_max": max((row["output_error"] for row in item.layers if row.get("output_error") is not None),
                                 default=None),
         "alarms": None if item.flags is None or item.is_baseline else len(item.flags),
+        "documents": item.metric("documents", "evaluate"),
     }  # fmt: skip
 
 
@@ -100,7 +102,9 @@ def quality(evidence: Sequence[Evidence]) -> Table:
         Column("top1_agreement", "same likeliest token", "share", "top1_agreement_low", "top1_agreement_high"),
         Column("engine_difference_percent", "vLLM against reference", "growth"),
     )  # fmt: skip
-    return Table("quality", "How far each variant is from the float model, with intervals.", columns, rows)
+    few = caution(min((row["documents"] for row in rows if row["documents"] is not None), default=None))
+    caption = "How far each variant is from the float model, with intervals." + (f" Caution: {few}." if few else "")
+    return Table("quality", caption, columns, rows, main=True)
 
 
 def generations(evidence: Sequence[Evidence]) -> Table:
@@ -160,13 +164,13 @@ def worst(evidence: Sequence[Evidence], count: int) -> Table:
 
 def restored(evidence: Sequence[Evidence]) -> Table:
     """The effect of putting single linears back to float."""
-    rows = [{"variant": item.name, **row} for item in evidence for row in item.restored]
+    rows = [_restored_row(item, row) for item in evidence for row in item.restored]
     columns: tuple[Column, ...] = (
         variant_column(), Column("name", "linear put back to float", "code"),
         Column("output_error", "its output error", "nats"),
         Column("nll_difference_restored", "loss left, nats/token", "nats"),
         Column("recovered_nll", "loss undone, nats/token", "nats", "recovered_low", "recovered_high"),
-        Column("recovered_share", "share of the loss undone", "share", missing="no loss"),
+        Column("recovered_share", "share of the loss undone", "share", missing="not told from 0"),
     )  # fmt: skip
     if any(row.get("recovered_kl_share") is not None for row in rows):
         columns = (*columns, Column("recovered_kl_share", "share of the KL undone", "share"))
@@ -178,6 +182,16 @@ def restored(evidence: Sequence[Evidence]) -> Table:
     )
 
 
+def _restored_row(item: Evidence, row: Row) -> Row:
+    """A share is only told if the loss and the part that is undone are both told from zero."""
+    told = item.summary.get("difference_low_percent"), row.get("recovered_low")
+    ends = item.summary.get("difference_high_percent"), row.get("recovered_high")
+    unsure = any(
+        low is not None and high is not None and low <= 0 <= high for low, high in zip(told, ends, strict=True)
+    )
+    return {"variant": item.name, **row, "recovered_share": None if unsure else row.get("recovered_share")}
+
+
 def alarms(evidence: Sequence[Evidence]) -> Table:
     """The alarms of the evaluation."""
     rows = [{"variant": item.name, **flag} for item in evidence for flag in item.flags or []]
@@ -185,7 +199,7 @@ def alarms(evidence: Sequence[Evidence]) -> Table:
         variant_column(), Column("instrument", "instrument"), Column("value", "value", "number"),
         Column("limit", "limit", "number"), Column("message", "what it says"),
     )  # fmt: skip
-    return Table("alarms", "Alarms of the evaluation: values beyond their limits.", columns, rows)
+    return Table("alarms", "Alarms of the evaluation: values beyond their limits.", columns, rows, main=True)
 
 
 def notes(evidence: Sequence[Evidence]) -> Table:

@@ -131,20 +131,6 @@ def test_both_servers_are_up_at_once_where_memory_allows(model):
     assert not speed._together(small, PLAN.model_copy(update={"side_by_side": "never"}))
 
 
-def test_a_server_that_holds_more_weights_than_its_checkpoint_is_told_of():
-    server = {"model": "variant", "weights_memory_bytes": 3.9e9, "checkpoint_bytes": 3.8e9}
-    assert speed.memory_notes([server]) == []
-    (note,) = speed.memory_notes([server, {**server, "weights_memory_bytes": 13.5e9}])
-    assert "holds 13.50 GB of weights, the checkpoint has 3.80 GB" in note
-
-
-def test_tokens_that_arrive_in_bunches_are_told_of():
-    row = {"model": "variant", "concurrency": 8, "itl_ms_median": 2.2, "tpot_ms_median": 2.4}
-    assert speed.bunch_notes([row]) == []
-    (note,) = speed.bunch_notes([row, {**row, "itl_ms_median": 0.0024}])
-    assert "variant, 8 at a time: tokens arrived in bunches, half of them within 0.0024 ms" in note
-
-
 def test_tensor_bytes_are_those_of_all_tensors(model):
     assert tensor_bytes(model) == 2 * 16 * 16 * 4
 

@@ -41,3 +41,11 @@ def test_refused_variant_has_its_reason_and_no_command_to_serve_it(notes: dict[s
 def test_float_model_is_named_as_the_baseline(notes: dict[str, str]) -> None:
     assert notes["float"].startswith("**float**: the float model `demo`")
     assert "stages.promote" not in notes["float"]
+
+
+def test_few_documents_are_told_of_beside_the_verdict(tmp_path: Path) -> None:
+    record = four(tmp_path)[1]
+    for result in record.results:
+        if result["stage"] == "evaluate":
+            result["metrics"]["documents"] = 13
+    assert "- Caution: the intervals rest on 13 documents only" in plan_variant(record, Scrubber(), []).tags[NOTE]

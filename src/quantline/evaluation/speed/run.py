@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.config.speed import SpeedConfig
 from quantline.core.files import read_json, write_json
 from quantline.core.gpu import accelerator_use, visible_gpus
+from quantline.evaluation.speed import trust
 from quantline.evaluation.speed.ratios import medians, metrics_of, ratios
 from quantline.evaluation.speed.vllm_bench import (
     Subject,
@@ -40,10 +41,6 @@ from quantline.toolchains.protocol import JobResult
 
 # A vLLM process without weights and cache: 1.0 GiB was seen on a CPU; on a GPU it also has a context and graphs.
 _OVERHEAD_BYTES = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}
-# vLLM's log has steps of 0.01 GiB. Additions to the tensors (rotary tables, repacked scales) are below this share.
-_LOG_STEP, _ADDED = GIB // 100, 1.15
-# Median over mean time per token: 0.5 to 1 was seen normally, and 0.003 when chunks had piled up.
-_BUNCHED = 0.2
 _BY_LOG, _BY_TENSORS = "as vLLM's log reports it, to 0.01 GiB", "the checkpoint's tensors, for this vLLM reports none"
 OFFLINE = ("latency", "throughput")
 Bench = Callable[[dict[str, Any], str], JobResult]
@@ -99,39 +96,12 @@ def measure(
     prepared = (_prepared(subjects[0], plan), _prepared(variant, plan))
     session = _Session(python, prepared, plan, bench, out, log)
     document: dict[str, Any] = {**nothing(), "session": _described(version, prepared, plan)}
-    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
     (out / "bench").mkdir()
     if "serve" in plan.tools:
         served = session.measure_served()
         document.update(served, session={**document["session"], **served["session"]})
     document["offline"] = [row for tool in OFFLINE if tool in plan.tools for row in session.measure_offline(tool)]
-    notes = memory_notes(document["servers"]) + bunch_notes(document["rows"])
-    if busy > 1:
-        notes.append(
-            f"the machine was busy with other work (load {busy:.1f} per core): trust the ratios, not the speeds"
-        )
-    return _written(Measured(document, metrics_of(document), notes), out)
-
-
-def memory_notes(servers: Sequence[dict[str, Any]]) -> list[str]:
-    """A note on each server that holds more weights than its checkpoint: it loaded float weights."""
-    return [
-        f"{server['model']}: vLLM holds {server['weights_memory_bytes'] / 1e9:.2f} GB of weights, the checkpoint has "
-        f"{server['checkpoint_bytes'] / 1e9:.2f} GB: it did not load the quantized weights; this is not the variant's speed"
-        for server in servers
-        if server["weights_memory_bytes"] > _ADDED * server["checkpoint_bytes"] + _LOG_STEP
-    ]
-
-
-def bunch_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A note if tokens of an answer arrived together: their times then tell when they were sent, not generated."""
-    return [
-        f"{row['model']}, {row['concurrency']} at a time: tokens arrived in bunches, half of them within "
-        f"{row['itl_ms_median']:.2g} ms of the previous one, while the mean is {row['tpot_ms_median']:.2g} ms; the machine "
-        "is too small for server and client, so trust only tokens/s and the time of a request"
-        for row in rows
-        if row["itl_ms_median"] < _BUNCHED * row["tpot_ms_median"]
-    ]
+    return _written(Measured(document, metrics_of(document), trust.notes(document)), out)
 
 
 def nothing() -> dict[str, Any]:

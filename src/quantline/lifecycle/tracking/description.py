@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quantline.data.download import spoken_name
+from quantline.evaluation.bootstrap import caution
 from quantline.lifecycle.tracking.view import EXPERIMENT, columns_of, report_path
 from quantline.pipeline.figures import MISSING, Row
 from quantline.pipeline.records import VariantRecord
@@ -22,7 +24,7 @@ def describe(record: VariantRecord, results: Sequence[Mapping[str, Any]], row: R
         fingerprint: of its run. The link to the report has `view.EXPERIMENT` for the experiment's id.
     """
     model = dict(record.config.get("model") or {})
-    name = model.get("name") or model.get("repo") or model.get("path") or "a model"
+    name = spoken_name(model)
     revision = f" at `{model['revision']}`" if model.get("revision") and model.get("repo") else ""
     if row["baseline"]:
         about = f"{opening(record.name)} the float model `{name}`{revision}, with which all others are compared."
@@ -51,7 +53,10 @@ def _verdict(results: Sequence[Mapping[str, Any]], row: Row) -> list[str]:
         lines.append("vLLM served it.")
     if not row["baseline"]:
         lines.append(_change(row))
-    flags = next((result.get("tables") or {} for result in results if result["stage"] == "evaluate"), {}).get("flags")
+    evaluated = next((result for result in results if result["stage"] == "evaluate"), {})
+    if not row["baseline"] and (few := caution((evaluated.get("metrics") or {}).get("documents"))):
+        lines.append(f"Caution: {few}.")
+    flags = (evaluated.get("tables") or {}).get("flags")
     lines += [f"Alarm: {' '.join(str(flag.get('message')).split())}" for flag in flags or []]
     return lines
 
