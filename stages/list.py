@@ -6,9 +6,11 @@ from stages import ROOT, command
 
 
 def show(_arguments: dict[str, str | None]) -> None:
+    import shutil
+
     from quantline.lifecycle.scratch import entries, table
 
-    print(table(entries(ROOT)))
+    print(table(entries(ROOT), width=shutil.get_terminal_size((120, 24)).columns))
 
 
 if __name__ == "__main__":

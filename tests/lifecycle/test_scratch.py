@@ -55,6 +55,18 @@ def test_the_table_says_the_same(root):
     assert table([]) == "no results yet"
 
 
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_the_table_is_as_wide_as_the_terminal(root, width):
+    name = "awq-w4-g64-calibration_domain-low_memory-evaluate_max_documents-24-speed_none"
+    made = "method=awq group_size=64 calibration=domain low_memory=true evaluate.max_documents=24 speed=none tasks=none"
+    make(root / "scratch" / name, ["serve_smoke"], days=400, ratio=None, made=made)
+    lines = table(entries(root), now=NOW, width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    (row,) = [line for line in lines if "400 d" in line]
+    assert "speed_none" in row
+    assert "method=awq" in row
+
+
 def test_runs_by_hand_are_removed_by_name_or_age_and_the_pipelines_stay(root):
     old = selected(root, [], "7d", now=NOW)
     assert {entry.name for entry in old} == {"by-hand/gptq-w8-g128", "by-hand/float/demo-1234"}

@@ -29,7 +29,7 @@ class _Bar:
         self._started = self._told = time.monotonic()
         self._bar = tqdm(
             total=1, desc=label, leave=True, file=sys.stderr, dynamic_ncols=True, disable=not sys.stderr.isatty(),
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.4g}/{total:.4g} [{elapsed}<{remaining}]",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}]",
         )  # fmt: skip
 
     def update(self, done: float, total: float, label: str = "") -> None:

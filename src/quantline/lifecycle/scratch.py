@@ -27,6 +27,8 @@ from quantline.pipeline.paths import (
 )
 from quantline.pipeline.stages import PIPELINE
 
+# Characters of a line of the table for everything but the name and the overrides: stage, change, size, age and gaps.
+_OTHERS = 46
 _UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -83,22 +85,30 @@ def _overrides(root: Path, name: str, folder: Path) -> str:
     return f"a line of {(root / 'params.yaml').name}"
 
 
-def table(found: Sequence[Entry], now: float | None = None) -> str:
-    """The runs as text, one a line."""
+def table(found: Sequence[Entry], now: float | None = None, width: int = 120) -> str:
+    """The runs as text, one a line of at most `width` characters: a long name loses its middle, long overrides their end."""
     now = time.time() if now is None else now
+    longest = min(max((len(entry.name) for entry in found), default=0), width // 3)
+    room = width - longest - _OTHERS
     rows = [
         [
-            entry.name, entry.stages[-1], "" if entry.change_percent is None else f"{entry.change_percent:+.2f} %",
-            decimal_size(entry.size_bytes), age(now - entry.used_at), _cut(entry.made_of),
+            _shortened(entry.name, longest), entry.stages[-1],
+            "" if entry.change_percent is None else f"{entry.change_percent:+.2f} %",
+            decimal_size(entry.size_bytes), age(now - entry.used_at), _cut(entry.made_of, room),
         ]
         for entry in found
     ]  # fmt: skip
-    headers = ["run", "done to", "perplexity", "on disk", "age", "made of"]
+    headers = ["run", "done to", "change", "on disk", "age", "made of"]
     return str(tabulate(rows, headers, tablefmt="plain", disable_numparse=True)) if rows else "no results yet"
 
 
-def _cut(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 4]} ..."
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: max(0, most - 4)]} ..."
+
+
+def _shortened(name: str, most: int) -> str:
+    end = most // 3
+    return name if len(name) <= most else f"{name[: most - end - 3]}...{name[-end:]}"
 
 
 def age(seconds: float) -> str:

@@ -23,6 +23,7 @@ from quantline.pipeline.monitor.monitor import Monitor
 from quantline.pipeline.paths import SAVED, read_result
 from quantline.pipeline.run import StageRun, stage_paths_of
 from quantline.pipeline.stages import STAGES, baseline_overrides, is_baseline, names
+from quantline.pipeline.told import told
 from quantline.toolchains.environments import usable_platform
 
 if TYPE_CHECKING:
@@ -59,11 +60,10 @@ def execute(
     if not run.frozen:
         saved = {"config": config.model_dump(exclude={"frozen"}), "overrides": shlex.join(overrides)}
         write_json(run.home / run.variant / SAVED, saved)
-    shown = "  ".join(f"{key}={value:.5g}" for key, value in sorted(run.metrics.items()))
     where = places.output.relative_to(root)
     name = places.output.parent.relative_to(run.home)
     print(f"{stage} {name}: {run.status} in {result['timings']['total_seconds']:.1f} s -> {where}", file=sys.stderr)
-    if shown:
+    if shown := told(stage, run.metrics):
         print(f"  {shown}", file=sys.stderr)
     for warning in run.warnings + ([run.reason] if run.reason else []):
         print(f"  note: {warning}", file=sys.stderr)

@@ -28,7 +28,9 @@ from quantline.toolchains.protocol import JobError
 answers = {}
 for name, job in json.loads(Path(sys.argv[1]).read_text()).items():
     try:
-        answers[name] = (reference if "kind" in job else evaluation_worker).run(job, lambda *progress: None)
+        told = []
+        answer = (reference if "kind" in job else evaluation_worker).run(job, lambda *progress: told.append(progress))
+        answers[name] = {**answer, "progress": told}
     except JobError as error:
         answers[name] = {"refused": str(error)}
 Path(sys.argv[2]).write_text(json.dumps(answers))
@@ -174,6 +176,16 @@ def test_continuations_in_a_batch_are_those_of_the_prompts_one_by_one(outcome):
     answers, _ = outcome
     assert answers["q"]["generations"]["tokens"] == answers["generate q"]["tokens"]
     np.testing.assert_allclose(answers["q"]["generations"]["margins"], answers["generate q"]["margins"], atol=1e-3)
+
+
+def test_progress_goes_from_the_first_token_to_the_last_linear_once(outcome):
+    told = outcome[0]["q"]["progress"]
+    done, totals, labels = zip(*told, strict=True)
+    assert list(done) == sorted(done)
+    assert (set(totals), done[-1]) == ({totals[0]}, totals[0])
+    assert list(dict.fromkeys(labels)) == [
+        "scoring", "continuing prompts", "errors of linears", "before putting back", "linears put back",
+    ]  # fmt: skip
 
 
 def test_the_worst_linears_are_put_back_first(outcome):

@@ -39,6 +39,7 @@ from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.reference import layer_errors
 from quantline.toolchains.workers.reference.engine import check_ids, load_model, prepare, score, score_windows
 from quantline.toolchains.workers.reference.folded_scales import folded_scales
+from quantline.toolchains.workers.reference.progress import Parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +144,7 @@ def _generate(model: Any, job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _restore(
-    model: Any, floats: Any, measured: Mapping[str, Any], job: Mapping[str, Any], report: Reporter
+    model: Any, floats: Any, measured: Mapping[str, Any], job: Mapping[str, Any], parts: Parts
 ) -> list[dict[str, Any]]:
     from safetensors.numpy import load_file
 
@@ -153,17 +154,20 @@ def _restore(
     known = [row for row in measured["rows"] if row["output_error"] is not None]
     worst = sorted(known, key=lambda row: -row["output_error"] if math.isfinite(row["output_error"]) else -math.inf)
 
-    def scores() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    count = int(job["count"])
+
+    def scores(at: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         ids, offsets, batch_tokens = windows["input_ids"], windows["offsets"], int(job["batch_tokens"])
+        report = parts.of("restore", "linears put back" if at else "before putting back", at, count + 1)
         kept = score_windows(model, ids, offsets, batch_tokens, report, beside=divergence_from(floats))
         return kept["logprobs"], kept["kl"]
 
     rows: list[dict[str, Any]] = []
-    scored = [scores()]
-    for row in worst[: int(job["count"])]:
+    scored = [scores(0)]
+    for at, row in enumerate(worst[:count], 1):
         try:
             with restored(model, floats, row["name"], folded):
-                scored.append(scores())
+                scored.append(scores(at))
         except JobError as error:
             rows.append({"name": row["name"], "tensor": None, "note": str(error)})
             continue
@@ -173,10 +177,32 @@ def _restore(
     return rows
 
 
+def _sizes(job: Mapping[str, Any], *, beside: bool) -> dict[str, float]:
+    """The parts of a job, in tokens through one model."""
+    from safetensors import safe_open
+
+    def tokens(path: str) -> int:
+        with safe_open(path, "numpy") as file:
+            return math.prod(file.get_slice("input_ids").get_shape())
+
+    scored = tokens(job["windows"])
+    compared = (min(scored, job.get("divergence_tokens") or scored)) if beside else 0
+    sizes: dict[str, float] = {"score": scored + compared}
+    if generate := job.get("generate"):
+        sizes["generate"] = sum(len(prompt) + generate["new_tokens"] for prompt in generate["prompts"])
+    if beside and (layers := job.get("layers")):
+        with safe_open(layers["calibration"], "numpy") as file:
+            sizes["layers"] = layers["samples"] * file.get_slice("input_ids").get_shape()[1]
+        if restore := job.get("restore"):
+            sizes["restore"] = 2 * (restore["count"] + 1) * tokens(restore["windows"])
+    return sizes
+
+
 def evaluate(model: Any, floats: Any, job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
     """Run the job's parts on the loaded models; `floats` is None without a baseline. `seconds` has the time of each part."""
     seconds: dict[str, float] = {}
     result: dict[str, Any] = {"seconds": seconds}
+    parts = Parts(report, _sizes(job, beside=floats is not None))
 
     @contextmanager
     def timed(part: str) -> Iterator[None]:
@@ -185,19 +211,21 @@ def evaluate(model: Any, floats: Any, job: Mapping[str, Any], report: Reporter) 
         seconds[part] = time.perf_counter() - started
 
     with timed("score"):
-        result |= score(model, job, report, None if floats is None else divergence_from(floats))
+        beside = None if floats is None else divergence_from(floats)
+        result |= score(model, job, parts.of("score", "scoring"), beside)
     if job.get("generate"):
         with timed("generate"):
             result["generations"] = _generate(model, job["generate"])
+        parts.of("generate", "continuing prompts")(1, 1)
     if job.get("layers") and floats is not None:
         with timed("layers"):
             layers = {**job["layers"], "model": job["baseline"], "checkpoint": job["checkpoint"]}
-            measured = layer_errors.measure(floats, layers, report)
+            measured = layer_errors.measure(floats, layers, parts.of("layers", "errors of linears"))
             result["errors"] = measured["rows"]
         if job.get("restore"):
             with timed("restore"):
                 restore = {"batch_tokens": job["batch_tokens"], **job["restore"]}
-                result["restored"] = _restore(model, floats, measured, restore, report)
+                result["restored"] = _restore(model, floats, measured, restore, parts)
     return result
 
 
