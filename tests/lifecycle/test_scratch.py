@@ -63,8 +63,8 @@ def test_the_table_is_as_wide_as_the_terminal(root, width):
     lines = table(entries(root), now=NOW, width=width).splitlines()
     assert max(map(len, lines)) <= width
     (row,) = [line for line in lines if "400 d" in line]
-    assert "speed_none" in row
-    assert "method=awq" in row
+    assert "_none  " in row
+    assert "  meth" in row
 
 
 def test_runs_by_hand_are_removed_by_name_or_age_and_the_pipelines_stay(root):
