@@ -50,7 +50,6 @@ COVERED = {
     "lifecycle/tracking/store": "tests/lifecycle/tracking/test_writer.py",
     "lifecycle/worktree": "tests/lifecycle/test_rebuild.py",
     "pipeline/convert_folder": "tests/conversion/test_convert_stage.py",
-    "pipeline/inputs": "tests/pipeline/test_run.py",
     "pipeline/options": "tests/pipeline/test_identity.py",
     "pipeline/hydra_values": "tests/pipeline/test_compose.py",
     "pipeline/lineage/chain": "tests/pipeline/lineage/test_diff.py",

@@ -39,7 +39,7 @@ def follow(copy: Checkout, stage: str, *overrides: str) -> list[str]:
     if done.code == 0:
         return []
     assert "Traceback" not in done.err
-    commands = re.findall(r"(?m)(?:^  |run: )(python -m stages\..*)", done.err)
+    commands = re.findall(r"(?m)(?:^  |run(?: it again)?: )(python -m stages\..*)", done.err)
     assert commands, done.err
     for named in commands:
         made = copy.run(*shlex.split(named))

@@ -3,34 +3,18 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
-import shutil
 import socket
 
 import pytest
 
 from quantline.core.errors import DiskFullError, UserError
 from quantline.core.files import partial
-from quantline.pipeline import identity as identity_module
 from quantline.pipeline import run as stage_module
 from quantline.pipeline.config import parse
 from quantline.pipeline.execute import execute
 from quantline.pipeline.identity import combined, file_hashes, stage_fingerprint
 from quantline.pipeline.run import StageRun
 from stages.evaluate import changed_files
-
-
-@pytest.fixture
-def checkout(root, tmp_path):
-    """A folder with what fingerprints are made of."""
-    for name in ("envs", "assets"):
-        (tmp_path / name).symlink_to(root / name)
-    return tmp_path
-
-
-@pytest.fixture
-def config(composed):
-    return lambda *overrides: parse(composed(*overrides))
 
 
 @pytest.fixture
@@ -180,44 +164,6 @@ def test_the_name_of_a_variant_is_checked_before_anything_runs(checkout, config)
         execute("convert", work, config("variant=../x"), checkout, ())
 
 
-def test_an_input_by_hand_is_found_by_what_it_was_made_from_whatever_its_name(checkout, config):
-    options = ("method=gptq", "bits=8")
-    execute("quantize", write(), config(*options, "variant=mine"), checkout, ())
-    run = StageRun("convert", config(*options, "serve.process.port=9000"), checkout, options)
-    assert run.input("quantize") == checkout / "scratch" / "mine" / "quantize"
-    assert list(run.inputs) == ["quantize"]
-
-
-def test_an_input_by_hand_is_found_among_the_pipelines_outputs(checkout, config):
-    execute("quantize", write(), config("method=gptq"), checkout, ())
-    shutil.move(checkout / "scratch" / "gptq-w4-g128", checkout / "artifacts" / "renamed")
-    run = StageRun("convert", config("method=gptq"), checkout, ())
-    assert run.input("quantize") == checkout / "artifacts" / "renamed" / "quantize"
-
-
-@pytest.mark.parametrize("option", ["bits=8", "seed=1", "threads=1", "calibration.n_samples=5", "method.desc_act=true"])
-def test_an_input_made_from_other_options_is_not_taken(checkout, config, option):
-    execute("quantize", write(), config("method=gptq"), checkout, ())
-    run = StageRun("convert", config("method=gptq", option), checkout, ("method=gptq", option))
-    with pytest.raises(UserError, match=f"(?m)^  python -m stages.quantize method=gptq {option}$"):
-        run.input("quantize")
-
-
-def test_a_baseline_that_is_missing_names_its_command_without_the_methods_options(checkout, config):
-    options = ("method=gptq", "method.desc_act=true", "bits=8", "group_size=32", "evaluate.max_tokens=100")
-    run = StageRun("evaluate", config(*options), checkout, options)
-    with pytest.raises(UserError, match=r"(?m)^  python -m stages.evaluate method=float evaluate.max_tokens=100$"):
-        run.input("evaluate", baseline=True)
-
-
-def test_a_baseline_is_found_for_a_variant(checkout, config):
-    execute("evaluate", write(), config("method=float"), checkout, ("method=float",))
-    run = StageRun("evaluate", config("method=gptq", "bits=8"), checkout, ())
-    (made,) = checkout.glob("scratch/float/demo-*/evaluate")
-    assert run.input("evaluate", baseline=True) == made
-    assert list(run.inputs) == ["float/evaluate"]
-
-
 MODELS = [("model=custom", f"model.path=/models/{name}") for name in ("a", "b/model", "b_model")]
 MODELS += [("model.repo=a/a", f"model.revision={digit * 40}") for digit in "ab"]
 
@@ -252,94 +198,6 @@ def test_the_baseline_by_hand_has_a_folder_that_no_name_takes(checkout, config):
 def test_a_frozen_variant_cannot_take_the_baselines_folder(checkout, frozen):
     with pytest.raises(UserError, match="a variant cannot be called float"):
         execute("evaluate", write(), frozen("float", "method=gptq"), checkout, ())
-
-
-def test_the_command_for_a_missing_baseline_makes_it_whatever_the_variants_options_are(checkout, composed):
-    options = (
-        "variant=v1", "method=gptq", "bits=8", "backend=gptqmodel", "dtype=float32", "calibration.n_samples=8",
-        "layers=uniform", "seed=3", "low_memory=false", "convert.target=gptq", "evaluate.max_tokens=100", "instruments=none",
-        "threads=4", "serve.max_model_len=512", "model.name=mine",
-    )  # fmt: skip
-    run = StageRun("evaluate", parse(composed(*options)), checkout, options)
-    with pytest.raises(UserError) as refused:
-        run.input("evaluate", baseline=True)
-    command = str(refused.value).partition("python -m stages.evaluate ")[2].splitlines()[0].split()
-    kept = ["evaluate.max_tokens=100", "instruments=none", "threads=4", "serve.max_model_len=512", "model.name=mine"]
-    assert command == ["method=float", *kept]
-    execute("evaluate", write(), parse(composed(*command)), checkout, command)
-    assert run.input("evaluate", baseline=True).is_relative_to(checkout / "scratch" / "float")
-
-
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
-def test_all_inputs_that_are_missing_are_told_at_once_in_the_order_in_which_they_can_be_made(checkout, config, method):
-    options = (f"method={method}", "variant=v1")
-    run = StageRun("evaluate", config(*options), checkout, options)
-
-    def told():
-        with pytest.raises(UserError) as refused:
-            run.input("download")
-        return re.findall(r"^  python -m stages\.(\S+) (\S+)", str(refused.value), re.MULTILINE)
-
-    of = f"method={method}"
-    every = [
-        ("download", of), ("calibrate", of), ("quantize", of), ("convert", of), ("serve_smoke", "method=float"),
-        ("serve_smoke", of), ("evaluate", "method=float"),
-    ]  # fmt: skip
-    assert told() == every
-    execute("convert", write(), config(*options), checkout, options)
-    assert told() == [every[0], *every[4:]]
-
-
-def test_what_other_code_made_with_the_same_options_is_said_to_be_that(checkout, config, monkeypatch):
-    options = ("method=gptq", "variant=v1")
-    code = {"stages/x.py": "old"}
-    monkeypatch.setattr(identity_module, "code_files", lambda stage: dict(code))
-
-    def make(run):
-        if run.stage == "calibrate":
-            run.input("download")
-        write()(run)
-
-    for stage in ("download", "calibrate"):
-        execute(stage, make, config(*options), checkout, options)
-
-    def told(stage, wanted, *more):
-        with pytest.raises(UserError) as refused:
-            StageRun(stage, config(*options, *more), checkout, (*options, *more)).input(wanted)
-        return str(refused.value)
-
-    code["stages/x.py"] = "new"
-    (download,) = checkout.glob("scratch/float/*/download")
-    place = download.relative_to(checkout)
-    assert told("calibrate", "download") == (
-        f"calibrate needs the output of download, which was made by other code ({place}); run it again: "
-        "python -m stages.download method=gptq variant=v1"
-    )
-    both = f"which were made by other code ({place} and scratch/v1/calibrate); run them again in this order:"
-    assert both in told("quantize", "calibrate")
-    assert f"do not exist for these options ({place} was made by other code); run in this order:" in told(
-        "quantize", "calibrate", "calibration.seed=5"
-    )
-    other_model = told("calibrate", "download", "model.allow_pickle=true")
-    assert "download, which does not exist for these options; run: " in other_model
-    execute("download", make, config(*options), checkout, options)
-    assert "output of calibrate, which was made by other code (scratch/v1/calibrate)" in told("quantize", "calibrate")
-    code["stages/x.py"] = "newer"
-    shutil.rmtree(download)
-    assert "download, which does not exist for these options; run: " in told("calibrate", "download")
-
-
-def test_a_missing_output_of_the_float_model_is_named_as_its_own(checkout, config):
-    for stage, method in (("download", "float"), ("serve_smoke", "float"), ("serve_smoke", "gptq")):
-        execute(stage, write(), config(f"method={method}"), checkout, ())
-    run = StageRun("evaluate", config("method=gptq"), checkout, ("method=gptq",))
-    expected = (
-        "evaluate needs the output of evaluate of the float model, which does not exist for these options; run: python -m "
-        "stages.evaluate method=float"
-    )
-    with pytest.raises(UserError) as refused:
-        run.input("evaluate", baseline=True)
-    assert str(refused.value) == expected
 
 
 def test_baselines_with_other_options_do_not_replace_each_other(checkout, config):

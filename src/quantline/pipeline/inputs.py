@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantline.config.method import BASELINE, FloatMethod
 from quantline.core.errors import UserError
@@ -57,20 +58,31 @@ def _of_any_code(root: Path, config: Config, stage: str) -> dict[str, Path]:
     """The outputs of a stage with these options, whatever code made them and what they were made from.
 
     Each is there by its fingerprint and by its content: what an output was made from may have been made again since.
+    Everything that an output was made from is compared, not only the stages directly before it, because outputs that say
+    nothing have equal content: those of serve_smoke for any two variants that this machine cannot serve.
     """
-    options = options_fingerprint(config, stage, root)
-    earlier = {name: _of_any_code(root, config, name) for name in before(config, stage)}
-    found: dict[str, Path] = {}
-    for path in recorded(root, stage):
-        result = read_result(path)
+    found: dict[str, dict[str, Path]] = {}
+
+    def outputs(name: str) -> dict[str, Path]:
+        if name not in found:
+            found[name] = {}
+            options = options_fingerprint(config, name, root)
+            for path in recorded(root, name):
+                result = read_result(path)
+                if result.get("options") == options and of_this(result, set(before(config, name))):
+                    hashes = (result["fingerprint"], result["output_hash"], *result.get("outputs", {}).values())
+                    found[name].update(dict.fromkeys(hashes, path.with_suffix("")))
+        return found[name]
+
+    def of_this(result: dict[str, Any], earlier: set[str]) -> bool:
         made_from = result.get("identity", {}).get("before", {})
         contents = {took.stage: content for took, content in taken(result).items() if not took.baseline}
-        if result.get("options") == options and all(
-            made_from.get(name) in known or contents.get(name) in known for name, known in earlier.items()
-        ):
-            hashes = (result["fingerprint"], result["output_hash"], *result.get("outputs", {}).values())
-            found.update(dict.fromkeys(hashes, path.with_suffix("")))
-    return found
+        return made_from.keys() == earlier and all(
+            made_from.get(name) in outputs(name) or contents.get(name) in outputs(name)
+            for name in earlier | (contents.keys() & STAGES.keys())
+        )
+
+    return outputs(stage)
 
 
 def command_for(stage: str, overrides: Sequence[str], *, baseline: bool = False) -> str:
