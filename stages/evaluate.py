@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 @stage("evaluate")
 def evaluate(run: StageRun) -> None:
+    from quantline.config.context import window_note
     from quantline.data.windows import build_windows
     from quantline.evaluation import evaluate as verdicts
+    from quantline.pipeline.fit import positions_of
 
     options = run.config.evaluate
     float_model = run.input("download") / "model"
@@ -34,7 +36,8 @@ def evaluate(run: StageRun) -> None:
         run.metrics.update(verdict.metrics)
         run.tables.update(verdict.tables)
         run.files += verdict.files
-        run.warnings += [f"against the float model: {verdict.verdict}", *verdict.notes]
+        note = window_note(options, positions_of(float_model))
+        run.warnings += [f"against the float model: {verdict.verdict}", *verdict.notes, *([note] if note else [])]
 
 
 def instruments(run: StageRun) -> MeasurementOptions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quantline.config.context import automatic, fitting, model_faults, served_length
+from quantline.config.context import automatic, fitting, longest_window, model_faults, served_length, window_note
 from quantline.core.errors import ConfigError
 from quantline.pipeline.config import parse
 
@@ -76,7 +76,7 @@ def test_what_the_model_does_not_take_is_told_all_at_once(config):
     assert len(model_faults(asked, 500, calibrated=False)) == 3
     assert model_faults(asked, None, calibrated=True) == []
     assert model_faults(config(), 513, calibrated=True) == []
-    (fault,) = model_faults(config(), 512, calibrated=True)
+    (fault,) = model_faults(config("evaluate.window=512"), 512, calibrated=True)
     assert "and the server one more than a window; give 511 or less" in fault
 
 
@@ -84,8 +84,9 @@ def test_what_the_model_does_not_take_is_told_all_at_once(config):
 @pytest.mark.parametrize(
     "overrides",
     [
-        (), ("method=gptq", "evaluate.window=2048", "evaluate.stride=1024"), ("speed=sweep", "speed.input_tokens=3000"),
-        (*WIKITEXT, "serve.max_model_len=5000", "speed.output_tokens=600"), ("speed=none", "method=float"),
+        ("evaluate.window=512",), ("method=gptq", "evaluate.window=2048", "evaluate.stride=1024"),
+        ("speed=sweep", "speed.input_tokens=3000"), (*WIKITEXT, "serve.max_model_len=5000", "speed.output_tokens=600"),
+        ("speed=none", "method=float", "evaluate.window=512"),
     ],
 )  # fmt: skip
 def test_what_mends_all_lengths_can_be_pasted(config, overrides, positions):
@@ -97,4 +98,25 @@ def test_what_mends_all_lengths_can_be_pasted(config, overrides, positions):
 
 def test_nothing_is_mended_where_the_model_takes_all_or_does_not_say(config):
     assert fitting(config(), 513, calibrated=True) == fitting(config(), None, calibrated=True) == []
-    assert fitting(config(), 512, calibrated=True) == ["evaluate.window=511"]
+    assert fitting(config("evaluate.window=512"), 512, calibrated=True) == ["evaluate.window=511"]
+
+
+def test_a_window_that_was_not_given_follows_a_model_that_takes_less_and_says_so(config):
+    usual = config("speed=none")
+    for positions, window in ((512, 511), (128, 127), (513, 512), (None, 512)):
+        assert usual.evaluate.fitted(positions).lengths == (window, window)
+        assert longest_window(usual.evaluate, positions) == window
+        assert model_faults(usual, positions, calibrated=False) == []
+        assert fitting(usual, positions, calibrated=False) == []
+        note = window_note(usual.evaluate, positions)
+        assert (note is None) == (window == 512)
+        if note:
+            assert note.startswith(f"evaluate.window=auto: {window} tokens, since the model takes {positions}")
+    assert window_note(config("evaluate.window=511").evaluate, 512) is None
+    assert config("evaluate.stride=256").evaluate.fitted(128).lengths == (127, 127)
+    assert config("evaluate.stride=64").evaluate.fitted(128).lengths == (127, 64)
+
+
+def test_a_published_window_follows_no_model(config):
+    (fault,) = model_faults(config(*WIKITEXT, "speed=none"), 1024, calibrated=False)
+    assert fault.startswith("evaluate.window=2048: the model takes at most 1024 tokens")

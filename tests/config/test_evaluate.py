@@ -4,7 +4,7 @@ import pytest
 import sections
 from pydantic import ValidationError
 
-from quantline.config.evaluate import PROTOCOL_KEYS, WINDOW_KEYS, EvaluateConfig
+from quantline.config.evaluate import PROTOCOL_KEYS, USUAL_WINDOW, WINDOW_KEYS, EvaluateConfig
 from quantline.config.limits import ALARMS, Alarm, LimitsConfig
 
 
@@ -25,6 +25,13 @@ def test_a_protocol_is_the_head_of_the_section_and_windows_are_the_protocol_with
 def test_the_schema_names_what_fail_on_takes():
     schema = EvaluateConfig.model_json_schema()["properties"]["fail_on"]
     assert schema["items"]["enum"] == list(ALARMS)
+
+
+def test_a_window_and_a_stride_that_follow_are_numbers_in_the_identity():
+    options = sections.evaluation(path="text.jsonl", window="auto", stride="auto")
+    assert (options.windows()["window"], options.protocol()["stride"]) == (USUAL_WINDOW, USUAL_WINDOW)
+    with pytest.raises(ValidationError, match="give 1 to 512"):
+        sections.protocol(window="auto", stride=600)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(4, 5), (4, 0), (1, 1)])

@@ -103,3 +103,12 @@ def test_trust_remote_code_and_pickle_are_off_by_default(root, composed):
 
 def test_servers_listen_on_loopback_by_default(composed):
     assert composed()["serve"]["process"]["host"] == "127.0.0.1"
+
+
+def test_an_option_that_takes_a_number_or_auto_has_one_fault_by_its_own_name(composed):
+    assert faults_of(composed("serve.max_model_len=3")).endswith(
+        "serve.max_model_len=3: input should be greater than or equal to 16, or auto"
+    )
+    assert "evaluate.stride=0: input should be greater than or equal to 1, or auto" in faults_of(
+        composed("evaluate.stride=0")
+    )

@@ -76,12 +76,12 @@ def test_by_hand_the_first_stage_refuses_what_a_model_in_a_folder_does_not_take(
     own = folder / "own"
     own.mkdir()
     (own / "config.json").write_text(json.dumps(SHORT))
-    words = ["model=custom", f"model.path={own}", "method=gptq"]
+    words = ["model=custom", f"model.path={own}", "method=gptq", "evaluate.window=512"]
     for stage in ("download", "calibrate", "quantize", "convert", "noise"):
         with pytest.raises(ConfigError, match=r"evaluate\.window=512: the model takes at most 512 tokens"):
             run_checked(stage, work[stage], parse(composed(*words)), folder, words)
     assert (runs, (folder / "scratch").exists()) == ([], False)
-    words.append("evaluate.window=511")
+    words[-1] = "evaluate.window=511"
     run_checked("download", work["download"], parse(composed(*words)), folder, words)
     assert [stage for stage, _ in runs] == ["download"]
 
@@ -94,7 +94,7 @@ def test_by_hand_the_stage_after_the_download_refuses_what_a_model_of_the_hub_do
             (out / "model").mkdir()
             (out / "model" / "config.json").write_text(json.dumps(SHORT))
 
-    words = ["model=qwen2_5_0_5b", "method=gptq"]
+    words = ["model=qwen2_5_0_5b", "method=gptq", "evaluate.window=512"]
     config = parse(composed(*words))
     run_checked("download", download, config, folder, words)
     with pytest.raises(ConfigError, match=r"evaluate\.window=512: the model takes at most 512 tokens"):

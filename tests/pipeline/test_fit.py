@@ -14,7 +14,7 @@ from quantline.pipeline.fit import positions_of, refuse_what_the_model_does_not_
 def test_a_model_in_a_folder_is_asked_before_the_download(tmp_path, composed, word):
     (tmp_path / "config.json").write_text(json.dumps({word: 256}))
     assert positions_of(tmp_path) == 256
-    config = parse(composed("model=custom", f"model.path={tmp_path}", "method=gptq"))
+    config = parse(composed("model=custom", f"model.path={tmp_path}", "method=gptq", "evaluate.window=512"))
     with pytest.raises(ConfigError) as caught:
         refuse_what_the_model_does_not_take(config, tmp_path)
     assert [fault.split(":")[0] for fault in caught.value.faults] == ["evaluate.window=512", "calibration.seq_len=512"]

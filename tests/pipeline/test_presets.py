@@ -44,7 +44,7 @@ def test_no_pair_of_choices_contradicts_itself_but_methods_that_know_one_number_
                 parse(values)
             continue
         config = parse(values)
-        assert config.serve.length > config.evaluate.window or config.evaluate.mode == "documents"
+        assert config.serve.length > config.evaluate.fitted().lengths[0] or config.evaluate.mode == "documents"
         # The demo's own model takes 1024 tokens; what any preset asks, a model of 4096 and one token takes.
         assert model_faults(config, 4097, calibrated=config.method.name in CALIBRATED) == []
     assert tried > 400

@@ -93,7 +93,9 @@ def test_texts_that_are_not_here_are_refused_all_at_once_with_what_the_model_doe
 
 
 def test_texts_that_the_model_does_not_take_are_refused_before_anything_runs(root, model):
-    done = plan(root, "model=custom", f"model.path={model}", "device=cpu", "method=rtn", "speed=none")
+    done = plan(
+        root, "model=custom", f"model.path={model}", "device=cpu", "method=rtn", "speed=none", "evaluate.window=512"
+    )
     assert done.returncode == 2
     assert (
         "evaluate.window=512: the model takes at most 64 tokens, and the server one more than a window" in done.stdout
@@ -102,6 +104,12 @@ def test_texts_that_the_model_does_not_take_are_refused_before_anything_runs(roo
     assert "this variant is refused (length); all that it takes: evaluate.window=63" in done.stderr
 
     assert "this variant is refused (length)" in done.stderr
+
+
+def test_a_window_that_was_not_given_follows_the_model_and_plan_says_so(root, model):
+    done = plan(root, "model=custom", f"model.path={model}", "device=cpu", "method=rtn", "speed=none")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "evaluate.window=auto: 63 tokens, since the model takes 64" in done.stdout
 
 
 def test_a_variant_of_params_is_planned_by_its_name(root):

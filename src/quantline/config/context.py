@@ -2,7 +2,8 @@
 
 The only place that knows what `serve.max_model_len=auto` stands for. It follows from the other options alone, so it can be
 frozen before a model is there: what evaluation and speed need, what tasks use, and at least what is usual. A model that
-takes less is served with what it takes, as long as nothing is cut that must not be.
+takes less is served with what it takes, as long as nothing is cut that must not be. `evaluate.window=auto` follows the
+model, too, see `ProtocolConfig.fitted`.
 """
 
 from __future__ import annotations
@@ -32,17 +33,35 @@ class Lengths(Protocol):
     calibration: CalibrationConfig
 
 
-def longest_window(protocol: ProtocolConfig) -> int:
-    """The tokens of the longest window that a protocol can give."""
+def longest_window(protocol: ProtocolConfig, positions: int | None = None) -> int:
+    """The tokens of the longest window that a protocol can give.
+
+    positions: the most tokens that the model takes, for a window that follows it; None if that is unknown.
+    """
+    window, _ = protocol.fitted(positions).lengths
     if protocol.mode == "concatenated":
-        return protocol.window
+        return window
     limits = [limit for limit in (protocol.max_document_tokens, protocol.max_tokens) if limit is not None]
-    return min(protocol.window, *(limit + (protocol.bos == "add") for limit in limits)) if limits else protocol.window
+    return min(window, *(limit + (protocol.bos == "add") for limit in limits)) if limits else window
 
 
-def needs(config: Lengths) -> dict[str, int]:
-    """The tokens that the server must take, by the options that need them. The server adds a token to a window."""
-    speed, evaluate = config.speed, config.evaluate
+def window_note(protocol: ProtocolConfig, positions: int | None) -> str | None:
+    """What to say of a window that is shorter because the model takes less; None if it is not."""
+    window, _ = protocol.fitted(positions).lengths
+    if window == protocol.fitted().lengths[0]:
+        return None
+    return (
+        f"evaluate.window=auto: {window} tokens, since the model takes {positions} and the server one more than a window; "
+        "the result compares with none of a longer window"
+    )
+
+
+def needs(config: Lengths, positions: int | None = None) -> dict[str, int]:
+    """The tokens that the server must take, by the options that need them. The server adds a token to a window.
+
+    positions: the most tokens that the model takes, for a window that follows it; None if that is unknown.
+    """
+    speed, evaluate = config.speed, config.evaluate.fitted(positions)
     needed = {f"evaluate.window={evaluate.window}": longest_window(evaluate) + 1}
     if speed.tools:
         prompt, answer = speed.input_tokens, speed.output_tokens
@@ -90,10 +109,11 @@ def model_faults(config: Lengths, positions: int | None, *, calibrated: bool) ->
     if not positions:
         return []
     takes = f"the model takes at most {positions} tokens"
-    asked = {options: (needed, "") for options, needed in needs(config).items()}
-    window = f"evaluate.window={config.evaluate.window}"
+    asked = {options: (needed, "") for options, needed in needs(config, positions).items()}
+    length, _ = config.evaluate.fitted(positions).lengths
+    window = f"evaluate.window={length}"
     remedy = f"give {positions - 1} or less; the result then compares with no published one of a longer window"
-    asked[window] = (max(asked[window][0], config.evaluate.window), remedy)
+    asked[window] = (max(asked[window][0], length), remedy)
     if calibrated:
         asked[f"calibration.seq_len={config.calibration.seq_len}"] = (config.calibration.seq_len, "")
     if config.serve.length != automatic(config):
@@ -110,10 +130,11 @@ def fitting(config: Lengths, positions: int | None, *, calibrated: bool) -> list
     """The options that mend every fault of `model_faults`, each as it is typed."""
     if not positions:
         return []
-    given, window = {}, config.evaluate.window
-    if max(window, longest_window(config.evaluate) + 1) > positions:
+    given: dict[str, int] = {}
+    window, stride = config.evaluate.fitted(positions).lengths
+    if max(window, longest_window(config.evaluate, positions) + 1) > positions:
         given["evaluate.window"] = positions - 1
-        if positions <= config.evaluate.stride < window:  # given by itself; otherwise it follows the window
+        if positions <= stride < window:  # given by itself; otherwise it follows the window
             given["evaluate.stride"] = positions - 1
     prompt, answer = config.speed.input_tokens, config.speed.output_tokens
     if config.speed.tools and prompt + answer > positions:

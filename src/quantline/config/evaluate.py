@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
 from quantline.config.limits import ALARMS, LimitsConfig, has_a_limit
 from quantline.config.section import Section
+
+# The window of the protocol `perplexity`, in tokens, where the model takes as many.
+USUAL_WINDOW = 512
 
 
 class BootstrapConfig(Section):
@@ -65,10 +68,10 @@ class ProtocolConfig(Section):
         text_field: key or column of the text; an `id` beside it in JSON lines names the document.
         mode: "documents" cuts each into windows; "concatenated" joins them and takes full windows only.
         separator: what joins the rows in mode "concatenated".
-        window: tokens in a window, at most.
-        stride: tokens between the starts of consecutive windows. Equal to `window`: windows do not overlap, and the
-            first token of each is not scored, since it has no context. Smaller: windows overlap. Each token is scored
-            once, with at least `window - stride` tokens of context where that many exist.
+        window: tokens in a window, at most; "auto" is `USUAL_WINDOW`, and no more than the model takes, see `fitted`.
+        stride: tokens between the starts of consecutive windows; "auto" is `window`. Equal to `window`: windows do not
+            overlap, and the first token of each is not scored, since it has no context. Smaller: windows overlap. Each
+            token is scored once, with at least `window - stride` tokens of context where that many exist.
         bos: "add" begins every window with the tokenizer's beginning-of-sequence token. It takes a place in the window
             and is not scored; every token of the text is. "none" adds no special token.
         max_documents: rows read, at most.
@@ -84,8 +87,8 @@ class ProtocolConfig(Section):
     text_field: str
     mode: Literal["documents", "concatenated"]
     separator: str
-    window: int = Field(ge=2)
-    stride: int = Field(ge=1)
+    window: Annotated[int, Field(ge=2)] | Literal["auto"]
+    stride: Annotated[int, Field(ge=1)] | Literal["auto"]
     bos: Literal["none", "add"]
     max_documents: int | None = Field(ge=2)
     max_document_tokens: int | None = Field(ge=2)
@@ -94,21 +97,42 @@ class ProtocolConfig(Section):
 
     @field_validator("stride")
     @classmethod
-    def _no_gaps(cls, stride: int, info: ValidationInfo) -> int:
+    def _no_gaps(cls, stride: int | str, info: ValidationInfo) -> int | str:
         window = info.data.get("window")
-        if window is not None and stride > window:
+        window = USUAL_WINDOW if window == "auto" else window
+        if isinstance(stride, int) and window is not None and stride > window:
             raise PydanticCustomError(
                 "stride", "larger than the window, so text would be skipped; give 1 to {window}", {"window": window}
             )
         return stride
 
+    def fitted(self, positions: int | None = None) -> Self:
+        """The same with numbers in the place of `auto`. The server must take one token more than a window.
+
+        positions: the most tokens that the model takes; None if that is unknown.
+        """
+        if self.window == "auto":
+            window = max(2, min(USUAL_WINDOW, positions - 1)) if positions else USUAL_WINDOW
+            stride = window if self.stride == "auto" else min(self.stride, window)
+        else:
+            window = self.window
+            stride = window if self.stride == "auto" else self.stride
+        return self.model_copy(update={"window": window, "stride": stride})
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Window and stride of a protocol that is `fitted`."""
+        assert self.window != "auto"
+        assert self.stride != "auto"
+        return self.window, self.stride
+
     def protocol(self) -> dict[str, Any]:
         """The values of the protocol, without the other options."""
-        return self.model_dump(include=set(PROTOCOL_KEYS))
+        return self.fitted().model_dump(include=set(PROTOCOL_KEYS))
 
     def windows(self) -> dict[str, Any]:
         """The values that decide which tokens are scored."""
-        return self.model_dump(include=set(WINDOW_KEYS))
+        return self.fitted().model_dump(include=set(WINDOW_KEYS))
 
 
 PROTOCOL_KEYS = tuple(ProtocolConfig.model_fields)

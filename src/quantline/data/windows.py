@@ -132,9 +132,11 @@ def build_windows(model_dir: Path, protocol: ProtocolConfig) -> Windows:
             allows; `bos=add` with a tokenizer that has no such token.
     """
     encoder = TextEncoder.load(model_dir, chat=False)
-    if encoder.max_length is not None and protocol.window > encoder.max_length:
+    protocol = protocol.fitted(encoder.max_length)
+    window, _ = protocol.lengths
+    if encoder.max_length is not None and window > encoder.max_length:
         raise UserError(
-            f"evaluate.window={protocol.window}: the model takes at most {encoder.max_length} (max_position_embeddings); "
+            f"evaluate.window={window}: the model takes at most {encoder.max_length} (max_position_embeddings); "
             "set evaluate.window to that or less, but then the results are not comparable with published ones"
         )
     prefix = [encoder.tokenizer.bos_token_id] if protocol.bos == "add" else []
@@ -150,11 +152,14 @@ def build_windows(model_dir: Path, protocol: ProtocolConfig) -> Windows:
 def cut_documents(documents: list[tuple[str, list[int]]], protocol: ProtocolConfig, prefix: list[int]) -> Windows:
     """Cut documents, (name, token ids) each, into a protocol's windows. Every window starts with `prefix`, [] or [bos].
 
+    protocol: one that is `fitted`.
+
     Raises:
         UserError: fewer than two windows or documents remain.
     """
-    capacity = protocol.window - len(prefix)
-    stride = min(protocol.stride, capacity)
+    window, stride = protocol.lengths
+    capacity = window - len(prefix)
+    stride = min(stride, capacity)
     pieces: list[tuple[str, list[int], tuple[int, int, int]]] = []
     for name, ids in documents:
         cuts = spans(len(ids), capacity, stride)

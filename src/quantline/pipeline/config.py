@@ -8,7 +8,7 @@ objects are not used beyond this module.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -90,7 +90,7 @@ def parse(values: Mapping[str, Any]) -> Config:
         config = _with_context(Config.model_validate(dict(values)))
         faults.extend(length_faults(config))
     except ValidationError as error:
-        faults.extend(_describe(fault) for fault in error.errors(include_url=False))
+        faults.extend(_described(error.errors(include_url=False)))
     for check in (method_faults, _source_faults, _convert_faults, _tracking_faults, _toolchain_faults):
         try:
             faults.extend(check(values))
@@ -133,9 +133,25 @@ def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return current
 
 
-def _describe(fault: Mapping[str, Any]) -> str:
+_AUTO = "literal['auto']"
+
+
+def _described(faults: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The faults as sentences. An option that takes a number or `auto` has one for each, of which the number's is told."""
+    or_auto = {fault["loc"][:-1] for fault in faults if fault["loc"][-1:] == (_AUTO,)}
+    told = []
+    for fault in faults:
+        place = fault["loc"]
+        if place[:-1] not in or_auto:
+            told.append(_describe(fault, place))
+        elif place[-1] != _AUTO:
+            told.append(f"{_describe(fault, place[:-1])}, or auto")
+    return told
+
+
+def _describe(fault: Mapping[str, Any], place: Sequence[object]) -> str:
     # The location of a method's fault contains the discriminator's tag, which is not a part of the option's name.
-    places = [str(part) for part in fault["loc"]]
+    places = [str(part) for part in place]
     if len(places) > 2 and places[0] == "method":
         del places[1]
     key, given, kind = ".".join(places), fault["input"], fault["type"]

@@ -66,7 +66,7 @@ def verdict(config: Config, context: Context) -> dict[str, Any]:
 
 def evaluate(config: Config, context: Context) -> dict[str, Any]:
     """The text and all measurements on it."""
-    evaluation = config.evaluate.model_dump()
+    evaluation = config.evaluate.fitted().model_dump()
     return {**_scored(config, context), "evaluate": evaluation, "environment": context.locks["reference"]}
 
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from quantline.checkpoints.model_files import tokenizer_fault
+from quantline.config.context import window_note
 from quantline.config.section import Section
 from quantline.core.errors import ConfigError, QuantlineError, UserError
 from quantline.core.gpu import visible_gpus
@@ -190,7 +191,10 @@ def refuse_early(config: Config, root: Path) -> None:
 
 def length_findings(config: Config, model: Model) -> list[Finding]:
     """What evaluation, calibration and server need and the model does not take."""
-    return [Finding("length", "serve", fault) for fault in faults_with_model(config, model.config)]
+    found = [Finding("length", "serve", fault) for fault in faults_with_model(config, model.config)]
+    if note := window_note(config.evaluate, model.dimensions.positions):
+        found.append(Finding("window", "serve", note, refused=False))
+    return found
 
 
 def text_findings(config: Config, root: Path) -> list[Finding]:
