@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.linears import linear_shapes
+from quantline.core.errors import WorkerError
 from quantline.toolchains import environments, runner
 from quantline.toolchains import toolchain as toolchain_module
 
@@ -69,3 +71,15 @@ def work(root, tmp_path_factory):
         ).data  # fmt: skip
 
     return start
+
+
+@pytest.fixture(scope="session")
+def killed(work):
+    """Run a backend's job until kill -9 ends it at a step, see scripts/killed.py; its output, not complete, is removed."""
+
+    def run(backend: str, job, **step) -> None:
+        with pytest.raises(WorkerError, match="killed by signal 9"):
+            work(backend, "killed", {"backend": backend, "job": job, **step})
+        shutil.rmtree(job["output"])
+
+    return run

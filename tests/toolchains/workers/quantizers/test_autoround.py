@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +8,6 @@ import pytest
 
 from quantline.checkpoints.checkpoint import Checkpoint, iter_dequantized, quantization_of, quantized_layers
 from quantline.checkpoints.layouts import LAYOUTS
-from quantline.toolchains import environments, toolchain
 from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.quantizers import autoround
 
@@ -126,34 +122,15 @@ def test_values_beyond_float16_are_refused(batch):
     assert "model.norm.weight has values up to" in batch["overflow"][1]["refused"]
 
 
-def killed_in_the_second_block(root, job, folder):
-    """Run a job and kill it, by the signal that nothing can catch, when its second block has begun."""
-    python = environments.ensure(root, "autoround").python
-    (folder / "job.json").write_text(json.dumps(job))
-    Path(job["output"]).mkdir()
-    process = subprocess.Popen(
-        [python, "-m", "quantline.toolchains.workers.quantizers.autoround", folder / "job.json", folder / "result.json"],
-        env=toolchain.worker_environment(1), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    with process:
-        for line in process.stdout:
-            if line.startswith("@progress") and "model.layers.1" in line:
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
-    assert not (folder / "result.json").exists()
-    shutil.rmtree(job["output"])
-
-
 @pytest.fixture(scope="module")
-def crashed(root, work, job_for, tmp_path_factory):
+def crashed(killed, work, job_for, tmp_path_factory):
     """Outputs and results of a job without interruption, of the same one gone on with after a crash."""
     folder = tmp_path_factory.mktemp("crash")
     (folder / "work").mkdir()
     options = {"iters": 60, "batch_size": 4}
     whole = job_for("qwen2", "autoround-whole", options=options, work=str(tmp_path_factory.mktemp("whole")))
     broken = job_for("qwen2", "autoround-broken", options=options, work=str(folder / "work"))
-    killed_in_the_second_block(root, broken, folder)
+    killed("autoround", broken, label="model.layers.1")  # when its second block has begun
     kept = sorted(path.name for path in (folder / "work").glob("autoround-*/*/*"))
     module = "quantline.toolchains.workers.quantizers.autoround"
     results = {label: work("autoround", module, job) for label, job in {"whole": whole, "broken": broken}.items()}

@@ -1,17 +1,13 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, write_safetensors
-from quantline.toolchains import environments
-from quantline.toolchains import toolchain as toolchain_module
-from quantline.toolchains.protocol import PROGRESS_PREFIX, JobError
+from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.quantizers import gptqmodel
 
 pytestmark = pytest.mark.toolchain("gptqmodel")
@@ -86,29 +82,13 @@ def facts(work, job_for):
 
 
 @pytest.fixture(scope="module")
-def interrupted(root, job_for, tmp_path_factory):
-    """method -> a job that was killed with signal 9 when some linears were done."""
-    toolchain, jobs = environments.ensure(root, "gptqmodel"), {}
+def interrupted(killed, job_for, tmp_path_factory):
+    """method -> a job that was killed with signal 9 when 9 of 14 linears were done."""
+    jobs = {}
     for method in ("gptq", "awq"):
         folder = tmp_path_factory.mktemp("interrupted")
-        job = job_for("qwen2", f"gm-killed-{method}", method=method, work=str(folder / "work"))
-        (folder / "job.json").write_text(json.dumps(job))
-        command = [
-            toolchain.python,
-            "-m",
-            "quantline.toolchains.workers.quantizers.gptqmodel",
-            folder / "job.json",
-            folder / "result.json",
-        ]
-        with (folder / "log").open("w") as log:
-            process = subprocess.Popen(
-                command, env=toolchain_module.worker_environment(1), stdout=subprocess.PIPE, stderr=log, text=True
-            )
-            for line in process.stdout:
-                if line.startswith(PROGRESS_PREFIX) and json.loads(line[len(PROGRESS_PREFIX) :])["done"] == 9:
-                    process.kill()
-            assert process.wait() == -signal.SIGKILL, (folder / "log").read_text()[-2000:]
-        jobs[method] = job
+        jobs[method] = job_for("qwen2", f"gm-killed-{method}", method=method, work=str(folder))
+        killed("gptqmodel", jobs[method], done=9)
     return jobs
 
 
