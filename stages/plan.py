@@ -56,6 +56,7 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     options, values = preflight.plan_options(arguments), plain(cfg)
     if values["variant"] is not None and values.get("frozen") is None:
         values = _line_of(values["variant"], HydraConfig.get().overrides.task)
+    unpinned = preflight.pinned(values["model"])
     try:
         config = parse(values)
     except ConfigError as error:
@@ -63,7 +64,7 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
         raise UserError(f"{error}\n  the nearest that works: {near}" if near else str(error)) from None
     run = StageRun("plan", config, ROOT, tuple(HydraConfig.get().overrides.task))
     model, place, defaults = (
-        preflight.model_of(run),
+        preflight.model_of(run, remote=True),
         preflight.machine_of(config, ROOT, options),
         preflight.method_defaults(ROOT),
     )
@@ -80,7 +81,7 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
         print(json.dumps(as_json(found, model, place, near, choice), indent=2))
     else:
         print(as_text(found, model, place, near, choice))
-    for note in place.notes:
+    for note in [*place.notes, *([unpinned] if unpinned else [])]:
         print(f"  note: {note}", file=sys.stderr)
     if not found.passes():
         reasons = ", ".join(dict.fromkeys(finding.id for finding in found.refused))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from hub_server import COMMIT, Hub, serving
 from tiny_quantized import write_float
 
 from quantline.serving.rules import cpu_instructions
@@ -17,9 +19,10 @@ def model(tmp_path_factory):
     return write_float(tmp_path_factory.mktemp("m") / "tiny", layers=2)
 
 
-def plan(root, *arguments):
+def plan(root, *arguments, **environment):
     command = [sys.executable, "-m", "stages.plan", *map(str, arguments)]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    known = {**os.environ, **environment}
+    return subprocess.run(command, cwd=root, env=known, capture_output=True, text=True, check=False)
 
 
 # The tiny model takes 64 tokens.
@@ -76,9 +79,25 @@ def test_memory_and_criticality_give_a_recommendation_for_a_gpu(root, model):
 
 
 def test_a_model_that_was_not_downloaded_names_the_command(root):
-    done = plan(root, "model=qwen2_5_3b")
+    done = plan(root, "model=qwen2_5_3b", HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 2
     assert "python -m stages.download model=qwen2_5_3b" in done.stderr
+
+
+@pytest.mark.usefixtures("serves_4_bits")  # another variant is the nearest elsewhere
+def test_a_model_on_the_hub_is_planned_from_its_headers_before_it_is_downloaded(root, model, tmp_path):
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    with serving(Hub({("models", "owner/tiny"): files})) as hub:
+        there = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "", "HF_HUB_CACHE": ""}
+        done = plan(root, "model.repo=owner/tiny", "device=cpu", *SHORT, "method=gptq", **there)
+        weights = [name for name in files if name.endswith(".safetensors")]
+        assert done.returncode == 0, done.stderr
+        assert f"note: planned at the newest commit; the stages take it with model.revision={COMMIT}" in done.stderr
+        assert {one for name in weights for one in hub.gets(name)} == {"bytes=0-100000"}
+        local = plan(root, *on(model, "method=gptq", "json=true"))
+        pinned = plan(root, "model.repo=owner/tiny", f"model.revision={COMMIT}", "device=cpu", *SHORT, "method=gptq",
+                      "json=true", **there)  # fmt: skip
+    assert json.loads(pinned.stdout)["sizes"] == json.loads(local.stdout)["sizes"]
 
 
 def test_texts_that_are_not_here_are_refused_all_at_once_with_what_the_model_does_not_take(root, model):

@@ -28,6 +28,7 @@ class Hub:
     repos: (`models` or `datasets`, name) -> file -> content. token: needed for everything where set.
     broken_once: file -> bytes after which the connection breaks, once; broken: the same, for good.
     corrupt: file -> content that is sent in the place of the right one, of the same length.
+    sent: file -> bytes of it that were sent.
     cards: repository -> the YAML header of its card. private: repositories that are. stored: large files by SHA-256.
     commits: what each commit said: repository, summary, description, names of added and of deleted files.
     rejects: the token is not valid. read_only: it may not write. refuses: part of a path -> status, for what is sent.
@@ -43,6 +44,7 @@ class Hub:
     corrupt: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
     authorizations: list[str | None] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
     cards: dict[str, dict[str, Any]] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
     stored: dict[str, bytes] = field(default_factory=dict)
@@ -266,10 +268,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _file(self, name: str, content: bytes, body: bool) -> None:
-        whole, start = len(content), 0
+        whole, start, end = len(content), 0, len(content)
         sent = self.headers.get("Range")
         if sent:
-            start = int(re.fullmatch(r"bytes=(\d+)-", sent)[1])  # type: ignore[index]
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", sent).groups()  # type: ignore[union-attr]
+            start, end = int(first), min(whole, int(last) + 1) if last else whole
         self.send_response(206 if sent else 200)
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", f'"{etag(content)}"')
@@ -277,14 +280,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("X-Linked-Etag", f'"{etag(content)}"')
             self.send_header("X-Linked-Size", str(whole))
         if sent:
-            self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
-        self.send_header("Content-Length", str(whole - start))
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{whole}")
+        self.send_header("Content-Length", str(end - start))
         self.end_headers()
         if not body:
             return
         content = self.state.corrupt.get(name, content)
         stop = self.state.broken.get(name) or self.state.broken_once.pop(name, None)
-        self.wfile.write(content[start:stop])
+        self.state.sent[name] = self.state.sent.get(name, 0) + (end if stop is None else stop) - start
+        self.wfile.write(content[start : end if stop is None else stop])
         if stop is not None:
             self.wfile.flush()
             self.close_connection = True

@@ -132,6 +132,36 @@ def fetch_file(source: HubRepo, file: str) -> Path:
     return path
 
 
+def safetensors_header(source: HubRepo, file: str) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file, read by range requests: tensor -> dtype, shape, data_offsets; without its metadata.
+
+    Raises:
+        UserError: as for `fetch_snapshot`, or the file has no valid header.
+    """
+    commit = source.commit
+    try:
+        found = _api().parse_safetensors_file_metadata(source.repo, file, repo_type=source.kind, revision=commit)
+    except Exception as error:
+        raise _explained(error, source, file) from None
+    return {
+        name: {"dtype": str(info.dtype), "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+        for name, info in found.tensors.items()
+    }
+
+
+def described(source: HubRepo) -> tuple[str, list[str]]:
+    """The commit that the revision, or the main branch, is now, and the names of its files; asked once, without retries.
+
+    Raises:
+        UserError: as for `fetch_snapshot`.
+    """
+    try:
+        found = _api().repo_info(source.repo, revision=source.revision, repo_type=source.kind, timeout=_TIMEOUT_SECONDS)
+    except Exception as error:
+        raise _explained(error, source) from None
+    return str(found.sha), [sibling.rfilename for sibling in getattr(found, "siblings", None) or []]
+
+
 def list_files(source: HubRepo) -> list[str]:
     """Names of all files of a repository; an empty list if the hub does not answer."""
     try:

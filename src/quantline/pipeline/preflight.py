@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -12,10 +13,13 @@ from pydantic import Field, ValidationError
 
 from quantline.checkpoints.model_files import tokenizer_fault
 from quantline.config.context import window_note
+from quantline.config.data import EMBEDDED_MODEL, ModelConfig
 from quantline.config.section import Section
-from quantline.core.errors import ConfigError, QuantlineError, UserError
+from quantline.core.errors import ConfigError, QuantlineError, UserError, naming
 from quantline.core.gpu import visible_gpus
-from quantline.data.download import model_name
+from quantline.data import hub
+from quantline.data.download import label_of, model_name
+from quantline.data.headers import fetch_headers
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.fit import faults_with_model
 from quantline.pipeline.identity import options_fingerprint
@@ -118,8 +122,10 @@ def method_defaults(root: Path) -> dict[str, dict[str, Any]]:
     return defaults
 
 
-def model_of(run: StageRun) -> Model:
+def model_of(run: StageRun, *, remote: bool = False) -> Model:
     """The headers of a run's model, from its folder or from the download.
+
+    remote: read those of a model that is not downloaded from the hub.
 
     Raises:
         UserError: it is not downloaded yet (the message names the command), or download would refuse it: it is not a float
@@ -133,7 +139,43 @@ def model_of(run: StageRun) -> Model:
         if fault := tokenizer_fault(folder, model.path):
             raise UserError(f"{model.path}: {fault}")
         return opened
-    return Model.open(_downloaded(run) / "model", name)
+    try:
+        return Model.open(_downloaded(run) / "model", name)
+    except UserError as missing:
+        if not remote:
+            raise
+        return _on_the_hub(model, name, str(missing))
+
+
+def _on_the_hub(source: ModelConfig, name: str, missing: str) -> Model:
+    label = label_of(source)
+    with TemporaryDirectory(prefix="quantline-headers-") as folder, naming(Path(folder), label):
+        try:
+            fetch_headers(source, Path(folder))
+        except UserError as error:
+            raise UserError(f"{error}\n{missing}") from None
+        opened = Model.open(Path(folder), name)
+        if fault := tokenizer_fault(Path(folder), "DIR"):
+            raise UserError(f"{label}: {fault}")
+    return opened
+
+
+def pinned(source: dict[str, Any]) -> str | None:
+    """Set the revision of a model on the hub to its newest commit, for a plan only; returns a note if it did.
+
+    source: the plain values of the section `model`. What is given as a commit, or is no name, stays as it is.
+
+    Raises:
+        UserError: the hub does not answer, or has no such repository, branch or tag.
+    """
+    repo, revision = source.get("repo"), source.get("revision")
+    if not isinstance(repo, str) or source.get("path") not in (None, EMBEDDED_MODEL):
+        return None
+    if not isinstance(revision, str | None) or hub.COMMIT.fullmatch(revision or ""):
+        return None
+    asked = hub.HubRepo(repo, revision, "model", "model", "give a folder with model.path=DIR")
+    source["revision"], _ = hub.described(asked)
+    return f"planned at the newest commit; the stages take it with model.revision={source['revision']}"
 
 
 def _downloaded(run: StageRun) -> Path:
