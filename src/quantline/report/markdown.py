@@ -68,7 +68,7 @@ def _watched(report: Report) -> str:
 
 def _table(table: Table) -> Iterator[str]:
     yield from (f"{table.caption} {_links(table.name)}", "")
-    yield grid(table.columns, table.page_rows) if table.page_rows else "Not measured."
+    yield grid(table.columns, table.page_rows) if table.page_rows else table.absent or "Not measured."
 
 
 def grid(columns: Sequence[Column], rows: Sequence[Row]) -> str:

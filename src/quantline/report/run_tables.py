@@ -24,11 +24,12 @@ def speed(evidence: Sequence[Evidence]) -> Table:
         Column("ttft_ms_median", "first token, median", "ms"), Column("ttft_ms_p99", "p99", "ms"),
         Column("itl_ms_median", "between tokens, median", "ms"), Column("itl_ms_p99", "p99", "ms"),
     )  # fmt: skip
-    left_out = [f"{item.name}: {why}" for item in evidence for why in item.speed_left_out]
+    found = [f"{item.name}: {why}" for item in evidence for why in item.speed_left_out]
+    left_out = f"Left out: {'; '.join(found)}." if found else ""
     caption = "Throughput and latency by requests at once, the float model of the same session beside."
-    return Table(
-        "speed", " ".join([caption, *([f"Left out: {'; '.join(left_out)}."] if left_out else [])]), columns, rows
-    )
+    if rows and left_out:
+        caption = f"{caption} {left_out}"
+    return Table("speed", caption, columns, rows, absent=left_out)
 
 
 def speed_ratios(evidence: Sequence[Evidence]) -> Table:

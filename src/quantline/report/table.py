@@ -17,7 +17,7 @@ _LONG = 12
 @dataclass(frozen=True)
 class Table:
     """caption: its content, in one sentence. shown: number of rows on a page, the first ones; None shows all. main: the
-    page never folds it.
+    page never folds it. absent: why there are no rows, if they were measured.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Table:
     rows: list[Row]
     shown: int | None = None
     main: bool = False
+    absent: str = ""
 
     @property
     def page_rows(self) -> list[Row]:
