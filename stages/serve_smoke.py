@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 @stage("serve_smoke")
 def serve_smoke(run: StageRun) -> None:
     from quantline.data.windows import build_windows
-    from quantline.pipeline.server import server_of, server_options
+    from quantline.pipeline.server import PROVEN, server_of, server_options
     from quantline.serving.serve_smoke import serve_and_score
 
     options = server_options(run, quantized=not run.is_baseline)
@@ -27,6 +27,7 @@ def serve_smoke(run: StageRun) -> None:
         )  # fmt: skip
         run.metrics.update(served.metrics)
         run.warnings.extend(served.warnings)
+        run.tables[PROVEN] = [{"flag": flag} for flag in served.flags]
         if served.reason:
             run.status, run.reason = "unsupported", served.reason
 

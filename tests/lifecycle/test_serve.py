@@ -14,7 +14,8 @@ from quantline.lifecycle import serve
 from quantline.lifecycle.serve import Typed, curl_line, options_for, port_of, subject_of
 from quantline.lifecycle.tracking.registry import promote
 from quantline.pipeline.identity import file_hashes
-from quantline.pipeline.server import options_of
+from quantline.pipeline.server import PROVEN, options_of
+from quantline.serving.command import flags_of
 from tests.lifecycle.tracking.test_registry import MODEL, Store
 
 GPTQ = ("method=gptq", "bits=4", "tracking.uri=null")
@@ -52,6 +53,18 @@ def test_a_variant_is_served_as_it_was_proven_whatever_the_defaults_of_today_are
     assert (options.dtype, options.enforce_eager, options.process.kv_cache_gib) == ("bfloat16", False, 3)
     assert options.max_model_len == 64  # the model's own limit
     assert (options.name, options.process.port, note) == ("gptq-w4", None, "")
+
+
+def test_the_flags_that_serve_smoke_noted_serve_it_again_unless_the_command_line_changes_them(kept, composed, tmp_path):
+    flags = ("--dtype", "float16", "--older-flag")
+    kept(tables={PROVEN: [{"flag": flag} for flag in flags]}, environment={"device": "cpu"})
+    same, _ = options_for(asked(composed, tmp_path, variant="gptq-w4"), "0.40.0", "cpu", 0)
+    assert flags_of(same) == list(flags)
+    elsewhere, _ = options_for(asked(composed, tmp_path, variant="gptq-w4"), "0.40.0", "cuda", 0)
+    other, _ = options_for(asked(composed, tmp_path, "serve.max_model_len=32", variant="gptq-w4"), "0.40.0", "cpu", 0)
+    for options in (elsewhere, other):
+        assert "--older-flag" not in flags_of(options)
+        assert "--max-model-len" in flags_of(options)
 
 
 def test_what_the_command_line_says_of_serving_replaces_only_that(kept, composed, tmp_path):

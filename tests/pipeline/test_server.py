@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from quantline.pipeline.config import parse
-from quantline.pipeline.server import options_of
+from quantline.pipeline.server import PROVEN, options_of, proven_flags, proven_line
 
 
 @pytest.mark.parametrize(("quantized", "dtype"), [(True, "float16"), (False, "bfloat16")])
@@ -16,3 +16,12 @@ def test_a_server_is_started_with_the_options_of_the_variant(composed, quantized
 def test_answers_that_are_measured_never_share_a_cache(composed):
     config = parse(composed("serve.process.enable_prefix_caching=true"))
     assert not options_of(config, "cpu", quantized=True).process.enable_prefix_caching
+
+
+def test_the_line_for_a_shell_has_the_flags_that_served_it_whatever_todays_would_be(composed):
+    config = parse(composed("method=gptq", "serve.max_model_len=600"))
+    noted = {PROVEN: [{"flag": flag} for flag in ("--dtype", "float16", "--older-flag", "two words")]}
+    served = {"status": "ok", "environment": {"device": "cpu"}, "tables": noted}
+    assert proven_line(config, served, None, "DIR") == "vllm serve DIR --dtype float16 --older-flag 'two words'"
+    assert "--max-model-len 600" in proven_line(config, {**served, "tables": {}}, None, "DIR")  # a result of older code
+    assert proven_flags({**served, "status": "unsupported"}) is None

@@ -106,7 +106,10 @@ def test_a_served_model_gives_answers_and_a_score_for_every_token_but_a_windows_
     first[::LENGTH] = True
     assert np.isnan(logprobs[first]).all()
     np.testing.assert_allclose(logprobs[~first], -IDS[~first] / 10, rtol=1e-6)
-    assert json.loads((out / "verdict.json").read_text())["supported"] is True
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert verdict["supported"] is True
+    assert verdict["flags"] == list(served.flags)
+    assert verdict["flags"][:2] == ["--dtype", "float16"]
 
 
 def test_a_model_without_a_chat_template_is_asked_no_chat_questions(serve, checkpoint):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from quantline.pipeline.identity import differing, file_hashes
 from quantline.pipeline.overrides import key_of
 from quantline.pipeline.paths import MANUAL_HOME
 from quantline.pipeline.records import variant_record
-from quantline.pipeline.server import options_of
+from quantline.pipeline.server import options_of, proven_flags
 from quantline.pipeline.stages import is_baseline
 from quantline.serving.command import ServerOptions
 from quantline.serving.ports import require_free
@@ -48,13 +48,16 @@ class Subject:
     """A checkpoint to serve.
 
     name: under which requests ask for it. config: of the variant, with what the command line changes. proven: serve_smoke
-    served it with this configuration; False for a folder of unknown origin.
+    served it with this configuration; False for a folder of unknown origin. flags: by which it did, on the device
+    `device`; None if the command line asks for others, or they were not noted.
     """
 
     name: str
     folder: Path
     config: Config
     proven: bool
+    flags: tuple[str, ...] | None = None
+    device: str = ""
 
 
 def subject_of(root: Path, arguments: Mapping[str, str | None], typed: Typed) -> Subject:
@@ -101,7 +104,8 @@ def options_for(subject: Subject, version: str, device: str, port: int) -> tuple
         require_free(options.process.host, port, "give port=NUMBER, 0 for a free one")
     shared = subject.config.serve.process.enable_prefix_caching  # which is off only where answers are measured
     process = options.process.model_copy(update={"port": port or None, "enable_prefix_caching": shared})
-    options = ServerOptions(**{**vars(options), "process": process, "name": subject.name})
+    flags = subject.flags if subject.device == device and not shared else None
+    options = replace(options, process=process, name=subject.name, proven=flags)
     ruling = verdict(vllm_here(version, device, options.dtype), facts)
     if ruling.supported:
         return options, ""
@@ -149,7 +153,8 @@ def _of_variant(root: Path, name: str, typed: Typed) -> Subject:
     if changed := differing(results[stage]["outputs"], file_hashes(folder) if folder.is_dir() else {}):
         mend = record.remedy(stage) if record.config.get("frozen") is None else f"dvc checkout --force {folder}"
         raise UserError(f"{folder / changed[0]}: differs from the output of {stage}; run: {mend}")
-    return Subject(record.name, model, _as_typed(config, typed), proven=True)
+    noted = _noted(results["serve_smoke"], typed)
+    return Subject(record.name, model, _as_typed(config, typed), proven=True, **noted)
 
 
 def _of_alias(root: Path, alias: str, model: str | None, typed: Typed) -> Subject:
@@ -166,7 +171,7 @@ def _of_alias(root: Path, alias: str, model: str | None, typed: Typed) -> Subjec
     shown = f"{version.model}@{alias}"
     _refuse_unserved(shown, run.results.get("serve_smoke"), "dvc repro, then promote it again", folder)
     config = parse(with_current_names(run.config))
-    return Subject(run.name, folder, _as_typed(config, typed), proven=True)
+    return Subject(run.name, folder, _as_typed(config, typed), proven=True, **_noted(run.results["serve_smoke"], typed))
 
 
 def _of_folder(root: Path, given: str, typed: Typed) -> Subject:
@@ -198,6 +203,14 @@ def _refuse_unserved(shown: str, served: Mapping[str, Any] | None, remedy: str, 
         raise UserError(f"{shown}: no result of serve_smoke is up to date; run: {remedy}; {_anyway(folder)}")
     if served["status"] != "ok":
         raise UserError(f"{shown}: serve_smoke found that it is not served: {served['reason']}; {_anyway(folder)}")
+
+
+def _noted(served: Mapping[str, Any], typed: Typed) -> dict[str, Any]:
+    """The flags that serve_smoke noted and their device; nothing if the command line changes how it is served."""
+    changed = any(key_of(override).lstrip("~").startswith("serve") for override in typed.overrides)
+    if changed:
+        return {}
+    return {"flags": proven_flags(served), "device": str(served["environment"]["device"])}
 
 
 def _anyway(folder: Path) -> str:

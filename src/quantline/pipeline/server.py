@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
     from quantline.pipeline.run import StageRun
     from quantline.serving.command import ServerOptions
     from quantline.serving.server import Vllm
+
+
+# The table of serve_smoke's result that has the flags of `vllm serve` by which it served the checkpoint, one a row.
+PROVEN = "serving"
+
+
+def proven_flags(served: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The flags by which serve_smoke served a checkpoint, from its result; None if it did not, or did not note them."""
+    rows = (served.get("tables") or {}).get(PROVEN)
+    return tuple(str(row["flag"]) for row in rows) if rows and served.get("status") == "ok" else None
 
 
 def server_of(run: StageRun) -> Vllm:
@@ -74,7 +85,8 @@ def proven_line(config: Config, served: Mapping[str, Any], checkpoint: Path | No
         return None
     positions = positions_of(checkpoint) if checkpoint is not None else None
     device = str(served["environment"]["device"])
-    return vllm_line(model, options_of(config, device, quantized=not is_baseline(config), positions=positions))
+    options = options_of(config, device, quantized=not is_baseline(config), positions=positions)
+    return vllm_line(model, replace(options, proven=proven_flags(served)))
 
 
 def record_line(record: VariantRecord, model: str) -> str | None:

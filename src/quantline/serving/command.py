@@ -29,6 +29,7 @@ class ServerOptions:
             was the fastest setting tried on two busy cores.
         environment: further environment variables of the server.
         name: under which requests ask for the model.
+        proven: the flags with which it was served before, in place of those that follow from the options above.
     """
 
     process: ProcessConfig
@@ -40,6 +41,7 @@ class ServerOptions:
     threads: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     name: str = SERVED_NAME
+    proven: tuple[str, ...] | None = None
 
 
 def command_line(python: Path, model: Path, options: ServerOptions, port: int) -> list[str]:
@@ -47,7 +49,7 @@ def command_line(python: Path, model: Path, options: ServerOptions, port: int) -
     return [
         str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model),
         "--served-model-name", options.name, "--host", options.process.host, "--port", str(port),
-        "--disable-uvicorn-access-log", *_flags(options),
+        "--disable-uvicorn-access-log", *flags_of(options),
     ]  # fmt: skip
 
 
@@ -56,11 +58,13 @@ def vllm_line(model: str, options: ServerOptions) -> str:
 
     model: a folder, or a repository on the hub.
     """
-    return shlex.join(["vllm", "serve", model, *_flags(options)])
+    return shlex.join(["vllm", "serve", model, *flags_of(options)])
 
 
-def _flags(options: ServerOptions) -> list[str]:
+def flags_of(options: ServerOptions) -> list[str]:
     """The arguments that decide what is served and how, the same for every address and name."""
+    if options.proven is not None:
+        return list(options.proven)
     flags = [
         "--dtype", options.dtype, "--tensor-parallel-size", str(options.process.tensor_parallel_size),
         # The checkpoint's own sampling defaults (such as a repetition penalty) would change greedy answers.

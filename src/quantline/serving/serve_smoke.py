@@ -21,7 +21,7 @@ from quantline.core.errors import ServerError, UserError
 from quantline.core.files import write_json
 from quantline.data.windows import Windows
 from quantline.serving.answer_checks import judge_answers
-from quantline.serving.command import ServerOptions
+from quantline.serving.command import ServerOptions, flags_of
 from quantline.serving.logprobs import score
 from quantline.serving.rules import checkpoint_facts, verdict, vllm_here
 from quantline.serving.server import Vllm, serve
@@ -30,11 +30,14 @@ from quantline.serving.smoke import Answer, run_smoke
 
 @dataclass(frozen=True)
 class Served:
-    """Metrics and warnings. `reason` says why the target does not serve the checkpoint; empty if it does."""
+    """Metrics and warnings. `reason` says why the target does not serve the checkpoint; empty if it does. flags: with which
+    `vllm serve` served it.
+    """
 
     reason: str
     metrics: dict[str, float]
     warnings: list[str]
+    flags: tuple[str, ...] = ()
 
 
 def serve_and_score(
@@ -93,9 +96,10 @@ def serve_and_score(
     flat = np.concatenate([piece for window in logprobs for piece in ([np.nan], window)]).astype(np.float32)
     write_safetensors(out / "scores.safetensors", {"logprobs": flat})
     write_json(out / "scores.json", {"windows_sha256": windows.sha256})
-    write_json(out / "verdict.json", {**document, "kernels": list(report.kernels), "runtime": report.runtime_version})
+    proven = {"kernels": list(report.kernels), "runtime": report.runtime_version, "flags": flags_of(options)}
+    write_json(out / "verdict.json", {**document, **proven})
     write_json(out / "answers.json", [asdict(answer) for answer in report.answers])
-    return Served("", report.metrics, [])
+    return Served("", report.metrics, [], tuple(flags_of(options)))
 
 
 def read_answers(folder: Path) -> list[Answer]:
