@@ -11,7 +11,7 @@ from variant_records import record
 
 from quantline.core.errors import UserError
 from quantline.lifecycle import serve
-from quantline.lifecycle.serve import Typed, curl_line, options_for, port_of, subject_of
+from quantline.lifecycle.serve import Typed, curl_line, measured_settings, options_for, port_of, settings_of, subject_of
 from quantline.lifecycle.tracking.registry import promote
 from quantline.pipeline.identity import file_hashes
 from quantline.pipeline.server import PROVEN, options_of
@@ -196,3 +196,27 @@ def test_the_line_that_asks_is_for_the_api_that_the_model_has(composed, tmp_path
     words = shlex.split(curl_line("http://127.0.0.1:8000", subject))
     assert words[:2] == ["curl", f"http://127.0.0.1:8000/v1/{path}"]
     assert json.loads(words[-1])["model"] == "mine"
+
+
+def test_two_settings_differ_in_what_the_command_line_gives_and_in_nothing_else(kept, composed, root):
+    kept("serve.dtype=bfloat16", "serve.process.kv_cache_gib=3")
+    given = ("serve.process.max_num_seqs=4", "speed.rounds=2")
+    pair, plan = settings_of(root, {"variant": "gptq-w4"}, Typed(composed(*given), given))
+    before, after = measured_settings(pair, "0.40.0", "cpu")
+    assert (before.model, after.model, before.checkpoint) == ("float", "variant", after.checkpoint)
+    assert plan.rounds == 2
+    changed = after.options.process.model_dump()
+    assert changed.pop("max_num_seqs") == 4
+    unchanged = before.options.process.model_dump()
+    assert unchanged.pop("max_num_seqs") is None
+    assert changed == unchanged
+    assert (before.options.dtype, after.options.dtype) == ("bfloat16", "bfloat16")
+
+
+def test_without_a_change_or_a_measurement_there_is_nothing_to_compare(kept, composed, root):
+    kept()
+    with pytest.raises(UserError, match=r"nothing to compare; give options of serve, such as"):
+        settings_of(root, {"variant": "gptq-w4"}, Typed(composed(), ()))
+    given = ("serve.dtype=float16", "speed=none")
+    with pytest.raises(UserError, match=r"speed.tools=\[\]: nothing would be compared; give speed=short"):
+        settings_of(root, {"variant": "gptq-w4"}, Typed(composed(*given), given))

@@ -11,10 +11,13 @@ from typing import Any
 
 from quantline.checkpoints.model_files import has_chat_template
 from quantline.config.context import automatic
+from quantline.config.speed import SpeedConfig
 from quantline.core.errors import UserError
 from quantline.core.text import nearest
+from quantline.evaluation.speed.vllm_bench import Subject as Measured
 from quantline.lifecycle.tracking import registry
 from quantline.lifecycle.tracking.reader import read_run, tracking_of
+from quantline.pipeline.compose import compose_values
 from quantline.pipeline.config import Config, parse, with_current_names
 from quantline.pipeline.fit import positions_of
 from quantline.pipeline.identity import differing, file_hashes
@@ -23,7 +26,7 @@ from quantline.pipeline.paths import MANUAL_HOME
 from quantline.pipeline.records import variant_record
 from quantline.pipeline.server import options_of, proven_flags
 from quantline.pipeline.stages import is_baseline
-from quantline.serving.command import ServerOptions
+from quantline.serving.command import SERVED_NAME, ServerOptions
 from quantline.serving.ports import require_free
 from quantline.serving.rules import checkpoint_facts, verdict, vllm_here
 
@@ -114,6 +117,44 @@ def options_for(subject: Subject, version: str, device: str, port: int) -> tuple
     return options, f"{ruling.reason}; {ruling.remedy}"
 
 
+def serve_overrides(typed: Typed) -> list[str]:
+    """What the command line changes of how it is served."""
+    return [override for override in typed.overrides if key_of(override).lstrip("~").startswith("serve")]
+
+
+def settings_of(
+    root: Path, arguments: Mapping[str, str | None], typed: Typed
+) -> tuple[tuple[Subject, Subject], SpeedConfig]:
+    """One checkpoint as it is served and with what the command line changes of that, and what to measure.
+
+    Raises:
+        UserError: as for `subject_of`, the command line changes nothing, or nothing would be measured.
+    """
+    plan = SpeedConfig.model_validate(typed.values["speed"])
+    changes = serve_overrides(typed)
+    if not changes:
+        raise UserError("there is nothing to compare; give options of serve, such as serve.process.max_num_seqs=1")
+    if "serve" not in plan.tools:
+        raise UserError(f"speed.tools={list(plan.tools)}: nothing would be compared; give speed=short or speed=sweep")
+    others = [override for override in typed.overrides if key_of(override).lstrip("~").partition(".")[0] != "speed"]
+    plain = [override for override in others if override not in changes]
+    before = subject_of(root, arguments, replace(typed, overrides=plain, values=_default_serve(root, typed.values)))
+    return (before, subject_of(root, arguments, replace(typed, overrides=others))), plan
+
+
+def measured_settings(pair: tuple[Subject, Subject], version: str, device: str) -> tuple[Measured, Measured]:
+    """The two settings as the subjects of a measurement; the first takes the place of the float model.
+
+    Raises:
+        UserError: as for `options_for`.
+    """
+    found = []
+    for label, subject in zip(("float", "variant"), pair, strict=True):
+        options, _ = options_for(subject, version, device, 0)
+        found.append(Measured(label, subject.folder, replace(options, name=SERVED_NAME, proven=None)))
+    return found[0], found[1]
+
+
 def port_of(text: str | None, config: Config) -> int:
     """The port to serve on, by the command's own option, else by the configuration, else 8000; 0 is a free one.
 
@@ -188,6 +229,11 @@ def _of_folder(root: Path, given: str, typed: Typed) -> Subject:
     return Subject(name, folder, _with_length(config, length), proven=False)
 
 
+def _default_serve(root: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The composed values with the section `serve` as conf/ has it."""
+    return {**values, "serve": compose_values(root / "conf", [])["serve"]}
+
+
 def _refuse_unread(overrides: Sequence[str], reads: Sequence[str]) -> None:
     for override in overrides:
         key = key_of(override).lstrip("~").partition("@")[0]
@@ -207,8 +253,7 @@ def _refuse_unserved(shown: str, served: Mapping[str, Any] | None, remedy: str, 
 
 def _noted(served: Mapping[str, Any], typed: Typed) -> dict[str, Any]:
     """The flags that serve_smoke noted and their device; nothing if the command line changes how it is served."""
-    changed = any(key_of(override).lstrip("~").startswith("serve") for override in typed.overrides)
-    if changed:
+    if serve_overrides(typed):
         return {}
     return {"flags": proven_flags(served), "device": str(served["environment"]["device"])}
 

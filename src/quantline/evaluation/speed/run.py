@@ -72,6 +72,7 @@ def measure(
     bench: Bench,
     out: Path,
     log: Path,
+    as_given: bool = False,
 ) -> Measured:
     """Measure the float model and the variant and write `speed.json` to `out`.
 
@@ -82,6 +83,8 @@ def measure(
         bench: runs a job of `toolchains.workers.vllm_bench` under a label.
         out: an empty folder.
         log: the servers' logs are written beside it, with the model in their names.
+        as_given: serve by exactly these options; otherwise the cache grows to hold all requests of the largest level, and
+            `plan.enforce_eager` decides on graphs.
 
     Raises:
         ServerError: a server could not be started or died, or requests failed.
@@ -93,7 +96,7 @@ def measure(
     known = verdict(target, checkpoint_facts(variant.checkpoint))
     if not known.supported:
         return _written(Measured(nothing(), warnings=[known.remedy] if known.remedy else [], reason=known.reason), out)
-    prepared = (_prepared(subjects[0], plan), _prepared(variant, plan))
+    prepared = subjects if as_given else (_prepared(subjects[0], plan), _prepared(variant, plan))
     session = _Session(python, prepared, plan, bench, out, log)
     document: dict[str, Any] = {**nothing(), "session": _described(version, prepared, plan)}
     (out / "bench").mkdir()
