@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # disables dvc's update check and usage reports
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup repro report test docs lint format ui push pull verify gc lock clean
+.PHONY: help setup repro report experiments test docs lint format ui push pull verify gc lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -37,6 +37,10 @@ report: setup  ## update the report and open it, or print its path
 	@dvc repro
 	@echo "$(CURDIR)/report/index.html"
 	@if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && command -v xdg-open >/dev/null; then xdg-open report/index.html; fi
+
+# DVC has a column for each figure of each variant; these are the ones of the variant to ship, and they fit 120 columns.
+experiments: setup  ## every commit and experiment with the variant that it would ship, its change, size and divergence
+	@dvc exp show --no-pager --drop '.*' --keep 'Exp|best|metrics.json:(change|size|kl)'
 
 test: setup  ## the whole test suite, in two processes
 	@python -m pytest -n 2 --dist loadgroup
