@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import os
+import pty
+import select
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from quantline.pipeline.completion import candidates
+from quantline.pipeline.completion import candidates, script
 
 # Asks bash itself what it would complete a line to.
 ASK = """\
-source <("$1" -m stages.completion)
-COMP_LINE="$2"; COMP_POINT=${#2}; COMP_WORDS=("$1" $2); COMPREPLY=()
+source <(python -m stages.completion)
+COMP_LINE="$1"; COMP_POINT=${#1}; COMP_WORDS=($1); COMPREPLY=()
 _quantline 2>/dev/null
 printf '%s\\n' "${COMPREPLY[@]}"
 """
@@ -43,16 +49,73 @@ def test_what_does_not_exist_has_no_completions(root):
     assert candidates("stages.quantize method=nothing method.x", root) == []
 
 
+@pytest.fixture
+def console(tmp_path, root):
+    """A folder for PATH with this interpreter as `python`, and the console command as an installation has it."""
+    (tmp_path / "bin").mkdir()
+    console = f'PYTHONPATH={root}/src exec {sys.executable} -m quantline.pipeline.console "$@"'
+    for name, runs in (("python", f'exec {sys.executable} "$@"'), ("quantline", console)):
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/sh\n{runs}\n")
+        path.chmod(0o755)
+    return tmp_path / "bin"
+
+
 @pytest.mark.parametrize(
     ("line", "completed"),
     [
         ("python -m stages.quan", ["stages.quantize"]),
         ("python -m stages.quantize method=gp", ["gptq"]),
         ("python other.py --x", [""]),
+        ("quantline quan", ["quantize"]),
+        ("quantline quantize method=gp", ["gptq"]),
     ],
 )
-def test_bash_completes_with_the_printed_script(root, line, completed):
+def test_bash_completes_with_the_printed_script(root, console, line, completed):
+    known = {**os.environ, "PATH": f"{console}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", "-c", ASK, "bash", sys.executable, line], cwd=root, capture_output=True, text=True, check=False
+        ["bash", "-c", ASK, "bash", line], cwd=root, env=known, capture_output=True, text=True, check=False
     )
     assert done.stdout.splitlines() == completed, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here")
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("python -m stages.quan", "python -m stages.quantize "),
+        ("python -m stages.quantize method=gp", "python -m stages.quantize method=gptq "),
+        ("python -m stages.quantize calibration.n_s", "python -m stages.quantize calibration.n_samples="),
+        ("quantline quan", "quantline quantize "),
+    ],
+)
+def test_zsh_completes_with_the_printed_script(root, console, typed, completed):
+    """In a terminal of its own, as a user types it."""
+    lines = console / "completion.zsh"
+    lines.write_text(script("zsh"))
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(root)
+        os.environ.update(TERM="dumb", PATH=f"{console}:{os.environ['PATH']}")
+        os.execvp("zsh", ["zsh", "-f", "-i"])
+    try:
+        # A command says that the shell is ready; what it prints is not what is typed.
+        os.write(
+            terminal, f"stty cols 200; autoload -U compinit; compinit -u; source {lines}; print rea''dy\r".encode()
+        )
+        assert shown(terminal, "ready")
+        os.write(terminal, typed.encode() + b"\t")
+        assert shown(terminal, completed)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(terminal)
+
+
+def shown(terminal, text, seconds=60):
+    """Whether the terminal shows a text, before that many seconds have passed."""
+    said, end = "", time.monotonic() + seconds
+    while text not in said and time.monotonic() < end:
+        if select.select([terminal], [], [], 0.2)[0]:
+            said += os.read(terminal, 65536).decode(errors="replace")
+    return text in said

@@ -15,20 +15,48 @@ from quantline.config import files
 BASH = """\
 _quantline() {
   local line="${COMP_LINE:0:COMP_POINT}" last found
-  [[ "$line" == *"-m stages"* ]] || return 0
   last="${line##* }"
-  mapfile -t found < <("${COMP_WORDS[0]}" -m stages.completion words="${line#*-m }" 2>/dev/null)
+  if [[ "${COMP_WORDS[0]##*/}" == quantline ]]; then
+    mapfile -t found < <("${COMP_WORDS[0]}" completion words="stages.${line#* }" 2>/dev/null)
+    found=("${found[@]#stages.}")
+  elif [[ "$line" == *"-m stages"* ]]; then
+    mapfile -t found < <("${COMP_WORDS[0]}" -m stages.completion words="${line#*-m }" 2>/dev/null)
+  else
+    return 0
+  fi
   [[ "${found[*]}" == *[=.] ]] && compopt -o nospace
   [[ "$last" == *=* ]] && found=("${found[@]#"${last%%=*}="}")  # bash takes = as the end of a word
   COMPREPLY=("${found[@]}")
 }
-complete -o default -o bashdefault -F _quantline python python3
+complete -o default -o bashdefault -F _quantline python python3 quantline
+"""
+# Of its own: bash's has `mapfile` and `compopt`, which zsh's emulation has not.
+ZSH = """\
+(( $+functions[compdef] )) || { autoload -U compinit && compinit }
+_quantline() {
+  local line="${(j: :)${(@)words[1,CURRENT]}}"
+  local -a found open
+  if [[ "${words[1]:t}" == quantline ]]; then
+    found=("${(@f)$(${words[1]} completion words="stages.${line#* }" 2>/dev/null)}")
+    found=("${(@)found#stages.}")
+  elif [[ "$line" == *"-m stages"* ]]; then
+    found=("${(@f)$(${words[1]} -m stages.completion words="${line#*-m }" 2>/dev/null)}")
+  else
+    _files
+    return
+  fi
+  open=(${(M)found:#*[=.]})
+  found=(${found:#(|*[=.])})
+  (( $#open )) && compadd -Q -S '' -- $open
+  (( $#found )) && compadd -Q -- $found
+}
+compdef _quantline python python3 quantline
 """
 
 
 def script(shell: str) -> str:
-    """The lines that a shell reads to complete; zsh reads those for bash."""
-    return BASH if shell == "bash" else f"autoload -U +X bashcompinit && bashcompinit\n{BASH}"
+    """The lines that a shell reads to complete."""
+    return BASH if shell == "bash" else ZSH
 
 
 def candidates(words: str, root: Path) -> list[str]:
