@@ -30,17 +30,9 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def composed(root):
     """Compose conf/ with overrides into plain values."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+    from composer import Composer
 
-    from quantline.pipeline.hydra_values import plain
-
-    def values(*overrides: str):
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
-            return plain(compose("config", overrides=list(overrides)))
-
-    return values
+    return Composer(root / "conf")
 
 
 @pytest.fixture(scope="session")

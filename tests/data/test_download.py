@@ -188,7 +188,7 @@ def test_a_second_fetch_transfers_nothing(served, out):
     assert not [request for request in served.requests[asked:] if request[0] == "GET" and "/resolve/" in request[1]]
 
 
-def test_the_cache_serves_where_the_hub_is_out_of_reach(served, out, monkeypatch):
+def test_the_cache_serves_where_the_hub_is_out_of_reach(served, out, monkeypatch, no_waiting):
     first = fetch(pinned(), out)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert fetch(pinned(), out)["sha256"] == first["sha256"]

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from hydra.errors import HydraException
 
 from quantline.core.errors import ConfigError, UserError
-from quantline.pipeline.compose import freeze, variant_overrides
+from quantline.pipeline.compose import compose_values, freeze, variant_overrides
 from quantline.pipeline.config import parse
 from quantline.pipeline.identity import locks_of
 
@@ -228,3 +229,29 @@ def test_a_variant_that_is_named_twice_is_refused(checkout, text):
     (checkout / "params.yaml").write_text(f"variants:\n  {text}\n")
     with pytest.raises(UserError, match=r"is given twice, in line 2 and in line 3|two variants are called 1"):
         freeze(checkout, "a")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["bits=8", "calibration.n_samples=5"],
+        ["method=gptq", "bits=2", "method.desc_act=true", "evaluate=wikitext2", "evaluate.path=x y", "tasks=none"],
+        ["model=custom", "model.path=/a/b", "serve.smoke.prompts=[a,b]", "model.name=null"],
+        ["+serve.process.environment.A=b", "instruments=none"],
+    ],
+)
+def test_what_tests_compose_is_what_hydra_composes(root, composed, overrides):
+    wanted = compose_values(root / "conf", overrides)
+    assert [composed(*overrides), composed(*overrides)] == [wanted, wanted]
+    assert list(composed(*overrides)) == list(wanted)
+
+
+def test_what_tests_cannot_compose_is_refused_as_hydra_refuses_it(root, composed):
+    for overrides in (["bitss=8"], ["method=gptqq"], ["method.quant_type=nf4", "method=gptq"], ["bits"], ["bits=[1"]):
+        said = []
+        for compose in (composed, lambda *own: compose_values(root / "conf", own)):
+            with pytest.raises(HydraException) as caught:
+                compose(*overrides)
+            said.append((type(caught.value), str(caught.value)))
+        assert said[0] == said[1]
