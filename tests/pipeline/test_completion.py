@@ -117,5 +117,5 @@ def shown(terminal, text, seconds=60):
     said, end = "", time.monotonic() + seconds
     while text not in said and time.monotonic() < end:
         if select.select([terminal], [], [], 0.2)[0]:
-            said += os.read(terminal, 65536).decode(errors="replace")
+            said += os.read(terminal, 65536).decode(errors="replace").replace("\a", "")  # it rings where it stops
     return text in said
