@@ -68,6 +68,7 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
         preflight.machine_of(config, ROOT, options),
         preflight.method_defaults(ROOT),
     )
+    preflight.refuse_beside_weights(config, ROOT)
     variant = preflight.variant_spec(config.model_dump())
     found = check(variant, model, place)
     near = None if found.passes() else nearest(variant, model, place, defaults)

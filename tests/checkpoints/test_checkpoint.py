@@ -140,7 +140,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
         (["model.pt"], "pickled weights only"),
         (["gptq_model-4bit-128g.safetensors"], "rename it"),
         (["config.json"], "give a complete model"),
-        (["adapter_config.json", "adapter_model.safetensors"], "is a LoRA adapter, not a model: merge it"),
+        (["adapter_config.json", "adapter_model.safetensors"], "is an adapter, not a model: merge it"),
         (["model.safetensors", "model.safetensors.index.json"], "remove the outdated one"),
     ],
 )

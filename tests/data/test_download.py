@@ -167,15 +167,30 @@ def test_what_a_tokenizer_or_a_processor_needs_comes_along(served, files, model,
     assert fetch(local(model), tmp_path / "again")["sha256"] == report["sha256"]
 
 
-def test_a_lora_adapter_is_called_one_and_the_merge_is_named(served, files, model, out):
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"peft_type": "LORA"}, r"is a LoRA adapter, not a model: merge it .*merge_and_unload\(\)"),
+        ({"peft_type": "IA3"}, r"is an IA3 adapter, not a model: merge it .*merge_and_unload\(\)"),
+        ({"peft_type": "LOHA"}, r"is an adapter \(LOHA\), not a model: merge it"),
+        (
+            {"peft_type": "PROMPT_TUNING"},
+            r"is an adapter \(PROMPT_TUNING\), not a model, and cannot be merged .* its base",
+        ),
+        ({}, "is an adapter, not a model: merge it"),
+    ],
+)
+def test_an_adapter_is_called_what_it_is_and_the_merge_is_named(served, model, out, config, words):
+    files = served.repos["models", REPO]
     for name in [name for name in files if "safetensors" in name or name.endswith(".bin")]:
         del files[name]
-    files["adapter_model.safetensors"], files["adapter_config.json"] = b"x", b"{}"
+    files["adapter_model.safetensors"], files["adapter_config.json"] = b"x", json.dumps(config).encode()
     for path in model.glob("*.safetensors*"):
         path.unlink()
     (model / "adapter_model.safetensors").write_bytes(b"x")
+    (model / "adapter_config.json").write_text(json.dumps(config))
     for source in (pinned(), local(model)):
-        with pytest.raises(UserError, match=r"is a LoRA adapter, not a model: merge it .*merge_and_unload\(\)"):
+        with pytest.raises(UserError, match=words):
             fetch(source, out)
     assert nothing_left(out)
 
@@ -323,6 +338,29 @@ def test_pickled_weights_alone_are_refused_and_the_option_is_named(served, files
     report = fetch(pinned(allow_pickle=True), out)
     assert report["weights"] == "pickle"
     assert (out / "pytorch_model.bin").read_bytes() == files["pytorch_model.bin"]
+
+
+def test_pickles_of_other_names_are_not_said_to_be_taken(served, files, model, out):
+    for name in [name for name in files if "safetensors" in name]:
+        del files[name]
+    files["consolidated.00.pth"] = files.pop("pytorch_model.bin")
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    (model / "consolidated.00.pth").write_bytes(b"pickle")
+    for source in (pinned(), local(model), pinned(allow_pickle=True), local(model, allow_pickle=True)):
+        with pytest.raises(
+            UserError, match=r"only \(consolidated\.00\.pth\), which can run code: save it as safetensors$"
+        ):
+            fetch(source, out)
+
+
+def test_what_lies_in_folders_is_fetched_where_the_hub_lists_no_files(served, files, out, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", refuse)
+    files["additional_chat_templates/tool_use.jinja"] = b"{{ messages }}"
+    assert "additional_chat_templates/tool_use.jinja" in fetch(pinned(), out)["files"]
 
 
 def test_allowing_pickles_does_not_fetch_them_beside_safetensors(served, out):

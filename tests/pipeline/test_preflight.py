@@ -6,10 +6,11 @@ import shutil
 import pytest
 from tiny_quantized import write_float
 
-from quantline.core.errors import ConfigError, UserError
+from quantline.core.errors import ConfigError, UserError, naming
+from quantline.data.download import check_contents, fetch
 from quantline.pipeline.command_line import read
 from quantline.pipeline.config import parse
-from quantline.pipeline.preflight import PlanOptions, model_of, plan_options, preflight
+from quantline.pipeline.preflight import PlanOptions, model_of, plan_options, preflight, refuse_beside_weights
 from quantline.pipeline.run import StageRun
 from quantline.planning.spec import RefusedError
 from stages.plan import OPTIONS
@@ -52,6 +53,36 @@ def test_what_download_would_refuse_is_refused_before(root, composed, model, tmp
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen2Model"]}))
     with pytest.raises(UserError, match="names Qwen2Model, which is no causal LM"):
         model_of(run)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (("tokenizer.json", '{"version": "1.0", "mod'), "tokenizer.json is not valid JSON"),
+        (("tokenizer.json", '{"version": "1.0"}'), "its tokenizer cannot be loaded (Exception: Model missing"),
+        (("special_tokens_map.json", "{"), "special_tokens_map.json is not valid JSON"),
+    ],
+)
+def test_what_is_broken_beside_the_weights_is_refused_in_the_words_of_the_download(
+    root, composed, tmp_path, broken, words
+):
+    folder = shutil.copytree(root / "assets" / "demo" / "model", tmp_path / "own")
+    config = parse(composed("model=custom", f"model.path={folder}"))
+    refuse_beside_weights(config, root)
+    (folder / broken[0]).write_text(broken[1])
+
+    def download():
+        fetch(config.model, tmp_path / "out")
+        with naming(tmp_path / "out", str(folder), ": "):
+            check_contents(tmp_path / "out")
+
+    said = []
+    for refuse in (lambda: refuse_beside_weights(config, root), download):
+        with pytest.raises(UserError) as caught:
+            refuse()
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert said[0].startswith(f"{folder}: {words}")
 
 
 def test_a_machine_that_only_quantizes_needs_no_server(root, composed, model):

@@ -121,6 +121,15 @@ def test_quantized_experts_are_not_served_on_a_cpu_without_amx_and_float_ones_ar
     assert against(check(skipped, mixture, here)) == []
 
 
+def test_what_the_server_has_no_class_for_is_not_planned_as_served(variant, model):
+    rwkv = replace(model, config={**model.config, "architectures": ["RwkvForCausalLM"]})
+    assert against(check(variant("rtn"), rwkv, HERE)) == [("serve", "architecture")]
+    other = replace(model, config={**model.config, "architectures": ["HeliumForCausalLM"]})
+    plan = check(variant("rtn"), other, HERE)
+    assert plan.passes()
+    assert [finding.id for finding in plan.findings] == ["architecture"]
+
+
 def test_memory_that_a_config_does_not_give_is_unknown_and_no_reason_against_it(variant, model):
     headless = replace(model, config={"model_type": "mamba", "hidden_size": 64, "vocab_size": 9})
     plan = check(variant("rtn"), headless, replace(HERE, memory_bytes=GIB))

@@ -7,6 +7,8 @@ from quantline.core.errors import UserError
 from quantline.serving.rules import (
     CheckpointFacts,
     Target,
+    architecture_note,
+    architecture_of,
     cpu_has_amx,
     cpu_instructions,
     facts_of,
@@ -181,3 +183,18 @@ def test_options_of_the_process_that_a_cpu_lacks_are_refused_by_name_and_say_not
 def test_the_usual_options_of_the_process_are_refused_nowhere():
     for process in (sections.server().process, sections.server(attention_backend="CPU_ATTN", max_num_seqs=1).process):
         refuse_options("0.32.0", "cpu", process)
+
+
+def test_a_class_that_the_server_does_not_have_is_refused_and_one_that_it_only_takes_over_is_told():
+    def ruled(target, config):
+        return verdict(target, CheckpointFacts("float", architecture=architecture_of(config)))
+
+    rwkv, llama = {"architectures": ["RwkvForCausalLM"]}, {"architectures": ["LlamaForCausalLM"]}
+    assert ruled(CPU, rwkv).reason.startswith("vLLM 0.32.0+cpu has no class RwkvForCausalLM")
+    assert not ruled(GPU, rwkv).supported
+    assert ruled(CPU, llama).supported
+    assert ruled(Target("vllm", "0.25.1", "cuda"), rwkv).supported  # nothing is known of that version's classes
+    for config in ({}, {"architectures": "Rwkv"}, {**rwkv, "auto_map": {"AutoModelForCausalLM": "model.Own"}}):
+        assert ruled(CPU, config).supported
+    assert architecture_note(CPU, "LlamaForCausalLM") is None
+    assert architecture_note(CPU, "HeliumForCausalLM").endswith("run that of transformers, which was not tried")

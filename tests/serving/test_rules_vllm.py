@@ -19,7 +19,15 @@ from tiny_quantized import LAYER, mlp_of, shapes_of, write_quantized
 
 from quantline.checkpoints.quantization_config import LayerSettings
 from quantline.serving.checkpoint_facts import facts_of_layers
-from quantline.serving.rules import Target, cpu_has_amx, cpu_instructions, rules, verdicts
+from quantline.serving.rules import (
+    CheckpointFacts,
+    Target,
+    architecture_note,
+    cpu_has_amx,
+    cpu_instructions,
+    rules,
+    verdicts,
+)
 from quantline.toolchains.toolchain import worker_environment
 
 PYTHON = interpreter("vllm")
@@ -33,7 +41,26 @@ pytestmark = [
 # codes without their zero points came to 0.4.
 WRONG = 0.05
 # What no checkpoint can show on this machine.
-UNSEEN = {"cpu-instructions": "a CPU with neither AVX-512 nor AVX2"}
+UNSEEN = {
+    "cpu-instructions": "a CPU with neither AVX-512 nor AVX2",
+    "architecture": "the registry is asked for every class, below",
+    **dict.fromkeys(
+        ("cpu-offload-without-gpu", "kv-offload-without-gpu", "cpu-attention-backend"),
+        "of the process, no checkpoint's",
+    ),
+}
+REGISTRY = """
+import json, sys
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.model_executor.models import registry
+own = {*registry._TEXT_GENERATION_MODELS, *registry._MULTIMODAL_MODELS, *registry._TRANSFORMERS_SUPPORTED_MODELS}
+def taken(name):  # as the registry asks before it runs a class of transformers that it does not name
+    model = getattr(transformers, name)
+    return model.is_backend_compatible() or model._can_set_attn_implementation()
+causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+json.dump([sorted(own), sorted(filter(taken, causal - own)), sorted(causal)], open(sys.argv[1], "w"))
+"""
 
 
 @dataclass(frozen=True)
@@ -253,3 +280,18 @@ def test_every_rule_about_this_vllm_is_seen_at_work(version):
     tried = {rule for one in CASES.values() for rule in one.rules}
     assert about - tried == set(UNSEEN)
     assert tried <= about
+
+
+def test_the_classes_that_plan_knows_are_those_of_the_registry(version, tmp_path):
+    command = [PYTHON, "-c", REGISTRY, tmp_path / "classes.json"]
+    done = subprocess.run(command, env=worker_environment(1), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    own, fallback, causal = json.loads((tmp_path / "classes.json").read_text())
+    target = Target("vllm", version, "cpu")
+    refused = set()
+    for name in {*own, *fallback, *causal}:
+        facts = CheckpointFacts("float", architecture=name)
+        refused |= {name} if verdicts(target, facts) else set()
+        assert (architecture_note(target, name) is not None) == (name in fallback), name
+    assert refused == set(causal) - {*own, *fallback}
+    assert "RwkvForCausalLM" in refused

@@ -183,4 +183,4 @@ def plain(array: NDArray[Any]) -> NDArray[Any]:
 def _no_weights(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: is not a folder: check the path"
-    return no_weights(str(folder), [path.name for path in folder.iterdir()])
+    return no_weights(str(folder), [path.name for path in folder.iterdir()], read=folder.joinpath)

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from quantline.core.errors import CheckpointError
+from quantline.core.errors import CheckpointError, QuantlineError
 from quantline.core.files import read_json
 
 WEIGHTS_NAME = "model.safetensors"
@@ -110,21 +110,62 @@ def beside(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return names, {**read_json(index), "weight_map": {name: names[shard] for name, shard in tensors.items()}}
 
 
-def no_weights(label: str, names: Collection[str], *, pickles: str = "save it as safetensors") -> str:
-    """Why a folder or repository with these files is no model that can be opened, and what to do; pickles: about those."""
+_SAVE = "save it as safetensors"
+
+
+def no_weights(
+    label: str,
+    names: Collection[str],
+    *,
+    read: Callable[[str], Path] | None = None,
+    pickles: str = _SAVE,
+) -> str:
+    """Why a folder or repository with these files is no model that can be opened, and what to do.
+
+    Args:
+        label: of the folder or repository.
+        names: its files.
+        read: gives one of them as a local file, to say what kind of adapter it is.
+        pickles: what to do about pickles of the usual names, `PICKLED_NAME` or `PICKLED_INDEX`.
+    """
     if ADAPTER in names or any(name.startswith("adapter_model.") for name in names):
-        return (
-            f"{label}: is a LoRA adapter, not a model: merge it into its base model first, with peft installed: "
-            'python -c "from peft import AutoPeftModelForCausalLM as M; '
-            "M.from_pretrained('ADAPTER').merge_and_unload().save_pretrained('MERGED')\", and copy the tokenizer to it"
-        )
+        return _adapter(label, _kind_of_adapter(names, read))
     pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
     if pickled:
-        return f"{label}: holds pickled weights only ({pickled[0]}), which can run code: {pickles}"
+        usual = next((name for name in (PICKLED_NAME, PICKLED_INDEX) if name in names), None)
+        remedy = pickles if usual else _SAVE
+        return f"{label}: holds pickled weights only ({usual or pickled[0]}), which can run code: {remedy}"
     others = sorted(name for name in names if name.endswith(".safetensors"))
     if others:
         return f"{label}: holds {others[0]}, but neither {WEIGHTS_NAME} nor {INDEX_NAME}: rename it, or fetch the index"
     return f"{label}: has neither {WEIGHTS_NAME} nor {INDEX_NAME}: give a complete model, as transformers saves it"
+
+
+# The kinds of peft (0.21) that add virtual tokens or modules and leave the weights as they are.
+_ADDED = ("ADAPTION_PROMPT", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING")
+
+
+def _kind_of_adapter(names: Collection[str], read: Callable[[str], Path] | None) -> str | None:
+    """The peft_type of an adapter; None if that is not known."""
+    if read is None or ADAPTER not in names:
+        return None
+    try:
+        kind = read_json(read(ADAPTER)).get("peft_type")
+    except QuantlineError:
+        return None
+    return kind if isinstance(kind, str) and kind else None
+
+
+def _adapter(label: str, kind: str | None) -> str:
+    usual = {None: "an adapter", "LORA": "a LoRA adapter", "IA3": "an IA3 adapter"}
+    is_one = f"{label}: is {usual.get(kind, f'an adapter ({kind})')}, not a model"
+    if kind in _ADDED:
+        return f"{is_one}, and cannot be merged into one, since it changes no weights: give its base model"
+    return (
+        f"{is_one}: merge it into its base model first, with peft installed: "
+        'python -c "from peft import AutoPeftModelForCausalLM as M; '
+        "M.from_pretrained('ADAPTER').merge_and_unload().save_pretrained('MERGED')\", and copy the tokenizer to it"
+    )
 
 
 # Makes tokenizer.json from any other vocabulary, as transformers understands it.

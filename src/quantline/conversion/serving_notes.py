@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from quantline.checkpoints.layouts import Layout
@@ -12,7 +13,7 @@ from quantline.conversion.errors import ConversionError
 from quantline.conversion.facts import LayerFacts
 from quantline.conversion.source import Source
 from quantline.serving.checkpoint_facts import facts_of_layers, fused_apart
-from quantline.serving.rules import CheckpointFacts, Ruling, Target, verdicts
+from quantline.serving.rules import CheckpointFacts, Ruling, Target, architecture_of, verdicts
 
 # The most linears that a note names; a model has hundreds.
 _NAMED = 8
@@ -56,7 +57,7 @@ def serving_notes(
     where = f"{target.runtime} {target.version} on {target.device}"
     against = [
         f"{where} will not serve it: {found.reason}{_named(found, apart)}; {found.remedy}"
-        for one in known for found in verdicts(target, one)
+        for one in known for found in verdicts(target, replace(one, architecture=architecture_of(source.config)))
     ]  # fmt: skip
     against = list(dict.fromkeys(against))
     if against and must_serve:

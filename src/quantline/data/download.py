@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,17 @@ def _from_hub(source: ModelConfig, repo: str, folder: Path) -> dict[str, str]:
     # A pattern's * matches a slash, too, so each depth is asked for by itself.
     cached = hub.fetch_snapshot(origin, [*patterns, INDEX_NAME], ["*/*"])
     there = hub.list_files(origin)
-    if any(name.startswith(tuple(f"{folder}/" for folder in FOLDERS)) for name in there):
+    if there is None or any(name.startswith(tuple(f"{folder}/" for folder in FOLDERS)) for name in there):
         hub.fetch_snapshot(origin, [f"{name}/*" for name in FOLDERS], ["*/*/*"])
     weights = _hub_weights(origin, cached, pickled=False)
     if not weights and source.allow_pickle:
-        if PICKLED_INDEX in there:
+        if there is None or PICKLED_INDEX in there:
             hub.fetch_snapshot(origin, [PICKLED_INDEX], ["*/*"])
         weights = _hub_weights(origin, cached, pickled=True)
     if not weights:
-        raise UserError(no_weights(f"{repo}@{source.revision}", there, pickles=_PICKLES))
+        names = files_of(cached) if there is None else there
+        read = partial(hub.fetch_file, origin)
+        raise UserError(no_weights(f"{repo}@{source.revision}", names, read=read, pickles=_PICKLES))
     names = [*matching(cached, patterns), *weights]
     return _transfer(cached, names, folder, lambda path: hub.hash_checked(path, f"{repo}: {path.name}"), link=True)
 
@@ -174,7 +177,7 @@ def _from_folder(source: ModelConfig, given: Path, folder: Path, out: Path) -> d
     files = source_files(source, path)
     weights = weights_of(files, path.joinpath) or weights_of(files, path.joinpath, pickled=True)
     if not weights:
-        raise UserError(no_weights(str(given), files_of(path), pickles=_PICKLES))
+        raise UserError(no_weights(str(given), files_of(path), read=path.joinpath, pickles=_PICKLES))
     return _transfer(path, files, folder, sha256_of, link=False)
 
 
@@ -224,15 +227,32 @@ def _checked(source: ModelConfig, folder: Path, label: str) -> tuple[dict[str, A
             f"{label}: config.json needs Python code from the repository (auto_map: {code}); read that code and set "
             "model.trust_remote_code=true, or use a model that transformers supports without it"
         )
-    if fault := tokenizer_fault(folder, label if source.path else "DIR"):
-        raise UserError(f"{label}: {fault}")
-    for path in sorted(folder.glob("*.json")):
-        _json(path, f"{label}: {path.name}")
+    _check_companions(folder, sorted(path.name for path in folder.glob("*.json")), label, source)
     if not _weights(folder, pickled=False):
         return config, "pickle"
     if fault := why_not_float(Checkpoint.open(folder)):
         raise UserError(f"{label}: {fault}")
     return config, "safetensors"
+
+
+def _check_companions(folder: Path, names: Sequence[str], label: str, source: ModelConfig) -> None:
+    if fault := tokenizer_fault(folder, label if source.path else "DIR"):
+        raise UserError(f"{label}: {fault}")
+    for name in names:
+        if name.endswith(".json"):
+            _json(folder / name, f"{label}: {name}")
+
+
+def check_beside_weights(source: ModelConfig, folder: Path) -> None:
+    """Refuse a model in a folder for what lies beside its weights, in the words of its download: nothing is copied.
+
+    Raises:
+        UserError: a file is not valid JSON, or the tokenizer cannot be used.
+    """
+    label = label_of(source)
+    _check_companions(folder, matching(folder, _patterns(source)), label, source)
+    with naming(folder, label, ": "):
+        check_tokenizer(folder)
 
 
 def _config(folder: Path, label: str) -> dict[str, Any]:

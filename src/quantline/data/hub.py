@@ -162,12 +162,12 @@ def described(source: HubRepo) -> tuple[str, list[str]]:
     return str(found.sha), [sibling.rfilename for sibling in getattr(found, "siblings", None) or []]
 
 
-def list_files(source: HubRepo) -> list[str]:
-    """Names of all files of a repository; an empty list if the hub does not answer."""
+def list_files(source: HubRepo) -> list[str] | None:
+    """Names of all files of a repository; None if the hub does not answer, so that they are not known."""
     try:
         return list(_api().list_repo_files(source.repo, revision=source.revision, repo_type=source.kind))
-    except Exception:  # only used to improve an error message
-        return []
+    except Exception:  # without it more is asked for, and a message says less
+        return None
 
 
 def card_data(repo: str, revision: str | None) -> dict[str, Any]:

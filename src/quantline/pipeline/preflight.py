@@ -18,7 +18,7 @@ from quantline.config.section import Section
 from quantline.core.errors import ConfigError, QuantlineError, UserError, naming
 from quantline.core.gpu import visible_gpus
 from quantline.data import hub
-from quantline.data.download import label_of, model_name
+from quantline.data.download import check_beside_weights, label_of, model_name
 from quantline.data.headers import fetch_headers
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.fit import faults_with_model
@@ -176,6 +176,16 @@ def pinned(source: dict[str, Any]) -> str | None:
     asked = hub.HubRepo(repo, revision, "model", "model", "give a folder with model.path=DIR")
     source["revision"], _ = hub.described(asked)
     return f"planned at the newest commit; the stages take it with model.revision={source['revision']}"
+
+
+def refuse_beside_weights(config: Config, root: Path) -> None:
+    """Refuse a model in a folder that its download would refuse for what lies beside its weights. Takes a second.
+
+    Raises:
+        UserError: a file is not valid JSON, or the tokenizer cannot be used.
+    """
+    if config.model.path:
+        check_beside_weights(config.model, located(root, config.model.path))
 
 
 def _downloaded(run: StageRun) -> Path:

@@ -25,7 +25,7 @@ from quantline.quantization.capabilities import CALIBRATED
 from quantline.quantization.quantize import check_group_size
 from quantline.serving import memory
 from quantline.serving.checkpoint_facts import facts_of_layers
-from quantline.serving.rules import Target, verdicts
+from quantline.serving.rules import Target, architecture_note, architecture_of, verdicts
 
 
 def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refused: bool = True) -> Plan:
@@ -47,6 +47,7 @@ def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refu
     described = None
     if variant.method != FLOAT:
         described = layouts.described(layout, variant, widths, [name for name in model.shapes if name not in widths])
+    target, architecture = _target(variant, machine), architecture_of(model.config)
     for facts in facts_of_layers(
         described,
         settings,
@@ -54,8 +55,10 @@ def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refu
         heads=model.dimensions.heads,
         tensor_parallel_size=variant.tensor_parallel_size,
     ):
-        for known in verdicts(_target(variant, machine), facts):
+        for known in verdicts(target, replace(facts, architecture=architecture)):
             findings.append(Finding(known.rule_id, "serve", known.reason, known.remedy, known.source))
+    if note := architecture_note(target, architecture):
+        findings.append(Finding("architecture", "serve", note, refused=False))
     findings = list(dict.fromkeys(findings))
     if not sizes_of_refused and any(finding.refused for finding in findings):
         return Plan(variant, backend, layout, tuple(findings))

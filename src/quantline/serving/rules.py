@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -16,6 +16,7 @@ from packaging.version import InvalidVersion, Version
 
 from quantline.checkpoints.layouts import awq, gptq_config
 from quantline.checkpoints.layouts.config_values import stored_bits_and_groups
+from quantline.checkpoints.model_config import read_config
 from quantline.checkpoints.quantization_config import described_in, quantization_of
 from quantline.config.serve import ProcessConfig
 from quantline.core.errors import UserError
@@ -61,7 +62,7 @@ class CheckpointFacts:
     GPU. fused: `mixed` if the parts of a fused linear differ, else `alike`. head: whether the config names a quantized
     output layer, `named` or `unnamed`; `float` if that layer is not quantized. experts: `quantized`, if experts of a mixture
     are, else `float`. cut: what tensor parallelism would cut
-    through: `heads`, `groups` or `nothing`.
+    through: `heads`, `groups` or `nothing`. architecture: the class that config.json names, see `architecture_of`.
     """
 
     method: str
@@ -76,6 +77,7 @@ class CheckpointFacts:
     head: str | None = None
     experts: str | None = None
     cut: str | None = None
+    architecture: str | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,43 @@ def _known(target: Target, facts: CheckpointFacts) -> dict[str, Any]:
     parity = None
     if facts.group_size is not None and facts.group_size > 0:
         parity = "odd" if facts.group_size % 2 else "even"
-    return {**asdict(target), **asdict(facts), "group_size_parity": parity}
+    served_as = _served_as(target, facts.architecture)
+    return {**asdict(target), **asdict(facts), "group_size_parity": parity, "served_as": served_as}
+
+
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """The class that a server builds for a model, by its config.json; None if that names none, or has code of its own."""
+    named = config.get("architectures")
+    if config.get("auto_map") or not isinstance(named, list) or not named:
+        return None
+    return str(named[0])
+
+
+def architecture_note(target: Target, architecture: str | None) -> str | None:
+    """What to say of a class that the target only runs by its fallback; None if there is nothing to say."""
+    if _served_as(target, architecture) != "fallback":
+        return None
+    return (
+        f"{target.runtime} {target.version} has no class {architecture} of its own; it would run that of transformers, "
+        "which was not tried"
+    )
+
+
+def _served_as(target: Target, architecture: str | None) -> str | None:
+    """How a target serves a class: `own`, `fallback` or `none`; None if that is not known."""
+    if architecture is None or not target.version:
+        return None
+    version = Version(target.version)
+    for entry in _architectures():
+        if target.runtime == entry["runtime"] and SpecifierSet(entry["versions"]).contains(version, prereleases=True):
+            return next((kind for kind in ("own", "fallback") if architecture in entry[kind]), "none")
+    return None
+
+
+@cache
+def _architectures() -> tuple[dict[str, Any], ...]:
+    text = resources.files("quantline.serving").joinpath("architectures.yaml").read_text(encoding="utf-8")
+    return tuple(yaml.safe_load(text))
 
 
 def _holds(condition: Any, value: Any) -> bool:
@@ -237,11 +275,11 @@ def serving_dtype(dtype: str, quantized: bool) -> str:
 
 def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
     """What decides whether a target loads a checkpoint, from its config and its headers."""
-    found = described_in(checkpoint)
+    found, architecture = described_in(checkpoint), architecture_of(read_config(checkpoint))
     if found is None:
-        return facts_of(None)
+        return replace(facts_of(None), architecture=architecture)
     quantization_of(checkpoint)  # refuses unknown layouts
-    return facts_of(found[1])
+    return replace(facts_of(found[1]), architecture=architecture)
 
 
 def vllm_here(version: str, device: str, dtype: str) -> Target:
