@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def fetch_headers(source: ModelConfig, out: Path) -> None:
             remedy = (
                 "use a repository or a commit with safetensors, or download and convert it with model.allow_pickle=true"
             )
-            raise UserError(no_weights(f"{source.repo}@{source.revision}", there, pickles=remedy))
+            label = f"{source.repo}@{source.revision}"
+            raise UserError(no_weights(label, there, read=partial(hub.fetch_file, origin), pickles=remedy))
     for path in cached.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
             shutil.copyfile(path, out / path.name)
