@@ -13,6 +13,7 @@ COVERED = {
     "report": "tests/report/test_build.py",
     # exceptions, asked for where they are raised
     "checkpoints/errors": "tests/checkpoints/test_checkpoint.py",
+    "checkpoints/float_view": "tests/checkpoints/test_checkpoint.py",
     "conversion/errors": "tests/conversion/test_bands.py",
     "core/errors": "tests/pipeline/test_user_messages.py",
     # layouts: each is written and read back by the same tests
@@ -72,6 +73,11 @@ COVERED = {
     "toolchains/workers/reference/architecture": "tests/conversion/test_architecture.py",
     "toolchains/workers/reference/layer_errors": "tests/quantization/test_layer_errors.py",
     "toolchains/workers/reference/linear_locations": "tests/quantization/test_layer_errors.py",
+    "toolchains/workers/reference/divergence": "tests/toolchains/workers/reference/test_engine.py",
+    "toolchains/workers/reference/generating": "tests/toolchains/workers/reference/test_evaluate.py",
+    "toolchains/workers/reference/restoring": "tests/toolchains/workers/reference/test_evaluate.py",
+    "toolchains/workers/reference/scoring": "tests/toolchains/workers/reference/test_engine.py",
+    "toolchains/workers/reference/skeleton": "tests/toolchains/workers/reference/test_engine.py",
     "toolchains/workers/vllm_bench": "tests/evaluation/speed/test_speed_vllm.py",
 }
 

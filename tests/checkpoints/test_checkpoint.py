@@ -8,13 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantline.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    iter_dequantized,
-    quantization_of,
-    write_safetensors,
-)
+from quantline.checkpoints.checkpoint import Checkpoint, CheckpointError, quantization_of, write_safetensors
+from quantline.checkpoints.float_view import iter_dequantized
 from quantline.checkpoints.layouts import LAYOUTS, dequantize, quantize_rtn
 from quantline.checkpoints.quantization_config import describe, float_config, is_quantized
 from quantline.checkpoints.safetensors_file import numpy_dtype

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quantline.checkpoints.checkpoint import Checkpoint, iter_dequantized, write_safetensors
+from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
+from quantline.checkpoints.float_view import iter_dequantized
 from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, quantize_rtn
 from quantline.checkpoints.layouts.affine import sequential_groups
 from quantline.checkpoints.quantization_config import describe

@@ -67,7 +67,7 @@ def test_the_tool_computes_what_the_weights_mean(root, tmp_path, case):
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    job = {"kind": "probe", "checkpoint": str(out), "input_ids": [TOKENS], "output": str(tmp_path / "p.safetensors")}
+    job = {"checkpoint": str(out), "input_ids": [TOKENS], "output": str(tmp_path / "p.safetensors")}
     runner.run_worker(
         environments.ensure(root, "reference"),
         "quantline.toolchains.workers.reference.engine",

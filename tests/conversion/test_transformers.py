@@ -55,7 +55,7 @@ def test_transformers_computes_what_the_weights_mean(root, tmp_path, case, symme
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     job = {
-        "kind": "probe", "checkpoint": str(tmp_path / "source"), "input_ids": [TOKENS],
+        "checkpoint": str(tmp_path / "source"), "input_ids": [TOKENS],
         "output": str(tmp_path / "probe.safetensors"),
     }  # fmt: skip
     runner.run_worker(

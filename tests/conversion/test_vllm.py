@@ -59,11 +59,15 @@ def test_vllm_gives_the_greedy_tokens_of_the_dequantized_source(root, tmp_path, 
     write_float(FIXTURES / fixture, plain)
     random = np.random.default_rng(0)
     prompts = [random.integers(0, 1024, size=length).tolist() for length in (5, 8, 16, 24, 32, 48)]
-    job = {"kind": "generate", "checkpoint": str(plain), "prompts": prompts, "max_new_tokens": MAX_TOKENS}
+    write_safetensors(tmp_path / "windows", {"input_ids": np.zeros(2, np.int32), "offsets": np.array([0, 2])})
+    job = {
+        "checkpoint": str(plain), "generate": {"prompts": prompts, "new_tokens": MAX_TOKENS},
+        "windows": str(tmp_path / "windows"), "output": str(tmp_path / "scores"),
+    }  # fmt: skip
     expected = runner.run_worker(
-        environments.ensure(root, "reference"), "quantline.toolchains.workers.reference.engine", job,
+        environments.ensure(root, "reference"), "quantline.toolchains.workers.reference.evaluate", job,
         log=tmp_path / "reference.log", threads=1, label="reference",
-    ).data  # fmt: skip
+    ).data["generations"]  # fmt: skip
     with serve(pythons["vllm"], converted, OPTIONS, log=tmp_path / "server.log") as server:
         served = [greedy(server, prompt) for prompt in prompts]
     compared = 0

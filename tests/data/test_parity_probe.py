@@ -54,6 +54,5 @@ def test_the_probe_is_recorded_by_the_reference_worker(tmp_path, root):
     assert record_probe(worker, model, tmp_path / "probe.safetensors") == {"probe_seconds": 1.5}
     ((toolchain, module, job),) = jobs
     assert (toolchain, module) == ("reference", "quantline.toolchains.workers.reference.engine")
-    assert job["kind"] == "probe"
     assert job["input_ids"] == probe_ids(vocab_size_of(model))
     assert job["output"] == str(tmp_path / "probe.safetensors")

@@ -65,7 +65,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
-from quantline.checkpoints.checkpoint import iter_dequantized
+from quantline.checkpoints.float_view import iter_dequantized
 from quantline.toolchains.workers.reference.layer_errors import run
 from quantline.toolchains.protocol import JobError
 
@@ -317,10 +317,10 @@ def test_the_worker_refuses_what_cannot_be_compared(made):
 def test_experts_whose_calls_cannot_be_seen_are_told_from_those_without_tokens():
     def linears(*tokens):
         names = [f"model.layers.0.mlp.experts.{number}.w1" for number in range(len(tokens))]
-        return [Linear(name, None, tokens=count) for name, count in zip(names, tokens, strict=True)]
+        return [Linear(name, None, seen=True, tokens=count) for name, count in zip(names, tokens, strict=True)]
 
     some, none = linears(3, 0), linears(0, 0)
-    dense = Linear("model.layers.0.self_attn.q_proj", None)
+    dense = Linear("model.layers.0.self_attn.q_proj", None, seen=True)
     mark_unseen([*some, dense])
     mark_unseen(none)
     assert [linear.seen for linear in (*some, dense, *none)] == [True, True, False, False, False]

@@ -83,7 +83,7 @@ def make(folder: Path, family: str) -> None:
     save_file({"input_ids": random.integers(0, 256, (8, 64), dtype=np.int32)}, folder / family / "tokens.safetensors")
     engine.run(
         {
-            "kind": "probe", "checkpoint": str(folder / family / "model"),
+            "checkpoint": str(folder / family / "model"),
             "input_ids": random.integers(0, 256, (2, 48)).tolist(), "output": str(folder / family / "probe.safetensors"),
         },
         Reporter(),

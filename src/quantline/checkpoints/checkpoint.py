@@ -6,7 +6,7 @@ whether and how the linears are quantized.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ __all__ = [
     "QuantizationInfo",
     "TensorInfo",
     "dequantized",
-    "iter_dequantized",
     "linears_of",
     "plain",
     "quantization_of",
@@ -133,27 +132,6 @@ def quantized_layers(checkpoint: Checkpoint, info: QuantizationInfo | None) -> d
 def linears_of(checkpoint: Checkpoint, layout: str) -> dict[str, Found]:
     """The linears of a layout, complete or not, by name."""
     return LAYOUTS[layout].linears({name: checkpoint.info(name).dtype for name in checkpoint.names})
-
-
-def iter_dequantized(folder: str | Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Every parameter of a checkpoint under its float name, one at a time, in float32.
-
-    A quantized linear X gives ``X.weight`` (out, in), exactly as its codes define it. Everything else, biases included,
-    keeps its name. Some quantizers add an all-zero bias to layers that have none: the caller, who knows the model,
-    decides about those.
-
-    Raises:
-        CheckpointError: the folder, the config or a layer is inconsistent.
-    """
-    checkpoint, info = Checkpoint.open(folder), quantization_of(folder)
-    layers = quantized_layers(checkpoint, info)
-    if info is not None:
-        for layer, suffixes in layers.items():
-            yield f"{layer}.weight", dequantized(checkpoint, info, layer, suffixes)
-    packed = {name for suffixes in layers.values() for suffix, name in suffixes.items() if suffix != "bias"}
-    for name in checkpoint.names:
-        if name not in packed:
-            yield name, to_float32(checkpoint.tensor(name))
 
 
 def dequantized(

@@ -44,6 +44,6 @@ def record_probe(
     run_worker: Callable[[str, str, dict[str, Any], str], JobResult], model: Path, out: Path
 ) -> dict[str, float]:
     """Write the reference engine's logits for `model` to `out` (safetensors: input_ids int32, logits float32)."""
-    job = {"kind": "probe", "checkpoint": str(model), "input_ids": probe_ids(vocab_size_of(model)), "output": str(out)}
+    job = {"checkpoint": str(model), "input_ids": probe_ids(vocab_size_of(model)), "output": str(out)}
     result = run_worker("reference", "quantline.toolchains.workers.reference.engine", job, "reference logits")
     return {"probe_seconds": result.seconds}

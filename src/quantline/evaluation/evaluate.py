@@ -2,8 +2,8 @@
 baseline's and with the server's.
 
 The output folder holds the windows, `reference.safetensors` (log-probabilities, likeliest tokens, divergences from the float
-model), `documents.jsonl`, `comparison.json` and, if they are measured, `generations.json`, `layer_errors.csv` and
-`restored.csv`.
+model), `documents.jsonl`, `comparison.json` and, if they are measured, `generations.json`, `layer_errors.csv`,
+`restored.csv` and `state_errors.csv`.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def evaluate(
         "generations": _generations(parts, worker, inputs.baseline, instruments, out),
         "noise": _noise(instruments),
     }  # fmt: skip
-    layers = _layers(parts, worker, restored, out)
-    for found in (*sections.values(), layers):
+    layers, states = _layers(parts, worker, restored, out), _states(worker, out)
+    for found in (*sections.values(), layers, states):
         metrics.update(found.metrics)
     notes = list(layers.notes)
     if not is_baseline and instruments.divergence != 0 and not parts.rows:
@@ -161,8 +161,9 @@ def evaluate(
     }  # fmt: skip
     write_json(out / "comparison.json", document)
     metrics["reference_tokens_per_second"] = float(worker.data["tokens_per_second"])
-    tables = {**layers.tables, "flags": thresholds.rows(flags)}
-    return Verdict(metrics, comparison.verdict, tables, ["documents.jsonl", "comparison.json", *layers.files], notes)
+    tables = {**layers.tables, **states.tables, "flags": thresholds.rows(flags)}
+    files = ["documents.jsonl", "comparison.json", *layers.files, *states.files]
+    return Verdict(metrics, comparison.verdict, tables, files, notes)
 
 
 def _scores(path: Path, windows: Windows) -> _Scores:
@@ -277,6 +278,15 @@ def _layers(parts: WorkerRequest, worker: JobResult, restored: list[dict[str, An
             metrics["restored_share_max"], metrics["restored_share_sum"] = max(known), sum(known)
         notes.append("worst linears: " + ", ".join(_share(row) for row in restored))
     return Measurement(metrics, None, tables, files, notes)
+
+
+def _states(worker: JobResult, out: Path) -> Measurement:
+    """How far the hidden states are from the float model's, after each part of the model."""
+    rows = [row for row in worker.data.get("states", ()) if row["state_error"] is not None]
+    if not rows:
+        return Measurement()
+    sensitivity.write_table(out / sensitivity.STATES, rows, ["name", "state_error"])
+    return Measurement({"state_error": rows[-1]["state_error"]}, None, {"states": rows}, [sensitivity.STATES])
 
 
 def _share(row: dict[str, Any]) -> str:

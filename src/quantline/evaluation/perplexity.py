@@ -217,7 +217,7 @@ def top1_matches(
 
 
 def load_scores(path: Path) -> dict[str, NDArray[Any]]:
-    """What the reference engine kept per position: `logprobs`, `top1` and others, see its `score_windows`.
+    """What the reference engine kept per position: `logprobs`, `top1` and others, see its `Scores`.
 
     Raises:
         UserError: the file is missing or damaged.

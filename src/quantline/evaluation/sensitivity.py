@@ -24,7 +24,7 @@ from quantline.evaluation.bootstrap import paired_bootstrap
 from quantline.evaluation.perplexity import document_sums
 
 TABLE = "coverage/layers.csv"
-SUMMARY, RESTORED = "layer_errors.csv", "restored.csv"
+SUMMARY, RESTORED, STATES = "layer_errors.csv", "restored.csv", "state_errors.csv"
 RESTORED_COLUMNS = (
     "name", "layer", "module", "output_error", "nll_difference_restored", "recovered_nll", "recovered_low",
     "recovered_high", "recovered_share", "kl_restored", "recovered_kl_share", "note",

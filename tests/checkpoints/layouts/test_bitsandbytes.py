@@ -5,14 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from quantline.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    iter_dequantized,
-    quantization_of,
-    quantized_layers,
-)
+from quantline.checkpoints.checkpoint import Checkpoint, CheckpointError, quantization_of, quantized_layers
 from quantline.checkpoints.checkpoint import write_safetensors as write
+from quantline.checkpoints.float_view import iter_dequantized
 from quantline.checkpoints.layouts import FormatError
 from quantline.checkpoints.layouts import bitsandbytes as layout
 

@@ -9,13 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantline.checkpoints.checkpoint import (
-    Checkpoint,
-    iter_dequantized,
-    quantization_of,
-    quantized_layers,
-    write_safetensors,
-)
+from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers, write_safetensors
+from quantline.checkpoints.float_view import iter_dequantized
 from quantline.checkpoints.layouts import LAYOUTS
 from quantline.checkpoints.layouts.description import QuantizationInfo
 from quantline.checkpoints.layouts.layout import ConfigSection, Layout, bits_faults

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_strategies import build
 
-from quantline.checkpoints.checkpoint import iter_dequantized
+from quantline.checkpoints.float_view import iter_dequantized
 from quantline.checkpoints.layouts import AffineLinear, FormatError, dequantize
 from quantline.checkpoints.layouts.compressed_tensors import int_quantized
 from quantline.checkpoints.quantization_config import LayerSettings, describe, quantization_of

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantline.checkpoints.checkpoint import Checkpoint, iter_dequantized, quantization_of, write_safetensors
+from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, write_safetensors
+from quantline.checkpoints.float_view import iter_dequantized
 from quantline.pipeline.hashing import hash_folder
 from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.quantizers import autoawq

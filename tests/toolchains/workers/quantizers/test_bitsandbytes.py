@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantline.checkpoints.checkpoint import Checkpoint, iter_dequantized, quantization_of, quantized_layers
+from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers
+from quantline.checkpoints.float_view import iter_dequantized
 from quantline.config.convert import ConvertConfig
 from quantline.conversion.convert import convert
 from quantline.core.errors import UserError

@@ -58,7 +58,7 @@ def demo(root, work, tmp_path_factory):
     offsets = np.arange(WINDOWS + 1, dtype=np.int64) * LENGTH
     save_file({"input_ids": windows.reshape(-1), "offsets": offsets}, folder / "windows.safetensors")
     probe = {
-        "kind": "probe", "checkpoint": str(root / "assets" / "demo" / "model"), "input_ids": windows[:2, :64].tolist(),
+        "checkpoint": str(root / "assets" / "demo" / "model"), "input_ids": windows[:2, :64].tolist(),
     }  # fmt: skip
     work("reference", "quantline.toolchains.workers.reference.engine", probe, output=folder / "probe.safetensors")
     return root, folder, windows
@@ -96,8 +96,8 @@ def test_vllm_scores_as_the_reference_engine_does(tmp_path, demo, work, label, v
     work("llmcompressor", "quantline.toolchains.workers.quantizers.llmcompressor", job, output=out)
     assert quantization_of(out).activation_bits == (8 if label == "W8A8" else None)
     scores = tmp_path / "scores.safetensors"
-    scoring = {"kind": "score", "checkpoint": str(out), "windows": str(folder / "windows.safetensors")}
-    work("reference", "quantline.toolchains.workers.reference.engine", scoring, output=scores)
+    scoring = {"checkpoint": str(out), "windows": str(folder / "windows.safetensors")}
+    work("reference", "quantline.toolchains.workers.reference.evaluate", scoring, output=scores)
     expected = load_file(scores)["logprobs"].reshape(WINDOWS, LENGTH)[:, 1:]
     python = environments.environment_folder(root, "vllm") / "bin" / "python"
     with serve(python, out, OPTIONS, log=tmp_path / "server.log") as server:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantline.checkpoints.checkpoint import iter_dequantized, write_safetensors
+from quantline.checkpoints.checkpoint import write_safetensors
+from quantline.checkpoints.float_view import iter_dequantized
 from quantline.checkpoints.layouts import LAYOUTS, quantize_rtn
 from quantline.checkpoints.model_config import read_config, to_transformers4, write_config
 from quantline.core.errors import UserError
@@ -19,7 +20,8 @@ from quantline.evaluation.perplexity import load_scores
 from quantline.toolchains.environments import ensure
 from quantline.toolchains.runner import run_worker
 from quantline.toolchains.toolchain import Toolchain, worker_environment
-from quantline.toolchains.workers.reference.engine import plan_batches
+from quantline.toolchains.workers.reference.accounting import unaccounted
+from quantline.toolchains.workers.reference.scoring import plan_batches
 
 # Makes the float models and, with transformers alone, what is expected of them.
 MAKE = """
@@ -70,12 +72,13 @@ RUN = """
 import json, sys
 from pathlib import Path
 from quantline.toolchains.protocol import JobError
-from quantline.toolchains.workers.reference.engine import run
+from quantline.toolchains.workers.reference import engine, evaluate, streaming
 
-answers = []
+keep_bytes, answers = streaming.KEEP_BYTES, []
 for job in json.loads(Path(sys.argv[1]).read_text()):
+    streaming.KEEP_BYTES = 0 if job.pop("part by part", False) else keep_bytes
     try:
-        answers.append(run(job, lambda *progress: None))
+        answers.append((evaluate if "windows" in job else engine).run(job, lambda *progress: None))
     except JobError as error:
         answers.append({"refused": str(error)})
 Path(sys.argv[2]).write_text(json.dumps(answers))
@@ -206,17 +209,22 @@ def answers(folder: Path, toolchain: Toolchain) -> dict[str, dict[str, Any]]:
     jobs: dict[str, dict[str, Any]] = {}
     windows = str(folder / "windows.safetensors")
     for name in ("tied", "untied", "near", "experts", "capped", "eager-only", "old-config", "flash"):
-        jobs[f"probe {name}"] = {"kind": "probe", "checkpoint": name, "input_ids": PROBE}
-        jobs[f"generate {name}"] = {"kind": "generate", "checkpoint": name, "prompts": PROMPTS, "max_new_tokens": 12}
+        jobs[f"probe {name}"] = {"checkpoint": name, "input_ids": PROBE}
+        jobs[f"generate {name}"] = {
+            "checkpoint": name, "windows": windows, "generate": {"prompts": PROMPTS, "new_tokens": 12},
+        }  # fmt: skip
     scored = ["tied", "untied", "near", "experts/gptq8", "experts/gptq8-plain", *REFUSALS]
     for name in [*scored, *QUANTIZED, *(f"{kind}-plain" for kind in QUANTIZED)]:
-        jobs[f"score {name}"] = {"kind": "score", "checkpoint": name, "windows": windows, "batch_tokens": 80}
+        jobs[f"score {name}"] = {"checkpoint": name, "windows": windows, "batch_tokens": 80}
+    for name in ("tied", "untied", "experts", "capped", "eager-only"):
+        for kind in ("probe", "generate"):
+            jobs[f"{kind} {name} part by part"] = {**jobs[f"{kind} {name}"], "part by part": True}
+    jobs["score gptq4 part by part"] = {**jobs["score gptq4"], "part by part": True}
     jobs["again"] = jobs["score untied"]
     jobs["small batches"] = {**jobs["score untied"], "batch_tokens": 1}
     jobs["foreign"] = {**jobs["score untied"], "windows": str(folder / "foreign.safetensors")}
     jobs["ragged"] = {**jobs["probe tied"], "input_ids": [[1, 2], [3]]}
-    jobs["empty prompt"] = {**jobs["generate tied"], "prompts": [[]]}
-    jobs["kind"] = {"kind": "dance", "checkpoint": "tied"}
+    jobs["empty prompt"] = {**jobs["generate tied"], "generate": {"prompts": [[]], "new_tokens": 1}}
     jobs["device"] = {**jobs["probe tied"], "device": "cuda:99"}
     listed = []
     for number, job in enumerate(jobs.values()):
@@ -325,7 +333,6 @@ def test_what_does_not_fit_the_model_is_refused_by_name(answers: dict[str, dict[
         ("foreign", "the model knows 256"),
         ("ragged", "not equally long"),
         ("empty prompt", "prompt 1 has no tokens"),
-        ("kind", "knows probe, score, generate"),
         ("device", "set device=cpu"),
     ],
 )
@@ -337,37 +344,53 @@ def test_jobs_that_make_no_sense_are_refused(answers: dict[str, dict[str, Any]],
 def test_continuations_are_greedy(folder: Path, answers: dict[str, dict[str, Any]], name: str) -> None:
     from safetensors.numpy import load_file
 
-    answer = answers[f"generate {name}"]
+    answer = answers[f"generate {name}"]["generations"]
     assert answer["tokens"][0] == load_file(folder / f"{name}.expected.safetensors")["greedy"].tolist()
     assert [len(tokens) for tokens in answer["tokens"]] == [12, 12]
     assert all(margin >= 0 for margins in answer["margins"] for margin in margins)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "experts", "capped", "eager-only"])
+def test_a_model_that_is_emptied_after_each_part_gives_the_same_logits(
+    answers: dict[str, dict[str, Any]], outcome: Callable[[str], Tensors], name: str
+) -> None:
+    assert np.array_equal(outcome(f"probe {name} part by part")["logits"], outcome(f"probe {name}")["logits"])
+    kept, emptied = (answers[f"generate {name}{how}"]["generations"] for how in ("", " part by part"))
+    assert emptied["tokens"] == kept["tokens"]
+    # Without a cache of keys and values, matrix products are of other shapes.
+    np.testing.assert_allclose(emptied["margins"], kept["margins"], atol=1e-3)
+
+
+def test_a_quantized_model_that_is_emptied_after_each_part_gives_the_same_scores(
+    outcome: Callable[[str], Tensors],
+) -> None:
+    found, expected = outcome("score gptq4 part by part"), outcome("score gptq4")
+    assert np.array_equal(found["logprobs"], expected["logprobs"], equal_nan=True)
 
 
 def test_the_worker_scores_and_measures_across_the_process_border(
     folder: Path, toolchain: Toolchain, tmp_path: Path, outcome: Callable[[str], Tensors]
 ) -> None:
     job = {
-        "kind": "score", "checkpoint": str(folder / "untied"), "windows": str(folder / "windows.safetensors"),
+        "checkpoint": str(folder / "untied"), "windows": str(folder / "windows.safetensors"),
         "output": str(tmp_path / "scores.safetensors"), "device": "cpu", "threads": 1, "batch_tokens": 80,
     }  # fmt: skip
     result = run_worker(
         toolchain,
-        "quantline.toolchains.workers.reference.engine",
+        "quantline.toolchains.workers.reference.evaluate",
         job,
         log=tmp_path / "log.txt",
         threads=1,
         label="scores",
     )
     assert result.data["tokens"] == sum(LENGTHS)
-    assert result.data["tokens_per_second"] == result.data["tokens"] / result.data["scoring_seconds"]
-    assert result.data["load_seconds"] > 0
-    assert result.data["parameters"] > 100_000
+    assert result.data["tokens_per_second"] == result.data["tokens"] / result.data["seconds"]["score"]
     logprobs = load_scores(tmp_path / "scores.safetensors")["logprobs"]
     assert np.array_equal(logprobs, outcome("score untied")["logprobs"], equal_nan=True)
 
 
 def test_a_refusal_crosses_the_process_border_as_a_message(folder: Path, toolchain: Toolchain, tmp_path: Path) -> None:
-    job = {"kind": "probe", "checkpoint": str(folder / "missing"), "input_ids": PROBE, "output": str(tmp_path / "x")}
+    job = {"checkpoint": str(folder / "missing"), "input_ids": PROBE, "output": str(tmp_path / "x")}
     with pytest.raises(UserError, match=r"has no tensor for model\.layers\.1"):
         run_worker(
             toolchain,
@@ -377,6 +400,12 @@ def test_a_refusal_crosses_the_process_border_as_a_message(folder: Path, toolcha
             threads=1,
             label="probe",
         )
+
+
+def test_only_biases_of_zeros_may_be_left_over() -> None:
+    loaded = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": {"a.bias", "b.bias"}}
+    assert unaccounted(loaded, {"a.bias", "b.bias"}) == []
+    assert unaccounted(loaded, {"a.bias"}) == ["has tensors that the model does not: b.bias"]
 
 
 def test_batches_hold_windows_of_one_length_longest_first() -> None:

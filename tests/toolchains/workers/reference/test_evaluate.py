@@ -21,15 +21,15 @@ pytestmark = pytest.mark.toolchain("reference")
 RUN = """
 import json, sys
 from pathlib import Path
-from quantline.toolchains.workers.reference import engine as reference
-from quantline.toolchains.workers.reference import evaluate as evaluation_worker
+import quantline.toolchains.workers.reference.engine as reference
+import quantline.toolchains.workers.reference.evaluate as evaluation_worker
 from quantline.toolchains.protocol import JobError
 
 answers = {}
 for name, job in json.loads(Path(sys.argv[1]).read_text()).items():
     try:
         told = []
-        answer = (reference if "kind" in job else evaluation_worker).run(job, lambda *progress: told.append(progress))
+        answer = (reference if "input_ids" in job else evaluation_worker).run(job, lambda *step: told.append(step))
         answers[name] = {**answer, "progress": told}
     except JobError as error:
         answers[name] = {"refused": str(error)}
@@ -113,10 +113,10 @@ def outcome(root, tmp_path_factory):
         "f-but-worst": {**common, "checkpoint": str(folder / "f-but-worst")},
         "a third": {**common, "checkpoint": str(folder / "q"), "divergence_tokens": 30},
         "other": {**common, "checkpoint": str(other)},
-        "probe float": {"kind": "probe", "checkpoint": str(model), "input_ids": [ids[:32].tolist()]},
-        "probe q": {"kind": "probe", "checkpoint": str(folder / "q"), "input_ids": [ids[:32].tolist()]},
-        "generate q": {
-            "kind": "generate", "checkpoint": str(folder / "q"), "max_new_tokens": 6, "prompts": parts["generate"]["prompts"]
+        "probe float": {"checkpoint": str(model), "input_ids": [ids[:32].tolist()]},
+        "probe q": {"checkpoint": str(folder / "q"), "input_ids": [ids[:32].tolist()]},
+        "one by one": {
+            **common, "checkpoint": str(folder / "q"), "generate": {**parts["generate"], "prompts": [ids[9:18].tolist()]},
         },
     }  # fmt: skip
     for name, job in jobs.items():
@@ -174,18 +174,17 @@ def test_other_vocabularies_are_refused_with_the_way_out(outcome):
 
 def test_continuations_in_a_batch_are_those_of_the_prompts_one_by_one(outcome):
     answers, _ = outcome
-    assert answers["q"]["generations"]["tokens"] == answers["generate q"]["tokens"]
-    np.testing.assert_allclose(answers["q"]["generations"]["margins"], answers["generate q"]["margins"], atol=1e-3)
+    assert answers["q"]["generations"]["tokens"][1:] == answers["one by one"]["generations"]["tokens"]
+    margins = (answers[name]["generations"]["margins"][-1] for name in ("q", "one by one"))
+    np.testing.assert_allclose(*margins, atol=1e-3)
 
 
-def test_progress_goes_from_the_first_token_to_the_last_linear_once(outcome):
+def test_progress_goes_from_the_first_prompt_to_the_last_window_once(outcome):
     told = outcome[0]["q"]["progress"]
     done, totals, labels = zip(*told, strict=True)
     assert list(done) == sorted(done)
     assert (set(totals), done[-1]) == ({totals[0]}, totals[0])
-    assert list(dict.fromkeys(labels)) == [
-        "scoring", "continuing prompts", "errors of linears", "before putting back", "linears put back",
-    ]  # fmt: skip
+    assert list(dict.fromkeys(labels)) == ["continuing prompts", "errors of linears", "scoring"]
 
 
 def test_the_worst_linears_are_put_back_first(outcome):

@@ -26,7 +26,7 @@ from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.quantizers import output as _output
 from quantline.toolchains.workers.quantizers.legacy_headers import said_to_be_torch
 from quantline.toolchains.workers.quantizers.selection import file_name, width_of
-from quantline.toolchains.workers.reference.engine import attention_of
+from quantline.toolchains.workers.reference.skeleton import attention_of
 
 
 @dataclass

@@ -16,13 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.checkpoints.checkpoint import (
-    Checkpoint,
-    iter_dequantized,
-    quantized_layers,
-    to_float32,
-    write_safetensors,
-)
+from quantline.checkpoints.checkpoint import Checkpoint, quantized_layers, to_float32, write_safetensors
+from quantline.checkpoints.float_view import iter_dequantized
 from quantline.checkpoints.layouts import LAYOUTS, AffineLinear, Storage
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LinearSpec
 from quantline.checkpoints.linears import modules_left

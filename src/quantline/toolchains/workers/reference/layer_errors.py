@@ -1,12 +1,11 @@
 """Measures how far each quantized linear is from the float one, in weights and outputs, in the `reference` toolchain.
 
-The float model is run over calibration samples. Each called linear, plain or one expert's slice of a stacked tensor, is
-identified by the memory address of its weight. Its input X gives the output error ||X(W'-W)^T|| / ||X W^T||, where W' is the
-dequantized weight. The inputs are the float model's, so each error is the linear's own. If a quantizer also rounds
-activations, only the weights are measured.
+The float model is run over calibration samples, part by part. Each called linear, plain or one expert's slice of a stacked
+tensor, is identified by the memory address of its weight. Its input X gives the output error ||X(W'-W)^T|| / ||X W^T||,
+where W' is the dequantized weight. The inputs are the float model's, so each error is the linear's own. If a quantizer also
+rounds activations, only the weights are measured.
 
-Besides the float model, memory holds the weights of one linear at a time. Every batch dequantizes every linear again, so
-samples of more than `_BATCH_TOKENS` tokens in total take disproportionately longer.
+Memory holds a layer of the float model and the differences W'-W of the same layer.
 
 Job: model and checkpoint (folders of the float and the quantized model), calibration (safetensors: input_ids int32
 (n, length)), linears (names), samples (number of the n samples to measure errors on), unfold (true, false, or null: if a
@@ -25,71 +24,87 @@ and `tokens` (of all calibration samples), `sample_tokens`, `unfolded`.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantline.checkpoints.checkpoint import Checkpoint, dequantized, quantization_of, quantized_layers
+from quantline.checkpoints.float_view import FloatView
+from quantline.checkpoints.linears import place_of
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
-from quantline.toolchains.workers.reference.engine import load_model, prepare
+from quantline.toolchains.workers.reference.engine import prepare
 from quantline.toolchains.workers.reference.folded_scales import folds, unfold
-from quantline.toolchains.workers.reference.linear_locations import Linear, WeightLocation, locate, mark_unseen
+from quantline.toolchains.workers.reference.linear_locations import (
+    EXPERT,
+    Linear,
+    WeightLocation,
+    locate,
+    mark_unseen,
+)
+from quantline.toolchains.workers.reference.skeleton import REST
+from quantline.toolchains.workers.reference.streaming import Batch, StreamedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-# Rows of logits computed at a time if the output layer is quantized.
-_HEAD_ROWS = 512
+# Float32 values of the logits computed at a time if the output layer is quantized.
+_MAX_LOGITS = 2**28
 
 
 class _Errors:
-    """Differences of the quantized weights; caches the last one."""
+    """Differences of the quantized weights; keeps those of the layer at hand."""
 
-    def __init__(self, checkpoint: Checkpoint, report: Reporter, total: int, unfolded: bool) -> None:
-        info = quantization_of(checkpoint.folder)
-        if info is None:
-            raise JobError(f"{checkpoint.folder}: is not quantized")
-        self._checkpoint, self._info, self._report, self._total = checkpoint, info, report, total
-        self._layers = quantized_layers(checkpoint, info)
-        self._unfolded = unfolded
-        self._done: set[str] = set()
-        self._last: tuple[str, Any] | None = None
+    def __init__(self, checkpoint: FloatView, report: Reporter, total: int, unfolded: bool) -> None:
+        if checkpoint.info is None:
+            raise JobError(f"{checkpoint.checkpoint.folder}: is not quantized")
+        self._checkpoint, self._report, self._total, self._unfolded = checkpoint, report, total, unfolded
+        self._done = 0
+        self._differences: dict[str, Tensor] = {}
 
     def difference(self, linear: Linear) -> Tensor:
         """W' - W, float32 (out, in) on the model's device. The first call for a linear also sets its statistics."""
         import torch
 
-        if self._last and self._last[0] == linear.name:
-            return self._last[1]
-        self._last = None
-        if linear.name not in self._layers:
-            raise JobError(f"{self._checkpoint.folder}: {linear.name} is not quantized")
+        if linear.name in self._differences:
+            return self._differences[linear.name]
+        if linear.name not in self._checkpoint.quantized:
+            raise JobError(f"{self._checkpoint.checkpoint.folder}: {linear.name} is not quantized")
+        assert linear.weight is not None, "the part of the linear is filled"
         weight = linear.weight.cpu().numpy()
-        values = dequantized(self._checkpoint, self._info, linear.name, self._layers[linear.name])
+        values = self._checkpoint.values(f"{linear.name}.weight")
         if values.shape != weight.shape:
             raise JobError(f"{linear.name}: has shape {values.shape} quantized, but {weight.shape} in the float model")
         if self._unfolded:
             values = unfold(values, weight)
         difference = torch.from_numpy(np.ascontiguousarray(values - weight)).to(linear.weight.device)
-        if linear.name not in self._done:
-            self._done.add(linear.name)
-            sizes = difference.abs()
-            linear.statistics = {
-                "weight_error": _relative(_square(difference), _square(linear.weight)),
-                "weight_error_max": float(sizes.max()),
-                "weight_error_mean": float(sizes.mean()),
-            }
-            self._report(len(self._done), self._total, linear.name)
-        self._last = linear.name, difference
+        self._differences[linear.name] = difference
+        sizes = difference.abs()
+        linear.statistics = {
+            "weight_error": _relative(_square(difference), _square(linear.weight)),
+            "weight_error_max": float(sizes.max()),
+            "weight_error_mean": float(sizes.mean()),
+        }
+        self._done += 1
+        self._report(self._done, self._total, linear.name)
         return difference
+
+    def leave(self, linears: Iterable[Linear]) -> None:
+        """Measure those that no token reached, and free the memory of all; the part is filled."""
+        for linear in linears:
+            if not linear.statistics:
+                self.difference(linear)
+            linear.weight = None
+        self._differences.clear()
 
     def add(self, linear: Linear, inputs: Tensor, outputs: Tensor) -> None:
         """Add one call: inputs (tokens, in), the float linear's outputs without bias (tokens, out)."""
+        linear.measured += len(inputs)
         linear.error += _square(inputs @ self.difference(linear).T)
         linear.energy += _square(outputs)
 
@@ -107,79 +122,150 @@ def _relative(error: float, energy: float) -> float:
     return 0.0 if error == 0 else float("inf")
 
 
-def _observer(places: Mapping[int, WeightLocation], errors: _Errors | None) -> Any:
-    """A context that counts every matrix product with a known weight and, with `errors`, compares its output."""
-    import torch
-    from torch.overrides import TorchFunctionMode
+class _Calls:
+    """Counts every matrix product with a known weight and, with `errors`, compares its output.
 
-    class Observer(TorchFunctionMode):  # type: ignore[misc]  # the type checker does not have torch
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if func is torch.nn.functional.linear:
-                self.called(result, *args, **(kwargs or {}))
-            return result
+    Attributes:
+        places: the known weights, by memory address.
+        errors: None only counts.
+        fresh: whether what the model computes is real, see `StreamedModel.live`.
+    """
 
-        def called(self, result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-            place = places.get(weight.data_ptr())
-            if place is None or place.shape != tuple(weight.shape) or not input.numel():
-                return
-            inputs = input.reshape(-1, input.shape[-1])
-            outputs = (result if bias is None else result - bias).reshape(-1, result.shape[-1])
-            for start, linear in place.parts:
-                linear.tokens += len(inputs)
-                if errors is not None:
-                    errors.add(linear, inputs, outputs[:, start : start + len(linear.weight)])
+    def __init__(self, fresh: Callable[[], bool]) -> None:
+        self.places: Mapping[int, WeightLocation] = {}
+        self.errors: _Errors | None = None
+        self.fresh = fresh
 
-    return Observer()
+    def observer(self) -> AbstractContextManager[Any]:
+        """A context that observes the matrix products inside it."""
+        from torch.nn.functional import linear
+        from torch.overrides import TorchFunctionMode
+
+        called = self._called
+
+        class Observer(TorchFunctionMode):  # type: ignore[misc]  # the type checker does not have torch
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = func(*args, **(kwargs or {}))
+                if func is linear:
+                    called(result, *args, **(kwargs or {}))
+                return result
+
+        observer: AbstractContextManager[Any] = Observer()
+        return observer
+
+    def _called(self, result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        place = self.places.get(weight.data_ptr()) if self.fresh() else None
+        if place is None or place.shape != tuple(weight.shape) or not input.numel():
+            return
+        inputs = input.reshape(-1, input.shape[-1])
+        outputs = (result if bias is None else result - bias).reshape(-1, result.shape[-1])
+        for start, linear in place.parts:
+            linear.tokens += len(inputs)
+            if self.errors is not None:
+                self.errors.add(linear, inputs, outputs[:, start : start + linear.rows])
 
 
-def _pass(model: Any, tokens: NDArray[np.int32], places: Mapping[int, WeightLocation], errors: _Errors | None) -> None:
-    """Run the model over samples, int32 (n, length); run the output layer only if it is in `places`."""
-    import torch
+def _pass(
+    model: StreamedModel, linears: Sequence[Linear], errors: _Errors, chosen: Sequence[Batch], rest: Sequence[Batch]
+) -> None:
+    """Run the model over samples: those whose errors are measured, and those whose tokens are only counted.
 
-    rows = max(1, _BATCH_TOKENS["cuda" if model.device.type == "cuda" else "cpu"] // tokens.shape[1])
-    head = model.get_output_embeddings()
-    with _observer(places, errors):
-        for start in range(0, len(tokens), rows):
-            ids = torch.from_numpy(tokens[start : start + rows].astype(np.int64)).to(model.device)
-            answer = model.base_model(input_ids=ids, use_cache=False)
-            if head is not None and head.weight.data_ptr() in places and hasattr(answer, "last_hidden_state"):
-                states = answer.last_hidden_state.flatten(0, 1)
-                for first in range(0, len(states), _HEAD_ROWS):
-                    head(states[first : first + _HEAD_ROWS])
+    The output layer is run only if it is one of the linears.
+    """
+    calls = _Calls(lambda: model.live)
+    model.observer = calls.observer
+    by_layer: dict[int, list[Linear]] = defaultdict(list)
+    for linear in linears:
+        by_layer[place_of(linear.name)[0]].append(linear)
+    outside = by_layer.pop(-1, [])
+
+    def compute(step: Callable[[Batch], Any]) -> None:
+        for batches, measured in ((chosen, errors), (rest, None)):
+            calls.errors = measured
+            for batch in batches:
+                step(batch)
+
+    try:
+        view, skeleton = model.skeleton.view, model.skeleton
+        rest_parameters = skeleton.parameters_of(REST)
+        always = [linear for linear in outside if f"{linear.name}.weight" in rest_parameters]
+        places = locate(rest_parameters, view, always)
+        while (part := model.next_part(chosen[0])) is not None:
+            skeleton.fill(part)
+            here = by_layer.pop(place_of(f"{part}.weight")[0], [])
+            calls.places = {**places, **locate(skeleton.parameters_of(part), view, here)}
+            compute(model.advance)
+            errors.leave(here)
+            model.release()
+        if outside:
+            skeleton.fill(model.head)
+            last = [linear for linear in outside if linear not in always]
+            calls.places = {**places, **locate(skeleton.parameters_of(model.head), view, last)}
+            if calls.places:
+                compute(lambda batch: _each_row(model, batch))
+            errors.leave(outside)
+            model.release()
+        for left in by_layer.values():  # of layers that did not compute
+            locate({}, view, left)
+            errors.leave(left)
+    finally:
+        model.observer = nullcontext
 
 
-def measure(model: Any, job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
-    """Run one job on the loaded float model, see the module's description.
+def _each_row(model: StreamedModel, batch: Batch) -> None:
+    """The logits of a batch, a few sequences at a time."""
+    rows = max(1, _MAX_LOGITS // model.logits_width // batch.ids.shape[1])
+    for part in batch.split(rows):
+        model.logits(part)
+
+
+def measure(model: StreamedModel, job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
+    """Run one job on the float model, see the module's description.
 
     Raises:
         JobError: a linear is missing, not quantized or has another shape, or the calibration has no samples.
     """
-    floats, checkpoint = Checkpoint.open(job["model"]), Checkpoint.open(job["checkpoint"])
-    tokens = _samples(job["calibration"], model.get_input_embeddings().weight.shape[0])
-    unfolded = folds(floats, checkpoint) if job.get("unfold") is None else bool(job["unfold"])
-    if hasattr(model, "set_experts_implementation"):
-        # The eager implementation calls every expert separately, so that its tokens can be counted.
-        model.set_experts_implementation("eager")
-    linears, places = locate(model, floats, job["linears"])
+    checkpoint = FloatView.open(job["checkpoint"])
+    tokens = _samples(job["calibration"], model.vocabulary)
+    folded = job.get("unfold")
+    unfolded = folds(model.skeleton.view.checkpoint, checkpoint.checkpoint) if folded is None else bool(folded)
+    linears = [Linear(name) for name in job["linears"]]
     errors = _Errors(checkpoint, report, len(linears), unfolded)
     chosen, rest = tokens[: job["samples"]], tokens[job["samples"] :]
-    _pass(model, chosen, places, errors)
-    reached = {linear.name for linear in linears if linear.tokens}
-    if any(linear.tokens != chosen.size for linear in linears if linear.seen):
-        _pass(model, rest, places, None)
-    else:  # every linear gets every token
+    experts = any(EXPERT.search(linear.name) for linear in linears)
+    with _separate_experts(model.model):
+        # Without experts, every linear gets every token.
+        _pass(model, linears, errors, _batches(model, chosen), _batches(model, rest) if experts else [])
+    if not experts:
         for linear in linears:
-            linear.tokens = tokens.size
+            linear.tokens = tokens.size if linear.tokens else 0
     mark_unseen(linears)
     rows = []
     for linear in linears:
-        if not linear.statistics:  # no token of the samples reached it
-            errors.difference(linear)
-        error = _relative(linear.error, linear.energy) if linear.name in reached else None
+        error = _relative(linear.error, linear.energy) if linear.measured else None
         seen = linear.tokens if linear.seen else None
         rows.append({"name": linear.name, "tokens": seen, "output_error": error, **linear.statistics})
     return {"rows": rows, "tokens": tokens.size, "sample_tokens": chosen.size, "unfolded": unfolded}
+
+
+@contextmanager
+def _separate_experts(model: Any) -> Iterator[None]:
+    """Inside the block every expert is called separately, so that its tokens can be counted."""
+    if not hasattr(model, "set_experts_implementation"):
+        yield
+        return
+    before = model.config._experts_implementation
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _batches(model: StreamedModel, tokens: NDArray[np.int32]) -> list[Batch]:
+    """Batches of samples, int32 (n, length)."""
+    rows = max(1, _BATCH_TOKENS["cuda" if model.device.startswith("cuda") else "cpu"] // tokens.shape[1])
+    return [model.batch(tokens[start : start + rows]) for start in range(0, len(tokens), rows)]
 
 
 def _samples(path: str, vocabulary: int) -> NDArray[np.int32]:
@@ -208,7 +294,7 @@ def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         with torch.inference_mode():
-            model = load_model(Path(job["model"]), device)
+            model = StreamedModel(Path(job["model"]), device)
             loaded = time.perf_counter()
             result = measure(model, job, report)
     except UserError as error:

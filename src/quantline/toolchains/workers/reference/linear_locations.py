@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantline.checkpoints.checkpoint import Checkpoint, to_float32
-from quantline.checkpoints.linears import place_of
+from quantline.checkpoints.float_view import FloatView
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass
 class Linear:
-    """One linear. `weight` (out, in) is the float model's, a view of it if its calls can be observed (`seen`)."""
+    """One linear.
+
+    `weight` (out, in) is the float model's: while its part has its weights, a view of them if its calls can be observed
+    (`seen`).
+    """
 
     name: str
-    weight: Tensor
-    seen: bool = True
-    tokens: int = 0
+    weight: Tensor | None = None
+    rows: int = 0
+    seen: bool = False
+    tokens: int = 0  # that reach it
+    measured: int = 0  # of which its errors are measured
     error: float = 0.0  # ||X(W'-W)^T||^2
     energy: float = 0.0  # ||X W^T||^2
     statistics: dict[str, float] = field(default_factory=dict)
@@ -40,45 +45,46 @@ class WeightLocation:
     parts: list[tuple[int, Linear]] = field(default_factory=list)
 
 
-def locate(model: Any, floats: Checkpoint, names: Sequence[str]) -> tuple[list[Linear], dict[int, WeightLocation]]:
-    """Find linears in the model, by name or, if it stacks or fuses them, by their values.
+def locate(parameters: Mapping[str, Any], floats: FloatView, linears: Sequence[Linear]) -> dict[int, WeightLocation]:
+    """Find linears among filled parameters, by name or, if the model stacks or fuses them, by their values.
+
+    Sets `weight`, and `seen` for those that were found.
+
+    Args:
+        parameters: name in the model -> parameter, of one layer or of what is outside the layers.
+        floats: the float checkpoint.
+        linears: those that belong there.
 
     Returns:
-        The linears in the order of `names`, and memory address -> the weight there.
+        Memory address -> the weight there.
     """
     import torch
 
-    parameters = dict(model.named_parameters())
-    by_layer: dict[int, list[Any]] = defaultdict(list)
-    for name, parameter in parameters.items():
-        if parameter.ndim in (2, 3) and (layer := place_of(name)[0]) >= 0:
-            by_layer[layer].append(parameter)
-    linears: list[Linear] = []
     places: dict[int, WeightLocation] = {}
-    for name in names:
-        parameter = parameters.get(f"{name}.weight")
-        if parameter is not None and tuple(parameter.shape) == tuple(floats.info(f"{name}.weight").shape):
-            whole, start, linear = parameter, 0, Linear(name, parameter)
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim in (2, 3)]
+    for linear in linears:
+        parameter = parameters.get(f"{linear.name}.weight")
+        if parameter is not None and tuple(parameter.shape) == floats.shape(f"{linear.name}.weight"):
+            whole, start, linear.weight = parameter, 0, parameter
         else:
-            values = np.require(to_float32(floats.tensor(f"{name}.weight")), requirements=["C", "W"])
-            weight = torch.from_numpy(values).to(model.device)
-            found_in = _search(name, weight, by_layer[place_of(name)[0]])
+            values = np.require(floats.values(f"{linear.name}.weight"), requirements=["C", "W"])
+            linear.weight = torch.from_numpy(values).to(matrices[0].device if matrices else "cpu")
+            found_in = _search(linear.name, linear.weight, matrices)
             if found_in is None:
-                linears.append(Linear(name, weight, seen=False))
                 continue
             whole, start = found_in
-            linear = Linear(name, whole[start : start + len(weight)])
+            linear.weight = whole[start : start + len(linear.weight)]
+        linear.rows, linear.seen = len(linear.weight), True
         place = places.setdefault(whole.data_ptr(), WeightLocation(tuple(whole.shape)))
         place.parts.append((start, linear))
-        linears.append(linear)
-    return linears, places
+    return places
 
 
 def _search(name: str, weight: Tensor, parameters: Sequence[Any]) -> tuple[Any, int] | None:
     """The model's matrix that contains `weight` as rows, and the first of these rows."""
     import torch
 
-    expert = _EXPERT.search(name)
+    expert = EXPERT.search(name)
     for parameter in parameters:
         if parameter.ndim == 3 and expert and int(expert[1]) < len(parameter):
             whole = parameter[int(expert[1])]
@@ -102,6 +108,6 @@ def mark_unseen(linears: Sequence[Linear]) -> None:
     """
     totals: dict[str, int] = defaultdict(int)
     for linear in linears:
-        totals[_EXPERT.sub(".experts.*.", linear.name)] += linear.tokens
+        totals[EXPERT.sub(".experts.*.", linear.name)] += linear.tokens
     for linear in linears:
-        linear.seen = linear.seen and totals[_EXPERT.sub(".experts.*.", linear.name)] > 0
+        linear.seen = linear.seen and totals[EXPERT.sub(".experts.*.", linear.name)] > 0

@@ -28,9 +28,9 @@ class Parts:
             self._begins[name] = begin
             begin += size
 
-    def of(self, name: str, label: str, at: int = 0, times: int = 1) -> Reporter:
-        """How a part reports its own steps. Of a part that is done `times` times, `at` is the number of this time from 0."""
-        return _Part(self._report, self._total, self._begins[name], self._sizes[name], label, at, times)
+    def of(self, name: str, label: str) -> Reporter:
+        """How a part reports its own steps."""
+        return _Part(self._report, self._total, self._begins[name], self._sizes[name], label)
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,6 @@ class _Part(Reporter):
     begin: float
     size: float
     name: str
-    at: int
-    times: int
 
     def __call__(self, done: int, total: int, label: str = "") -> None:
-        share = (self.at + done / max(1, total)) / self.times
-        self.report(round(self.begin + share * self.size), self.whole, self.name)
+        self.report(round(self.begin + done / max(1, total) * self.size), self.whole, self.name)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from quantline.checkpoints.checkpoint import iter_dequantized
+from quantline.checkpoints.float_view import iter_dequantized
 from quantline.toolchains.protocol import Reporter, worker_main
 from quantline.toolchains.workers.quantizers import autoawq
 from quantline.toolchains.workers.quantizers import model as _common

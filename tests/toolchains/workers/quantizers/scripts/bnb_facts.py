@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from quantline.checkpoints.checkpoint import iter_dequantized
+from quantline.checkpoints.float_view import iter_dequantized
 from quantline.checkpoints.layouts import bitsandbytes as layout
 from quantline.toolchains.protocol import worker_main
 
