@@ -37,6 +37,7 @@ def convert(root, *overrides, **options):
 
 
 @needs_fixtures
+@pytest.mark.e2e
 def test_the_documented_command_makes_a_checkpoint_with_its_proof(root, tmp_path):
     folder, out = FIXTURES / "w4a16_g64_awq_asym", tmp_path / "out"
     scratch = set((root / "scratch").glob("*")) if (root / "scratch").is_dir() else set()
@@ -169,6 +170,7 @@ def test_the_servers_version_comes_from_its_lock(root):
         locked_version(root, "nothing", "cpu")
 
 
+@pytest.mark.e2e
 def test_the_clock_is_not_part_of_what_is_written(root, tmp_path, source):
     outputs = []
     for label in ("a", "b"):

@@ -19,7 +19,8 @@ variants:
 
 
 @pytest.fixture
-def checkout(root, tmp_path):
+def checkout(root, tmp_path, composed, monkeypatch):
+    monkeypatch.setattr("quantline.pipeline.compose.compose_values", lambda conf, overrides: composed(*overrides))
     for name in ("conf", "envs"):
         (tmp_path / name).symlink_to(root / name)
     (tmp_path / "params.yaml").write_text(PARAMS)

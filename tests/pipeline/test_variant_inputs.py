@@ -12,7 +12,8 @@ from quantline.pipeline.variant_inputs import inputs_of_variants
 
 
 @pytest.fixture
-def checkout(root, tmp_path):
+def checkout(root, tmp_path, composed, monkeypatch):
+    monkeypatch.setattr("quantline.pipeline.compose.compose_values", lambda conf, overrides: composed(*overrides))
     for name in ("conf", "envs", "assets"):
         (tmp_path / name).symlink_to(root / name)
     (tmp_path / "own.jsonl").write_text('{"text": "a"}\n')

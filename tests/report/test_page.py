@@ -13,7 +13,7 @@ from quantline.config.report import ReportConfig
 from quantline.report.build import build
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
 
 # For each drawing: how many shapes it has, and how many of those cover no area and no length.
 DRAWN = """svg => svg.map(one => {

@@ -13,6 +13,8 @@ from tiny_quantized import write_float
 
 from quantline.serving.rules import cpu_instructions
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

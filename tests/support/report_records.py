@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from composer import Composer
 from variant_records import REFUSED, config, result
 
-from quantline.pipeline.compose import compose_values
 from quantline.pipeline.records import VariantRecord
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -25,7 +25,7 @@ VARIANTS: dict[str, tuple[str, int, tuple[float, float, float], float, float, tu
     "gptq-w2-g128": ("gptq", 2, (162.2, 156.7, 168.0), 5.3, 0.78, (1.39, 1.22, 1.01)),
 }
 FLOAT_BYTES = 18.9e6
-CONF = Path(__file__).parents[2] / "conf"
+composed = Composer(Path(__file__).parents[2] / "conf")
 
 
 def monitor(seconds: float, peak: float, *, gpu: bool = False) -> dict[str, Any]:
@@ -176,10 +176,10 @@ def timed(name: str, artifacts: Path, speed_ups: tuple[float, float, float]) -> 
 
 def options(name: str, method: str, bits: int) -> dict[str, Any]:
     """A configuration of conf/, with what the pipeline freezes."""
-    composed = compose_values(CONF, [f"method={method}", *([] if method == "float" else [f"bits={bits}"])])
-    composed["evaluate"]["bootstrap"]["level"] = 0.95
+    values = composed(f"method={method}", *([] if method == "float" else [f"bits={bits}"]))
+    values["evaluate"]["bootstrap"]["level"] = 0.95
     frozen = {**config(name, method, bits)["frozen"], "locks": {}}
-    return {key: value for key, value in {**composed, "frozen": frozen}.items() if key != "hydra"}
+    return {key: value for key, value in {**values, "frozen": frozen}.items() if key != "hydra"}
 
 
 def records(

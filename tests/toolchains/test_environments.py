@@ -105,6 +105,7 @@ def test_a_worker_sees_no_tokens(worker, monkeypatch):
     assert not [key for key, value in data.items() if "secret" in value]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_worker_does_not_outlive_its_parent_whatever_ends_that(tmp_path, how):
     (tmp_path / "work.py").write_text(

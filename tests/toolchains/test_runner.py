@@ -93,6 +93,7 @@ def test_a_worker_that_died_while_it_waited_is_told_with_its_log(waiting, tmp_pa
             ask({}, "work")
 
 
+@pytest.mark.e2e
 def test_a_waiting_worker_does_not_outlive_its_parent(tmp_path):
     (tmp_path / "work.py").write_text(BODY.format(run="return {}", imports="pass"))
     source = toolchain.worker_environment(1)["PYTHONPATH"]
