@@ -64,14 +64,15 @@ def test_a_version_says_how_it_is_served_and_one_of_before_that_says_nothing(tmp
     results = {result["stage"]: result for result in made.results}
     results["convert"]["output_hash"] = "h"
     tags = promotion._tags(made, results, "f")
-    assert f"\n    {tags[SERVING_TAG]}\n" in promotion._description(made, "its lineage")
+    assert f"\n    {tags[SERVING_TAG]}\n" in promotion._description(made, "m", "its lineage")
     line = serving_line(Version("m", "1", (), "run", tags), tmp_path / "my folder")
     assert shlex.split(line)[:4] == ["vllm", "serve", str(tmp_path / "my folder"), "--dtype"]
     assert shlex.split(line)[3:] == shlex.split(tags[SERVING_TAG])[3:]
     results["serve_smoke"].update(status="unsupported", reason="no kernel")
     tags = promotion._tags(made, results, "f")
     assert serving_line(Version("m", "1", (), "run", tags), tmp_path) is None
-    assert promotion._description(made, "its lineage") == "its lineage"
+    said = promotion._description(made, "m", "its lineage")
+    assert said == "Fetch it, verified:\n\n    python -m stages.fetch model=m alias=production out=DIR\n\nits lineage"
 
 
 def test_a_manual_run_is_not_in_dvc(tmp_path):

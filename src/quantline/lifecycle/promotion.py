@@ -67,14 +67,17 @@ def promotion_of(record: VariantRecord, run: Current, *, model: str, card: str, 
             documents[file] = path.read_text(encoding="utf-8")
     return Promotion(
         model, record.name, run.run_id, record.outputs["convert"], results["convert"]["outputs"],
-        _tags(record, results, run.fingerprint), documents, _description(record, as_text(chain).rpartition("\n\n")[2]),
+        _tags(record, results, run.fingerprint), documents,
+        _description(record, model, as_text(chain).rpartition("\n\n")[2]),
     )  # fmt: skip
 
 
-def _description(record: VariantRecord, lineage: str) -> str:
+def _description(record: VariantRecord, model: str, lineage: str) -> str:
     """What the registry's page says of a version, Markdown."""
+    fetch = f"Fetch it, verified:\n\n    python -m stages.fetch model={model} alias=production out=DIR"
     line = record_line(record, ".")
-    return f"Serve it in the folder of its files:\n\n    {line}\n\n{lineage}" if line else lineage
+    serve = [f"Serve it in the folder of its files:\n\n    {line}"] if line else []
+    return "\n\n".join([fetch, *serve, lineage])
 
 
 def _tags(record: VariantRecord, results: dict[str, Any], fingerprint: str) -> dict[str, str]:

@@ -116,6 +116,17 @@ def test_the_registered_model_says_how_to_fetch_and_serve_it(store):
     demote(store.tracking, store.root, "awq-w4", "said")
 
 
+def test_a_version_has_the_schema_of_its_requests_beside_its_files_and_fetch_leaves_it_there(store, tmp_path):
+    from mlflow import MlflowClient
+
+    store.promote("gptq-w4", "described")
+    client = MlflowClient(f"sqlite:///{store.root}/mlflow.db")
+    path = client.download_artifacts(store.run_ids["gptq-w4"], "model/MLmodel", str(tmp_path))
+    assert '"name": "prompt"' in Path(path).read_text()
+    assert "MLmodel" not in store.fetched(tmp_path / "out", "described")
+    demote(store.tracking, store.root, "gptq-w4", "described")
+
+
 def test_a_promoted_variant_whose_outputs_in_dvc_are_not_all_recorded_stops_retention_until_it_is_promoted_again(
     tmp_path,
 ):

@@ -26,6 +26,7 @@ from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import TrackingError, UserError
 from quantline.core.files import building
 from quantline.lifecycle.storage.dvc_outputs import hashes_of, outputs_of
+from quantline.lifecycle.tracking import schema
 from quantline.lifecycle.tracking.reader import LOCK_FILE, artifact, connected
 from quantline.lifecycle.tracking.store import locked, resolve_uri, sqlite_path
 from quantline.pipeline.identity import file_hashes
@@ -243,9 +244,8 @@ def _held(client: Any, model: str, alias: str) -> Version:
 def _files(client: Any, version: Version) -> dict[str, str]:
     files: dict[str, str] = json.loads(artifact(client, version.run_id, FILES) or "{}")
     if not files:
-        raise UserError(
-            f"{version.model} version {version.version}: has no list of files; promote it with stages.promote"
-        )
+        fault = "has no list of files; promote it with stages.promote"
+        raise UserError(f"{version.model} version {version.version}: {fault}")
     return files
 
 
@@ -253,6 +253,7 @@ def _download(client: Any, version: Version, out: Path) -> None:
     files = _files(client, version)
     with building(out) as folder:
         place = Path(client.download_artifacts(version.run_id, MODEL, str(folder)))
+        (place / schema.FILE).unlink(missing_ok=True)  # of the registry's page, not of the model
         for path in list(place.iterdir()):
             shutil.move(path, folder / path.name)
         place.rmdir()
@@ -288,13 +289,14 @@ def _upload(client: Any, what: Promotion) -> int:
             uploaded += (what.checkpoint / name).stat().st_size
     with tempfile.TemporaryDirectory(prefix="quantline-registry-") as scratch:
         documents = {f"registry/{name}": text for name, text in what.documents.items()}
+        documents[f"{MODEL}/{schema.FILE}"] = schema.mlmodel(what.variant, what.run_id, what.tags.get(SERVING_TAG))
         # Last: it marks the upload as complete.
         documents[FILES] = json.dumps(dict(what.files), indent=2, sort_keys=True)
         for name, text in documents.items():
             if artifact(client, what.run_id, name) != text:
-                path = Path(scratch, name.rpartition("/")[2])
-                path.write_text(text, encoding="utf-8")
-                client.log_artifact(what.run_id, str(path), "registry")
+                place, _, file = name.rpartition("/")
+                Path(scratch, file).write_text(text, encoding="utf-8")
+                client.log_artifact(what.run_id, str(Path(scratch, file)), place)
     return uploaded
 
 
@@ -306,11 +308,7 @@ def _ensure_model(client: Any, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        client.create_registered_model(name, description=(
-            "Quantized variants, promoted by Quantline.\n\n"
-            f"- **Fetch** one, verified: `python -m stages.fetch model={name} alias=production out=DIR`\n"
-            f"- **Serve** one: `python -m stages.serve model={name} alias=production`"
-        ))  # fmt: skip
+        client.create_registered_model(name, description=schema.about(name))
 
 
 def _holder(client: Any, model: str, alias: str) -> str | None:
