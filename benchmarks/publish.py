@@ -7,6 +7,7 @@ after one stage of each variant was measured again.
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 import time
@@ -45,5 +46,8 @@ def main(variants: int) -> None:
 
 
 if __name__ == "__main__":
-    words = dict(word.split("=", 1) for word in sys.argv[1:])
-    main(int(words.get("variants", "10")))
+    given = re.fullmatch(r"variants=([1-9]\d*)", " ".join(sys.argv[1:]) or "variants=10")
+    if given is None:
+        print(__doc__, flush=True)
+        sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else f"{' '.join(sys.argv[1:])}: give variants=NUMBER")
+    main(int(given[1]))

@@ -130,6 +130,9 @@ def test_a_promoted_variant_is_fetched_once_verified_each_time_and_served_as_its
     assert weights.read_bytes() == whole
     with pytest.raises(UserError, match=f"alias=other: no variant has it; there are {MODEL}@best"):
         asked(composed, tmp_path, alias="other")
+    words = rf"model={MODEL}x: no registered model has this name; there are {MODEL} \(did you mean {MODEL}\?\)"
+    with pytest.raises(UserError, match=words):
+        asked(composed, tmp_path, alias="best", model=f"{MODEL}x")
 
 
 @pytest.mark.parametrize(

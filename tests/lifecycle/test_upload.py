@@ -77,9 +77,21 @@ def test_it_is_public_where_that_was_asked_for(hub, model):
 
 def test_a_file_beside_the_outputs_of_convert_is_no_part_of_the_model_and_stops_the_upload(hub, model):
     (model.folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"notes\.txt: differs from the convert stage's output; run `dvc checkout`"):
+    with pytest.raises(
+        UserError, match=r"notes\.txt: differs from the convert stage's output; run: dvc checkout --force .*convert$"
+    ):
         upload(model)
     assert hub.requests == []
+
+
+def test_a_changed_file_of_a_run_by_hand_is_made_again_by_its_stage(tmp_path):
+    made = record("gptq-w4", "gptq", 4, 0.01, tmp_path / "work")
+    results = [{**result, "output_hash": "h", "outputs": {}} for result in made.results]
+    outputs = {"convert": tmp_path / "convert"}
+    made = replace(
+        made, name="by-hand/gptq-w4", overrides="method=gptq bits=4", outputs=outputs, results=results
+    )  # fmt: skip
+    assert upload_of(made, REPO, CARD, None).remedy == "python -m stages.convert method=gptq bits=4"
 
 
 def test_an_upload_that_broke_off_goes_on_with_what_the_hub_does_not_have_and_leaves_no_half_model(hub, model):

@@ -118,6 +118,16 @@ def test_the_calibration_of_a_model_of_the_hub_is_refused_where_quantizing_will_
     assert runs == []
 
 
+def test_a_stage_that_the_float_baseline_does_not_have_is_refused_before_anything_runs(composed, everything):
+    folder, work, runs = everything
+    for until in ("calibrate", "quantize", "convert", "speed"):
+        with pytest.raises(
+            UserError, match=rf"until={until}: the float baseline skips it; give until=download, serve_smoke"
+        ):
+            run_until(until, work, parse(composed("method=float")), folder, ("method=float",))
+    assert runs == []
+
+
 def test_another_option_runs_only_what_depends_on_it(composed, everything):
     folder, work, runs = everything
     run_until("evaluate", work, parse(composed("method=gptq")), folder, ("method=gptq",))

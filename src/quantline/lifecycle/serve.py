@@ -192,15 +192,19 @@ def _of_variant(root: Path, name: str, typed: Typed) -> Subject:
     model = folder / "model" if stage == "download" else folder
     _refuse_unserved(f"variant={name}", results.get("serve_smoke"), record.remedy("serve_smoke"), model)
     if changed := differing(results[stage]["outputs"], file_hashes(folder) if folder.is_dir() else {}):
-        mend = record.remedy(stage) if record.config.get("frozen") is None else f"dvc checkout --force {folder}"
-        raise UserError(f"{folder / changed[0]}: differs from the output of {stage}; run: {mend}")
+        raise UserError(f"{folder / changed[0]}: differs from the output of {stage}; run: {record.restoring(stage)}")
     noted = _noted(results["serve_smoke"], typed)
     return Subject(record.name, model, _as_typed(config, typed), proven=True, **noted)
 
 
 def _of_alias(root: Path, alias: str, model: str | None, typed: Typed) -> Subject:
     tracking = tracking_of(typed.values, typed.overrides, root)
-    listed = [item for item in registry.versions(tracking, root) if model in (None, item.model)]
+    everything = registry.versions(tracking, root)
+    models = sorted({item.model for item in everything})
+    if model is not None and model not in models:
+        known_models = f"{', '.join(models) or 'none'}{nearest(model, models)}"
+        raise UserError(f"model={model}: no registered model has this name; there are {known_models}")
+    listed = [item for item in everything if model in (None, item.model)]
     held = [item for item in listed if alias in item.aliases]
     if len(held) != 1:
         known = sorted(f"{item.model}@{name}" for item in listed for name in item.aliases)

@@ -40,7 +40,8 @@ class Upload:
     """What to upload.
 
     repo: owner/name. folder: the converted model. files: path below it -> SHA-256, as the convert stage recorded; nothing
-    else is uploaded. card: the text of README.md. summary, description: of the commit.
+    else is uploaded. card: the text of README.md. summary, description: of the commit. remedy: what makes changed files
+    right again.
     """
 
     repo: str
@@ -49,6 +50,7 @@ class Upload:
     card: str
     summary: str
     description: str
+    remedy: str
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ def upload_of(record: VariantRecord, repo: str, card: str, run_id: str | None) -
     files = {name: sha256 for name, sha256 in results["convert"]["outputs"].items() if name != CARD}
     run = f", MLflow run {run_id}" if run_id else ""
     description = f"Files: {results['convert']['output_hash']}. Code: {record.commit or 'not known'}."
-    return Upload(repo, record.outputs["convert"], files, card, f"Quantline variant {record.name}{run}", description)
+    folder = record.outputs["convert"]
+    summary = f"Quantline variant {record.name}{run}"
+    return Upload(repo, folder, files, card, summary, description, record.restoring("convert"))
 
 
 def upload(what: Upload, *, public: bool = False, replace: bool = False) -> Uploaded:
@@ -139,7 +143,7 @@ def upload(what: Upload, *, public: bool = False, replace: bool = False) -> Uplo
     found = {name: sha256 for name, sha256 in file_hashes(what.folder).items() if name != CARD}
     changed = differing(what.files, found)
     if changed:
-        raise UserError(f"{what.folder / changed[0]}: differs from the convert stage's output; run `dvc checkout`")
+        raise UserError(f"{what.folder / changed[0]}: differs from the convert stage's output; run: {what.remedy}")
     try:
         return _upload(_api(), what, public=public, replace=replace)
     except Exception as error:

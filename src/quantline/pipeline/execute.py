@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.files import clear, release, write_json
+from quantline.core.text import alternatives
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.fit import refuse_what_the_model_does_not_take
 from quantline.pipeline.hydra_values import plain
@@ -144,8 +145,12 @@ def run_until(
         overrides: of the variant, as typed.
 
     Raises:
-        UserError: a stage refuses the variant. What ran before it stays.
+        UserError: a stage refuses the variant. What ran before it stays. Or the float baseline does not have that stage.
     """
+    of_float = names(lambda stage: stage.shared or bool(stage.beside_float))
+    if is_baseline(config) and until not in of_float:
+        allowed = alternatives(of_float)
+        raise UserError(f"until={until}: the float baseline skips it; give until={allowed}, or another method")
     missing = missing_inputs(root, until, Wanted(until), config)
     ran: dict[str, None] = {}
     for number, wanted in enumerate(missing, 1):

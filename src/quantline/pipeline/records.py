@@ -199,6 +199,14 @@ class VariantRecord:
         """The command that makes this variant's result of a stage."""
         return command_for(stage, shlex.split(self.overrides)) if self.name.startswith(BY_HAND) else "dvc repro"
 
+    def restoring(self, stage: str) -> str:
+        """The command that brings the output of a stage back as it was recorded."""
+        if self.name.startswith(BY_HAND):
+            return self.remedy(stage)
+        folder = self.outputs[stage]
+        shown = folder.relative_to(self.folder) if folder.is_relative_to(self.folder) else folder
+        return shlex.join(["dvc", "checkout", "--force", str(shown)])
+
 
 def by_stage(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The results by stage, in the pipeline's order."""

@@ -14,7 +14,7 @@ from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import TrackingError, UserError
 from quantline.lifecycle.retention import promoted
 from quantline.lifecycle.storage.dvc_lock import stage_keys
-from quantline.lifecycle.tracking.reader import read_run
+from quantline.lifecycle.tracking.reader import connected, read_run
 from quantline.lifecycle.tracking.registry import (
     Promotion,
     check_alias,
@@ -94,6 +94,10 @@ def test_an_alias_moves_from_version_to_version_and_a_second_promotion_uploads_n
     assert first.uploaded == sum(path.stat().st_size for path in (store.root / "awq-w4").rglob("*") if path.is_file())
     again = store.promote("awq-w4")
     assert (again.version, again.created, again.uploaded) == ("1", False, 0)
+    newer = replace(store.promotion("awq-w4"), description="as it is served now")
+    assert promote(store.tracking, store.root, newer, "production").created is False
+    with connected(store.tracking, store.root) as client:
+        assert client.get_model_version(newer.model, "1").description == "as it is served now"
     other = store.promote("gptq-w4")
     assert (other.version, other.before) == ("2", "1")
     assert store.holders() == {"awq-w4": (), "gptq-w4": ("production",)}

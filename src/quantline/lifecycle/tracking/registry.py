@@ -105,6 +105,7 @@ def promote(tracking: TrackingConfig, root: Path, what: Promotion, alias: str) -
             for key, value in what.tags.items():
                 if same[0].tags.get(key) != value:
                     client.set_model_version_tag(what.model, version, key, value)
+            client.update_model_version(what.model, version, what.description)
         else:
             source = f"runs:/{what.run_id}/{MODEL}"
             made = client.create_model_version(
