@@ -160,6 +160,19 @@ def test_only_the_language_model_is_quantized_and_the_rest_is_named_with_its_sha
     assert "multi_modal_projector (8.33 %)" in found.note
 
 
+def test_layers_of_a_list_beside_the_decoder_that_no_name_explains_are_refused_with_the_rule_that_leaves_them(tmp_path):
+    shapes = {f"model.layers.{index}.mlp.up_proj.weight": (64, 64) for index in range(2)}
+    shapes |= {"model.encoder.layers.0.fc1.weight": (64, 64), "model.vision_tower.layers.0.fc1.weight": (64, 64)}
+    config = {"num_hidden_layers": 2}
+    found = stock(tmp_path, config, **shapes)
+    assert list(found.strangers) == ["model.encoder.layers.0.fc1"]
+    rule = {"match": "model.encoder.layers.*", "skip": True}
+    checkpoint = Checkpoint.open(tmp_path)
+    with pytest.raises(UserError, match=r'first: model\.encoder\.layers\.0\.fc1.*match: "model\.encoder\.layers\.\*"'):
+        select_linears(checkpoint, config, bits=4, group_size=32)
+    assert list(select_linears(checkpoint, config, bits=4, group_size=32, rules=[rule])) == list(found.linears)
+
+
 def test_layers_beyond_those_of_the_config_predict_further_tokens_and_are_carried_over(tmp_path):
     shapes = {f"model.layers.{index}.mlp.up_proj.weight": (64, 64) for index in range(3)}
     found = stock(tmp_path, {"num_hidden_layers": 2}, **shapes)

@@ -438,6 +438,19 @@ def proof_file(folder):
 
 
 @pytest.mark.parametrize("target", ["keep", "gptq_v2"])
+def test_pickles_beside_the_weights_are_left_out_and_named(tmp_path, target):
+    source = make_checkpoint(tmp_path / "in", "gptq", 4, symmetric=True)
+    pickles = ["optimizer.pt", "pytorch_model.bin", "pytorch_model.bin.index.json", "scheduler.pkl"]
+    for name in pickles:
+        (source / name).write_bytes(b"{}")
+    (tmp_path / "out").mkdir()
+    convert(source, tmp_path / "out", target)
+    assert not [name for name in pickles if (tmp_path / "out" / name).exists()]
+    told = proof_file(tmp_path / "out")["left_out"]["files"]
+    assert {name: told[name] for name in pickles} == dict.fromkeys(pickles, "a pickle, which can run code")
+
+
+@pytest.mark.parametrize("target", ["keep", "gptq_v2"])
 def test_chat_templates_in_their_folder_are_carried_over(tmp_path, target):
     source = make_checkpoint(tmp_path / "in", "gptq", 4, symmetric=True)
     for name in ("additional_chat_templates/tool_use.jinja", "notes/mine.txt"):

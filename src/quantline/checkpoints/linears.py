@@ -44,13 +44,14 @@ class Inventory:
     """What the tensors of a float model with two wide dimensions are, by name without `.weight`.
 
     linears: (in_features, out_features) of the decoder layers' linears. stacks: shapes of the decoder layers' weights that
-    are no linear of their own. others: shapes of the weights of other parts, by name of the part. values: of the whole
-    model.
+    are no linear of their own. others: shapes of the weights of other parts, by name of the part. strangers: of these, the
+    weights in layers of a list whose name does not say that it is another part. values: of the whole model.
     """
 
     linears: dict[str, tuple[int, int]] = field(default_factory=dict)
     stacks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     others: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    strangers: dict[str, tuple[int, ...]] = field(default_factory=dict)
     values: int = 0
 
     @property
@@ -68,7 +69,17 @@ class Inventory:
         return {name: shape for name, shape in self.stacks.items() if not _rule(name, rules).get("skip")}
 
     def fault(self, rules: Sequence[Mapping[str, Any]]) -> str | None:
-        """What is said against the stacks that no rule leaves float, with the rules that would; None if there is none."""
+        """What is said against stacks and strangers that no rule leaves float, with the rules that would."""
+        strangers = {name: shape for name, shape in self.strangers.items() if not _rule(name, rules).get("skip")}
+        if strangers:
+            first, shape = next(iter(strangers.items()))
+            lists = dict.fromkeys(found[0] for name in strangers if (found := numbered(name)))
+            remedy = ", ".join(f'{{match: "{one}.*", skip: true}}' for one in lists)
+            return (
+                f"{len(strangers)} weights, {self._share(strangers)} of the model, are in layers beside the decoder's, and "
+                f"no name says what part they are (first: {first}, {' x '.join(map(str, shape))}); leave them float with "
+                f"'layers.rules=[{remedy}]'{' before the rules given' if rules else ''}"
+            )
         stacks = self.stacked(rules)
         if not stacks:
             return None
@@ -98,6 +109,8 @@ def inventory(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Inventory:
     linears: dict[str, tuple[int, int]] = {}
     stacks: dict[str, tuple[int, ...]] = {}
     others: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    strangers: dict[str, tuple[int, ...]] = {}
+    depth = dimensions(config).layers
     for full, shape in shapes.items():
         place, name = numbered(full), full.removesuffix(".weight")
         wide = is_wide(shape)
@@ -110,7 +123,8 @@ def inventory(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Inventory:
                 stacks[name] = shape
         elif wide and (_OTHER_PART.search(name) or not _TABLE.search(name)):
             others[_part(name, layers)][name] = shape
-    return Inventory(linears, stacks, dict(others), sum(map(math.prod, shapes.values())))
+            strangers |= {name: shape} if is_due(full, shape, depth) else {}
+    return Inventory(linears, stacks, dict(others), strangers, sum(map(math.prod, shapes.values())))
 
 
 def why_not_float(checkpoint: Checkpoint) -> str | None:
@@ -144,9 +158,17 @@ def exempt(inside: str, shape: Sequence[int]) -> bool:
     return bool(_NOT_LINEAR.search(name) or _BIAS.search(name) or (len(shape) > 2 and _CONVOLUTION.search(name)))
 
 
-def of_another_part(name: str) -> bool:
-    """Whether a tensor belongs to a part that is no language model by its name, such as a vision tower."""
-    return bool(_OTHER_PART.search(name))
+def is_due(name: str, shape: Sequence[int], depth: int | None) -> bool:
+    """Whether a tensor should be quantized: two wide dimensions, in one of the first layers, and no name that excepts it.
+
+    Such a name is that of a norm, a table or a router, or of a part that is no language model, such as a vision tower.
+
+    depth: the number of layers in config.json.
+    """
+    place = numbered(name)
+    if place is None or place[1] >= (depth or 0) or not is_wide(shape):
+        return False
+    return not (exempt(place[2], shape) or _OTHER_PART.search(name))
 
 
 def numbered(name: str) -> tuple[str, int, str] | None:
@@ -215,7 +237,7 @@ def select_linears(
 
     Raises:
         UserError: a rule matches nothing, every linear is skipped, the output layer cannot be quantized, or a weight of
-            the decoder layers is no linear and no rule leaves it float.
+            the decoder layers is no linear, or of layers beside them, and no rule leaves it float.
     """
     stock = inventory(checkpoint, config)
     names = list(stock.linears)
@@ -226,7 +248,7 @@ def select_linears(
                 "lm_head=float"
             )
         names.append(LM_HEAD)
-    known = [*names, *stock.stacks]
+    known = [*names, *stock.stacks, *stock.strangers]
     unmatched = [rule["match"] for rule in rules if not any(fnmatchcase(name, rule["match"]) for name in known)]
     if unmatched:
         example = names[0] if names else "no linear"

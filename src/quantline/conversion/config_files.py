@@ -11,6 +11,7 @@ from quantline.checkpoints.quantization_config import own_file
 from quantline.conversion.plan import ConversionPlan
 from quantline.core.files import write_json
 
+A_PICKLE = "a pickle, which can run code"
 # Files that describe the old weights, or that this project writes itself.
 _REPLACED = ("config.json", "quantize_config.json", "quant_config.json", "conversion_proof.json")
 
@@ -51,7 +52,12 @@ def _reason(path: Path) -> str | None:
         return "the source's weights"
     if path.name.startswith("quant_model_description"):
         return "describes the source's weights"
-    return "a pickle, which can run code" if path.suffix in PICKLES else None
+    return A_PICKLE if is_pickle(path.name) else None
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file is a pickle, or the index of pickles, by its name."""
+    return name.endswith((*PICKLES, *(f"{suffix}.index.json" for suffix in PICKLES)))
 
 
 def carry_file(source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from quantline.checkpoints.model_files import beside, files_of, weight_map
 from quantline.checkpoints.safetensors_file import TensorInfo, read_header
-from quantline.conversion.config_files import carry_file
+from quantline.conversion.config_files import A_PICKLE, carry_file, is_pickle
 from quantline.conversion.errors import ConversionError
 from quantline.conversion.facts import LayerFacts
 from quantline.conversion.plan import examine
@@ -39,7 +39,7 @@ def facts_of_kept(source: Source, threads: int) -> Mapping[str, LayerFacts]:
 def keep(
     source: Source, facts: Mapping[str, LayerFacts], out: Path, section: Mapping[str, Any], notes: list[str]
 ) -> Proof:
-    """Carry every file over, all weights beside their index.
+    """Carry every file over, all weights beside their index; pickles, which can run code, are left out.
 
     Written anew are a config.json without the section that servers look for, with it, and the index of weights in folders.
 
@@ -59,7 +59,8 @@ def keep(
                 write_json(out / name, index)
                 files[name] = sha256_of(out / name)
     stale = set(moved.values()) - weights
-    for name in sorted({*here, *weights} - set(files) - stale - {PROOF_NAME}):
+    pickles = {name: A_PICKLE for name in here if is_pickle(name)}
+    for name in sorted({*here, *weights} - set(files) - stale - {PROOF_NAME} - set(pickles)):
         path, target = source.folder / name, out / moved.get(name, name)
         if name == "config.json" and not told:
             write_json(target, {**source.config, "quantization_config": dict(section)})
@@ -77,7 +78,7 @@ def keep(
     carried = [
         CarriedProof(name, old, tensors[old], source.tensors.infos[old].nbytes) for name, old in source.carried.items()
     ]
-    return Proof(source.kind, source.layout.name, False, linears, carried, {}, {}, notes, files)
+    return Proof(source.kind, source.layout.name, False, linears, carried, {}, pickles, notes, files)
 
 
 def _kept(source: Source, name: str, fact: LayerFacts, tensors: Mapping[str, str]) -> LinearProof:

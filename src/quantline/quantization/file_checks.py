@@ -18,7 +18,7 @@ import numpy as np
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers, to_float32
 from quantline.checkpoints.layouts import LAYOUTS
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD
-from quantline.checkpoints.linears import exempt, is_wide, numbered, of_another_part
+from quantline.checkpoints.linears import is_due, is_wide, numbered
 from quantline.checkpoints.model_config import dimensions, ties_head
 from quantline.checkpoints.model_files import COMPANIONS, matching
 from quantline.core.errors import UserError
@@ -149,14 +149,11 @@ def _absent_faults(
 
 def _due(floats: Checkpoint, config: Mapping[str, Any], rules: Sequence[Mapping[str, Any]]) -> set[str]:
     """The weights with two wide dimensions in as many layers as config.json says, unless a name or a rule excepts them."""
-    depth, due = dimensions(config).layers or 0, set()
+    depth, due = dimensions(config).layers, set()
     for name in floats.names:
-        layer, shape = name.removesuffix(".weight"), floats.info(name).shape
-        place = numbered(name)
-        if place is None or place[1] >= depth or not is_wide(shape):
-            continue
+        layer = name.removesuffix(".weight")
         rule = next((rule for rule in rules if fnmatchcase(layer, rule["match"])), {})
-        if not (exempt(place[2], shape) or of_another_part(name) or rule.get("skip")):
+        if is_due(name, floats.info(name).shape, depth) and not rule.get("skip"):
             due.add(layer)
     return due
 
