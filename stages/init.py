@@ -23,7 +23,8 @@ def init(arguments: dict[str, str | None]) -> None:
 
     to = Path(str(arguments["to"])).expanduser().absolute()
     create(to, model=arguments["model"], calibration=arguments["calibration"])
-    lines = [f"cd {to}", "quantline doctor", "quantline check && dvc repro"]
+    here = [] if to.resolve() == Path.cwd().resolve() else [f"cd {to}"]
+    lines = [*here, "quantline doctor", "quantline check && dvc repro"]
     if shutil.which("quantline") is None:
         lines.insert(0, f"pip install {Path(__file__).resolve().parents[1]}")
     print("\n  ".join([f"{to}: a new project; go on with", *lines]))

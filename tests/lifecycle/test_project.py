@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -24,6 +25,17 @@ def test_a_project_has_all_that_the_pipeline_reads_and_a_repository(tmp_path, ro
     asked = ["git", "-C", str(tmp_path / "new"), "rev-parse", "--show-toplevel"]
     inside = subprocess.run(asked, capture_output=True, text=True, check=True)
     assert inside.stdout.strip() == str(tmp_path / "new")
+
+
+def test_the_current_folder_if_empty_becomes_the_project_and_stays_the_current_one(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    create(Path.cwd())
+    assert Path("conf/config.yaml").is_file()  # by the same folder: another one in its place would not be found
+    assert sorted(path.name for path in Path.cwd().iterdir()) == sorted(
+        path.name for path in (tmp_path / "here").iterdir()
+    )
+    assert not Path(".new").exists()
 
 
 def test_no_stage_depends_on_a_file_that_a_project_does_not_have(tmp_path):

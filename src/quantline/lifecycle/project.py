@@ -46,9 +46,9 @@ def create(to: Path, *, model: str | None = None, calibration: str | None = None
     line = json.dumps(line, ensure_ascii=False) if re.search(r" #|: ", line) else line  # as YAML needs it
     source = _PACKAGE.parents[1] if _PACKAGE.parent.name == "src" else CARRIED
     to.parent.mkdir(parents=True, exist_ok=True)
-    if to.exists():
-        to.rmdir()
-    with building(to) as folder:
+    # An empty folder stays the same one, since it may be the shell's current folder.
+    made = to / ".new" if to.exists() else to
+    with building(made) as folder:
         folder.mkdir(exist_ok=True)
         for part in (*PARTS, *((DEMO,) if "model=demo" in shared or "calibration=demo" in shared else EVALUATION)):
             _copy(source / part, folder / part)
@@ -57,6 +57,10 @@ def create(to: Path, *, model: str | None = None, calibration: str | None = None
             folder / "params.yaml",
             lambda text: re.sub(r"(?m)^shared: .*?(?= +#|$)", lambda _: f"shared: {line}", text),
         )
+    if made != to:
+        for path in list(made.iterdir()):
+            path.rename(to / path.name)
+        made.rmdir()
     if _git(to, "rev-parse", "--is-inside-work-tree") != 0:
         _git(to, "init", "--quiet")
 
