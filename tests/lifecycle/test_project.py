@@ -8,7 +8,7 @@ import yaml
 
 from quantline.core.errors import UserError
 from quantline.lifecycle.project import create
-from quantline.pipeline.compose import read_params
+from quantline.pipeline.compose import compose_values, read_params
 
 
 def shared_of(folder):
@@ -65,6 +65,19 @@ def test_a_project_about_an_own_model_and_text_has_no_demo(tmp_path):
     assert f"shared: model=custom model.path={tmp_path}/model calibration=jsonl 'calibration.path={tmp_path}" in line
     assert not (tmp_path / "new" / "assets" / "demo" / "model").exists()
     assert (tmp_path / "new" / "assets" / "demo" / "evaluation.jsonl").is_file()  # what evaluation reads by default
+
+
+@pytest.mark.parametrize("name", ["my text.jsonl", "mine ${x} [1].jsonl", "é, b.jsonl"])
+def test_runs_by_hand_in_a_project_start_from_its_own_model_and_text(tmp_path, name):
+    (tmp_path / "model").mkdir()
+    (tmp_path / name).write_text('{"text": "a"}\n')
+    create(tmp_path / "new", model=str(tmp_path / "model"), calibration=str(tmp_path / name))
+    composed = compose_values(tmp_path / "new" / "conf", [])
+    assert (composed["model"]["path"], composed["model"]["repo"]) == (f"{tmp_path}/model", None)
+    assert (composed["calibration"]["name"], composed["calibration"]["path"]) == ("jsonl", f"{tmp_path}/{name}")
+    create(tmp_path / "hub", model=f"owner/name@{'a1' * 20}")
+    composed = compose_values(tmp_path / "hub" / "conf", [])
+    assert (composed["model"]["repo"], composed["model"]["revision"]) == ("owner/name", "a1" * 20)
 
 
 def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path):

@@ -7,7 +7,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -57,6 +58,7 @@ def create(to: Path, *, model: str | None = None, calibration: str | None = None
             folder / "params.yaml",
             lambda text: re.sub(r"(?m)^shared: .*?(?= +#|$)", lambda _: f"shared: {line}", text),
         )
+        _default(folder / "conf", shared)
     if made != to:
         for path in list(made.iterdir()):
             path.rename(to / path.name)
@@ -105,6 +107,26 @@ def _copy(source: Path, target: Path) -> None:
 
 def _edit(path: Path, change: Callable[[str], str]) -> None:
     path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _default(conf: Path, shared: Sequence[str]) -> None:
+    """Make what all variants share the default of conf/, too, from which runs by hand start."""
+    chosen: dict[str, str] = {}
+    for override in shared:
+        name, _, value = override.partition("=")
+        group, _, key = name.partition(".")
+        place, pattern = conf / "config.yaml", rf"(?m)^(  - {group}: )\S+"
+        if key:
+            place, pattern = conf / group / f"{chosen[group]}.yaml", rf"(?m)^({key}: )null"
+            text = json.loads(value) if value.startswith('"') else value
+            value = json.dumps(text, ensure_ascii=False).replace("${", r"\\${")  # no interpolation
+        else:
+            chosen[group] = value
+        _edit(place, partial(re.sub, pattern, partial(_after, value)))
+
+
+def _after(value: str, found: re.Match[str]) -> str:
+    return f"{found[1]}{value}"
 
 
 def _without_sources(text: str) -> str:
