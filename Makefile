@@ -43,7 +43,7 @@ experiments: setup  ## every commit and experiment with the variant that it woul
 	@dvc exp show --no-pager --drop '.*' --keep 'Exp|best|metrics.json:(change|size|kl)'
 
 test: setup  ## the whole test suite, in two processes
-	@python -m pytest -n 2 --dist loadgroup
+	@python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 DOCS := .venvs/docs
 

@@ -9,9 +9,10 @@ from checkout_paths import ROOT
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """With two processes a file's tests stay together, and all of e2e does: their fixtures run for minutes.
 
+    These come first, then the files that run toolchains, so that at the end both processes have short files left.
     Tests that run DVC's commands in a small project count as e2e, too: each command takes a second.
     """
     for item in items:
@@ -19,6 +20,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.e2e)
         place = item.path.parent.name if item.path.parent.name == "e2e" else str(item.path)
         item.add_marker(pytest.mark.xdist_group(place))
+    if hasattr(config, "workerinput"):  # one of several processes
+        slow = {item.path for item in items if item.get_closest_marker("toolchain")}
+        items.sort(key=lambda item: 0 if item.path.parent.name == "e2e" else 1 if item.path in slow else 2)
 
 
 @pytest.fixture(scope="session")
