@@ -1,0 +1,152 @@
+"""The whole pipeline on a model of a large shape: `python -m benchmarks.large SHAPE [NAME=VALUE ...]`.
+
+SHAPE is one of `SHAPES`, such as qwen3-8b, with `:N` for the first N layers alone. A model of that shape with random
+weights and the demo's tokenizer is written to .bench/, and goes by hand through download, calibrate, quantize, convert,
+serve_smoke and evaluate, its float baseline too. What the stages measured of themselves is printed: seconds, and the peaks
+of the processes' memory on the host and on the GPU.
+
+`--gpu-gib N` holds each process to N GiB of the GPU's memory, by torch's allocator; `--until STAGE` stops there. Everything
+else is passed on to `stages.run`. A second run goes on where the first one was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.methods import ROOT
+from quantline.checkpoints.model_files import INDEX_NAME
+from quantline.checkpoints.safetensors_file import numpy_dtype, write_safetensors
+
+# The sizes of the families' configs; head_dim is the width of one head.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-8b": {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1000000, "rms_norm_eps": 1e-6,
+    },
+    "llama-2-7b": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
+        "vocab_size": 32000, "max_position_embeddings": 4096, "rope_theta": 10000, "rms_norm_eps": 1e-5,
+    },
+    "llama-3-70b": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000, "rms_norm_eps": 1e-5,
+    },
+    "tiny": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 512,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+        "vocab_size": 8192, "max_position_embeddings": 4096, "rope_theta": 10000, "rms_norm_eps": 1e-5,
+    },
+}  # fmt: skip
+_RANDOM = 2**22
+_STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate")
+
+
+def tensors_of(shape: dict[str, Any], layer: int | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a layer, or of what is outside the layers (None)."""
+    hidden, wide, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    query, key = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
+    if layer is None:
+        table = (shape["vocab_size"], hidden)
+        return {"model.embed_tokens.weight": table, "model.norm.weight": (hidden,), "lm_head.weight": table}
+    within = {
+        "self_attn.q_proj": (query, hidden), "self_attn.k_proj": (key, hidden), "self_attn.v_proj": (key, hidden),
+        "self_attn.o_proj": (hidden, query), "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide), "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+    }  # fmt: skip
+    if shape["model_type"] == "qwen3":
+        within |= {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}
+    return {f"model.layers.{layer}.{name}.weight": size for name, size in within.items()}
+
+
+def make_model(folder: Path, shape: dict[str, Any]) -> None:
+    """Write a model of a shape: bfloat16 weights of a spread of 0.02, a shard for every four layers."""
+    folder.mkdir(parents=True)
+    values = np.random.default_rng(0).standard_normal(_RANDOM, dtype=np.float32) * np.float32(0.02)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    one = np.full(1, 0x3F80, np.uint16)  # 1.0 in bfloat16
+
+    def tensor(size: tuple[int, ...], at: int) -> Any:
+        filled = np.resize(np.roll(bits, at * 7919) if len(size) > 1 else one, size)
+        return filled.view(numpy_dtype("BF16"))
+
+    groups: list[list[int | None]] = [[None]]
+    layers = list(range(shape["num_hidden_layers"]))
+    groups += [list(layers[start : start + 4]) for start in range(0, len(layers), 4)]
+    places: dict[str, str] = {}
+    for number, group in enumerate(groups, start=1):
+        name = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        sizes = {key: size for layer in group for key, size in tensors_of(shape, layer).items()}
+        write_safetensors(folder / name, {key: tensor(size, at) for at, (key, size) in enumerate(sizes.items())})
+        places.update(dict.fromkeys(sizes, name))
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    config = {**shape, "hidden_act": "silu", "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}, indent=2))
+    for path in (ROOT / "assets" / "demo" / "model").glob("tokenizer*"):
+        shutil.copy(path, folder)
+
+
+def measured(root: Path) -> list[str]:
+    """A line for each stage in scratch/: seconds, and peaks in GB of what its processes hold on the host and on the GPU."""
+    lines = [f"{'stage':<12} {'of':<48} {'seconds':>8} {'host GB':>8} {'GPU GB':>7}"]
+    for stage in _STAGES:
+        for path in sorted(root.glob(f"scratch/**/{stage}.json")):
+            result = json.loads(path.read_text())
+            peak = result["monitor"]["peak"]
+            gpu = [value for key, value in peak.items() if "gpu" in key and "memory_used" in key]
+            shown = f"{max(gpu) / 1e9:.2f}" if gpu else "-"
+            of = path.parent.relative_to(root / "scratch").as_posix()
+            seconds, host = result["timings"]["total_seconds"], peak["rss_bytes"] / 1e9
+            lines.append(f"{stage:<12} {of[:48]:<48} {seconds:>8.0f} {host:>8.2f} {shown:>7}")
+    return lines
+
+
+def main() -> None:
+    """See the module's description."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", help=", ".join(SHAPES))
+    parser.add_argument("--gpu-gib", type=float, default=None)
+    parser.add_argument("--until", default="evaluate", choices=_STAGES)
+    given, overrides = parser.parse_known_args()
+    family, _, layers = given.shape.partition(":")
+    if family not in SHAPES:
+        parser.error(f"{family}: known shapes are {', '.join(SHAPES)}")
+    shape = {**SHAPES[family], **({"num_hidden_layers": int(layers)} if layers else {})}
+    folder = ROOT / ".bench" / given.shape.replace(":", "-")
+    started = time.perf_counter()
+    if not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        make_model(folder, shape)
+        print(f"made {folder.name} in {time.perf_counter() - started:.0f} s", flush=True)
+    environment = dict(os.environ)
+    if given.gpu_gib:
+        import torch
+
+        share = given.gpu_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            environment[name] = f"per_process_memory_fraction:{share:.4f}"
+    command = [
+        sys.executable, "-m", "stages.run", f"until={given.until}", "model=custom", f"model.path={folder}",
+        "tracking.enabled=false", "tasks=none", "speed=none", *overrides,
+    ]  # fmt: skip
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
+    print(f"stages.run: exit {done.returncode}, {time.perf_counter() - started:.0f} s")
+    print("\n".join(measured(ROOT)))
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
