@@ -4,8 +4,8 @@ import pytest
 import yaml
 from variant_records import record
 
-from quantline.core.errors import TrackingError
-from quantline.lifecycle.publish import publish_records
+from quantline.core.errors import TrackingError, UserError
+from quantline.lifecycle.publish import LOG, publish_by_hand, publish_in_background, publish_records
 from quantline.lifecycle.storage.dvc_cache import md5_of
 from quantline.lifecycle.tracking.store import experiment_name
 from quantline.pipeline.config import parse
@@ -49,6 +49,28 @@ def test_publishing_prints_the_outcome_with_its_warnings(config, monkeypatch, ca
         "limit_seconds": None, "report": None,
     }  # fmt: skip
     assert capsys.readouterr().err == "published 1 variant\n  note: a file is too large\n"
+
+
+def test_nobody_waits_for_a_publication_in_the_background_and_its_log_has_what_it_said(
+    root, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("PYTHONPATH", f"{root}/src:{root}")
+    process = publish_in_background("no-such-run", tmp_path)
+    assert process.poll() is None
+    assert capsys.readouterr().err == f"publishing in the background; log: {tmp_path}/scratch/.publish.log\n"
+    assert process.wait(120) == 2
+    assert "by-hand/no-such-run" in (tmp_path / LOG).read_text()
+
+
+def test_the_option_decides_who_publishes(config, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(
+        "quantline.lifecycle.publish.publish_in_background", lambda name, root: started.append((name, root))
+    )
+    publish_by_hand(config("tracking.background=true"), "mine", tmp_path)
+    assert started == [("mine", tmp_path)]
+    with pytest.raises(UserError, match="by-hand/mine"):  # the record is read here, so it waits
+        publish_by_hand(config(), "mine", tmp_path)
 
 
 def test_outputs_that_dvc_lock_lacks_are_named(config, monkeypatch, capsys, tmp_path):

@@ -13,4 +13,5 @@ class TrackingConfig(Section):
     enabled: bool
     uri: str | None
     experiment: str | None
+    background: bool = False
     timeout_seconds: float = Field(gt=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,8 +13,11 @@ from quantline.lifecycle.storage.dvc_lock import REPAIR
 from quantline.lifecycle.storage.dvc_outputs import unlocked_stages, with_locks
 from quantline.lifecycle.tracking.store import experiment_name
 from quantline.pipeline.config import Config
-from quantline.pipeline.paths import BY_HAND
+from quantline.pipeline.paths import BY_HAND, MANUAL_HOME
 from quantline.pipeline.records import VariantRecord, manual_record
+
+# What publishing in the background said, below the project's folder.
+LOG = f"{MANUAL_HOME}/.publish.log"
 
 
 def publish_records(
@@ -58,6 +62,25 @@ def _lost(record: VariantRecord) -> list[str]:
 
 
 def publish_by_hand(config: Config, variant: str, root: Path) -> None:
-    """Publish the results of a manual run; it has a time limit, since a user waits for the prompt."""
+    """Publish the results of a manual run; it has a time limit, since a user waits for the prompt.
+
+    With `tracking.background` nobody waits: a process of its own does it.
+    """
+    if config.tracking.background:
+        publish_in_background(variant, root)
+        return
     record = manual_record(root, BY_HAND + variant)
     publish_records([record], config, root, limit_seconds=2 * config.tracking.timeout_seconds)
+
+
+def publish_in_background(variant: str, root: Path) -> subprocess.Popen[bytes]:
+    """Start `stages.publish` for a manual run and return its process; what it says goes to `LOG`."""
+    log = root / LOG
+    log.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "stages.publish", f"variant={BY_HAND}{variant}"]
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command, cwd=root, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    print(f"publishing in the background; log: {log}", file=sys.stderr)
+    return process
