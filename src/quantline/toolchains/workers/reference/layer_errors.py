@@ -26,6 +26,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ from quantline.toolchains.workers.reference.streaming import Batch, StreamedMode
 if TYPE_CHECKING:
     from torch import Tensor
 
+_READERS = 4
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 # Float32 values of the logits computed at a time if the output layer is quantized.
 _MAX_LOGITS = 2**28
@@ -65,6 +67,8 @@ class _Errors:
             raise JobError(f"{checkpoint.checkpoint.folder}: is not quantized")
         self._checkpoint, self._report, self._total, self._unfolded = checkpoint, report, total, unfolded
         self._done = 0
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read linears")
+        self._values: dict[str, Future[NDArray[np.float32]]] = {}
         self._differences: dict[str, Tensor] = {}
 
     def difference(self, linear: Linear) -> Tensor:
@@ -76,23 +80,33 @@ class _Errors:
         if linear.name not in self._checkpoint.quantized:
             raise JobError(f"{self._checkpoint.checkpoint.folder}: {linear.name} is not quantized")
         assert linear.weight is not None, "the part of the linear is filled"
-        weight = linear.weight.cpu().numpy()
-        values = self._checkpoint.values(f"{linear.name}.weight")
-        if values.shape != weight.shape:
-            raise JobError(f"{linear.name}: has shape {values.shape} quantized, but {weight.shape} in the float model")
+        weight = linear.weight
+        self.expect([linear])
+        values = self._values.pop(linear.name).result()
+        if values.shape != tuple(weight.shape):
+            raise JobError(
+                f"{linear.name}: has shape {values.shape} quantized, but {tuple(weight.shape)} in the float model"
+            )
         if self._unfolded:
-            values = unfold(values, weight)
-        difference = torch.from_numpy(np.ascontiguousarray(values - weight)).to(linear.weight.device)
+            values = unfold(values, weight.cpu().numpy())
+        difference = torch.from_numpy(np.ascontiguousarray(values)).to(weight.device) - weight
         self._differences[linear.name] = difference
         sizes = difference.abs()
         linear.statistics = {
-            "weight_error": _relative(_square(difference), _square(linear.weight)),
+            "weight_error": _relative(_square(difference), _square(weight)),
             "weight_error_max": float(sizes.max()),
             "weight_error_mean": float(sizes.mean()),
         }
         self._done += 1
         self._report(self._done, self._total, linear.name)
         return difference
+
+    def expect(self, linears: Iterable[Linear]) -> None:
+        """Dequantize weights in the background; those of linears that are not quantized are left out."""
+        for linear in linears:
+            if linear.name in self._checkpoint.quantized and linear.name not in self._values:
+                name = f"{linear.name}.weight"
+                self._values[linear.name] = self._pool.submit(self._checkpoint.values, name)
 
     def leave(self, linears: Iterable[Linear]) -> None:
         """Measure those that no token reached, and free the memory of all; the part is filled."""
@@ -192,7 +206,9 @@ def _pass(
         places = locate(rest_parameters, view, always)
         while (part := model.next_part(chosen[0])) is not None:
             skeleton.fill(part)
-            here = by_layer.pop(place_of(f"{part}.weight")[0], [])
+            number = place_of(f"{part}.weight")[0]
+            here = by_layer.pop(number, [])
+            errors.expect([*here, *by_layer.get(number + 1, ())])
             calls.places = {**places, **locate(skeleton.parameters_of(part), view, here)}
             compute(model.advance)
             errors.leave(here)

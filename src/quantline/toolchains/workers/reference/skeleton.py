@@ -134,7 +134,8 @@ class Skeleton:
         return self.model
 
     def _read(self, name: str) -> Any:
-        return _to_torch(self.view.read(name))
+        # Sent as stored, which is less than in float32.
+        return _to_torch(self.view.read(name)).to(self.device)
 
     def _load(self, part: str) -> None:
         self.prefetch(part)
@@ -142,8 +143,8 @@ class Skeleton:
             read = {name: future.result() for name, future in self._ready.pop(part).items()}
         except UserError as error:
             raise JobError(str(error)) from error
-        # Sent as stored, which is less than in float32.
-        self._mapping.load({name: tensor.to(self.device).float() for name, tensor in read.items()}, self.device)
+        values = {name: read.pop(name).float() for name in list(read)}
+        self._mapping.load(values, self.device)
         for module, name, _ in self._bare[part] if part else _tensors(self.model):
             places = self._ties.get((module, name), ())
             values = [getattr(*place) for place in places if not getattr(*place).is_meta]
