@@ -143,8 +143,7 @@ class Skeleton:
             read = {name: future.result() for name, future in self._ready.pop(part).items()}
         except UserError as error:
             raise JobError(str(error)) from error
-        values = {name: read.pop(name).float() for name in list(read)}
-        self._mapping.load(values, self.device)
+        self._mapping.load({name: read.pop(name).float() for name in list(read)}, self.device)
         for module, name, _ in self._bare[part] if part else _tensors(self.model):
             places = self._ties.get((module, name), ())
             values = [getattr(*place) for place in places if not getattr(*place).is_meta]
