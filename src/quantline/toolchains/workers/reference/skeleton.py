@@ -177,7 +177,7 @@ class Skeleton:
     def _account(self, loaded: Mapping[str, Any], targets: Mapping[str, str]) -> None:
         faults = unaccounted(loaded, self._zeros)
         head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if self.model.config.get_text_config().tie_word_embeddings and head is not None:
+        if getattr(self.model.config.get_text_config(), "tie_word_embeddings", False) and head is not None:
             owner = {id(module): f"{name}.weight" for name, module in self.model.named_modules()}
             own = [name for name, target in targets.items() if target == owner[id(head)]]
             shared = [name for name, target in targets.items() if target == owner[id(embeddings)]]
