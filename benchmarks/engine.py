@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.large import SHAPES, make_model
+from benchmarks.large import SHAPES, folder_of, make_model, shape_of
 from benchmarks.methods import ROOT
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
 from quantline.checkpoints.linears import linear_shapes
@@ -51,10 +51,7 @@ print(f"host: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.
 
 def prepared(shape: str) -> tuple[Path, Path]:
     """The folders of a float model of the shape, and of its rounding to 4 bits; made if they are missing."""
-    family, _, layers = shape.partition(":")
-    sizes = {**SHAPES[family], **({"num_hidden_layers": int(layers)} if layers else {})}
-    folders = [ROOT / ".bench" / f"{shape.replace(':', '-')}{ending}" for ending in ("", "-rtn-w4")]
-    floats, rounded = folders
+    sizes, floats, rounded = shape_of(shape), folder_of(shape), folder_of(shape, "-rtn-w4")
     if not (floats / "config.json").exists():
         shutil.rmtree(floats, ignore_errors=True)
         make_model(floats, sizes)
@@ -89,8 +86,8 @@ def main() -> None:
     parser.add_argument("--gpu-gib", type=float, default=0.0)
     parser.add_argument("--python", default=None)
     given = parser.parse_args()
-    if given.shape.partition(":")[0] not in SHAPES:
-        parser.error(f"{given.shape}: known shapes are {', '.join(SHAPES)}")
+    if given.tokens < 8 * _WINDOW:
+        parser.error(f"--tokens {given.tokens}: give at least {8 * _WINDOW}")
     floats, rounded = prepared(given.shape)
     work = ROOT / ".bench" / "work"
     work.mkdir(exist_ok=True)

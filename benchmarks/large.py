@@ -26,32 +26,45 @@ import numpy as np
 from benchmarks.methods import ROOT
 from quantline.checkpoints.model_files import INDEX_NAME
 from quantline.checkpoints.safetensors_file import numpy_dtype, write_safetensors
+from quantline.pipeline.stages import PIPELINE
 
-# The sizes of the families' configs; head_dim is the width of one head.
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-8b": {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "intermediate_size": 12288,
-        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1000000, "rms_norm_eps": 1e-6,
-    },
-    "llama-2-7b": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
-        "vocab_size": 32000, "max_position_embeddings": 4096, "rope_theta": 10000, "rms_norm_eps": 1e-5,
-    },
-    "llama-3-70b": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8192, "intermediate_size": 28672,
-        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
-        "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000, "rms_norm_eps": 1e-5,
-    },
-    "tiny": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 512,
-        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-        "vocab_size": 8192, "max_position_embeddings": 4096, "rope_theta": 10000, "rms_norm_eps": 1e-5,
-    },
-}  # fmt: skip
+
+def _config(
+    model: str, layers: int, widths: tuple[int, int], heads: tuple[int, int], vocabulary: int
+) -> dict[str, Any]:
+    """The sizes in config.json. widths: of the layers and of their MLP. heads: of queries, and of keys and values."""
+    return {
+        "model_type": model, "architectures": [f"{model.capitalize()}ForCausalLM"], "hidden_size": widths[0],
+        "intermediate_size": widths[1], "num_hidden_layers": layers, "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1], "head_dim": 128, "vocab_size": vocabulary, "max_position_embeddings": 4096,
+        "rope_theta": 10000, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+
+
+SHAPES = {
+    "qwen3-8b": _config("qwen3", 36, (4096, 12288), (32, 8), 151936),
+    "llama-2-7b": _config("llama", 32, (4096, 11008), (32, 32), 32000),
+    "llama-3-70b": _config("llama", 80, (8192, 28672), (64, 8), 128256),
+    "tiny": _config("llama", 4, (256, 512), (2, 1), 8192),
+}
 _RANDOM = 2**22
-_STAGES = ("download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate")
+
+
+def shape_of(text: str) -> dict[str, Any]:
+    """The sizes that a command line names, such as qwen3-8b or qwen3-8b:10.
+
+    Raises:
+        SystemExit: there is no such shape.
+    """
+    family, _, layers = text.partition(":")
+    if family not in SHAPES or not (layers or "1").isdecimal():
+        raise SystemExit(f"{text}: give one of {', '.join(SHAPES)}, and behind a colon the number of layers")
+    return {**SHAPES[family], **({"num_hidden_layers": int(layers)} if layers else {})}
+
+
+def folder_of(text: str, ending: str = "") -> Path:
+    """Where the model of a shape is."""
+    return ROOT / ".bench" / f"{text.replace(':', '-')}{ending}"
 
 
 def tensors_of(shape: dict[str, Any], layer: int | None) -> dict[str, tuple[int, ...]]:
@@ -101,7 +114,7 @@ def make_model(folder: Path, shape: dict[str, Any]) -> None:
 def measured(root: Path) -> list[str]:
     """A line for each stage in scratch/: seconds, and peaks in GB of what its processes hold on the host and on the GPU."""
     lines = [f"{'stage':<12} {'of':<48} {'seconds':>8} {'host GB':>8} {'GPU GB':>7}"]
-    for stage in _STAGES:
+    for stage in PIPELINE:
         for path in sorted(root.glob(f"scratch/**/{stage}.json")):
             result = json.loads(path.read_text())
             peak = result["monitor"]["peak"]
@@ -118,13 +131,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", help=", ".join(SHAPES))
     parser.add_argument("--gpu-gib", type=float, default=None)
-    parser.add_argument("--until", default="evaluate", choices=_STAGES)
+    parser.add_argument("--until", default="evaluate", choices=PIPELINE)
     given, overrides = parser.parse_known_args()
-    family, _, layers = given.shape.partition(":")
-    if family not in SHAPES:
-        parser.error(f"{family}: known shapes are {', '.join(SHAPES)}")
-    shape = {**SHAPES[family], **({"num_hidden_layers": int(layers)} if layers else {})}
-    folder = ROOT / ".bench" / given.shape.replace(":", "-")
+    shape, folder = shape_of(given.shape), folder_of(given.shape)
     started = time.perf_counter()
     if not (folder / "config.json").exists():
         shutil.rmtree(folder, ignore_errors=True)

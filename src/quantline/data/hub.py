@@ -165,8 +165,8 @@ def described(source: HubRepo) -> tuple[str, list[str]]:
 def list_files(source: HubRepo) -> list[str] | None:
     """Names of all files of a repository; None if the hub does not answer, so that they are not known."""
     try:
-        return list(_api().list_repo_files(source.repo, revision=source.revision, repo_type=source.kind))
-    except Exception:  # without it more is asked for, and a message says less
+        return described(source)[1]
+    except UserError:  # without it more is asked for, and a message says less
         return None
 
 

@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.reference import streaming
 from quantline.toolchains.workers.reference.skeleton import attention_of
 import make_families
@@ -66,6 +67,14 @@ for family in sys.argv[2:]:
                 "other batch": float((logits[1] - expected[:48]).abs().max()), "filled": model.skeleton.filled,
                 "parts": list(model.skeleton.parts), "computed": [label for _, _, label in progress[::2]],
             }
+folder = Path(sys.argv[1]) / "hrm_text"
+transformers.AutoModelForCausalLM.from_config(make_families.config_of("hrm_text")).save_pretrained(folder)
+model = streaming.StreamedModel(folder)
+try:
+    with torch.inference_mode():
+        model.to_the_head([model.batch(ids)], lambda *step: None)
+except JobError as error:
+    answers["hrm_text"] = str(error)
 print(json.dumps(answers))
 """
 
@@ -100,3 +109,7 @@ def test_no_weights_of_a_part_stay_but_embeddings_that_are_read_again(answers, f
     again = [answers[f"{family} 0"]["parts"][0]] if family == "gemma4_text" else []
     assert answers[f"{family} 0"]["filled"] == again
     assert len(answers[f"{family} {2**31}"]["filled"]) == 4
+
+
+def test_a_family_that_runs_a_layer_twice_is_refused(answers):
+    assert "HrmTextForCausalLM runs model.L_module.layers.0 more than once in a pass" in answers["hrm_text"]

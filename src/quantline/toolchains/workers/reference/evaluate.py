@@ -120,6 +120,9 @@ def evaluate(
             )
         batches = scoring.windows(windows, job.get("divergence_tokens"))
         scores = scoring.score(len(windows["input_ids"]), batches, parts.of("score", "scoring"), restoring)
+    if restoring is not None:
+        seconds["restore"] = scores.beside_seconds
+        seconds["score"] -= scores.beside_seconds
     lost = int(np.isnan(scores.logprobs).sum()) - int((np.diff(windows["offsets"]) > 0).sum())
     if lost:
         raise JobError(f"{job['checkpoint']}: {lost} log-probabilities are NaN; the weights overflow in float32")

@@ -23,7 +23,6 @@ and `tokens` (of all calibration samples), `sample_tokens`, `unfolded`.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,9 +101,11 @@ class _Errors:
         return difference
 
     def expect(self, linears: Iterable[Linear]) -> None:
-        """Dequantize weights in the background; those of linears that are not quantized are left out."""
+        """Dequantize weights in the background, of linears that are quantized and not measured yet."""
         for linear in linears:
-            if linear.name in self._checkpoint.quantized and linear.name not in self._values:
+            if linear.statistics or linear.name in self._values:
+                continue
+            if linear.name in self._checkpoint.quantized:
                 name = f"{linear.name}.weight"
                 self._values[linear.name] = self._pool.submit(self._checkpoint.values, name)
 
@@ -204,7 +205,7 @@ def _pass(
         rest_parameters = skeleton.parameters_of(REST)
         always = [linear for linear in outside if f"{linear.name}.weight" in rest_parameters]
         places = locate(rest_parameters, view, always)
-        while (part := model.next_part(chosen[0])) is not None:
+        while (part := model.next_part([*chosen, *rest][0])) is not None:
             skeleton.fill(part)
             number = place_of(f"{part}.weight")[0]
             here = by_layer.pop(number, [])
@@ -248,11 +249,13 @@ def measure(model: StreamedModel, job: Mapping[str, Any], report: Reporter) -> d
     linears = [Linear(name) for name in job["linears"]]
     errors = _Errors(checkpoint, report, len(linears), unfolded)
     chosen, rest = tokens[: job["samples"]], tokens[job["samples"] :]
-    experts = any(EXPERT.search(linear.name) for linear in linears)
+    counted = any(EXPERT.search(linear.name) for linear in linears)
     with _separate_experts(model.model):
-        # Without experts, every linear gets every token.
-        _pass(model, linears, errors, _batches(model, chosen), _batches(model, rest) if experts else [])
-    if not experts:
+        _pass(model, linears, errors, _batches(model, chosen), _batches(model, rest) if counted else [])
+        if not counted and any(linear.tokens not in (0, chosen.size) for linear in linears):
+            counted = True  # experts by other names
+            _pass(model, linears, errors, [], _batches(model, rest))
+    if not counted:  # every linear gets every token
         for linear in linears:
             linear.tokens = tokens.size if linear.tokens else 0
     mark_unseen(linears)
@@ -299,23 +302,19 @@ def _samples(path: str, vocabulary: int) -> NDArray[np.int32]:
 
 
 def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
-    """Run one job, see the module's description. The result also has `load_seconds` and `pass_seconds`.
+    """Run one job, see the module's description.
 
     Raises:
-        JobError: `load_model` or `measure` refuses.
+        JobError: the model is refused, or `measure` refuses.
     """
     import torch
 
     device = prepare(job)
-    started = time.perf_counter()
     try:
         with torch.inference_mode():
-            model = StreamedModel(Path(job["model"]), device)
-            loaded = time.perf_counter()
-            result = measure(model, job, report)
+            return measure(StreamedModel(Path(job["model"]), device), job, report)
     except UserError as error:
         raise JobError(str(error)) from error
-    return {**result, "load_seconds": loaded - started, "pass_seconds": time.perf_counter() - loaded}
 
 
 def imports() -> None:

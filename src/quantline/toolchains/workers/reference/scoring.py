@@ -7,7 +7,9 @@ that only what comes after it is computed again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -68,12 +70,14 @@ class Scores:
         top1: int32 (tokens,), the most likely token, -1 at the start of a window.
         kl: float32 (tokens,), KL(float || checkpoint) in nats, NaN at the start of a window and where not computed; None
             without a float model.
+        beside_seconds: what `beside` took of the time.
         layers: a row for each part: its name, and `state_error`, how far its output is from the float model's.
     """
 
     logprobs: NDArray[np.float32]
     top1: NDArray[np.int32]
     kl: NDArray[np.float32] | None
+    beside_seconds: float = 0.0
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     def tensors(self) -> dict[str, NDArray[Any]]:
@@ -158,7 +162,8 @@ class Scoring:
             if base is not None:
                 kept.layers.append({"name": part, "state_error": apart.relative})
                 if beside is not None:
-                    beside.advance(part)
+                    with _timed(kept):
+                        beside.advance(part)
                 base.release()
             own.release()
         for batch in batches:
@@ -169,11 +174,19 @@ class Scoring:
                 kept.kl[batch.scored] = kl_divergence(base.logits(batch.base), logits).float().cpu().numpy()
             report(done := done + 1, total, "logits")
         if beside is not None:
-            beside.finish()
+            with _timed(kept):
+                beside.finish()
         for model in (own, base):
             if model is not None:
                 model.release()
         return kept
+
+
+@contextmanager
+def _timed(kept: Scores) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    kept.beside_seconds += time.perf_counter() - started
 
 
 def log_probabilities(logits: Tensor, targets: Tensor) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.reference.skeleton import Skeleton
 
 if TYPE_CHECKING:
@@ -44,26 +45,31 @@ class Batch:
 
     Attributes:
         ids: int64 (rows, length), on the model's device.
-        calls: the number of parts that have computed.
+        parts: those that have computed, in their order.
         output: of the last one, on the host.
         shapes: of each one's output, as tensors without memory.
     """
 
     ids: Tensor
-    calls: int = 0
+    parts: tuple[str, ...] = ()
     output: Any = None
     shapes: list[Any] = field(default_factory=list)
 
     def copy(self) -> Batch:
         """Another one at the same part; outputs are never changed in place."""
-        return Batch(self.ids, self.calls, self.output, list(self.shapes))
+        return Batch(self.ids, self.parts, self.output, list(self.shapes))
+
+    @property
+    def calls(self) -> int:
+        """The number of parts that have computed."""
+        return len(self.parts)
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Batches of at most `rows` of its rows, at the same part."""
         for start in range(0, len(self.ids), rows):
             taken = slice(start, start + rows)
             yield Batch(
-                self.ids[taken], self.calls, each(self.output, lambda tensor: tensor[taken]),  # noqa: B023
+                self.ids[taken], self.parts, each(self.output, lambda tensor: tensor[taken]),  # noqa: B023
                 [each(shape, lambda tensor: tensor[taken]) for shape in self.shapes],  # noqa: B023
             )  # fmt: skip
 
@@ -183,6 +189,11 @@ class StreamedModel:
         self._reached = part
         if self._goal == "reach" or (self._goal == "compute" and part == self.head):
             raise _PausedError
+        if part in batch.parts:
+            raise JobError(
+                f"{self.skeleton.folder}: {type(self.model).__name__} runs {part} more than once in a pass, and the "
+                "reference engine computes each part once; use a model of another family"
+            )
         if number > 1 and not self._embeds_again and _has_nan([*arguments, *named.values()]):
             raise _EmbeddingsError
         self._fill(part)
@@ -192,7 +203,7 @@ class StreamedModel:
         if self._goal == "logits":
             return output
         self._output = output
-        batch.calls, batch.output = number + 1, each(output, lambda tensor: tensor.cpu())
+        batch.parts, batch.output = (*batch.parts, part), each(output, lambda tensor: tensor.cpu())
         batch.shapes.append(each(output, lambda tensor: tensor.to("meta")))
         raise _PausedError
 
