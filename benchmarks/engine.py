@@ -40,8 +40,9 @@ if cuda and gib:
     torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
 started = time.perf_counter()
 result = evaluate.run(job, lambda *step: None)
-seconds = {part: round(value, 1) for part, value in result["seconds"].items()}
-print(f"{time.perf_counter() - started:.0f} s in all: {seconds}")
+names = {"generate": "continuations", "layers": "errors of linears", "score": "scores", "restore": "restored linears"}
+parts = ", ".join(f"{names[part]} {value:.1f} s" for part, value in result["seconds"].items())
+print(f"{time.perf_counter() - started:.0f} s in all: {parts}")
 if cuda:
     held, reserved = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
     print(f"device: {held:.2f} GB allocated, {reserved:.2f} GB reserved")
@@ -79,12 +80,12 @@ def names(model: Path) -> list[str]:
 def main() -> None:
     """See the module's description."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", help=", ".join(SHAPES))
-    parser.add_argument("--tokens", type=int, default=20480)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--gpu-gib", type=float, default=0.0)
-    parser.add_argument("--python", default=None)
+    parser.add_argument("shape", help=f"{', '.join(SHAPES)}; :N behind it for its first N layers")
+    parser.add_argument("--tokens", type=int, default=20480, help="to score; %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; %(default)s")
+    parser.add_argument("--gpu-gib", type=float, default=0.0, help="of the GPU's memory; 0: all")
+    parser.add_argument("--python", default=None, help="an interpreter with torch and transformers")
     given = parser.parse_args()
     if given.tokens < 8 * _WINDOW:
         parser.error(f"--tokens {given.tokens}: give at least {8 * _WINDOW}")

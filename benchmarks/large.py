@@ -1,6 +1,6 @@
 """The whole pipeline on a model of a large shape: `python -m benchmarks.large SHAPE [NAME=VALUE ...]`.
 
-SHAPE is one of `SHAPES`, such as qwen3-8b, with `:N` for the first N layers alone. A model of that shape with random
+SHAPE is a name such as qwen3-8b, with `:N` for the first N layers alone. A model of that shape with random
 weights and the demo's tokenizer is written to .bench/, and goes by hand through download, calibrate, quantize, convert,
 serve_smoke and evaluate, its float baseline too. What the stages measured of themselves is printed: seconds, and the peaks
 of the processes' memory on the host and on the GPU.
@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks.methods import ROOT
 from quantline.checkpoints.model_files import INDEX_NAME
 from quantline.checkpoints.safetensors_file import numpy_dtype, write_safetensors
+from quantline.pipeline.paths import SAVED
 from quantline.pipeline.stages import PIPELINE
 
 
@@ -111,11 +112,14 @@ def make_model(folder: Path, shape: dict[str, Any]) -> None:
         shutil.copy(path, folder)
 
 
-def measured(root: Path) -> list[str]:
-    """A line for each stage in scratch/: seconds, and peaks in GB of what its processes hold on the host and on the GPU."""
+def measured(root: Path, model: Path) -> list[str]:
+    """A line for each stage of a model in scratch/: seconds, and peaks in GB of its processes on the host and on the GPU."""
     lines = [f"{'stage':<12} {'of':<48} {'seconds':>8} {'host GB':>8} {'GPU GB':>7}"]
     for stage in PIPELINE:
         for path in sorted(root.glob(f"scratch/**/{stage}.json")):
+            saved = path.parent / SAVED
+            if not saved.is_file() or json.loads(saved.read_text())["config"]["model"]["path"] != str(model):
+                continue
             result = json.loads(path.read_text())
             peak = result["monitor"]["peak"]
             gpu = [value for key, value in peak.items() if "gpu" in key and "memory_used" in key]
@@ -128,9 +132,12 @@ def measured(root: Path) -> list[str]:
 
 def main() -> None:
     """See the module's description."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", help=", ".join(SHAPES))
-    parser.add_argument("--gpu-gib", type=float, default=None)
+    usage = "python -m benchmarks.large SHAPE [--gpu-gib N] [--until STAGE] [NAME=VALUE ...]"
+    parser = argparse.ArgumentParser(
+        usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shape", help=f"{', '.join(SHAPES)}; :N behind it for its first N layers")
+    parser.add_argument("--gpu-gib", type=float, default=None, help="of the GPU's memory for each process")
     parser.add_argument("--until", default="evaluate", choices=PIPELINE)
     given, overrides = parser.parse_known_args()
     shape, folder = shape_of(given.shape), folder_of(given.shape)
@@ -153,7 +160,7 @@ def main() -> None:
     started = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
     print(f"stages.run: exit {done.returncode}, {time.perf_counter() - started:.0f} s")
-    print("\n".join(measured(ROOT)))
+    print("\n".join(measured(ROOT, folder)))
     sys.exit(done.returncode)
 
 

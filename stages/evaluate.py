@@ -37,7 +37,8 @@ def evaluate(run: StageRun) -> None:
         run.tables.update(verdict.tables)
         run.files += verdict.files
         note = window_note(options, positions_of(float_model))
-        run.warnings += [f"against the float model: {verdict.verdict}", *verdict.notes, *([note] if note else [])]
+        verdicts_of = [] if run.is_baseline else [f"against the float model: {verdict.verdict}"]
+        run.warnings += [*verdicts_of, *verdict.notes, *([note] if note else [])]
 
 
 def instruments(run: StageRun) -> MeasurementOptions:

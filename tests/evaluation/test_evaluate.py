@@ -232,7 +232,9 @@ def test_the_worst_linears_shares_are_told_and_what_cannot_be_put_back_says_why(
     assert header.startswith("name,layer,module,output_error,nll_difference_restored,recovered_nll")
     assert [row["key"] for row in verdict.tables["layer_errors"]] == [0, 1, "mlp.up_proj"]
     assert verdict.metrics["output_error_change"] == 0.0
-    assert verdict.notes[0].startswith("worst linears: model.layers.0.mlp.up_proj (60% of the divergence)")
+    assert verdict.notes[0].startswith(
+        "linears with the largest output errors: model.layers.0.mlp.up_proj (60% of the divergence)"
+    )
 
 
 def test_a_variant_without_measured_linears_says_so(run, layers, tmp_path):

@@ -45,6 +45,13 @@ def test_every_run_has_how_far_it_came_its_quality_and_its_size(root):
     assert found["by-hand/awq-w4-g64"].change_percent is None
 
 
+def test_of_a_variant_of_the_pipeline_it_is_told_whether_its_line_is_still_there(root):
+    params = root / "params.yaml"
+    for lines, told in (("one: method=rtn bits=4", "a line of params.yaml"), ("two: method=rtn", "no longer has")):
+        params.write_text(f"shared: model=demo\nbaseline: method=float\nvariants:\n  {lines}\n")
+        assert told in entries(root)[0].made_of
+
+
 def test_the_table_says_the_same(root):
     lines = table(entries(root), now=NOW).splitlines()
     assert lines[0].split("  ")[0] == "run"

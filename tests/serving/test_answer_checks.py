@@ -70,8 +70,12 @@ def test_a_model_that_loops_by_itself_may_loop_for_other_prompts_but_not_for_man
     assert len(judge_answers([Said("a", GOOD), *(Said(prompt, LOOP) for prompt in "bcd")], baseline)) == 3
 
 
-def test_a_single_loop_is_refused_where_the_float_model_never_loops():
-    assert len(judge_answers([Said("a", LOOP), Said("b", GOOD)], [Said("a", GOOD), Said("b", GOOD)])) == 1
+def test_where_the_float_model_never_loops_a_third_of_the_answers_may():
+    prompts = "abcdef"
+    baseline = [Said(prompt, GOOD) for prompt in prompts]
+    for loops, faults in ((1, 0), (2, 0), (3, 3), (6, 6)):
+        answers = [Said(prompt, LOOP if number < loops else GOOD) for number, prompt in enumerate(prompts)]
+        assert len(judge_answers(answers, baseline)) == faults
 
 
 def test_an_excuse_covers_one_defect_and_one_endpoint():

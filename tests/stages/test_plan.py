@@ -121,14 +121,17 @@ def test_texts_that_the_model_does_not_take_are_refused_before_anything_runs(roo
     assert (
         "evaluate.window=512: the model takes at most 64 tokens, and the server one more than a window" in done.stdout
     )
-    assert "calibration.seq_len" not in done.stdout
-    assert "this variant is refused (length); all that it takes: evaluate.window=63" in done.stderr
+    # Its linears are measured on calibration samples, though rounding needs none.
+    assert "calibration.seq_len=512: the model takes at most 64 tokens" in done.stdout
+    fits = "evaluate.window=63 calibration.seq_len=64"
+    assert f"this variant is refused (length); all that it takes: {fits}" in done.stderr
 
     assert "this variant is refused (length)" in done.stderr
 
 
 def test_a_window_that_was_not_given_follows_the_model_and_plan_says_so(root, model):
-    done = plan(root, "model=custom", f"model.path={model}", "device=cpu", "method=rtn", "speed=none")
+    options = ["device=cpu", "method=rtn", "speed=none", "calibration.seq_len=64"]
+    done = plan(root, "model=custom", f"model.path={model}", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "evaluate.window=auto: 63 tokens, since the model takes 64" in done.stdout
 

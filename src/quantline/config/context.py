@@ -104,7 +104,8 @@ def length_faults(config: Lengths) -> list[str]:
 def model_faults(config: Lengths, positions: int | None, *, calibrated: bool) -> list[str]:
     """Options that need more tokens than the model takes.
 
-    positions: the most tokens that the model takes; None if that is unknown. calibrated: whether the method calibrates.
+    positions: the most tokens that the model takes; None if that is unknown. calibrated: whether there are samples of a
+    calibration, which every method has.
     """
     if not positions:
         return []

@@ -39,7 +39,7 @@ def caution(documents: float | None) -> str | None:
         return None
     return (
         f"the intervals rest on {documents:.0f} documents only, with which they are often too narrow: evaluate at least "
-        f"{ENOUGH_DOCUMENTS} (evaluate.max_documents, or more text in evaluate.path)"
+        f"{ENOUGH_DOCUMENTS} (evaluate.max_tokens, evaluate.max_documents, or more text in evaluate.path)"
     )
 
 

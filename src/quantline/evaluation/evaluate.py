@@ -276,7 +276,7 @@ def _layers(parts: WorkerRequest, worker: JobResult, restored: list[dict[str, An
         known = [row["recovered_kl_share"] for row in restored if row["recovered_kl_share"] is not None]
         if known:
             metrics["restored_share_max"], metrics["restored_share_sum"] = max(known), sum(known)
-        notes.append("worst linears: " + ", ".join(_share(row) for row in restored))
+        notes.append("linears with the largest output errors: " + ", ".join(_share(row) for row in restored))
     return Measurement(metrics, None, tables, files, notes)
 
 
@@ -292,4 +292,5 @@ def _states(worker: JobResult, out: Path) -> Measurement:
 def _share(row: dict[str, Any]) -> str:
     if row["recovered_kl_share"] is None:
         return f"{row['name']} ({row['note'] or 'nothing to recover'})"
-    return f"{row['name']} ({row['recovered_kl_share']:.0%} of the divergence)"
+    share = round(row["recovered_kl_share"], 2) + 0.0  # no -0
+    return f"{row['name']} ({share:.0%} of the divergence)"

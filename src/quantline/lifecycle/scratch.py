@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from quantline.core.errors import UserError
 from quantline.core.text import decimal_size
+from quantline.pipeline.compose import read_params
 from quantline.pipeline.paths import (
     BY_HAND,
     MANUAL_HOME,
@@ -82,7 +83,11 @@ def _overrides(root: Path, name: str, folder: Path) -> str:
         saved = folder / SAVED
         values: dict[str, Any] = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
         return str(values.get("overrides", ""))
-    return f"a line of {(root / 'params.yaml').name}"
+    try:
+        known = set(read_params(root / "params.yaml")["variants"])
+    except UserError:  # a damaged params.yaml is no reason to show nothing
+        known = {name}
+    return "a line of params.yaml" if name in known else "a line that params.yaml no longer has"
 
 
 def table(found: Sequence[Entry], now: float | None = None, width: int = 120) -> str:

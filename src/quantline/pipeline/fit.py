@@ -11,7 +11,7 @@ from quantline.config.context import fitting, model_faults
 from quantline.core.errors import ConfigError, UserError
 from quantline.pipeline.config import Config
 from quantline.pipeline.own_files import located
-from quantline.quantization.capabilities import CALIBRATED
+from quantline.pipeline.stages import is_baseline
 
 
 def positions_of(folder: Path) -> int | None:
@@ -21,12 +21,12 @@ def positions_of(folder: Path) -> int | None:
 
 def faults_with_model(config: Config, model: Mapping[str, Any]) -> list[str]:
     """Options that need more tokens than a model takes. model: its config.json."""
-    return model_faults(config, dimensions(model).positions, calibrated=config.method.name in CALIBRATED)
+    return model_faults(config, dimensions(model).positions, calibrated=not is_baseline(config))
 
 
 def remedy_with_model(config: Config, model: Mapping[str, Any]) -> str:
     """What mends the faults of `faults_with_model` all at once, ready to paste; empty if there are none."""
-    given = fitting(config, dimensions(model).positions, calibrated=config.method.name in CALIBRATED)
+    given = fitting(config, dimensions(model).positions, calibrated=not is_baseline(config))
     return f"all that it takes: {' '.join(given)}" if given else ""
 
 

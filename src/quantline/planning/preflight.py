@@ -174,4 +174,6 @@ def _too_large(plan: Plan, machine: Machine) -> Iterator[Finding]:
         peak, free = binary_size(plan.peak.total), binary_size(machine.quantizer_bytes)
         reason = f"quantizing may take {peak}, but only {free} is available"
         remedy = "set low_memory=true or dtype=float16, or use fewer or shorter calibration samples"
+        if plan.backend == "native":  # holds neither the model nor samples
+            remedy = "quantize on a machine that has it"
         yield Finding("quantization-memory", "quantize", reason, remedy, refused=False)

@@ -71,6 +71,10 @@ def as_text(plan: Plan, model: Model, machine: Machine, nearest: str | None, rec
     lines += [_finding_lines(finding) for finding in plan.findings] or ["ok: no known reason against it"]
     if plan.findings and plan.passes():
         lines.append("ok: none of these notes is a reason against it")
+    if plan.refused and plan.passes("quantize", "convert", "memory"):
+        lines.append(
+            "only serving is refused: the stages quantize and evaluate it all the same (unless convert.for=vllm)"
+        )
     if nearest:
         lines.append(f"the nearest that works: {nearest}")
     if plan.weights is not None:

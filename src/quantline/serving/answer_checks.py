@@ -12,6 +12,8 @@ SINGLE_CHARACTER_SHARE = 0.6
 # A loop is a passage that ends the text four times or more, over at least 24 characters and three tenths of the text.
 LOOP_TIMES, LOOP_CHARACTERS, LOOP_SHARE = 4, 24, 0.3
 HABIT = 2
+# Greedy answers of sound quantized models loop now and then; a broken kernel makes nearly all of them loop.
+LOOPING_SHARE = 1 / 3
 
 
 class AnswerLike(Protocol):
@@ -36,13 +38,16 @@ def judge_answers(answers: Sequence[AnswerLike], baseline: Sequence[AnswerLike] 
     Args:
         answers: the variant's.
         baseline: the float model's. A defect that its answer to the same prompt has too is not a fault. A float model
-            that loops will loop on other prompts after any small change of its weights. Loops are therefore not a fault
-            while at most `HABIT` times as many answers loop as of the float model. With None every defect is a fault.
+            that loops will loop on other prompts after any small change of its weights, and one that does not may begin
+            to. Loops are therefore not a fault while at most `HABIT` times as many answers loop as of the float model, or
+            at most `LOOPING_SHARE` of all. With None every defect is a fault.
     """
     excused = {(answer.kind, answer.prompt): defects(answer.text) for answer in baseline or ()}
     checked = [(answer, defects(answer.text)) for answer in answers]
     loops = sum(REPEATING in defect for _, defect in checked)
-    habit = loops <= HABIT * sum(REPEATING in defect for defect in excused.values())
+    habit = baseline is not None and loops <= max(
+        HABIT * sum(REPEATING in defect for defect in excused.values()), LOOPING_SHARE * len(checked)
+    )
     faults = []
     for answer, own in checked:
         for defect, detail in own.items():

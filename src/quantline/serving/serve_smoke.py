@@ -89,7 +89,12 @@ def serve_and_score(
         # The float model's own answers are the reference, so they are not checked.
         faults = list(report.faults) + (judge_answers(report.answers, read_answers(baseline)) if baseline else [])
         if faults:
-            raise ServerError("\n  ".join(["the served model's answers cannot be accepted:", *faults, f"log: {log}"]))
+            raise ServerError("\n  ".join([
+                "the served model's answers cannot be accepted:", *faults,
+                "the server reads the weights wrong, or they are damaged: look at the errors of the linears "
+                "(quantize/coverage/layers.csv) and give the worst more bits; or ask other questions (serve.smoke.prompts)",
+                f"log: {log}",
+            ]))  # fmt: skip
         pieces = [windows.input_ids[a:b] for a, b in zip(windows.offsets[:-1], windows.offsets[1:], strict=True)]
         logprobs = score(server, pieces, concurrency=options.process.concurrency, timeout_seconds=timeout)
     # The first token of a window has no context, so the server gives no probability for it.
