@@ -17,7 +17,8 @@ def test_a_commands_own_options_come_with_their_values(root):
     lines = text.splitlines()
     assert lines[:3] == ["About.", "", "usage: COMMAND [NAME=VALUE ...]"]
     assert [line.split() for line in lines[4:]] == [
-        ["Options", "of", "this", "command:"], ["to=DIR", "where"], ["keep=workspace", "what"],
+        ["Options", "of", "this", "command:"], ["to=DIR", "where"],
+        ["keep=workspace", "what", "(workspace,", "or", "tags)"],
     ]  # fmt: skip
 
 

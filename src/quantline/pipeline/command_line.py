@@ -38,6 +38,13 @@ class Option:
     bare: bool = False
 
     @property
+    def told(self) -> str:
+        """What it does, with the values that it accepts, the default first."""
+        if not self.allowed or set(self.allowed) == {"true", "false"}:
+            return self.about
+        return f"{self.about} ({self.allowed[0]}, or {', '.join(self.allowed[1:])})"
+
+    @property
     def shown(self) -> str:
         """The option as a user writes it."""
         return f"{self.name}={self.value}"

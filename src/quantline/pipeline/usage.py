@@ -36,7 +36,7 @@ def usage(
     lines = [(about or "").strip(), "", f"usage: {command} [NAME=VALUE ...]"]
     if options:
         lines += ["", "Options of this command:"]
-        lines += [line for option in options for line in _row(option.shown, option.about)]
+        lines += [line for option in options for line in _row(option.shown, option.told)]
     if reads is None:
         return "\n".join(lines)
     chosen = files.choices_of(conf, arguments)
