@@ -21,7 +21,8 @@ def continue_greedily(
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Continue prompts with the most likely token at each step; stop tokens do not stop it.
 
-    A model that keeps its weights computes one token at a time. Others are read once for each new token.
+    A model that keeps its weights computes one token at a time, if it has a cache of keys and values alone. Others are
+    read, or compute the whole text, once for each new token.
 
     Args:
         prompts: n lists of token ids.
@@ -40,7 +41,7 @@ def continue_greedily(
     groups = [(rows, np.array([prompts[row] for row in rows], np.int32)) for rows in _groups(prompts)]
     for _, ids in groups:
         check_ids(model.vocabulary, ids)
-    if model.keeps:
+    if model.keeps and not model.model._is_stateful:  # such as Mamba
         for number, (rows, ids) in enumerate(groups, start=1):
             tokens[rows], margins[rows] = _cached(model, ids, new_tokens)
             report(number, len(groups), "continuations")

@@ -23,7 +23,6 @@ and `tokens` (of all calibration samples), `sample_tokens`, `unfolded`.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -80,8 +79,8 @@ class _Errors:
             raise JobError(f"{self._checkpoint.checkpoint.folder}: {linear.name} is not quantized")
         assert linear.weight is not None, "the part of the linear is filled"
         weight = linear.weight
-        self.expect([linear])
-        values = self._values.pop(linear.name).result()
+        expected = self._values.pop(linear.name, None)
+        values = self._checkpoint.values(f"{linear.name}.weight") if expected is None else expected.result()
         if values.shape != tuple(weight.shape):
             raise JobError(
                 f"{linear.name}: has shape {values.shape} quantized, but {tuple(weight.shape)} in the float model"
@@ -90,6 +89,8 @@ class _Errors:
             values = unfold(values, weight.cpu().numpy())
         difference = torch.from_numpy(np.ascontiguousarray(values)).to(weight.device) - weight
         self._differences[linear.name] = difference
+        if linear.statistics:  # layers share it
+            return difference
         sizes = difference.abs()
         linear.statistics = {
             "weight_error": _relative(_square(difference), _square(weight)),
@@ -189,10 +190,9 @@ def _pass(
     """
     calls = _Calls(lambda: model.live)
     model.observer = calls.observer
-    by_layer: dict[int, list[Linear]] = defaultdict(list)
-    for linear in linears:
-        by_layer[place_of(linear.name)[0]].append(linear)
-    outside = by_layer.pop(-1, [])
+    skeleton = model.skeleton
+    homes = {linear.name: skeleton.homes(f"{linear.name}.weight") for linear in linears}
+    visited: set[str] = set()
 
     def compute(step: Callable[[Batch], Any]) -> None:
         for batches, measured in ((chosen, errors), (rest, None)):
@@ -200,31 +200,44 @@ def _pass(
             for batch in batches:
                 step(batch)
 
+    def within(part: str) -> list[Linear]:
+        """The linears of a part; of those that the model stacks or fuses, the ones of the same layer."""
+        layer = place_of(f"{part}.weight")[0]
+        if layer < 0 and part != model.head:
+            return [linear for linear in linears if part in homes[linear.name]]
+        return [
+            linear for linear in linears
+            if part in homes[linear.name] or (not homes[linear.name] and place_of(linear.name)[0] == layer)
+        ]  # fmt: skip
+
+    def arrive(part: str) -> list[Linear]:
+        here = [linear for linear in within(part) if linear not in always]
+        visited.update(linear.name for linear in here)
+        calls.places = {**places, **locate(part, skeleton, here, homes)}
+        return here
+
     try:
-        view, skeleton = model.skeleton.view, model.skeleton
-        rest_parameters = skeleton.parameters_of(REST)
-        always = [linear for linear in outside if f"{linear.name}.weight" in rest_parameters]
-        places = locate(rest_parameters, view, always)
+        always = [linear for linear in linears if REST in homes[linear.name]]
+        places = locate(REST, skeleton, always, homes)
+        visited.update(linear.name for linear in always)
+        parts = list(skeleton.parts)
         while (part := model.next_part([*chosen, *rest][0])) is not None:
             skeleton.fill(part)
-            number = place_of(f"{part}.weight")[0]
-            here = by_layer.pop(number, [])
-            errors.expect([*here, *by_layer.get(number + 1, ())])
-            calls.places = {**places, **locate(skeleton.parameters_of(part), view, here)}
+            following = parts[parts.index(part) + 1 :][:1]
+            errors.expect([*within(part), *(linear for one in following for linear in within(one))])
+            here = arrive(part)
             compute(model.advance)
             errors.leave(here)
             model.release()
-        if outside:
+        if always or any(model.head in home for home in homes.values()):
             skeleton.fill(model.head)
-            last = [linear for linear in outside if linear not in always]
-            calls.places = {**places, **locate(skeleton.parameters_of(model.head), view, last)}
-            if calls.places:
-                compute(lambda batch: _each_row(model, batch))
-            errors.leave(outside)
+            here = arrive(model.head)
+            compute(lambda batch: _each_row(model, batch))
+            errors.leave([*here, *always])
             model.release()
-        for left in by_layer.values():  # of layers that did not compute
-            locate({}, view, left)
-            errors.leave(left)
+        left = [linear for linear in linears if linear.name not in visited]  # in no part that computed
+        locate(REST, skeleton, left, {linear.name: {} for linear in left})
+        errors.leave(left)
     finally:
         model.observer = nullcontext
 
@@ -249,7 +262,7 @@ def measure(model: StreamedModel, job: Mapping[str, Any], report: Reporter) -> d
     linears = [Linear(name) for name in job["linears"]]
     errors = _Errors(checkpoint, report, len(linears), unfolded)
     chosen, rest = tokens[: job["samples"]], tokens[job["samples"] :]
-    counted = any(EXPERT.search(linear.name) for linear in linears)
+    counted = any(EXPERT.search(linear.name) for linear in linears) or not len(chosen)
     with _separate_experts(model.model):
         _pass(model, linears, errors, _batches(model, chosen), _batches(model, rest) if counted else [])
         if not counted and any(linear.tokens not in (0, chosen.size) for linear in linears):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantline.checkpoints.float_view import FloatView
+from quantline.toolchains.workers.reference.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
-@dataclass
+@dataclass(eq=False)
 class Linear:
     """One linear.
 
@@ -45,15 +45,18 @@ class WeightLocation:
     parts: list[tuple[int, Linear]] = field(default_factory=list)
 
 
-def locate(parameters: Mapping[str, Any], floats: FloatView, linears: Sequence[Linear]) -> dict[int, WeightLocation]:
-    """Find linears among filled parameters, by name or, if the model stacks or fuses them, by their values.
+def locate(
+    part: str, skeleton: Skeleton, linears: Sequence[Linear], homes: Mapping[str, Mapping[str, str]]
+) -> dict[int, WeightLocation]:
+    """Find linears in a filled part of the float model; those that the model stacks or fuses by their values.
 
     Sets `weight`, and `seen` for those that were found.
 
     Args:
-        parameters: name in the model -> parameter, of one layer or of what is outside the layers.
-        floats: the float checkpoint.
+        part: a part, or the rest of the model.
+        skeleton: the float model.
         linears: those that belong there.
+        homes: linear -> part -> the parameter that is its weight, see `Skeleton.homes`.
 
     Returns:
         Memory address -> the weight there.
@@ -61,14 +64,14 @@ def locate(parameters: Mapping[str, Any], floats: FloatView, linears: Sequence[L
     import torch
 
     places: dict[int, WeightLocation] = {}
-    matrices = [parameter for parameter in parameters.values() if parameter.ndim in (2, 3)]
+    matrices = [parameter for parameter in skeleton.parameters_of(part).values() if parameter.ndim in (2, 3)]
     for linear in linears:
-        parameter = parameters.get(f"{linear.name}.weight")
-        if parameter is not None and tuple(parameter.shape) == floats.shape(f"{linear.name}.weight"):
-            whole, start, linear.weight = parameter, 0, parameter
+        if part in homes[linear.name]:
+            whole = linear.weight = skeleton.parameter(homes[linear.name][part])
+            start = 0
         else:
-            values = np.require(floats.values(f"{linear.name}.weight"), requirements=["C", "W"])
-            linear.weight = torch.from_numpy(values).to(matrices[0].device if matrices else "cpu")
+            values = np.require(skeleton.view.values(f"{linear.name}.weight"), requirements=["C", "W"])
+            linear.weight = torch.from_numpy(values).to(skeleton.device)
             found_in = _search(linear.name, linear.weight, matrices)
             if found_in is None:
                 continue

@@ -7,7 +7,7 @@ one is read in the background.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -70,12 +70,14 @@ class Skeleton:
             raise JobError(str(error)) from error
         self.model, loaded = _build(folder, shapes)
         self._mapping = _Mapping(self.model)
-        targets = {name: self._mapping.target(name) for name in self.view.names}
-        self._zeros = self._zero_biases(targets)
-        self._account(loaded, targets)
+        self._targets = {name: self._mapping.target(name) for name in self.view.names}
+        self._numbers = Counter(self._targets.values())
+        self._zeros = self._zero_biases(self._targets)
+        self._account(loaded, self._targets)
         self.parts = _parts(self.model)
         self._ties = _ties(self.model)
-        self._sources = self._sources_of(targets)
+        self._names = {id(module): name for name, module in self.model.named_modules()}
+        self._sources = self._sources_of(self._targets)
         self._bare = {part: _tensors(module) for part, module in self.parts.items()}
         self._filled: set[str] = set()
         self._ready: dict[str, dict[str, Future[Any]]] = {}
@@ -101,6 +103,27 @@ class Skeleton:
             return {name: one for name, one in self.model.named_parameters() if self.part_of(name) == REST}
         return {f"{part}.{name}": parameter for name, parameter in self.parts[part].named_parameters()}
 
+    def homes(self, name: str) -> dict[str, str]:
+        """Part -> the model's parameter there that is a checkpoint's tensor, by its name; several parts may share one.
+
+        Empty if the model stacks the tensor with others, fuses or changes it.
+        """
+        target = self._targets.get(name, "")
+        alone = self._numbers[target] == 1
+        place = self._place(target) if alone and self._mapping.knows(target) else None
+        if place is None or tuple(getattr(*place).shape) != self.view.shape(name):
+            return {}
+        found = [f"{self._names[id(module)]}.{attribute}" for module, attribute in self._ties.get(place, [place])]
+        return {self.part_of(one): one for one in found}
+
+    def parameter(self, name: str) -> Any:
+        """A parameter of the model, by its name there."""
+        return getattr(*self._place(name))
+
+    def _place(self, name: str) -> tuple[Any, str]:
+        module, _, attribute = name.rpartition(".")
+        return self.model.get_submodule(module), attribute
+
     def part_of(self, module: str) -> str:
         """The part that a module is in, by its name; `REST` if it is in none."""
         return next((part for part in self.parts if module == part or module.startswith(f"{part}.")), REST)
@@ -121,11 +144,14 @@ class Skeleton:
             self._ready[part] = {name: self._pool.submit(self._read, name) for name in self._sources[part]}
 
     def empty(self, part: str) -> None:
-        """Free the memory of a part's weights."""
-        for module, name, bare in self._bare[part]:
-            for owner, attribute in self._ties.get((module, name), ((module, name),)):
-                setattr(owner, attribute, bare)
+        """Free the memory of a part's weights, but for those that it shares with what is filled."""
         self._filled.discard(part)
+        for module, name, bare in self._bare[part]:
+            places = self._ties.get((module, name), [(module, name)])
+            sharing = {self.part_of(self._names[id(owner)]) for owner, _ in places} - {part}
+            if not sharing & {REST, *self._filled}:
+                for owner, attribute in places:
+                    setattr(owner, attribute, bare)
 
     def fill_all(self) -> Any:
         """Fill every part; returns the model."""
@@ -153,11 +179,10 @@ class Skeleton:
     def _sources_of(self, targets: Mapping[str, str]) -> dict[str, list[str]]:
         """Part -> the checkpoint's names that it needs, those of weights that it is tied to among them."""
         homes: dict[str, set[str]] = defaultdict(set)
-        names = {id(module): name for name, module in self.model.named_modules()}
         for target in targets.values():
             homes[target].add(self.part_of(target))
         for places in self._ties.values():
-            whole = [f"{names[id(module)]}.{attribute}" for module, attribute in places]
+            whole = [f"{self._names[id(module)]}.{attribute}" for module, attribute in places]
             parts = {self.part_of(name) for name in whole}
             for name in whole:
                 homes[name] |= parts

@@ -3,8 +3,9 @@
 The model's own forward pass is used, whatever its family passes to its layers. For each part and each batch it is run up to
 that part: the parts before it are not computed again. The last of them returns its stored output, and the others return
 NaN, since only the last one's output is read by what follows. Where a family also reads the embeddings later (Gemma 3n,
-Zamba), the NaN shows, and the embeddings are computed again each time. After the part the pass is abandoned and its output
-is stored on the host.
+Zamba), the NaN shows, and the embeddings are computed again each time. Dicts in which layers leave something for later ones
+(the keys and values that Gemma 4's layers share) are stored and filled again. After the part the pass is abandoned and its
+output is stored on the host.
 
 Models of at most `KEEP_BYTES` in float32 keep their weights, so that they are read once for everything.
 """
@@ -12,7 +13,7 @@ Models of at most `KEEP_BYTES` in float32 keep their weights, so that they are r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,16 +49,18 @@ class Batch:
         parts: those that have computed, in their order.
         output: of the last one, on the host.
         shapes: of each one's output, as tensors without memory.
+        left: what the parts left in dicts for later ones, by the name of the argument, on the host.
     """
 
     ids: Tensor
     parts: tuple[str, ...] = ()
     output: Any = None
     shapes: list[Any] = field(default_factory=list)
+    left: dict[str, Any] = field(default_factory=dict)
 
     def copy(self) -> Batch:
-        """Another one at the same part; outputs are never changed in place."""
-        return Batch(self.ids, self.parts, self.output, list(self.shapes))
+        """Another one at the same part; what is stored is never changed in place."""
+        return Batch(self.ids, self.parts, self.output, list(self.shapes), dict(self.left))
 
     @property
     def calls(self) -> int:
@@ -65,7 +68,7 @@ class Batch:
         return len(self.parts)
 
     def split(self, rows: int) -> Iterator[Batch]:
-        """Batches of at most `rows` of its rows, at the same part."""
+        """Batches of at most `rows` of its rows, for the output layer."""
         for start in range(0, len(self.ids), rows):
             taken = slice(start, start + rows)
             yield Batch(
@@ -179,13 +182,15 @@ class StreamedModel:
         batch, number = self._batch, self._number
         self._number += 1
         if batch is None or (number == 0 < batch.calls and self._embeds_again):
+            self.live = batch is None or batch.calls == 1
             self.skeleton.fill(part)
             return forward(*arguments, **named)
         if number < batch.calls - 1:
-            return each(batch.shapes[number], self._nothing)
+            # Some families scale the embeddings in place (CTRL), which needs memory of their own.
+            return each(batch.shapes[number], partial(self._nothing, own=number == 0))
         if number == batch.calls - 1:
             self.live = True
-            return each(batch.output, lambda tensor: tensor.to(self.device))
+            return each(batch.output, self._sent)
         self._reached = part
         if self._goal == "reach" or (self._goal == "compute" and part == self.head):
             raise _PausedError
@@ -199,9 +204,13 @@ class StreamedModel:
         self._fill(part)
         if number == 0:  # Llama 4 sends the ids to where the weights of the embeddings are, which may be nowhere yet
             arguments = each(arguments, lambda tensor: batch.ids if tensor.is_meta else tensor)
+        shared = {key: value for key, value in named.items() if isinstance(value, MutableMapping)}
+        for key, value in shared.items():
+            value.update(each(batch.left.get(key, {}), self._sent))
         output = forward(*arguments, **named)
         if self._goal == "logits":
             return output
+        batch.left = {key: each(dict(value), lambda tensor: tensor.cpu()) for key, value in shared.items()}
         self._output = output
         batch.parts, batch.output = (*batch.parts, part), each(output, lambda tensor: tensor.cpu())
         batch.shapes.append(each(output, lambda tensor: tensor.to("meta")))
@@ -213,12 +222,17 @@ class StreamedModel:
         if following < len(self._names):
             self.skeleton.prefetch(self._names[following])
 
-    def _nothing(self, like: Tensor) -> Tensor:
-        """A tensor that takes no memory and makes NaN of everything that reads it."""
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """A copy on the device, since a family may change it in place."""
+        return tensor.to(self.device, copy=True)
+
+    def _nothing(self, like: Tensor, *, own: bool) -> Tensor:
+        """A tensor that makes NaN of everything that reads it; without `own` it takes no memory."""
         import torch
 
         filler = math.nan if like.is_floating_point() else 0
-        return torch.full((), filler, dtype=like.dtype, device=self.device).expand(like.shape)
+        shape = like.shape if own else ()
+        return torch.full(shape, filler, dtype=like.dtype, device=self.device).expand(like.shape)
 
 
 def each(values: Any, change: Callable[[Tensor], Any]) -> Any:
