@@ -42,8 +42,10 @@ def render(document: Mapping[str, Any]) -> str:
         if row["model"] == AFTER:
             ratio = ratios[row["concurrency"]]
             saved = memory[BEFORE] - memory[AFTER]
+            # One round has no spread, and an interval of no width would read as a sure thing.
+            spread = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio["low"] < ratio["high"] else " (one round)"
             said = (
-                f"{ratio['speed_up']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}], "
+                f"{ratio['speed_up']:.2f}x as fast{spread}, "
                 f"{decimal_size(abs(saved))} {'less' if saved >= 0 else 'more'}"
             )
         times = [f"{digits(row[key], 3)} ms" for key in ("ttft_ms_median", "itl_ms_median", "latency_ms_median")]
