@@ -72,8 +72,9 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     variant = preflight.variant_spec(config.model_dump())
     found = check(variant, model, place)
     near = None if found.passes() else nearest(variant, model, place, defaults)
-    unread = (*preflight.length_findings(config, model), *preflight.text_findings(config, ROOT))
-    found = replace(found, findings=(*found.findings, *unread))
+    lengths = preflight.length_findings(config, model)
+    fits = not any(finding.refused for finding in lengths)  # otherwise the stages would say that again of the texts
+    found = replace(found, findings=(*found.findings, *lengths, *preflight.text_findings(run, read=fits)))
     choice = None
     if options.gpu_memory_gb is not None or options.critical:
         measured = preflight.measured_losses(ROOT, config)
@@ -86,10 +87,10 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
         print(f"  note: {note}", file=sys.stderr)
     if not found.passes():
         reasons = ", ".join(dict.fromkeys(finding.id for finding in found.refused))
-        fits = remedy_with_model(config, model.config)
+        mended = remedy_with_model(config, model.config)
         raise UserError(
             f"this variant is refused ({reasons}){f'; the nearest that works: {near}' if near else ''}"
-            f"{f'; {fits}' if fits else ''}"
+            f"{f'; {mended}' if mended else ''}"
         )
 
 

@@ -26,6 +26,7 @@ from quantline.pipeline.identity import options_fingerprint
 from quantline.pipeline.own_files import located, missing_texts
 from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded
 from quantline.pipeline.stages import is_baseline
+from quantline.pipeline.text_checks import text_checks
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check
 from quantline.planning.spec import Finding, Machine, Model, RefusedError, Step, VariantSpec, line
@@ -249,9 +250,17 @@ def length_findings(config: Config, model: Model) -> list[Finding]:
     return found
 
 
-def text_findings(config: Config, root: Path) -> list[Finding]:
-    """The texts that a variant names and that are not here."""
-    return [Finding("file", "quantize", fault) for fault in missing_texts(root, config)]
+def text_findings(run: StageRun, *, read: bool) -> list[Finding]:
+    """The texts that a variant names and that are not here; read: also what its stages will say of the others."""
+    found = [Finding("file", "quantize", fault) for fault in missing_texts(run.root, run.config)]
+    if not read:
+        return found
+    if run.config.model.path:
+        return [*found, *text_checks(run.config, run.root, located(run.root, run.config.model.path))]
+    try:
+        return [*found, *text_checks(run.config, run.root, _downloaded(run) / "model")]
+    except UserError:  # its tokenizer is not here
+        return found
 
 
 def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], str]:
