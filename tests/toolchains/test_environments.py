@@ -255,3 +255,18 @@ def test_the_version_of_a_named_server_is_asked_of_its_interpreter(root, tmp_pat
     assert expected_version(root, "vllm", "cpu", python=str(python)) == ("9.8.7", None)
     with pytest.raises(UserError, match=r"does not have lm_eval; install it there or set toolchains\.lm_eval=null"):
         expected_version(root, "lm_eval", "cpu", python=str(python))
+
+
+def test_what_stands_in_for_a_package_reaches_environments_that_were_built_before(small_lock):
+    packages = ensure(small_lock, "reference", platform="cpu").python.parents[1] / "lib"
+    state = small_lock / ".venvs" / "reference-cpu" / "quantline-state.json"
+    stamp = state.stat().st_mtime_ns
+    for folder, text in (("reference/absent", "1"), ("reference-cpu/deep/inside", "2"), ("reference-cuda/other", "3")):
+        module = small_lock / "envs" / "stand_ins" / folder / "__init__.py"
+        module.parent.mkdir(parents=True)
+        module.write_text(f"value = {text}\n")
+    python = ensure(small_lock, "reference", platform="cpu").python
+    code = "import absent, deep.inside; print(absent.value, deep.inside.value)"
+    assert subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout == "1 2\n"
+    assert not list(packages.rglob("other"))
+    assert state.stat().st_mtime_ns == stamp

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -117,11 +117,14 @@ def ensure(root: Path, name: str, *, python: str | None = None, platform: str | 
     digest = sha256_of(lock)
     folder = environment_folder(root, name, platform)
     interpreter = folder / "bin" / "python"
-    if environment_state(folder) == digest:
+    stand_ins = _stand_ins(lock, name)
+    if environment_state(folder) == digest and _stood_in(folder, stand_ins):
         return Toolchain(name, interpreter, digest)
     with _building_alone(folder.with_name(f".{folder.name}.lock")):
         if environment_state(folder) != digest:
             _build(folder, name, lock, digest)
+        elif not _stood_in(folder, stand_ins):
+            _stand_in(folder, stand_ins)
     return Toolchain(name, interpreter, digest)
 
 
@@ -205,10 +208,7 @@ def _build(folder: Path, name: str, lock: Path, digest: str) -> None:
                 )
         if name == "vllm":
             _record_vllm(folder, lock)
-        # Small modules that stand in for packages that need a compiler to install.
-        for packages in folder.glob("lib/python*/site-packages"):
-            for module in sorted((lock.parent / "stand_ins" / name).glob("*.py")):
-                shutil.copyfile(module, packages / module.name)
+        _stand_in(folder, _stand_ins(lock, name))
         fault = _unhealthy(interpreter, name)
         if fault:
             raise WorkerError(f".venvs/{folder.name} was installed but {fault}; is envs/{lock.name} complete?")
@@ -216,6 +216,30 @@ def _build(folder: Path, name: str, lock: Path, digest: str) -> None:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _stand_ins(lock: Path, name: str) -> dict[str, Path]:
+    """Small modules that stand in for packages which cannot be installed: place in site-packages -> file.
+
+    `envs/stand_ins/NAME` is for all platforms, `envs/stand_ins/NAME-PLATFORM` for one.
+    """
+    folders = (lock.parent / "stand_ins" / one for one in (name, lock.stem))
+    return {str(path.relative_to(folder)): path for folder in folders for path in sorted(folder.rglob("*.py"))}
+
+
+def _stood_in(folder: Path, stand_ins: Mapping[str, Path]) -> bool:
+    return all(
+        (packages / place).is_file() and (packages / place).read_bytes() == path.read_bytes()
+        for packages in folder.glob("lib/python*/site-packages")
+        for place, path in stand_ins.items()
+    )
+
+
+def _stand_in(folder: Path, stand_ins: Mapping[str, Path]) -> None:
+    for packages in folder.glob("lib/python*/site-packages"):
+        for place, path in stand_ins.items():
+            (packages / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, packages / place)
 
 
 def _record_vllm(folder: Path, lock: Path) -> None:

@@ -1,0 +1,3 @@
+"""Operations on boxes: not there."""
+
+from torchvision import absent as __getattr__  # noqa: F401
