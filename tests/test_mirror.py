@@ -59,6 +59,13 @@ COVERED = {
     "planning/report": "tests/stages/test_plan.py",
     "planning/spec": "tests/planning/test_preflight.py",
     "quantization/requirements": "tests/pipeline/test_preflight.py",
+    "serving/fleet/captures": "tests/serving/fleet/test_drill.py",
+    "serving/fleet/child": "tests/serving/fleet/test_drill.py",
+    "serving/fleet/load": "tests/serving/fleet/test_drill.py",
+    "serving/fleet/router": "tests/serving/fleet/test_drill.py",
+    "serving/fleet/routes": "tests/serving/fleet/test_envoy.py",
+    "serving/fleet/running": "tests/serving/fleet/test_drill.py",
+    "serving/fleet/servers": "tests/serving/fleet/test_drill.py",
     "serving/process_tree": "tests/serving/test_server.py",
     "toolchains/toolchain": "tests/toolchains/test_environments.py",
     # parts of a worker, run with it in its environment

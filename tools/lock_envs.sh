@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../envs"
 uv=${UV:-uv}
-common=(pip compile -q --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate)
+common=(pip compile -q --upgrade --python-version 3.11 --no-header --no-annotate)
 common+=(--no-emit-index-url --no-emit-find-links)
 links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}
 cpu() { if [ -n "$links" ]; then UV_FIND_LINKS=$links "$uv" "${common[@]}" --excludes excludes-cpu.txt "$@"
@@ -15,7 +15,10 @@ source=${only%-cpu}; source=${source%-cuda}
 if [ -n "$only" ] && [ ! -f "$only.in" ] && [ ! -f "$source.in" ]; then
   echo "no lock named $only; there are: $(ls ./*.txt | xargs -n1 basename -s .txt | tr '\n' ' ')" >&2; exit 2
 fi
-lock() { if [ -z "$only" ] || [ "$only" = "$2" ]; then echo "envs/$2.txt"; "$1" "$3.in" -o "$2.txt"; fi; }
+# Envoy is built for glibc 2.31 and newer, everything else for 2.28.
+glibc() { if [ "$1" = router ]; then echo 2_31; else echo 2_28; fi; }
+lock() { if [ -z "$only" ] || [ "$only" = "$2" ]; then echo "envs/$2.txt"
+         "$1" --python-platform "x86_64-manylinux_$(glibc "$3")" "$3.in" -o "$2.txt"; fi; }
 lock cpu core core
 lock cpu docs docs
 for name in $(ls ./*.in | xargs -n1 basename -s .in | grep -v -e ^core$ -e ^docs$ -e ^vllm-); do

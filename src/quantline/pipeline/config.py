@@ -17,6 +17,7 @@ from quantline.config.context import automatic, length_faults
 from quantline.config.convert import ConvertConfig, ConvertSourceConfig
 from quantline.config.data import EMBEDDED_MODEL, CalibrationConfig, ModelConfig
 from quantline.config.evaluate import EvaluateConfig, NoiseConfig
+from quantline.config.fleet import FleetConfig
 from quantline.config.layer_errors import LayerErrorsConfig
 from quantline.config.method import Backend, LayersConfig, Method
 from quantline.config.promote import PromoteConfig
@@ -72,6 +73,7 @@ class Config(Section):
     speed: SpeedConfig
     tracking: TrackingConfig
     promote: PromoteConfig = PromoteConfig()
+    fleet: FleetConfig = FleetConfig()
     report: ReportConfig
     toolchains: dict[str, str | None]
     frozen: FrozenConfig | None = None

