@@ -1,4 +1,4 @@
-"""Tokenize the calibration text; every backend gets the same token ids."""
+"""Tokenize the calibration text, or let the float model write it; every backend gets the same token ids."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ if TYPE_CHECKING:
 
 @stage("calibrate")
 def calibrate(run: StageRun) -> None:
-    from quantline.data.calibration import build
+    from quantline.data.calibration import TEXTS_NAME, build
+    from quantline.data.self_text import Writer
 
     model = run.input("download") / "model"
     run.files += ["manifest.json"]
     with run.output() as out:
-        report = build(model, run.config.calibration, out)
+        report = build(
+            model, run.config.calibration, out, Writer(run.worker, run.device, run.config.threads)
+        )  # fmt: skip
+        if (out / TEXTS_NAME).is_file():
+            run.files.append(TEXTS_NAME)
+        run.warnings += report["notes"]
         run.metrics.update(samples=run.config.calibration.n_samples, tokens=report["total_tokens"])
 
 

@@ -74,7 +74,8 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     near = None if found.passes() else nearest(variant, model, place, defaults)
     lengths = preflight.length_findings(config, model)
     fits = not any(finding.refused for finding in lengths)  # otherwise the stages would say that again of the texts
-    found = replace(found, findings=(*found.findings, *lengths, *preflight.text_findings(run, read=fits)))
+    texts = (*preflight.text_findings(run, read=fits), *preflight.calibration_findings(run))
+    found = replace(found, findings=(*found.findings, *lengths, *texts))
     choice = None
     if options.gpu_memory_gb is not None or options.critical:
         measured = preflight.measured_losses(ROOT, config)

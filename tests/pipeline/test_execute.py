@@ -76,7 +76,7 @@ def test_by_hand_the_first_stage_refuses_what_a_model_in_a_folder_does_not_take(
     own = folder / "own"
     own.mkdir()
     (own / "config.json").write_text(json.dumps(SHORT))
-    words = ["model=custom", f"model.path={own}", "method=gptq", "evaluate.window=512"]
+    words = ["model=custom", f"model.path={own}", "calibration=demo", "method=gptq", "evaluate.window=512"]
     for stage in ("download", "calibrate", "quantize", "convert", "noise"):
         with pytest.raises(ConfigError, match=r"evaluate\.window=512: the model takes at most 512 tokens"):
             run_checked(stage, work[stage], parse(composed(*words)), folder, words)
@@ -94,7 +94,7 @@ def test_by_hand_the_stage_after_the_download_refuses_what_a_model_of_the_hub_do
             (out / "model").mkdir()
             (out / "model" / "config.json").write_text(json.dumps(SHORT))
 
-    words = ["model=qwen2_5_0_5b", "method=gptq", "evaluate.window=512"]
+    words = ["model=qwen2_5_0_5b", "calibration=demo", "method=gptq", "evaluate.window=512"]
     config = parse(composed(*words))
     run_checked("download", download, config, folder, words)
     with pytest.raises(ConfigError, match=r"evaluate\.window=512: the model takes at most 512 tokens"):
@@ -110,7 +110,7 @@ def test_the_calibration_of_a_model_of_the_hub_is_refused_where_quantizing_will_
             path = write_float(out / "model", layers=2) / "config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 4096}))
 
-    words = ["model=qwen2_5_0_5b", "method=gptq", "group_size=1024"]
+    words = ["model=qwen2_5_0_5b", "calibration=demo", "method=gptq", "group_size=1024"]
     config = parse(composed(*words))
     run_checked("download", download, config, folder, words)
     with pytest.raises(UserError, match="group_size=1024: does not divide"):

@@ -22,7 +22,7 @@ def model(tmp_path_factory):
 
 
 def on(model, *arguments):
-    return ["model=custom", f"model.path={model}", "device=cpu", *arguments]
+    return ["model=custom", f"model.path={model}", "calibration=demo", "device=cpu", *arguments]
 
 
 def run_of(composed, root, *overrides):
@@ -39,6 +39,15 @@ def test_the_preflight_runs_before_the_quantize_stage_computes(root, composed, m
         preflight(run_of(composed, root, *own, "method=gptq", "bits=8", "convert.for=vllm"))
     with pytest.raises(RefusedError, match="group_size=1024: does not divide"):
         preflight(run_of(composed, root, *own, "method=gptq", "group_size=1024"))
+
+
+def test_the_demos_text_is_refused_for_another_model_unless_asked_for_by_name(root, composed, model):
+    own = [word for word in on(model) if word != "calibration=demo"]
+    with pytest.raises(RefusedError, match=r"the demo model's text.*calibration=auto"):
+        preflight(run_of(composed, root, *own, "method=gptq"))
+    assert any("the demo model's text" in note for note in preflight(run_of(composed, root, *own, "method=rtn")))
+    for text in ("calibration=demo", "calibration=self", "calibration=auto"):
+        assert not any("demo" in note for note in preflight(run_of(composed, root, *own, "method=gptq", text)))
 
 
 def test_what_download_would_refuse_is_refused_before(root, composed, model, tmp_path):

@@ -32,7 +32,7 @@ SHORT = ["evaluate.window=32", "calibration.seq_len=32", "speed.input_tokens=32"
 
 
 def on(model, *arguments):
-    return ["model=custom", f"model.path={model}", "device=cpu", *SHORT, *arguments]
+    return ["model=custom", f"model.path={model}", "calibration=demo", "device=cpu", *SHORT, *arguments]
 
 
 @pytest.mark.usefixtures("serves_4_bits")  # another variant is the nearest elsewhere
@@ -69,7 +69,7 @@ def test_what_no_configuration_allows_gets_a_nearest_variant_too(root, model):
 
 
 def test_memory_and_criticality_give_a_recommendation_for_a_gpu(root, model):
-    arguments = ["model=custom", f"model.path={model}", *SHORT, "gpu_memory_gb=24", "critical=true"]
+    arguments = ["model=custom", f"model.path={model}", "calibration=demo", *SHORT, "gpu_memory_gb=24", "critical=true"]
     done = plan(root, *arguments)
     assert done.returncode == 0
     assert "recommended, least loss: method=gptq bits=8 group_size=128" in done.stdout
@@ -91,13 +91,14 @@ def test_a_model_on_the_hub_is_planned_from_its_headers_before_it_is_downloaded(
     files = {path.name: path.read_bytes() for path in model.iterdir()}
     with serving(Hub({("models", "owner/tiny"): files})) as hub:
         there = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "", "HF_HUB_CACHE": ""}
-        done = plan(root, "model.repo=owner/tiny", "device=cpu", *SHORT, "method=gptq", **there)
+        done = plan(root, "model.repo=owner/tiny", "device=cpu", "calibration=demo", *SHORT, "method=gptq", **there)
         weights = [name for name in files if name.endswith(".safetensors")]
         assert done.returncode == 0, done.stderr
         assert f"note: planned at the newest commit; the stages take it with model.revision={COMMIT}" in done.stderr
         assert {one for name in weights for one in hub.gets(name)} == {"bytes=0-100000"}
         local = plan(root, *on(model, "method=gptq", "json=true"))
-        pinned = plan(root, "model.repo=owner/tiny", f"model.revision={COMMIT}", "device=cpu", *SHORT, "method=gptq",
+        pinned = plan(root, "model.repo=owner/tiny", f"model.revision={COMMIT}", "device=cpu", *SHORT,
+                      "calibration=demo", "method=gptq",
                       "json=true", **there)  # fmt: skip
     assert json.loads(pinned.stdout)["sizes"] == json.loads(local.stdout)["sizes"]
 
@@ -131,7 +132,7 @@ def test_texts_that_the_model_does_not_take_are_refused_before_anything_runs(roo
 
 def test_a_window_that_was_not_given_follows_the_model_and_plan_says_so(root, model):
     options = ["device=cpu", "method=rtn", "speed=none", "calibration.seq_len=64"]
-    done = plan(root, "model=custom", f"model.path={model}", *options)
+    done = plan(root, "model=custom", f"model.path={model}", "calibration=demo", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "evaluate.window=auto: 63 tokens, since the model takes 64" in done.stdout
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from quantline.config.section import Section
 
@@ -51,6 +51,15 @@ class SourceConfig(Section):
     )
 
 
+class SelfTextConfig(Section):
+    """How the float model writes calibration text; see `data.self_text`."""
+
+    temperature: float = Field(gt=0.0, le=2.0, description="of the sampling; 1 is the model's own distribution")
+    chat_share: float = Field(
+        ge=0.0, le=1.0, description="share of texts that start as a chat, where the tokenizer has a chat template"
+    )
+
+
 class CalibrationConfig(Section):
     """The calibration text, and how it becomes samples of equal length; see `data.sampling`.
 
@@ -63,6 +72,7 @@ class CalibrationConfig(Section):
         packing: "concat" joins documents and cuts them; "document" takes a part of each document that is long enough.
         skip_empty: skip empty rows instead of failing on them.
         sources: by name.
+        self_text: how the float model writes text; null where it does not.
     """
 
     name: str
@@ -73,7 +83,15 @@ class CalibrationConfig(Section):
     chat_template: bool
     packing: Literal["concat", "document"]
     skip_empty: bool
-    sources: dict[str, SourceConfig] = Field(min_length=1)
+    sources: dict[str, SourceConfig]
+    self_text: SelfTextConfig | None = None
+
+    @model_validator(mode="after")
+    def _has_text(self) -> CalibrationConfig:
+        if not self.sources and self.self_text is None:
+            raise ValueError("sources is empty; give a source with a path, or calibration=self")
+        return self
 
 
 EMBEDDED_MODEL = "assets/demo/model"
+DEMO_TEXT = "demo"  # the group of calibration/ that is the embedded model's text

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -21,13 +22,15 @@ from quantline.config.data import CalibrationConfig, SourceConfig
 from quantline.core.errors import ConfigError, UserError
 from quantline.core.files import building, sha256_of, write_json
 from quantline.core.progress import Progress, bar
-from quantline.data import hub
+from quantline.data import hub, self_text
 from quantline.data.documents import Document, format_of, read_documents
 from quantline.data.sampling import MAX_DOCUMENTS, Quota, draw, shares
+from quantline.data.self_text import TEXTS_NAME, Writer
 from quantline.data.tokenizer import TextEncoder
 
 TOKENS_NAME = "tokens.safetensors"
 MANIFEST_NAME = "manifest.json"
+SELF = "self"  # the name in the manifest of what the float model wrote
 _BATCH = 64  # documents tokenized at once: large enough for the tokenizer's threads, small enough to stop early
 
 
@@ -57,13 +60,21 @@ def load(folder: Path) -> tuple[NDArray[np.int32], dict[str, Any]]:
     return tokens, manifest
 
 
-def build(model_dir: Path, spec: CalibrationConfig, out: Path) -> dict[str, Any]:
+def build(model_dir: Path, spec: CalibrationConfig, out: Path, writer: Writer | None = None) -> dict[str, Any]:
     """Write `tokens.safetensors` (`input_ids`, int32, (n_samples, seq_len)) and `manifest.json` to `out`.
 
     Equal inputs give equal bytes: neither file contains a time or an absolute path. `out` appears complete or not at all.
+    With `self_text` the float model writes the text where there is no source, or the hub does not give it; `texts.jsonl`
+    keeps it.
+
+    Args:
+        model_dir: folder of the float model.
+        spec: the text, and how it becomes samples.
+        out: the folder to write.
+        writer: lets the float model write; needed with `self_text`.
 
     Returns:
-        the manifest, and `seconds`.
+        the manifest, `seconds`, and `notes`, sentences for the user.
 
     Raises:
         ConfigError: sources without a file, all in one message.
@@ -71,9 +82,69 @@ def build(model_dir: Path, spec: CalibrationConfig, out: Path) -> dict[str, Any]
     """
     started = time.perf_counter()
     _check(spec.sources)
+    notes: list[str] = []
+    written: list[str] = []
     encoder = TextEncoder.load(model_dir, chat=spec.chat_template)
     if encoder.max_length is not None and spec.seq_len > encoder.max_length:
         raise UserError(f"calibration.seq_len={spec.seq_len}: the model takes at most {encoder.max_length} tokens")
+    if spec.self_text is not None and (unreached := _unreached(spec.sources)) is not None:
+        if writer is None:
+            raise UserError(f"calibration={spec.name}: the float model cannot write here; give calibration.path=FILE")
+        tokens, written, sources = _self_written(model_dir, encoder, spec, writer)
+        separator = None
+        if unreached:
+            notes.append(f"calibration={spec.name}: the float model wrote the text itself, because {unreached}")
+    else:
+        tokens, sources, separator = _from_sources(model_dir, encoder, spec)
+    manifest = {
+        "schema": 1,
+        "input_ids_sha256": tokens_sha256(tokens),
+        "total_tokens": int(tokens.size),
+        "options": {**_options(spec), "max_documents": MAX_DOCUMENTS},
+        "separator_id": separator,
+        "tokenizer_sha256": encoder.sha256,
+        "sources": sources,
+    }
+    with building(out) as folder:
+        write_safetensors(folder / TOKENS_NAME, {"input_ids": tokens})
+        if written:
+            (folder / TEXTS_NAME).write_text("".join(f"{line}\n" for line in written), encoding="utf-8")
+        write_json(folder / MANIFEST_NAME, manifest)
+    return {**manifest, "seconds": time.perf_counter() - started, "notes": notes}
+
+
+def _options(spec: CalibrationConfig) -> dict[str, Any]:
+    options = spec.model_dump(exclude={"name", "path", "sources"})
+    return {key: value for key, value in options.items() if key != "self_text" or value is not None}
+
+
+def _unreached(sources: Mapping[str, SourceConfig]) -> str | None:
+    """Why the float model has to write the text: what the hub says, "" if there is no source. None if all are here."""
+    for name, source in sources.items():
+        if source.path is None:
+            try:
+                hub.fetch_file(_repo(name, source), str(source.file))
+            except UserError as error:
+                return str(error)
+    return None if sources else ""
+
+
+def _self_written(
+    model_dir: Path, encoder: TextEncoder, spec: CalibrationConfig, writer: Writer
+) -> tuple[NDArray[np.int32], list[str], dict[str, Any]]:
+    assert spec.self_text is not None
+    ids, written = self_text.write(
+        model_dir, encoder, count=spec.n_samples, length=spec.seq_len, seed=spec.seed, how=spec.self_text, writer=writer
+    )
+    kinds = Counter(json.loads(line)["start"] for line in written)
+    digest = hashlib.sha256("".join(f"{line}\n" for line in written).encode()).hexdigest()
+    source = {"file": TEXTS_NAME, "file_sha256": digest, "samples": len(ids), "tokens": int(ids.size), "starts": kinds}
+    return ids.astype(np.int32), written, {SELF: source}
+
+
+def _from_sources(
+    model_dir: Path, encoder: TextEncoder, spec: CalibrationConfig
+) -> tuple[NDArray[np.int32], dict[str, Any], int | None]:
     counts = shares({name: source.weight for name, source in spec.sources.items()}, spec.n_samples)
     separator = None if spec.chat_template or spec.packing == "document" else encoder.separator
     quotas = [
@@ -90,20 +161,7 @@ def build(model_dir: Path, spec: CalibrationConfig, out: Path) -> dict[str, Any]
         raise UserError(
             f"{model_dir}: the tokenizer gives id {ids.max()}, but {known}; use the tokenizer of this model"
         )
-    tokens = ids.astype(np.int32)
-    manifest = {
-        "schema": 1,
-        "input_ids_sha256": tokens_sha256(tokens),
-        "total_tokens": int(tokens.size),
-        "options": {**spec.model_dump(exclude={"name", "path", "sources"}), "max_documents": MAX_DOCUMENTS},
-        "separator_id": separator,
-        "tokenizer_sha256": encoder.sha256,
-        "sources": {quota.name: quota.summary() for quota in quotas},
-    }
-    with building(out) as folder:
-        write_safetensors(folder / TOKENS_NAME, {"input_ids": tokens})
-        write_json(folder / MANIFEST_NAME, manifest)
-    return {**manifest, "seconds": time.perf_counter() - started}
+    return ids.astype(np.int32), {quota.name: quota.summary() for quota in quotas}, separator
 
 
 def _check(sources: Mapping[str, SourceConfig]) -> None:
@@ -115,6 +173,11 @@ def _check(sources: Mapping[str, SourceConfig]) -> None:
             faults.append(f"{key}: has neither a path nor a repo with a file; give {remedy}")
     if faults:
         raise ConfigError(faults)
+
+
+def _repo(name: str, source: SourceConfig) -> hub.HubRepo:
+    key = f"calibration.sources.{name}"
+    return hub.HubRepo(str(source.repo), source.revision, "dataset", key, f"or give a local file with {key}.path=FILE")
 
 
 def _locate(name: str, source: SourceConfig) -> tuple[Path, str, tuple[str, ...], dict[str, Any]]:
@@ -129,10 +192,7 @@ def _locate(name: str, source: SourceConfig) -> tuple[Path, str, tuple[str, ...]
         fields = (source.text_field, "text") if source.repo else (source.text_field,)
         origin: dict[str, Any] = {"file": path.name}
     else:
-        repo = hub.HubRepo(
-            str(source.repo), source.revision, "dataset", key, f"or give a local file with {key}.path=FILE"
-        )
-        path = hub.fetch_file(repo, str(source.file))
+        path = hub.fetch_file(_repo(name, source), str(source.file))
         fields = (source.text_field,)
         origin = {"repo": source.repo, "revision": source.revision, "file": source.file}
     return (

@@ -33,10 +33,14 @@ def download(config: Config, context: Context) -> dict[str, Any]:
 
 
 def calibrate(config: Config, context: Context) -> dict[str, Any]:
-    """The calibration options, and the hashes of local text files."""
+    """The calibration options, and the hashes of local text files; the engine's lock where the float model may write."""
     texts, sources = calibration_inputs(config, context.root), config.calibration.sources
     files = {name: texts[source.path] for name, source in sources.items() if source.path and texts[source.path]}
-    return {"calibration": config.calibration.model_dump(), "files": files}
+    own = {"calibration": config.calibration.model_dump(), "files": files}
+    if config.calibration.self_text is None:
+        own["calibration"].pop("self_text")
+        return own
+    return {**own, "environment": context.locks["reference"]}
 
 
 def quantize(config: Config, context: Context) -> dict[str, Any]:

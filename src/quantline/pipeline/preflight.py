@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from quantline.checkpoints.model_files import tokenizer_fault
 from quantline.config.context import window_note
-from quantline.config.data import EMBEDDED_MODEL, ModelConfig
+from quantline.config.data import DEMO_TEXT, EMBEDDED_MODEL, ModelConfig
 from quantline.config.section import Section
 from quantline.core.errors import ConfigError, QuantlineError, UserError, naming
 from quantline.core.gpu import visible_gpus
@@ -23,6 +23,7 @@ from quantline.data.headers import fetch_headers
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.fit import faults_with_model
 from quantline.pipeline.identity import options_fingerprint
+from quantline.pipeline.overrides import split
 from quantline.pipeline.own_files import located, missing_texts
 from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded
 from quantline.pipeline.stages import is_baseline
@@ -30,6 +31,7 @@ from quantline.pipeline.text_checks import text_checks
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check
 from quantline.planning.spec import Finding, Machine, Model, RefusedError, Step, VariantSpec, line
+from quantline.quantization.capabilities import CALIBRATED
 from quantline.quantization.requirements import requirements_of
 from quantline.serving.memory import GIB, Limits
 from quantline.serving.rules import Target, cpu_traits, process_facts
@@ -225,7 +227,14 @@ def preflight(run: StageRun) -> list[str]:
         return []  # the stage itself reports what is missing
     variant, place = variant_spec(run.config.model_dump()), machine_of(run.config, run.root)
     must_serve = run.config.convert.must_serve is not None
-    return before_quantize(variant, model, place, must_serve=must_serve, defaults=method_defaults(run.root))
+    return before_quantize(
+        variant,
+        model,
+        place,
+        must_serve=must_serve,
+        defaults=method_defaults(run.root),
+        texts=calibration_findings(run),
+    )
 
 
 def refuse_early(config: Config, root: Path) -> None:
@@ -263,6 +272,26 @@ def text_findings(run: StageRun, *, read: bool) -> list[Finding]:
         return found
 
 
+def calibration_findings(run: StageRun) -> list[Finding]:
+    """The demo's own text for another model: refused where the method calibrates on it, unless it is asked for by name."""
+    config = run.config
+    if config.calibration.name != DEMO_TEXT or config.model.path == EMBEDDED_MODEL or is_baseline(config):
+        return []
+    asked = [*run.overrides, *(split(config.frozen.overrides, "overrides") if config.frozen else ())]
+    if f"calibration={DEMO_TEXT}" in asked:
+        return []
+    calibrated = config.method.name in CALIBRATED
+    reason = (
+        f"calibration={DEMO_TEXT} is the demo model's text, and text of another kind costs other models more than "
+        + ("the choice of the method" if calibrated else "it seems, also where only errors are measured on it")
+    )
+    remedy = (
+        "take calibration=auto (your text with calibration.path=FILE, else C4, else text that the model writes), or ask for "
+        f"it by name with calibration={DEMO_TEXT}"
+    )
+    return [Finding("calibration", "quantize", reason, remedy, source="docs/decisions/0021", refused=calibrated)]
+
+
 def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], str]:
     """The measured perplexity of this model's variants, as text, by method, bits and group size."""
     wanted, found = config.model.model_dump(exclude={"name"}), {}
@@ -284,21 +313,20 @@ def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], st
 
 
 def before_quantize(
-    variant: VariantSpec, model: Model, place: Machine, *, must_serve: bool, defaults: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
+    variant: VariantSpec, model: Model, place: Machine, *, must_serve: bool, defaults: Mapping[str, Mapping[str, Any]],
+    texts: Sequence[Finding] = (),
+) -> list[str]:  # fmt: skip
     """The check before the quantize stage computes; returns notes.
 
     must_serve: refuse a checkpoint that the target cannot load (`convert.for`), instead of only noting it. defaults: the
-    options of each method, for the nearest supported variant.
+    options of each method, for the nearest supported variant. texts: what is known of the calibration text.
 
     Raises:
         UserError: it cannot be quantized, stored or (with must_serve) served; with every reason and the nearest variant.
     """
     plan = check(variant, model, place)
     steps: tuple[Step, ...] = ("quantize", "convert", "serve") if must_serve else ("quantize", "convert")
-    against = [finding for finding in plan.refused if finding.step in steps]
+    against = [*(finding for finding in plan.refused if finding.step in steps), *(one for one in texts if one.refused)]
     if against:
-        from quantline.planning.nearest import nearest
-
         raise RefusedError(against, nearest(variant, model, place, defaults))
-    return [*place.notes, *(line(finding) for finding in plan.findings)]
+    return [*place.notes, *(line(finding) for finding in (*plan.findings, *texts))]

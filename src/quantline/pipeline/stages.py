@@ -88,8 +88,8 @@ _TABLE = (
         exact=True, shared=True, gated=True, rebuilt=True, kept=False,
     ),
     Stage(
-        "calibrate", ("download",), options.calibrate, ("calibration",), inputs=options.calibration_inputs,
-        exact=True, skipped=_uncalibrated, rebuilt=True,
+        "calibrate", ("download",), options.calibrate, ("calibration", "device"), ("reference",),
+        inputs=options.calibration_inputs, exact=True, skipped=_uncalibrated, rebuilt=True,
     ),
     Stage(
         "quantize", ("download", "calibrate"), options.quantize,

@@ -39,7 +39,7 @@ def text_checks(config: Config, root: Path, model: Path) -> list[Finding]:
 
 def _reads(config: Config, root: Path, model: Path) -> Iterator[tuple[str, list[str], Callable[[], object]]]:
     """Option, paths of the texts that it names, and the function that reads them."""
-    if config.method.name != BASELINE:
+    if config.method.name != BASELINE and config.calibration.sources:
         yield (
             "calibration.path",
             [one.path or "" for one in config.calibration.sources.values()],
