@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 @stage("calibrate")
 def calibrate(run: StageRun) -> None:
-    from quantline.data.calibration import TEXTS_NAME, build
-    from quantline.data.self_text import Writer
+    from quantline.data.calibration import build
+    from quantline.data.self_text import TEXTS_NAME, Writer
 
     model = run.input("download") / "model"
     run.files += ["manifest.json"]
