@@ -20,12 +20,12 @@ CHAINS = {"high": ("float", "w8"), "medium": ("w8", "float"), "low": ("w4", "w8"
 NAMES = ("float", "w8", "w4")
 
 
-def make(folder: Path, **changes) -> tuple[Fleet, list[Start]]:
+def make(place: Path, **changes) -> tuple[Fleet, list[Start]]:
     """A fleet of three fakes, and how they are started. changes: of the fleet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    python = fake_openai.interpreter(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    python = fake_openai.interpreter(place)
     ports = {name: free_port("127.0.0.1") for name in NAMES}
-    model = folder / "model"
+    model = place / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text("{}")
     variants = tuple(
@@ -36,11 +36,11 @@ def make(folder: Path, **changes) -> tuple[Fleet, list[Start]]:
         "variants": variants, "precisions": CHAINS, "endpoint": end, "admin_port": free_port("127.0.0.1"),
         "gauge_port": free_port("127.0.0.1"), "hang_seconds": 1.5, "health": HealthConfig(interval_seconds=0.5),
     }  # fmt: skip
-    fleet = Fleet(folder=str(folder / "state"), **{**given, **changes})
+    fleet = Fleet(**{"folder": str(place / "state"), **given, **changes})
     process = sections.server(startup_timeout_seconds=30.0).process
     starts = [
         Start(
-            names=(name, *fleet.precisions), python=str(python), folder=str(model), log=str(folder / f"{name}.log"),
+            names=(name, *fleet.precisions), python=str(python), folder=str(model), log=str(place / f"{name}.log"),
             process=process.model_copy(update={"port": ports[name]}),
         )
         for name in NAMES
@@ -48,9 +48,9 @@ def make(folder: Path, **changes) -> tuple[Fleet, list[Start]]:
     return fleet, starts
 
 
-def up(folder: Path, **changes) -> RunningFleet:
+def up(place: Path, **changes) -> RunningFleet:
     """The same, to be entered."""
-    fleet, starts = make(folder, **changes)
+    fleet, starts = make(place, **changes)
     return RunningFleet(fleet, envoy(ROOT), starts)
 
 

@@ -66,6 +66,7 @@ class FleetConfig(Section):
     name: str = Field(default="fleet", pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")
     endpoint: EndpointConfig = EndpointConfig()
     precisions: dict[str, list[str]] = Field(default={})
+    gates: bool = True
     limits: FleetLimits = FleetLimits()
     health: HealthConfig = HealthConfig()
     restart: RestartConfig = RestartConfig()

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class RunningFleet:
         self.asks_gauge = False  # whether the router asks the gauge now
         self.should_end = False
         self._lock = FileLock(self.folder / LOCK)
-        self._misses = 0
+        self._misses = self._keys_changed = 0
         self._gauge_at = self._captures_at = self._looked_at = 0.0
         self._gauge_pause = self.restart.first_seconds
         self._leaving: list[Keeper] = []
@@ -97,9 +97,7 @@ class RunningFleet:
             for name in (ORDER, ANSWER):
                 (self.folder / name).unlink(missing_ok=True)
             self._note()
-            for keeper in self.keepers.values():
-                keeper.begin()
-            self._await(self.keepers.values())
+            self._begin(self.keepers.values())
             self._start_gauge()
             self.router.fleet = self._seen_fleet()
             self.router.start()
@@ -129,6 +127,7 @@ class RunningFleet:
             self.router = Router(self.program, self._seen_fleet())
             self.router.start()
         self._tend_gauge()
+        self._read_keys()
         self._follow()
         now = time.monotonic()
         if now - self._captures_at > CAPTURES_EVERY_SECONDS:
@@ -148,9 +147,7 @@ class RunningFleet:
         fresh = {start.names[0]: Keeper(start, self.restart) for start in starts if start.names[0] not in self.keepers}
         before = self.fleet
         try:
-            for keeper in fresh.values():
-                keeper.begin()
-            self._await(fresh.values())
+            self._begin(fresh.values())
             self.fleet = fleet
             self._note()
             self.router.apply(self._seen_fleet())
@@ -188,7 +185,17 @@ class RunningFleet:
         (self.folder / STATUS).unlink(missing_ok=True)
         self._lock.release()
 
-    def _await(self, keepers: Any) -> None:
+    def _begin(self, keepers: Iterable[Keeper]) -> None:
+        """Start servers and wait until they are ready: on a GPU one by one, since each measures the memory that is free."""
+        waiting = []
+        for keeper in keepers:
+            keeper.begin()
+            waiting.append(keeper)
+            if keeper.start.device == "cuda":
+                self._await([keeper])
+        self._await(waiting)
+
+    def _await(self, keepers: Sequence[Keeper]) -> None:
         for keeper in keepers:
             wait_until(lambda keeper=keeper: keeper.ready.is_set() or keeper.has_failed(), 3600.0, 0.05)
             if keeper.has_failed():
@@ -263,6 +270,19 @@ class RunningFleet:
             self._start_gauge()
             if self.asks_gauge:
                 self.router.apply(self._seen_fleet())
+
+    def _read_keys(self) -> None:
+        """Let the router know the clients' keys again where their file changed."""
+        path = self.fleet.keys_file
+        changed = Path(path).stat().st_mtime_ns if path and Path(path).exists() else 0
+        if not changed or changed == self._keys_changed:
+            return
+        is_first, self._keys_changed = not self._keys_changed, changed
+        if not is_first:
+            try:
+                self.router.apply(self._seen_fleet())
+            except QuantlineError as error:
+                print(f"the keys stay as they were: {error}", file=sys.stderr)
 
     def _follow(self) -> None:
         """Follow an order, if there is a new one."""

@@ -25,7 +25,8 @@ class Start(Section):
     """How one server is started; plain, so that a running fleet can be told of it.
 
     names: under which requests ask for it, its own first. folder: the checkpoint. queued_requests, queued_tokens: that may
-    wait in it; None is no limit. proven: the flags with which serve_smoke served it. The rest is as in `ServerOptions`.
+    wait in it; None is no limit. more: flags that come last. proven: the flags with which serve_smoke served it. The rest is
+    as in `ServerOptions`.
     """
 
     names: tuple[str, ...]
@@ -43,6 +44,7 @@ class Start(Section):
     proven: tuple[str, ...] | None = None
     queued_requests: int | None = None
     queued_tokens: int | None = None
+    more: tuple[str, ...] = ()
 
     def options(self) -> ServerOptions:
         """The server's options, with every name under which it answers and the limits of its queue."""
@@ -53,6 +55,7 @@ class Start(Section):
         )  # fmt: skip
         # The last time that an option is given counts for vLLM, so that this adds names to the one that is always given.
         flags = [*flags_of(options), "--served-model-name", *self.names]
+        flags += self.more
         for flag, value in (
             ("--max-num-queued-reqs", self.queued_requests), ("--max-num-queued-tokens", self.queued_tokens),
         ):  # fmt: skip

@@ -1,0 +1,189 @@
+"""The actions of `stages.fleet`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from quantline.config.fleet import ShareConfig
+from quantline.core.errors import UserError
+from quantline.core.files import read_json, write_json
+from quantline.lifecycle.fleet import curl_line, described, folder_of, refuse_new_names, resolve
+from quantline.lifecycle.serve import Typed
+from quantline.pipeline.compose import compose_values
+from quantline.pipeline.config import parse
+from quantline.pipeline.overrides import key_of
+from quantline.pipeline.run import StageRun
+from quantline.pipeline.server import server_of
+from quantline.serving.fleet.running import Order, RunningFleet, give, is_running, running_fleet
+from quantline.serving.fleet.servers import Start
+from quantline.serving.fleet.spec import Fleet, checked
+from quantline.serving.fleet.status import shown
+from quantline.toolchains.router import envoy
+
+OVERRIDES = "overrides.json"
+_TAKES = {
+    "up": (), "reload": (), "down": (), "status": ("watch",), "canary": ("variant", "precision", "share"),
+    "drain": ("variant", "undo"),
+}  # fmt: skip
+
+
+def refuse_unused(action: str, arguments: Mapping[str, str | None], typed: Typed) -> None:
+    """Refuse options that an action does not read.
+
+    Raises:
+        UserError: one is given.
+    """
+    given = [name for name, value in arguments.items() if name != "action" and value not in (None, "false")]
+    if extra := [name for name in given if name not in _TAKES[action]]:
+        takes = ", ".join(_TAKES[action]) or "none of its own"
+        raise UserError(f"{extra[0]}: `fleet {action}` does not read it; its options are {takes}")
+    if action not in ("up", "reload"):
+        others = [one for one in typed.overrides if key_of(one) != "fleet.name"]
+        if others:
+            raise UserError(f"{others[0]}: only `fleet up` and `fleet reload` take options of the configuration")
+
+
+def up(root: Path, typed: Typed) -> None:
+    """Start a fleet and stay until it is told to end.
+
+    Raises:
+        QuantlineError: it cannot run here, or something did not start; nothing is left running then.
+    """
+    config = parse(typed.values)
+    folder = folder_of(root, config.fleet.name)
+    if is_running(folder):
+        raise UserError(
+            f"fleet.name={config.fleet.name}: is running; run `python -m stages.fleet down`, or give another name"
+        )
+    run = StageRun("serve", config, root, tuple(typed.overrides))
+    program, vllm = envoy(root, config.toolchains.get("router")), server_of(run)
+    made = resolve(root, typed, vllm, run.device)
+    for note in made.notes:
+        print(f"  note: {note}", file=sys.stderr)
+    _say(f"starting {', '.join(variant.name for variant in made.fleet.variants)} by vLLM {vllm.version} on {run.device}, "
+         f"behind Envoy {program.version}; logs: {folder}")  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_json(folder / OVERRIDES, list(typed.overrides))
+    try:
+        with RunningFleet(made.fleet, program, made.starts, config.fleet.restart, config.fleet.capture) as running:
+            for line in described(made.fleet):
+                _say(line)
+            _say(f"  ask it: {curl_line(made.fleet)}")
+            _say("  Ctrl-C or `python -m stages.fleet down` ends it")
+            try:
+                running.stay()
+            except KeyboardInterrupt:
+                _say("ending: what has begun is answered")
+    finally:
+        (folder / OVERRIDES).unlink(missing_ok=True)
+    _say("ended, no process is left")
+
+
+def reload(root: Path, typed: Typed) -> None:
+    """Give a running fleet other options: those of its `up`, with what the command line says otherwise.
+
+    Raises:
+        QuantlineError: the new fleet cannot run, or the old one cannot become it; the old one goes on.
+    """
+    folder = _folder(root, typed)
+    former = running_fleet(folder)
+    saved = [str(one) for one in read_json(folder / OVERRIDES)]
+    new = {key_of(one).lstrip("~") for one in typed.overrides}
+    overrides = [*(one for one in saved if key_of(one).lstrip("~") not in new), *typed.overrides]
+    again = Typed(compose_values(root / "conf", overrides), overrides)
+    config = parse(again.values)
+    run = StageRun("serve", config, root, tuple(overrides))
+    made = resolve(root, again, server_of(run), run.device, former)
+    refuse_new_names(former, made.fleet)
+    _give(folder, made.fleet, former, starts=made.starts)
+    write_json(folder / OVERRIDES, overrides)
+    for line in described(made.fleet):
+        _say(line)
+
+
+def canary(root: Path, typed: Typed, arguments: Mapping[str, str | None]) -> None:
+    """Move a share of a precision's requests to another variant of a running fleet.
+
+    Raises:
+        UserError: no fleet runs, or there is no such variant, precision or share.
+    """
+    folder = _folder(root, typed)
+    former = running_fleet(folder)
+    try:
+        share = float(arguments["share"] or "")
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"share={arguments['share']}: give the part of the requests, 0 to 1; 0 ends the canary")
+    precision = arguments["precision"] or former.canary.precision or next(iter(former.precisions))
+    wanted = ShareConfig(precision=precision, variant=arguments["variant"] or former.canary.variant, share=share)
+    fleet = checked(former.model_copy(update={"canary": wanted if share else ShareConfig()}))
+    _give(folder, fleet, former)
+    _say(f"{share:.3g} of {precision} goes to {wanted.variant} first" if share else "the canary has ended")
+
+
+def drain(root: Path, typed: Typed, arguments: Mapping[str, str | None]) -> None:
+    """Let a variant get requests only where no other can answer, or give it its requests back.
+
+    Raises:
+        UserError: no fleet runs, or there is no such variant.
+    """
+    folder = _folder(root, typed)
+    former = running_fleet(folder)
+    name = arguments["variant"]
+    names = [variant.name for variant in former.variants]
+    if name not in names:
+        raise UserError(f"variant={name}: give one of {', '.join(names)}")
+    rest = tuple(one for one in former.draining if one != name)
+    draining = rest if arguments["undo"] == "true" else (*rest, name)
+    _give(folder, former.model_copy(update={"draining": draining}), former)
+    _say(f"drained: {', '.join(draining) or 'none'}")
+
+
+def down(root: Path, typed: Typed) -> None:
+    """End a running fleet; what has begun is answered first.
+
+    Raises:
+        UserError: no fleet runs.
+    """
+    folder = _folder(root, typed)
+    give(folder, Order(number=time.time_ns(), end=True))
+    limit = time.monotonic() + 120
+    while is_running(folder) and time.monotonic() < limit:
+        time.sleep(0.1)
+    _say("ended, no process is left")
+
+
+def status(root: Path, typed: Typed, *, watch: bool) -> None:
+    """Show a running fleet: variants, load, fallbacks, memory. watch: again every two seconds.
+
+    Raises:
+        UserError: no fleet runs.
+    """
+    folder = _folder(root, typed)
+    while True:
+        text = "\n".join(shown(running_fleet(folder)))
+        if not watch:
+            _say(text)
+            return
+        _say(f"\x1b[H\x1b[2J{text}")
+        time.sleep(2.0)
+
+
+def _folder(root: Path, typed: Typed) -> Path:
+    return folder_of(root, parse(typed.values).fleet.name)
+
+
+def _give(folder: Path, fleet: Fleet, former: Fleet, starts: tuple[Start, ...] = ()) -> None:
+    number = time.time_ns()
+    give(
+        folder,
+        Order(number=number, fleet=fleet.model_copy(update={"generation": former.generation + 1}), starts=starts),
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
