@@ -49,6 +49,8 @@ COVERED = {
     "lifecycle/storage/dvc_outputs": "tests/lifecycle/test_rebuild.py",
     "lifecycle/tracking/reader": "tests/lifecycle/tracking/test_registry.py",
     "lifecycle/tracking/store": "tests/lifecycle/tracking/test_writer.py",
+    "lifecycle/sweep/job": "tests/e2e/test_sweep.py",
+    "lifecycle/sweep/run": "tests/e2e/test_sweep.py",
     "lifecycle/worktree": "tests/lifecycle/test_rebuild.py",
     "pipeline/convert_folder": "tests/conversion/test_convert_stage.py",
     "pipeline/options": "tests/pipeline/test_identity.py",

