@@ -9,6 +9,7 @@ import pytest
 
 # Modules without a test file of their own -> the test file that covers them; a package's name stands for its modules.
 COVERED = {
+    "toolchains/workers/reference/nearest": "tests/quantization/test_layer_errors.py",
     "config": "tests/pipeline/test_config.py",
     "report": "tests/report/test_build.py",
     # exceptions, asked for where they are raised

@@ -432,6 +432,21 @@ def test_faults_of_a_hubs_source_name_its_options(served, model, out, change, wo
         build(model, spec(("code", {**HUB_SOURCE, **change})), out)
 
 
+def test_what_is_held_back_comes_from_the_rest_of_the_text_and_changes_no_sample(model, text_file, tmp_path):
+    from quantline.checkpoints.safetensors_file import SafetensorsFile
+
+    plain = build(model, spec(text_file), tmp_path / "plain")
+    for count, exactly in ((3, 3), (10_000, None)):
+        made = build(model, spec(text_file, held_back=count), tmp_path / str(count))
+        assert made["input_ids_sha256"] == plain["input_ids_sha256"]
+        held = SafetensorsFile.open(tmp_path / str(count) / "tokens.safetensors").read("held_ids")
+        assert held.shape == (made["held_back"], 16)
+        assert 0 < len(held) <= count
+        assert exactly is None or len(held) == exactly
+        seen = {tuple(row) for row in load(tmp_path / "plain")[0]}
+        assert not seen & {tuple(row) for row in held}
+
+
 # --- conf/ and the embedded demo
 
 

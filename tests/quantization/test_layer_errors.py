@@ -193,6 +193,8 @@ def made(root, tmp_path_factory):
     for name, shape, vocabulary in (("tokens", (6, 24), 256), ("few", (1, 4), 256), ("foreign", (2, 9), 999)):
         ids = random.integers(0, vocabulary, shape, dtype=np.int32)
         write_safetensors(folder / f"{name}.safetensors", {"input_ids": ids})
+    ids = load_file(folder / "tokens.safetensors")["input_ids"]
+    write_safetensors(folder / "held.safetensors", {"input_ids": ids, "held_ids": ids[:2]})
     for name in ("dense", "mixtral", "qwen2_moe"):
         write_tokenizer(folder / name)
     folded(folder / "dense", folder / "folded")
@@ -205,10 +207,11 @@ def made(root, tmp_path_factory):
         "mixtral": quantized(folder / "mixtral", folder / "mixtral-w4"),
         "qwen2_moe": quantized(folder / "qwen2_moe", folder / "qwen2_moe-w4"),
         "folded": quantized(folder / "folded", folder / "folded-w4"),
+        "minima": quantized(folder / "dense", folder / "minima-w4", sym=False),
     }  # fmt: skip
 
     def job(name, **changes):
-        model = {"head": "dense", "widths": "dense", "folded": "dense"}.get(name, name)
+        model = {"head": "dense", "widths": "dense", "folded": "dense", "minima": "dense"}.get(name, name)
         return {
             "model": str(folder / model), "checkpoint": str(folder / f"{name}-w4"), "linears": list(widths[name]),
             "calibration": str(folder / "tokens.safetensors"), "samples": 2, "compare": True, "threads": 1, **changes,
@@ -226,6 +229,10 @@ def made(root, tmp_path_factory):
     jobs["foreign"] = job("dense", calibration=str(folder / "foreign.safetensors"))
     damage(folder / "dense-w4", folder / "damaged-w4")
     jobs["damaged"] = job("dense", checkpoint=str(folder / "damaged-w4"), compare=False)
+    held = {"calibration": str(folder / "held.safetensors"), "rounding": True, "compare": False}
+    for name in ("dense", "minima", "mixtral"):
+        jobs[f"held {name}"] = job(name, **held)
+    jobs["held damaged"] = job("dense", checkpoint=str(folder / "damaged-w4"), **held)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     python_of(root, RUN, folder / "jobs.json", folder / "answers.json")
     answers = json.loads((folder / "answers.json").read_text())
@@ -283,6 +290,34 @@ def test_tokens_are_counted_for_each_expert_over_all_samples(made, name, experts
     assert len({row["tokens"] for row in rows}) > experts / 2
     others = [row for row in made.answers[name]["rows"] if ".experts." not in row["name"]]
     assert {row["tokens"] for row in others} == {6 * 24}
+
+
+@pytest.mark.parametrize("name", ["dense", "minima", "mixtral"])
+def test_rounding_to_nearest_is_as_far_as_itself_on_what_was_held_back(made, name):
+    rows = made.answers[f"held {name}"]["rows"]
+    assert len(rows) == len(made.widths[name])
+    for row in rows:
+        if row["output_error"] is None:  # an expert that no token reached
+            assert row["held_error"] is row["rounding_error"] is None
+        else:  # the samples that were held back are those that were measured
+            assert row["held_error"] == pytest.approx(row["output_error"], rel=1e-5)
+            assert row["rounding_error"] == pytest.approx(row["held_error"], rel=1e-5)
+        assert row["tokens"] == 144 or name == "mixtral"
+
+
+def test_what_is_worse_than_rounding_is_said_with_its_ratio(gate, made):
+    none = dict.fromkeys(("bits8", "bits4", "bits3", "bits2"))
+    found = gate("dense", method="gptq", answer="held damaged", max_output_error=none, max_weight_error=none)
+    result = found.result
+    assert found.jobs[0]["rounding"]
+    assert result.metrics["worse_than_rounding"] == 1
+    assert result.metrics["rounding_ratio"] > 1
+    (said,) = [warning for warning in result.warnings if "rounding to nearest" in warning]
+    assert DAMAGED in said
+    assert "calibration=auto" in said
+    own = gate("dense", method="gptq", answer="held dense").result
+    assert own.metrics["rounding_ratio"] == pytest.approx(1, rel=1e-4)
+    assert "rounding_ratio" not in gate("dense").result.metrics
 
 
 def test_tokens_are_counted_over_all_samples_whatever_experts_are_called(made):

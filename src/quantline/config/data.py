@@ -67,6 +67,7 @@ class CalibrationConfig(Section):
         name: of the group's file.
         path: the user's own file, which a source reads.
         n_samples, seq_len: number of samples, and of tokens in each.
+        held_back: further samples that no quantizer sees; fewer where the text does not give them.
         seed: of the choice of documents and their parts.
         chat_template: render texts and messages by the model's chat template.
         packing: "concat" joins documents and cuts them; "document" takes a part of each document that is long enough.
@@ -79,6 +80,7 @@ class CalibrationConfig(Section):
     path: str | None
     n_samples: int = Field(ge=1)
     seq_len: int = Field(ge=8)
+    held_back: int = Field(default=0, ge=0)
     seed: int = Field(ge=0)
     chat_template: bool
     packing: Literal["concat", "document"]

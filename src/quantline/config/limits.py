@@ -93,6 +93,14 @@ class LimitsConfig(Section):
         Field(gt=1),
         Alarm("output_error_outlier", "a linear's output error is {value:.3g} times that of its kind"),
     ]
+    rounding_ratio: Annotated[
+        float | None,
+        Field(gt=0),
+        Alarm(
+            "rounding_ratio",
+            "on held back samples its linears are {value:.3g} times as far from the float model as rounding to nearest",
+        ),
+    ]
     restored_share: Annotated[
         float | None,
         Field(gt=0),

@@ -30,6 +30,7 @@ from quantline.data.tokenizer import TextEncoder
 
 TOKENS_NAME = "tokens.safetensors"
 MANIFEST_NAME = "manifest.json"
+HELD = "held_ids"
 SELF = "self"  # the name in the manifest of what the float model wrote
 _BATCH = 64  # documents tokenized at once: large enough for the tokenizer's threads, small enough to stop early
 
@@ -63,6 +64,8 @@ def load(folder: Path) -> tuple[NDArray[np.int32], dict[str, Any]]:
 def build(model_dir: Path, spec: CalibrationConfig, out: Path, writer: Writer | None = None) -> dict[str, Any]:
     """Write `tokens.safetensors` (`input_ids`, int32, (n_samples, seq_len)) and `manifest.json` to `out`.
 
+    What is held back lies beside them as `held_ids`, int32 (held, seq_len), where the text gives at least one more sample.
+
     Equal inputs give equal bytes: neither file contains a time or an absolute path. `out` appears complete or not at all.
     With `self_text` the float model writes the text where there is no source, or the hub does not give it; `texts.jsonl`
     keeps it.
@@ -90,23 +93,25 @@ def build(model_dir: Path, spec: CalibrationConfig, out: Path, writer: Writer | 
     if spec.self_text is not None and (unreached := _unreached(spec.sources)) is not None:
         if writer is None:
             raise UserError(f"calibration={spec.name}: the float model cannot write here; give calibration.path=FILE")
-        tokens, written, sources = _self_written(model_dir, encoder, spec, writer)
+        ids, written, sources = _self_written(model_dir, encoder, spec, writer)
+        tokens, held = ids[: spec.n_samples], ids[spec.n_samples :]
         separator = None
         if unreached:
             notes.append(f"calibration={spec.name}: the float model wrote the text itself, because {unreached}")
     else:
-        tokens, sources, separator = _from_sources(model_dir, encoder, spec)
+        tokens, held, sources, separator = _from_sources(model_dir, encoder, spec)
     manifest = {
         "schema": 1,
         "input_ids_sha256": tokens_sha256(tokens),
         "total_tokens": int(tokens.size),
+        "held_back": len(held),
         "options": {**_options(spec), "max_documents": MAX_DOCUMENTS},
         "separator_id": separator,
         "tokenizer_sha256": encoder.sha256,
         "sources": sources,
     }
     with building(out) as folder:
-        write_safetensors(folder / TOKENS_NAME, {"input_ids": tokens})
+        write_safetensors(folder / TOKENS_NAME, {"input_ids": tokens, **({HELD: held} if len(held) else {})})
         if written:
             (folder / TEXTS_NAME).write_text("".join(f"{line}\n" for line in written), encoding="utf-8")
         write_json(folder / MANIFEST_NAME, manifest)
@@ -134,7 +139,13 @@ def _self_written(
 ) -> tuple[NDArray[np.int32], list[str], dict[str, Any]]:
     assert spec.self_text is not None
     ids, written = self_text.write(
-        model_dir, encoder, count=spec.n_samples, length=spec.seq_len, seed=spec.seed, how=spec.self_text, writer=writer
+        model_dir,
+        encoder,
+        count=spec.n_samples + spec.held_back,
+        length=spec.seq_len,
+        seed=spec.seed,
+        how=spec.self_text,
+        writer=writer,
     )
     kinds = Counter(json.loads(line)["start"] for line in written)
     digest = hashlib.sha256("".join(f"{line}\n" for line in written).encode()).hexdigest()
@@ -144,24 +155,28 @@ def _self_written(
 
 def _from_sources(
     model_dir: Path, encoder: TextEncoder, spec: CalibrationConfig
-) -> tuple[NDArray[np.int32], dict[str, Any], int | None]:
-    counts = shares({name: source.weight for name, source in spec.sources.items()}, spec.n_samples)
+) -> tuple[NDArray[np.int32], NDArray[np.int32], dict[str, Any], int | None]:
+    """The samples, those that are held back, the sources' entries of the manifest, and the separator."""
+    weights = {name: source.weight for name, source in spec.sources.items()}
+    counts, further = shares(weights, spec.n_samples), shares(weights, spec.held_back)
     separator = None if spec.chat_template or spec.packing == "document" else encoder.separator
     quotas = [
-        Quota(name, source, spec, counts[name], separator) for name, source in spec.sources.items() if counts[name]
+        Quota(name, source, spec, counts[name], separator, held=further[name])
+        for name, source in spec.sources.items()
+        if counts[name]
     ]
     with bar("tokenizing") as progress:
         for quota in quotas:
             _fill(quota, encoder, progress, sum(len(other.samples) for other in quotas))
-    samples = {(quota.name, index): row for quota in quotas for index, row in enumerate(quota.samples)}
+    samples = {(quota.name, index): row for quota in quotas for index, row in enumerate(quota.samples[: quota.wanted])}
+    held = [row for quota in quotas for row in quota.samples[quota.wanted :]]
     order = sorted(samples, key=lambda sample: draw(spec.seed, "sample", *sample))
     ids = np.array([samples[sample] for sample in order], dtype=np.int64)
-    if ids.max() >= encoder.vocab_size:
+    if (top := max(max(row) for row in (*samples.values(), *held))) >= encoder.vocab_size:
         known = f"the model's vocabulary has {encoder.vocab_size}"
-        raise UserError(
-            f"{model_dir}: the tokenizer gives id {ids.max()}, but {known}; use the tokenizer of this model"
-        )
-    return ids.astype(np.int32), {quota.name: quota.summary() for quota in quotas}, separator
+        raise UserError(f"{model_dir}: the tokenizer gives id {top}, but {known}; use the tokenizer of this model")
+    kept = np.array(held, dtype=np.int32).reshape(-1, spec.seq_len)
+    return ids.astype(np.int32), kept, {quota.name: quota.summary() for quota in quotas}, separator
 
 
 def _check(sources: Mapping[str, SourceConfig]) -> None:
@@ -226,9 +241,9 @@ def _fill(quota: Quota, encoder: TextEncoder, progress: Progress, done: int) -> 
         batch = documents[start : start + _BATCH]
         for document, ids in zip(batch, encoder.encode(batch, path), strict=True):
             quota.add(document, ids)
-        progress.update(done + len(quota.samples), spec.n_samples, name)
+        progress.update(done + len(quota.samples), spec.n_samples + spec.held_back, name)
         if quota.full:
             return
     quota.add_later_pieces()
-    if not quota.full:
+    if not quota.enough:
         raise quota.too_little(path)

@@ -38,13 +38,17 @@ MAX_DOCUMENTS = 20_000
 
 @dataclass
 class Quota:
-    """A source's share of the samples, filled step by step until `samples` has `wanted` rows of `seq_len` ids."""
+    """A source's share of the samples, filled step by step until `samples` has `wanted` rows of `seq_len` ids.
+
+    `held` rows more are taken where the text has them; they come last.
+    """
 
     name: str
     source: SourceConfig
     spec: CalibrationConfig
     wanted: int
     separator: int | None
+    held: int = 0
     origin: dict[str, Any] = field(default_factory=dict)
     samples: list[list[int]] = field(default_factory=list)
     stream: list[int] = field(default_factory=list)  # joined, not yet cut
@@ -56,8 +60,13 @@ class Quota:
 
     @property
     def full(self) -> bool:
+        """Whether it has all samples, those to hold back included."""
+        return len(self.samples) == self.wanted + self.held
+
+    @property
+    def enough(self) -> bool:
         """Whether it has all wanted samples."""
-        return len(self.samples) == self.wanted
+        return len(self.samples) >= self.wanted
 
     def add(self, document: Document, ids: Sequence[int]) -> None:
         """Add a document's ids; does nothing once full."""
@@ -89,7 +98,7 @@ class Quota:
         self.stream.extend(piece)
         if self.separator is not None:
             self.stream.append(self.separator)
-        count = min(len(self.stream) // length, self.wanted - len(self.samples))
+        count = min(len(self.stream) // length, self.wanted + self.held - len(self.samples))
         self.samples.extend(self.stream[index * length : (index + 1) * length] for index in range(count))
         del self.stream[: count * length]
 
@@ -108,9 +117,9 @@ class Quota:
     def summary(self) -> dict[str, Any]:
         """The source's entry of the manifest."""
         return {
-            **self.origin, "weight": self.source.weight, "samples": len(self.samples), "documents_read": self.read,
+            **self.origin, "weight": self.source.weight, "samples": self.wanted, "documents_read": self.read,
             "documents_used": self.used, "documents_empty": self.empty, "documents_short": self.short,
-            "tokens": len(self.samples) * self.spec.seq_len,
+            "tokens": self.wanted * self.spec.seq_len,
         }  # fmt: skip
 
 

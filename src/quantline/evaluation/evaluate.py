@@ -268,6 +268,8 @@ def _layers(parts: WorkerRequest, worker: JobResult, restored: list[dict[str, An
         changed = sensitivity.changes(parts.rows, judged, key).values()
         if changed:  # a change that is not a number counts as the largest
             metrics[f"{key}_change"] = max(changed, key=lambda change: change if math.isfinite(change) else math.inf)
+    if (ratio := sensitivity.rounding_ratio(parts.rows)) is not None:
+        metrics["rounding_ratio"] = ratio
     if (apart := sensitivity.outlier(parts.rows, judged)) is not None:
         metrics["output_error_outlier"] = apart[1]
     if restored:

@@ -29,7 +29,7 @@ RESTORED_COLUMNS = (
     "name", "layer", "module", "output_error", "nll_difference_restored", "recovered_nll", "recovered_low",
     "recovered_high", "recovered_share", "kl_restored", "recovered_kl_share", "note",
 )  # fmt: skip
-_NUMBERS = ("output_error", "weight_error", "weight_error_max", "weight_error_mean")
+_NUMBERS = ("held_error", "rounding_error", "output_error", "weight_error", "weight_error_max", "weight_error_mean")
 _PEERS = 3
 _EXPERT = re.compile(r"experts\.\d+\.")
 _LEVELS = ("low", "moderate", "high")
@@ -91,6 +91,14 @@ def changes(rows: Sequence[Row], judged: Sequence[Mapping[str, Any]], key: str) 
         if then is not None and now is not None:
             found[str(row["name"])] = abs(now - then) / then if then else float(now != 0)
     return found
+
+
+def rounding_ratio(rows: Sequence[Row]) -> float | None:
+    """The mean over linears of the error on held back samples over that of rounding to nearest; None if not measured."""
+    found = [
+        row["held_error"] / row["rounding_error"] for row in rows if row.get("held_error") and row["rounding_error"]
+    ]
+    return fmean(found) if found else None
 
 
 def outlier(rows: Sequence[Row], judged: Sequence[Mapping[str, Any]]) -> tuple[str, float] | None:

@@ -33,6 +33,9 @@ FOLDER = "coverage"
 _WORKER = ("reference", "quantline.toolchains.workers.reference.layer_errors")
 _TIMES = ("seconds",)
 TABLE, PLOT = f"{FOLDER}/layers.csv", f"{FOLDER}/output_error.png"
+# Methods whose grid is that of rounding to nearest.
+_INTEGER_GRIDS = ("autoround", "awq", "gptq")
+HELD_ERRORS = ("held_error", "rounding_error")
 _MEASURED = ("output_error", "weight_error", "weight_error_max", "weight_error_mean")
 _WORST = 5
 _TITLES = {"output_error": "the output's", "weight_error": "the weights'"}
@@ -132,11 +135,14 @@ def measure(
         "model": str(made.model), "checkpoint": str(made.output), "calibration": str(made.calibration),
         "linears": [row["name"] for row in rows], "samples": settings.samples,
         "unfold": True if method == "awq" else None, "device": device, "threads": threads,
+        "rounding": method in _INTEGER_GRIDS,
     }  # fmt: skip
     result = run_worker(*_WORKER, job, "measure every linear")
     for row, measured in zip(rows, result.data["rows"], strict=True):
         row.update(tokens=measured["tokens"], **{key: _rounded(measured[key]) for key in _MEASURED})
         row["level"] = _level(row["output_error"], settings.levels)
+        if measured["held_error"] is not None:
+            row.update({key: _rounded(measured[key]) for key in HELD_ERRORS})
     metrics.update(_error_metrics(rows, calibrated=method in CALIBRATED), coverage_seconds=result.seconds)
     faults = _error_faults(rows, settings)
     few = _few_tokens(rows, settings.min_tokens) if method in CALIBRATED else []
@@ -144,7 +150,7 @@ def measure(
         faults += few
     elif settings.few_tokens == "warn":
         warnings += few
-    warnings += _unmeasured(rows)
+    warnings += [*_unmeasured(rows), *_worse_than_rounding(rows, metrics)]
     title = f"Output error of each linear, {result.data['sample_tokens']} calibration tokens"
     if faults:
         kept = ""
@@ -274,6 +280,36 @@ def _unmeasured(rows: Sequence[Row]) -> list[str]:
             f"{some(untouched)}"
         )
     return notes
+
+
+def _worse_than_rounding(rows: Sequence[Row], metrics: dict[str, float]) -> list[str]:
+    """Compare the linears with rounding to nearest in their own grids, on samples that were held back.
+
+    Sets `rounding_ratio`, the mean of error over error of rounding, and `worse_than_rounding`, the number above 1.
+    """
+    ratios = {
+        str(row["name"]): float(row["held_error"]) / float(row["rounding_error"])
+        for row in rows
+        if row.get("held_error") is not None and row["rounding_error"]
+    }
+    if not ratios:
+        return []
+    metrics["rounding_ratio"] = fmean(ratios.values())
+    worse = sorted((name for name, ratio in ratios.items() if ratio > 1), key=lambda name: -ratios[name])
+    metrics["worse_than_rounding"] = len(worse)
+    if not worse:
+        return []
+    named = some([f"{name} {ratios[name]:.3g}" for name in worse], _WORST)
+    fact = (
+        f"{len(worse)} of {len(ratios)} linears are further from the float model than rounding to nearest, on samples that "
+        f"were held back ({named} times as far)"
+    )
+    if metrics["rounding_ratio"] <= 1:
+        return [f"{fact}; over all linears the method is better, {metrics['rounding_ratio']:.3g} times as far"]
+    return [
+        f"{fact}; over all linears it is {metrics['rounding_ratio']:.3g} times as far: take method=rtn, or text that suits "
+        "the model (calibration=auto) and more of it (calibration.n_samples)"
+    ]
 
 
 def _write(rows: Sequence[Row], folder: Path, title: str) -> list[str]:

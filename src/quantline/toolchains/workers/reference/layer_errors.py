@@ -5,11 +5,15 @@ tensor, is identified by the memory address of its weight. Its input X gives the
 where W' is the dequantized weight. The inputs are the float model's, so each error is the linear's own. If a quantizer also
 rounds activations, only the weights are measured.
 
+With `rounding`, further samples that the quantizer did not see (`held_ids`) give each linear's error again, and that of its
+weights rounded to nearest in the same grid.
+
 Memory holds a layer of the float model and the differences W'-W of the same layer.
 
 Job: model and checkpoint (folders of the float and the quantized model), calibration (safetensors: input_ids int32
 (n, length)), linears (names), samples (number of the n samples to measure errors on), unfold (true, false, or null: if a
-norm differs, see `folds`), device, threads. Result: `rows`, one per linear in the job's order, with
+norm differs, see `folds`),
+rounding (whether to compare with rounding to nearest), device, threads. Result: `rows`, one per linear in the job's order, with
 
     name
     tokens              int, calibration tokens that reach it in the float model; None if its calls cannot be observed
@@ -17,6 +21,8 @@ norm differs, see `folds`), device, threads. Result: `rows`, one per linear in t
     weight_error        float, ||W'-W|| / ||W||
     weight_error_max    float, largest |W'-W|
     weight_error_mean   float, mean |W'-W|
+    held_error          float, as output_error, on the samples that were held back; None without them
+    rounding_error      float, the same of the weights rounded to nearest; None without them
 
 and `tokens` (of all calibration samples), `sample_tokens`, `unfolded`.
 """
@@ -45,12 +51,14 @@ from quantline.toolchains.workers.reference.linear_locations import (
     locate,
     mark_unseen,
 )
+from quantline.toolchains.workers.reference.nearest import rounded
 from quantline.toolchains.workers.reference.skeleton import REST
 from quantline.toolchains.workers.reference.streaming import Batch, StreamedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+HELD = "held_ids"  # the tensor of samples that were held back
 _READERS = 4
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 # Float32 values of the logits computed at a time if the output layer is quantized.
@@ -68,6 +76,7 @@ class _Errors:
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read linears")
         self._values: dict[str, Future[NDArray[np.float32]]] = {}
         self._differences: dict[str, Tensor] = {}
+        self._rounded: dict[str, Tensor] = {}
 
     def difference(self, linear: Linear) -> Tensor:
         """W' - W, float32 (out, in) on the model's device. The first call for a linear also sets its statistics."""
@@ -117,12 +126,24 @@ class _Errors:
                 self.difference(linear)
             linear.weight = None
         self._differences.clear()
+        self._rounded.clear()
 
     def add(self, linear: Linear, inputs: Tensor, outputs: Tensor) -> None:
         """Add one call: inputs (tokens, in), the float linear's outputs without bias (tokens, out)."""
         linear.measured += len(inputs)
         linear.error += _square(inputs @ self.difference(linear).T)
         linear.energy += _square(outputs)
+
+    def add_held(self, linear: Linear, inputs: Tensor, outputs: Tensor) -> None:
+        """As `add`, for samples that were held back; also with the weights rounded to nearest."""
+        assert linear.weight is not None
+        assert self._checkpoint.info is not None
+        if linear.name not in self._rounded:
+            grid = self._checkpoint.info.of(linear.name)
+            self._rounded[linear.name] = rounded(linear.weight, grid) - linear.weight
+        linear.held += _square(inputs @ self.difference(linear).T)
+        linear.rounded += _square(inputs @ self._rounded[linear.name].T)
+        linear.held_energy += _square(outputs)
 
 
 def _square(values: Tensor) -> float:
@@ -144,12 +165,14 @@ class _Calls:
     Attributes:
         places: the known weights, by memory address.
         errors: None only counts.
+        held: whether what is computed was held back: it is compared, not counted.
         fresh: whether what the model computes is real, see `StreamedModel.live`.
     """
 
     def __init__(self, fresh: Callable[[], bool]) -> None:
         self.places: Mapping[int, WeightLocation] = {}
         self.errors: _Errors | None = None
+        self.held = False
         self.fresh = fresh
 
     def observer(self) -> AbstractContextManager[Any]:
@@ -176,15 +199,19 @@ class _Calls:
         inputs = input.reshape(-1, input.shape[-1])
         outputs = (result if bias is None else result - bias).reshape(-1, result.shape[-1])
         for start, linear in place.parts:
+            if self.held and self.errors is not None:
+                self.errors.add_held(linear, inputs, outputs[:, start : start + linear.rows])
+                continue
             linear.tokens += len(inputs)
             if self.errors is not None:
                 self.errors.add(linear, inputs, outputs[:, start : start + linear.rows])
 
 
 def _pass(
-    model: StreamedModel, linears: Sequence[Linear], errors: _Errors, chosen: Sequence[Batch], rest: Sequence[Batch]
-) -> None:
-    """Run the model over samples: those whose errors are measured, and those whose tokens are only counted.
+    model: StreamedModel, linears: Sequence[Linear], errors: _Errors, chosen: Sequence[Batch], rest: Sequence[Batch],
+    *, held: Sequence[Batch] = (),
+) -> None:  # fmt: skip
+    """Run the model over samples: those whose errors are measured, those whose tokens are only counted, and those held back.
 
     The output layer is run only if it is one of the linears.
     """
@@ -195,8 +222,8 @@ def _pass(
     visited: set[str] = set()
 
     def compute(step: Callable[[Batch], Any]) -> None:
-        for batches, measured in ((chosen, errors), (rest, None)):
-            calls.errors = measured
+        for batches, measured in ((chosen, errors), (rest, None), (held, errors)):
+            calls.errors, calls.held = measured, batches is held
             for batch in batches:
                 step(batch)
 
@@ -257,6 +284,7 @@ def measure(model: StreamedModel, job: Mapping[str, Any], report: Reporter) -> d
     """
     checkpoint = FloatView.open(job["checkpoint"])
     tokens = _samples(job["calibration"], model.vocabulary)
+    held = _samples(job["calibration"], model.vocabulary, HELD) if job.get("rounding") else None
     folded = job.get("unfold")
     unfolded = folds(model.skeleton.view.checkpoint, checkpoint.checkpoint) if folded is None else bool(folded)
     linears = [Linear(name) for name in job["linears"]]
@@ -264,7 +292,8 @@ def measure(model: StreamedModel, job: Mapping[str, Any], report: Reporter) -> d
     chosen, rest = tokens[: job["samples"]], tokens[job["samples"] :]
     counted = any(EXPERT.search(linear.name) for linear in linears) or not len(chosen)
     with _separate_experts(model.model):
-        _pass(model, linears, errors, _batches(model, chosen), _batches(model, rest) if counted else [])
+        further = _batches(model, held) if held is not None else []
+        _pass(model, linears, errors, _batches(model, chosen), _batches(model, rest) if counted else [], held=further)
         if not counted and any(linear.tokens not in (0, chosen.size) for linear in linears):
             counted = True  # experts by other names
             _pass(model, linears, errors, [], _batches(model, rest))
@@ -276,7 +305,12 @@ def measure(model: StreamedModel, job: Mapping[str, Any], report: Reporter) -> d
     for linear in linears:
         error = _relative(linear.error, linear.energy) if linear.measured else None
         seen = linear.tokens if linear.seen else None
-        rows.append({"name": linear.name, "tokens": seen, "output_error": error, **linear.statistics})
+        further = linear.held_energy > 0
+        rows.append({
+            "name": linear.name, "tokens": seen, "output_error": error, **linear.statistics,
+            "held_error": _relative(linear.held, linear.held_energy) if further else None,
+            "rounding_error": _relative(linear.rounded, linear.held_energy) if further else None,
+        })  # fmt: skip
     return {"rows": rows, "tokens": tokens.size, "sample_tokens": chosen.size, "unfolded": unfolded}
 
 
@@ -300,10 +334,13 @@ def _batches(model: StreamedModel, tokens: NDArray[np.int32]) -> list[Batch]:
     return [model.batch(tokens[start : start + rows]) for start in range(0, len(tokens), rows)]
 
 
-def _samples(path: str, vocabulary: int) -> NDArray[np.int32]:
+def _samples(path: str, vocabulary: int, key: str = "input_ids") -> NDArray[np.int32]:
     from safetensors.numpy import load_file
 
-    tokens = load_file(path)["input_ids"]
+    found = load_file(path)
+    tokens = found.get(key, found["input_ids"][:0])
+    if key == HELD and not tokens.size:
+        return tokens
     if tokens.ndim != 2 or not tokens.size:
         raise JobError(f"{path}: input_ids have shape {tokens.shape}, not (samples, tokens)")
     if tokens.min() < 0 or tokens.max() >= vocabulary:

@@ -34,6 +34,9 @@ class Linear:
     measured: int = 0  # of which its errors are measured
     error: float = 0.0  # ||X(W'-W)^T||^2
     energy: float = 0.0  # ||X W^T||^2
+    held: float = 0.0  # the errors and the energy on what was held back
+    rounded: float = 0.0  # as `held`, with the weights rounded to nearest in the same grid
+    held_energy: float = 0.0
     statistics: dict[str, float] = field(default_factory=dict)
 
 
