@@ -12,8 +12,7 @@ Memory holds a layer of the float model and the differences W'-W of the same lay
 
 Job: model and checkpoint (folders of the float and the quantized model), calibration (safetensors: input_ids int32
 (n, length)), linears (names), samples (number of the n samples to measure errors on), unfold (true, false, or null: if a
-norm differs, see `folds`),
-rounding (whether to compare with rounding to nearest), device, threads. Result: `rows`, one per linear in the job's order, with
+norm differs, see `folds`), rounding (compare with rounding to nearest), device, threads. Result: `rows`, one per linear:
 
     name
     tokens              int, calibration tokens that reach it in the float model; None if its calls cannot be observed
@@ -305,11 +304,11 @@ def measure(model: StreamedModel, job: Mapping[str, Any], report: Reporter) -> d
     for linear in linears:
         error = _relative(linear.error, linear.energy) if linear.measured else None
         seen = linear.tokens if linear.seen else None
-        further = linear.held_energy > 0
+        apart = linear.held_energy > 0
         rows.append({
             "name": linear.name, "tokens": seen, "output_error": error, **linear.statistics,
-            "held_error": _relative(linear.held, linear.held_energy) if further else None,
-            "rounding_error": _relative(linear.rounded, linear.held_energy) if further else None,
+            "held_error": _relative(linear.held, linear.held_energy) if apart else None,
+            "rounding_error": _relative(linear.rounded, linear.held_energy) if apart else None,
         })  # fmt: skip
     return {"rows": rows, "tokens": tokens.size, "sample_tokens": chosen.size, "unfolded": unfolded}
 
@@ -338,7 +337,7 @@ def _samples(path: str, vocabulary: int, key: str = "input_ids") -> NDArray[np.i
     from safetensors.numpy import load_file
 
     found = load_file(path)
-    tokens = found.get(key, found["input_ids"][:0])
+    tokens = np.asarray(found.get(key, found["input_ids"][:0]), np.int32)
     if key == HELD and not tokens.size:
         return tokens
     if tokens.ndim != 2 or not tokens.size:
@@ -348,7 +347,7 @@ def _samples(path: str, vocabulary: int, key: str = "input_ids") -> NDArray[np.i
             f"{path}: token ids are in [{tokens.min()}, {tokens.max()}], but the model knows {vocabulary}: "
             "they were made with another model's tokenizer"
         )
-    return np.asarray(tokens, np.int32)
+    return tokens
 
 
 def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
