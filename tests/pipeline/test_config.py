@@ -31,11 +31,25 @@ def test_five_bits_are_refused_with_the_allowed_ones(composed):
 
 
 def test_rounded_activations_name_what_they_go_with(composed):
-    fault = faults_of(composed("method=gptq", "method.activation_bits=8"))
-    assert "method.activation_bits=8: needs int8 weights with one scale per channel; give bits=8 group_size=-1" in fault
+    fault = faults_of(composed("method=gptq", "method.activation_bits=8", "bits=3"))
+    assert (
+        "needs symmetric weights of 4 bits, or of 8 bits with one scale per channel; give bits=8 group_size=-1" in fault
+    )
+    fault = faults_of(composed("method=gptq", "method.activation_bits=fp8", "bits=8"))
+    assert "method.activation_bits=fp8: needs symmetric weights of 4 bits; give bits=4" in fault
+    assert parse(composed("method=gptq", "method.activation_bits=fp8")).bits == 4
     whole = ("method=rtn", "method.activation_bits=8", "bits=8", "group_size=-1")
     assert parse(composed(*whole)).method.activation_bits == 8
     assert faults_of(composed(*whole, "method.sym=false")).endswith("give method.sym=true")
+
+
+def test_methods_of_floating_point_codes_have_their_own_bits_and_groups(composed):
+    found = {
+        (scheme, parse(composed(f"method={method}", f"method.scheme={scheme}")).bits,
+         parse(composed(f"method={method}", f"method.scheme={scheme}")).group_size)
+        for method, scheme in (("fp8", "dynamic"), ("fp8", "block"), ("fp4", "nvfp4"), ("mxfp8", "mxfp8"))
+    }  # fmt: skip
+    assert found == {("dynamic", 8, -1), ("block", 8, 128), ("nvfp4", 4, 16), ("mxfp8", 8, 32)}
 
 
 def test_eight_bit_awq_is_refused_and_gptq_is_named_as_the_remedy(composed):

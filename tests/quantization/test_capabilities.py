@@ -76,7 +76,7 @@ W8A8 = Requirements("gptq", 8, -1, {**GPTQ.options, "activation_bits": 8})
     [
         ("native", replace(GPTQ, method="rtn", options={"sym": True}), {"model_type": "gpt2"}, "stored transposed"),
         ("autoawq", AWQ, {**PHI3, "num_key_value_heads": 2}, "with grouped_heads=true: AutoAWQ silently corrupts"),
-        ("llmcompressor", W8A8, {"model_type": "mixtral"}, "with activation_bits=8: the reference engine cannot"),
+        ("llmcompressor", W8A8, {"model_type": "mixtral"}, "with inputs=rounded: the reference engine cannot"),
         ("llmcompressor", replace(GPTQ, options={**GPTQ.options, "desc_act": True, "static_groups": False}),
          {"model_type": "qwen2"}, "static_groups=true or group_size=-1"),
         ("gptqmodel", replace(GPTQ, group_size=-1, options={**GPTQ.options, "static_groups": True}),

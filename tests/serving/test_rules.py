@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import sections
 
+from quantline.checkpoints.layouts.choice import compressed_tensors_of
+from quantline.checkpoints.layouts.compressed_tensors.schemes import SCHEMES
+from quantline.checkpoints.quantization_config import describe
 from quantline.core.errors import UserError
 from quantline.serving.rules import (
     CheckpointFacts,
@@ -21,6 +26,9 @@ from quantline.serving.rules import (
 CPU = Target("vllm", "0.32.0+cpu", "cpu", "bfloat16")
 GPU = Target("vllm", "0.32.0", "cuda", "bfloat16")
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+HOPPER = Target("vllm", "0.32.0", "cuda", "bfloat16", compute_capability=90)
+BLACKWELL = Target("vllm", "0.32.0", "cuda", "bfloat16", compute_capability=100)
+PLAIN_CPU = Target("vllm", "0.32.0", "cpu", "bfloat16", instructions="avx512", amx=False)
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 
 
@@ -198,3 +206,42 @@ def test_a_class_that_the_server_does_not_have_is_refused_and_one_that_it_only_t
         assert ruled(CPU, config).supported
     assert architecture_note(CPU, "LlamaForCausalLM") is None
     assert architecture_note(CPU, "HeliumForCausalLM").endswith("run that of transformers, which was not tried")
+
+
+def floats(preset):
+    scheme = SCHEMES[preset]
+    return describe(scheme.layout, bits=scheme.bits, group_size=scheme.group_size, symmetric=True)
+
+
+def beside_rounded(inputs, size=128):
+    return describe(compressed_tensors_of(inputs), bits=4, group_size=size, symmetric=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "rule"),
+    [
+        (floats("FP8_DYNAMIC"), PLAIN_CPU, ""),
+        (floats("FP8"), PLAIN_CPU, "fp8-cpu-fixed-inputs"),
+        (floats("FP8"), HOPPER, ""),
+        (floats("FP8_BLOCK"), PLAIN_CPU, "fp8-cpu-blocks"),
+        (floats("FP8_BLOCK"), HOPPER, ""),
+        (floats("NVFP4A16"), PLAIN_CPU, "float-groups-cpu"),
+        (floats("NVFP4"), HOPPER, ""),
+        (floats("MXFP4"), PLAIN_CPU, "float-groups-cpu"),
+        (floats("MXFP8"), PLAIN_CPU, "float-groups-cpu"),
+        (beside_rounded(8), PLAIN_CPU, ""),
+        (beside_rounded("fp8"), PLAIN_CPU, "w4afp8-cpu"),
+        (beside_rounded("fp8"), HOPPER, ""),
+        (beside_rounded("fp8", 64), HOPPER, "w4afp8-group-size"),
+        (beside_rounded("fp8"), BLACKWELL, "w4afp8-capability"),
+    ],
+)
+def test_what_vllm_serves_of_floating_point_codes_and_of_rounded_inputs(config, target, rule):
+    found = verdict(target, facts_of(config))
+    assert (found.supported, found.rule_id) == (not rule, rule)
+
+
+def test_experts_in_fp8_need_amx():
+    facts = replace(facts_of(floats("FP8_DYNAMIC")), experts="quantized")
+    assert verdict(PLAIN_CPU, facts).rule_id == "fp8-cpu-experts"
+    assert verdict(replace(PLAIN_CPU, amx=True), facts).supported

@@ -53,6 +53,11 @@ OWN: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
     "mamba": {"state_size": 32, "time_step_rank": 64},
+    # Heads of 64, the fewest that vLLM's kernel on CPUs takes.
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    },
     "qwen2_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
 }  # fmt: skip

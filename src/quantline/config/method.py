@@ -21,7 +21,7 @@ class AwqMethod(Section):
 
 
 class GptqMethod(Section):
-    """GPTQ (arXiv:2210.17323); activation_bits=8 also quantizes the inputs of linears, per token."""
+    """GPTQ (arXiv:2210.17323); activation_bits also rounds the inputs of linears, per token."""
 
     name: Literal["gptq"]
     damp_percent: float = Field(gt=0.0, lt=1.0)
@@ -29,7 +29,7 @@ class GptqMethod(Section):
     sym: bool
     true_sequential: bool
     static_groups: bool
-    activation_bits: Literal[8] | None = None
+    activation_bits: Literal[8, "fp8"] | None = None
 
 
 class RtnMethod(Section):
@@ -37,7 +37,28 @@ class RtnMethod(Section):
 
     name: Literal["rtn"]
     sym: bool
-    activation_bits: Literal[8] | None = None
+    activation_bits: Literal[8, "fp8"] | None = None
+
+
+class Fp8Method(Section):
+    """Weights in FP8 (E4M3), and inputs of linears too: data-free but for `static`."""
+
+    name: Literal["fp8"]
+    scheme: Literal["dynamic", "static", "block"]
+
+
+class Fp4Method(Section):
+    """Weights in FP4 (E2M1) with scales of small groups: NVFP4 or MXFP4; a16 leaves the inputs of linears alone."""
+
+    name: Literal["fp4"]
+    scheme: Literal["nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"]
+
+
+class Mxfp8Method(Section):
+    """Weights in FP8 (E4M3) with scales that are powers of two (OCP MX); a16 leaves the inputs of linears alone."""
+
+    name: Literal["mxfp8"]
+    scheme: Literal["mxfp8", "mxfp8a16"]
 
 
 class BnbMethod(Section):
@@ -64,7 +85,16 @@ class FloatMethod(Section):
 
 
 Method = Annotated[
-    AwqMethod | GptqMethod | RtnMethod | BnbMethod | AutoRoundMethod | FloatMethod, Field(discriminator="name")
+    AwqMethod
+    | GptqMethod
+    | RtnMethod
+    | Fp8Method
+    | Fp4Method
+    | Mxfp8Method
+    | BnbMethod
+    | AutoRoundMethod
+    | FloatMethod,
+    Field(discriminator="name"),
 ]
 Backend = Literal["auto", "autoawq", "auto_gptq", "gptqmodel", "llmcompressor", "bitsandbytes", "autoround", "native"]
 

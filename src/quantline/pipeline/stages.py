@@ -18,7 +18,7 @@ from quantline.config.tasks import ITEM_KEYS
 from quantline.core.errors import UserError
 from quantline.pipeline import options
 from quantline.pipeline.config import Config
-from quantline.quantization.capabilities import CALIBRATED
+from quantline.quantization.capabilities import calibrated
 
 # What others read of an output by itself: the calibration's token ids, and whether the server takes a variant.
 TOKENS, VERDICT = "tokens.safetensors", "verdict.json"
@@ -79,7 +79,7 @@ def is_baseline(config: Config) -> bool:
 
 
 def _uncalibrated(config: Config) -> bool:
-    return config.method.name not in CALIBRATED
+    return not calibrated(config.method.name, config.method.model_dump())
 
 
 _TABLE = (

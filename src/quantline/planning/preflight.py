@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from quantline.checkpoints.layouts import Storage
+from quantline.checkpoints.layouts.choice import float_scheme
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import select_linears
 from quantline.checkpoints.model_config import ties_head
@@ -21,7 +22,7 @@ from quantline.planning.checkpoint_memory import Weights
 from quantline.planning.quantization_memory import Peak, computed_in, quantization_peak
 from quantline.planning.spec import FLOAT, Finding, Machine, Model, Plan, VariantSpec
 from quantline.quantization import capabilities
-from quantline.quantization.capabilities import CALIBRATED
+from quantline.quantization.capabilities import calibrated
 from quantline.quantization.quantize import check_group_size
 from quantline.serving import memory
 from quantline.serving.checkpoint_facts import facts_of_layers
@@ -104,7 +105,7 @@ def _quantizable(
         return backend, [*findings, Finding("layers", "quantize", str(error))], {}
     if model.inventory.note:
         findings.append(Finding("carried-over", "quantize", model.inventory.note, refused=False))
-    if variant.method != "bnb":
+    if variant.method != "bnb" and float_scheme(variant.method, variant.options) is None:
         try:
             check_group_size(model.shapes, widths)
         except UserError as error:
@@ -147,7 +148,7 @@ def _offloaded(variant: VariantSpec, model: Model, machine: Machine, weights: We
 def _peak(variant: VariantSpec, backend: str, model: Model, machine: Machine, weights: Weights) -> Peak | None:
     if variant.method == FLOAT:
         return None
-    tokens = machine.calibration_tokens if variant.method in CALIBRATED else 0
+    tokens = machine.calibration_tokens if calibrated(variant.method, variant.options) else 0
     return quantization_peak(
         model.checkpoint, model.config, method=variant.method, backend=backend,
         dtype=computed_in(variant.dtype, machine.target.device), tokens=tokens, low_memory=variant.low_memory,

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from quantline.checkpoints.layouts.choice import fixed_inputs, rounds_inputs
 from quantline.checkpoints.model_config import dimensions
 from quantline.core.errors import UserError
 from quantline.core.text import alternatives
@@ -19,6 +20,11 @@ from quantline.core.text import alternatives
 _TABLE = Path(__file__).with_suffix(".yaml")
 # Methods whose result depends on calibration data.
 CALIBRATED = ("awq", "gptq", "autoround")
+
+
+def calibrated(method: str, options: Mapping[str, Any]) -> bool:
+    """Whether a method with these options needs calibration data."""
+    return method in CALIBRATED or fixed_inputs(method, options)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,8 @@ def _exceptions(
 ) -> Iterator[tuple[Sequence[str], str, str]]:
     """The exceptions whose conditions are met: families (none: for all), the conditions in words, and the reason."""
     sizes = (requirements.group_size, *requirements.rule_groups)
-    known = {**requirements.options, "grouped": any(size != -1 for size in sizes), **facts}
+    inputs = "rounded" if rounds_inputs(requirements.method, requirements.options) else "float"
+    known = {**requirements.options, "grouped": any(size != -1 for size in sizes), "inputs": inputs, **facts}
     for entry in table()[backend].get("exceptions", ()):
         conditions = entry.get("when", {})
         if all(known.get(key) == value for key, value in conditions.items()):

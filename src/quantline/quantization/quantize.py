@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers
+from quantline.checkpoints.layouts.choice import float_scheme
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import inventory, select_linears
 from quantline.core.errors import UserError, WorkerError
 from quantline.core.files import read_json
-from quantline.quantization.capabilities import CALIBRATED, Requirements, choose, toolchain_of
+from quantline.quantization.capabilities import Requirements, calibrated, choose, toolchain_of
 from quantline.toolchains.protocol import JobResult
 
 # Largest difference of a toolchain's float logits from the reference engine's, in units of the logits' standard
@@ -102,20 +103,20 @@ def quantize(
     """
     checkpoint, config = Checkpoint.open(model), read_json(model / "config.json")
     backend, notes = choose(request.backend, request.order, request.requirements, config)
+    method = str(request.method["name"])
     widths = select_linears(
         checkpoint, config, bits=request.bits, group_size=request.group_size, rules=request.rules,
         lm_head=request.requirements.lm_head,
     )  # fmt: skip
     stock = inventory(checkpoint, config)
     notes += [stock.note] if stock.note else []
-    method = str(request.method["name"])
     grouped = not (method == "bnb" and request.bits == 8)
-    if grouped:
+    if grouped and float_scheme(method, request.options) is None:
         check_group_size(stock.linears, widths)
     job: dict[str, Any] = {
         "model": str(model),
         "output": str(out),
-        "calibration": str(calibration) if method in CALIBRATED else None,
+        "calibration": str(calibration) if calibrated(method, request.options) else None,
         "method": method,
         "bits": request.bits,
         "group_size": request.group_size,

@@ -54,17 +54,22 @@ def method_faults(values: Mapping[str, Any]) -> list[str]:
 
 
 def _activation_faults(requirements: capabilities.Requirements) -> list[str]:
-    """What cannot be combined with rounded activations: their only layout has int8 weights with one scale per channel."""
-    given = f"method.activation_bits={requirements.options['activation_bits']}"
+    """What cannot be combined with rounded activations.
+
+    Their layouts have symmetric weights of 4 bits, or, for int8 activations, of 8 bits with one scale per channel.
+    """
+    rounded = requirements.options["activation_bits"]
+    four = requirements.bits == 4
     wanted = [
         f"{key}={shown}" for key, shown, matches in (
-            ("bits", "8", requirements.bits == 8),
-            ("group_size", "-1", requirements.group_size == -1),
+            ("bits", "4" if rounded == "fp8" else "8", four or (rounded == 8 and requirements.bits == 8)),
+            ("group_size", "-1", four or rounded == "fp8" or requirements.group_size == -1),
             ("method.sym", "true", requirements.options.get("sym", True)),
             ("layers", "uniform", requirements.layers != "widths"),
         ) if not matches
     ]  # fmt: skip
-    return [f"{given}: needs int8 weights with one scale per channel; give {' '.join(wanted)}"] if wanted else []
+    weights = "symmetric weights of 4 bits" + (", or of 8 bits with one scale per channel" if rounded == 8 else "")
+    return [f"method.activation_bits={rounded}: needs {weights}; give {' '.join(wanted)}"] if wanted else []
 
 
 def _bits_faults(requirements: capabilities.Requirements, backends: Mapping[str, list[str]]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
@@ -63,6 +63,8 @@ class CheckpointFacts:
     output layer, `named` or `unnamed`; `float` if that layer is not quantized. experts: `quantized`, if experts of a mixture
     are, else `float`. cut: what tensor parallelism would cut
     through: `heads`, `groups` or `nothing`. architecture: the class that config.json names, see `architecture_of`.
+    strategy: what shares a scale, in the words of compressed-tensors. inputs: what linears' inputs are rounded to, `float`
+    (they are not), `int8`, `fp8` or `fp4`; `fixed` where their scales are.
     """
 
     method: str
@@ -78,6 +80,8 @@ class CheckpointFacts:
     experts: str | None = None
     cut: str | None = None
     architecture: str | None = None
+    strategy: str | None = None
+    inputs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,18 @@ def _compressed_facts(quantization: Mapping[str, Any], widths_divisible_by_32: b
         desc_act=any(scheme.get("actorder") not in (None, False, "static", "weight") for scheme in schemes),
         layout=str(quantization.get("format")),
         widths_divisible_by_32=widths_divisible_by_32,
+        strategy=schemes[0].get("strategy") if schemes else None,
+        inputs=_inputs([group.get("input_activations") for group in groups.values()]),
     )
+
+
+def _inputs(sections: Sequence[Mapping[str, Any] | None]) -> str:
+    rounded = next((section for section in sections if section), None)
+    if rounded is None:
+        return "float"
+    if not rounded.get("dynamic"):
+        return "fixed"
+    return f"{'int' if rounded.get('type', 'int') == 'int' else 'fp'}{rounded.get('num_bits', 8)}"
 
 
 def _known(target: Target, facts: CheckpointFacts) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from quantline.checkpoints.layouts import LAYOUTS, TARGETS, Layout, awq, bitsandbytes, gptq, gptq_v2
 from quantline.checkpoints.layouts.compressed_tensors import int_quantized, pack_quantized
+from quantline.checkpoints.layouts.compressed_tensors.schemes import SCHEMES, FloatScheme
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 
 
@@ -17,17 +18,44 @@ def layout_of(specs: set[LinearSpec], symmetric: bool) -> str:
     return awq.VERSIONS["gemm"] if len(specs) == 1 and next(iter(specs)).bits == 4 else gptq_v2.NAME
 
 
-def compressed_tensors_of(activations: bool) -> str:
-    """The layout of compressed-tensors; activations: runtimes also quantize activations."""
+def compressed_tensors_of(activations: object) -> str:
+    """The layout of compressed-tensors with integer weights; activations: how runtimes round inputs, `activation_bits`."""
+    if activations == "fp8":
+        return pack_quantized.W4AFP8.name
     return int_quantized.NAME if activations else pack_quantized.NAME
+
+
+# (method, method.scheme) -> llm-compressor's preset
+_PRESETS = {("fp8", "dynamic"): "FP8_DYNAMIC", ("fp8", "static"): "FP8", ("fp8", "block"): "FP8_BLOCK"}
+
+
+def float_scheme(method: str, options: Mapping[str, Any]) -> FloatScheme | None:
+    """The scheme of a method whose weights are floating-point codes; None for others."""
+    name = str(options.get("scheme"))
+    return SCHEMES.get(_PRESETS.get((method, name), name.upper()))
+
+
+def rounds_inputs(method: str, options: Mapping[str, Any]) -> bool:
+    """Whether runtimes round the inputs of linears, too."""
+    scheme = float_scheme(method, options)
+    return bool(options.get("activation_bits")) or (scheme is not None and scheme.activations is not None)
+
+
+def fixed_inputs(method: str, options: Mapping[str, Any]) -> bool:
+    """Whether the inputs of linears get scales that are fixed before, which calibration finds."""
+    scheme = float_scheme(method, options)
+    return scheme is not None and scheme.activations is not None and bool(scheme.activations.tensor)
 
 
 def written_by(backend: str, method: str, options: Mapping[str, Any], specs: set[LinearSpec], symmetric: bool) -> str:
     """The layout of a backend's output."""
     if method == "bnb":
         return bitsandbytes.NAME
+    scheme = float_scheme(method, options)
+    if scheme is not None:
+        return scheme.layout
     if backend == "llmcompressor":
-        return compressed_tensors_of(bool(options.get("activation_bits")))
+        return compressed_tensors_of(options.get("activation_bits"))
     if backend == "native":
         return layout_of(specs, symmetric)
     version = str(options.get("version"))

@@ -5,9 +5,33 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from quantline.checkpoints.layouts.linear_spec import LayerSettings
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How a runtime rounds the inputs of quantized linears, symmetrically.
+
+    Attributes:
+        kind: what a value becomes: `int8`, `e4m3` (FP8) or `e2m1` (FP4).
+        share: which values have one scale: those of a `token`, a `group` of `size` values of a token, or all (`tensor`).
+        size: values of a group.
+        scales: how a scale itself is rounded: not, to a power of two (`e8m0`), or to FP8 (`e4m3`).
+        tensor: suffix of the tensor with the fixed scale of a linear; for scales in FP8, with what they are multiplied by.
+    """
+
+    kind: Literal["int8", "e4m3", "e2m1"]
+    share: Literal["token", "tensor", "group"]
+    size: int = 0
+    scales: Literal["float", "e8m0", "e4m3"] = "float"
+    tensor: str = ""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a rounded value."""
+        return 4 if self.kind == "e2m1" else 8
 
 
 @dataclass(frozen=True)
@@ -24,8 +48,7 @@ class QuantizationInfo:
         modules_to_not_convert: names of modules left in float; compressed-tensors also has ``re:`` patterns there.
         overrides: module name -> settings of linears that differ from the rest (compressed-tensors).
         patterns: the same, by regular expressions that match the start of a name; the first match counts (GPTQ's dynamic).
-        activation_bits: 8 if a runtime also quantizes the inputs of the quantized linears, symmetrically, with one scale
-            per token (W8A8); None if it does not.
+        activations: how a runtime also rounds the inputs of the quantized linears; None if it does not.
     """
 
     method: str
@@ -37,7 +60,12 @@ class QuantizationInfo:
     modules_to_not_convert: tuple[str, ...]
     overrides: Mapping[str, LayerSettings] = field(default_factory=dict)
     patterns: tuple[tuple[str, LayerSettings], ...] = ()
-    activation_bits: int | None = None
+    activations: Activations | None = None
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Bits of rounded inputs; None where inputs are not rounded."""
+        return None if self.activations is None else self.activations.bits
 
     def of(self, layer: str) -> LayerSettings:
         """Bits, group size and symmetry of one quantized linear."""

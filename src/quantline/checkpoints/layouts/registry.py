@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from quantline.checkpoints.layouts import awq_gemm, awq_gemv, bitsandbytes, gptq, gptq_v2
-from quantline.checkpoints.layouts.compressed_tensors import int_quantized, pack_quantized
+from quantline.checkpoints.layouts.compressed_tensors import floats, int_quantized, pack_quantized
 from quantline.checkpoints.layouts.layout import ConfigSection, Layout
 from quantline.checkpoints.layouts.msmodelslim import layout as msmodelslim
 
@@ -17,6 +17,8 @@ LAYOUTS: Mapping[str, Layout] = {
     "gptq_v2": gptq_v2.LAYOUT,
     "compressed_tensors": pack_quantized.LAYOUT,
     "compressed_tensors_int": int_quantized.LAYOUT,
+    "compressed_tensors_w4afp8": pack_quantized.W4AFP8,
+    **floats.LAYOUTS,
     "bitsandbytes": bitsandbytes.LAYOUT,
     "msmodelslim": msmodelslim.SAFE_TENSOR,
     "msmodelslim_ascend_v1": msmodelslim.ASCEND_V1,

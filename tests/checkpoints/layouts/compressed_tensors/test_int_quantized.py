@@ -66,9 +66,10 @@ def test_reads_back_what_it_wrote(in_features: int, out_features: int, seed: int
 
 def test_what_it_cannot_hold_is_refused() -> None:
     for held, fact in [
-        (build(4, 8, 8, -1), "bits=4 group_size=-1"),
+        (build(2, 8, 8, -1), "bits=2 group_size=-1"),
+        (build(4, 8, 8, -1, zeros=np.full((1, 8), 7, np.int16)), "zero points differ from the middle"),
         (build(8, 8, 8, 4), "bits=8 group_size=4"),
-        (linear(8, 8, zeros=np.zeros((1, 8), np.int16)), "zero points differ from 128"),
+        (linear(8, 8, zeros=np.zeros((1, 8), np.int16)), "zero points differ from the middle"),
     ]:
         with pytest.raises(FormatError, match=fact):
             int_quantized.write(held)
@@ -80,6 +81,21 @@ def test_what_it_cannot_hold_is_refused() -> None:
     ]:
         with pytest.raises(FormatError, match=fact):
             int_quantized.read({**tensors, **change}, bits=8, group_size=-1)
+    with pytest.raises(FormatError, match=r"codes has values in \[255, 255\]"):  # -9 at 4 bits
+        int_quantized.read({**tensors, "weight": np.full((4, 8), -9, np.int8)}, bits=4, group_size=-1)
+
+
+@given(st.integers(1, 8), st.integers(1, 40), st.sampled_from([-1, 16]), st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_codes_of_4_bits_are_one_a_byte_in_groups(blocks: int, out_features: int, size: int, seed: int) -> None:
+    groups = 1 if size == -1 else blocks
+    before = build(4, 16 * blocks, out_features, size, seed, zeros=np.full((groups, out_features), 8, np.int16))
+    tensors = int_quantized.write(before)
+    assert tensors["weight"].shape == (out_features, 16 * blocks)
+    assert tensors["weight"].min() >= -8
+    after = int_quantized.read(tensors, bits=4, group_size=size)
+    for name in ("codes", "scales", "zeros", "group_index"):
+        assert np.array_equal(getattr(after, name), getattr(before, name)), name
 
 
 def test_what_is_described_is_what_is_read(tmp_path: Path) -> None:
@@ -87,8 +103,12 @@ def test_what_is_described_is_what_is_read(tmp_path: Path) -> None:
     assert info is not None
     assert (info.layout, info.bits, info.group_size, info.symmetric, info.activation_bits) == (LAYOUT, 8, -1, True, 8)
     assert info.modules_to_not_convert == ("lm_head",)
+    four = describe(LAYOUT, bits=4, group_size=64, symmetric=True)
+    info = quantization_of(written(tmp_path, four))
+    assert info is not None
+    assert (info.layout, info.bits, info.group_size, info.activation_bits) == (LAYOUT, 4, 64, 8)
     for values in (
-        {"bits": 4},
+        {"bits": 3},
         {"group_size": 64},
         {"symmetric": False},
         {"overrides": {"a.b": LayerSettings(8, 64, True)}},
@@ -107,7 +127,7 @@ def test_what_is_described_is_what_is_read(tmp_path: Path) -> None:
             "symmetric",
         ),
         (group(output_activations={"num_bits": 8}), "has .*_activations"),
-        (group(weights={"num_bits": 8, "strategy": "tensor"}), "stored as 'int-quantized' with weights"),
+        (group(weights={"num_bits": 8, "strategy": "tensor"}), "has weights"),
         (group(weights={"num_bits": 8, "strategy": "channel", "symmetric": False}), "with weights"),
         (group(targets=["model.a"]), "0 groups for Linear"),
     ],

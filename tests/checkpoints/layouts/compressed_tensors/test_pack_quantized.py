@@ -204,7 +204,7 @@ def group_with(**changes: Any) -> dict[str, Any]:
         (weights_with(num_bits=6), "group group_0 has weights"),
         (weights_with(dynamic=True), "group group_0 has weights"),
         (weights_with(actorder="sideways"), "unknown actorder"),
-        (group_with(input_activations={"num_bits": 8}), "has input_activations"),
+        (group_with(input_activations={"num_bits": 8}), "with input_activations"),
         (group_with(targets=["re:.*q_proj"]), "has targets"),
         (group_with(targets=["model.a"]), "0 groups for Linear"),
         ({**weights_with(), "format": "int-quantized"}, "stored as 'int-quantized'"),

@@ -17,6 +17,11 @@ GPTQ = ["plain", "bits_2", "bits_3", "bits_8", "channel", "static", "asymmetric"
 RTN = ["rtn", "rtn_asymmetric", "rtn_w8a8"]
 AWQ = ["awq", "awq_symmetric", "awq_8"]
 METHODS = {"plain": "gptq", "awq": "awq"}
+# Weights of floating-point codes: method, scheme, bits, group size
+FLOATS = {
+    "fp8_dynamic": ("fp8", "dynamic", 8, -1), "fp8_static": ("fp8", "static", 8, -1), "fp8_block": ("fp8", "block", 8, 128),
+    "nvfp4": ("fp4", "nvfp4", 4, 16), "mxfp4a16": ("fp4", "mxfp4a16", 4, 32), "mxfp8": ("mxfp8", "mxfp8", 8, 32),
+}  # fmt: skip
 W8A8 = {"bits": 8, "group_size": -1, "options": {"activation_bits": 8}}
 
 
@@ -59,6 +64,14 @@ def batch(work, job_for, tmp_path_factory):
         "experts": job_for("mixtral", "lc-experts"),
         "experts_rtn": job_for("mixtral", "lc-experts-rtn", method="rtn"),
         "damped": job_for("qwen2", "lc-damped", calibration=str(few), options={"damp_percent": 1e-12}),
+        "w4a8": job_for("qwen2", "lc-w4a8", method="rtn", options={"activation_bits": 8}),
+        "w4afp8": job_for("qwen2", "lc-w4afp8", method="rtn", options={"activation_bits": "fp8"}),
+        **{
+            label: job_for(
+                "qwen2", f"lc-{label}", method=method, bits=bits, group_size=size, options={"scheme": scheme}
+            )
+            for label, (method, scheme, bits, size) in FLOATS.items()
+        },
         "unknown": job_for("qwen2", "lc-unknown", linears={"model.layers.7.x": {"bits": 4, "group_size": 64}}),
         "group_96": job_for("qwen2", "lc-96", group_size=96),
         "overflow": job_for("overflow", "lc-overflow"),
@@ -124,6 +137,24 @@ def test_what_goes_into_linears_is_rounded_where_the_config_says_so(batch):
         weight = Checkpoint.open(output).info("model.layers.0.mlp.up_proj.weight")
         assert (weight.dtype, weight.shape) == ("I8", (256, 128))
     assert quantization_of(batch["plain"][0]).activation_bits is None
+
+
+@pytest.mark.parametrize("label", [*FLOATS, "w4a8", "w4afp8"])
+def test_floating_point_codes_and_integers_beside_rounded_inputs_are_written_as_computed(batch, label):
+    output, result = batch[label]
+    assert result["metrics"]["written_max_difference"] == 0
+    assert result["metrics"]["linears_quantized"] == result["metrics"]["linears_expected"] == 14
+    assert all(0 < row["relative_error"] < 0.2 for row in result["layers"])
+    info = quantization_of(output)
+    assert (info.activation_bits is None) == ("a16" in label)
+    assert 0 < error(batch, label) < (0.1 if info.bits == 8 else 0.5)
+    tensors = quantized_layers(Checkpoint.open(output), info)["model.layers.0.mlp.up_proj"]
+    assert (info.activations is not None and info.activations.tensor in tensors) == (label in ("fp8_static", "nvfp4"))
+
+
+def test_fp8_is_closer_than_fp4_and_blocks_are_closer_than_one_scale(batch):
+    assert error(batch, "fp8_block") < error(batch, "nvfp4")
+    assert error(batch, "fp8_dynamic") < error(batch, "mxfp4a16")
 
 
 def test_linears_get_their_own_widths_and_those_not_asked_for_stay_float(batch):
@@ -207,8 +238,8 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(batch, label, messag
         ({"options": {"damp_percent": 1.5}}, "damp_percent=1.5"),
         ({"options": {"desc_act": True}}, "give method.static_groups=true"),
         (
-            {"options": {"activation_bits": 8}},
-            "activation_bits=8 with bits=4 group_size=64 method.sym=true: kernels take",
+            {"bits": 8, "options": {"activation_bits": 8}},
+            "activation_bits=8 with bits=8 group_size=64 method.sym=true: kernels take",
         ),
         ({**W8A8, "options": {"activation_bits": 8, "sym": False}}, "sym=false: kernels take bits=8"),
         ({"method": "awq", "options": {"clip": True}}, "give method.clip=false"),

@@ -19,6 +19,7 @@ this one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -220,8 +221,14 @@ LAYOUT = Layout(
         read, write, rows_are_outputs=True, optional_zeros=True, casts_at_loading=True,
         bands=Bands("flat", read_grid, write_grid),
     ),
-    config=ConfigSection(partial(config.section, activations=False), config.info_of, names_tied_head=True),
+    config=ConfigSection(partial(config.section, activations=None), config.info_of, names_tied_head=True),
     mixed=True,
     mixed_target=True,
     target="compressed_tensors",
+)  # fmt: skip
+
+# The same tensors, for kernels that round inputs to FP8 (W4AFP8).
+W4AFP8 = replace(
+    LAYOUT, name="compressed_tensors_w4afp8", target=None, mixed=False, mixed_target=False, activations=True,
+    config=ConfigSection(partial(config.section, activations=config.FP8), config.info_of, names_tied_head=True),
 )  # fmt: skip

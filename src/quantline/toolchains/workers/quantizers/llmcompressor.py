@@ -1,4 +1,4 @@
-"""llm-compressor 0.14.0.1 as a worker (methods gptq, rtn and awq), in the layouts of compressed-tensors.
+"""llm-compressor 0.14.0.1 as a worker (methods gptq, rtn, awq, fp8, fp4 and mxfp8), in the layouts of compressed-tensors.
 
 The library's modifiers run in its own pipeline on a model that this worker loaded and verified; the library saves nothing.
 Bits, groups and skips by linear are its `config_groups` and `ignore`. Differences from the library's defaults:
@@ -11,8 +11,9 @@ Bits, groups and skips by linear are its `config_groups` and `ignore`. Differenc
   attention to later tokens. Here the config stays the model's own. `IntermediatesCache` fails on such configs; here it
   passes them through. On a CPU its memory is not pinned, because pinning needs a GPU.
 
-With activation_bits=8 (W8A8), weights are quantized the same way, and the config tells the runtime to round the inputs of
-each linear per token. desc_act works within fixed groups only: the library has no reordered groups.
+With activation_bits (W8A8, W4A8, W4AFP8), weights are quantized the same way, and the config tells the runtime to round the
+inputs of each linear per token. Weights of floating-point codes are those of `llmcompressor_floats`. desc_act works within
+fixed groups only: the library has no reordered groups.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from quantline.checkpoints.layouts.choice import compressed_tensors_of
+from quantline.checkpoints.layouts.choice import compressed_tensors_of, float_scheme
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model, output, selection
 
@@ -37,6 +38,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "rtn": {"sym": True, "activation_bits": None},
     "awq": {"zero_point": True, "version": "gemm", "clip": False},
+    "fp8": {"scheme": "dynamic"}, "fp4": {"scheme": "nvfp4a16"}, "mxfp8": {"scheme": "mxfp8"},
 }  # fmt: skip
 BITS = (2, 3, 4, 8)
 
@@ -52,6 +54,10 @@ def check(job: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise JobError(f"method={method}: llmcompressor takes {', '.join(DEFAULTS)}")
     options = output.method_options(job, DEFAULTS[method], method)
     widths = {(width["bits"], width["group_size"]) for width in (job.get("linears") or {"": job}).values()}
+    scheme = float_scheme(method, options)
+    if "scheme" in options and (scheme is None or widths != {(scheme.bits, scheme.group_size)}):
+        given = f"method={method} method.scheme={options['scheme']}"
+        raise JobError(f"{given}: there is no such scheme with bits and groups {sorted(widths)}")
     for bits, size in widths:
         if bits not in BITS:
             raise JobError(f"bits={bits}: {method} takes {', '.join(map(str, BITS))}")
@@ -81,13 +87,16 @@ def check(job: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _check_activations(options: Mapping[str, Any], widths: set[tuple[int, int]]) -> None:
-    if options["activation_bits"] != 8:
-        raise JobError(f"method.activation_bits={options['activation_bits']}: llmcompressor takes 8 or null")
-    if widths != {(8, -1)} or not options["sym"]:
+    rounded = options["activation_bits"]
+    if rounded not in (8, "fp8"):
+        raise JobError(f"method.activation_bits={rounded}: llmcompressor takes 8, fp8 or null")
+    four = len(widths) == 1 and next(iter(widths))[0] == 4
+    if not options["sym"] or not (four or (rounded == 8 and widths == {(8, -1)})):
         found = ", ".join(f"bits={bits} group_size={size}" for bits, size in sorted(widths))
+        eight = "bits=8 group_size=-1 or bits=4" if rounded == 8 else "bits=4"
         raise JobError(
-            f"method.activation_bits=8 with {found} method.sym={str(options['sym']).lower()}: kernels take bits=8 "
-            "group_size=-1 method.sym=true for all linears; give those, or method.activation_bits=null"
+            f"method.activation_bits={rounded} with {found} method.sym={str(options['sym']).lower()}: kernels take {eight} "
+            "with method.sym=true, all linears alike; give those, or method.activation_bits=null"
         )
 
 
@@ -106,13 +115,19 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
 
     work = model.load(job, config, translate=False)
     linearize_moe(work.model)  # experts as separate linears, as in the files
-    symmetric = not options["zero_point"] if method == "awq" else bool(options["sym"])
-    layout = compressed_tensors_of(bool(options.get("activation_bits")))
+    symmetric = not options["zero_point"] if method == "awq" else bool(options.get("sym", True))
+    scheme = float_scheme(method, options)
+    layout = compressed_tensors_of(options.get("activation_bits")) if scheme is None else scheme.layout
     state = modifiers.Run(work, report, options, symmetric, layout)
     _survey(state)
     started = time.perf_counter()
     with library(state):
-        modifiers.METHODS[method](state)
+        if scheme is None:
+            modifiers.METHODS[method](state)
+        else:
+            from quantline.toolchains.workers.quantizers import llmcompressor_floats
+
+            llmcompressor_floats.quantize(state, scheme)
     _clean(state)
     work.metrics["quantize_seconds"] = time.perf_counter() - started
     result = model.finish(work, state.wanted, state.settings())

@@ -256,7 +256,8 @@ class Run:
         targets: dict[tuple[int, int], list[str]] = {}
         for name in self.wanted:
             targets.setdefault(self.work.width(name), []).append(self.paths[name])
-        activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        kind = "float" if self.options.get("activation_bits") == "fp8" else "int"
+        activations = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
         return {
             f"group_{number}": {
                 "targets": paths,

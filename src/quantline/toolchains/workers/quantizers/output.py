@@ -83,7 +83,7 @@ def check_shapes(widths: Mapping[str, tuple[int, int]], layout: str, bits: int, 
         )
     faults = []
     for name, (in_features, out_features) in widths.items():
-        if group_size != -1 and in_features % group_size:
+        if LAYOUTS[layout].affine is not None and group_size != -1 and in_features % group_size:
             faults.append(f"{name}: group_size={group_size} does not divide its input width {in_features}")
             continue
         found = LAYOUTS[layout].faults((in_features, out_features), LinearSpec(bits, group_size), Storage())
