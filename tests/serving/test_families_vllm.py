@@ -30,7 +30,7 @@ def python(root):
 
 
 def test_qwen3_5_is_served_and_scores_as_the_reference_engine_says(root, python, tmp_path):
-    """Seen: a mean gap of 0.003 in a spread of 0.97 (bfloat16 against float32)."""
+    """Seen: a mean gap of 0.019 in a spread of 2.2 (bfloat16 against float32)."""
     maker = root / "tests" / "support" / "make_families.py"
     command = [interpreter("reference"), maker, tmp_path, "qwen3_5_text"]
     subprocess.run(command, env=worker_environment(1), capture_output=True, check=True)
@@ -44,8 +44,8 @@ def test_qwen3_5_is_served_and_scores_as_the_reference_engine_says(root, python,
         found = np.stack(score(server, list(ids)))
     gaps = np.abs(found - expected)
     print(f"mean gap {gaps.mean():.4f}, largest {gaps.max():.4f}, spread {expected.std():.3f}")
-    assert gaps.mean() < 0.02
-    assert expected.std() > 0.5
+    assert gaps.mean() < 0.05
+    assert expected.std() > 1
 
 
 def test_what_stands_in_for_torchvision_gives_its_names_and_says_what_is_missing_when_used(python):

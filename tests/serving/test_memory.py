@@ -52,3 +52,10 @@ def test_what_the_config_does_not_say_is_unknown():
     assert activations({"model_type": "mamba", "hidden_size": 64, "vocab_size": 9}, 1) is not None
     assert kv_cache({}) is None
     assert activations({}, 1) is None
+
+
+def test_a_cache_in_fewer_bits_is_smaller():
+    plain = kv_cache(LLAMA_2_7B).bytes_per_token
+    assert kv_cache(LLAMA_2_7B, "fp8").bytes_per_token == plain // 2
+    assert kv_cache(LLAMA_2_7B, "int8_per_token_head").bytes_per_token == 2 * 32 * 32 * (128 + 4)
+    assert kv_cache(LLAMA_2_7B, "int4_per_token_head").bytes_per_token == 2 * 32 * 32 * (64 + 4)

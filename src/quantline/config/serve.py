@@ -39,6 +39,12 @@ class ProcessConfig(Section):
     attention_backend: str | None = Field(default=None, pattern=r"^[A-Z0-9_]+$")
 
 
+# What vLLM 0.32 calls the types of a KV cache (CacheDType) that any model can have.
+KvCacheDtype = Literal[
+    "auto", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head", "int8_per_token_head", "int4_per_token_head", "nvfp4"
+]
+
+
 class ServeConfig(Section):
     """The server and its smoke test."""
 
@@ -46,6 +52,8 @@ class ServeConfig(Section):
     max_model_len: Annotated[int, Field(ge=16)] | Literal["auto"]
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
     enforce_eager: bool
+    # With a default, since configurations that were frozen before do not have it.
+    kv_cache_dtype: KvCacheDtype = "auto"
     smoke: SmokeConfig
     process: ProcessConfig
 

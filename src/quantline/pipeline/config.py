@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from quantline.checkpoints.layouts.choice import float_scheme
 from quantline.config.context import automatic, length_faults
 from quantline.config.convert import ConvertConfig, ConvertSourceConfig
 from quantline.config.data import EMBEDDED_MODEL, CalibrationConfig, ModelConfig
@@ -30,7 +29,7 @@ from quantline.config.tasks import TasksConfig
 from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import ConfigError
 from quantline.core.text import as_configured
-from quantline.quantization.requirements import method_faults
+from quantline.quantization.requirements import method_faults, with_own_widths
 from quantline.toolchains.environments import HEALTH_CHECKS
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -88,7 +87,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     """
     faults: list[str] = []
     config: Config | None = None
-    values = _with_widths_of_the_scheme(_repository_over_embedded(values))
+    values = with_own_widths(_repository_over_embedded(values))
     try:
         config = _with_context(Config.model_validate(dict(values)))
         faults.extend(length_faults(config))
@@ -103,13 +102,6 @@ def parse(values: Mapping[str, Any]) -> Config:
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     return config
-
-
-def _with_widths_of_the_scheme(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Bits and group size of a method that has them by itself (fp8, fp4, mxfp8), whatever is given."""
-    method = values.get("method")
-    scheme = float_scheme(str(method.get("name")), method) if isinstance(method, Mapping) else None
-    return values if scheme is None else {**values, "bits": scheme.bits, "group_size": scheme.group_size}
 
 
 def _with_context(config: Config) -> Config:

@@ -59,13 +59,13 @@ def convert(config: Config, context: Context) -> dict[str, Any]:
 
 def serve_smoke(config: Config, context: Context) -> dict[str, Any]:
     """The server, its test questions, and the text that it scores."""
-    serve = config.serve.model_dump(exclude={"process"})
+    serve = _serve(config, exclude={"process"})
     return {**_scored(config, context), "serve": serve, "environment": context.locks["server"]}
 
 
 def verdict(config: Config, context: Context) -> dict[str, Any]:
     """What decides whether the server takes a checkpoint: neither the questions nor the text that it scores."""
-    return {"serve": config.serve.model_dump(exclude={"process", "smoke"}), "environment": context.locks["server"]}
+    return {"serve": _serve(config, exclude={"process", "smoke"}), "environment": context.locks["server"]}
 
 
 def evaluate(config: Config, context: Context) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def noise(config: Config, context: Context) -> dict[str, Any]:
 
 def speed(config: Config, context: Context) -> dict[str, Any]:
     """The benchmark and the server."""
-    serve = config.serve.model_dump(include={"runtime", "max_model_len", "dtype", "enforce_eager"})
+    serve = _serve(config, exclude={"process", "smoke"})
     return {"speed": config.speed.model_dump(), "serve": serve, "environment": context.locks["server"]}
 
 
@@ -96,9 +96,14 @@ def tasks(config: Config, context: Context) -> dict[str, Any]:
     own.update(text=task_inputs(config, context.root).get(asked.path), environment=context.locks["tasks"])
     own["max_length"] = config.serve.length
     if "vllm" in asked.engines:
-        serving = config.serve.model_dump(exclude={"process", "smoke"})
-        own.update(serve=serving, server=context.locks["server"])
+        own.update(serve=_serve(config, exclude={"process", "smoke"}), server=context.locks["server"])
     return own
+
+
+def _serve(config: Config, exclude: set[str]) -> dict[str, Any]:
+    """The server's options; that of the cache is left out at its default, so that existing results stay valid."""
+    own = config.serve.model_dump(exclude=exclude)
+    return {key: value for key, value in own.items() if (key, value) != ("kv_cache_dtype", "auto")}
 
 
 def model_inputs(config: Config, root: Path) -> dict[str, Any]:

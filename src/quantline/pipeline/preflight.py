@@ -34,7 +34,7 @@ from quantline.planning.spec import Finding, Machine, Model, RefusedError, Step,
 from quantline.quantization.capabilities import CALIBRATED
 from quantline.quantization.requirements import requirements_of
 from quantline.serving.memory import GIB, Limits
-from quantline.serving.rules import Target, cpu_traits, process_facts
+from quantline.serving.rules import Target, cpu_traits, kept_as, process_facts
 from quantline.toolchains.environments import detect_platform, expected_version
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -
         order[config.method.name] = config.frozen.backends
     return Machine(
         target=Target(
-            config.serve.runtime, version, device, compute_capability=capability, **cpu_traits(device),
+            config.serve.runtime, version, device, compute_capability=capability,
+            kv_cache_dtype=kept_as(config.serve.kv_cache_dtype), **cpu_traits(device),
             **process_facts(config.serve.process),
         ),
         order=order, context=options.context or config.serve.length,

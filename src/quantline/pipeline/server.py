@@ -66,6 +66,7 @@ def options_of(config: Config, device: str, *, quantized: bool, positions: int |
     return ServerOptions(
         process, device=device, dtype=serving_dtype(serve.dtype, quantized=quantized),
         max_model_len=served_length(config, positions), enforce_eager=serve.enforce_eager,
+        kv_cache_dtype=serve.kv_cache_dtype,
         trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip
 

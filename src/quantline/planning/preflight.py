@@ -35,6 +35,8 @@ def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refu
     If a variant cannot be quantized, serving is not checked. sizes_of_refused: calculate the memory also of variants that
     the server refuses.
     """
+    if scheme := float_scheme(variant.method, variant.options):
+        variant = replace(variant, bits=scheme.bits, group_size=scheme.group_size)
     backend, findings, widths = _quantizable(variant, model, machine)
     if any(finding.refused for finding in findings):
         return Plan(variant, backend, "", tuple(findings))
@@ -67,7 +69,7 @@ def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refu
         model.checkpoint, model.config, widths, layout,
         Storage(zero_points=not symmetric, double_quant=bool(variant.options.get("double_quant", True))),
     )  # fmt: skip
-    kv = memory.kv_cache(model.config)
+    kv = memory.kv_cache(model.config, machine.target.kv_cache_dtype or "auto")
     plan = Plan(
         variant, backend, layout, tuple(findings), weights, kv,
         None if kv is None else kv.bytes(*machine.limits.cached(machine.context, machine.batch)),

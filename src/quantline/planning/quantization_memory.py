@@ -71,7 +71,7 @@ def quantization_peak(
                      and weight, result and losses of the largest linear, 3 * in * out * 4. AWQ (arXiv:2306.00978):
                      two more copies of a block, to scale and to compare. AutoRound (arXiv:2309.05516): a block's rounding,
                      gradients and best values, 3 * 4 bytes per value. rtn: 5 float32 copies of the largest linear. bnb:
-                     one float32 copy.
+                     one float32 copy; fp8, fp4 and mxfp8: the largest linear in float32, before, packed and after.
     """
     shapes = linear_shapes(checkpoint, config)
     linears = shapes.values()
@@ -91,6 +91,9 @@ def quantization_peak(
     weights = f"{'one block' if low_memory else 'all weights'} in {dtype}"
     if method == "bnb":
         return Peak(held * size, 0, largest * 4, TORCH_PROCESS + min(SHARD, output), f"{weights}, the largest linear")
+    if method in ("fp8", "fp4", "mxfp8"):
+        formula = f"{weights}, a block's activations, the largest linear three times in float32"
+        return Peak(held * size, streams, 3 * 4 * largest, TORCH_PROCESS + min(SHARD, output), formula)
     if method == "awq":
         features = tokens * sum(wide for wide, _ in linears) // blocks * size
         formula = f"{weights}, a block's activations and its linears' inputs, two copies of a block"

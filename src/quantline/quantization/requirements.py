@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantline.checkpoints.layouts.choice import float_scheme
 from quantline.core.text import alternatives
 from quantline.quantization import capabilities
 
 
+def with_own_widths(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Plain values with the bits and group size of a method that has them by itself (fp8, fp4, mxfp8), whatever is given."""
+    method = values.get("method")
+    scheme = float_scheme(str(method.get("name")), method) if isinstance(method, Mapping) else None
+    return values if scheme is None else {**values, "bits": scheme.bits, "group_size": scheme.group_size}
+
+
 def requirements_of(values: Mapping[str, Any]) -> capabilities.Requirements:
     """What a configuration, given as plain values, requires of a backend."""
+    values = with_own_widths(values)
     method = values["method"]
     rules = values.get("layers", {}).get("rules") or []
     bits = tuple(rule["bits"] for rule in rules if rule.get("bits") is not None)

@@ -25,6 +25,7 @@ class ServerOptions:
         max_model_len: tokens of prompt and answer together; None takes the model's own limit.
         enforce_eager: no graph capture.
         trust_remote_code: run the Python code that a model brings.
+        kv_cache_dtype: of the keys and values that are kept.
         threads: OpenMP threads of a CPU worker, not bound to cores. None lets vLLM bind them to all cores but one, which
             was the fastest setting tried on two busy cores.
         environment: further environment variables of the server.
@@ -39,6 +40,7 @@ class ServerOptions:
     enforce_eager: bool = True
     trust_remote_code: bool = False
     threads: int | None = None
+    kv_cache_dtype: str = "auto"
     environment: Mapping[str, str] = field(default_factory=dict)
     name: str = SERVED_NAME
     proven: tuple[str, ...] | None = None
@@ -86,6 +88,8 @@ def flags_of(options: ServerOptions) -> list[str]:
     ):  # fmt: skip
         if value:
             flags += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    if options.kv_cache_dtype != "auto":
+        flags += ["--kv-cache-dtype", options.kv_cache_dtype]
     if options.enforce_eager:
         flags.append("--enforce-eager")
     if options.trust_remote_code:

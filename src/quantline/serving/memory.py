@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,23 +58,29 @@ class KvCache:
         return batch * (context * self.bytes_per_token + kept * self.window_bytes_per_token)
 
 
-def kv_cache(config: Mapping[str, Any], bytes_per_value: int = 2) -> KvCache | None:
+# Bytes of a kept value; beside each head's values of a token, `per_token_head` keeps a float32 scale.
+KEPT_BYTES = {"auto": 2.0, "nvfp4": 0.5 + 1 / 16, "int4_per_token_head": 0.5}
+_SCALE = 4
+
+
+def kv_cache(config: Mapping[str, Any], dtype: str = "auto") -> KvCache | None:
     """The attention cache of a model: keys and values of every layer's key-value heads, or MLA's shared latent.
 
     Sliding windows count where the config uses them: for all layers, for those that `layer_types` names, or from
     `max_window_layers` on (Qwen2). MLA keeps `kv_lora_rank + qk_rope_head_dim` values per token and layer
     (arXiv:2405.04434). Recurrent layers are counted as if they kept keys and values. None if the config does not say how
-    many layers and heads there are, or the model has no heads (Mamba).
+    many layers and heads there are, or the model has no heads (Mamba). dtype: `serve.kv_cache_dtype`.
     """
     own, numbers = language_config(config), dimensions(config)
+    size, scale = KEPT_BYTES.get(dtype, 1.0), _SCALE if dtype.endswith("_per_token_head") else 0
     if numbers.layers is None:
         return None
     if own.get("kv_lora_rank"):
         kept = int(own["kv_lora_rank"]) + int(own.get("qk_rope_head_dim") or 0)
-        return KvCache(numbers.layers * kept * bytes_per_value)
+        return KvCache(numbers.layers * math.ceil(kept * size + scale))
     if numbers.kv_heads is None or numbers.head_size is None:
         return None
-    a_layer = 2 * numbers.kv_heads * numbers.head_size * bytes_per_value
+    a_layer = 2 * numbers.kv_heads * math.ceil(numbers.head_size * size + scale)
     window = own.get("sliding_window")
     windowed = 0
     if window and own.get("use_sliding_window", True):

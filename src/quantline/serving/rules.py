@@ -34,6 +34,7 @@ class Target:
     amx: whether the CPU has AMX tiles; None if unknown.
     compute_capability: of an NVIDIA GPU, 89 for 8.9. None if unknown; then no rule about it applies.
     cpu_offload_gib, kv_offload_gib, attention_backend: options of the server's process; None where they are not set.
+    kv_cache_dtype: of the keys and values that are kept; None where it is that of the activations.
     """
 
     runtime: str
@@ -47,6 +48,7 @@ class Target:
     cpu_offload_gib: float | None = None
     kv_offload_gib: float | None = None
     attention_backend: str | None = None
+    kv_cache_dtype: str | None = None
 
 
 PROCESS_FACTS = ("cpu_offload_gib", "kv_offload_gib", "attention_backend")
@@ -297,9 +299,14 @@ def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
     return replace(facts_of(found[1]), architecture=architecture)
 
 
-def vllm_here(version: str, device: str, dtype: str) -> Target:
+def vllm_here(version: str, device: str, dtype: str, kv_cache_dtype: str = "auto") -> Target:
     """This machine's vLLM as a target."""
-    return Target("vllm", version, device, dtype, **cpu_traits(device))
+    return Target("vllm", version, device, dtype, kv_cache_dtype=kept_as(kv_cache_dtype), **cpu_traits(device))
+
+
+def kept_as(kv_cache_dtype: str) -> str | None:
+    """The fact about the KV cache that `serve.kv_cache_dtype` gives."""
+    return None if kv_cache_dtype == "auto" else kv_cache_dtype
 
 
 def cpu_traits(device: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def serve_and_score(
         UserError: a window does not fit the server's max_model_len.
     """
     facts = checkpoint_facts(checkpoint)
-    known = verdict(vllm_here(vllm.version, options.device, options.dtype), facts)
+    known = verdict(vllm_here(vllm.version, options.device, options.dtype, options.kv_cache_dtype), facts)
     document: dict[str, Any] = {"supported": known.supported, "reason": known.reason, "rule": known.rule_id}
     if not known.supported:
         write_json(out / "verdict.json", document)

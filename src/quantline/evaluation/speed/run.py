@@ -216,7 +216,10 @@ def tensor_bytes(checkpoint: Path) -> int:
 
 def _prepared(subject: Subject, plan: SpeedConfig) -> Subject:
     """The subject with a cache that holds all requests of the largest level, so that none has to wait."""
-    options, cache = subject.options, kv_cache(read_json(subject.checkpoint / "config.json"))
+    options, cache = (
+        subject.options,
+        kv_cache(read_json(subject.checkpoint / "config.json"), subject.options.kv_cache_dtype),
+    )
     length = plan.input_tokens + plan.output_tokens + 32
     needed = 0.0
     if cache is not None:

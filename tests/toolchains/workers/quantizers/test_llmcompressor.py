@@ -147,7 +147,7 @@ def test_floating_point_codes_and_integers_beside_rounded_inputs_are_written_as_
     assert all(0 < row["relative_error"] < 0.2 for row in result["layers"])
     info = quantization_of(output)
     assert (info.activation_bits is None) == ("a16" in label)
-    assert 0 < error(batch, label) < (0.1 if info.bits == 8 else 0.5)
+    assert 0 < error(batch, label) < (0.5 if info.bits == 8 else 1.2)
     tensors = quantized_layers(Checkpoint.open(output), info)["model.layers.0.mlp.up_proj"]
     assert (info.activations is not None and info.activations.tensor in tensors) == (label in ("fp8_static", "nvfp4"))
 
