@@ -72,7 +72,7 @@ def test_the_options_of_a_fleet_need_not_name_their_section_and_others_are_left_
 
 
 def test_a_fleet_has_a_server_for_each_variant_and_each_answers_to_every_precision(made):
-    found = made("precisions.low=[good,float]", "precisions.tiny=[good]", "limits.queued_requests=4")
+    found = made("precisions.low=[good,float]", "precisions.tiny=[good,float]")
     assert found.fleet.precisions["low"] == ("good", "float")
     assert {variant.name for variant in found.fleet.variants} == {"float", "good"}
     good = found.fleet.variant("good")
@@ -85,8 +85,16 @@ def test_a_fleet_has_a_server_for_each_variant_and_each_answers_to_every_precisi
         assert set(start.names[1:]) == {"high", "medium", "low", "tiny"}
         flags = start.options().proven
         assert flags[flags.index("--served-model-name") + 1 :][:2] == (start.names[0], "high")
-        assert flags[flags.index("--max-num-queued-reqs") + 1] == "4"
         assert start.process.host == "127.0.0.1"
+
+
+def test_a_queue_is_limited_where_a_request_can_go_on_and_not_at_the_end_of_a_chain(made):
+    def limits(*options):
+        starts = made(*options, "limits.queued_requests=4", "limits.queued_tokens=1000").starts
+        return {start.names[0]: (start.queued_requests, start.queued_tokens) for start in starts}
+
+    assert limits("precisions.low=[good,float]") == {"good": (4, 1000), "float": (None, None)}
+    assert limits("precisions.low=[good]") == {"good": (None, None), "float": (None, None)}
 
 
 def test_everything_that_is_wrong_is_told_at_once_before_anything_starts(made):

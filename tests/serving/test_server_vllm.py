@@ -22,6 +22,7 @@ from checkout_paths import interpreter
 from quantline.checkpoints.model_files import has_chat_template
 from quantline.core.errors import ServerError, UserError
 from quantline.serving.answer_checks import judge_answers
+from quantline.serving.fleet.observe import metrics
 from quantline.serving.logprobs import score
 from quantline.serving.rules import Target, facts_of, verdict
 from quantline.serving.server import serve
@@ -85,6 +86,13 @@ def test_the_real_server_passes_the_smoke_and_reports_what_it_costs(server):
     assert report.runtime_version.startswith("0.")
     assert report.kernels == ()
     print(report.metrics)
+
+
+def test_every_metric_that_alerts_and_dashboard_of_a_fleet_read_is_in_a_scrape(server):
+    scraped = server.client().get("/metrics").text
+    named = {name for name in metrics() if name.startswith("vllm:")}
+    assert len(named) > 6
+    assert [name for name in sorted(named) if f"\n{name}{{" not in scraped] == []
 
 
 def test_scores_through_the_server_agree_with_transformers(root, server, tmp_path):

@@ -112,15 +112,16 @@ def resolve(root: Path, typed: Typed, vllm: Vllm, device: str, former: Fleet | N
     fleet = checked(_fleet(root, config.fleet, members, needs, former))
     names = (*fleet.precisions, *fleet.aliases)
     folder = Path(fleet.folder)
+    # Where there is nobody to go on to, a request waits and is not refused.
+    last = {chain[-1] for chain in fleet.precisions.values()}
     threads = max(1, (os.cpu_count() or 1) // len(different)) if device == "cpu" else None
     found = []
     for name, options in starts.items():
         process = options.process.model_copy(update={"port": fleet.variant(name).port, "host": "127.0.0.1"})
         found.append(_start(name, replace(options, process=process, threads=threads), vllm, names, different[name]))
-        found[-1] = found[-1].model_copy(update={
-            "log": str(folder / "logs" / f"{name}.log"), "queued_requests": config.fleet.limits.queued_requests,
-            "queued_tokens": config.fleet.limits.queued_tokens, **_placed(places.get(name)),
-        })  # fmt: skip
+        limits = {} if name in last else config.fleet.limits.model_dump(include={"queued_requests", "queued_tokens"})
+        log = str(folder / "logs" / f"{name}.log")
+        found[-1] = found[-1].model_copy(update={"log": log, **limits, **_placed(places.get(name))})
     return Resolved(fleet, tuple(found), tuple(notes))
 
 

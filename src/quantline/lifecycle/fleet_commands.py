@@ -17,6 +17,7 @@ from quantline.pipeline.config import parse
 from quantline.pipeline.overrides import key_of
 from quantline.pipeline.run import StageRun
 from quantline.pipeline.server import server_of
+from quantline.serving.fleet.observe import write
 from quantline.serving.fleet.running import Order, RunningFleet, give, is_running, running_fleet
 from quantline.serving.fleet.servers import Start
 from quantline.serving.fleet.spec import Fleet, checked
@@ -71,6 +72,7 @@ def up(root: Path, typed: Typed) -> None:
         with RunningFleet(made.fleet, program, made.starts, config.fleet.restart, config.fleet.capture) as running:
             for line in described(made.fleet):
                 _say(line)
+            _say(f"  watch it: {write(made.fleet)} has targets and rules for Prometheus, and a dashboard")
             _say(f"  ask it: {curl_line(made.fleet)}")
             _say("  Ctrl-C or `python -m stages.fleet down` ends it")
             try:
@@ -100,6 +102,7 @@ def reload(root: Path, typed: Typed) -> None:
     refuse_new_names(former, made.fleet)
     _give(folder, made.fleet, former, starts=made.starts)
     write_json(folder / OVERRIDES, overrides)
+    write(made.fleet)
     for line in described(made.fleet):
         _say(line)
 
