@@ -18,7 +18,7 @@ FOLDER, ALERTS, TARGETS, DASHBOARD = "observe", "alerts.yaml", "targets.json", "
 _METRIC = re.compile(r"\b(?:envoy|quantline|vllm)[:_][a-zA-Z0-9_:]+")
 _LABELS = re.compile(r"\{[^}]*\}|\bby \([^)]*\)")
 _CLASSES = 'envoy_http_downstream_rq_xx{envoy_http_conn_manager_prefix="fleet"}'
-_EACH_TOKEN = "sum by (le, model_name) (rate(vllm:request_time_per_output_token_seconds_bucket[5m]))"
+_EACH = "sum by (le, model_name) (rate(vllm:request_time_per_output_token_seconds_bucket[5m]))"
 _CHAINS = '{envoy_cluster_name=~"(chain|canary)/.+"}'
 # title, unit, (expression, legend)...
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -65,7 +65,7 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         "Time a token, p50", "s",
         (
             (
-                f"histogram_quantile(0.5, {_EACH_TOKEN})",
+                f"histogram_quantile(0.5, {_EACH})",
                 "{{model_name}}",
             ),
         ),
