@@ -9,6 +9,7 @@ import pytest
 from places import HERE
 
 from quantline.checkpoints.checkpoint import Checkpoint
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import select_linears
 from quantline.checkpoints.quantization_config import quantization_of
 from quantline.planning import layouts
@@ -23,7 +24,7 @@ def test_the_config_that_is_foreseen_says_the_same_as_the_one_that_is_written(
     variant, model, tmp_path, bits_and_sym, rules
 ):
     bits, sym = bits_and_sym
-    asked = variant("rtn", bits, 64, sym=sym, rules=rules)
+    asked = variant("rtn", bits, 64, sym=sym, rules=rules, convert="keep")
     plan = check(asked, model, HERE)
     widths = select_linears(model.checkpoint, model.config, bits=bits, group_size=64, rules=rules)
     job = {
@@ -58,11 +59,16 @@ def test_a_conversion_is_foreseen_as_it_is_chosen():
     from quantline.checkpoints.layouts import LAYOUTS
     from quantline.conversion.convert import choose_layout
 
-    for layout, target, symmetric in product(
+    for layout, target, symmetric, width, reordered in product(
         ("awq_gemm", "awq_gemv", "gptq", "gptq_v2", "compressed_tensors"),
         ("auto", "keep", "awq", "gptq"),
         (True, False),
+        (LinearSpec(4, 128), LinearSpec(3, 128), LinearSpec(4, 256), LinearSpec(8, -1)),
+        (True, False),
     ):
-        source = SimpleNamespace(layout=LAYOUTS[layout], layers={}, kind="pipeline")
-        found = layouts.converted(layout, target, symmetric=symmetric)
-        assert found == choose_layout(target, source, symmetric).name, (layout, target, symmetric)
+        layers = {"a": SimpleNamespace(bits=width.bits, group_size=width.group_size)}
+        info = SimpleNamespace(desc_act=reordered)
+        source = SimpleNamespace(layout=LAYOUTS[layout], layers=layers, kind="pipeline", info=info)
+        grouped = reordered and width.group_size != -1
+        found = layouts.converted(layout, target, symmetric=symmetric, widths={"a": width}, reordered=grouped)
+        assert found == choose_layout(target, source, symmetric).name, (layout, target, symmetric, width)

@@ -38,10 +38,14 @@ def test_a_good_variant_has_nothing_against_it_and_its_sizes(variant, model):
     [
         ("gptq", {"bits": 8}, HERE, [("serve", "gptq-cpu-bits")]),
         ("gptq", {"bits": 8}, THERE, []),
-        ("gptq", {"sym": False}, THERE, [("serve", "gptq-asymmetric")]),
+        ("gptq", {"sym": False}, THERE, []),  # as compressed-tensors
+        ("gptq", {"sym": False, "convert": "keep"}, THERE, [("serve", "gptq-asymmetric")]),
+        ("gptq", {"bits": 3}, THERE, []),
+        ("gptq", {"bits": 3}, HERE, [("serve", "compressed-tensors-cpu-bits")]),
         ("gptq", {"desc_act": True}, THERE, [("serve", "gptq-grouped-desc-act")]),
         ("gptq", {"desc_act": True, "group_size": -1}, THERE, []),
-        ("gptq", {"group_size": 256}, THERE, [("serve", "gptq-group-size")]),
+        ("gptq", {"group_size": 256}, THERE, []),
+        ("gptq", {"group_size": 256, "convert": "keep"}, THERE, [("serve", "gptq-group-size")]),
         ("gptq", {"serve_dtype": "float32"}, HERE, [("serve", "quantized-float32")]),
         ("gptq", {"group_size": 1024}, HERE, [("quantize", "group-size")]),
         ("gptq", {"backend": "autoawq"}, HERE, [("quantize", "backend")]),

@@ -14,6 +14,7 @@ from typing import Any
 
 from quantline.checkpoints.layouts import Layout
 from quantline.checkpoints.layouts.choice import converted
+from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.quantization_config import described_in
 from quantline.config.convert import ConvertConfig
 from quantline.conversion.architecture import RunWorker, check_architecture
@@ -45,7 +46,9 @@ def choose_layout(target: str, source: Source, symmetric: bool) -> Layout:
         )
     if target == "keep" and not layout.servable:
         raise UserError(f"convert.target=keep: no server reads a {source.kind} checkpoint as it is; set another target")
-    return converted(layout, target, {layer.bits for layer in source.layers.values()}, symmetric=symmetric)
+    specs = {LinearSpec(layer.bits, layer.group_size) for layer in source.layers.values()}
+    reordered = source.info is not None and source.info.desc_act and any(one.group_size != -1 for one in specs)
+    return converted(layout, target, specs, symmetric=symmetric, reordered=reordered)
 
 
 def convert(

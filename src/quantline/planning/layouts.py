@@ -26,12 +26,14 @@ def written(
     return "" if method == "float" else choice.written_by(backend, method, options, set(widths.values()), symmetric)
 
 
-def converted(layout: str, target: str, *, symmetric: bool, widths: Mapping[str, LinearSpec] | None = None) -> str:
+def converted(
+    layout: str, target: str, *, symmetric: bool, widths: Mapping[str, LinearSpec], reordered: bool = False
+) -> str:
     """The layout that the convert stage makes of it, as `convert.choose_layout` chooses."""
     if not layout:
         return layout
-    bits = {width.bits for width in (widths or {}).values()}
-    return choice.converted(LAYOUTS[layout], target, bits, symmetric=symmetric).name
+    specs = set(widths.values())
+    return choice.converted(LAYOUTS[layout], target, specs, symmetric=symmetric, reordered=reordered).name
 
 
 def faults(layout: str, shapes: Mapping[str, tuple[int, int]], widths: Mapping[str, LinearSpec]) -> list[str]:

@@ -42,7 +42,8 @@ def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refu
         return Plan(variant, backend, "", tuple(findings))
     symmetric = layouts.is_symmetric(variant.method, variant.options)
     source = layouts.written(backend, variant.method, variant.options, widths, symmetric=symmetric)
-    layout = layouts.converted(source, variant.convert, symmetric=symmetric, widths=widths)
+    reordered = _reordered(variant, widths)
+    layout = layouts.converted(source, variant.convert, symmetric=symmetric, widths=widths, reordered=reordered)
     findings += _storable(variant, model, widths, source, layout)
     if any(finding.refused for finding in findings):
         return Plan(variant, backend, layout, tuple(findings))
@@ -77,6 +78,11 @@ def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refu
         kv_heads=model.dimensions.kv_heads or 1, offloaded_bytes=_offloaded(variant, model, machine, weights),
     )  # fmt: skip
     return replace(plan, findings=(*findings, *_too_large(plan, machine)))
+
+
+def _reordered(variant: VariantSpec, widths: Mapping[str, LinearSpec]) -> bool:
+    """Whether the checkpoint's config will say that groups are reordered by activation."""
+    return bool(variant.options.get("desc_act")) and any(width.group_size != -1 for width in widths.values())
 
 
 def _target(variant: VariantSpec, machine: Machine) -> Target:

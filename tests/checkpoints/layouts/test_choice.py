@@ -46,7 +46,12 @@ def test_backends(backend: str, method: str, options: dict[str, object], layout:
     [
         ("awq_gemv", "auto", {4}, False, "awq_gemm"),
         ("gptq_v2", "auto", {4}, True, "gptq"),
-        ("gptq_v2", "auto", {4}, False, "gptq_v2"),
+        ("gptq_v2", "auto", {4}, False, "compressed_tensors"),
+        ("gptq", "auto", {4}, True, "gptq"),
+        ("gptq", "auto", {4, 8}, True, "gptq"),
+        ("gptq", "auto", {3}, True, "compressed_tensors"),
+        ("gptq", "auto", {2, 4}, True, "compressed_tensors"),
+        ("gptq", "auto", {4}, False, "compressed_tensors"),
         ("msmodelslim_v1", "auto", {4}, False, "awq_gemm"),
         ("msmodelslim", "auto", {4, 8}, False, "compressed_tensors"),
         ("bitsandbytes", "auto", {4}, True, "bitsandbytes"),
@@ -55,4 +60,11 @@ def test_backends(backend: str, method: str, options: dict[str, object], layout:
     ],
 )
 def test_conversions(source: str, target: str, bits: set[int], symmetric: bool, made: str) -> None:
-    assert converted(LAYOUTS[source], target, bits, symmetric=symmetric).name == made
+    specs = {LinearSpec(one, 128) for one in bits}
+    assert converted(LAYOUTS[source], target, specs, symmetric=symmetric).name == made
+
+
+def test_gptq_in_other_groups_becomes_compressed_tensors_unless_columns_are_reordered() -> None:
+    for size, reordered, made in [(256, False, "compressed_tensors"), (256, True, "gptq"), (-1, True, "gptq")]:
+        found = converted(LAYOUTS["gptq"], "auto", {LinearSpec(4, size)}, symmetric=True, reordered=reordered)
+        assert found.name == made

@@ -163,5 +163,5 @@ LAYOUT = Layout(
     dequantize=weights_of(read),
     affine=Affine(read, write, rows_are_outputs=True, half_scales=True),
     config=ConfigSection(partial(awq.describe, NAME), awq.parse, old_file=awq.OLD_FILE),
-    nearest=lambda _bits, _symmetric: awq_gemm.NAME,
+    nearest=lambda _specs, _symmetric, _reordered: awq_gemm.NAME,
 )

@@ -62,18 +62,21 @@ def written_by(backend: str, method: str, options: Mapping[str, Any], specs: set
     return awq.VERSIONS.get(version, awq.VERSIONS["gemm"]) if method == "awq" else gptq.NAME
 
 
-def converted(layout: Layout, target: str, bits: Collection[int], *, symmetric: bool) -> Layout:
+def converted(
+    layout: Layout, target: str, specs: Collection[LinearSpec], *, symmetric: bool, reordered: bool = False
+) -> Layout:
     """What a conversion makes of a layout; `auto` keeps layouts that vLLM reads and converts others to the nearest one.
 
     Args:
         layout: of the source.
         target: `convert.target`: auto, keep or a key of `TARGETS`.
-        bits: of its linears.
+        specs: bits and groups of its linears.
         symmetric: its config promises that every zero point is the middle one.
+        reordered: groups are not runs of consecutive columns.
     """
     if target == "keep":
         return layout
     if target != "auto":
         return TARGETS[target]
-    nearest = layout.nearest(bits, symmetric)
+    nearest = layout.nearest(specs, symmetric, reordered)
     return layout if nearest is None else LAYOUTS[nearest]

@@ -18,7 +18,7 @@ mask, and get 2**b. Prefer gptq_v2 for layers with a zero point of 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -163,6 +163,15 @@ def faults(layout: str, shape: Shape, spec: LinearSpec, _storage: Storage) -> li
     return word_faults(layout, shape, values_per_run(spec.bits))
 
 
+def nearest(specs: Collection[LinearSpec], symmetric: bool, reordered: bool) -> str | None:
+    """compressed-tensors for what vLLM does not read as GPTQ: other bits, zero points, other groups (0.32, `TYPE_MAP`).
+
+    Reordered groups stay: it reads those in neither.
+    """
+    read = symmetric and all(spec.bits in (4, 8) and spec.group_size in (-1, 32, 64, 128) for spec in specs)
+    return None if read or reordered else "compressed_tensors"
+
+
 LAYOUT = Layout(
     name=NAME,
     method=gptq_config.METHOD,
@@ -179,5 +188,6 @@ LAYOUT = Layout(
     mixed=True,
     desc_act=True,
     target="gptq",
+    nearest=nearest,
     zero_hazard="which some readers of gptq mistake; gptq_v2 is safe",
 )

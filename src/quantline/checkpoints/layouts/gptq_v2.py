@@ -73,5 +73,7 @@ LAYOUT = Layout(
     mixed=True,
     desc_act=True,
     target="gptq_v2",
-    nearest=lambda _bits, symmetric: gptq.NAME if symmetric else None,
+    nearest=lambda specs, symmetric, reordered: (
+        gptq.nearest(specs, symmetric, reordered) or (gptq.NAME if symmetric else None)
+    ),
 )

@@ -165,7 +165,7 @@ class ConfigSection:
     names_tied_head: bool = False
 
 
-def _itself(_bits: Collection[int], _symmetric: bool) -> str | None:
+def _itself(_specs: Collection[LinearSpec], _symmetric: bool, _reordered: bool) -> str | None:
     return None
 
 
@@ -192,8 +192,8 @@ class Layout:
         activations: its runtimes also quantize the inputs of linears.
         target: its name as `convert.target`; None if it is not a target.
         servable: a server can read it.
-        nearest: the layout that `convert.target=auto` converts it to, given the bits of its linears and whether they are
-            symmetric; None keeps it.
+        nearest: the layout that `convert.target=auto` converts it to, given bits and groups of its linears, whether they are
+            symmetric, and whether groups are reordered; None keeps it.
         zero_hazard: a known problem with zero points of 0.
     """
 
@@ -218,7 +218,7 @@ class Layout:
     activations: bool = False
     target: str | None = None
     servable: bool = True
-    nearest: Callable[[Collection[int], bool], str | None] = _itself
+    nearest: Callable[[Collection[LinearSpec], bool, bool], str | None] = _itself
     zero_hazard: str = ""
 
     def __repr__(self) -> str:

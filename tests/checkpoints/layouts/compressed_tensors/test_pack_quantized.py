@@ -19,8 +19,6 @@ from quantline.checkpoints.quantization_config import LayerSettings, describe, q
 from quantline.checkpoints.safetensors_file import write_safetensors
 from quantline.core.errors import CheckpointError
 
-PYTHON = interpreter("vllm")
-
 
 def words(array: np.ndarray) -> list[list[int]]:
     return array.view(np.uint32).tolist()
@@ -41,9 +39,24 @@ def test_zero_points_are_packed_along_out() -> None:
     assert words(tensors["weight_zero_point"]) == [[0x87654321, 0], [9, 15]]
 
 
-def test_three_bit_words_hold_ten_values_and_two_empty_bits() -> None:
+def test_three_bit_codes_straddle_words() -> None:
     codes = np.full((11, 1), 7, np.uint8)
-    assert words(pack_quantized.write(build(3, 11, 1, -1, codes=codes))["weight_packed"]) == [[0x3FFFFFFF, 7]]
+    assert words(pack_quantized.write(build(3, 11, 1, -1, codes=codes))["weight_packed"]) == [[0xFFFFFFFF, 1]]
+
+
+def test_three_bit_words_of_ten_codes_as_they_were_written_before_are_read() -> None:
+    linear = build(3, 160, 320, 32)
+    tensors = pack_quantized.write(linear, zero_points=True)
+
+    def former(values: np.ndarray) -> np.ndarray:
+        fields = values.reshape(values.shape[0], -1, 10).astype(np.uint32) << np.arange(0, 30, 3, dtype=np.uint32)
+        return np.bitwise_or.reduce(fields, axis=2).view(np.int32)
+
+    tensors["weight_packed"] = former(linear.codes.T)
+    tensors["weight_zero_point"] = np.ascontiguousarray(former(linear.zeros.astype(np.uint8)).T)
+    again = pack_quantized.read(tensors, bits=3, group_size=32)
+    assert np.array_equal(again.codes, linear.codes)
+    assert np.array_equal(again.zeros, linear.zeros)
 
 
 def test_symmetric_layers_have_no_zero_points_unless_asked() -> None:
@@ -277,11 +290,18 @@ numpy.savez(folder + "/out.npz", **out)
 
 
 @pytest.mark.toolchain("vllm")
-@pytest.mark.skipif(not PYTHON.exists(), reason="the vllm environment is not built")
-def test_the_library_packs_unpacks_and_dequantizes_the_same(tmp_path: Path) -> None:
+@pytest.mark.toolchain("llmcompressor")
+@pytest.mark.parametrize(("environment", "widths"), [("vllm", (2, 4, 8)), ("llmcompressor", (2, 3, 4, 8))])
+def test_the_library_packs_unpacks_and_dequantizes_the_same(tmp_path: Path, environment: str, widths: Any) -> None:
+    """As vLLM has it (0.17, which packed 3 bits otherwise and reads them by itself), and as llm-compressor has it (0.19)."""
+    python = interpreter(environment)
+    if not python.exists():
+        pytest.skip(f"the {environment} environment is not built")
     cases, layers = {}, {}
-    for bits in (2, 3, 4, 8):
+    for bits in widths:
         for in_features, out_features, group, reorder in SHAPES:
+            if reorder and environment == "llmcompressor":
+                continue  # 0.19 no longer knows reordered groups
             name = f"b{bits}_{in_features}_{group}"
             scales = _scales(in_features, out_features, group)
             linear = build(bits, in_features, out_features, group, bits, scales=scales)
@@ -302,7 +322,7 @@ def test_the_library_packs_unpacks_and_dequantizes_the_same(tmp_path: Path) -> N
             )
             cases[name], layers[name] = {"bits": bits, "section": section}, (linear, tensors)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    run = subprocess.run([PYTHON, "-c", LIBRARY, tmp_path], capture_output=True, text=True, check=False)
+    run = subprocess.run([python, "-c", LIBRARY, tmp_path], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     theirs = np.load(tmp_path / "out.npz")
     for name, (linear, tensors) in layers.items():

@@ -2,18 +2,18 @@
 
 ``w = (u - z) * s`` at 2, 3, 4 or 8 bits; the library's signed codes are ``q = u - 2**(b-1)``, and it packs ``u``.
 
-Tensors of a layer, output rows first, with P = 32 // b values per word:
-    weight_packed      int32 (out, ceil(in/P))     codes, packed along in
+Tensors of a layer, output rows first:
+    weight_packed      int32 (out, ceil(in*b/32))  codes, packed along in
     weight_scale       float16/32 (out, in/g)      (out, 1) per output channel; in the dtype of the model
     weight_shape       int64 (2,)                  (out, in): widths need not fill words
-    weight_zero_point  int32 (ceil(out/P), in/g)   zero points, packed along out; absent if all are 2**(b-1)
+    weight_zero_point  int32 (ceil(out*b/32), in/g) zero points, packed along out; absent if all are 2**(b-1)
     weight_g_idx       int32 (in,)                 group of every input column; only with reordered groups
     bias               float16/32 (out,)           optional
 
-Bit order: sequential, low bits first. No value straddles words: at 3 bits a word holds 10 values and its two top bits
-are 0 (unlike GPTQ). The unused fields of a last word are 0. A g_idx that contains -1 was never filled in and means
-consecutive groups. Source: the compressed-tensors package 0.17 (Apache-2.0), whose packing the tests compare with
-this one.
+Bit order: sequential, low bits first, dense: at 3 bits some values straddle words, as in GPTQ. The unused bits of a last
+word are 0. Up to its version 0.17 the library put 10 values of 3 bits in a word; those are read, too, told by their number
+of words. A g_idx that contains -1 was never filled in and means consecutive groups. Source: the compressed-tensors package
+0.19 (Apache-2.0), whose packing the tests compare with this one; vLLM 0.32 reads the same (CompressedTensorsWNA16).
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ from quantline.checkpoints.safetensors_stream import TensorSpec
 
 NAME = "compressed_tensors"
 CODES = "weight_packed"
+# Codes of 3 bits that the library put in a word before.
+_FORMER = 10
 
 # suffix -> required
 TENSORS: Mapping[str, bool] = {
@@ -71,7 +73,7 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     if shape.dtype not in (np.int64, np.int32) or shape.shape != (2,) or (shape < 1).any():
         raise FormatError(f"weight_shape is {shape.dtype} {shape.tolist()}: it must be two sizes (out, in)")
     out_features, in_features = (int(size) for size in shape)
-    check_shape(CODES, tensors[CODES], (out_features, _words(in_features, bits)))
+    check_shape(CODES, tensors[CODES], (out_features, _words(in_features, bits, tensors[CODES].shape[-1])))
     codes = _unpack(tensors[CODES], bits, in_features).T  # column-major, not copied
     grid = read_grid(tensors, codes.shape, bits=bits, group_size=group_size)
     return AffineLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
@@ -93,7 +95,8 @@ def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size
     check_shape("weight_scale", tensors["weight_scale"], (out_features, groups))
     zeros = np.full((groups, out_features), 2 ** (bits - 1), dtype=np.int16)
     if "weight_zero_point" in tensors:
-        check_shape("weight_zero_point", tensors["weight_zero_point"], (_words(out_features, bits), groups))
+        words = _words(out_features, bits, tensors["weight_zero_point"].shape[0])
+        check_shape("weight_zero_point", tensors["weight_zero_point"], (words, groups))
         zeros = _unpack(np.ascontiguousarray(tensors["weight_zero_point"].T), bits, out_features).astype(np.int16)
     group_index = sequential_groups(in_features, group_size)
     if "weight_g_idx" in tensors:
@@ -147,37 +150,42 @@ def write_grid(grid: Grid, *, zero_points: bool | None = None) -> dict[str, NDAr
     return tensors
 
 
-def _words(width: int, bits: int) -> int:
-    if bits not in (2, 3, 4, 8):
+def _words(width: int, bits: int, stored: int = -1) -> int:
+    """Words of a row of codes; as many as are `stored` if these are the library's former ones of 3 bits."""
+    if bits not in BITS:
         raise FormatError(f"bits={bits}: codes are packed at 2, 3, 4 or 8 bits")
-    return -(-width // (32 // bits))
+    dense, former = -(-width * bits // 32), -(-width // _FORMER)
+    return former if bits == 3 and stored == former != dense else dense
 
 
 def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
-    """uint8 (rows, width) -> int32 (rows, ceil(width/P))."""
-    per_word = 32 // bits
-    short = -codes.shape[1] % per_word
+    """uint8 (rows, width) -> int32 (rows, ceil(width*b/32))."""
+    width = codes.shape[1]
+    short = -width % 32
     if short:
         codes = np.pad(codes, ((0, 0), (0, short)))
-    if bits != 3:
-        return pack(codes, bits, axis=1)
-    fields = codes.reshape(codes.shape[0], -1, per_word).astype(np.uint32)
-    fields <<= np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
-    words: NDArray[np.uint32] = np.bitwise_or.reduce(fields, axis=2)
-    return words.view(np.int32)
+    words = pack(codes, bits, axis=1)
+    return words if not short else np.ascontiguousarray(words[:, : _words(width, bits)])
 
 
 def _unpack(words: NDArray[Any], bits: int, width: int) -> NDArray[np.uint8]:
-    """int32 (rows, ceil(width/P)) -> uint8 (rows, width)."""
-    if bits != 3:
-        codes = unpack(words, bits, axis=1)
-    else:
-        if words.dtype not in (np.int32, np.uint32):
-            raise FormatError(f"packed words are {words.dtype} {words.shape}: this layout stores an int32 matrix")
-        shifts = np.arange(10, dtype=np.uint32) * np.uint32(bits)
-        fields = np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts
-        codes = (fields & np.uint32(7)).astype(np.uint8).reshape(words.shape[0], -1)
+    """int32 (rows, ceil(width*b/32)) -> uint8 (rows, width)."""
+    if bits == 3 and words.ndim == 2 and words.shape[1] != -(-width * 3 // 32):
+        return _unpack_former(words, width)
+    short = -words.shape[-1] % bits if bits == 3 else 0
+    if short:
+        words = np.pad(words, ((0, 0), (0, short)))
+    codes = unpack(words, bits, axis=1)
     return codes if codes.shape[1] == width else np.ascontiguousarray(codes[:, :width])
+
+
+def _unpack_former(words: NDArray[Any], width: int) -> NDArray[np.uint8]:
+    """Ten codes of 3 bits a word, its two top bits 0."""
+    if words.dtype not in (np.int32, np.uint32):
+        raise FormatError(f"packed words are {words.dtype} {words.shape}: this layout stores an int32 matrix")
+    shifts = np.arange(_FORMER, dtype=np.uint32) * np.uint32(3)
+    fields = np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts
+    return np.ascontiguousarray((fields & np.uint32(7)).astype(np.uint8).reshape(words.shape[0], -1)[:, :width])
 
 
 def specs(shape: Shape, spec: LinearSpec, storage: Storage) -> dict[str, TensorSpec]:

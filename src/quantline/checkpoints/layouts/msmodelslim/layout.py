@@ -153,8 +153,8 @@ def _carried_faults(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     ]
 
 
-def _nearest(bits: Collection[int], _symmetric: bool) -> str | None:
-    return "awq_gemm" if set(bits) == {4} else "compressed_tensors"
+def _nearest(specs: Collection[LinearSpec], _symmetric: bool, _reordered: bool) -> str | None:
+    return "awq_gemm" if {spec.bits for spec in specs} == {4} else "compressed_tensors"
 
 
 SAFE_TENSOR = _layout(files.SAFE_TENSOR, packs=False, target=True)
