@@ -153,6 +153,13 @@ class EvaluateConfig(ProtocolConfig):
     fail_on: list[Annotated[str, AfterValidator(has_a_limit), WithJsonSchema({"enum": list(ALARMS)})]]
 
 
+class SensitivityConfig(Section):
+    """What `stages.sensitivity` measures: the loss of each unit of linears at these widths."""
+
+    bits: list[Literal[2, 3, 4, 8]] = Field(default=[2, 3, 4, 8], min_length=1)
+    samples: int = Field(default=4, ge=1)
+
+
 class NoiseConfig(Section):
     """How often `stages.noise` quantizes a variant, each time with another seed."""
 

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from quantline.config.context import automatic, length_faults
 from quantline.config.convert import ConvertConfig, ConvertSourceConfig
 from quantline.config.data import EMBEDDED_MODEL, CalibrationConfig, ModelConfig
-from quantline.config.evaluate import EvaluateConfig, NoiseConfig
+from quantline.config.evaluate import EvaluateConfig, NoiseConfig, SensitivityConfig
 from quantline.config.fleet import FleetConfig
 from quantline.config.layer_errors import LayerErrorsConfig
 from quantline.config.method import Backend, LayersConfig, Method
@@ -70,6 +70,7 @@ class Config(Section):
     evaluate: EvaluateConfig
     tasks: TasksConfig
     noise: NoiseConfig
+    sensitivity: SensitivityConfig = SensitivityConfig()
     speed: SpeedConfig
     tracking: TrackingConfig
     promote: PromoteConfig = PromoteConfig()

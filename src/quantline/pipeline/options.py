@@ -14,6 +14,7 @@ from typing import Any
 
 from quantline.pipeline.config import Config
 from quantline.pipeline.own_files import model_hashes, text_hash
+from quantline.planning.layouts import is_symmetric
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,16 @@ def noise(config: Config, context: Context) -> dict[str, Any]:
     """The text, and the number of seeds."""
     return {
         **_scored(config, context), "noise": config.noise.model_dump(), "environment": context.locks["reference"],
+    }  # fmt: skip
+
+
+def sensitivity(config: Config, context: Context) -> dict[str, Any]:
+    """The grid, the widths and samples, and the calibration, also for a method that does not calibrate."""
+    method = config.method.model_dump()
+    return {
+        **calibrate(config, context), "sensitivity": config.sensitivity.model_dump(), "group_size": config.group_size,
+        "symmetric": is_symmetric(method["name"], method), "lm_head": config.lm_head,
+        "environment": context.locks["reference"],
     }  # fmt: skip
 
 

@@ -62,6 +62,7 @@ _RUNTIME = (
     "variant",
     "hydra",
     "noise",
+    "sensitivity",
     "speed",
     "report",
 )

@@ -119,6 +119,10 @@ _TABLE = (
     ),
     Stage("speed", ("convert",), options.speed, ("speed", *_SERVING, "device"), ("server",), compared=True),
     Stage("noise", ("quantize",), options.noise, by_hand=True),
+    Stage(
+        "sensitivity", ("download", "calibrate"), options.sensitivity, locks=("reference",), takes={"calibrate": TOKENS},
+        exact=True, by_hand=True,
+    ),
 )  # fmt: skip
 
 STAGES = {stage.name: stage for stage in _TABLE}
@@ -165,7 +169,7 @@ def baseline_overrides(overrides: Sequence[str]) -> list[str]:
 
     of_float = baseline_stages()
     skipped = of_stages(name for name in PIPELINE if name not in of_float) - of_stages(of_float) - {"threads"}
-    skipped |= {"variant", "backends", "noise"}
+    skipped |= {"variant", "backends", "noise", "sensitivity"}
     return [part for part in overrides if re.split(r"[.@=]", part.lstrip("+~"), maxsplit=1)[0] not in skipped]
 
 

@@ -7,7 +7,7 @@ models' `packed_modules_mapping`, and `RowParallelLinear`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +68,24 @@ def fused_apart(linears: Mapping[str, LayerSettings], shapes: Shapes) -> list[li
         shapes: (in_features, out_features) of all linears, by name.
     """
     return [names for names, _, _ in _computed(linears, shapes, 1) if _differ(names, linears)]
+
+
+def units_of(linears: Iterable[str]) -> dict[str, list[str]]:
+    """The linears that must have one width for a server: its fused linears, and all experts of a layer.
+
+    Returns:
+        unit -> its linears, in their order. A unit is called by its only linear, `PARENT.q_proj+k_proj+v_proj`, or
+        `PARENT.experts.*`.
+    """
+    names, units = list(linears), dict[str, list[str]]()
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        expert = _EXPERT.search(name)
+        group = next((parts for parts in FUSED if last in parts), (last,))
+        present = [part for part in group if f"{parent}.{part}" in names]
+        unit = f"{name[: expert.start()]}.experts.*" if expert else f"{parent}.{'+'.join(present)}"
+        units.setdefault(unit if parent or expert else name, []).append(name)
+    return units
 
 
 def _computed(linears: Mapping[str, LayerSettings], shapes: Shapes, ranks: int) -> Iterator[tuple[list[str], int, int]]:
