@@ -30,7 +30,7 @@ with fake_fleet.up(pathlib.Path(sys.argv[1])) as running:
 
 
 def main() -> int:
-    from quantline.serving.fleet.running import Order, give
+    from quantline.serving.fleet.orders import Order, give
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=100)

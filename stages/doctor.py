@@ -1,11 +1,26 @@
-"""Say what this machine and project have, what is missing, and what to do about it. Exits with 1 if something is missing."""
+"""Say what this machine and project have, what is missing, and what to do about it; with variant=NAME, what a variant has.
+
+Exits with 1 if something is missing or a cause is found.
+"""
 
 from __future__ import annotations
 
+from quantline.pipeline.command_line import Option
 from stages import ROOT, command
 
+OPTIONS = [
+    Option("variant", "NAME", "why it does not load, lost accuracy, or is slow"),
+    Option("bundle", "FILE.zip", "findings, results and logs of the variant, without secrets, for a report of a bug"),
+]
 
-def doctor(_arguments: dict[str, str | None]) -> int:
+
+def doctor(arguments: dict[str, str | None]) -> int:
+    if arguments["variant"]:
+        return of_variant(arguments["variant"], arguments["bundle"])
+    if arguments["bundle"]:
+        from quantline.core.errors import UserError
+
+        raise UserError(f"bundle={arguments['bundle']}: is of a variant; give variant=NAME")
     from quantline.lifecycle.doctor import examine
 
     findings = examine(ROOT)
@@ -17,5 +32,19 @@ def doctor(_arguments: dict[str, str | None]) -> int:
     return 0 if all(finding.good for finding in findings) else 1
 
 
+def of_variant(name: str, to: str | None) -> int:
+    from pathlib import Path
+
+    from quantline.lifecycle.variant_doctor import as_lines, bundle, examine_variant
+    from quantline.pipeline.records import variant_record
+
+    record = variant_record(ROOT, name)
+    report = examine_variant(ROOT, record)
+    print("\n".join(as_lines(report)))
+    if to:
+        print(bundle(ROOT, record, report, Path(to).absolute()))
+    return 1 if report.causes else 0
+
+
 if __name__ == "__main__":
-    command(doctor, about=__doc__)
+    command(doctor, OPTIONS, about=__doc__)

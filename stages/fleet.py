@@ -1,7 +1,8 @@
 """Several variants behind one OpenAI-compatible endpoint: `python -m stages.fleet up precisions.low=[awq-w4-g128,float]`.
 
 It starts a server for each variant and a router before them, says where each name goes, and runs until Ctrl-C or `down`. The
-other actions are for a running fleet: `status`, `reload` with other options, `canary`, `drain` and `down`.
+other actions are for a running fleet: `status`, `reload` with other options, `canary`, `drain` and `down`. `export` writes
+what keeps a fleet running elsewhere.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING
 from quantline.pipeline.command_line import Option
 from stages import ROOT, main
 
-ACTIONS = ("status", "up", "reload", "canary", "drain", "down")
+ACTIONS = ("status", "up", "reload", "canary", "drain", "down", "export")
 OPTIONS = [
     Option("action", "ACTION", "what to do; `action=` may be left out", allowed=ACTIONS, bare=True),
     Option("variant", "NAME", "canary: that gets the share; drain: that gets no more requests while others can answer"),
     Option("precision", "NAME", "canary: whose requests are shared"),
     Option("share", "0.05", "canary: of the requests, 0 to 1; 0 ends it"),
     Option("undo", "true", "drain: give the variant its requests back", allowed=("false", "true")),
+    Option("form", "systemd", "export: what is written", allowed=("systemd", "compose", "kubernetes")),
+    Option("to", "DIR", "export: where to; default: export/ in the fleet's folder"),
     Option("watch", "true", "status: show it again every two seconds until Ctrl-C", allowed=("false", "true")),
 ]
 READS = ("fleet", "promote", "serve", "device", "toolchains", "tracking")
@@ -49,6 +52,8 @@ def fleet(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
             commands.canary(ROOT, typed, arguments)
         case "drain":
             commands.drain(ROOT, typed, arguments)
+        case "export":
+            commands.export(ROOT, typed, arguments)
         case "down":
             commands.down(ROOT, typed)
         case _:

@@ -98,6 +98,6 @@ def test_where_no_fleet_runs_every_action_says_so(tmp_path, typed):
 def test_options_that_an_action_does_not_read_are_refused(typed):
     with pytest.raises(UserError, match="share: `fleet down` does not read it"):
         commands.refuse_unused("down", asked(share="0.1"), typed)
-    with pytest.raises(UserError, match="only `fleet up` and `fleet reload`"):
+    with pytest.raises(UserError, match="only `fleet up`, `reload` and `export`"):
         commands.refuse_unused("drain", asked(variant="w4"), Typed({}, ["fleet.gates=false"]))
     commands.refuse_unused("drain", asked(variant="w4"), Typed({}, ["fleet.name=b"]))

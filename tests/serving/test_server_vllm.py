@@ -21,7 +21,9 @@ from checkout_paths import interpreter
 
 from quantline.checkpoints.model_files import has_chat_template
 from quantline.core.errors import ServerError, UserError
+from quantline.lifecycle.shadow import tokens_of
 from quantline.serving.answer_checks import judge_answers
+from quantline.serving.fleet.captures import Capture
 from quantline.serving.fleet.observe import metrics
 from quantline.serving.logprobs import score
 from quantline.serving.rules import Target, facts_of, verdict
@@ -86,6 +88,19 @@ def test_the_real_server_passes_the_smoke_and_reports_what_it_costs(server):
     assert report.runtime_version.startswith("0.")
     assert report.kernels == ()
     print(report.metrics)
+
+
+def test_captured_requests_become_tokens_of_which_the_answers_are_scored(server):
+    asked = [{"role": "user", "content": "What is an index?"}]
+    chat = Capture("1", "low", "w4", asked, None, "An index is a list.", 200)
+    long = Capture("2", "low", "w4", None, "word " * 600, "too long", 200)
+    kept = tokens_of(server, [chat, Capture("3", "low", "w4", None, "An index is", " a list.", 200), long])
+    assert [one.capture.id for one in kept] == ["1", "3"]
+    assert all(1 < one.prompt < len(one.ids) for one in kept)
+    answers = [
+        values[one.prompt - 1 :] for values, one in zip(score(server, [one.ids for one in kept]), kept, strict=True)
+    ]
+    assert [len(values) for values in answers] == [len(one.ids) - one.prompt for one in kept]
 
 
 def test_every_metric_that_alerts_and_dashboard_of_a_fleet_read_is_in_a_scrape(server):

@@ -14,7 +14,8 @@ from quantline.pipeline.run import StageRun
 from quantline.pipeline.server import server_of
 from quantline.serving import server as vllm_server
 from quantline.serving.chat import Partner
-from quantline.serving.fleet.running import FLEET, is_running, running_fleet
+from quantline.serving.fleet.gauge import FLEET
+from quantline.serving.fleet.orders import is_running, running_fleet
 
 
 @contextmanager

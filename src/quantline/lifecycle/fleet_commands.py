@@ -10,24 +10,26 @@ from pathlib import Path
 from quantline.config.fleet import ShareConfig
 from quantline.core.errors import UserError
 from quantline.core.files import read_json, write_json
-from quantline.lifecycle.fleet import curl_line, described, folder_of, refuse_new_names, resolve
+from quantline.lifecycle.fleet import HOME, curl_line, described, folder_of, refuse_new_names, resolve
 from quantline.lifecycle.serve import Typed
 from quantline.pipeline.compose import compose_values
 from quantline.pipeline.config import parse
 from quantline.pipeline.overrides import key_of
 from quantline.pipeline.run import StageRun
 from quantline.pipeline.server import server_of
+from quantline.serving.fleet import export as exported
 from quantline.serving.fleet.observe import write
-from quantline.serving.fleet.running import Order, RunningFleet, give, is_running, running_fleet
+from quantline.serving.fleet.orders import Order, give, is_running, running_fleet
+from quantline.serving.fleet.running import RunningFleet
 from quantline.serving.fleet.servers import Start
-from quantline.serving.fleet.spec import Fleet, checked
+from quantline.serving.fleet.spec import Fleet, checked, read_keys
 from quantline.serving.fleet.status import shown
 from quantline.toolchains.router import envoy
 
 OVERRIDES = "overrides.json"
 _TAKES = {
     "up": (), "reload": (), "down": (), "status": ("watch",), "canary": ("variant", "precision", "share"),
-    "drain": ("variant", "undo"),
+    "drain": ("variant", "undo"), "export": ("form", "to"),
 }  # fmt: skip
 
 
@@ -37,14 +39,14 @@ def refuse_unused(action: str, arguments: Mapping[str, str | None], typed: Typed
     Raises:
         UserError: one is given.
     """
-    given = [name for name, value in arguments.items() if name != "action" and value not in (None, "false")]
+    given = [name for name, value in arguments.items() if name != "action" and value not in (None, "false", "systemd")]
     if extra := [name for name in given if name not in _TAKES[action]]:
         takes = ", ".join(_TAKES[action]) or "none of its own"
         raise UserError(f"{extra[0]}: `fleet {action}` does not read it; its options are {takes}")
-    if action not in ("up", "reload"):
+    if action not in ("up", "reload", "export"):
         others = [one for one in typed.overrides if key_of(one) != "fleet.name"]
         if others:
-            raise UserError(f"{others[0]}: only `fleet up` and `fleet reload` take options of the configuration")
+            raise UserError(f"{others[0]}: only `fleet up`, `reload` and `export` take options of the configuration")
 
 
 def up(root: Path, typed: Typed) -> None:
@@ -158,6 +160,36 @@ def down(root: Path, typed: Typed) -> None:
     while is_running(folder) and time.monotonic() < limit:
         time.sleep(0.1)
     _say("ended, no process is left")
+
+
+def export(root: Path, typed: Typed, arguments: Mapping[str, str | None]) -> None:
+    """Write what keeps a fleet running without this command: a unit of systemd, a compose file, or manifests.
+
+    Raises:
+        QuantlineError: the fleet cannot run as it is described.
+    """
+    config = parse(typed.values)
+    form, run = str(arguments["form"]), StageRun("serve", config, root, tuple(typed.overrides))
+    made = resolve(root, typed, server_of(run), run.device)
+    fleet, name = made.fleet, config.fleet.name
+    out = Path(arguments["to"] or root / HOME / name / "export").absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    if form == "systemd":
+        path = out / f"quantline-fleet-{name}.service"
+        path.write_text(exported.systemd(root, Path(sys.executable), typed.overrides, name), encoding="utf-8")
+    else:
+        keys = read_keys(Path(fleet.keys_file)) if fleet.keys_file else ()
+        path = out / f"{form}.yaml"
+        if form == "compose":
+            router = out / "router"
+            router.mkdir(exist_ok=True, mode=0o700)
+            for file, text in exported.documents(fleet, keys).items():
+                (router / file).write_text(text, encoding="utf-8")
+            path.write_text(exported.as_yaml([exported.compose(fleet, made.starts, router)]), encoding="utf-8")
+        else:
+            path.write_text(exported.as_yaml(exported.kubernetes(fleet, made.starts, keys)), encoding="utf-8")
+    path.chmod(0o600)
+    _say(str(path))
 
 
 def status(root: Path, typed: Typed, *, watch: bool) -> None:

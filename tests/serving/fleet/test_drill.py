@@ -16,7 +16,8 @@ from quantline.core.errors import ServerError, UserError
 from quantline.serving.fleet.child import Child, wait_until
 from quantline.serving.fleet.drill import FAKED, Drill, metrics, table
 from quantline.serving.fleet.load import Load, run
-from quantline.serving.fleet.running import Order, RunningFleet, give, is_running
+from quantline.serving.fleet.orders import Order, give, is_running
+from quantline.serving.fleet.running import RunningFleet
 
 pytestmark = pytest.mark.toolchain("router")
 

@@ -49,12 +49,14 @@ class Row:
 class Drill:
     """A drill on the first variant of a precision.
 
-    on_order: sets a fault of a fake server by the variant's name; None where the servers are real.
+    on_order: sets a fault of a fake server by the variant's name; None where the servers are real. again_seconds: to wait
+    for everything to be healthy before the next fault.
     """
 
     running: RunningFleet
     load: Load
     on_order: Callable[[str, str], None] | None = None
+    again_seconds: float = AGAIN_SECONDS
 
     @property
     def target(self) -> str:
@@ -133,7 +135,7 @@ class Drill:
             asked = Load(self.load.url, self.load.model, 3, 1, max_tokens=1, completions=self.load.completions)
             return run(asked).variants == {self.target: 3}
 
-        wait_until(is_healthy, AGAIN_SECONDS, 0.2)
+        wait_until(is_healthy, self.again_seconds, 0.2)
 
 
 def row(fault: str, outcome: Outcome, target: str) -> Row:

@@ -29,6 +29,7 @@ from quantline.serving.fleet.routes import (
     WEIGHTS,
     canary_cluster,
     chain_cluster,
+    is_address,
     routes,
     seconds,
 )
@@ -99,7 +100,8 @@ def _leaf(fleet: Fleet, variant: Variant) -> dict[str, Any]:
         path, misses = f"/health/{variant.name}", 5
         endpoint["health_check_config"] = {"port_value": fleet.gauge_port}
     return {
-        "@type": f"{TYPE}config.cluster.v3.Cluster", "name": variant.name, "type": "STATIC", "connect_timeout": "1s",
+        "@type": f"{TYPE}config.cluster.v3.Cluster", "name": variant.name, "connect_timeout": "1s",
+        "type": "STATIC" if is_address(variant.host) else "STRICT_DNS",
         "load_assignment": {
             "cluster_name": variant.name, "endpoints": [{"lb_endpoints": [{"endpoint": endpoint}]}],
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import Any
 
 from quantline.serving.fleet.spec import Fleet, Key, Variant
@@ -25,6 +26,15 @@ def chain_cluster(name: str) -> str:
 def canary_cluster(name: str) -> str:
     """The aggregate cluster that begins with the canary of a precision."""
     return f"canary/{name}"
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an address, and no name that has to be looked up."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def seconds(value: float) -> str:
@@ -122,6 +132,8 @@ def _header(key: str, value: str) -> dict[str, Any]:
 def _told(asked: str, first: Variant, reason: str = "first") -> list[dict[str, Any]]:
     """The headers that say who answered, after how many attempts, and why that one."""
     chosen = f"upstream.address == '{first.address}' ? '{reason}' : 'passed over'"
+    if not is_address(first.host):  # behind a name there can be any address
+        chosen = "'answered'"
     return [
         _header("x-quantline-variant", "%UPSTREAM_HOST_NAME_WITHOUT_PORT%"),
         _header("x-quantline-attempts", "%UPSTREAM_REQUEST_ATTEMPT_COUNT%"),

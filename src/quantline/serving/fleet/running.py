@@ -7,11 +7,10 @@ and `answer.json` (what became of that).
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,18 @@ import psutil
 from filelock import FileLock, Timeout
 
 from quantline.config.fleet import CaptureConfig, RestartConfig
-from quantline.config.section import Section
 from quantline.core.errors import QuantlineError, ServerError, UserError
-from quantline.core.files import read_json, write_json
+from quantline.core.files import write_json
 from quantline.serving.fleet import gauge as gauge_process
 from quantline.serving.fleet.captures import remove_old
 from quantline.serving.fleet.child import Child, wait_until
+from quantline.serving.fleet.orders import ANSWER, LOCK, ORDER, Order
 from quantline.serving.fleet.router import Router
 from quantline.serving.fleet.servers import Keeper, Start
 from quantline.serving.fleet.spec import Fleet
 from quantline.toolchains.router import Envoy
 
-FLEET, STATUS, ORDER, ANSWER = gauge_process.FLEET, gauge_process.STATUS, "order.json", "answer.json"
-LOCK = ".running.lock"
+FLEET, STATUS = gauge_process.FLEET, gauge_process.STATUS
 GAUGE_READY_SECONDS = 20.0
 # Of the gauge: looks without an answer until it counts as ended. The router's own checks give up after two.
 GAUGE_MISSES = 2
@@ -41,15 +39,6 @@ STEP_SECONDS = 0.2
 CAPTURES_EVERY_SECONDS = 30.0
 # Until a server that ends its work by itself is ended.
 DRAIN_SECONDS = 30.0
-
-
-class Order(Section):
-    """What another process asks a running fleet for. starts: of every server that it is to have."""
-
-    number: int
-    fleet: Fleet | None = None
-    starts: tuple[Start, ...] = ()
-    end: bool = False
 
 
 class RunningFleet:
@@ -100,6 +89,7 @@ class RunningFleet:
             self._begin(self.keepers.values())
             self._start_gauge()
             self.router.fleet = self._seen_fleet()
+            self._keys_changed = _changed(self.fleet.keys_file)
             self.router.start()
             self._prepare()
         except BaseException:
@@ -273,16 +263,14 @@ class RunningFleet:
 
     def _read_keys(self) -> None:
         """Let the router know the clients' keys again where their file changed."""
-        path = self.fleet.keys_file
-        changed = Path(path).stat().st_mtime_ns if path and Path(path).exists() else 0
+        changed = _changed(self.fleet.keys_file)
         if not changed or changed == self._keys_changed:
             return
-        is_first, self._keys_changed = not self._keys_changed, changed
-        if not is_first:
-            try:
-                self.router.apply(self._seen_fleet())
-            except QuantlineError as error:
-                print(f"the keys stay as they were: {error}", file=sys.stderr)
+        self._keys_changed = changed
+        try:
+            self.router.apply(self._seen_fleet())
+        except QuantlineError as error:
+            print(f"the keys stay as they were: {error}", file=sys.stderr)
 
     def _follow(self) -> None:
         """Follow an order, if there is a new one."""
@@ -323,6 +311,14 @@ class RunningFleet:
             self._status = status
 
 
+def _changed(path: str | None) -> int:
+    """When a file was changed; 0 if there is none."""
+    try:
+        return Path(path).stat().st_mtime_ns if path else 0
+    except OSError:
+        return 0
+
+
 def _end_supervisors() -> None:
     """End the supervisors below this process, and with them what they supervise."""
     left = []
@@ -332,54 +328,3 @@ def _end_supervisors() -> None:
                 child.terminate()
                 left.append(child)
     psutil.wait_procs(left, timeout=15)
-
-
-def is_running(folder: Path) -> bool:
-    """Whether a fleet runs from this folder."""
-    if not (folder / LOCK).exists():
-        return False
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
-
-
-def running_fleet(folder: Path) -> Fleet:
-    """The fleet that runs from this folder.
-
-    Raises:
-        UserError: none does.
-    """
-    if not is_running(folder) or not (folder / FLEET).exists():
-        raise UserError(f"no fleet runs from {folder}; start one: python -m stages.fleet up")
-    return Fleet.model_validate_json((folder / FLEET).read_text(encoding="utf-8"))
-
-
-def give(folder: Path, order: Order, seconds: float = 900.0) -> None:
-    """Give an order to the fleet that runs from this folder, and wait until it was followed.
-
-    Raises:
-        UserError: no fleet runs, or it refused the order.
-        ServerError: it ended meanwhile, or did not answer in time.
-    """
-    running_fleet(folder)
-    write_json(folder / ORDER, json.loads(order.model_dump_json()))
-    answered: Mapping[str, Any] = {}
-
-    def has_answered() -> bool:
-        nonlocal answered
-        with suppress(OSError, ValueError):
-            answered = read_json(folder / ANSWER)
-        return answered.get("number") == order.number or not is_running(folder)
-
-    if not wait_until(has_answered, seconds, 0.05):
-        raise ServerError(f"the fleet of {folder} did not answer within {seconds:.0f} s")
-    if answered.get("number") != order.number:
-        if order.end:
-            return
-        raise ServerError(f"the fleet of {folder} ended; log: {folder}/envoy.log")
-    if answered.get("error"):
-        raise UserError(str(answered["error"]))

@@ -1,0 +1,163 @@
+"""The verdict on a variant from captured requests: it and another model are served in turn and score the served answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from quantline.config.method import BASELINE
+from quantline.core.errors import ServerError, UserError
+from quantline.core.files import write_json
+from quantline.evaluation.served_answers import ShadowVerdict, judge
+from quantline.lifecycle import serve
+from quantline.lifecycle.fleet import folder_of
+from quantline.lifecycle.serve import Subject, Typed
+from quantline.pipeline.config import parse
+from quantline.pipeline.run import StageRun
+from quantline.pipeline.server import server_of
+from quantline.serving import server as vllm_server
+from quantline.serving.command import SERVED_NAME
+from quantline.serving.fleet.captures import Capture, captures
+from quantline.serving.fleet.gauge import ALARMS
+from quantline.serving.logprobs import score
+from quantline.serving.server import Server
+
+RESULT = "shadow.json"
+# What a variant may lose to the one that it is to follow at the same precision: relative perplexity.
+FOLLOWING = 0.01
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A captured request as token ids; the first `prompt` of them were asked, the rest was answered."""
+
+    capture: Capture
+    ids: tuple[int, ...]
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be judged.
+
+    variant: a name, MODEL@ALIAS, or a folder. against: what it is compared with, the float model or the variant that it is
+    to follow. most_increase: of the perplexity; None is `promote.max_perplexity_increase` against the float model, else
+    `FOLLOWING`. requests: the newest that are scored; 0 takes all.
+    """
+
+    variant: str
+    against: str = BASELINE
+    most_increase: float | None = None
+    requests: int = 500
+
+
+def shadow(root: Path, typed: Typed, question: Question) -> tuple[ShadowVerdict, Path]:
+    """Score captured answers under a variant and what it is compared with, and judge the difference.
+
+    Args:
+        root: the checkout.
+        typed: the command line; `fleet.name` says whose captures.
+        question: what is to be judged.
+
+    Returns:
+        The verdict, and the file that has it. A variant that is worse gets an alarm in the fleet's folder, by which its
+        gauge degrades it; a sound one loses it.
+
+    Raises:
+        UserError: there are no captures, or the variant or the float model cannot be served here.
+        ServerError: a server failed.
+    """
+    config = parse(typed.values)
+    folder = folder_of(root, config.fleet.name)
+    found = list(captures(folder))
+    if not found:
+        raise UserError(
+            f"{folder}: has no captured requests; start the fleet with capture.share=0.1, and let it answer some"
+        )
+    found = found[-question.requests :] if question.requests else found
+    own = replace(
+        typed, overrides=[one for one in typed.overrides if one.partition("=")[0].split(".")[0] in serve.READS]
+    )
+    subjects = [_subject(root, one, own) for one in (question.against, question.variant)]
+    scores: list[list[NDArray[np.float64]]] = []
+    asked: list[Tokens] = []
+    for subject in subjects:
+        with _served(root, subject, own, folder) as server:
+            asked = asked or tokens_of(server, found)
+            whole = score(server, [one.ids for one in asked], label=f"scoring {len(asked)} answers by {subject.name}")
+        # The first token has no log-probability; those of the answer are the last ones.
+        scores.append([values[one.prompt - 1 :] for values, one in zip(whole, asked, strict=True)])
+    default = config.promote.max_perplexity_increase if question.against == BASELINE else FOLLOWING
+    most = default if question.most_increase is None else question.most_increase
+    verdict = judge(scores[1], scores[0], most_increase=most, how=config.evaluate.bootstrap)
+    path = folder / RESULT
+    names = {"variant": subjects[1].name, "folder": str(subjects[1].folder), "against": subjects[0].name}
+    largest = [{"id": asked[place].capture.id, "nats": nats} for place, nats in verdict.largest]
+    write_json(path, {**names, **verdict.as_json(), "largest": largest})
+    _note_alarm(folder, subjects[1].name, verdict)
+    return verdict, path
+
+
+def tokens_of(server: Server, found: Sequence[Capture]) -> list[Tokens]:
+    """The captured requests as the model's tokens, without those that are longer than the server takes or have no answer.
+
+    Raises:
+        ServerError: the server does not tokenize.
+    """
+    kept = []
+    with server.client() as client:
+        for capture in found:
+            chat = {"messages": capture.messages, "add_generation_prompt": True}
+            prompt = _tokens(client, chat if capture.messages is not None else {"prompt": capture.prompt})
+            answer = _tokens(client, {"prompt": capture.answer, "add_special_tokens": False})
+            if prompt and answer and len(prompt) + len(answer) < server.max_model_len:
+                kept.append(Tokens(capture, (*prompt, *answer), len(prompt)))
+    return kept
+
+
+def _tokens(client: httpx.Client, asked: dict[str, Any]) -> list[int]:
+    try:
+        answer = client.post("/tokenize", json={"model": SERVED_NAME, **asked}).raise_for_status().json()
+        return [int(token) for token in answer["tokens"]]
+    except (httpx.HTTPError, KeyError, ValueError) as error:
+        raise ServerError(f"the server does not tokenize a captured request: {error}") from error
+
+
+def _subject(root: Path, name: str, typed: Typed) -> Subject:
+    if "@" in name:
+        model, _, alias = name.rpartition("@")
+        return serve.subject_of(root, {"alias": alias, "model": model or None}, typed)
+    if Path(name).expanduser().is_dir():
+        return serve.subject_of(root, {"folder": name}, typed)
+    return serve.subject_of(root, {"variant": name}, typed)
+
+
+@contextmanager
+def _served(root: Path, subject: Subject, typed: Typed, folder: Path) -> Iterator[Server]:
+    run = StageRun("serve", subject.config, root, tuple(typed.overrides))
+    vllm = server_of(run)
+    options, _ = serve.options_for(subject, vllm.version, run.device, 0)
+    options = replace(options, name=SERVED_NAME)
+    log = folder / "logs" / f"shadow-{subject.name.replace('/', '-')}.log"
+    with vllm_server.serve(vllm.python, subject.folder, options, log=log) as server:
+        yield server
+
+
+def _note_alarm(folder: Path, name: str, verdict: ShadowVerdict) -> None:
+    path = folder / ALARMS
+    alarms: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        alarms = json.loads(path.read_text(encoding="utf-8"))
+    if verdict.verdict == "worse":
+        alarms[name] = f"{verdict.difference.estimate:+.4f} nats a token on {verdict.requests} captured requests"
+    elif verdict.verdict == "sound":
+        alarms.pop(name, None)
+    write_json(path, alarms)

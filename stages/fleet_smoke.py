@@ -1,0 +1,48 @@
+"""Prove a fleet before it is used: `python -m stages.fleet_smoke precisions.low=[awq-w4-g128,float]`.
+
+It brings the fleet up, does to its servers what can go wrong (kill -9, a hang, documents replaced, a canary moved, a variant
+drained, the gauge killed) while requests come, and says how many were lost before their first byte. Exits with 1 if one was.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from quantline.pipeline.command_line import Option
+from stages import ROOT, main
+
+OPTIONS = [Option("requests", "100", "during each fault", default="100")]
+READS = ("fleet", "promote", "serve", "device", "toolchains", "tracking")
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def fleet_smoke(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
+    import logging
+
+    from hydra.core.hydra_config import HydraConfig
+
+    from quantline.core.errors import GateError, UserError
+    from quantline.lifecycle.fleet_smoke import prove
+    from quantline.lifecycle.serve import Typed
+    from quantline.pipeline.hydra_values import plain
+    from quantline.serving.fleet.drill import table
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs a line for each request
+    requests = str(arguments["requests"])
+    if not requests.isdecimal() or int(requests) < 10:
+        raise UserError(f"requests={requests}: give 10 or more")
+    rows, path = prove(ROOT, Typed(plain(cfg), list(HydraConfig.get().overrides.task)), int(requests))
+    print(table(rows))
+    print(f"  {path}")
+    if lost := [f"{row.fault}: {row.lost + row.quiet}" for row in rows if row.lost or row.quiet]:
+        raise GateError(f"requests were lost: {', '.join(lost)}; see {path}")
+
+
+if __name__ == "__main__":
+    from quantline.lifecycle.fleet import with_section
+
+    sys.argv[1:] = with_section(sys.argv[1:])
+    main(fleet_smoke, __file__, OPTIONS, __doc__, reads=READS)

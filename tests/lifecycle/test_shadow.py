@@ -1,0 +1,36 @@
+"""How captures become a verdict; that a real server tokenizes and scores them is in tests/serving/test_server_vllm.py."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import sections
+
+from quantline.core.errors import UserError
+from quantline.evaluation.served_answers import judge
+from quantline.lifecycle.serve import Typed
+from quantline.lifecycle.shadow import Question, _note_alarm, shadow
+
+
+def test_without_captures_it_says_how_to_get_some(composed, tmp_path):
+    with pytest.raises(UserError, match=r"has no captured requests; start the fleet with capture\.share=0\.1"):
+        shadow(tmp_path, Typed(composed(), []), Question("w4"))
+
+
+def test_a_verdict_raises_an_alarm_and_a_sound_one_takes_it_back(tmp_path):
+    floats = [np.full(10, -2.0) for _ in range(30)]
+
+    def verdict(loss):
+        return judge([one - loss for one in floats], floats, most_increase=0.01, how=sections.bootstrap(resamples=100))
+
+    def alarms():
+        return json.loads((tmp_path / "alarms.json").read_text())
+
+    _note_alarm(tmp_path, "w4", verdict(0.1))
+    assert alarms() == {"w4": "+0.1000 nats a token on 30 captured requests"}
+    _note_alarm(tmp_path, "w8", verdict(0.0))
+    assert list(alarms()) == ["w4"]
+    _note_alarm(tmp_path, "w4", verdict(0.0))
+    assert alarms() == {}
