@@ -17,6 +17,11 @@ help:  ## list the targets
 setup: .venv/ready  ## the core environment in .venv; the toolchains in .venvs follow on demand
 
 # `ready` is made last, so an incomplete environment is built again.
+ifdef BUNDLE
+# Everything from a folder that `python -m stages.bundle` made, where there is no network (docs/guide/offline.md).
+.venv/ready: envs/core.txt
+	@$(PYTHON) tools/unbundle.py "$(BUNDLE)" .
+else
 .venv/ready: envs/core.txt
 	@rm -rf .venv
 	@echo "building .venv from envs/core.txt"
@@ -24,6 +29,7 @@ setup: .venv/ready  ## the core environment in .venv; the toolchains in .venvs f
 	@$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^uv==' envs/core.txt)"
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r envs/core.txt
 	@touch $@
+endif
 
 # publish exits with 75 if the tracking server is down; the pipeline itself did not fail then.
 PUBLISH := python -m stages.publish || [ $$? -eq 75 ]
