@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 from quantline.pipeline.command_line import Option
 from stages import ROOT, main
 
-OPTIONS = [Option("requests", "100", "during each fault", default="100")]
+OPTIONS = [
+    Option("requests", "100", "during each fault", default="100"),
+    Option("out", "FILE.json", "the result; default: fleet_smoke.json in the fleet's folder"),
+]
 READS = ("fleet", "promote", "serve", "device", "toolchains", "tracking")
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 def fleet_smoke(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     import logging
+    from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
 
@@ -34,7 +38,9 @@ def fleet_smoke(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     requests = str(arguments["requests"])
     if not requests.isdecimal() or int(requests) < 10:
         raise UserError(f"requests={requests}: give 10 or more")
-    rows, path = prove(ROOT, Typed(plain(cfg), list(HydraConfig.get().overrides.task)), int(requests))
+    typed = Typed(plain(cfg), list(HydraConfig.get().overrides.task))
+    out = Path(arguments["out"]).absolute() if arguments["out"] else None
+    rows, path = prove(ROOT, typed, int(requests), out=out)
     print(table(rows))
     print(f"  {path}")
     if lost := [f"{row.fault}: {row.lost + row.quiet}" for row in rows if row.lost or row.quiet]:

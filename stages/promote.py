@@ -25,6 +25,7 @@ def promote(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.lifecycle import promotion
     from quantline.lifecycle.promotion_gates import faults_of
     from quantline.lifecycle.publish import publish_records
+    from quantline.lifecycle.shadow import shadow_faults
     from quantline.lifecycle.tracking import registry
     from quantline.lifecycle.tracking.reader import current_run, tracking_of
     from quantline.pipeline.config import parse
@@ -39,6 +40,8 @@ def promote(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     tracking = tracking_of(values, HydraConfig.get().overrides.task, ROOT)
     config = parse({**record.config, "tracking": tracking.model_dump(), "promote": values["promote"]})
     faults = faults_of({result["stage"]: result for result in record.results}, config.promote, record.remedy)
+    outputs: dict[str, str] = next((one["outputs"] for one in record.results if one["stage"] == "convert"), {})
+    faults += shadow_faults(ROOT, config.promote.shadow, outputs)
     if faults:
         raise GateError(f"{record.name} is not promoted, it fails these gates:\n  " + "\n  ".join(faults))
     record = promotion.with_whole_lock(record)

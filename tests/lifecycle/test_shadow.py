@@ -11,7 +11,23 @@ import sections
 from quantline.core.errors import UserError
 from quantline.evaluation.served_answers import judge
 from quantline.lifecycle.serve import Typed
-from quantline.lifecycle.shadow import Question, _note_alarm, shadow
+from quantline.lifecycle.shadow import Question, _note_alarm, shadow, shadow_faults
+
+
+def test_a_promotion_can_ask_for_a_sound_verdict_about_these_files(tmp_path):
+    files = {"model.safetensors": "abc"}
+    folder = tmp_path / "scratch" / ".fleet" / "prod"
+    folder.mkdir(parents=True)
+
+    def faults(**verdict):
+        (folder / "shadow.json").write_text(json.dumps({"variant": "w4", "files": files, **verdict}))
+        return shadow_faults(tmp_path, "prod", files)
+
+    assert shadow_faults(tmp_path, None, files) == []
+    assert "has no verdict" in shadow_faults(tmp_path, "prod", files)[0]
+    assert faults(verdict="sound") == []
+    assert "say worse, required is sound" in faults(verdict="worse")[0]
+    assert "is about other files, of w4" in faults(verdict="sound", files={"model.safetensors": "abd"})[0]
 
 
 def test_without_captures_it_says_how_to_get_some(composed, tmp_path):

@@ -17,3 +17,4 @@ class PromoteConfig(Section):
     min_recovery: float = Field(default=0.95, ge=0, le=1)
     max_alarms: int = Field(default=1, ge=0)
     alarms: list[str] = Field(default=[])
+    shadow: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")

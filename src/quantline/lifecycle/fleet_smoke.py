@@ -25,7 +25,9 @@ HANG_SECONDS = 10.0
 AGAIN_SECONDS = 600.0
 
 
-def prove(root: Path, typed: Typed, requests: int, concurrency: int = 4) -> tuple[list[Row], Path]:
+def prove(
+    root: Path, typed: Typed, requests: int, *, concurrency: int = 4, out: Path | None = None
+) -> tuple[list[Row], Path]:
     """Run the drill on the first precision that has more than one variant.
 
     Args:
@@ -33,6 +35,7 @@ def prove(root: Path, typed: Typed, requests: int, concurrency: int = 4) -> tupl
         typed: the command line.
         requests: during each fault.
         concurrency: at a time.
+        out: the file that gets the result; None is one in the fleet's folder.
 
     Returns:
         What each fault cost, and the file that has it.
@@ -61,7 +64,8 @@ def prove(root: Path, typed: Typed, requests: int, concurrency: int = 4) -> tupl
             headers=_key(fleet.keys_file), extra={"temperature": 0},
         )  # fmt: skip
         rows = list(Drill(running, load, again_seconds=AGAIN_SECONDS).rows(REAL))
-    path = folder / RESULT
+    path = out or folder / RESULT
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {
         "metrics": dict(metrics(rows)), "precision": chains[0], "chain": list(fleet.precisions[chains[0]]),
         "router": program.build, "rows": [asdict(row) for row in rows],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from quantline.config.method import BASELINE
 from quantline.core.errors import ServerError, UserError
-from quantline.core.files import write_json
+from quantline.core.files import read_json, write_json
 from quantline.evaluation.served_answers import ShadowVerdict, judge
 from quantline.lifecycle import serve
 from quantline.lifecycle.fleet import folder_of
 from quantline.lifecycle.serve import Subject, Typed
 from quantline.pipeline.config import parse
+from quantline.pipeline.identity import differing, file_hashes
 from quantline.pipeline.run import StageRun
 from quantline.pipeline.server import server_of
 from quantline.serving import server as vllm_server
@@ -99,11 +100,33 @@ def shadow(root: Path, typed: Typed, question: Question) -> tuple[ShadowVerdict,
     most = default if question.most_increase is None else question.most_increase
     verdict = judge(scores[1], scores[0], most_increase=most, how=config.evaluate.bootstrap)
     path = folder / RESULT
-    names = {"variant": subjects[1].name, "folder": str(subjects[1].folder), "against": subjects[0].name}
+    names = {"variant": subjects[1].name, "against": subjects[0].name, "files": file_hashes(subjects[1].folder)}
     largest = [{"id": asked[place].capture.id, "nats": nats} for place, nats in verdict.largest]
     write_json(path, {**names, **verdict.as_json(), "largest": largest})
     _note_alarm(folder, subjects[1].name, verdict)
     return verdict, path
+
+
+def shadow_faults(root: Path, fleet: str | None, outputs: Mapping[str, str]) -> list[str]:
+    """Why the verdict on captured requests does not speak for a variant's promotion; empty if it does, or is not asked for.
+
+    Args:
+        root: the checkout.
+        fleet: name of the fleet whose verdict counts, `promote.shadow`; None asks for none.
+        outputs: hashes of the variant's files, as its conversion recorded them.
+    """
+    if fleet is None:
+        return []
+    path = folder_of(root, fleet) / RESULT
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return [f"shadow: {path} has no verdict; run: python -m stages.shadow variant=NAME fleet.name={fleet}"]
+    if differing(outputs, found.get("files") or {}):
+        return [f"shadow: the verdict of {path} is about other files, of {found.get('variant')}"]
+    if found.get("verdict") != "sound":
+        return [f"shadow: captured requests say {found.get('verdict')}, required is sound; see {path}"]
+    return []
 
 
 def tokens_of(server: Server, found: Sequence[Capture]) -> list[Tokens]:
