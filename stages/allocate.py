@@ -20,58 +20,64 @@ OPTIONS = [
 ]
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Any
+    from collections.abc import Sequence
 
     from omegaconf import DictConfig
 
+    from quantline.pipeline.config import Config
     from quantline.planning.budget import Budget, Limit
 
 READS = ("model", "method", "group_size", "backend", "calibration", "sensitivity", "convert", "serve", "device")
 
 
 def allocate(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
-    from pathlib import Path
-
     from hydra.core.hydra_config import HydraConfig
 
-    import stages.sensitivity  # noqa: F401  # registers the stage
-    from quantline.core.errors import UserError
-    from quantline.evaluation import unit_losses
     from quantline.pipeline import preflight
     from quantline.pipeline.config import parse
-    from quantline.pipeline.execute import run_checked
     from quantline.pipeline.hydra_values import plain
-    from quantline.pipeline.identity import stage_fingerprint
-    from quantline.pipeline.inputs import output_with_fingerprint
     from quantline.pipeline.params_file import add_variant, line_of
     from quantline.pipeline.run import StageRun
     from quantline.planning.budget import budget
-    from stages import WORK
 
     limit, config = _limit(arguments), parse(plain(cfg))
     overrides = list(HydraConfig.get().overrides.task)
     run = StageRun("sensitivity", config, ROOT, tuple(overrides))
     run.refuse_float()
+    losses = measured_losses(config, overrides)
     model, place = preflight.model_of(run), preflight.machine_of(config, ROOT)
-
-    def measured() -> str | None:
-        found = output_with_fingerprint(ROOT, "sensitivity", stage_fingerprint(config, "sensitivity", ROOT))
-        return None if found is None else str(found)
-
-    if measured() is None:
-        run_checked("sensitivity", WORK["sensitivity"], config, ROOT, overrides)
-    folder = measured()
-    if folder is None:
-        raise UserError("the losses were not measured; run `python -m stages.sensitivity` with the same options")
-    found = budget(
-        preflight.variant_spec(config.model_dump()), model, place, unit_losses.read(Path(folder)), limit
-    )  # fmt: skip
+    found = budget(preflight.variant_spec(config.model_dump()), model, place, losses, limit)
     line = line_of_budget(found, overrides)
     print(_text(found, line_of(line)))
     if (name := arguments["apply"]) is not None:
-        add_variant(ROOT / "params.yaml", name, _without_shared(line))
+        add_variant(ROOT / "params.yaml", name, without_shared(line))
         print(f"params.yaml: {name}", file=sys.stderr)
+
+
+def measured_losses(config: Config, overrides: list[str]) -> dict[tuple[str, int], float]:
+    """The losses of a configuration's units in nats by unit and bits; measured first where they are not there yet.
+
+    Raises:
+        UserError: they cannot be measured.
+    """
+    import stages.calibrate
+    import stages.download
+    import stages.sensitivity  # noqa: F401  # they register their functions
+    from quantline.core.errors import UserError
+    from quantline.evaluation import unit_losses
+    from quantline.pipeline.execute import run_until
+    from quantline.pipeline.identity import stage_fingerprint
+    from quantline.pipeline.inputs import output_with_fingerprint
+    from stages import WORK
+
+    wanted = stage_fingerprint(config, "sensitivity", ROOT)
+    folder = output_with_fingerprint(ROOT, "sensitivity", wanted)
+    if folder is None:
+        run_until("sensitivity", WORK, config, ROOT, overrides)
+        folder = output_with_fingerprint(ROOT, "sensitivity", wanted)
+    if folder is None:
+        raise UserError("the losses were not measured; run `python -m stages.sensitivity` with the same options")
+    return unit_losses.read(folder)
 
 
 def _limit(arguments: dict[str, str | None]) -> Limit:
@@ -92,20 +98,16 @@ def _limit(arguments: dict[str, str | None]) -> Limit:
 
 
 def line_of_budget(found: Budget, overrides: Sequence[str]) -> list[str]:
-    """The overrides of the variant: those that were given, with its bits and rules."""
+    """The overrides of the variant: those that were given, with its method, bits and rules."""
     from quantline.pipeline.overrides import key_of
+    from quantline.planning.search_space import overrides_of
 
-    kept = [one for one in overrides if key_of(one) not in ("bits", "layers", "layers.rules", "variant")]
-    rules = ", ".join(_rule(rule) for rule in found.variant.rules)
-    return [*kept, f"bits={found.variant.bits}", *([f"layers.rules=[{rules}]"] if rules else [])]
-
-
-def _rule(rule: Mapping[str, Any]) -> str:
-    kept = "skip: true" if rule.get("skip") else f"bits: {rule['bits']}"
-    return f'{{match: "{rule["match"]}", {kept}}}'
+    kept = [one for one in overrides if key_of(one) not in ("method", "bits", "layers", "layers.rules", "variant")]
+    return [*overrides_of(found.variant), *kept]
 
 
-def _without_shared(line: Sequence[str]) -> list[str]:
+def without_shared(line: Sequence[str]) -> list[str]:
+    """The overrides that `shared` of params.yaml does not have."""
     from quantline.pipeline.compose import read_params
     from quantline.pipeline.overrides import split
 

@@ -91,11 +91,16 @@ def some_documents(windows: Windows, tokens: int) -> tuple[Windows, NDArray[np.i
     count = len(windows.document_ids)
     kept = min(count, max(2, round(count * tokens / len(windows.input_ids))))
     chosen = np.unique(np.linspace(0, count - 1, kept).round().astype(np.int64))
+    return of_documents(windows, chosen), chosen
+
+
+def of_documents(windows: Windows, chosen: NDArray[np.int64]) -> Windows:
+    """The windows of some documents; chosen: their numbers, int64, ascending."""
     number_of = {int(document): number for number, document in enumerate(chosen)}
     members = np.flatnonzero(np.isin(windows.document, chosen))
     lengths = np.diff(windows.offsets)[members]
     pieces = [windows.input_ids[windows.offsets[index] : windows.offsets[index + 1]] for index in members]
-    part = Windows(
+    return Windows(
         input_ids=np.concatenate(pieces),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         document=np.array([number_of[int(windows.document[index])] for index in members], dtype=np.int32),
@@ -105,7 +110,6 @@ def some_documents(windows: Windows, tokens: int) -> tuple[Windows, NDArray[np.i
         words=None if windows.words is None else windows.words[chosen],
         text_bytes=None if windows.text_bytes is None else windows.text_bytes[chosen],
     )
-    return part, chosen
 
 
 def spans(tokens: int, capacity: int, stride: int) -> list[tuple[int, int, int]]:

@@ -18,7 +18,7 @@ from quantline.core.errors import UserError
 from quantline.planning.allocation import FLOAT_BITS, Allocation, Unit, allocate, best_uniform
 from quantline.planning.layouts import is_symmetric
 from quantline.planning.preflight import check
-from quantline.planning.spec import Machine, Model, Plan, VariantSpec
+from quantline.planning.spec import Machine, Model, Plan, Step, VariantSpec
 from quantline.serving.checkpoint_facts import units_of
 
 # A plan has to be better than one width by more than this share of its loss, which is how far sums of single units' losses
@@ -54,15 +54,21 @@ class Budget:
     widths: tuple[int, ...]
 
 
-def servable_widths(variant: VariantSpec, model: Model, machine: Machine, measured: Sequence[int]) -> dict[int, Plan]:
-    """The widths among those measured with which the variant works from quantizing to serving, with their plans."""
+SERVED: tuple[Step, ...] = ("quantize", "convert", "serve")
+
+
+def working_widths(
+    variant: VariantSpec, model: Model, machine: Machine, measured: Sequence[int], steps: Sequence[Step] = SERVED
+) -> dict[int, Plan]:
+    """The widths among those measured with which the variant passes these steps, with their plans."""
     plans = {bits: check(replace(variant, bits=bits, rules=()), model, machine) for bits in sorted(measured)}
-    return {bits: plan for bits, plan in plans.items() if plan.passes("quantize", "convert", "serve")}
+    return {bits: plan for bits, plan in plans.items() if plan.passes(*steps)}
 
 
 def budget(
-    variant: VariantSpec, model: Model, machine: Machine, losses: Mapping[tuple[str, int], float], limit: Limit
-) -> Budget:
+    variant: VariantSpec, model: Model, machine: Machine, losses: Mapping[tuple[str, int], float], limit: Limit,
+    *, steps: Sequence[Step] = SERVED,
+) -> Budget:  # fmt: skip
     """The best variant within a limit.
 
     Args:
@@ -70,12 +76,13 @@ def budget(
         model, machine: the float model and the machine that serves it.
         losses: nats per token by unit and width.
         limit: what to meet.
+        steps: what it has to pass.
 
     Raises:
         UserError: no width works, no plan meets the limit, or the plan is refused.
     """
     measured = sorted({bits for _, bits in losses})
-    plans = servable_widths(variant, model, machine, measured)
+    plans = working_widths(variant, model, machine, measured, steps)
     if not plans:
         raise UserError(
             f"method={variant.method} group_size={variant.group_size}: none of the widths {', '.join(map(str, measured))} "
@@ -97,7 +104,7 @@ def budget(
         chosen, taken = plain, "uniform"
     made = composed(variant, chosen, model)
     plan = check(made, model, machine)
-    if plan.refused:
+    if not plan.passes(*steps):
         raise UserError("the plan is refused: " + "; ".join(finding.reason for finding in plan.refused))
     return Budget(made, chosen, plain, taken, plan, 8 * (chosen.size - fixed) / values, (*plans, FLOAT_BITS))
 

@@ -1,0 +1,210 @@
+"""Search for the variant that meets a goal: `python -m stages.search loss.at_most=0.01 size.at_most_gb=5`.
+
+A candidate is an ordinary variant, made by the pipeline's stages and scored by the reference engine beside the float
+model. A search that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING
+
+from quantline.pipeline.command_line import Option
+from stages import ROOT, WORK, main
+
+OPTIONS = [
+    Option("loss.at_most", "0.01", "growth of the perplexity, relative; met by the upper end of the paired interval"),
+    Option("size.at_most_gb", "5", "size of the checkpoint, in 10**9 bytes"),
+    Option("minimize", "size", "what to minimize", allowed=("size", "loss")),
+    Option("methods", "gptq,rtn", "methods to choose from", default="gptq,awq,rtn"),
+    Option("step", "0.25", "bits between two plans by budget", default="0.25"),
+    Option("measurements", "20", "candidates to measure at most", default="20"),
+    Option("served", "false", "also variants that the server does not take", allowed=("true", "false")),
+    Option("apply", "NAME", "write the best variant into params.yaml under this name"),
+]
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from omegaconf import DictConfig
+
+    from quantline.pipeline.config import Config
+    from quantline.planning.search import Candidate, Found, Goal, Measurement
+    from quantline.planning.search_space import Space
+
+READS = ("model", "group_size", "backend", "calibration", "sensitivity", "convert", "serve", "evaluate", "device")
+_SHARES = (0.125, 0.25, 0.5, 1.0)
+_FOLDER = ROOT / "scratch" / "search"
+
+
+def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from quantline.core.files import write_json
+    from quantline.pipeline.config import parse
+    from quantline.pipeline.hydra_values import plain
+    from quantline.pipeline.identity import fingerprint
+    from quantline.pipeline.params_file import add_variant
+    from quantline.planning.search import search as find
+    from stages.allocate import measured_losses, without_shared
+
+    goal, most = _goal(arguments), int(_number("measurements", arguments["measurements"]))
+    config = parse(plain(cfg))
+    overrides = [one for one in HydraConfig.get().overrides.task if one.partition("=")[0] not in ("method", "bits")]
+    plain_gptq = [*overrides, "method=gptq"]  # its grid is that of rounding, and it calibrates
+    choices = _space(config, measured_losses(_composed(plain_gptq), plain_gptq), arguments)
+    print(f"{len(choices.candidates)} candidates; {len(choices.pruned)} that do not work", file=sys.stderr)
+    found = find(
+        choices.candidates, goal, _judge(config, overrides), shares=len(_SHARES), most=most,
+        tell=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    write_json(_FOLDER / f"{fingerprint(sorted(sys.argv[1:]))[:12]}.json", _as_plain(found, choices))
+    print(_text(found, choices, goal, overrides))
+    if found.best is not None and (name := arguments["apply"]) is not None:
+        add_variant(ROOT / "params.yaml", name, without_shared([*found.best.overrides, *overrides]))
+        print(f"params.yaml: {name}", file=sys.stderr)
+    if found.best is None:
+        sys.exit(1)
+
+
+def _judge(config: Config, overrides: list[str]) -> Callable[[Candidate, int], Measurement]:
+    """What makes a candidate and scores it on a share of the documents, beside the float model."""
+    import stages.calibrate
+    import stages.convert
+    import stages.quantize  # noqa: F401  # they register their functions
+    from quantline.core.errors import QuantlineError
+    from quantline.data.windows import build_windows
+    from quantline.evaluation.racing import Engine, Race, compared
+    from quantline.pipeline.execute import made
+    from quantline.pipeline.identity import fingerprint, stage_fingerprint
+    from quantline.pipeline.run import StageRun
+    from quantline.planning.search import Measurement
+    from quantline.toolchains.environments import locks_identity
+
+    run = StageRun("search", config, ROOT, tuple(overrides))
+    float_model, lock = run.input("download") / "model", locks_identity(ROOT, "reference")
+    engine = Engine(run.side_worker, run.device, config.threads, config.evaluate.batch_tokens)
+    race = Race(build_windows(float_model, config.evaluate), _SHARES, engine, _FOLDER / "losses")
+    configs: dict[str, Config] = {}
+
+    def key(stage: str, of: Config) -> str:
+        return fingerprint({"of": stage_fingerprint(of, stage, ROOT), "engine": lock})
+
+    def judge(one: Candidate, share: int) -> Measurement:
+        if one.name not in configs:
+            configs[one.name] = _composed([*overrides, *one.overrides])
+        own, variant = configs[one.name], f"search-{fingerprint(one.overrides)[:12]}"
+        try:
+            scored = race.sums(key("convert", own), lambda: made(own, variant, WORK, ROOT)[0], share)
+        except QuantlineError as error:
+            print(f"  {one.name}: {error}", file=sys.stderr)
+            return Measurement(one.name, share, math.inf, math.inf, math.inf)
+        base = race.sums(key("download", config), lambda: float_model, share)
+        found = compared(scored, base, config.evaluate.bootstrap)
+        return Measurement(one.name, share, found.estimate, found.low, found.high)
+
+    return judge
+
+
+def _number(name: str, text: str | None) -> float:
+    from quantline.core.errors import UserError
+
+    try:
+        value = float(str(text))
+    except ValueError:
+        raise UserError(f"{name}={text}: is not a number") from None
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name}={text}: give a positive number")
+    return value
+
+
+def _goal(arguments: dict[str, str | None]) -> Goal:
+    from quantline.core.errors import UserError
+    from quantline.planning.search import Goal
+
+    loss, size = (
+        None if arguments[name] is None else _number(name, arguments[name])
+        for name in ("loss.at_most", "size.at_most_gb")
+    )
+    if arguments["minimize"] == "size" and loss is None:
+        raise UserError("minimize=size: the smallest variant of all is of no use; give loss.at_most=0.01")
+    if arguments["minimize"] == "loss" and size is None:
+        raise UserError("minimize=loss: the float model loses nothing; give size.at_most_gb=5")
+    return Goal(
+        "loss" if arguments["minimize"] == "loss" else "size", loss, None if size is None else int(size * 10**9)
+    )
+
+
+def _space(config: Config, losses: dict[tuple[str, int], float], arguments: dict[str, str | None]) -> Space:
+    from quantline.core.errors import UserError
+    from quantline.evaluation.unit_losses import BUDGETED
+    from quantline.pipeline import preflight
+    from quantline.pipeline.run import StageRun
+    from quantline.planning.budget import SERVED
+    from quantline.planning.search_space import space
+
+    defaults = preflight.method_defaults(ROOT)
+    asked = str(arguments["methods"]).split(",")
+    if unknown := [name for name in asked if name not in defaults or name == "float"]:
+        raise UserError(
+            f"methods={arguments['methods']}: {unknown[0]} is no method; there are {', '.join(sorted(defaults))}"
+        )
+    model = preflight.model_of(StageRun("search", config, ROOT, ()))
+    steps = SERVED if arguments["served"] == "true" else SERVED[:2]
+    return space(
+        preflight.variant_spec(config.model_dump()), model, preflight.machine_of(config, ROOT),
+        {name: {key: value for key, value in defaults[name].items() if value is not None} for name in asked}, losses,
+        budgeted=BUDGETED, step=_number("step", arguments["step"]), steps=steps,
+    )  # fmt: skip
+
+
+def _composed(overrides: list[str]) -> Config:
+    from quantline.pipeline.compose import compose_values
+    from quantline.pipeline.config import parse
+
+    return parse(compose_values(ROOT / "conf", overrides))
+
+
+def _as_plain(found: Found, choices: Space) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return {**asdict(found), "candidates": [asdict(one) for one in choices.candidates], "pruned": choices.pruned}
+
+
+def _text(found: Found, choices: Space, goal: Goal, overrides: list[str]) -> str:
+    from quantline.core.text import binary_size
+    from quantline.pipeline.params_file import line_of
+
+    last = {one.candidate: one for one in found.measurements}
+    sizes = {one.name: one.size for one in choices.candidates}
+
+    def told(name: str) -> str:
+        if name not in last:
+            return f"{name}: {binary_size(sizes[name])}, not measured"
+        one = last[name]
+        return (
+            f"{name}: {binary_size(sizes[name])}, perplexity {100 * one.loss:+.2f} % [{100 * one.low:+.2f}, "
+            f"{100 * one.high:+.2f}] on {_SHARES[one.share]:.0%} of the documents"
+        )
+
+    lines = [
+        f"measured {len(last)} of {len(choices.candidates)} candidates; {len(choices.pruned)} do not work",
+        "front:", *(f"  {told(name)}" for name in found.front),
+    ]  # fmt: skip
+    if found.best is not None:
+        return "\n".join([*lines, f"best: {told(found.best.name)}", "", line_of([*found.best.overrides, *overrides])])
+    if found.nearest is None:
+        return "\n".join([*lines, "no variant works here: " + "; ".join(list(choices.pruned.values())[:3])])
+    needs = []
+    if found.nearest.name in last:
+        needs.append(f"loss.at_most={last[found.nearest.name].high:.3g}")
+    if goal.size_at_most is not None and found.nearest.size > goal.size_at_most:
+        needs.append(f"size.at_most_gb={found.nearest.size / 10**9:.4g}")
+    return "\n".join(
+        [*lines, f"nothing here meets it; the nearest is {told(found.nearest.name)}; it would need {' '.join(needs)}"]
+    )
+
+
+if __name__ == "__main__":
+    main(search, __file__, OPTIONS, __doc__, reads=READS)
