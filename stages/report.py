@@ -20,12 +20,14 @@ def report(cfg: DictConfig) -> None:
     from quantline.pipeline.config import parse
     from quantline.pipeline.execute import check_caller
     from quantline.pipeline.hydra_values import plain
+    from quantline.pipeline.kept_servers import end_servers
     from quantline.pipeline.records import pipeline_records
     from quantline.report.build import build
     from quantline.report.figures import write_figures
 
     config = parse(plain(cfg))
     check_caller(config, HydraConfig.get().overrides.task)
+    end_servers()  # the last stage
     # A manual run, with other rules for example, writes to scratch/, since report/ and the figures belong to DVC.
     out = ROOT / "report" if config.frozen else ROOT / "scratch" / "report"
     with building(out) as folder:

@@ -13,16 +13,18 @@ if TYPE_CHECKING:
 @stage("serve_smoke")
 def serve_smoke(run: StageRun) -> None:
     from quantline.data.windows import build_windows
+    from quantline.pipeline.kept_servers import keeping_of
     from quantline.pipeline.server import PROVEN, server_of, server_options
     from quantline.serving.serve_smoke import serve_and_score
 
     options = server_options(run, quantized=not run.is_baseline)
     windows = build_windows(run.input("download") / "model", run.config.evaluate)
-    vllm = server_of(run)
+    checkpoint = run.checkpoint()
+    vllm = server_of(run)._replace(keeping=keeping_of(run, fresh=True))
     run.files += ["answers.json", "verdict.json"]
     with run.output() as out:
         served = serve_and_score(
-            vllm, run.checkpoint(), options, questions=run.config.serve.smoke, windows=windows, out=out,
+            vllm, checkpoint, options, questions=run.config.serve.smoke, windows=windows, out=out,
             baseline=None if run.is_baseline else run.input("serve_smoke", baseline=True), log=run.paths.log,
         )  # fmt: skip
         run.metrics.update(served.metrics)

@@ -16,19 +16,21 @@ def speed(run: StageRun) -> None:
     from quantline.evaluation.speed.run import measure
     from quantline.evaluation.speed.table import render_speed_table
     from quantline.evaluation.speed.vllm_bench import Subject
+    from quantline.pipeline.kept_servers import keeping_of
     from quantline.pipeline.server import server_of, server_options
+    from quantline.serving.server import Vllm
 
     run.refuse_float()
-    plan, float_model = run.config.speed, run.input("download") / "model"
+    plan, float_model, checkpoint = run.config.speed, run.input("download") / "model", run.checkpoint()
     subjects = (
-        Subject("float", float_model, server_options(run, quantized=False)),
-        Subject("variant", run.checkpoint(), server_options(run, quantized=True)),
+        Subject("float", float_model, server_options(run, quantized=False), keeping_of(run, "float")),
+        Subject("variant", checkpoint, server_options(run, quantized=True), keeping_of(run)),
     )
-    python, version = server_of(run) if plan.tools else (ROOT, "")
+    vllm = server_of(run) if plan.tools else Vllm(ROOT, "")
     run.files.append("speed.json")
     with run.output() as out:
         measured = measure(
-            python=python, version=version, subjects=subjects, plan=plan, out=out, log=run.paths.log,
+            python=vllm.python, version=vllm.version, subjects=subjects, plan=plan, out=out, log=run.paths.log,
             bench=partial(run.worker, "vllm", "quantline.toolchains.workers.vllm_bench"),
         )  # fmt: skip
     run.metrics.update(measured.metrics)

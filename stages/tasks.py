@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from quantline.pipeline.run import StageRun
-    from quantline.serving.server import Server
+    from quantline.serving.running import Server
     from quantline.toolchains.protocol import JobResult
 
 
@@ -56,12 +56,13 @@ def ask(run: StageRun, job: dict[str, Any]) -> JobResult:
 
 
 def server(run: StageRun, checkpoint: Path) -> AbstractContextManager[Server]:
-    """The variant's server, as serve_smoke starts it."""
+    """The variant's server, as serve_smoke starts it; in the pipeline it is the same one."""
+    from quantline.pipeline.kept_servers import keeping_of
     from quantline.pipeline.server import server_of, server_options
     from quantline.serving.server import serve
 
     options = server_options(run, quantized=not run.is_baseline)
-    return serve(server_of(run)[0], checkpoint, options, log=run.paths.log)
+    return serve(server_of(run)[0], checkpoint, options, log=run.paths.log, keeping=keeping_of(run))
 
 
 if __name__ == "__main__":

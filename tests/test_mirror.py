@@ -14,6 +14,8 @@ COVERED = {
     "report": "tests/report/test_build.py",
     # exceptions, asked for where they are raised
     "checkpoints/errors": "tests/checkpoints/test_checkpoint.py",
+    "serving/handover": "tests/serving/test_keeping.py",
+    "serving/running": "tests/serving/test_server.py",
     "checkpoints/float_view": "tests/checkpoints/test_checkpoint.py",
     "conversion/errors": "tests/conversion/test_bands.py",
     "core/errors": "tests/pipeline/test_user_messages.py",

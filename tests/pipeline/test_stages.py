@@ -147,10 +147,13 @@ def test_what_a_stage_reads_is_in_every_frozen_configuration(frozen):
                     place = place[part]
 
 
-def test_dvc_resolves_the_pipeline_to_the_stages_of_each_variant(root, tmp_path):
+def test_dvc_runs_all_stages_of_one_variant_before_those_of_the_next(root, tmp_path):
     for name in ("dvc.yaml", "params.yaml"):
         (tmp_path / name).write_bytes((root / name).read_bytes())
-    code = "from dvc.repo import Repo\nRepo.init(no_scm=True)\nprint('#', *(s.addressing for s in Repo().index.stages))"
+    code = (
+        "from dvc.repo import Repo\nfrom dvc.repo.reproduce import plan_repro\nRepo.init(no_scm=True)\n"
+        "print('#', *(stage.addressing for stage in plan_repro(Repo().index.graph)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     once = {
@@ -160,9 +163,12 @@ def test_dvc_resolves_the_pipeline_to_the_stages_of_each_variant(root, tmp_path)
     each = ("compose", *names(lambda stage: not stage.shared))
     variants = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["variants"]
     assert len(variants) >= 3
-    assert set(done.stdout.rpartition("#")[2].split()) == once | {
-        f"{stage}@{name}" for stage in each for name in variants
-    }
+    planned = done.stdout.rpartition("#")[2].split()
+    assert set(planned) == once | {f"{stage}@{name}" for stage in each for name in variants}
+    assert planned[-1] == "report"
+    per_variant = each[1:]
+    turns = [stage for stage in planned if stage.partition("@")[0] in per_variant and "@" in stage]
+    assert turns == [f"{stage}@{name}" for name in variants for stage in per_variant]
 
 
 def test_each_stage_runs_the_command_of_its_name_from_its_frozen_configuration(pipeline):

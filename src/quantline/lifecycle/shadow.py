@@ -29,7 +29,7 @@ from quantline.serving.command import SERVED_NAME
 from quantline.serving.fleet.captures import Capture, captures
 from quantline.serving.fleet.gauge import ALARMS
 from quantline.serving.logprobs import score
-from quantline.serving.server import Server
+from quantline.serving.running import Server
 
 RESULT = "shadow.json"
 # What a variant may lose to the one that it is to follow at the same precision: relative perplexity.

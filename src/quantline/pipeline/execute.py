@@ -20,8 +20,9 @@ from quantline.pipeline.fit import refuse_what_the_model_does_not_take
 from quantline.pipeline.hydra_values import plain
 from quantline.pipeline.identity import stage_fingerprint
 from quantline.pipeline.inputs import Wanted, float_config, missing_inputs, output_with_fingerprint
+from quantline.pipeline.kept_servers import make_room
 from quantline.pipeline.monitor.monitor import Monitor
-from quantline.pipeline.paths import SAVED, read_result
+from quantline.pipeline.paths import SAVED, read_result, stage_paths
 from quantline.pipeline.run import StageRun, stage_paths_of
 from quantline.pipeline.stages import STAGES, baseline_overrides, is_baseline, names
 from quantline.pipeline.told import told
@@ -44,6 +45,8 @@ def execute(
     run = StageRun(stage, config, root, tuple(overrides))
     places = run.paths  # before the work: it refuses a name that is not valid
     clear(places.output.parent)  # also what killed runs of other stages left, which DVC may take from its run cache
+    if run.frozen:
+        make_room(stage, stage_paths(run.home, run.variant, "download").output / "model")
     try:
         with Monitor() as monitor:
             work(run)

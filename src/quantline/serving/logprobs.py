@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from quantline.core.errors import ServerError, UserError
 from quantline.core.progress import bar
 from quantline.serving.command import SERVED_NAME
-from quantline.serving.server import Server
+from quantline.serving.running import Server
 
 # vLLM writes minus infinity as this, since JSON cannot express it.
 MINUS_INFINITY = -9999.0

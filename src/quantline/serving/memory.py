@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.model_config import dimensions, language_config
 from quantline.config.serve import ProcessConfig
 
 GIB = 2**30
+# A vLLM process without weights and cache: 1.0 GiB was seen on a CPU; on a GPU it also has a context and graphs.
+OVERHEAD_BYTES = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}
+# Of the memory that is available, what servers may take beside others.
+MEMORY_SHARE = 0.8
 # Tokens that vLLM computes at a time by default (0.32.0, EngineArgs), on GPUs smaller than LARGE_GPU and on larger ones.
 BATCHED_TOKENS, BATCHED_TOKENS_LARGE, LARGE_GPU = 2048, 8192, 70 * GIB
 
@@ -105,3 +111,14 @@ def activations(config: Mapping[str, Any], batch: int, tokens: int = BATCHED_TOK
         return None
     inner = numbers.inner or 4 * numbers.hidden
     return tokens * (4 * numbers.hidden + 2 * inner) * 2 + 2 * batch * numbers.vocabulary * 4
+
+
+def tensor_bytes(checkpoint: Path) -> int:
+    """Bytes of all tensors of a checkpoint."""
+    opened = Checkpoint.open(checkpoint)
+    return sum(opened.info(name).nbytes for name in opened.names)
+
+
+def server_bytes(checkpoint: Path, process: ProcessConfig, device: str) -> float:
+    """What a server of a checkpoint takes, about. device: `cpu` or `cuda`."""
+    return 1.2 * tensor_bytes(checkpoint) + (process.kv_cache_gib or 0) * GIB + OVERHEAD_BYTES[device]

@@ -82,7 +82,7 @@ def serve_and_score(
         )
     chat_prompts = questions.chat_prompts if has_chat_template(checkpoint) else []
     timeout = options.process.request_timeout_seconds
-    with serve(vllm.python, checkpoint, options, log=log) as server:
+    with serve(vllm.python, checkpoint, options, log=log, keeping=vllm.keeping) as server:
         report = run_smoke(
             server, questions.prompts, chat_prompts, max_tokens=questions.max_tokens, timeout_seconds=timeout
         )

@@ -21,7 +21,7 @@ from quantline.core.errors import ServerError, UserError
 from quantline.core.gpu import accelerator_use
 from quantline.core.progress import bar
 from quantline.serving.command import SERVED_NAME
-from quantline.serving.server import Server
+from quantline.serving.running import Server
 from quantline.serving.server_log import kernels, weights_bytes
 
 COUNTERS = {"prompt": "vllm:prompt_tokens_total", "generation": "vllm:generation_tokens_total"}

@@ -69,9 +69,14 @@ def test_models_take_turns_and_their_servers_are_in_the_document(model, tmp_path
     up = []
 
     @contextmanager
-    def serve(_python, _checkpoint, options, *, log):
+    def serve(_python, _checkpoint, options, *, log, keeping):
         server = SimpleNamespace(
-            url=log.name, load_seconds=2.0, log_text=lambda: "", peak_memory_bytes=lambda: 7 * len(up), options=options
+            url=log.name,
+            load_seconds=2.0,
+            taken_over="",
+            log_text=lambda: "",
+            peak_memory_bytes=lambda: 7 * len(up),
+            options=options,
         )
         up.append(server)
         yield server

@@ -20,7 +20,6 @@ from typing import Any
 
 import psutil
 
-from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.config.speed import SpeedConfig
 from quantline.core.files import read_json, write_json
 from quantline.core.gpu import accelerator_use, visible_gpus
@@ -33,14 +32,15 @@ from quantline.evaluation.speed.vllm_bench import (
     serve_arguments,
     serve_row,
 )
-from quantline.serving.memory import GIB, kv_cache
+from quantline.serving.handover import end_all
+from quantline.serving.keeping import kept_of
+from quantline.serving.memory import GIB, MEMORY_SHARE, kv_cache, server_bytes, tensor_bytes
 from quantline.serving.rules import checkpoint_facts, verdict, vllm_here
-from quantline.serving.server import Server, run_vllm, serve
+from quantline.serving.running import Server
+from quantline.serving.server import run_vllm, serve
 from quantline.serving.server_log import kernels, weights_bytes
 from quantline.toolchains.protocol import JobResult
 
-# A vLLM process without weights and cache: 1.0 GiB was seen on a CPU; on a GPU it also has a context and graphs.
-_OVERHEAD_BYTES = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}
 _BY_LOG, _BY_TENSORS = "as vLLM's log reports it, to 0.01 GiB", "the checkpoint's tensors, for this vLLM reports none"
 OFFLINE = ("latency", "throughput")
 Bench = Callable[[dict[str, Any], str], JobResult]
@@ -126,14 +126,14 @@ class _Up:
 
 
 def _costs(subject: Subject, up: _Up) -> dict[str, Any]:
-    """Load time, memory and kernels of a running server."""
+    """Load time, memory and kernels of a running server, and the stage that started it if that was not this one."""
     text, stored = up.server.log_text(), tensor_bytes(subject.checkpoint)
     logged = weights_bytes(text)
     return {
         "model": subject.model, "load_seconds": up.server.load_seconds,
         "weights_memory_bytes": stored if logged is None else logged, "weights_memory_logged": logged is not None,
         "checkpoint_bytes": stored, "peak_memory_bytes": up.server.peak_memory_bytes(), "kernels": kernels(text),
-        "gpu_memory_bytes": up.gpu_memory_bytes,
+        "gpu_memory_bytes": up.gpu_memory_bytes, "taken_over": up.server.taken_over,
     }  # fmt: skip
 
 
@@ -151,12 +151,16 @@ class _Session:
     def measure_served(self) -> dict[str, Any]:
         """Measure both models with `vllm bench serve`: servers, rounds, rows, ratios, and additions to `session`."""
         together = _together(self.subjects, self.plan)
+        if not together:
+            for subject in self.subjects:
+                if subject.keeping is not None:
+                    end_all(subject.keeping.owner)
         groups: Sequence[Sequence[Subject]] = [self.subjects] if together else [[each] for each in self.subjects]
         rounds: list[dict[str, Any]] = []
         servers: list[dict[str, Any]] = []
         for group in groups:
             with ExitStack() as stack:
-                up = {subject.model: stack.enter_context(self._up(subject)) for subject in group}
+                up = {subject.model: stack.enter_context(self._up(subject, together)) for subject in group}
                 rounds += self._benched(group, {model: one.server for model, one in up.items()})
                 servers += [_costs(subject, up[subject.model]) for subject in group]
         by_log = all(server["weights_memory_logged"] for server in servers)
@@ -167,11 +171,12 @@ class _Session:
         }  # fmt: skip
 
     @contextmanager
-    def _up(self, subject: Subject) -> Iterator[_Up]:
-        """Run a server during the block."""
+    def _up(self, subject: Subject, together: bool) -> Iterator[_Up]:
+        """Run a server during the block, or that of a stage before."""
         before = accelerator_use()
         own = self.log.with_name(f"{self.log.stem}.{subject.model}.log")
-        with serve(self.python, subject.checkpoint, subject.options, log=own) as server:
+        keeping = subject.keeping if together else None
+        with serve(self.python, subject.checkpoint, subject.options, log=own, keeping=keeping) as server:
             loaded = accelerator_use()
             yield _Up(server, loaded.memory_bytes - before.memory_bytes if loaded and before else None)
 
@@ -208,12 +213,6 @@ class _Session:
                 yield offline_row(tool, read_json(result), subject.model, level, self.plan)
 
 
-def tensor_bytes(checkpoint: Path) -> int:
-    """Bytes of all tensors of a checkpoint."""
-    opened = Checkpoint.open(checkpoint)
-    return sum(opened.info(name).nbytes for name in opened.names)
-
-
 def _prepared(subject: Subject, plan: SpeedConfig) -> Subject:
     """The subject with a cache that holds all requests of the largest level, so that none has to wait."""
     options, cache = (
@@ -236,18 +235,18 @@ def _together(subjects: tuple[Subject, Subject], plan: SpeedConfig) -> bool:
     if plan.side_by_side != "auto":
         return plan.side_by_side == "always"
     device = subjects[0].options.device
+    up = {kept.known["role"] for subject in subjects if subject.keeping for kept in kept_of(subject.keeping.owner)}
     needed = sum(
-        1.2 * tensor_bytes(subject.checkpoint)
-        + (subject.options.process.kv_cache_gib or 0) * GIB
-        + _OVERHEAD_BYTES[device]
+        server_bytes(subject.checkpoint, subject.options.process, device)
         for subject in subjects
+        if subject.model not in up
     )
     gpus = visible_gpus()
     if device == "cuda":
         # Each server requires its share of the memory to be free when it starts.
         share = sum(subject.options.process.gpu_memory_utilization for subject in subjects)
         return bool(gpus) and share < 0.95 and needed < gpus[0].memory_total_bytes - gpus[0].memory_used_bytes
-    return bool(needed < 0.8 * psutil.virtual_memory().available)
+    return bool(needed < MEMORY_SHARE * psutil.virtual_memory().available)
 
 
 def _described(version: str, subjects: tuple[Subject, Subject], plan: SpeedConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from quantline.config.speed import LevelConfig, SpeedConfig
 from quantline.core.errors import ServerError
 from quantline.serving.command import SERVED_NAME, ServerOptions
+from quantline.serving.keeping import Keeping
 
 # Our name -> name in the JSON that `vllm bench serve` saves.
 _COLUMNS = {
@@ -32,11 +33,12 @@ MEASURED = tuple(_COLUMNS)
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure: `float` or `variant`, its checkpoint, and how it is served."""
+    """A model to measure: `float` or `variant`, its checkpoint, how it is served, and how its server is shared."""
 
     model: str
     checkpoint: Path
     options: ServerOptions
+    keeping: Keeping | None = None
 
 
 def serve_arguments(subject: Subject, url: str, level: LevelConfig, plan: SpeedConfig, result: Path) -> list[str]:

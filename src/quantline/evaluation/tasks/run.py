@@ -26,7 +26,7 @@ from quantline.data.documents import format_of, read_documents
 from quantline.evaluation import nats
 from quantline.evaluation.bootstrap import paired_recovery
 from quantline.evaluation.tasks.local import Item, items_of, write_tasks
-from quantline.serving.server import Server
+from quantline.serving.running import Server
 from quantline.toolchains.protocol import JobResult
 
 # The main metric of a task, unless the configuration names one: the first of these that the task has.

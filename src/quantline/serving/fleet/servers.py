@@ -15,7 +15,8 @@ from quantline.config.section import Section
 from quantline.config.serve import ProcessConfig
 from quantline.core.errors import QuantlineError
 from quantline.serving.command import ServerOptions, flags_of
-from quantline.serving.server import Server, serve
+from quantline.serving.running import Server
+from quantline.serving.server import serve
 
 # A server that ran for as long starts without a pause when it ends: it is no server that cannot start.
 STEADY_SECONDS = 60.0
