@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantline.checkpoints.safetensors_file import SafetensorsFile
+from quantline.core.cores import cores
 from quantline.core.files import sha256_of
 
 
@@ -19,7 +20,7 @@ class FolderHashes:
     tensors: dict[str, str]
 
 
-def hash_folder(folder: Path, threads: int = 2) -> FolderHashes:
+def hash_folder(folder: Path) -> FolderHashes:
     """Hash every file below a folder and every tensor of its safetensors files.
 
     hashlib releases the interpreter's lock, so both hashes of a large file are computed at once. The second read comes
@@ -30,7 +31,7 @@ def hash_folder(folder: Path, threads: int = 2) -> FolderHashes:
     """
     paths = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
     weights = [name for name in paths if name.endswith(".safetensors")]
-    with ThreadPoolExecutor(max(1, threads)) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         tensors = pool.map(tensor_hashes, (paths[name] for name in weights))
         files = pool.map(sha256_of, paths.values())
         return FolderHashes(dict(zip(paths, files, strict=True)), _merged(dict(zip(weights, tensors, strict=True))))

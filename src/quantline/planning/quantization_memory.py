@@ -9,6 +9,7 @@ from typing import Any
 from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.linears import linear_shapes
 from quantline.checkpoints.model_config import dimensions
+from quantline.core.cores import tensors_at_once
 
 # The interpreter with torch and a quantizer's library. An assumption: with the demo model, AutoAWQ took 1.28 GB in all, of
 # which 0.3 GB are the model and its activations.
@@ -70,8 +71,8 @@ def quantization_peak(
         solver       GPTQ (arXiv:2210.17323; AutoGPTQ's gptq.py): the Hessian, its factor and its inverse, 3 * i^2 * 4,
                      and weight, result and losses of the largest linear, 3 * in * out * 4. AWQ (arXiv:2306.00978):
                      two more copies of a block, to scale and to compare. AutoRound (arXiv:2309.05516): a block's rounding,
-                     gradients and best values, 3 * 4 bytes per value. rtn: 5 float32 copies of the largest linear. bnb:
-                     one float32 copy; fp8, fp4 and mxfp8: the largest linear in float32, before, packed and after.
+                     gradients and best values, 3 * 4 bytes per value. rtn: 5 float32 copies of the largest linear a core.
+                     bnb: one float32 copy; fp8, fp4 and mxfp8: the largest linear in float32, before, packed and after.
     """
     shapes = linear_shapes(checkpoint, config)
     linears = shapes.values()
@@ -79,8 +80,9 @@ def quantization_peak(
     widest = max((wide for wide, _ in linears), default=0)
     size = DTYPE_BYTES[dtype]
     if backend == "native":
-        formula = "5 float32 copies of the largest linear, one shard of the result"
-        return Peak(0, 0, 5 * largest * 4, PLAIN_PROCESS + min(SHARD, output), formula)
+        at_once = min(tensors_at_once(), len(shapes))
+        formula = f"5 float32 copies of the largest linear for each of {at_once} cores, one shard of the result"
+        return Peak(0, 0, at_once * 5 * largest * 4, PLAIN_PROCESS + min(SHARD, output), formula)
     numbers = dimensions(config)
     blocks = numbers.layers or 1
     values = sum(_values(checkpoint, name) for name in checkpoint.names)

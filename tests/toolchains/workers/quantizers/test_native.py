@@ -151,11 +151,16 @@ def test_shards_hold_at_most_the_limit_and_the_index_names_every_tensor(tmp_path
     assert all(np.array_equal(checkpoint.tensor(name), array) for name, array in tensors.items())
 
 
-def test_two_runs_give_the_same_bytes(model, tmp_path):
-    folder, contents = model(), []
-    for number in range(2):
-        output = tmp_path / str(number)
+def test_runs_on_one_core_and_on_several_give_the_same_bytes_and_errors(model, tmp_path, monkeypatch):
+    more = {f"model.layers.{number}.mlp.up_proj.weight": np.full((64, 64), number, np.float32) for number in range(9)}
+    folder, contents, errors = model(**more), [], []
+    for number in (1, 1, 4):
+        monkeypatch.setattr(native, "tensors_at_once", lambda number=number: number)
+        output = tmp_path / str(len(contents))
         output.mkdir()
-        native.run({"model": str(folder), "output": str(output), "bits": 4, "group_size": 32}, silent)
+        result = native.run({"model": str(folder), "output": str(output), "bits": 4, "group_size": 32}, silent)
         contents.append({path.name: path.read_bytes() for path in Path(output).iterdir()})
-    assert contents[0] == contents[1]
+        errors.append(result["layers"])
+    assert contents[0] == contents[1] == contents[2]
+    assert errors[0] == errors[2]
+    assert len(errors[0]) == 11

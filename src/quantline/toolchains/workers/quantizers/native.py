@@ -1,4 +1,4 @@
-"""Plain rounding to nearest (method rtn) without a library: NumPy only, one tensor at a time.
+"""Plain rounding to nearest (method rtn) without a library: NumPy only, a tensor for each core at a time.
 
 The baseline that every method has to beat, and the fallback for models that no old toolchain can load. The options
 determine the layout: sym=true gives GPTQ v1; sym=false gives AWQ GEMM at 4 bits and GPTQ v2 at others, which store a zero
@@ -8,7 +8,9 @@ point of 0 safely.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -23,6 +25,7 @@ from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LinearSpec
 from quantline.checkpoints.layouts.packing import BITS
 from quantline.checkpoints.linears import inventory
 from quantline.checkpoints.model_config import ties_head
+from quantline.core.cores import tensors_at_once
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import output as _output
@@ -76,17 +79,20 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     errors: list[dict[str, Any]] = []
 
     def tensors() -> Iterator[_output.Named]:
-        for name in checkpoint.names:
-            layer, _, suffix = name.rpartition(".")
-            if name == "lm_head.weight" and ties_head(config):
-                continue
-            if layer not in widths:
-                yield name, _output.half(name, checkpoint.tensor(name))
-            elif suffix == "weight":
-                yield from _quantize(
-                    checkpoint, layer, layout, widths[layer], symmetric=symmetric, errors=errors
-                ).items()
-                report(len(errors), len(widths), layer)
+        names = [name for name in checkpoint.names if not (name == "lm_head.weight" and ties_head(config))]
+        layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+        ahead = [layer for layer in layers if layer in widths]
+        with ThreadPoolExecutor(tensors_at_once()) as pool:
+            results = _in_turn(pool, checkpoint, layout, {layer: widths[layer] for layer in ahead}, symmetric)
+            for name in names:
+                layer, _, suffix = name.rpartition(".")
+                if layer not in widths:
+                    yield name, _output.half(name, checkpoint.tensor(name))
+                elif suffix == "weight":
+                    packed, error = next(results)
+                    errors.append({"module": layer, "relative_error": error})
+                    yield from packed.items()
+                    report(len(errors), len(widths), layer)
 
     with _output.refusals():
         _output.write_weights(output, tensors())
@@ -104,27 +110,37 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     return {"metrics": metrics, "layers": errors, "warnings": []}
 
 
-def _quantize(
-    checkpoint: Checkpoint,
-    layer: str,
-    layout: str,
-    width: LinearSpec,
-    *,
-    symmetric: bool,
-    errors: list[dict[str, Any]],
-) -> dict[str, Any]:
+_Rounded = tuple[dict[str, Any], float]
+
+
+def _in_turn(
+    pool: ThreadPoolExecutor, checkpoint: Checkpoint, layout: str, widths: dict[str, LinearSpec], symmetric: bool
+) -> Iterator[_Rounded]:
+    """The results of `_quantize` in the order of `widths`; no more are held than are computed at a time.
+
+    Each tensor is computed by itself, so the bytes do not depend on the number of cores.
+    """
+    running: deque[Future[_Rounded]] = deque()
+    for layer, width in widths.items():
+        running.append(pool.submit(_quantize, checkpoint, layer, layout, width, symmetric=symmetric))
+        if len(running) == tensors_at_once():
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+def _quantize(checkpoint: Checkpoint, layer: str, layout: str, width: LinearSpec, *, symmetric: bool) -> _Rounded:
+    """The packed tensors of a linear by name, and the RMS of its weights' error, relative to the RMS of the weights."""
     weight = to_float32(checkpoint.tensor(f"{layer}.weight"))
     try:
         linear = quantize_rtn(weight, width.bits, width.group_size, symmetric)
     except UserError as fault:
         raise JobError(f"{layer}: {fault}") from fault
-    # RMS of the weights' error, relative to the RMS of the weights.
     error = float(np.sqrt(np.mean((dequantize(linear) - weight) ** 2) / max(float(np.mean(weight**2)), 1e-30)))
-    errors.append({"module": layer, "relative_error": error})
     bias = f"{layer}.bias"
     if bias in checkpoint.names:
         linear = replace(linear, bias=_output.half(bias, checkpoint.tensor(bias)))
-    return _output.pack(layer, linear, layout)
+    return _output.pack(layer, linear, layout), error
 
 
 if __name__ == "__main__":
