@@ -52,6 +52,7 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.planning.preflight import check
     from quantline.planning.recommend import suggest
     from quantline.planning.report import as_json, as_text
+    from quantline.planning.stage_memory import stage_needs, too_large
 
     options, values = preflight.plan_options(arguments), plain(cfg)
     if values["variant"] is not None and values.get("frozen") is None:
@@ -75,7 +76,8 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     lengths = preflight.length_findings(config, model)
     fits = not any(finding.refused for finding in lengths)  # otherwise the stages would say that again of the texts
     texts = (*preflight.text_findings(run, read=fits), *preflight.calibration_findings(run))
-    found = replace(found, findings=(*found.findings, *lengths, *texts))
+    memory = too_large(stage_needs(found, model, place), place)
+    found = replace(found, findings=(*found.findings, *memory, *lengths, *texts))
     choice = None
     if options.gpu_memory_gb is not None or options.critical:
         measured = preflight.measured_losses(ROOT, config)

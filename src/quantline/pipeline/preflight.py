@@ -30,7 +30,7 @@ from quantline.pipeline.stages import is_baseline
 from quantline.pipeline.text_checks import text_checks
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check
-from quantline.planning.spec import Finding, Machine, Model, RefusedError, Step, VariantSpec, line
+from quantline.planning.spec import Finding, Machine, Model, RefusedError, Step, VariantSpec, Work, line
 from quantline.quantization.capabilities import CALIBRATED
 from quantline.quantization.requirements import requirements_of
 from quantline.serving.memory import GIB, Limits
@@ -113,7 +113,22 @@ def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -
         utilization=config.serve.process.gpu_memory_utilization if device == "cuda" else 1.0,
         quantizer_bytes=memory if device == "cuda" else psutil.virtual_memory().total,
         calibration_tokens=config.calibration.n_samples * config.calibration.seq_len, limits=Limits.of(config.serve.process),
-        notes=(note,) if note else (),
+        notes=(note,) if note else (), work=_work(config), host_bytes=psutil.virtual_memory().total,
+    )  # fmt: skip
+
+
+# Where the options do not limit a text: WikiText-2 has 0.3 million tokens.
+_TOKENS_OF_A_TEXT = 300_000
+
+
+def _work(config: Config) -> Work:
+    """What the stages ask of the reference engine."""
+    scored = config.evaluate.max_tokens or _TOKENS_OF_A_TEXT
+    compared = config.evaluate.divergence.tokens
+    measured = config.layer_errors.samples * config.calibration.seq_len if config.layer_errors.enabled else 0
+    return Work(
+        scored, scored if compared is None else min(compared, scored), config.evaluate.batch_tokens, measured,
+        config.evaluate.restore.layers, config.evaluate.restore.tokens,
     )  # fmt: skip
 
 

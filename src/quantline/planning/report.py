@@ -11,6 +11,7 @@ import tabulate
 from quantline.core.text import binary_size
 from quantline.planning.recommend import Choice, Suggestion
 from quantline.planning.spec import FLOAT, Finding, Machine, Model, Plan
+from quantline.planning.stage_memory import stage_needs
 from quantline.serving.memory import GIB
 
 
@@ -25,6 +26,7 @@ def as_json(
         "memory_bytes": machine.memory_bytes, "context": machine.context, "batch": machine.batch,
         "variant": _variant(plan), "verdict": "ok" if plan.passes() else "refused", "nearest": nearest,
         "findings": [_finding(finding) for finding in plan.findings], "sizes": sizes(plan, machine),
+        "stages": [asdict(need) for need in stage_needs(plan, model, machine)],
         "recommendation": _recommendation(recommendation, machine),
     }  # fmt: skip
 
@@ -78,7 +80,7 @@ def as_text(plan: Plan, model: Model, machine: Machine, nearest: str | None, rec
     if nearest:
         lines.append(f"the nearest that works: {nearest}")
     if plan.weights is not None:
-        lines += ["", _sizes_table(plan, machine)]
+        lines += ["", _sizes_table(plan, machine), "", _stages_table(plan, model, machine)]
     if recommendation is not None:
         lines += ["", *_recommended(recommendation, machine)]
     return "\n".join(lines)
@@ -130,6 +132,18 @@ def _sizes_table(plan: Plan, machine: Machine) -> str:
     if plan.peak is not None:
         rows.append(("quantizing", binary_size(plan.peak.total), f"estimated peak: {plan.peak.formula}"))
     return str(tabulate.tabulate(rows, tablefmt="plain", disable_numparse=True, preserve_whitespace=True))
+
+
+def _stages_table(plan: Plan, model: Model, machine: Machine) -> str:
+    """A row for each stage: memory of its largest process on the host, memory on the GPU, disk."""
+    device = machine.target.device == "cuda"
+    rows = [
+        (need.stage, binary_size(need.host), *([binary_size(need.device) if need.device else "-"] if device else []),
+         binary_size(need.disk) if need.disk else "-", need.formula)
+        for need in stage_needs(plan, model, machine)
+    ]  # fmt: skip
+    headers = ("stage", "host memory", *(["GPU memory"] if device else []), "disk", "of which the most is")
+    return str(tabulate.tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
 
 
 def _size(number: int | None) -> str:

@@ -102,13 +102,31 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What the reference engine is asked for, in tokens.
+
+    scored: of the evaluated text, at most. compared: of them with the float model. batch_tokens: computed at once. measured:
+    for the errors of linears; 0 measures none. restored, restored_tokens: linears that are put back to float, and tokens
+    scored for each.
+    """
+
+    scored: int = 100_000
+    compared: int = 20_000
+    batch_tokens: int = 2048
+    measured: int = 8 * 512
+    restored: int = 5
+    restored_tokens: int = 2000
+
+
+@dataclass(frozen=True)
 class Machine:
     """The machine on which a variant should run.
 
     order: the backends of each method, in the order in which `backend=auto` tries them. context, batch: tokens per sequence
     and concurrent sequences that the server must hold. memory_bytes: of each GPU (or what a server on a CPU may take); None
     skips the check. utilization: the share of it that the server gets. quantizer_bytes: what quantizing may take; None if
-    unknown. calibration_tokens: of all samples. limits: of the server's process. notes: what is only assumed of it.
+    unknown. calibration_tokens: of all samples. limits: of the server's process. notes: what is only assumed of it. work:
+    of the reference engine. host_bytes: of main memory; None if unknown.
     """
 
     target: Target
@@ -121,6 +139,8 @@ class Machine:
     calibration_tokens: int = 128 * 2048
     limits: Limits = field(default_factory=Limits)
     notes: tuple[str, ...] = ()
+    work: Work = field(default_factory=Work)
+    host_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A script for the core's own interpreter, started as `python process_tree.py GRACE_SECONDS[:OWNER] COMMAND ...`; standard
 library only. Its standard input is a pipe from the parent. When the parent closes the pipe or is killed, the supervisor
-ends the command's whole process tree. `+` in the pipe means that the command is ready: from then on it gets GRACE_SECONDS to shut
-down. While vLLM loads, it ignores SIGTERM and has nothing to clean up, so it gets less. A pipe is used
+ends the command's whole process tree. `+` in the pipe means that the command is ready: from then on it gets GRACE_SECONDS
+to shut down. While vLLM loads, it ignores SIGTERM and has nothing to clean up, so it gets less. A pipe is used
 because the signal of PR_SET_PDEATHSIG already comes when the *thread* that started the process ends.
 
 `k` and a line of text hand the command on: it waits for another process to connect to the socket `line` in the command's

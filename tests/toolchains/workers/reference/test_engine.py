@@ -72,11 +72,12 @@ RUN = """
 import json, sys
 from pathlib import Path
 from quantline.toolchains.protocol import JobError
-from quantline.toolchains.workers.reference import engine, evaluate, streaming
+from quantline.checkpoints import model_parts
+from quantline.toolchains.workers.reference import engine, evaluate
 
-keep_bytes, answers = streaming.KEEP_BYTES, []
+keep_bytes, answers = model_parts.KEEP_BYTES, []
 for job in json.loads(Path(sys.argv[1]).read_text()):
-    streaming.KEEP_BYTES = 0 if job.pop("part by part", False) else keep_bytes
+    model_parts.KEEP_BYTES = 0 if job.pop("part by part", False) else keep_bytes
     try:
         answers.append((evaluate if "windows" in job else engine).run(job, lambda *progress: None))
     except JobError as error:

@@ -40,6 +40,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from quantline.toolchains.protocol import JobError
+from quantline.checkpoints import model_parts
 from quantline.toolchains.workers.reference import streaming
 from quantline.toolchains.workers.reference.generating import continue_greedily
 from quantline.toolchains.workers.reference.restoring import Restoring
@@ -82,7 +83,7 @@ for family in sys.argv[2:]:
     with torch.inference_mode():
         expected = plain(input_ids=torch.from_numpy(ids), use_cache=False).logits.flatten(0, 1)
         for limit in (0, 2**31):
-            streaming.KEEP_BYTES = limit
+            model_parts.KEEP_BYTES = limit
             model = streaming.StreamedModel(folder)
             batches, progress = [model.batch(ids), model.batch(ids[:2])], []
             model.to_the_head(batches, lambda *step: progress.append(step))

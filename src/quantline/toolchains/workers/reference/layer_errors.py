@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 
 from quantline.checkpoints.float_view import FloatView
 from quantline.checkpoints.linears import place_of
+from quantline.checkpoints.model_parts import MOST_LOGITS
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.reference.engine import prepare
@@ -60,8 +61,6 @@ if TYPE_CHECKING:
 HELD = "held_ids"  # the tensor of samples that were held back
 _READERS = 4
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-# Float32 values of the logits computed at a time if the output layer is quantized.
-_MAX_LOGITS = 2**28
 
 
 class _Errors:
@@ -270,7 +269,7 @@ def _pass(
 
 def _each_row(model: StreamedModel, batch: Batch) -> None:
     """The logits of a batch, a few sequences at a time."""
-    rows = max(1, _MAX_LOGITS // model.logits_width // batch.ids.shape[1])
+    rows = max(1, MOST_LOGITS // model.logits_width // batch.ids.shape[1])
     for part in batch.split(rows):
         model.logits(part)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.checkpoints.model_parts import MOST_LOGITS
 from quantline.toolchains.protocol import Reporter
 from quantline.toolchains.workers.reference.divergence import Apart, kl_divergence
 from quantline.toolchains.workers.reference.streaming import Batch, StreamedModel, first_tensor
@@ -23,8 +24,6 @@ from quantline.toolchains.workers.reference.streaming import Batch, StreamedMode
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Float32 values of one batch of logits: 1 GiB, unless a single window needs more.
-_MAX_LOGITS = 2**28
 # Rows of logits normalised at a time, so that float32 temporaries stay small compared with the logits.
 _ROWS = 512
 
@@ -110,7 +109,7 @@ class Scoring:
     def __init__(self, own: StreamedModel, base: StreamedModel | None, batch_tokens: int) -> None:
         """batch_tokens: upper limit of tokens computed at once."""
         self._own, self._base = own, base
-        room = _MAX_LOGITS // own.logits_width // (1 if base is None else 2)
+        room = MOST_LOGITS // own.logits_width // (1 if base is None else 2)
         self._batch_tokens = min(batch_tokens, room)
 
     def windows(self, tensors: Mapping[str, NDArray[Any]], compared: int | None = None) -> list[Windows]:

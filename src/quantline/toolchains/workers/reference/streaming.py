@@ -7,7 +7,7 @@ Zamba), the NaN shows, and the embeddings are computed again each time. Dicts in
 (the keys and values that Gemma 4's layers share) are stored and filled again. After the part the pass is abandoned and its
 output is stored on the host.
 
-Models of at most `KEEP_BYTES` in float32 keep their weights, so that they are read once for everything.
+Models of at most `model_parts.KEEP_BYTES` in float32 keep their weights, so that they are read once for everything.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.checkpoints import model_parts
 from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.reference.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-KEEP_BYTES = 2 * 2**30
 
 
 class _PausedError(Exception):
@@ -96,7 +95,7 @@ class StreamedModel:
         """
         self.skeleton = Skeleton(folder, device)
         self.model = self.skeleton.model
-        self.keeps = 4 * self.skeleton.parameters <= KEEP_BYTES
+        self.keeps = 4 * self.skeleton.parameters <= model_parts.KEEP_BYTES
         self.observer: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.live = True
         self._names = list(self.skeleton.parts)
