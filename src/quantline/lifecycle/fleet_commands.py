@@ -69,7 +69,7 @@ def up(root: Path, typed: Typed) -> None:
     _say(f"starting {', '.join(variant.name for variant in made.fleet.variants)} by vLLM {vllm.version} on {run.device}, "
          f"behind Envoy {program.version}; logs: {folder}")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(folder / OVERRIDES, list(typed.overrides))
+    write_json(folder / OVERRIDES, {"overrides": list(typed.overrides)})
     try:
         with RunningFleet(made.fleet, program, made.starts, config.fleet.restart, config.fleet.capture) as running:
             for line in described(made.fleet):
@@ -94,7 +94,7 @@ def reload(root: Path, typed: Typed) -> None:
     """
     folder = _folder(root, typed)
     former = running_fleet(folder)
-    saved = [str(one) for one in read_json(folder / OVERRIDES)]
+    saved = [str(one) for one in read_json(folder / OVERRIDES)["overrides"]]
     new = {key_of(one).lstrip("~") for one in typed.overrides}
     overrides = [*(one for one in saved if key_of(one).lstrip("~") not in new), *typed.overrides]
     again = Typed(compose_values(root / "conf", overrides), overrides)
@@ -103,7 +103,7 @@ def reload(root: Path, typed: Typed) -> None:
     made = resolve(root, again, server_of(run), run.device, former)
     refuse_new_names(former, made.fleet)
     _give(folder, made.fleet, former, starts=made.starts)
-    write_json(folder / OVERRIDES, overrides)
+    write_json(folder / OVERRIDES, {"overrides": overrides})
     write(made.fleet)
     for line in described(made.fleet):
         _say(line)
