@@ -52,7 +52,7 @@ def test_fused_linears_are_one_unit_and_all_experts_of_a_layer(model):
 def test_a_plan_is_an_ordinary_variant_that_passes_within_its_size(model, method, bits):
     variant = VariantSpec(method, options=GPTQ if method == "gptq" else {"sym": True})
     found = budget(variant, model, machine(), losses_of(model), Limit(bits=bits))
-    assert found.widths == (4, 8, 16)
+    assert {4, 8, 16} <= set(found.widths)
     assert found.taken == "mixed"
     assert found.bits <= bits
     assert found.uniform is not None
@@ -86,9 +86,9 @@ def test_where_all_units_are_alike_one_width_is_taken_and_said(model):
 def test_what_no_plan_meets_or_nothing_measured_is_refused(model):
     variant = VariantSpec("gptq", options=GPTQ)
     with pytest.raises(UserError, match="no plan is as small as"):
-        budget(variant, model, machine(), losses_of(model), Limit(bits=3))
+        budget(variant, model, machine(), losses_of(model), Limit(bits=1.5))
     with pytest.raises(UserError, match="leaves every linear in float"):
         budget(variant, model, machine(), losses_of(model), Limit(loss=1e-30))
     few = {key: value for key, value in losses_of(model).items() if key[1] == 2}
     with pytest.raises(UserError, match="none of the widths 2 works"):
-        budget(variant, model, machine(), few, Limit(bits=4))
+        budget(variant, model, machine("cpu"), few, Limit(bits=4))
