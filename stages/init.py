@@ -14,6 +14,7 @@ from stages import command
 OPTIONS = [
     Option("to", "DIR", "the folder; a new one, or an empty one", required=True),
     Option("model", "PATH", "folder of a float model; or owner/name@COMMIT on the Hugging Face hub"),
+    Option("goal", "gpu24", "variants for what serves them: gpu24, gpu80 or cpu; each line says why it is there"),
     Option("calibration", "FILE", "text like that which the model will meet, for methods that calibrate: .jsonl, .txt"),
 ]
 
@@ -22,7 +23,7 @@ def init(arguments: dict[str, str | None]) -> None:
     from quantline.lifecycle.project import create
 
     to = Path(str(arguments["to"])).expanduser().absolute()
-    create(to, model=arguments["model"], calibration=arguments["calibration"])
+    create(to, model=arguments["model"], calibration=arguments["calibration"], goal=arguments["goal"])
     here = [] if to.resolve() == Path.cwd().resolve() else [f"cd {to}"]
     lines = [*here, "quantline doctor", "quantline check && dvc repro"]
     if shutil.which("quantline") is None:

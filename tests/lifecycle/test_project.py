@@ -7,8 +7,13 @@ import pytest
 import yaml
 
 from quantline.core.errors import UserError
-from quantline.lifecycle.project import create
-from quantline.pipeline.compose import compose_values, read_params
+from quantline.lifecycle.project import create, goals
+from quantline.pipeline.compose import compose_values, read_params, variant_overrides
+from quantline.pipeline.config import parse
+from quantline.pipeline.preflight import variant_spec
+from quantline.planning.preflight import check
+from quantline.planning.spec import Machine, Model
+from quantline.serving.rules import Target, cpu_traits
 
 
 def shared_of(folder):
@@ -83,7 +88,7 @@ def test_runs_by_hand_in_a_project_start_from_its_own_model_and_text(tmp_path, n
 def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path):
     create(tmp_path / "new", model=f"owner/name@{'a1' * 20}")
     assert shared_of(tmp_path / "new") == [
-        "model=custom", "model.repo=owner/name", f"model.revision={'a1' * 20}", "calibration=demo",
+        "model=custom", "model.repo=owner/name", f"model.revision={'a1' * 20}", "calibration=auto",
     ]  # fmt: skip
 
 
@@ -91,6 +96,33 @@ def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path):
 def test_a_model_that_is_neither_is_refused_and_nothing_is_made(tmp_path, model):
     with pytest.raises(UserError, match="give a folder, or owner/name@COMMIT"):
         create(tmp_path / "new", model=model)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("goal", list(goals()))
+def test_the_variants_of_a_goal_are_lines_with_reasons_that_plan_takes(root, tmp_path, goal):
+    create(tmp_path / "new", goal=goal)
+    text = (tmp_path / "new" / "params.yaml").read_text(encoding="utf-8")
+    variants = yaml.safe_load(text)["variants"]
+    assert list(variants) == list(goals()[goal]["variants"])
+    assert text.count("\n  # ") == len(variants)
+    assert set(goals()[goal]["shared"]) < set(shared_of(tmp_path / "new"))
+    capability, device = {"gpu24": (89, "cuda"), "gpu80": (90, "cuda"), "cpu": (None, "cpu")}[goal]
+    model = Model.open(root / "assets/demo/model", "demo")
+    for name in variants:
+        config = parse(
+            compose_values(tmp_path / "new" / "conf", variant_overrides(tmp_path / "new" / "params.yaml", name))
+        )
+        machine = Machine(
+            Target("vllm", "0.32.0", device, compute_capability=capability, **cpu_traits(device)), dict(config.backends)
+        )
+        plan = check(variant_spec(config.model_dump()), model, machine)
+        assert plan.passes("quantize", "convert", "serve"), (name, plan.refused)
+
+
+def test_a_goal_that_is_not_known_is_refused(tmp_path):
+    with pytest.raises(UserError, match="goal=phone: there are gpu24, gpu80, cpu"):
+        create(tmp_path / "new", goal="phone")
     assert not (tmp_path / "new").exists()
 
 

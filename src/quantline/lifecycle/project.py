@@ -7,9 +7,10 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,6 +18,7 @@ from quantline.core.errors import UserError
 from quantline.core.files import building
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_GOALS = Path(__file__).with_name("goals.yaml")
 # What a project holds, named as in a checkout; the wheel carries the same files in this folder of the package.
 CARRIED = _PACKAGE / "_project"
 PARTS = (
@@ -27,13 +29,20 @@ DEMO = "assets"
 EVALUATION = ("assets/demo/evaluation.jsonl", "assets/demo/README.md", "assets/demo/LICENSES")
 
 
-def create(to: Path, *, model: str | None = None, calibration: str | None = None) -> None:
+def goals() -> dict[str, dict[str, Any]]:
+    """The templates of params.yaml by name, see goals.yaml: about, shared, variants (line, why)."""
+    found: dict[str, dict[str, Any]] = yaml.safe_load(_GOALS.read_text(encoding="utf-8"))
+    return found
+
+
+def create(to: Path, *, model: str | None = None, calibration: str | None = None, goal: str | None = None) -> None:
     """Make a project in a new or empty folder.
 
     Args:
         to: the folder.
         model: folder of a float model, or owner/name@COMMIT on the hub; None: the demo model.
-        calibration: file of the calibration text; None: that of the demo model.
+        calibration: file of the calibration text; None: that of the demo model, or what `calibration=auto` finds.
+        goal: name of a template for params.yaml; None: the demo's variants.
 
     Raises:
         UserError: git is not installed, the folder holds something, or model or calibration do not exist.
@@ -42,8 +51,11 @@ def create(to: Path, *, model: str | None = None, calibration: str | None = None
         raise UserError(f"to={to}: is not empty; give a new folder")
     if shutil.which("git") is None:  # before anything is made
         raise UserError("git is not installed; install it, since DVC needs it")
-    shared = [*_model(model), *_calibration(calibration)]
-    line = shlex.join(shared)
+    if goal is not None and goal not in goals():
+        raise UserError(f"goal={goal}: there are {', '.join(goals())}")
+    shared = [*_model(model), *_calibration(calibration, own_model=model is not None)]
+    chosen = [] if goal is None else goals()[goal]["shared"]
+    line = shlex.join([*shared, *chosen])
     line = json.dumps(line, ensure_ascii=False) if re.search(r" #|: ", line) else line  # as YAML needs it
     source = _PACKAGE.parents[1] if _PACKAGE.parent.name == "src" else CARRIED
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +70,8 @@ def create(to: Path, *, model: str | None = None, calibration: str | None = None
             folder / "params.yaml",
             lambda text: re.sub(r"(?m)^shared: .*?(?= +#|$)", lambda _: f"shared: {line}", text),
         )
+        if goal is not None:
+            _edit(folder / "params.yaml", partial(_with_variants, goals()[goal]))
         _default(folder / "conf", shared)
     if made != to:
         for path in list(made.iterdir()):
@@ -88,9 +102,18 @@ def _option(key: str, path: Path) -> str:
     return f"{key}={text if re.fullmatch('[-+./~ _0-9A-Za-z]+', text) else json.dumps(text, ensure_ascii=False)}"
 
 
-def _calibration(given: str | None) -> list[str]:
+def _with_variants(goal: Mapping[str, Any], text: str) -> str:
+    """params.yaml with the variants of a goal, each below the reason for it."""
+    lines = [f"variants:  # for {goal['about']}"]
+    for name, variant in goal["variants"].items():
+        lines += [f"  # {variant['why']}", f"  {name}: {variant['line']}"]
+    head, _, _ = text.partition("variants:\n")
+    return "\n".join([head.rstrip("\n"), *lines, ""])
+
+
+def _calibration(given: str | None, *, own_model: bool) -> list[str]:
     if given is None:
-        return ["calibration=demo"]
+        return ["calibration=auto" if own_model else "calibration=demo"]
     path = Path(given).expanduser()
     if not path.is_file():
         raise UserError(f"calibration={given}: no such file; give a .jsonl, .parquet or .txt file")
