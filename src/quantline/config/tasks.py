@@ -31,10 +31,11 @@ class MultipleChoiceConfig(Section):
 
 
 class LocalTasksConfig(Section):
-    """The tasks that are built from a text; null leaves one out."""
+    """The tasks that are built from a text; null leaves one out. own: the text is a file of questions."""
 
     last_word: LastWordConfig | None
     multiple_choice: MultipleChoiceConfig | None
+    own: bool = False
 
 
 class StandardTaskConfig(Section):
@@ -82,7 +83,7 @@ class TasksConfig(Section):
     @property
     def any(self) -> bool:
         """Whether any task is to be run."""
-        local = self.local.last_word is not None or self.local.multiple_choice is not None
+        local = self.local.last_word is not None or self.local.multiple_choice is not None or self.local.own
         return bool(self.engines and (local or self.standard))
 
 

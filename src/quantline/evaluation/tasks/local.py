@@ -25,6 +25,7 @@ from typing import Any
 
 from quantline.config.tasks import LastWordConfig, LocalTasksConfig, MultipleChoiceConfig
 from quantline.core.errors import UserError
+from quantline.evaluation.tasks.own import ANSWERS, CHOICES
 
 Item = dict[str, Any]
 # A word that can be the answer: only letters, and enough of them not to be a particle.
@@ -172,16 +173,15 @@ def _metric(name: str, aggregation: str, higher: bool) -> dict[str, Any]:
     return {"metric": name, "aggregation": aggregation, "higher_is_better": higher}
 
 
-_DEFINITIONS: dict[str, dict[str, Any]] = {
-    "last_word": {
-        "output_type": "loglikelihood",
-        "doc_to_target": "target",
-        "metric_list": [_metric("acc", "mean", True), _metric("perplexity", "perplexity", False)],
-    },
-    "multiple_choice": {
-        "output_type": "multiple_choice",
-        "doc_to_target": "label",
-        "doc_to_choice": "choices",
-        "metric_list": [_metric("acc", "mean", True), _metric("acc_norm", "mean", True)],
-    },
+_GREEDY: dict[str, Any] = {
+    "output_type": "loglikelihood",
+    "doc_to_target": "target",
+    "metric_list": [_metric("acc", "mean", True), _metric("perplexity", "perplexity", False)],
 }
+_CHOICE: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_target": "label",
+    "doc_to_choice": "choices",
+    "metric_list": [_metric("acc", "mean", True), _metric("acc_norm", "mean", True)],
+}
+_DEFINITIONS = {"last_word": _GREEDY, "multiple_choice": _CHOICE, ANSWERS: _GREEDY, CHOICES: _CHOICE}

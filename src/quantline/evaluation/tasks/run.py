@@ -26,6 +26,7 @@ from quantline.data.documents import format_of, read_documents
 from quantline.evaluation import nats
 from quantline.evaluation.bootstrap import paired_recovery
 from quantline.evaluation.tasks.local import Item, items_of, write_tasks
+from quantline.evaluation.tasks.own import own_items
 from quantline.serving.running import Server
 from quantline.toolchains.protocol import JobResult
 
@@ -61,9 +62,10 @@ def local_items(options: TasksConfig, root: Path) -> dict[str, list[Item]]:
     Raises:
         UserError: the text cannot be read, or gives too few items.
     """
-    if options.local.last_word is None and options.local.multiple_choice is None:
-        return {}
     file = root / Path(options.path).expanduser()
+    own = own_items(file, options.seed, options.limit) if options.local.own else {}
+    if options.local.last_word is None and options.local.multiple_choice is None:
+        return own
     texts = []
     for document in read_documents(file, format_of(file, options.format), (options.text_field,)):
         if document.text is None:
@@ -71,7 +73,7 @@ def local_items(options: TasksConfig, root: Path) -> dict[str, list[Item]]:
                 f"{file}:{document.line}: has messages, but local tasks are made from text; set tasks.text_field"
             )
         texts += [document.text] if document.text else []
-    return items_of(options.local, texts, options.seed, options.limit)
+    return {**items_of(options.local, texts, options.seed, options.limit), **own}
 
 
 def tasks_to_run(items: Iterable[str], options: TasksConfig) -> dict[str, StandardTaskConfig]:
