@@ -199,4 +199,7 @@ def test_experts_that_are_all_float_are_named_as_the_one_module_that_readers_ask
     assert modules_left([*experts, "lm_head"], ["model.layers.0.self_attn.q_proj"])[-1] == "model.layers.0.mlp.experts"
     assert modules_left(experts[:1], experts[1:]) == experts[:1]
     assert modules_left(["model.layers.0.mlp.experts.gate_up_proj"], [])[1:] == ["model.layers.0.mlp.experts"]
+    assert modules_left(["model.layers.0.block_sparse_moe.input_linear"], [])[1:] == [
+        "model.layers.0.block_sparse_moe.experts"
+    ]
     assert modules_left(["lm_head"], experts) == ["lm_head"]

@@ -36,6 +36,8 @@ _OTHER_PART = re.compile(
     r"(?:^|[._])(?:vision|visual|image|img|audio|speech|video|projector|connector|perceiver|resampler|talker|code2wav|token2wav|mtp)"
 )
 _EXPERTS = re.compile(r"(.+\.experts)\.")
+# The stacks of GraniteMoe and JetMoe, and of what is built on them.
+_STACKED_EXPERTS = re.compile(r"(.+)\.(?:input|output)_linear$")
 _TABLE = re.compile(r"embed|(?:^|\.)(?:w[tp]e|lm_head|embed_out)$")
 
 
@@ -276,10 +278,17 @@ def select_linears(
 def modules_left(left: Sequence[str], quantized: Collection[str]) -> list[str]:
     """The modules that a config must name as left in float: the linears, and the experts of a layer if none is quantized.
 
-    vLLM 0.32 asks for the module that holds the experts, and otherwise takes them for quantized.
+    vLLM 0.32 asks for the module that holds the experts, which it calls `experts`, and otherwise takes them for quantized.
     """
-    experts = dict.fromkeys(found[1] for name in left if (found := _EXPERTS.match(name)))
+    experts = dict.fromkeys(one for name in left if (one := _experts_of(name)))
     return [*left, *(one for one in experts if not any(name.startswith(f"{one}.") for name in quantized))]
+
+
+def _experts_of(name: str) -> str | None:
+    if found := _EXPERTS.match(name):
+        return found[1]
+    stack = _STACKED_EXPERTS.match(name)
+    return f"{stack[1]}.experts" if stack else None
 
 
 def place_of(name: str) -> tuple[int, str]:

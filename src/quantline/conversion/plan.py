@@ -15,7 +15,7 @@ from typing import Any
 from quantline.checkpoints.layouts import FormatError, Layout, round_scales
 from quantline.checkpoints.layouts.description import Description
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD
-from quantline.checkpoints.linears import modules_left
+from quantline.checkpoints.linears import exempt, is_wide, modules_left, numbered
 from quantline.checkpoints.quantization_config import LayerSettings, section_of
 from quantline.checkpoints.safetensors_stream import TensorSpec
 from quantline.conversion.errors import ConversionError
@@ -129,11 +129,18 @@ def make_plan(
 
 
 def _left_float(source: Source, layout: Layout) -> list[str]:
-    floats = list(source.float_linears)
+    stacks = [name.removesuffix(".weight") for name, old in source.carried.items() if _is_stack(source, old)]
+    floats = [*source.float_linears, *stacks]
     tied = layout.config is not None and layout.config.names_tied_head
     if tied and LM_HEAD not in (*source.layers, *floats):
         floats.append(LM_HEAD)
     return modules_left(floats, source.layers)
+
+
+def _is_stack(source: Source, name: str) -> bool:
+    """Whether a carried tensor is one of all experts of a layer."""
+    shape, place = source.tensors.infos[name].shape, numbered(name)
+    return len(shape) > 2 and is_wide(shape) and place is not None and not exempt(place[2], shape)
 
 
 def _warnings(source: Source, layout: Layout, facts: Mapping[str, LayerFacts]) -> list[str]:

@@ -8,6 +8,7 @@ to 8-bit integers (W8A8, W4A8), and all linears have equal settings. Floating-po
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -124,9 +125,18 @@ def describe(
         "format": _INT_FORMAT if activations == INT8 else _FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(ignored),
+        "ignore": [*ignored, *map(_inside, filter(_holds_experts, ignored))],
         "kv_cache_scheme": None,
     }
+
+
+def _holds_experts(name: str) -> bool:
+    return name.endswith(".experts")
+
+
+def _inside(name: str) -> str:
+    """The pattern of everything inside a module; vLLM 0.32 asks for the first expert's linears, not for the module."""
+    return f"re:{re.escape(name)}\\..*"
 
 
 def parse(path: Path, config: Mapping[str, Any]) -> Scheme:
