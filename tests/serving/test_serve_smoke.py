@@ -65,6 +65,8 @@ def test_quantized_models_are_served_in_float16_and_the_float_model_in_bfloat16(
     assert serving_dtype("auto", quantized=True) == "float16"
     assert serving_dtype("auto", quantized=False) == "bfloat16"
     assert serving_dtype("float32", quantized=True) == "float32"
+    assert serving_dtype("auto", quantized=True, architecture="LlamaForCausalLM") == "float16"
+    assert serving_dtype("auto", quantized=True, architecture="Gemma2ForCausalLM") == "bfloat16"
 
 
 def test_a_float_checkpoint_has_no_facts_of_quantization(checkpoint):

@@ -13,7 +13,7 @@ from quantline.conversion.errors import ConversionError
 from quantline.conversion.facts import LayerFacts
 from quantline.conversion.source import Source
 from quantline.serving.checkpoint_facts import facts_of_layers, fused_apart
-from quantline.serving.rules import CheckpointFacts, Ruling, Target, architecture_of, verdicts
+from quantline.serving.rules import CheckpointFacts, Ruling, Target, architecture_of, serving_dtype, verdicts
 
 # The most linears that a note names; a model has hundreds.
 _NAMED = 8
@@ -53,11 +53,13 @@ def serving_notes(
             settings, linears, shapes, heads=dimensions(source.config).heads,
             tensor_parallel_size=target.tensor_parallel_size,
         )  # fmt: skip
+    architecture = architecture_of(source.config)
+    target = replace(target, dtype=serving_dtype(target.dtype, quantized=True, architecture=architecture))
     apart = [name for names in fused_apart(linears, shapes) for name in names]
     where = f"{target.runtime} {target.version} on {target.device}"
     against = [
         f"{where} will not serve it: {found.reason}{_named(found, apart)}; {found.remedy}"
-        for one in known for found in verdicts(target, replace(one, architecture=architecture_of(source.config)))
+        for one in known for found in verdicts(target, replace(one, architecture=architecture))
     ]  # fmt: skip
     against = list(dict.fromkeys(against))
     if against and must_serve:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quantline.checkpoints.model_config import dimensions, read_config
 from quantline.checkpoints.model_files import has_chat_template
 from quantline.config.context import automatic
 from quantline.config.speed import SpeedConfig
@@ -19,7 +20,6 @@ from quantline.lifecycle.tracking import registry
 from quantline.lifecycle.tracking.reader import read_run, tracking_of
 from quantline.pipeline.compose import compose_values
 from quantline.pipeline.config import Config, parse, with_current_names
-from quantline.pipeline.fit import positions_of
 from quantline.pipeline.identity import differing, file_hashes
 from quantline.pipeline.overrides import key_of
 from quantline.pipeline.paths import MANUAL_HOME
@@ -99,8 +99,9 @@ def options_for(subject: Subject, version: str, device: str, port: int) -> tuple
         UserError: this vLLM or this machine does not serve it (a folder is tried all the same), the model takes fewer tokens
             than asked for, or the port is taken.
     """
-    facts, positions = checkpoint_facts(subject.folder), positions_of(subject.folder)
-    options = options_of(subject.config, device, quantized=facts.method != "float", positions=positions)
+    facts, model = checkpoint_facts(subject.folder), read_config(subject.folder)
+    positions = dimensions(model).positions
+    options = options_of(subject.config, device, quantized=facts.method != "float", model=model)
     if positions and options.max_model_len and options.max_model_len > positions:
         raise UserError(f"serve.max_model_len={options.max_model_len}: the model takes at most {positions} tokens")
     if port:

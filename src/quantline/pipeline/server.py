@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantline.checkpoints.model_config import dimensions, read_config
 from quantline.config.context import served_length
 from quantline.pipeline.config import parse
-from quantline.pipeline.fit import positions_of
 from quantline.pipeline.stages import is_baseline
 from quantline.toolchains.environments import distribution_version
 
@@ -49,23 +49,27 @@ def server_of(run: StageRun) -> Vllm:
 
 def server_options(run: StageRun, *, quantized: bool) -> ServerOptions:
     """The options to start the server for a checkpoint."""
-    return options_of(run.config, run.device, quantized=quantized, positions=positions_of(run.checkpoint()))
+    return options_of(run.config, run.device, quantized=quantized, model=read_config(run.checkpoint()))
 
 
-def options_of(config: Config, device: str, *, quantized: bool, positions: int | None = None) -> ServerOptions:
+def options_of(
+    config: Config, device: str, *, quantized: bool, model: Mapping[str, Any] | None = None
+) -> ServerOptions:
     """The options by which a variant with this configuration is served on a device, `cpu` or `cuda`.
 
-    positions: the most tokens that the model takes; None if that is unknown. Prompts share no cache, so that an answer does
-    not depend on those before it.
+    model: its config.json; None if that is not here. Prompts share no cache, so that an answer does not depend on those
+    before it.
     """
     from quantline.serving.command import ServerOptions
-    from quantline.serving.rules import serving_dtype
+    from quantline.serving.rules import architecture_of, serving_dtype
 
     serve = config.serve
     process = serve.process.model_copy(update={"enable_prefix_caching": False})
     return ServerOptions(
-        process, device=device, dtype=serving_dtype(serve.dtype, quantized=quantized),
-        max_model_len=served_length(config, positions), enforce_eager=serve.enforce_eager,
+        process, device=device,
+        dtype=serving_dtype(serve.dtype, quantized=quantized, architecture=architecture_of(model or {})),
+        max_model_len=served_length(config, dimensions(model).positions if model else None),
+        enforce_eager=serve.enforce_eager,
         kv_cache_dtype=serve.kv_cache_dtype,
         trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip
@@ -84,9 +88,9 @@ def proven_line(config: Config, served: Mapping[str, Any], checkpoint: Path | No
 
     if served.get("status") != "ok":
         return None
-    positions = positions_of(checkpoint) if checkpoint is not None else None
+    model_config = read_config(checkpoint) if checkpoint is not None else None
     device = str(served["environment"]["device"])
-    options = options_of(config, device, quantized=not is_baseline(config), positions=positions)
+    options = options_of(config, device, quantized=not is_baseline(config), model=model_config)
     return vllm_line(model, replace(options, proven=proven_flags(served)))
 
 

@@ -26,7 +26,7 @@ from quantline.quantization.capabilities import calibrated
 from quantline.quantization.quantize import check_group_size
 from quantline.serving import memory
 from quantline.serving.checkpoint_facts import facts_of_layers
-from quantline.serving.rules import Target, architecture_note, architecture_of, verdicts
+from quantline.serving.rules import Target, architecture_note, architecture_of, serving_dtype, verdicts
 
 
 def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refused: bool = True) -> Plan:
@@ -51,7 +51,8 @@ def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refu
     described = None
     if variant.method != FLOAT:
         described = layouts.described(layout, variant, widths, [name for name in model.shapes if name not in widths])
-    target, architecture = _target(variant, machine), architecture_of(model.config)
+    architecture = architecture_of(model.config)
+    target = _target(variant, machine, architecture)
     for facts in facts_of_layers(
         described,
         settings,
@@ -85,10 +86,8 @@ def _reordered(variant: VariantSpec, widths: Mapping[str, LinearSpec]) -> bool:
     return bool(variant.options.get("desc_act")) and any(width.group_size != -1 for width in widths.values())
 
 
-def _target(variant: VariantSpec, machine: Machine) -> Target:
-    dtype = variant.serve_dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if variant.method == FLOAT else "float16"  # see `rules.serving_dtype`
+def _target(variant: VariantSpec, machine: Machine, architecture: str | None) -> Target:
+    dtype = serving_dtype(variant.serve_dtype, quantized=variant.method != FLOAT, architecture=architecture)
     return replace(machine.target, dtype=dtype, tensor_parallel_size=variant.tensor_parallel_size)
 
 

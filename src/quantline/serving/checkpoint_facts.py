@@ -16,6 +16,8 @@ from quantline.checkpoints.quantization_config import LayerSettings
 from quantline.serving.rules import CheckpointFacts, facts_of
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+# Where checkpoints have q, k and v in one linear, head by head.
+_QKV = ".query_key_value"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 ROW_PARALLEL = frozenset({"o_proj", "out_proj", "down_proj", "fc2", "c_proj", "dense", "dense_4h_to_h", "w2", "wo"})
 
@@ -47,6 +49,7 @@ def facts_of_layers(
     fused = "mixed" if any(_differ(names, linears) for names, _, _ in parts) else "alike"
     head = "float" if LM_HEAD not in linears else "named" if _names_head(quantization or {}) else "unnamed"
     experts = "quantized" if any(_EXPERT.search(name) for name in linears) else "float"
+    qkv = "one" if any(name.endswith(_QKV) for name in linears) else None
     found = []
     for setting in dict.fromkeys(linears.values()):
         sizes = [(wide, high) for names, wide, high in parts if any(linears.get(name) == setting for name in names)]
@@ -55,7 +58,8 @@ def facts_of_layers(
             base, bits=setting.bits, group_size=setting.group_size,
             sym=setting.symmetric if base.sym is not None else None,
             widths_divisible_by_32=all(wide % 32 == 0 and high % 32 == 0 for wide, high in sizes),
-            fused=fused, head=head, experts=experts, cut="heads" if cuts_heads else "groups" if cuts_groups else "nothing",
+            fused=fused, head=head, experts=experts, qkv=qkv,
+            cut="heads" if cuts_heads else "groups" if cuts_groups else "nothing",
         ))  # fmt: skip
     return found
 

@@ -58,13 +58,14 @@ PROCESS_FACTS = ("cpu_offload_gib", "kv_offload_gib", "attention_backend")
 class CheckpointFacts:
     """What a checkpoint's quantization config says; None for what it does not say.
 
-    method: `awq`, `gptq`, `compressed-tensors`, `bitsandbytes` or `float`. layout: `gemm`, `gemv`, ... for AWQ; `gptq` or
-    `gptq_v2` for GPTQ; the format for compressed-tensors. group_size: -1 is one group per channel. The rest comes from
-    the layers (see `checkpoint_facts`). widths_divisible_by_32: whether in and out of every quantized layer are, on each
-    GPU. fused: `mixed` if the parts of a fused linear differ, else `alike`. head: whether the config names a quantized
-    output layer, `named` or `unnamed`; `float` if that layer is not quantized. experts: `quantized`, if experts of a mixture
-    are, else `float`. cut: what tensor parallelism would cut
-    through: `heads`, `groups` or `nothing`. architecture: the class that config.json names, see `architecture_of`.
+    method: `awq`, `gptq`, `compressed-tensors`, `bitsandbytes` or `float`. layout: `gemm`, `gemv`, ... for AWQ; `gptq`
+    or `gptq_v2` for GPTQ; the format for compressed-tensors. group_size: -1 is one group per channel. The rest comes
+    from the layers (see `checkpoint_facts`). widths_divisible_by_32: whether in and out of every quantized layer are,
+    on each GPU. fused: `mixed` if the parts of a fused linear differ, else `alike`. head: whether the config names a
+    quantized output layer, `named` or `unnamed`; `float` if that layer is not quantized. experts: `quantized`, if
+    experts of a mixture are, else `float`. qkv: `one` if q, k and v are one quantized linear in the checkpoint, too.
+    cut: what tensor parallelism would cut through: `heads`, `groups` or `nothing`. architecture: the class that
+    config.json names, see `architecture_of`.
     strategy: what shares a scale, in the words of compressed-tensors. inputs: what linears' inputs are rounded to, `float`
     (they are not), `int8`, `fp8` or `fp4`; `fixed` where their scales are.
     """
@@ -80,6 +81,7 @@ class CheckpointFacts:
     fused: str | None = None
     head: str | None = None
     experts: str | None = None
+    qkv: str | None = None
     cut: str | None = None
     architecture: str | None = None
     strategy: str | None = None
@@ -283,11 +285,19 @@ def _parse(entry: dict[str, Any]) -> Rule:
     return Rule(**{**entry, "versions": SpecifierSet(entry["versions"])})
 
 
-def serving_dtype(dtype: str, quantized: bool) -> str:
-    """The activations' dtype for vLLM; `auto` is bfloat16 for float models, else float16, the dtype of the scales."""
+def serving_dtype(dtype: str, *, quantized: bool, architecture: str | None = None) -> str:
+    """The activations' dtype for vLLM; `auto` is bfloat16 for float models, else float16, the dtype of the scales.
+
+    architecture: see `architecture_of`; classes that vLLM does not run in float16 get bfloat16.
+    """
     if dtype != "auto":
         return dtype
-    return "float16" if quantized else "bfloat16"
+    return "float16" if quantized and architecture not in _not_in_float16() else "bfloat16"
+
+
+@cache
+def _not_in_float16() -> frozenset[str]:
+    return frozenset(next(rule for rule in rules() if rule.id == "architecture-float16").when["architecture"])
 
 
 def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
