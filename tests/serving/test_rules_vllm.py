@@ -45,6 +45,16 @@ UNSEEN = {
     "cpu-instructions": "a CPU with neither AVX-512 nor AVX2",
     "architecture": "the registry is asked for every class, below",
     **dict.fromkeys(
+        (
+            "architecture-on-cpu",
+            "architecture-float16",
+            "multi-query-of-transformers",
+            "bloom-qkv",
+            "gptq-fused-unnamed",
+        ),
+        "of families, see test_families_vllm.py",
+    ),
+    **dict.fromkeys(
         ("cpu-offload-without-gpu", "kv-offload-without-gpu", "cpu-attention-backend"),
         "of the process, no checkpoint's",
     ),

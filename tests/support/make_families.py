@@ -29,6 +29,8 @@ SIZES = {
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "apertus": {"hidden_act": "xielu"},
+    # A server rotates all layers where none slides, transformers none where a window is set.
+    "exaone4": {"layer_types": ["sliding_attention", "full_attention"]},
     "codegen": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "n_ctx": 512, "rotary_dim": 16},
     "gemma3": {
         "text_config": {**SIZES}, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7,
@@ -40,7 +42,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         "global_head_dim": 32, "num_global_key_value_heads": 2, "hidden_size_per_layer_input": 64,
         "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "layer_types": ["sliding_attention", "full_attention"], "num_experts": None,
     },
     "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "gpt_bigcode": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
@@ -48,7 +50,7 @@ OWN: dict[str, dict[str, Any]] = {
         "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 512,
     },
     "gptj": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 16},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 128},
     "mpt": {"d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 512},
     "bloom": {"n_layer": 2, "n_head": 4},
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
