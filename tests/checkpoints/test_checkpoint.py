@@ -241,10 +241,10 @@ def test_autoawqs_own_file_must_agree_in_its_own_words(tmp_path: Path) -> None:
         quantization_of(tmp_path)
 
 
-def test_the_description_of_a_tool_that_is_not_supported_is_named(tmp_path: Path) -> None:
+def test_a_description_without_a_known_algorithm_is_refused(tmp_path: Path) -> None:
     config(tmp_path)
     (tmp_path / "hf_quant_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="ModelOpt's description, which is not supported"):
+    with pytest.raises(CheckpointError, match="ModelOpt with quant_algo None: known are FP8, NVFP4"):
         quantization_of(tmp_path)
 
 

@@ -31,7 +31,6 @@ _OWN_FILES = {
     for name in (known.own_file, known.old_file)
     if name is not None
 }
-_MODELOPT = "hf_quant_config.json"
 
 
 def describe(
@@ -103,7 +102,8 @@ def described_in(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     """The quantization's description in the keys of `quantization_config`, wherever tools put it, and its (first) file.
 
     Looked for in config.json (under `quantization_config` or, of old compressed-tensors, `compression_config`; also inside
-    `text_config`), in AutoGPTQ's quantize_config.json and in AutoAWQ's quant_config.json. None for a float model.
+    `text_config`), in AutoGPTQ's quantize_config.json, AutoAWQ's quant_config.json and ModelOpt's hf_quant_config.json. None
+    for a float model.
 
     Raises:
         CheckpointError: there is no config, one is no JSON object, two disagree, or it is in a form that is not supported.
@@ -118,10 +118,6 @@ def described_in(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
         sections = _sections(path, content) if method is None else [{"quant_method": method, **content}]
         found += [(path, renamed(section)) for section in sections if section]
     if not found:
-        if (folder / _MODELOPT).exists():
-            raise CheckpointError(
-                f"{folder / _MODELOPT}: ModelOpt's description, which is not supported; use another tool"
-            )
         return None
     path, merged = found[0]
     for other_path, other in found[1:]:

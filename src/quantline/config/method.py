@@ -30,6 +30,8 @@ class GptqMethod(Section):
     true_sequential: bool
     static_groups: bool
     activation_bits: Literal[8, "fp8"] | None = None
+    # With a default, since configurations that were frozen before do not have it.
+    solver: Literal["gptq", "gptaq", "foem"] = "gptq"
 
 
 class RtnMethod(Section):

@@ -46,7 +46,9 @@ def calibrate(config: Config, context: Context) -> dict[str, Any]:
 
 def quantize(config: Config, context: Context) -> dict[str, Any]:
     """The method and all options that determine the weights."""
-    own = {"method": config.method.model_dump(), "bits": config.bits, "group_size": config.group_size}
+    # GPTQ's solver is left out at its default, so that existing results stay valid.
+    method = {key: value for key, value in config.method.model_dump().items() if (key, value) != ("solver", "gptq")}
+    own = {"method": method, "bits": config.bits, "group_size": config.group_size}
     own.update(backends=context.backends, seed=config.seed, threads=config.threads, dtype=config.dtype)
     own.update(coverage=config.layer_errors.model_dump())  # the old name, so that existing results stay valid
     own.update(layers=config.layers.model_dump(), lm_head=config.lm_head, low_memory=config.low_memory)

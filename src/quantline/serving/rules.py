@@ -14,7 +14,7 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from quantline.checkpoints.layouts import awq, gptq_config
+from quantline.checkpoints.layouts import awq, gptq_config, modelopt
 from quantline.checkpoints.layouts.config_values import stored_bits_and_groups
 from quantline.checkpoints.model_config import read_config
 from quantline.checkpoints.quantization_config import described_in, quantization_of
@@ -180,6 +180,8 @@ def facts_of(quantization: Mapping[str, Any] | None, *, widths_divisible_by_32: 
     if not quantization:
         return CheckpointFacts("float")
     method = str(quantization.get("quant_method", "unknown"))
+    if method == modelopt.METHOD:
+        return CheckpointFacts(method, layout=modelopt.algorithm_of(quantization).lower())
     if method == "compressed-tensors":
         return _compressed_facts(quantization, widths_divisible_by_32)
     layout = awq.version_of(quantization) if method == awq.METHOD else gptq_config.format_of(quantization)

@@ -19,7 +19,8 @@ class Activations:
         share: which values have one scale: those of a `token`, a `group` of `size` values of a token, or all (`tensor`).
         size: values of a group.
         scales: how a scale itself is rounded: not, to a power of two (`e8m0`), or to FP8 (`e4m3`).
-        tensor: suffix of the tensor with the fixed scale of a linear; for scales in FP8, with what they are multiplied by.
+        tensor: suffix of the tensor with the fixed scale of a linear; for scales in FP8, with what they are divided by once
+            they are stored. multiplied: they are multiplied by it instead.
     """
 
     kind: Literal["int8", "e4m3", "e2m1"]
@@ -27,6 +28,7 @@ class Activations:
     size: int = 0
     scales: Literal["float", "e8m0", "e4m3"] = "float"
     tensor: str = ""
+    multiplied: bool = False
 
     @property
     def bits(self) -> int:

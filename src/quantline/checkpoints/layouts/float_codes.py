@@ -10,6 +10,7 @@ times its scale, rounded once, to float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from quantline.checkpoints.errors import FormatError
 from quantline.checkpoints.layouts.checks import as_float, check_shape
+from quantline.checkpoints.layouts.layout import Found
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
 LARGEST_E2M1 = 6.0
@@ -124,3 +126,16 @@ def single(name: str, array: NDArray[Any]) -> np.float32:
             f"{name} is {value[:2].tolist()}: it must be one positive number; fetch or write the layer again"
         )
     return np.float32(value[0])
+
+
+def scaled_linears(dtypes: Mapping[str, str], *, known: Mapping[str, bool]) -> dict[str, Found]:
+    """The linears among tensor names -> dtypes: those with a `weight_scale`. known: suffix -> whether it must be there."""
+    layers = sorted(name.removesuffix(".weight_scale") for name in dtypes if name.endswith(".weight_scale"))
+    return {
+        layer: Found(
+            {suffix: f"{layer}.{suffix}" for suffix in known if f"{layer}.{suffix}" in dtypes},
+            tuple(suffix for suffix, needed in known.items() if needed and f"{layer}.{suffix}" not in dtypes),
+            "weight" not in known and f"{layer}.weight" in dtypes,
+        )
+        for layer in layers
+    }

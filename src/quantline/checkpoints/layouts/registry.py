@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from quantline.checkpoints.layouts import awq_gemm, awq_gemv, bitsandbytes, gptq, gptq_v2
+from quantline.checkpoints.layouts import awq_gemm, awq_gemv, bitsandbytes, gptq, gptq_v2, modelopt
 from quantline.checkpoints.layouts.compressed_tensors import floats, int_quantized, pack_quantized
 from quantline.checkpoints.layouts.layout import ConfigSection, Layout
 from quantline.checkpoints.layouts.msmodelslim import layout as msmodelslim
@@ -19,6 +19,8 @@ LAYOUTS: Mapping[str, Layout] = {
     "compressed_tensors_int": int_quantized.LAYOUT,
     "compressed_tensors_w4afp8": pack_quantized.W4AFP8,
     **floats.LAYOUTS,
+    "modelopt_fp8": modelopt.FP8,
+    "modelopt_nvfp4": modelopt.NVFP4,
     "bitsandbytes": bitsandbytes.LAYOUT,
     "msmodelslim": msmodelslim.SAFE_TENSOR,
     "msmodelslim_ascend_v1": msmodelslim.ASCEND_V1,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from quantline.toolchains.workers.quantizers import gptqmodel
 pytestmark = pytest.mark.toolchain("gptqmodel")
 
 PARTS = [*(f"self_attn.{part}_proj" for part in "qkvo"), *(f"mlp.{part}_proj" for part in ("gate", "up", "down"))]
-GPTQ = ["plain", "bits_2", "bits_3", "bits_8", "channel", "desc_act", "static", "asymmetric", "one_sided_8", "bfloat16"]
+SOLVED = ("plain", "gptaq", "foem")
+GPTQ = ["plain", "bits_2", "bits_3", "bits_8", "channel", "desc_act", "static", "asymmetric", "one_sided_8"]
+GPTQ += ["bfloat16", *SOLVED[1:]]
 AWQ = ["awq", "awq_symmetric", "awq_gemv", "awq_one_sided"]
 
 
@@ -49,6 +52,8 @@ def batch(work, job_for, few):
         "channel": job_for("qwen2", "gm-channel", group_size=-1),
         "desc_act": job_for("qwen2", "gm-act", options={"desc_act": True}),
         "static": job_for("qwen2", "gm-static", options={"static_groups": True}),
+        "gptaq": job_for("qwen2", "gm-gptaq", options={"solver": "gptaq"}),
+        "foem": job_for("qwen2", "gm-foem", options={"solver": "foem"}),
         "asymmetric": job_for("one_sided", "gm-asymmetric", options={"sym": False}),
         "one_sided_8": job_for("one_sided", "gm-one-sided-8", bits=8, options={"sym": False}),
         "bfloat16": job_for("qwen2", "gm-bfloat16", bits=8, dtype="bfloat16"),
@@ -127,6 +132,14 @@ def test_what_is_written_is_exactly_what_was_computed(batch, label):
     assert result["metrics"]["linears_quantized"] == result["metrics"]["linears_expected"] == 14
     assert result["metrics"]["probe_max_difference"] < 1e-4
     assert quantization_of(output).layout == {"awq_gemv": "awq_gemv"}.get(label, "awq_gemm" if label in AWQ else "gptq")
+
+
+def test_each_solver_gives_weights_of_its_own_that_beat_fewer_bits(batch):
+    weights = [Checkpoint.open(batch[label][0]).tensor("model.layers.1.mlp.down_proj.qweight") for label in SOLVED]
+    assert not any(np.array_equal(one, other) for one, other in combinations(weights, 2))
+    errors = {label: batch[label][1]["metrics"]["probe_quantized_rms"] for label in (*SOLVED, "bits_3")}
+    print(errors)
+    assert max(errors[label] for label in SOLVED) < errors["bits_3"]
 
 
 def test_zero_points_of_zero_are_stored_masked_and_reported(batch):
@@ -253,6 +266,7 @@ def test_a_linear_that_the_library_does_not_know_is_refused(batch):
         ({"options": {"damp_percent": 1.5}}, "damp_percent=1.5"),
         ({"options": {"clip": True}}, "options clip: gptq has activation_bits, damp_percent"),
         ({"options": {"activation_bits": 8}}, "activation_bits=8: gptqmodel rounds weights only"),
+        ({"options": {"solver": "obq"}}, "solver=obq: gptqmodel takes gptq, gptaq, foem"),
         ({"options": {"static_groups": True}, "group_size": -1}, "static_groups=true with group_size=-1"),
         ({"linears": widths(bits=5)}, "bits=5"),
         ({"linears": widths(lm_head={"bits": 4, "group_size": 64}), "method": "awq"}, "lm_head=quantized: awq"),

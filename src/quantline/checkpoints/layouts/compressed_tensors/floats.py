@@ -39,7 +39,6 @@ from quantline.checkpoints.layouts.compressed_tensors.schemes import (
 from quantline.checkpoints.layouts.layout import (
     ConfigSection,
     Fault,
-    Found,
     Layout,
     Shape,
     Storage,
@@ -139,20 +138,6 @@ def faults(shape: Shape, spec: LinearSpec, _storage: Storage, *, scheme: FloatSc
     return found
 
 
-def find(dtypes: Mapping[str, str], *, scheme: FloatScheme) -> dict[str, Found]:
-    """The quantized linears among tensor names -> dtypes: those that have scales."""
-    known = TENSORS[scheme.format]
-    layers = sorted(name.removesuffix(".weight_scale") for name in dtypes if name.endswith(".weight_scale"))
-    return {
-        layer: Found(
-            {suffix: f"{layer}.{suffix}" for suffix in known if f"{layer}.{suffix}" in dtypes},
-            tuple(suffix for suffix, needed in known.items() if needed and f"{layer}.{suffix}" not in dtypes),
-            "weight" not in known and f"{layer}.weight" in dtypes,
-        )
-        for layer in layers
-    }
-
-
 def _layout(scheme: FloatScheme) -> Layout:
     packed = scheme.format in (NVFP4, MXFP4)
     return Layout(
@@ -166,7 +151,7 @@ def _layout(scheme: FloatScheme) -> Layout:
         faults=partial(faults, scheme=scheme),
         dequantize=partial(dequantize, scheme=scheme),
         config=ConfigSection(partial(section, scheme=scheme), config.info_of, names_tied_head=True),
-        finder=partial(find, scheme=scheme),
+        finder=partial(codes.scaled_linears, known=TENSORS[scheme.format]),
         activations=scheme.activations is not None,
     )
 

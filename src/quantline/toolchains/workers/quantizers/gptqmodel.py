@@ -36,10 +36,11 @@ from quantline.toolchains.workers.quantizers.resume_layers import LayerStore
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gptq": {
         "damp_percent": 0.05, "desc_act": False, "sym": True, "true_sequential": True, "static_groups": False,
-        "activation_bits": None,
+        "activation_bits": None, "solver": "gptq",
     },
     "awq": {"zero_point": True, "version": "gemm", "clip": True},
 }  # fmt: skip
+SOLVERS = ("gptq", "gptaq", "foem")
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 # exllama is a choice of kernels at loading time; its weights are stored as gemm.
 
@@ -106,6 +107,8 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
         )
     if options.get("activation_bits") is not None:
         raise JobError(f"method.activation_bits={options['activation_bits']}: gptqmodel rounds weights only; give null")
+    if method == "gptq" and options["solver"] not in SOLVERS:
+        raise JobError(f"method.solver={options['solver']}: gptqmodel takes {', '.join(SOLVERS)}")
     if method == "gptq" and options["static_groups"] and any(size == -1 for _, size in widths):
         raise JobError(
             "method.static_groups=true with group_size=-1: there are no groups; give method.static_groups=false"
@@ -189,6 +192,7 @@ def settings(job: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     """The library's configuration for a job."""
     from gptqmodel.models._const import DEVICE
     from gptqmodel.quantization import METHOD, QuantizeConfig
+    from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig
 
     common = {
         "bits": job["bits"], "group_size": job["group_size"], "offload_to_disk": False, "device": DEVICE(job["device"]),
@@ -200,7 +204,9 @@ def settings(job: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         key: options[key] for key in ("damp_percent", "desc_act", "sym", "true_sequential", "static_groups")
     }
     by_groups = job["group_size"] != -1 and not options["desc_act"] and not options["static_groups"]
-    return QuantizeConfig(method=METHOD.GPTQ, act_group_aware=by_groups, **gptq_options, **common)
+    solvers = {"gptq": {}, "gptaq": {"gptaq": GPTAQConfig()}, "foem": {"foem": FOEMConfig()}}
+    solver = solvers[options["solver"]]
+    return QuantizeConfig(method=METHOD.GPTQ, act_group_aware=by_groups, **gptq_options, **solver, **common)
 
 
 def linears_of(model: Any, work: _common.Work) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -272,7 +278,7 @@ def _quantize(state: Run, model: Any) -> None:
 def library(state: Run, scratch: Path) -> Iterator[None]:
     """Apply the replacements named above; undone on exit."""
     from gptqmodel.looper import awq_processor, gptq_processor, loop_processor, stage_layer
-    from gptqmodel.quantization import gptq
+    from gptqmodel.quantization import foem, gptaq, gptq
     from gptqmodel.utils import threadx
 
     from quantline.toolchains.workers.quantizers import gptqmodel_awq, gptqmodel_gptq
@@ -282,6 +288,8 @@ def library(state: Run, scratch: Path) -> Iterator[None]:
         (loop_processor, "_PROJECT_LOG_DIR", scratch / "logs"),
         (gptq, "Quantizer", rounding.gptq_quantizer(gptq.Quantizer, lambda quantizer: quantizer.qcfg.sym)),
         (gptq_processor, "GPTQ", gptqmodel_gptq.gptq_class(gptq.GPTQ, state)),
+        (gptq_processor, "GPTAQ", gptqmodel_gptq.gptq_class(gptaq.GPTAQ, state)),
+        (gptq_processor, "FOEM", gptqmodel_gptq.gptq_class(foem.FOEM, state)),
         (gptq_processor, "GPTQProcessor", _without_packing(gptq_processor.GPTQProcessor)),
         (
             awq_processor,

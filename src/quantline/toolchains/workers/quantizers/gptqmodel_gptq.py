@@ -3,7 +3,7 @@
 - `Quantizer`: see `rounding.gptq_quantizer`.
 - `GPTQ`: weights are rounded in float32, whatever the model's dtype, so that the codes are known exactly. If the library
   raises the damping, lifts the Hessian's diagonal, or rounds to nearest because no Hessian can be used, a warning names the
-  layer. A linear that an earlier run finished is taken from the store.
+  layer. A linear that an earlier run finished is taken from the store. GPTAQ and FOEM are solvers of the same kind.
 """
 
 from __future__ import annotations

@@ -228,6 +228,7 @@ class Skeleton:
                     f"{self.folder}: {name} has no {how.tensor}, by which its inputs are rounded; fetch it again"
                 )
             fixed = float(self.view.checkpoint.tensor(tensors[how.tensor]).reshape(-1)[0]) if how.tensor else None
+            fixed = 1 / fixed if fixed and how.multiplied else fixed
             rounded = rounder(how, fixed)
             module.register_forward_pre_hook(lambda _, given, own=rounded: (own(given[0]), *given[1:]))
 
