@@ -1,4 +1,4 @@
-"""Every method x backend x bits on the demo model: `python -m benchmarks.methods [--only PATTERN] [--json FILE]`.
+"""Every method x backend x bits x format on the demo model: `python -m benchmarks.methods [--only PATTERN] [--json FILE]`.
 
 The rows come from src/quantline/quantization/capabilities.yaml. Each variant runs through the stages manually (quantize,
 convert, serve_smoke, evaluate; tracking off), each in its own process, one after the other. A variant that was measured
@@ -8,8 +8,10 @@ ppl change   of the reference engine's perplexity against the float model on the
              the paired bootstrap
 seconds      of the whole quantize stage, including the start of interpreters
 memory       the largest process of that stage, resident
+bits/weight  of the whole model, with scales, head and embeddings: the size against that of the float model at 16
 size         of the weight files; the float model's is in the first line
 served       by the local vLLM: the change of its perplexity, or no
+H200         whether a rule says that vLLM does not serve it on a GPU of compute capability 9.0
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
 GROUP = {"bnb": "64"}  # bitsandbytes' own default for a block
+SCHEMES = {
+    "fp8": ("dynamic", "static", "block"), "fp4": ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"),
+    "mxfp8": ("mxfp8", "mxfp8a16"),
+}  # fmt: skip
 STAGES = ("quantize", "convert", "serve_smoke", "evaluate")
 
 
@@ -54,14 +60,14 @@ def variants() -> Iterator[Variant]:
             defaults = yaml.safe_load((ROOT / "conf" / "method" / f"{method}.yaml").read_text(encoding="utf-8"))
             needed = tuple(
                 f"method.{key}={str(allowed[0]).lower()}"
-                for key, allowed in able["options"].items() if defaults.get(key) not in allowed
+                for key, allowed in able.get("options", {}).items() if defaults.get(key) not in allowed
             )  # fmt: skip
             for bits in able["bits"]:
                 for label, extra in _flavours(method, bits, able):
                     name = "-".join(["bench", method, backend, f"w{bits}", *([label] if label else [])]).replace(
                         "_", "-"
                     )
-                    size = GROUP.get(method, "128" if 128 in (able["group_size"] or [128]) else "-1")
+                    size = GROUP.get(method, "128" if 128 in able.get("group_size", [128]) else "-1")
                     overrides = (
                         f"method={method}",
                         f"backend={backend}",
@@ -76,9 +82,18 @@ def variants() -> Iterator[Variant]:
 def _flavours(method: str, bits: int, able: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
     if method == "bnb" and bits == 4:
         return [(kind, (f"method.quant_type={kind}",)) for kind in ("nf4", "fp4")]
+    if schemes := SCHEMES.get(method):
+        return [(kind, (f"method.scheme={kind}",)) for kind in schemes]
     flavours: list[tuple[str, tuple[str, ...]]] = [("", ())]
-    if 8 in able.get("options", {}).get("activation_bits", [None]) and bits == 8:
-        flavours.append(("a8", ("method.activation_bits=8", "group_size=-1")))
+    rounded = able.get("options", {}).get("activation_bits", [None])
+    if 8 in rounded and bits in (4, 8):
+        flavours.append(("a8", ("method.activation_bits=8", *(("group_size=-1",) if bits == 8 else ()))))
+    if "fp8" in rounded and bits == 4:
+        flavours.append(("afp8", ("method.activation_bits=fp8",)))
+    if method == "gptq" and "solver" not in able["options"]:
+        flavours += [(kind, (f"method.solver={kind}",)) for kind in ("gptaq", "foem")]
+    if method == "rtn" and "grid" not in able["options"]:
+        flavours.append(("mse", ("method.grid=mse",)))
     return flavours
 
 
@@ -114,28 +129,46 @@ def row(variant: Variant, float_vllm: float) -> dict[str, Any]:
         "ppl_change_percent": percent, "seconds": quantize["timings"]["total_seconds"],
         "memory_bytes": quantize["peak_memory_bytes"], "size_bytes": metrics["size_bytes"],
         "compression": metrics["compression_ratio"],
-        "served_change_percent": None if served is None else 100 * (served / float_vllm - 1), "reason": serve["reason"],
+        "gpu": gpu_rule(variant.name),
+        "served_change_percent": None if served is None else 100 * (served / float_vllm - 1),
+        "reason": serve["reason"],
     }  # fmt: skip
+
+
+def gpu_rule(name: str) -> str:
+    """The rule against serving a variant on a GPU of compute capability 9.0; empty if there is none."""
+    from quantline.serving.rules import Target, checkpoint_facts, verdict
+
+    target = Target("vllm", locked_vllm(), "cuda", "float16", compute_capability=90)
+    return verdict(target, checkpoint_facts(ROOT / "scratch" / name / "convert")).rule_id
+
+
+def locked_vllm() -> str:
+    """The version of vLLM in the lock for GPUs."""
+    from quantline.toolchains.environments import locked_version
+
+    return locked_version(ROOT, "vllm", "cuda")
 
 
 def table(rows: list[dict[str, Any]], float_bytes: float) -> str:
     """Markdown."""
     lines = [
-        "| method | backend | bits | ppl change, 95 % interval | seconds | memory | size | served |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | --- |",
-        f"| float | - | 16 | - | - | - | {float_bytes / 1e6:.1f} MB | yes |",
+        "| method | backend | bits | ppl change, 95 % interval | seconds | memory | bits/weight | size | served | H200 |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |",
+        f"| float | - | 16 | - | - | - | 16 | {float_bytes / 1e6:.1f} MB | yes | yes |",
     ]
     for one in rows:
         start = f"| {one['method']} | {one['backend']} | {one['bits']} |"
         if "failed" in one:
-            lines.append(f"{start} failed: {one['failed']} | | | | |")
+            lines.append(f"{start} failed: {one['failed']} | | | | | | |")
             continue
         change, low, high = one["ppl_change_percent"]
         served = one["served_change_percent"]
         told = "no" if served is None else f"{served:+.2f} %"
         lines.append(
             f"{start} {change:+.2f} % [{low:+.2f}, {high:+.2f}] | {one['seconds']:.0f} | "
-            f"{one['memory_bytes'] / 2**30:.1f} GiB | {one['size_bytes'] / 1e6:.1f} MB | {told} |"
+            f"{one['memory_bytes'] / 2**30:.1f} GiB | {16 * one['size_bytes'] / float_bytes:.2f} | "
+            f"{one['size_bytes'] / 1e6:.1f} MB | {told} | {one['gpu'] or 'yes'} |"
         )
     return "\n".join(lines)
 

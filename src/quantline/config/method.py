@@ -40,6 +40,8 @@ class RtnMethod(Section):
     name: Literal["rtn"]
     sym: bool
     activation_bits: Literal[8, "fp8"] | None = None
+    # With a default, since configurations that were frozen before do not have it.
+    grid: Literal["absmax", "mse"] = "absmax"
 
 
 class Fp8Method(Section):

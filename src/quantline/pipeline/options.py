@@ -46,8 +46,9 @@ def calibrate(config: Config, context: Context) -> dict[str, Any]:
 
 def quantize(config: Config, context: Context) -> dict[str, Any]:
     """The method and all options that determine the weights."""
-    # GPTQ's solver is left out at its default, so that existing results stay valid.
-    method = {key: value for key, value in config.method.model_dump().items() if (key, value) != ("solver", "gptq")}
+    # Options that came later are left out at their defaults, so that existing results stay valid.
+    later = (("solver", "gptq"), ("grid", "absmax"))
+    method = {key: value for key, value in config.method.model_dump().items() if (key, value) not in later}
     own = {"method": method, "bits": config.bits, "group_size": config.group_size}
     own.update(backends=context.backends, seed=config.seed, threads=config.threads, dtype=config.dtype)
     own.update(coverage=config.layer_errors.model_dump())  # the old name, so that existing results stay valid

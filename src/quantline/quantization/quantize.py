@@ -45,8 +45,8 @@ class Request:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The method's own options that are set; null means not set, and so does the solver that every backend has."""
-        unset = (("solver", "gptq"),)
+        """The method's own options that are set; null means not set, and so do values that every backend has."""
+        unset = (("solver", "gptq"), ("grid", "absmax"))
         found = {key: value for key, value in self.method.items() if key != "name" and value is not None}
         return {key: value for key, value in found.items() if (key, value) not in unset}
 

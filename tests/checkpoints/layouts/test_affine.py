@@ -147,3 +147,22 @@ def test_round_scales_is_explicit_and_refuses_what_float16_cannot_reach() -> Non
     for value in (1e6, 1e-9):
         with pytest.raises(FormatError, match="range of float16"):
             round_scales(build(4, 8, 8, -1, scales=np.full((1, 8), value, np.float32)))
+
+
+@given(st.sampled_from([2, 3, 4, 8]), st.booleans(), st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_the_grid_of_least_error_is_never_worse_in_any_group(bits: int, symmetric: bool, seed: int) -> None:
+    weight = np.random.default_rng(seed).standard_t(3, (8, 64)).astype(np.float32)
+    errors = []
+    for grid in ("absmax", "mse"):
+        change = dequantize(quantize_rtn(weight, bits, 16, symmetric, grid=grid)) - weight
+        errors.append(np.square(change).reshape(8, 4, 16).sum(axis=2))
+    assert (errors[1] <= errors[0] * (1 + 1e-5) + 1e-12).all()
+    if bits < 8:
+        assert errors[1].sum() < errors[0].sum()
+
+
+def test_the_grid_of_least_error_keeps_empty_groups() -> None:
+    linear = quantize_rtn(np.zeros((4, 32), np.float32), 4, 16, True, grid="mse")
+    assert (linear.scales == 1).all()
+    assert not dequantize(linear).any()

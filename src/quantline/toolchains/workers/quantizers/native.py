@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import output as _output
 
-DEFAULTS = {"sym": True}
+DEFAULTS = {"sym": True, "grid": "absmax"}
+GRIDS = ("absmax", "mse")
 
 
 def check(widths: dict[str, LinearSpec]) -> None:
@@ -53,7 +55,9 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         JobError: the job cannot be done as given.
     """
     options = _output.method_options(job, DEFAULTS, "rtn")
-    symmetric = bool(options["sym"])
+    symmetric, grid = bool(options["sym"]), str(options["grid"])
+    if grid not in GRIDS:
+        raise JobError(f"method.grid={grid}: rtn takes {' or '.join(GRIDS)}")
     config = _output.float_config(job["model"])
     with _output.refusals():
         checkpoint = Checkpoint.open(job["model"])
@@ -83,7 +87,8 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
         ahead = [layer for layer in layers if layer in widths]
         with ThreadPoolExecutor(tensors_at_once()) as pool:
-            results = _in_turn(pool, checkpoint, layout, {layer: widths[layer] for layer in ahead}, symmetric)
+            rounded = partial(_quantize, checkpoint, layout, symmetric=symmetric, grid=grid)
+            results = _in_turn(pool, rounded, {layer: widths[layer] for layer in ahead})
             for name in names:
                 layer, _, suffix = name.rpartition(".")
                 if layer not in widths:
@@ -114,7 +119,7 @@ _Rounded = tuple[dict[str, Any], float]
 
 
 def _in_turn(
-    pool: ThreadPoolExecutor, checkpoint: Checkpoint, layout: str, widths: dict[str, LinearSpec], symmetric: bool
+    pool: ThreadPoolExecutor, rounded: Callable[[str, LinearSpec], _Rounded], widths: dict[str, LinearSpec]
 ) -> Iterator[_Rounded]:
     """The results of `_quantize` in the order of `widths`; no more are held than are computed at a time.
 
@@ -122,18 +127,20 @@ def _in_turn(
     """
     running: deque[Future[_Rounded]] = deque()
     for layer, width in widths.items():
-        running.append(pool.submit(_quantize, checkpoint, layer, layout, width, symmetric=symmetric))
+        running.append(pool.submit(rounded, layer, width))
         if len(running) == tensors_at_once():
             yield running.popleft().result()
     while running:
         yield running.popleft().result()
 
 
-def _quantize(checkpoint: Checkpoint, layer: str, layout: str, width: LinearSpec, *, symmetric: bool) -> _Rounded:
+def _quantize(
+    checkpoint: Checkpoint, layout: str, layer: str, width: LinearSpec, *, symmetric: bool, grid: str
+) -> _Rounded:
     """The packed tensors of a linear by name, and the RMS of its weights' error, relative to the RMS of the weights."""
     weight = to_float32(checkpoint.tensor(f"{layer}.weight"))
     try:
-        linear = quantize_rtn(weight, width.bits, width.group_size, symmetric)
+        linear = quantize_rtn(weight, width.bits, width.group_size, symmetric, grid=grid)
     except UserError as fault:
         raise JobError(f"{layer}: {fault}") from fault
     error = float(np.sqrt(np.mean((dequantize(linear) - weight) ** 2) / max(float(np.mean(weight**2)), 1e-30)))
