@@ -113,7 +113,7 @@ def test_every_layer_that_does_not_fit_is_named_before_anything_is_written(model
     [
         ({"bits": 5}, "bits=5: rtn takes 2, 3, 4, 8"),
         ({"group_size": 0}, "group_size=0"),
-        ({"clip": True}, "options clip: rtn has sym"),
+        ({"clip": True}, "options clip: rtn has grid, sym"),
     ],
 )
 def test_values_out_of_range_are_refused(model, changes, message):
