@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,17 @@ from quantline.checkpoints.quantization_config import QuantizationInfo, quantiza
 from quantline.checkpoints.safetensors_file import to_float32
 from quantline.core.errors import CheckpointError
 
+# Scales of keys and values that a server keeps in FP8: of no model, so no parameters.
+_CACHE = re.compile(r"\.(?:self_attn|attention)\.[qkv]_scale$")
+
 
 @dataclass(frozen=True, eq=False)
 class FloatView:
     """An opened checkpoint; create it with `FloatView.open`. Weights are read when they are asked for.
 
     A quantized linear X gives ``X.weight`` (out, in), exactly as its codes define it. Everything else, biases included,
-    keeps its name. Some quantizers add an all-zero bias to layers that have none: the caller, who knows the model,
-    decides about those.
+    keeps its name, but for the scales of a KV cache, which only servers use. Some quantizers add an all-zero bias to layers
+    that have none: the caller, who knows the model, decides about those.
 
     Attributes:
         checkpoint: its files.
@@ -48,7 +52,8 @@ class FloatView:
         quantized = quantized_layers(checkpoint, info)
         packed = {name for suffixes in quantized.values() for suffix, name in suffixes.items() if suffix != "bias"}
         weights: dict[str, str | None] = dict.fromkeys(f"{layer}.weight" for layer in quantized)
-        return cls(checkpoint, info, quantized, weights | {n: n for n in checkpoint.names if n not in packed})
+        floats = {name: name for name in checkpoint.names if name not in packed and not (info and _CACHE.search(name))}
+        return cls(checkpoint, info, quantized, weights | floats)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading its values.

@@ -226,3 +226,14 @@ def test_widths_that_groups_do_not_fill_are_faults() -> None:
         found = LAYOUTS[scheme.layout].faults((width, 64), LinearSpec(scheme.bits, scheme.group_size), Storage())
         assert bool(found) == wrong, (preset, width)
     assert {scheme.format for scheme in SCHEMES.values()} == {FP8, NVFP4, MXFP4, MXFP8}
+
+
+def test_scales_of_a_cache_in_fp8_are_the_servers_alone(tmp_path: Path) -> None:
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    tensors = {f"a.0.self_attn.q_proj.{name}": one for name, one in tensors_of("FP8_DYNAMIC", 32, 64, 0).items()}
+    scales = {f"a.0.self_attn.{name}_scale": np.ones(1, np.float32) for name in "kv"}
+    folder = written(tmp_path, {**section("FP8_DYNAMIC"), "kv_cache_scheme": cache}, {**tensors, **scales})
+    assert [name for name, _ in iter_dequantized(folder)] == ["a.0.self_attn.q_proj.weight"]
+    written(tmp_path, {**section("FP8_DYNAMIC"), "kv_cache_scheme": {**cache, "type": "int"}})
+    with pytest.raises(CheckpointError, match=r"with kv_cache_scheme .* one fixed scale a layer"):
+        quantization_of(tmp_path)

@@ -143,17 +143,18 @@ def parse(path: Path, config: Mapping[str, Any]) -> Scheme:
     """Read a section.
 
     Raises:
-        CheckpointError: an unknown format, inputs rounded in a way that it does not have, quantized caches, sparsity,
-            transforms, strategies other than group and channel, or groups that do not name single modules.
+        CheckpointError: an unknown format, inputs rounded in a way that it does not have, caches in other than FP8,
+            sparsity, transforms, strategies other than group and channel, or groups that do not name single modules.
     """
 
     refuse = partial(_refuse, path)
     stored = str(config.get("format"))
     if stored not in (*_FORMATS, *schemes.FORMATS):
         refuse(f"stored as {config.get('format')!r}", f"known are {', '.join((*_FORMATS, *schemes.FORMATS))}")
-    for key in ("kv_cache_scheme", "transform_config"):
-        if config.get(key):
-            refuse(f"with {key}")
+    if config.get("transform_config"):
+        refuse("with transform_config")
+    if (cache := config.get("kv_cache_scheme")) and not _fixed_fp8(cache):
+        refuse(f"with kv_cache_scheme {cache!r}", "FP8 with one fixed scale a layer, or none")
     sparsity = config.get("sparsity_config")
     if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"):
         refuse("with sparsity_config")
@@ -215,6 +216,12 @@ def _group(path: Path, stored: str, name: str, group: Any) -> tuple[LayerSetting
     if own and not _beside(own, settings):
         refuse(f"stored as {stored!r} with weights {weights!r}", _beside_what(own))
     return settings, own
+
+
+def _fixed_fp8(cache: Any) -> bool:
+    """Whether keys and values are kept in FP8 with the scales in the checkpoint, `k_scale` and `v_scale` of a layer."""
+    kept = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    return isinstance(cache, dict) and all(cache.get(key, False) == value for key, value in kept.items())
 
 
 def _layout(activations: Activations) -> str:
