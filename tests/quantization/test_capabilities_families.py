@@ -35,7 +35,7 @@ ANY = ("falcon", "gemma3", "mamba")
 REFUSED = {"gpt2": "stored transposed", "gpt_oss": "no linears of their own", "granitemoe": "no linears of their own"}
 BACKENDS = [name for name, entry in capabilities.table().items() if entry["toolchain"]]
 SCRIPTS = Path(__file__).parents[1] / "toolchains" / "workers" / "quantizers" / "scripts"
-BITS, GROUP = {"bnb": 4}, {"bnb": 64}
+BITS, GROUP = {"fp8": 8, "mxfp8": 8}, {"fp8": -1, "fp4": 16, "mxfp8": 32}
 # Few steps of learning, and what the backend does not have; the rest as in conf/.
 OWN_OPTIONS = {"autoround": {"iters": 2}, "llmcompressor": {"clip": False}}
 

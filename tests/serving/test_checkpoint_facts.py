@@ -3,7 +3,7 @@ from __future__ import annotations
 from tiny_quantized import mlp_of, shapes_of
 
 from quantline.checkpoints.quantization_config import LayerSettings, describe
-from quantline.serving.checkpoint_facts import facts_of_layers
+from quantline.serving.checkpoint_facts import facts_of_layers, fused_apart
 
 MAIN = LayerSettings(4, 128, True)
 GPTQ = describe("gptq", bits=4, group_size=128, symmetric=True)
@@ -71,3 +71,12 @@ def test_experts_are_quantized_or_float():
     assert facts()[0].experts == "float"
     assert facts(shapes_of(experts=2))[0].experts == "quantized"
     assert facts(shapes_of(experts=2), skip=mlp_of(2))[0].experts == "float"
+
+
+def test_parts_of_a_gated_delta_net_are_computed_as_one() -> None:
+    """Qwen3.5's names (vLLM 0.32, `packed_modules_mapping`)."""
+    names = [f"model.layers.0.linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")]
+    shapes = dict.fromkeys(names, (128, 64))
+    quantized = {name: LayerSettings(4, 64, True) for name in names[:2]}
+    assert fused_apart(quantized, shapes) == []
+    assert fused_apart({names[0]: quantized[names[0]]}, shapes) == [names[:2]]

@@ -27,6 +27,11 @@ SIZES = {
     "pad_token_id": None, "initializer_range": 0.2, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "sliding_window": 128,
 }  # fmt: skip
+# Heads of 64, the fewest that vLLM's kernel on CPUs takes.
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+}  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "apertus": {"hidden_act": "xielu"},
     # A server rotates all layers where none slides, transformers none where a window is set.
@@ -44,6 +49,7 @@ OWN: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0,
         "layer_types": ["sliding_attention", "full_attention"], "num_experts": None,
     },
+    "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "gpt_bigcode": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "gpt_neo": {
@@ -55,11 +61,9 @@ OWN: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
     "mamba": {"state_size": 32, "time_step_rank": 64},
-    # Heads of 64, the fewest that vLLM's kernel on CPUs takes.
-    "qwen3_5_text": {
-        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-        "linear_key_head_dim": 64, "linear_value_head_dim": 64,
-    },
+    "qwen3_5_text": HYBRID,
+    "qwen3_5_moe_text": {**HYBRID, "num_experts": 4},
+    "qwen3_next": {**HYBRID, "num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "qwen2_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
 }  # fmt: skip

@@ -15,7 +15,10 @@ from quantline.checkpoints.layouts.linear_spec import LM_HEAD
 from quantline.checkpoints.quantization_config import LayerSettings
 from quantline.serving.rules import CheckpointFacts, facts_of
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"),
+    ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),  # of Qwen3.5's gated delta nets
+)  # fmt: skip
 # Where checkpoints have q, k and v in one linear, head by head.
 _QKV = ".query_key_value"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
