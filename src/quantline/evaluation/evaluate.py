@@ -3,7 +3,7 @@ baseline's and with the server's.
 
 The output folder holds the windows, `reference.safetensors` (log-probabilities, likeliest tokens, divergences from the float
 model), `documents.jsonl`, `comparison.json` and, if they are measured, `generations.json`, `layer_errors.csv`,
-`restored.csv` and `state_errors.csv`.
+`restored.csv`, `state_errors.csv` and `positions.csv`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantline.config.evaluate import BootstrapConfig, EvaluateConfig
 from quantline.core.errors import UserError
 from quantline.core.files import write_json
 from quantline.data.windows import Windows, save_windows
-from quantline.evaluation import generations, perplexity, sensitivity, thresholds
+from quantline.evaluation import generations, perplexity, positions, sensitivity, thresholds
 from quantline.evaluation.bootstrap import bootstrap, caution
 from quantline.evaluation.measurements import Measurement, MeasurementOptions, WorkerRequest, plan
 from quantline.evaluation.perplexity import DocumentScore
@@ -138,7 +138,8 @@ def evaluate(
         "noise": _noise(instruments),
     }  # fmt: skip
     layers, states = _layers(parts, worker, restored, out), _states(worker, out)
-    for found in (*sections.values(), layers, states):
+    ranges = _positions(windows, own, base, how, out)
+    for found in (*sections.values(), layers, states, ranges):
         metrics.update(found.metrics)
     notes = list(layers.notes)
     if not is_baseline and instruments.divergence != 0 and not parts.rows:
@@ -161,8 +162,8 @@ def evaluate(
     }  # fmt: skip
     write_json(out / "comparison.json", document)
     metrics["reference_tokens_per_second"] = float(worker.data["tokens_per_second"])
-    tables = {**layers.tables, **states.tables, "flags": thresholds.rows(flags)}
-    files = ["documents.jsonl", "comparison.json", *layers.files, *states.files]
+    tables = {**layers.tables, **states.tables, **ranges.tables, "flags": thresholds.rows(flags)}
+    files = ["documents.jsonl", "comparison.json", *layers.files, *states.files, *ranges.files]
     return Verdict(metrics, comparison.verdict, tables, files, notes)
 
 
@@ -289,6 +290,17 @@ def _states(worker: JobResult, out: Path) -> Measurement:
         return Measurement()
     sensitivity.write_table(out / sensitivity.STATES, rows, ["name", "state_error"])
     return Measurement({"state_error": rows[-1]["state_error"]}, None, {"states": rows}, [sensitivity.STATES])
+
+
+def _positions(windows: Windows, own: _Scores, base: _Scores, how: BootstrapConfig, out: Path) -> Measurement:
+    """The loss by the length of the context; the metric is that of the longest contexts."""
+    rows = positions.by_position(windows, own.places["logprobs"], base.places["logprobs"], how)
+    if not rows or own is base:
+        return Measurement()
+    sensitivity.write_table(out / positions.TABLE, rows, positions.COLUMNS)
+    last = rows[-1]["nll_difference"]
+    assert last is not None
+    return Measurement({"nll_difference_far": last}, None, {"positions": rows}, [positions.TABLE])
 
 
 def _share(row: dict[str, Any]) -> str:
