@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import pytest
 from taken_files import write_taken
@@ -148,3 +149,17 @@ def test_the_run_ends_at_the_stage_that_refuses_and_what_was_made_stays(composed
     runs.clear()
     run_until("convert", work, config, folder, ("method=gptq",))
     assert [stage for stage, _ in runs] == ["convert"]
+
+
+def test_a_stage_whose_former_run_was_killed_says_that_it_starts_anew(composed, everything, capfd):
+    folder, work, _ = everything
+    config, words = parse(composed("method=rtn", "variant=v", "tracking.enabled=false")), ("method=rtn", "variant=v")
+    run_until("convert", work, config, folder, words)
+    assert "killed" not in capfd.readouterr().err
+    half = folder / "scratch" / "v" / f".convert.partial-{socket.gethostname()}-999999990"
+    half.mkdir()
+    run_checked("convert", work["convert"], config, folder, words)
+    assert "a former run of convert was killed before it ended; this one starts anew" in capfd.readouterr().err
+    assert not half.exists()
+    run_checked("convert", work["convert"], config, folder, words)
+    assert "killed" not in capfd.readouterr().err

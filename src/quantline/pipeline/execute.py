@@ -44,7 +44,10 @@ def execute(
     started_at = time.time()
     run = StageRun(stage, config, root, tuple(overrides))
     places = run.paths  # before the work: it refuses a name that is not valid
-    clear(places.output.parent)  # also what killed runs of other stages left, which DVC may take from its run cache
+    removed = clear(places.output.parent)  # also of other stages: DVC may take their outputs from its run cache
+    if any(path.name.startswith(f".{places.output.name}.") for path in removed):
+        anew = "goes on where its backend can" if stage == "quantize" else "starts anew"
+        print(f"  note: a former run of {stage} was killed before it ended; this one {anew}", file=sys.stderr)
     if run.frozen:
         make_room(stage, stage_paths(run.home, run.variant, "download").output / "model")
     try:
