@@ -1,8 +1,9 @@
 """Planned memory and disk of stages beside what they took: `python -m benchmarks.planned [FOLDER]`.
 
 Goes through the results of a checkout, in artifacts/ and scratch/; FOLDER is another one than this. A row is a stage of a
-variant: its largest process on the host (of the server: all of its processes), and its output on the disk, both in
-MB, planned / measured and their ratio. Nothing is computed. Compare stages that this machine ran.
+variant: all of its processes on the host, as its monitor saw them, and its output on the disk, both in MB, planned /
+measured and their ratio. Nothing is computed. Compare stages that this machine ran, each in a process of its own: by
+`dvc repro` or `python -m stages.NAME`. Those of one `stages.run` share a process, which keeps what the stages before took.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def needs(config: Config, root: Path) -> dict[str, Need]:
 
 def measured(result: dict[str, Any], output: Path) -> tuple[int, int]:
     """Bytes on the host and on the disk that a stage took."""
-    host = result["metrics"].get("rss_bytes") if result["stage"] == "serve_smoke" else result["peak_memory_bytes"]
+    host = result["monitor"].get("peak", {}).get("rss_bytes")
     return int(host or 0), sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
 
 
@@ -64,7 +65,10 @@ def lines(root: Path) -> Iterator[str]:
                 path = folder.parent / "shared" / f"{stage}.json"
             if not path.is_file() or (stage == "download" and folder.name != "float"):
                 continue
-            host, disk = measured(read_result(path), path.with_suffix(""))
+            result = read_result(path)
+            if result["status"] != "ok":
+                continue
+            host, disk = measured(result, path.with_suffix(""))
             shown = [_beside(need.host, host), _beside(need.disk, disk) if need.disk else ""]
             yield f"{stage:<12} {folder.relative_to(root).as_posix()[-36:]:<36} {shown[0]:>30} {shown[1]:>30}"
 

@@ -114,6 +114,7 @@ def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -
         quantizer_bytes=memory if device == "cuda" else psutil.virtual_memory().total,
         calibration_tokens=config.calibration.n_samples * config.calibration.seq_len, limits=Limits.of(config.serve.process),
         notes=(note,) if note else (), work=_work(config), host_bytes=psutil.virtual_memory().total,
+        cache_bytes=round((config.serve.process.kv_cache_gib or 0) * GIB),
     )  # fmt: skip
 
 

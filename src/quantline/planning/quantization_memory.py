@@ -14,6 +14,8 @@ from quantline.core.cores import tensors_at_once
 # The interpreter with torch and a quantizer's library. An assumption: with the demo model, AutoAWQ took 1.28 GB in all, of
 # which 0.3 GB are the model and its activations.
 TORCH_PROCESS = 1_000_000_000
+# Those that take less: the largest process with the demo model (`python -m benchmarks.methods`), less the model.
+_SMALLER = {"auto_gptq": 650_000_000, "bitsandbytes": 450_000_000}
 PLAIN_PROCESS = 100_000_000
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # The native backend and all writers of results hold one shard at a time.
@@ -83,6 +85,7 @@ def quantization_peak(
         at_once = min(tensors_at_once(), len(shapes))
         formula = f"5 float32 copies of the largest linear for each of {at_once} cores, one shard of the result"
         return Peak(0, 0, at_once * 5 * largest * 4, PLAIN_PROCESS + min(SHARD, output), formula)
+    library = _SMALLER.get(backend, TORCH_PROCESS)
     numbers = dimensions(config)
     blocks = numbers.layers or 1
     values = sum(_values(checkpoint, name) for name in checkpoint.names)
@@ -92,21 +95,21 @@ def quantization_peak(
     streams = 2 * tokens * (numbers.hidden or 0) * size
     weights = f"{'one block' if low_memory else 'all weights'} in {dtype}"
     if method == "bnb":
-        return Peak(held * size, 0, largest * 4, TORCH_PROCESS + min(SHARD, output), f"{weights}, the largest linear")
+        return Peak(held * size, 0, largest * 4, library + min(SHARD, output), f"{weights}, the largest linear")
     if method in ("fp8", "fp4", "mxfp8"):
         formula = f"{weights}, a block's activations, the largest linear three times in float32"
-        return Peak(held * size, streams, 3 * 4 * largest, TORCH_PROCESS + min(SHARD, output), formula)
+        return Peak(held * size, streams, 3 * 4 * largest, library + min(SHARD, output), formula)
     if method == "awq":
         features = tokens * sum(wide for wide, _ in linears) // blocks * size
         formula = f"{weights}, a block's activations and its linears' inputs, two copies of a block"
-        return Peak(held * size, streams + features, 2 * block * size, TORCH_PROCESS, formula)
+        return Peak(held * size, streams + features, 2 * block * size, library, formula)
     if method == "autoround":
         formula = f"{weights}, a block's activations, 12 bytes for each of its weights"
-        return Peak(held * size, streams, 12 * block, TORCH_PROCESS, formula)
+        return Peak(held * size, streams, 12 * block, library, formula)
     formula = (
         f"{weights}, a block's activations, the widest Hessian three times, the largest linear three times in float32"
     )
-    return Peak(held * size, streams, 3 * 4 * (widest * widest + largest), TORCH_PROCESS, formula)
+    return Peak(held * size, streams, 3 * 4 * (widest * widest + largest), library, formula)
 
 
 def _values(checkpoint: Checkpoint, name: str) -> int:

@@ -126,7 +126,8 @@ class Machine:
     and concurrent sequences that the server must hold. memory_bytes: of each GPU (or what a server on a CPU may take); None
     skips the check. utilization: the share of it that the server gets. quantizer_bytes: what quantizing may take; None if
     unknown. calibration_tokens: of all samples. limits: of the server's process. notes: what is only assumed of it. work:
-    of the reference engine. host_bytes: of main memory; None if unknown.
+    of the reference engine. host_bytes: of main memory; None if unknown. cache_bytes: that the
+    server's cache takes in any case.
     """
 
     target: Target
@@ -141,6 +142,7 @@ class Machine:
     notes: tuple[str, ...] = ()
     work: Work = field(default_factory=Work)
     host_bytes: int | None = None
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """The memory and disk that each stage takes at its peak, from headers and options.
 
-Bytes of the largest process of a stage on the host, of what it allocates on a GPU, and of its output on the disk. The
-reference engine, which runs in download, quantize and evaluate, holds parts of a model as `checkpoints.model_parts` says.
+Bytes of all processes of a stage on the host (pages that they share count once per process, as the stage's monitor counts
+them), of what it allocates on a GPU, and of its output on the disk. The reference engine, which runs in download, quantize
+and evaluate, holds parts of a model as `checkpoints.model_parts` says. What the allocator does not give back is not planned:
+with many windows of different lengths, hundreds of MB on a CPU.
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ from quantline.core.text import binary_size
 from quantline.planning.quantization_memory import PLAIN_PROCESS, Peak
 from quantline.planning.spec import FLOAT, Finding, Machine, Model, Plan
 from quantline.quantization.capabilities import CALIBRATED
-from quantline.serving.memory import OVERHEAD_BYTES
 
 # torch and transformers, with a model's code; with a GPU also its context and libraries. Measured: 0.5 GB on a CPU with the
 # demo model, of which 0.04 are its weights; 7.2 GB on an H200, of which 4 are the parts of Qwen3-8B on their way to the GPU.
 _ENGINE = {"cpu": 450_000_000, "cuda": 3_000_000_000}
-_TOKENIZER_PROCESS = 130_000_000
+# A stage's own process with its monitor, measured with the demo; a tokenizer, and each of its entries (49,152 took 70 MB).
+_STAGE, _TOKENIZER, _TOKENIZER_ENTRY = 100_000_000, 20_000_000, 1500
+# A worker that waits for its turn with torch and transformers, and one that builds a model without weights.
+_WAITING, _BARE_MODEL = 350_000_000, 380_000_000
+# One of vLLM's three processes on a CPU, without weights and cache.
+_SERVER_PROCESS = 720_000_000
 # Rows of logits that are normalised at a time, and copies of them (scoring and divergence).
 _ROWS, _COPIES = 512, 2
 
@@ -44,11 +50,14 @@ def stage_needs(plan: Plan, model: Model, machine: Machine) -> tuple[Need, ...]:
     if plan.planned.method != FLOAT:
         if plan.planned.method in CALIBRATED:
             tokens = 4 * machine.calibration_tokens
-            needs.append(Need("calibrate", _TOKENIZER_PROCESS + 2 * tokens, 0, tokens, "the tokenizer"))
+            entries = _TOKENIZER_ENTRY * (model.dimensions.vocabulary or 0)
+            needs.append(Need("calibrate", _STAGE + _TOKENIZER + entries + 2 * tokens, 0, tokens, "the tokenizer"))
         needs += [_quantize(plan.peak, engine, size, machine), _convert(model, size)]
     if (serving := plan.serving_bytes()) is not None:
         formula = "weights, cache and activations of the server"
-        on_host = OVERHEAD_BYTES["cpu"] + (0 if engine.on_gpu else serving)
+        cache = max((machine.cache_bytes or 0) - (plan.kv_bytes or 0), 0)  # the option takes more than the requests
+        serving += 0 if machine.memory_bytes is not None and engine.on_gpu else cache
+        on_host = _STAGE + 3 * _SERVER_PROCESS + (0 if engine.on_gpu else serving)
         needs.append(Need("serve_smoke", on_host, serving if engine.on_gpu else 0, 0, formula))
     scores = 12 * machine.work.scored
     needs.append(_engine_need("evaluate", engine, engine.compared(float_only=plan.planned.method == FLOAT), scores))
@@ -141,12 +150,12 @@ class _Engine:
 
 def _engine_need(stage: str, engine: _Engine, held: _Held, disk: int) -> Need:
     if engine.on_gpu:
-        return Need(stage, _ENGINE["cuda"] + held.host, held.device, disk, held.formula)
-    return Need(stage, _ENGINE["cpu"] + held.device + held.host, 0, disk, held.formula)
+        return Need(stage, _STAGE + _ENGINE["cuda"] + held.host, held.device, disk, held.formula)
+    return Need(stage, _STAGE + _ENGINE["cpu"] + held.device + held.host, 0, disk, held.formula)
 
 
 def _quantize(peak: Peak | None, engine: _Engine, size: int, machine: Machine) -> Need:
-    """The larger of the quantizer's own peak and the engine's, which comes after it."""
+    """The larger of the quantizer's own peak, while the engine waits, and the engine's, which comes after it."""
     errors = engine.errors()
     after = (
         _engine_need("quantize", engine, errors, size) if machine.work.measured else Need("quantize", 0, 0, size, "")
@@ -154,7 +163,7 @@ def _quantize(peak: Peak | None, engine: _Engine, size: int, machine: Machine) -
     if peak is None:
         return after
     on_gpu = engine.on_gpu and peak.process != PLAIN_PROCESS
-    host = peak.process if on_gpu else peak.total
+    host = _STAGE + (_WAITING if machine.work.measured else 0) + (peak.process if on_gpu else peak.total)
     device = peak.total - peak.process if on_gpu else 0
     own = Need("quantize", max(host, after.host), max(device, after.device), size, peak.formula)
     return own if host + device > after.host + after.device else Need(
@@ -164,4 +173,7 @@ def _quantize(peak: Peak | None, engine: _Engine, size: int, machine: Machine) -
 
 def _convert(model: Model, size: int) -> Need:
     largest = max((model.checkpoint.info(name).nbytes for name in model.checkpoint.names), default=0)
-    return Need("convert", PLAIN_PROCESS + 2 * largest, 0, size, "a tensor as it is and as it becomes")
+    formula = "the model without weights, whose linears are counted"
+    if 2 * largest > _BARE_MODEL:
+        formula = "a tensor as it is and as it becomes"
+    return Need("convert", _STAGE + max(_BARE_MODEL, 2 * largest), 0, size, formula)
