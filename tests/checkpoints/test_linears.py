@@ -3,9 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import yaml
+from tiny_quantized import write_float
 
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
-from quantline.checkpoints.linears import inventory, linear_shapes, modules_left, select_linears
+from quantline.checkpoints.linears import (
+    inventory,
+    lacking_experts,
+    linear_shapes,
+    modules_left,
+    routers,
+    select_linears,
+)
 from quantline.checkpoints.model_config import read_config
 from quantline.core.errors import UserError
 from quantline.quantization.quantize import check_group_size
@@ -203,3 +211,20 @@ def test_experts_that_are_all_float_are_named_as_the_one_module_that_readers_ask
         "model.layers.0.block_sparse_moe.experts"
     ]
     assert modules_left(["lm_head"], experts) == ["lm_head"]
+
+
+def test_what_one_expert_lacks_is_named_and_a_whole_mixture_lacks_nothing():
+    mixture = [f"model.layers.{layer}.mlp.experts.{number}.{inside}.weight"
+               for layer in range(2) for number in range(3) for inside in ("down_proj", "up_proj")]  # fmt: skip
+    assert lacking_experts([*mixture, "model.layers.0.mlp.gate.weight"]) == []
+    assert lacking_experts(["model.layers.0.mlp.up_proj.weight"]) == []
+    gone = mixture.pop(3)
+    assert lacking_experts(mixture) == [gone]
+
+
+def test_routers_are_found_by_name_and_gates_of_an_mlp_are_none(tmp_path):
+    folder = write_float(tmp_path / "model", experts=4)
+    found = routers(Checkpoint.open(folder))
+    assert found
+    assert all(name.endswith(".gate") for name in found)
+    assert routers(Checkpoint.open(write_float(tmp_path / "dense"))) == []

@@ -70,7 +70,8 @@ STACKS = {"granitemoe": ("*.input_linear", "*.output_linear"), "gpt_oss": ("*.ex
 FEW = [
     Case("bloom", "gptq"), Case("bloom", "compressed_tensors", ("*.query_key_value",)),
     Case("granitemoe", "gptq", STACKS["granitemoe"]), Case("granitemoe", "compressed_tensors", STACKS["granitemoe"]),
-    Case("stablelm", "gptq"), Case("stablelm", "awq"), Case("mamba"), Case("gpt_bigcode"),
+    Case("qwen3_moe", "awq", ("*.experts.*",)), Case("stablelm", "gptq"), Case("stablelm", "awq"), Case("mamba"),
+    Case("gpt_bigcode"),
     Case("gemma2", "gptq"), Case("apertus", "gptq"), Case("apertus", "gptq", dtype="float16"),
 ]  # fmt: skip
 CLAIMED = sorted(

@@ -26,7 +26,8 @@ from quantline.core.errors import UserError
 WIDE = 32
 # A list of layers, the number of one, and what is inside it.
 _NUMBERED = re.compile(r"^(.+?)\.(\d+)\.(.+)$")
-_NOT_LINEAR = re.compile(r"norm|embed|ln_|A_log|(?:^|\.)(?:gate|shared_expert_gate|\w*router\w*)(?:\.|$)")
+_ROUTER = re.compile(r"(?:^|\.)(?:gate|shared_expert_gate|\w*router\w*)(?:\.|$)")
+_NOT_LINEAR = re.compile(rf"norm|embed|ln_|A_log|{_ROUTER.pattern}")
 _FLOATS = ("BF16", "F16", "F32", "F64")
 # Also masks that older models store under such a name.
 _BIAS = re.compile(r"bias(?:es)?$")
@@ -36,6 +37,7 @@ _OTHER_PART = re.compile(
     r"(?:^|[._])(?:vision|visual|image|img|audio|speech|video|projector|connector|perceiver|resampler|talker|code2wav|token2wav|mtp)"
 )
 _EXPERTS = re.compile(r"(.+\.experts)\.")
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 # The stacks of GraniteMoe and JetMoe, and of what is built on them.
 _STACKED_EXPERTS = re.compile(r"(.+)\.(?:input|output)_linear$")
 _TABLE = re.compile(r"embed|(?:^|\.)(?:w[tp]e|lm_head|embed_out)$")
@@ -158,6 +160,17 @@ def exempt(inside: str, shape: Sequence[int]) -> bool:
     """
     name = inside.removesuffix(".weight")
     return bool(_NOT_LINEAR.search(name) or _BIAS.search(name) or (len(shape) > 2 and _CONVOLUTION.search(name)))
+
+
+def routers(checkpoint: Checkpoint) -> list[str]:
+    """The modules of a float model's layers that choose experts.
+
+    vLLM 0.32 takes them for quantized where a config names what is not, and not them.
+    """
+    return [
+        name.removesuffix(".weight") for name in checkpoint.names
+        if name.endswith(".weight") and (place := numbered(name)) and _ROUTER.search(place[2].removesuffix(".weight"))
+    ]  # fmt: skip
 
 
 def is_due(name: str, shape: Sequence[int], depth: int | None) -> bool:
@@ -295,3 +308,12 @@ def place_of(name: str) -> tuple[int, str]:
     """The decoder layer of a linear and its name inside that layer; -1 and the whole name outside the layers."""
     found = numbered(name)
     return found[1:] if found else (-1, name)
+
+
+def lacking_experts(names: Collection[str]) -> list[str]:
+    """Tensors that one expert of a layer lacks and others, of this layer or another, have."""
+    found = [(one[1], int(one[2]), one[3]) for name in names if (one := _EXPERT.match(name))]
+    experts, insides = {number for _, number, _ in found}, {inside for _, _, inside in found}
+    lists, have = dict.fromkeys(layer for layer, _, _ in found), set(found)
+    every = [(layer, number, inside) for layer in lists for number in sorted(experts) for inside in sorted(insides)]
+    return [f"{layer}.{number}.{inside}" for layer, number, inside in every if (layer, number, inside) not in have]

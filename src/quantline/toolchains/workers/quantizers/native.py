@@ -24,7 +24,7 @@ from quantline.checkpoints.layouts import dequantize, quantize_rtn
 from quantline.checkpoints.layouts.choice import layout_of
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LinearSpec
 from quantline.checkpoints.layouts.packing import BITS
-from quantline.checkpoints.linears import inventory
+from quantline.checkpoints.linears import inventory, routers
 from quantline.checkpoints.model_config import ties_head
 from quantline.core.cores import tensors_at_once
 from quantline.core.errors import UserError
@@ -76,7 +76,8 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         sized = {name: shapes[name] for name in widths if widths[name] == width}
         _output.check_shapes(sized, layout, width.bits, width.group_size)
     # Readers take what is not named for quantized.
-    skipped = [name for name in (*shapes, *stock.stacks, *chain(*stock.others.values())) if name not in widths]
+    left = (*shapes, *stock.stacks, *chain(*stock.others.values()), *routers(checkpoint))
+    skipped = [name for name in left if name not in widths]
     output = Path(job["output"])
 
     started = time.perf_counter()

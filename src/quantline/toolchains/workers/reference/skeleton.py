@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from quantline.checkpoints.float_view import FloatView
 from quantline.checkpoints.layouts.description import Activations
+from quantline.checkpoints.linears import lacking_experts
 from quantline.checkpoints.safetensors_file import safetensors_dtype, to_float32
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError
@@ -293,6 +294,11 @@ def _build(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, Ma
             device_map={"": "meta"}, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
+        if lacking := lacking_experts(
+            shapes
+        ):  # transformers stacks the experts of a layer, and says only that it cannot
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise JobError(f"{folder}: no file has the tensor {lacking[0]}{more}; fetch it again") from error
         raise JobError(f"{folder}: transformers cannot build its model: {error}") from error
     return model.eval(), loaded
 
