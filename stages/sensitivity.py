@@ -36,7 +36,7 @@ def sensitivity(run: StageRun) -> None:
             run_worker=run.worker,
         )  # fmt: skip
         unit_losses.write(rows, out)
-        run.files.append(unit_losses.TABLE)
+        run.files += [unit_losses.TABLE, *unit_losses.draw(rows, out)]
         run.metrics.update(metrics)
         run.tables["units"] = rows
 

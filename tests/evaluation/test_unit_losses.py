@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantline.evaluation.unit_losses import Grids, measure, read, write
+from quantline.evaluation.unit_losses import Grids, draw, measure, read, write
 from quantline.toolchains.protocol import JobResult
 
 
@@ -34,3 +34,12 @@ def test_units_and_grids_are_asked_for_and_the_table_is_read_back(tmp_path):
     write(rows, tmp_path)
     assert read(tmp_path) == {(row["unit"], row["bits"]): row["kl"] for row in rows}
     assert read(tmp_path)["a.o_proj", 4] == 0.0833333
+
+
+def test_a_heat_map_is_drawn_for_each_width(tmp_path):
+    rows = [
+        {"unit": f"model.layers.{layer}.self_attn.{unit}", "bits": bits, "kl": layer / bits}
+        for layer in range(2) for unit in ("q_proj+k_proj+v_proj", "o_proj") for bits in (4, 8)
+    ]  # fmt: skip
+    assert draw(rows, tmp_path) == ["units-w4.png", "units-w8.png"]
+    assert (tmp_path / "units-w4.png").read_bytes()[:4] == b"\x89PNG"

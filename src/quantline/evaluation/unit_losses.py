@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantline.checkpoints.linears import place_of
+from quantline.quantization import heat_map
 from quantline.serving.checkpoint_facts import units_of
 from quantline.toolchains.protocol import JobResult
 
@@ -69,6 +71,22 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
+    """Write a heat map of the losses for each width, units by layers; returns the files' names."""
+    found = []
+    for bits in sorted({int(row["bits"]) for row in rows}):
+        cells = []
+        for row in rows:
+            if row["bits"] == bits:
+                layer, module = place_of(str(row["unit"]))
+                cells.append({"layer": layer, "module": module, "kl": row["kl"]})
+        name = f"units-w{bits}.png"
+        title = f"Divergence by rounding one unit to {bits} bits"
+        if heat_map.draw(cells, folder / name, title, key="kl", label="nats per token"):
+            found.append(name)
+    return found
 
 
 def read(folder: Path) -> dict[tuple[str, int], float]:

@@ -43,15 +43,18 @@ def grid(
     return layers, kinds, values
 
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
+def draw(
+    rows: Sequence[Mapping[str, Any]], path: Path, title: str, *, key: str = "output_error",
+    label: str = "relative output error",
+) -> bool:  # fmt: skip
     """Write the heat map of the output errors as PNG; write nothing and return False if there are no errors to show.
 
-    Equal rows give equal bytes.
+    Equal rows give equal bytes. key, label: another column to show, and what it is.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layers, kinds, values = grid(rows)
+    layers, kinds, values = grid(rows, key)
     values = np.where(np.isfinite(values), values, np.nan)
     if np.isnan(values).all():
         return False
@@ -71,6 +74,6 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
             value = float(values[row, column])
             colour = "black" if value < middle else "white"
             axes.text(int(column), int(row), f"{value:.2g}", ha="center", va="center", color=colour, fontsize=6)
-    figure.colorbar(image, ax=axes, label="relative output error")
+    figure.colorbar(image, ax=axes, label=label)
     figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
     return True
