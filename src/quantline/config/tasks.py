@@ -30,12 +30,30 @@ class MultipleChoiceConfig(Section):
     continuation_words: int = Field(ge=2)
 
 
+class NeedleConfig(Section):
+    """A fact far back in a context, see `quantline.evaluation.tasks.needle`.
+
+    Attributes:
+        context_words: words of the passage.
+        needles: sentences in it, of which one is asked for.
+    """
+
+    context_words: int = Field(ge=8)
+    needles: int = Field(default=3, ge=1, le=10)
+
+
 class LocalTasksConfig(Section):
     """The tasks that are built from a text; null leaves one out. own: the text is a file of questions."""
 
     last_word: LastWordConfig | None
     multiple_choice: MultipleChoiceConfig | None
+    needle: NeedleConfig | None = None
     own: bool = False
+
+    @property
+    def of_text(self) -> bool:
+        """Whether any task is made from a text."""
+        return any(one is not None for one in (self.last_word, self.multiple_choice, self.needle))
 
 
 class StandardTaskConfig(Section):
@@ -83,8 +101,7 @@ class TasksConfig(Section):
     @property
     def any(self) -> bool:
         """Whether any task is to be run."""
-        local = self.local.last_word is not None or self.local.multiple_choice is not None or self.local.own
-        return bool(self.engines and (local or self.standard))
+        return bool(self.engines and (self.local.of_text or self.local.own or self.standard))
 
 
 # The options that decide which items are asked, by which engines. Scores are compared item by item.

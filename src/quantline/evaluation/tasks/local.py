@@ -25,6 +25,7 @@ from typing import Any
 
 from quantline.config.tasks import LastWordConfig, LocalTasksConfig, MultipleChoiceConfig
 from quantline.core.errors import UserError
+from quantline.evaluation.tasks.needle import NEEDLE, needle_items
 from quantline.evaluation.tasks.own import ANSWERS, CHOICES
 
 Item = dict[str, Any]
@@ -121,6 +122,8 @@ def items_of(options: LocalTasksConfig, texts: Sequence[str], seed: int, limit: 
         found["last_word"] = last_word_items(options.last_word, texts, seed, limit)
     if options.multiple_choice is not None:
         found["multiple_choice"] = multiple_choice_items(options.multiple_choice, texts, seed, limit)
+    if options.needle is not None:
+        found[NEEDLE] = needle_items(options.needle, texts, seed, limit)
     return found
 
 
@@ -184,4 +187,4 @@ _CHOICE: dict[str, Any] = {
     "doc_to_choice": "choices",
     "metric_list": [_metric("acc", "mean", True), _metric("acc_norm", "mean", True)],
 }
-_DEFINITIONS = {"last_word": _GREEDY, "multiple_choice": _CHOICE, ANSWERS: _GREEDY, CHOICES: _CHOICE}
+_DEFINITIONS = {"last_word": _GREEDY, "multiple_choice": _CHOICE, NEEDLE: _GREEDY, ANSWERS: _GREEDY, CHOICES: _CHOICE}

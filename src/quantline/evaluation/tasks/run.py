@@ -64,7 +64,7 @@ def local_items(options: TasksConfig, root: Path) -> dict[str, list[Item]]:
     """
     file = root / Path(options.path).expanduser()
     own = own_items(file, options.seed, options.limit) if options.local.own else {}
-    if options.local.last_word is None and options.local.multiple_choice is None:
+    if not options.local.of_text:
         return own
     texts = []
     for document in read_documents(file, format_of(file, options.format), (options.text_field,)):
