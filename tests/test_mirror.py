@@ -94,6 +94,7 @@ COVERED = {
     "toolchains/workers/reference/restoring": "tests/toolchains/workers/reference/test_evaluate.py",
     "toolchains/workers/reference/scoring": "tests/toolchains/workers/reference/test_engine.py",
     "toolchains/workers/reference/skeleton": "tests/toolchains/workers/reference/test_engine.py",
+    "toolchains/workers/asking": "tests/lifecycle/test_ask.py",
     "toolchains/workers/vllm_bench": "tests/evaluation/speed/test_speed_vllm.py",
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from quantline.core.errors import UserError
 from quantline.lifecycle.fleet import HOME
 from quantline.lifecycle.serve import HOME as LOGS
-from quantline.lifecycle.serve import Typed, options_for, subject_of
+from quantline.lifecycle.serve import Subject, Typed, options_for, subject_of
 from quantline.pipeline.run import StageRun
 from quantline.pipeline.server import server_of
 from quantline.serving import server as vllm_server
@@ -42,13 +42,7 @@ def partners(root: Path, typed: Typed, names: list[str], url: str | None, key: s
     with ExitStack() as stack:
         found = []
         for name in names:
-            given: dict[str, str | None] = {"variant": name}
-            if "@" in name:
-                model, _, alias = name.rpartition("@")
-                given = {"alias": alias, "model": model or None}
-            elif "/" in name and Path(name).expanduser().is_dir():
-                given = {"folder": name}
-            subject = subject_of(root, given, typed)
+            subject = subject_of_name(root, name, typed)
             run = StageRun("serve", subject.config, root, tuple(typed.overrides))
             vllm = server_of(run)
             options, _ = options_for(subject, vllm.version, run.device, 0)
@@ -56,6 +50,21 @@ def partners(root: Path, typed: Typed, names: list[str], url: str | None, key: s
             server = stack.enter_context(vllm_server.serve(vllm.python, subject.folder, options, log=log))
             found.append(Partner(name, server.url, options.name))
         yield found
+
+
+def subject_of_name(root: Path, name: str, typed: Typed) -> Subject:
+    """What a name stands for: a variant, MODEL@ALIAS, or a folder.
+
+    Raises:
+        UserError: as for `lifecycle.serve.subject_of`.
+    """
+    given: dict[str, str | None] = {"variant": name}
+    if "@" in name:
+        model, _, alias = name.rpartition("@")
+        given = {"alias": alias, "model": model or None}
+    elif "/" in name and Path(name).expanduser().is_dir():
+        given = {"folder": name}
+    return subject_of(root, given, typed)
 
 
 def _of_fleet(root: Path, names: list[str]) -> str | None:

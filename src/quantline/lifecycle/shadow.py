@@ -18,6 +18,7 @@ from quantline.core.errors import ServerError, UserError
 from quantline.core.files import read_json, write_json
 from quantline.evaluation.served_answers import ShadowVerdict, judge
 from quantline.lifecycle import serve
+from quantline.lifecycle.chat import subject_of_name
 from quantline.lifecycle.fleet import folder_of
 from quantline.lifecycle.serve import Subject, Typed
 from quantline.pipeline.config import parse
@@ -87,7 +88,7 @@ def shadow(root: Path, typed: Typed, question: Question) -> tuple[ShadowVerdict,
     own = replace(
         typed, overrides=[one for one in typed.overrides if one.partition("=")[0].split(".")[0] in serve.READS]
     )
-    subjects = [_subject(root, one, own) for one in (question.against, question.variant)]
+    subjects = [subject_of_name(root, one, own) for one in (question.against, question.variant)]
     scores: list[list[NDArray[np.float64]]] = []
     asked: list[Tokens] = []
     for subject in subjects:
@@ -152,15 +153,6 @@ def _tokens(client: httpx.Client, asked: dict[str, Any]) -> list[int]:
         return [int(token) for token in answer["tokens"]]
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise ServerError(f"the server does not tokenize a captured request: {error}") from error
-
-
-def _subject(root: Path, name: str, typed: Typed) -> Subject:
-    if "@" in name:
-        model, _, alias = name.rpartition("@")
-        return serve.subject_of(root, {"alias": alias, "model": model or None}, typed)
-    if Path(name).expanduser().is_dir():
-        return serve.subject_of(root, {"folder": name}, typed)
-    return serve.subject_of(root, {"variant": name}, typed)
 
 
 @contextmanager
