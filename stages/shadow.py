@@ -1,7 +1,7 @@
 """Judge a variant on captured requests: `python -m stages.shadow variant=NAME`, after `stages.fleet up capture.share=0.1`.
 
-The served answers are scored under the float model and the variant, one after the other, so that no second model has to
-run beside the fleet. Exits with 1 where the variant is worse than allowed.
+What users wrote is scored under the variant and what it is compared with, one after the other, so that no second model has
+to run beside the fleet. Exits with 1 where the variant is worse than allowed.
 """
 
 from __future__ import annotations

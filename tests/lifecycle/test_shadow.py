@@ -9,7 +9,7 @@ import pytest
 import sections
 
 from quantline.core.errors import UserError
-from quantline.evaluation.served_answers import judge
+from quantline.evaluation.shadow_verdict import judge
 from quantline.lifecycle.serve import Typed
 from quantline.lifecycle.shadow import Question, _note_alarm, shadow, shadow_faults
 

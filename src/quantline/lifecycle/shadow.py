@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from quantline.config.method import BASELINE
 from quantline.core.errors import ServerError, UserError
 from quantline.core.files import read_json, write_json
-from quantline.evaluation.served_answers import ShadowVerdict, judge
+from quantline.evaluation.shadow_verdict import ShadowVerdict, judge
 from quantline.lifecycle import serve
 from quantline.lifecycle.chat import subject_of_name
 from quantline.lifecycle.fleet import folder_of
@@ -62,7 +62,10 @@ class Question:
 
 
 def shadow(root: Path, typed: Typed, question: Question) -> tuple[ShadowVerdict, Path]:
-    """Score captured answers under a variant and what it is compared with, and judge the difference.
+    """Score captured requests under a variant and what it is compared with, and judge the difference.
+
+    The verdict is over what users wrote. A served answer is likelier for the model that gave it than for any other, by their
+    divergence, so its difference is told beside the verdict and decides nothing.
 
     Args:
         root: the checkout.
@@ -90,20 +93,24 @@ def shadow(root: Path, typed: Typed, question: Question) -> tuple[ShadowVerdict,
     )
     subjects = [subject_of_name(root, one, own) for one in (question.against, question.variant)]
     scores: list[list[NDArray[np.float64]]] = []
+    answered: list[list[NDArray[np.float64]]] = []
     asked: list[Tokens] = []
     for subject in subjects:
         with _served(root, subject, own, folder) as server:
             asked = asked or tokens_of(server, found)
             whole = score(server, [one.ids for one in asked], label=f"scoring {len(asked)} answers by {subject.name}")
-        # The first token has no log-probability; those of the answer are the last ones.
-        scores.append([values[one.prompt - 1 :] for values, one in zip(whole, asked, strict=True)])
+        # The first token has no log-probability. What users wrote decides: an answer is likelier for the model that gave it.
+        scores.append([values[: one.prompt - 1] for values, one in zip(whole, asked, strict=True)])
+        answered.append([values[one.prompt - 1 :] for values, one in zip(whole, asked, strict=True)])
     default = config.promote.max_perplexity_increase if question.against == BASELINE else FOLLOWING
     most = default if question.most_increase is None else question.most_increase
     verdict = judge(scores[1], scores[0], most_increase=most, how=config.evaluate.bootstrap)
     path = folder / RESULT
     names = {"variant": subjects[1].name, "against": subjects[0].name, "files": file_hashes(subjects[1].folder)}
     largest = [{"id": asked[place].capture.id, "nats": nats} for place, nats in verdict.largest]
-    write_json(path, {**names, **verdict.as_json(), "largest": largest})
+    answers = judge(answered[1], answered[0], most_increase=most, how=config.evaluate.bootstrap)
+    document = {**names, **verdict.as_json(), "largest": largest, "answers": asdict(answers.difference)}
+    write_json(path, document)
     _note_alarm(folder, subjects[1].name, verdict)
     return verdict, path
 

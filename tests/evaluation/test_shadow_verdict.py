@@ -7,7 +7,7 @@ import pytest
 import sections
 
 from quantline.core.errors import UserError
-from quantline.evaluation.served_answers import FEWEST, judge
+from quantline.evaluation.shadow_verdict import FEWEST, judge
 
 HOW = sections.bootstrap(resamples=2000)
 
@@ -56,7 +56,7 @@ def test_the_answers_that_lost_most_are_named():
 
 def test_scores_of_different_answers_are_refused():
     variant, floats = answers(5, 0.1)
-    with pytest.raises(UserError, match="different answers"):
+    with pytest.raises(UserError, match="different requests"):
         judge(variant[:-1], floats, most_increase=0.05, how=HOW)
-    with pytest.raises(UserError, match="1 captured answers can be scored"):
+    with pytest.raises(UserError, match="1 captured requests can be scored"):
         judge(variant[:1], floats[:1], most_increase=0.05, how=HOW)

@@ -1,9 +1,9 @@
-"""Whether a variant is worse than another model on what users really asked: a paired verdict over captured answers.
+"""Whether a variant is worse than another model on what users really asked: a paired verdict over captured requests.
 
-The other model is the float model, or the variant that this one is to follow. Two variants of the same bits differ less from
-each other than from the float model, so that a damage is found on fewer requests. Answers that were served, by whichever
-variant, are scored by both models. The difference of their losses is summed over an answer and divided by all tokens; its
-interval resamples whole requests, as `evaluate` resamples documents.
+The other model is the float model, or the variant that this one is to follow. Both score the text that users wrote. Answers
+would not do: they were drawn from one model, and are likelier for it than for any other by the divergence of the two. The
+difference of the losses is summed over a request and divided by all tokens; its interval resamples whole requests, as
+`evaluate` resamples documents.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FEWEST = 20
 
 @dataclass(frozen=True)
 class ShadowVerdict:
-    """What the captured answers say.
+    """What the captured requests say.
 
     Attributes:
         verdict: `sound`: the whole interval is within the limit. `worse`: the whole interval is beyond it. `undecided`:
@@ -67,18 +67,18 @@ def judge(
     """The verdict.
 
     Args:
-        variant, other: natural log-probabilities of each answer's tokens, float64 (tokens,), of the same answers.
+        variant, other: natural log-probabilities of each request's tokens, float64 (tokens,), of the same requests.
         most_increase: of the perplexity over the other's, such as 0.05.
         how: resamples, level and seed.
 
     Raises:
-        UserError: the two are not of the same answers, or there are fewer than two.
+        UserError: the two are not of the same requests, or there are fewer than two.
     """
     if len(variant) != len(other) or any(a.shape != b.shape for a, b in zip(variant, other, strict=False)):
-        raise UserError("the scores are of different answers; score the same captures with both models")
+        raise UserError("the scores are of different requests; score the same captures with both models")
     kept = [(own, base) for own, base in zip(variant, other, strict=True) if len(own)]
     if len(kept) < 2:
-        raise UserError(f"{len(kept)} captured answers can be scored; capture more (fleet.capture.share)")
+        raise UserError(f"{len(kept)} captured requests can be scored; capture more (fleet.capture.share)")
     losses = np.array([-own.sum() for own, _ in kept])
     others = np.array([-base.sum() for _, base in kept])
     tokens = np.array([float(len(own)) for own, _ in kept])
