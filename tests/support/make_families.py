@@ -56,7 +56,12 @@ OWN: dict[str, dict[str, Any]] = {
         "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 512,
     },
     "gptj": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 16},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 128},
+    "bamba": {
+        "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "attn_layer_indices": [1],
+    },
+    "lfm2": {
+        "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 128, "block_dim": 128,
+    },
     "mpt": {"d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 512},
     "bloom": {"n_layer": 2, "n_head": 4},
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},

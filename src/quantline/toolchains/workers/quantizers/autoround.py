@@ -102,7 +102,7 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
         if type(options[name]) is not int or options[name] < least:
             raise JobError(f"{name}={options[name]}: autoround takes an integer of at least {least}")
     if options["lr"] is not None and not 0 < options["lr"] < 1:
-        raise JobError(f"method.lr={options['lr']}: autoround takes a number between 0 and 1, or null for 1 / iters")
+        raise JobError(f"lr={options['lr']}: autoround takes a number between 0 and 1, or null for 1 / iters")
     if job["device"] == "cpu" and job.get("dtype") == "float16":
         raise JobError("dtype=float16: autoround learns in bfloat16 or float32 on a CPU; use dtype=auto")
     return options
