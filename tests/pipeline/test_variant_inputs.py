@@ -76,3 +76,20 @@ def test_a_changed_option_changes_the_stages_that_read_it_alone(checkout, key, v
     place[last] = value
     path.write_text(yaml.safe_dump(values))
     assert changed(before, inputs_of_variants(checkout)["reads"]) == {("own", stage) for stage in stages}
+
+
+def test_another_revision_on_the_hub_reruns_the_download_and_behind_it_what_reads_other_files(checkout, root):
+    params = checkout / "params.yaml"
+    text = params.read_text().replace("shared: ", "shared: model=custom model.repo=owner/name model.revision={} ")
+    found = []
+    for digit in "ab":
+        params.write_text(text.format(digit * 40))
+        for name in ("float", "own"):
+            freeze(checkout, name)
+        found.append(inputs_of_variants(checkout)["reads"])
+    assert changed(*found) == {("float", "download")}
+    # Whose output the stages behind it watch, and whose hash DVC watches in inputs.yaml.
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
+    assert {"inputs.yaml": ["reads.float.download"]} in stages["download"]["params"]
+    for stage in ("calibrate", "quantize"):
+        assert "artifacts/shared/download" in stages[stage]["do"]["deps"]
