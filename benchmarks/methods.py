@@ -1,5 +1,8 @@
 """Every method x backend x bits x format on the demo model: `python -m benchmarks.methods [--only PATTERN] [--json FILE]`.
 
+On any other model: `python -m benchmarks.methods --model FOLDER [--group-size 64] [NAME=VALUE ...]`, with options of the
+stages for all rows, such as `evaluate=wikitext2 evaluate.path=FILE`.
+
 The rows come from src/quantline/quantization/capabilities.yaml. Each variant runs through the stages manually (quantize,
 convert, serve_smoke, evaluate; tracking off), each in its own process, one after the other. A variant that was measured
 before is read from scratch/ unless --again is given. It prints a Markdown table:
@@ -22,7 +25,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -49,8 +52,8 @@ class Variant:
     overrides: tuple[str, ...]
 
 
-def variants() -> Iterator[Variant]:
-    """The variants that capabilities.yaml allows, at the default options."""
+def variants(group: str = "128") -> Iterator[Variant]:
+    """The variants that capabilities.yaml allows, at the default options. group: weights that share a scale."""
     import yaml
 
     from quantline.quantization import capabilities
@@ -67,7 +70,7 @@ def variants() -> Iterator[Variant]:
                     name = "-".join(["bench", method, backend, f"w{bits}", *([label] if label else [])]).replace(
                         "_", "-"
                     )
-                    size = GROUP.get(method, "128" if 128 in able.get("group_size", [128]) else "-1")
+                    size = GROUP.get(method, group if 128 in able.get("group_size", [128]) else "-1")
                     overrides = (
                         f"method={method}",
                         f"backend={backend}",
@@ -112,6 +115,16 @@ def result(variant: str, name: str) -> dict[str, Any]:
     """A stage's result."""
     found: dict[str, Any] = json.loads((ROOT / "scratch" / variant / f"{name}.json").read_text(encoding="utf-8"))
     return found
+
+
+def baseline_of(model: Path | None) -> str | None:
+    """The folder in scratch/ of a float model that was evaluated; None if it was not. model: None for the demo's."""
+    folders = [path.parent for path in ROOT.glob("scratch/float/*/evaluate.json")]
+    for folder in folders:
+        path = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["model"]["path"]
+        if (path == str(model)) if model is not None else folder.name.startswith("demo-"):
+            return folder.relative_to(ROOT / "scratch").as_posix()
+    return None
 
 
 def measured(variant: Variant) -> bool:
@@ -179,25 +192,34 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure variants again that were measured before")
     parser.add_argument("--measured", action="store_true", help="only show earlier measurements")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    options = parser.parse_args()
-    chosen = [variant for variant in variants() if fnmatch(variant.name, f"*{options.only}*")]
+    parser.add_argument("--model", type=Path, help="folder of another model than the demo's")
+    parser.add_argument("--group-size", default="128", help="weights that share a scale, where the backend has groups")
+    options, more = parser.parse_known_args()
+    if wrong := [word for word in more if "=" not in word or word.startswith("-")]:
+        parser.error(f"{' '.join(wrong)}: give options of the stages as NAME=VALUE")
+    model = None if options.model is None else options.model.resolve()
+    of_all = [] if model is None else ["model=custom", f"model.path={model}"]
+    of_all += more
+    chosen = [variant for variant in variants(options.group_size) if fnmatch(variant.name, f"*{options.only}*")]
+    if model is not None:
+        chosen = [replace(variant, name=f"{variant.name}-{model.name.lower()}") for variant in chosen]
     if options.measured:
         chosen = [variant for variant in chosen if measured(variant)]
     # The usual bits first, so that the table is useful before it is complete.
     chosen.sort(key=lambda variant: (variant.method == "autoround", "4823".index(variant.bits[0])))
-    if options.again or not any(ROOT.glob("scratch/float/demo-*/evaluate.json")):
+    if options.again or baseline_of(model) is None:
         for name, overrides in (("download", ()), ("serve_smoke", ("method=float",)), ("evaluate", ("method=float",))):
-            stage(name, *overrides)
+            stage(name, *of_all, *overrides)
     if not options.measured:
-        stage("calibrate")
+        stage("calibrate", *of_all)
     rows: list[dict[str, Any]] = []
-    baseline = result("float", "evaluate")["metrics"]
+    baseline = result(str(baseline_of(model)), "evaluate")["metrics"]
     for number, variant in enumerate(chosen, 1):
         print(f"{number}/{len(chosen)} {variant.name}", file=sys.stderr, flush=True)
         try:
             if options.again or not measured(variant):
                 for name in STAGES:
-                    stage(name, f"variant={variant.name}", *variant.overrides)
+                    stage(name, *of_all, f"variant={variant.name}", *variant.overrides)
             rows.append(row(variant, baseline["vllm_perplexity"]))
         except RuntimeError as error:
             rows.append(
