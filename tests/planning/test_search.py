@@ -82,10 +82,46 @@ def test_a_goal_that_nothing_meets_is_answered_with_the_nearest():
     found = world.run(Goal("size", loss_at_most=1e-5))
     assert found.best is None
     assert found.nearest is not None
-    assert len(found.verdicts) < 10
+    assert 0 < len(found.verdicts) < 10
+    both = world.run(Goal("size", loss_at_most=1e-6, size_at_most=int(3.6e8)))
+    assert both.best is None
+    assert list(both.verdicts) == [both.nearest.name]
     none = world.run(Goal("size", loss_at_most=0.01, size_at_most=1000))
     assert (none.best, none.measurements) == (None, ())
     assert none.nearest == min(world.candidates, key=lambda one: one.size)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_answer_is_confirmed_on_all_documents_and_dropped_if_it_fails_there(seed):
+    world = World(seed)
+    honest = world.judge
+
+    def flattering(one, share):
+        found = honest(one, share)
+        if share < len(SHARES) - 1:  # few documents make every candidate look half as bad
+            return Measurement(one.name, share, found.loss / 2, found.low / 2, found.high / 2)
+        return found
+
+    found = search(world.candidates, Goal("size", loss_at_most=0.03), flattering, shares=len(SHARES), most=60)
+    last = {one.candidate: one for one in found.measurements}[found.best.name]
+    assert last.share == len(SHARES) - 1
+    assert world.truth[found.best.name] <= 0.03
+
+
+def test_what_cannot_be_made_fails_at_once_and_is_no_answer():
+    world = World(5)
+    honest, broken = world.judge, {one.name for one in world.candidates if one.family == "a"}
+
+    def judge(one, share):
+        infinite = float("inf")
+        return Measurement(one.name, share, infinite, infinite, infinite) if one.name in broken else honest(one, share)
+
+    for goal in (Goal("loss", size_at_most=int(5e8)), Goal("size", loss_at_most=0.03)):
+        found = search(world.candidates, goal, judge, shares=len(SHARES), most=60)
+        assert found.best.name not in broken
+        assert all(found.verdicts[name] == "fails" for name in broken & set(found.verdicts))
+        asked = [one.candidate for one in found.measurements if one.candidate in broken]
+        assert len(asked) == len(set(asked))
 
 
 def test_what_surely_fails_is_dropped_on_the_smallest_share():

@@ -97,25 +97,37 @@ def search(
     verdicts: dict[str, str] = {}
     measured: list[Measurement] = []
     fits = [one for one in candidates if goal.size_at_most is None or one.size <= goal.size_at_most]
-    for _ in range(most):
-        chosen = _next(fits, goal, known, verdicts)
-        if chosen is None:
+
+    def measure(one: Candidate, share: int) -> str:
+        found = judge(one, share)
+        measured.append(found)
+        known[one.name] = found
+        verdict = _verdict(found, goal, _best_loss(known, verdicts), last=share == shares - 1)
+        span = f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+        tell(f"{one.name}: {100 * found.loss:+.2f} % {span} {verdict or '...'}")
+        return verdict
+
+    while True:
+        chosen = _next(fits, goal, known, verdicts) if len(verdicts) < most else None
+        if chosen is not None:
+            verdict, share = "", 0
+            while not verdict:
+                verdict, share = measure(chosen, share), share + 1
+            verdicts[chosen.name] = verdict
+            continue
+        # The answer is never given on a part of the documents: intervals over few of them are too narrow.
+        best = _answer(candidates, goal, known, verdicts, measured).best
+        if best is None or known[best.name].share == shares - 1:
             break
-        for share in range(shares):
-            found = judge(chosen, share)
-            measured.append(found)
-            known[chosen.name] = found
-            verdict = _verdict(found, goal, _best_loss(known, verdicts), last=share == shares - 1)
-            span = f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-            tell(f"{chosen.name}: {100 * found.loss:+.2f} % {span} {verdict or '...'}")
-            if verdict:
-                verdicts[chosen.name] = verdict
-                break
+        del verdicts[best.name]
+        verdicts[best.name] = measure(best, shares - 1)
     return _answer(candidates, goal, known, verdicts, measured)
 
 
 def _verdict(found: Measurement, goal: Goal, best: Measurement | None, *, last: bool) -> str:
-    """ "meets" or "fails", or "" while that is open. A candidate meets a limit with the upper end of its interval."""
+    """Whether it "meets" or "fails", "" while that is open. A limit is met by the upper end of the interval."""
+    if found.loss == math.inf:
+        return "fails"
     if goal.loss_at_most is not None:
         if found.low > goal.loss_at_most:
             return "fails"
@@ -179,7 +191,10 @@ def _next(
     order = sorted(
         range(len(fits)), key=lambda number: (-round(float(gain[number]), 12), sizes[number], fits[number].name)
     )
-    return fits[order[0]] if gain[order[0]] > _WORTH else None
+    if gain[order[0]] > _WORTH:
+        return fits[order[0]]
+    # Nothing is likely to meet the goal. The likeliest is measured all the same, so that the answer rests on something.
+    return None if known else min(fits, key=lambda one: (one.predicted, one.size, one.name))
 
 
 def _below(z: np.ndarray) -> np.ndarray:
