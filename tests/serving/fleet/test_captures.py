@@ -1,36 +1,77 @@
 from __future__ import annotations
 
 import os
+import shutil
+import ssl
+import subprocess
 import time
 
 import fake_fleet
 import httpx
 import pytest
 
-from quantline.config.fleet import CaptureConfig
+from quantline.config.fleet import CaptureConfig, EndpointConfig
 from quantline.serving.fleet.captures import captures, remove_old
 from quantline.serving.fleet.child import wait_until
 from quantline.serving.fleet.envoy import CAPTURES
+from quantline.serving.ports import free_port
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate of 127.0.0.1 and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    found = folder / "certificate.pem", folder / "key.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    command += [
+        "-subj",
+        "/CN=fleet",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-out",
+        str(found[0]),
+        "-keyout",
+        str(found[1]),
+    ]
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    subprocess.run(command, check=True, capture_output=True)
+    return found
 
 
 @pytest.mark.toolchain("router")
-def test_requests_and_answers_are_captured_streamed_or_not_and_no_key_is_among_them(tmp_path):
+def test_requests_and_answers_are_captured_streamed_or_not_and_no_key_is_among_them(tmp_path, certificate):
+    trusted = ssl.create_default_context(cafile=str(certificate[0]))
+    end = EndpointConfig(port=free_port("127.0.0.1"), certificate=str(certificate[0]), private_key=str(certificate[1]))
     keys = tmp_path / "keys.yaml"
     keys.write_text("keys: [{client: team, key: sk-secret-1, precision: true}, {client: other, key: sk-secret-2}]")
-    with fake_fleet.up(tmp_path, capture_share=1.0, keys_file=str(keys)) as running:
+    with fake_fleet.up(tmp_path, capture_share=1.0, keys_file=str(keys), endpoint=end) as running:
         url, state = running.fleet.url, tmp_path / "state"
+        assert url.startswith("https://")
 
         def ask(path="chat/completions", key="sk-secret-1", headers=None, **body):
             body = {"model": "low", "max_tokens": 2, **body}
             given = {"authorization": f"Bearer {key}", "cookie": "session=sk-cookie", **(headers or {})}
-            return httpx.post(f"{url}/v1/{path}", json=body, headers=given, trust_env=False)
+            return httpx.post(f"{url}/v1/{path}", json=body, headers=given, trust_env=False, verify=trusted)
 
         said = [{"role": "user", "content": "What is an index?"}]
         assert ask(messages=said).status_code == 200
         assert ask(messages=said, stream=True).status_code == 200
         assert ask("completions", prompt="An index is").status_code == 200
         # What keys are for: none, a wrong one, one that may not choose the precision, a header of the router's own.
-        assert httpx.post(f"{url}/v1/completions", json={"model": "low"}, trust_env=False).status_code == 401
+        bare = httpx.post(f"{url}/v1/completions", json={"model": "low"}, trust_env=False, verify=trusted)
+        assert bare.status_code == 401
         assert ask(key="sk-wrong-key", messages=said).status_code == 401
         chosen = {"x-quantline-precision": "high"}
         assert ask(messages=said, headers=chosen).headers["x-quantline-variant"] == "float"
