@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import sections
 from tiny_model import CHAT_TEMPLATE, write_model
 
+from quantline.checkpoints.checkpoint import write_safetensors
 from quantline.config.data import SelfTextConfig
 from quantline.core.errors import UserError
 from quantline.data.calibration import build, load
@@ -15,6 +18,7 @@ from quantline.data.self_text import TEXTS_NAME, Writer, chat_start, starts
 from quantline.data.tokenizer import TextEncoder
 from quantline.toolchains import runner
 from quantline.toolchains.environments import ensure
+from quantline.toolchains.protocol import JobResult
 
 HOW = SelfTextConfig(temperature=1.0, chat_share=0.5)
 CHAT = SelfTextConfig(temperature=1.0, chat_share=1.0)
@@ -57,6 +61,29 @@ def test_without_an_engine_only_a_text_can_be_taken(tmp_path, plain):
     spec = sections.calibration({}, self_text=HOW)
     with pytest.raises(UserError, match=r"calibration\.path=FILE"):
         build(write_model(tmp_path / "model"), spec, tmp_path / "out")
+
+
+def test_where_the_hub_cannot_be_reached_the_model_writes_and_the_reason_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    asked = []
+
+    def run(_toolchain, _module, job, _label):
+        asked.append(job)
+        write_safetensors(Path(job["output"]), {"input_ids": np.ones((len(job["starts"]), job["length"]), np.int32)})
+        return JobResult({}, 1.0, 0)
+
+    source = {"repo": "owner/texts", "revision": "0" * 40, "file": "texts.jsonl"}
+    spec = sections.calibration({"auto": source}, n_samples=3, held_back=2, self_text=HOW)
+    made = build(write_model(tmp_path / "model"), spec, tmp_path / "out", Writer(run, "cpu", 1))
+    assert len(asked[0]["starts"]) == 5
+    assert load(tmp_path / "out")[0].shape == (3, 16)
+    assert (made["held_back"], list(made["sources"])) == (2, ["self"])
+    assert "127.0.0.1:9 cannot be reached" in made["notes"][0]
+    (tmp_path / "own.jsonl").write_text('{"text": "' + "a model of a model " * 40 + '"}\n')
+    there = {"auto": spec.sources["auto"].model_copy(update={"path": str(tmp_path / "own.jsonl")})}
+    own = spec.model_copy(update={"sources": there})
+    assert list(build(tmp_path / "model", own, tmp_path / "taken", Writer(run, "cpu", 1))["sources"]) == ["auto"]
+    assert len(asked) == 1
 
 
 @pytest.mark.toolchain("reference")

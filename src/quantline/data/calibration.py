@@ -127,8 +127,11 @@ def _unreached(sources: Mapping[str, SourceConfig]) -> str | None:
     """Why the float model has to write the text: what the hub says, "" if there is no source. None if all are here."""
     for name, source in sources.items():
         if source.path is None:
+            repo, file = _repo(name, source), str(source.file)
             try:
-                hub.fetch_file(_repo(name, source), str(source.file))
+                if not hub.cached(repo, file):
+                    hub.described(repo)  # asked once, while a download is tried again for half a minute
+                hub.fetch_file(repo, file)
             except UserError as error:
                 return str(error)
     return None if sources else ""

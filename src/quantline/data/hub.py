@@ -132,6 +132,16 @@ def fetch_file(source: HubRepo, file: str) -> Path:
     return path
 
 
+def cached(source: HubRepo, file: str) -> bool:
+    """Whether a file lies in the cache already, so that no network is needed."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(
+        source.repo, file, revision=source.commit, repo_type=source.kind, cache_dir=_cache()
+    )  # fmt: skip
+    return isinstance(found, str)
+
+
 def safetensors_header(source: HubRepo, file: str) -> dict[str, dict[str, Any]]:
     """The header of a safetensors file, read by range requests: tensor -> dtype, shape, data_offsets; without its metadata.
 
