@@ -21,7 +21,7 @@ OPTIONS = [
         default="float",
     ),
     Option(
-        "most_increase", "0.01", "of the perplexity; default: promote.max_perplexity_increase against float, else 0.01"
+        "most_increase", "0.02", "of the perplexity; default: promote.max_perplexity_increase against float, else 0.02"
     ),
     Option("requests", "500", "the newest that are scored; 0 takes all", default="500"),
 ]
@@ -47,7 +47,7 @@ def shadow(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     try:
         increase = None if arguments["most_increase"] is None else float(arguments["most_increase"])
     except ValueError:
-        raise UserError(f"most_increase={arguments['most_increase']}: give a number such as 0.01") from None
+        raise UserError(f"most_increase={arguments['most_increase']}: give a number such as 0.02") from None
     question = Question(str(arguments["variant"]), str(arguments["against"]), increase, int(most))
     verdict, path = judged(ROOT, typed, question)
     interval = verdict.difference
@@ -56,6 +56,8 @@ def shadow(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
         f"{interval.high:+.4f}, on {verdict.requests} requests of {verdict.tokens} tokens; allowed are {verdict.limit:+.4f}"
     )
     print(said)
+    if verdict.verdict == "sound" and interval.low > 0:
+        print("  it is measurably worse, within what is allowed")
     if verdict.enough:
         print(f"  about {verdict.enough} requests would decide")
     print(f"  {path}")

@@ -33,8 +33,9 @@ from quantline.serving.logprobs import score
 from quantline.serving.running import Server
 
 RESULT = "shadow.json"
-# What a variant may lose to the one that it is to follow at the same precision: relative perplexity.
-FOLLOWING = 0.01
+# What a variant may lose to the one that it is to follow at the same precision: relative perplexity. AWQ and GPTQ of 4 bits
+# of the demo model differ by 0.7 %.
+FOLLOWING = 0.02
 
 
 @dataclass(frozen=True)
