@@ -71,7 +71,7 @@ FEW = [
     Case("bloom", "gptq"), Case("bloom", "compressed_tensors", ("*.query_key_value",)),
     Case("granitemoe", "gptq", STACKS["granitemoe"]), Case("granitemoe", "compressed_tensors", STACKS["granitemoe"]),
     Case("qwen3_moe", "awq", ("*.experts.*",)), Case("stablelm", "gptq"), Case("stablelm", "awq"), Case("mamba"),
-    Case("gpt_bigcode"), Case("bamba"),
+    Case("gpt_bigcode"), Case("bamba"), Case("qwen3_5_text", "gptq"), Case("qwen3_5_text", "gptq", dtype="float16"),
     Case("gemma2", "gptq"), Case("apertus", "gptq"), Case("apertus", "gptq", dtype="float16"),
 ]  # fmt: skip
 CLAIMED = sorted(

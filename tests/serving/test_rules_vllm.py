@@ -47,12 +47,27 @@ UNSEEN = {
     **dict.fromkeys(
         (
             "architecture-on-cpu",
+            "architecture-of-transformers",
             "architecture-float16",
+            "architecture-float16-on-cpu",
             "multi-query-of-transformers",
             "bloom-qkv",
             "gptq-fused-unnamed",
         ),
         "of families, see test_families_vllm.py",
+    ),
+    "kv-cache-cpu": "of the server's cache, see test_kv_cache_vllm.py",
+    **dict.fromkeys(
+        (
+            "float-groups-cpu",
+            "fp8-cpu-blocks",
+            "fp8-cpu-experts",
+            "fp8-cpu-fixed-inputs",
+            "modelopt-cpu",
+            "w4afp8-cpu",
+            "w4afp8-group-size",
+        ),
+        "of float8 and ModelOpt, see test_rules.py and the tests of their layouts",
     ),
     **dict.fromkeys(
         ("cpu-offload-without-gpu", "kv-offload-without-gpu", "cpu-attention-backend"),

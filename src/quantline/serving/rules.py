@@ -299,7 +299,8 @@ def serving_dtype(dtype: str, *, quantized: bool, architecture: str | None = Non
 
 @cache
 def _not_in_float16() -> frozenset[str]:
-    return frozenset(next(rule for rule in rules() if rule.id == "architecture-float16").when["architecture"])
+    against = (rule.when["architecture"] for rule in rules() if rule.id.startswith("architecture-float16"))
+    return frozenset(name for names in against for name in names)
 
 
 def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
