@@ -211,7 +211,7 @@ def main() -> None:
         for name, overrides in (("download", ()), ("serve_smoke", ("method=float",)), ("evaluate", ("method=float",))):
             stage(name, *of_all, *overrides)
     if not options.measured:
-        stage("calibrate", *of_all)
+        stage("calibrate", f"group_size={options.group_size}", *of_all)
     rows: list[dict[str, Any]] = []
     baseline = result(str(baseline_of(model)), "evaluate")["metrics"]
     for number, variant in enumerate(chosen, 1):
