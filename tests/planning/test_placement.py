@@ -46,3 +46,13 @@ def test_variants_that_do_not_fit_together_are_refused_with_what_each_needs(want
         place(wanted, devices)
     for need in wanted:
         assert f"  {need.name}: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "measured"),
+    [(int(3.95 * GIB), 15_146_483_712), (int(3.74 * GIB), 14_904_000_512), (int(12.55 * GIB), 24_299_307_008)],
+)
+def test_what_is_reserved_is_what_a_server_took_on_an_h200(weights, measured):
+    """Llama-2-7B's shape as AWQ in groups of 64 and 128 and as float, cache of 8 GiB, vLLM 0.25.1 with CUDA graphs."""
+    asked = need_of("v", LLAMA, weights, context=1024, cache_bytes=8 * GIB, ranks=1, device="cuda")
+    assert asked.each == pytest.approx(measured, rel=0.03)

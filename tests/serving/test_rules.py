@@ -230,6 +230,7 @@ def beside_rounded(inputs, size=128):
         (floats("MXFP4"), PLAIN_CPU, "float-groups-cpu"),
         (floats("MXFP8"), PLAIN_CPU, "float-groups-cpu"),
         (beside_rounded(8), PLAIN_CPU, ""),
+        (beside_rounded(8), replace(HOPPER, version="0.25.1"), "w4a8-gpu"),
         (beside_rounded("fp8"), PLAIN_CPU, "w4afp8-cpu"),
         (beside_rounded("fp8"), HOPPER, ""),
         (beside_rounded("fp8", 64), HOPPER, "w4afp8-group-size"),

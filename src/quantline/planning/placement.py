@@ -14,6 +14,9 @@ from quantline.serving.memory import GIB, activations, kv_cache
 # Resident memory of a vLLM server on a CPU besides weights, cache and activations: 1.3 GiB was measured for vLLM 0.32 with
 # the demo model, by processes that each import torch.
 CPU_PROCESSES = 1.5 * GIB
+# What a server on a GPU keeps besides weights, cache and context when it has compiled the model and recorded CUDA graphs:
+# 1.0 to 1.1 GB were measured for three variants of Llama-2-7B's shape on one H200 (vLLM 0.25.1).
+GRAPHS = 1.0 * GIB
 # What is left free of each device, for what others allocate meanwhile.
 SPARE = 0.05
 # Sequences that the cache of a server on a GPU is to hold where `serve.process.kv_cache_gib` is null.
@@ -82,7 +85,9 @@ def need_of(
     kept = kv_cache(config)
     cache = cache_bytes if cache_bytes is not None else kept.bytes(context, SEQUENCES) if kept else GIB
     working = activations(config, SEQUENCES) or GIB
-    return Need(name, weights, cache, int(working + (GPU_CONTEXT if device == "cuda" else CPU_PROCESSES)), ranks)
+    return Need(
+        name, weights, cache, int(working + (GPU_CONTEXT + GRAPHS if device == "cuda" else CPU_PROCESSES)), ranks
+    )
 
 
 def place(needs: Sequence[Need], devices: Sequence[Device]) -> dict[str, Place]:
