@@ -126,3 +126,26 @@ def test_an_option_that_takes_a_number_or_auto_has_one_fault_by_its_own_name(com
     assert "evaluate.stride=0: input should be greater than or equal to 1, or auto" in faults_of(
         composed("evaluate.stride=0")
     )
+
+
+# What configurations of older versions are without, by section.
+LATER = {
+    "": ("fleet", "sensitivity"), "evaluate.limits": ("rounding_ratio",), "calibration": ("held_back", "self_text"),
+    "method": ("solver",), "serve": ("kv_cache_dtype",), "tasks.local": ("needle", "own"), "promote": ("shadow",),
+}  # fmt: skip
+
+
+def test_a_configuration_that_was_frozen_by_an_older_version_is_read_and_has_no_later_limits(composed):
+    old = composed("method=gptq")
+    for section, names in LATER.items():
+        place = old
+        for part in section.split(".") if section else ():
+            place = place[part]
+        for name in names:
+            del place[name]
+    config = parse(old)
+    assert config.evaluate.limits.rounding_ratio is None
+    assert "rounding_ratio" not in old["evaluate"]["limits"]
+    assert config.evaluate.limits.kl_divergence == parse(composed("method=gptq")).evaluate.limits.kl_divergence
+    del old["evaluate"]["limits"]["kl_divergence"]
+    assert faults_of(old).endswith("evaluate.limits.kl_divergence: is missing; give it a value")

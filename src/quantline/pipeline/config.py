@@ -88,7 +88,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     """
     faults: list[str] = []
     config: Config | None = None
-    values = with_own_widths(_repository_over_embedded(values))
+    values = with_own_widths(_repository_over_embedded(_with_later_limits(values)))
     try:
         config = _with_context(Config.model_validate(dict(values)))
         faults.extend(length_faults(config))
@@ -103,6 +103,20 @@ def parse(values: Mapping[str, Any]) -> Config:
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     return config
+
+
+# Limits that configurations of older versions do not have. Their section has no defaults of its own, as it is a part of a
+# stage's code, so that a default there would run the evaluation of every variant again.
+_LATER_LIMITS = ("rounding_ratio",)
+
+
+def _with_later_limits(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Set limits that an older configuration does not have to null, which is no limit."""
+    evaluate = values.get("evaluate")
+    limits = evaluate.get("limits") if isinstance(evaluate, Mapping) else None
+    if not isinstance(evaluate, Mapping) or not isinstance(limits, Mapping):
+        return values
+    return {**values, "evaluate": {**evaluate, "limits": {**dict.fromkeys(_LATER_LIMITS), **limits}}}
 
 
 def _with_context(config: Config) -> Config:
