@@ -60,3 +60,12 @@ def test_scores_of_different_answers_are_refused():
         judge(variant[:-1], floats, most_increase=0.05, how=HOW)
     with pytest.raises(UserError, match="1 captured requests can be scored"):
         judge(variant[:1], floats[:1], most_increase=0.05, how=HOW)
+
+
+def test_the_requests_that_lost_most_are_named_by_their_place_among_those_given():
+    variant, other = answers(30, 0.0, spread=0.0)
+    variant[20] = variant[20] - 1.0
+    empty = np.array([])  # of a prompt with one token
+    found = judge([empty, *variant], [empty, *other], most_increase=0.05, how=HOW)
+    assert found.requests == 30
+    assert found.largest[0][0] == 21

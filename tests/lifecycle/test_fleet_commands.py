@@ -5,13 +5,14 @@ from threading import Thread
 import fake_fleet
 import pytest
 
+from quantline.config.fleet import ShareConfig
 from quantline.core.errors import UserError
 from quantline.lifecycle import fleet_commands as commands
 from quantline.lifecycle.fleet import Resolved
 from quantline.lifecycle.serve import Typed
 from quantline.serving.fleet.child import wait_until
 from quantline.serving.fleet.load import Load, run
-from quantline.serving.fleet.spec import Variant
+from quantline.serving.fleet.spec import Fleet, Variant
 from quantline.serving.ports import free_port
 
 NOTHING = {"variant": None, "precision": None, "share": None, "undo": "false", "watch": "false"}
@@ -114,6 +115,31 @@ def test_an_order_that_makes_no_sense_is_refused_and_changes_nothing(up, typed, 
     with pytest.raises(UserError, match=words):
         action(root, typed, asked(**given))
     assert running.fleet == before
+
+
+@pytest.mark.toolchain("router")
+def test_of_two_changes_of_the_same_fleet_at_the_same_time_the_second_is_refused(up):
+    _, running = up
+    former, folder = running.fleet, running.folder
+    commands._give(folder, former.model_copy(update={"draining": ("w4",)}), former)
+    with pytest.raises(UserError, match="another command changed the fleet meanwhile"):
+        commands._give(folder, former.model_copy(update={"draining": ("float",)}), former)
+    assert running.fleet.draining == ("w4",)
+    commands._give(folder, former, running.fleet)
+
+
+def test_a_reload_keeps_what_was_drained_and_the_canary_unless_it_says_otherwise():
+    variants = tuple(Variant(name=name, port=port) for name, port in (("a", 1), ("b", 2), ("c", 3)))
+    canary = ShareConfig(precision="low", variant="b", share=0.1)
+    plain = Fleet(folder="x", variants=variants, precisions={"low": ("a", "b")})
+    former = plain.model_copy(update={"draining": ("b", "c"), "canary": canary})
+    kept = commands.as_ordered(former, plain, ["++fleet.gates=false"])
+    assert (kept.draining, kept.canary) == (("b", "c"), canary)
+    other = plain.model_copy(update={"canary": ShareConfig(precision="low", variant="c", share=0.5)})
+    assert commands.as_ordered(former, other, ["++fleet.canary.share=0.5"]).canary == other.canary
+    without = Fleet(folder="x", variants=variants[:1], precisions={"low": ("a",)})
+    assert commands.as_ordered(former, without, []).draining == ()
+    assert commands.as_ordered(former, without, []).canary == ShareConfig()
 
 
 def test_where_no_fleet_runs_every_action_says_so(tmp_path, typed):

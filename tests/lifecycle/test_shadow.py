@@ -50,3 +50,10 @@ def test_a_verdict_raises_an_alarm_and_a_sound_one_takes_it_back(tmp_path):
     assert list(alarms()) == ["w4"]
     _note_alarm(tmp_path, "w4", verdict(0.0))
     assert alarms() == {}
+
+
+def test_an_alarm_is_under_the_name_that_the_fleet_gives_a_variant(tmp_path):
+    loss = [np.full(20, -1.0)] * 30
+    worse = judge([one - 0.5 for one in loss], loss, most_increase=0.05, how=sections.bootstrap(resamples=200))
+    _note_alarm(tmp_path, "by-hand/w4", worse)
+    assert list(json.loads((tmp_path / "alarms.json").read_text())) == ["by-hand-w4"]

@@ -36,7 +36,7 @@ class ShadowVerdict:
         difference: of the mean losses, variant minus the other, nats a token.
         limit: nats a token that are allowed.
         enough: about how many requests would decide; None if they have.
-        largest: the requests that lost most, as positions and nats.
+        largest: the requests that lost most, as positions among those given, and nats.
     """
 
     verdict: Literal["sound", "worse", "undecided"]
@@ -76,7 +76,8 @@ def judge(
     """
     if len(variant) != len(other) or any(a.shape != b.shape for a, b in zip(variant, other, strict=False)):
         raise UserError("the scores are of different requests; score the same captures with both models")
-    kept = [(own, base) for own, base in zip(variant, other, strict=True) if len(own)]
+    places = [place for place, own in enumerate(variant) if len(own)]  # one token has no log-probability
+    kept = [(variant[place], other[place]) for place in places]
     if len(kept) < 2:
         raise UserError(f"{len(kept)} captured requests can be scored; capture more (fleet.capture.share)")
     losses = np.array([-own.sum() for own, _ in kept])
@@ -91,7 +92,7 @@ def judge(
     return ShadowVerdict(
         verdict, len(kept), int(tokens.sum()), found, limit,
         None if verdict != "undecided" else _enough(len(kept), found, limit),
-        tuple((int(place), float(losses[place] - others[place])) for place in order),
+        tuple((places[row], float(losses[row] - others[row])) for row in order),
     )  # fmt: skip
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quantline.config.fleet import ShareConfig
-from quantline.core.errors import UserError
+from quantline.core.errors import ServerError, UserError
 from quantline.core.files import read_json, write_json
 from quantline.lifecycle.fleet import HOME, curl_line, described, folder_of, refuse_new_names, resolve
 from quantline.lifecycle.serve import Typed
@@ -68,21 +68,19 @@ def up(root: Path, typed: Typed) -> None:
         print(f"  note: {note}", file=sys.stderr)
     _say(f"starting {', '.join(variant.name for variant in made.fleet.variants)} by vLLM {vllm.version} on {run.device}, "
          f"behind Envoy {program.version}; logs: {folder}")  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(folder / OVERRIDES, {"overrides": list(typed.overrides)})
-    try:
-        with RunningFleet(made.fleet, program, made.starts, config.fleet.restart, config.fleet.capture) as running:
+    with RunningFleet(made.fleet, program, made.starts, config.fleet.restart, config.fleet.capture) as running:
+        write_json(folder / OVERRIDES, {"overrides": list(typed.overrides)})
+        try:
             for line in described(made.fleet):
                 _say(line)
             _say(f"  watch it: {write(made.fleet)} has targets and rules for Prometheus, and a dashboard")
             _say(f"  ask it: {curl_line(made.fleet)}")
             _say("  Ctrl-C or `python -m stages.fleet down` ends it")
-            try:
-                running.stay()
-            except KeyboardInterrupt:
-                _say("ending: what has begun is answered")
-    finally:
-        (folder / OVERRIDES).unlink(missing_ok=True)
+            running.stay()
+        except KeyboardInterrupt:
+            _say("ending: what has begun is answered")
+        finally:
+            (folder / OVERRIDES).unlink(missing_ok=True)
     _say("ended, no process is left")
 
 
@@ -94,6 +92,8 @@ def reload(root: Path, typed: Typed) -> None:
     """
     folder = _folder(root, typed)
     former = running_fleet(folder)
+    if not (folder / OVERRIDES).is_file():
+        raise UserError(f"fleet.name={folder.name}: is still starting, or `stages.fleet up` did not start it")
     saved = [str(one) for one in read_json(folder / OVERRIDES)["overrides"]]
     new = {key_of(one).lstrip("~") for one in typed.overrides}
     overrides = [*(one for one in saved if key_of(one).lstrip("~") not in new), *typed.overrides]
@@ -101,12 +101,26 @@ def reload(root: Path, typed: Typed) -> None:
     config = parse(again.values)
     run = StageRun("serve", config, root, tuple(overrides))
     made = resolve(root, again, server_of(run), run.device, former)
-    refuse_new_names(former, made.fleet)
-    _give(folder, made.fleet, former, starts=made.starts)
+    fleet = as_ordered(former, made.fleet, typed.overrides)
+    refuse_new_names(former, fleet)
+    _give(folder, fleet, former, starts=made.starts)
     write_json(folder / OVERRIDES, {"overrides": overrides})
-    write(made.fleet)
-    for line in described(made.fleet):
+    write(fleet)
+    for line in described(fleet):
         _say(line)
+
+
+def as_ordered(former: Fleet, fleet: Fleet, overrides: Sequence[str]) -> Fleet:
+    """The fleet of a reload with what commands ordered since `up`: drained variants, and the canary where it is not given.
+
+    Of variants that the fleet no longer has, nothing is kept.
+    """
+    names, canary = {variant.name for variant in fleet.variants}, former.canary
+    changes: dict[str, object] = {"draining": tuple(name for name in former.draining if name in names)}
+    is_given = any(key_of(one).lstrip("~+").startswith("fleet.canary") for one in overrides)
+    if not is_given and (not canary.share or (canary.variant in names and canary.precision in fleet.precisions)):
+        changes["canary"] = canary
+    return checked(fleet.model_copy(update=changes))
 
 
 def canary(root: Path, typed: Typed, arguments: Mapping[str, str | None]) -> None:
@@ -153,11 +167,14 @@ def down(root: Path, typed: Typed) -> None:
 
     Raises:
         UserError: no fleet runs.
+        ServerError: it does not end.
     """
     folder = _folder(root, typed)
     give(folder, Order(number=time.time_ns(), end=True))
     limit = time.monotonic() + 120
-    while is_running(folder) and time.monotonic() < limit:
+    while is_running(folder):
+        if time.monotonic() > limit:
+            raise ServerError(f"the fleet of {folder} has not ended after 120 s; see the logs there")
         time.sleep(0.1)
     _say("ended, no process is left")
 

@@ -175,6 +175,7 @@ def _served(root: Path, subject: Subject, typed: Typed, folder: Path) -> Iterato
 
 
 def _note_alarm(folder: Path, name: str, verdict: ShadowVerdict) -> None:
+    name = name.replace("/", "-")  # as a fleet calls it
     path = folder / ALARMS
     alarms: dict[str, Any] = {}
     with suppress(OSError, ValueError):

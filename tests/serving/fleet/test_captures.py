@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import ssl
@@ -88,6 +89,13 @@ def test_requests_and_answers_are_captured_streamed_or_not_and_no_key_is_among_t
         running.step()
         assert ask(messages=said).status_code == 401
         assert ask(messages=said, key="sk-secret-3").status_code == 200
+        # A file that is being edited stops nothing: the gauge ends, and the router is changed with the keys of before.
+        keys.write_text("keys: [")
+        os.utime(keys, (time.time() + 9, time.time() + 9))
+        running.gauge.end(kill=True)
+        running.step()
+        assert not running.asks_gauge
+        assert ask(messages=said, key="sk-secret-3").status_code == 200
         found = list(captures(state))
     assert {capture.answer for capture in found} == {"w4 w0 w1", "float w0 w1"}
     assert {capture.variant for capture in found} == {"w4", "float"}
@@ -118,3 +126,18 @@ def test_what_is_cut_off_or_no_request_for_text_is_left_out(tmp_path):
     (folder / "a.json").write_text("{")
     (folder / "b.json").write_text('{"http_buffered_trace": {"request": {}, "response": {}}}')
     assert list(captures(tmp_path)) == []
+
+
+def test_captures_come_by_their_age_since_their_names_are_random(tmp_path):
+    folder = tmp_path / CAPTURES
+    folder.mkdir()
+    for age, name in enumerate(("c_3", "c_9", "c_1")):
+        headers = [{"key": "x-request-id", "value": name}, {"key": ":status", "value": "200"}]
+        trace = {
+            "request": {"headers": [], "body": {"as_string": json.dumps({"model": "low", "prompt": "x"})}},
+            "response": {"headers": headers, "body": {"as_string": json.dumps({"choices": [{"text": "y"}]})}},
+        }
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps({"http_buffered_trace": trace}))
+        os.utime(path, (1000.0 - age, 1000.0 - age))
+    assert [capture.id for capture in captures(tmp_path)] == ["c_1", "c_9", "c_3"]

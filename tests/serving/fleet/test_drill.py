@@ -12,7 +12,9 @@ import httpx
 import psutil
 import pytest
 
+from quantline.config.fleet import ShareConfig
 from quantline.core.errors import ServerError, UserError
+from quantline.serving.fleet import router
 from quantline.serving.fleet.child import Child, wait_until
 from quantline.serving.fleet.drill import FAKED, Drill, metrics, table
 from quantline.serving.fleet.load import Load, run
@@ -106,6 +108,34 @@ def test_a_second_fleet_of_the_same_name_and_a_change_of_what_is_fixed_are_refus
         running.change(other)
     assert running.fleet == fleet
     assert run(Load(fleet.url, "low", 5)).lost == 0
+
+
+def test_keys_that_cannot_be_read_and_a_port_that_is_taken_are_refused_before_a_server_starts(running, tmp_path):
+    taken = fake_fleet.make(tmp_path / "a", endpoint=running.fleet.endpoint)
+    keyless = fake_fleet.make(tmp_path / "b", keys_file=str(tmp_path / "none.yaml"))
+    for (fleet, starts), words in ((taken, "is taken"), (keyless, "none.yaml: No such file")):
+        with pytest.raises(UserError, match=words):
+            RunningFleet(fleet, running.program, starts).__enter__()
+    assert not list(tmp_path.glob("*/*.log"))
+    assert run(Load(running.fleet.url, "low", 5)).lost == 0
+
+
+def test_a_change_that_the_router_does_not_take_in_time_is_taken_back(running, monkeypatch):
+    healthy(running)
+    plain = router.admin
+    monkeypatch.setattr(router, "admin", lambda fleet, _seconds=0.2: plain(fleet, 0.2))
+    monkeypatch.setattr(router, "APPLIED_SECONDS", 0.2)
+    canary = ShareConfig(precision="low", variant="float", share=1.0)
+    envoy = psutil.Process(running.router.child.pid)
+    envoy.suspend()
+    try:
+        with pytest.raises(ServerError, match="did not take clusters"):
+            running.change(running.fleet.model_copy(update={"canary": canary}))
+    finally:
+        envoy.resume()
+    monkeypatch.undo()
+    healthy(running)
+    assert dict(run(Load(running.fleet.url, "low", 20)).variants) == {"w4": 20}
 
 
 PARENT = """

@@ -41,11 +41,16 @@ def tool(name):
 
 
 def test_systemd_takes_the_unit(tmp_path):
-    overrides = ["fleet.precisions.low=[awq-w4,float]", "fleet.keys_file=/srv/my keys.yaml", "fleet.name=100%"]
+    overrides = [
+        "fleet.precisions.low=[awq-w4,float]",
+        "fleet.keys_file=/srv/my keys.yaml",
+        "fleet.name=100%",
+        'a="b\\c"',
+    ]
     text = export.systemd(tmp_path, Path("/bin/true"), overrides, "prod")
     unit = tmp_path / "quantline-fleet-prod.service"
     unit.write_text(text)
-    assert '"fleet.keys_file=/srv/my keys.yaml" fleet.name=100%%' in text
+    assert '"fleet.keys_file=/srv/my keys.yaml" fleet.name=100%% "a=\\"b\\\\c\\""' in text
     done = subprocess.run(
         [tool("systemd-analyze"), "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False
     )

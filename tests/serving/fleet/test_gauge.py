@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from quantline.config.fleet import HealthConfig
@@ -15,10 +17,13 @@ from quantline.serving.fleet.gauge import (
     MEMORY,
     STUCK,
     UNHEALTHY,
+    GaugeProcess,
     Seen,
     Watch,
     read_metrics,
 )
+from quantline.serving.fleet.spec import Fleet, Variant
+from quantline.serving.ports import free_port
 
 HOW = HealthConfig(kv_cache_high=0.9, kv_cache_low=0.7, memory_high=0.95, memory_low=0.9, looks=3, stuck_seconds=30)
 NOTHING = frozenset()
@@ -79,6 +84,19 @@ def test_requests_that_run_without_a_token_make_it_unhealthy_until_one_comes():
 def test_metrics_are_summed_over_their_labels():
     text = '# HELP x\nvllm:num_requests_running{engine="0"} 2.0\nvllm:num_requests_running{engine="1"} 1.0\nother 7\n'
     assert read_metrics(text) == {"vllm:num_requests_running": 3.0}
+
+
+def test_what_is_scraped_is_whole_while_the_next_look_is_counted(tmp_path):
+    variant = Variant(name="w4", port=free_port("127.0.0.1"))
+    (tmp_path / "fleet.json").write_text(
+        Fleet(folder=str(tmp_path), variants=(variant,), precisions={"low": ("w4",)}).model_dump_json()
+    )
+    gauge = GaugeProcess(tmp_path)
+    with httpx.Client(trust_env=False) as client, ThreadPoolExecutor(1) as pool:
+        gauge.look(client, pool)
+    for one in gauge._gauges.values():  # as a look begins
+        one.clear()
+    assert b'quantline_variant_state{variant="w4"} 2.0' in gauge.answer("/metrics")[2]
 
 
 @pytest.mark.toolchain("router")

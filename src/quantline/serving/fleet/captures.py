@@ -50,8 +50,12 @@ def remove_old(folder: Path, keep: CaptureConfig, now: float | None = None) -> i
 
 
 def captures(folder: Path) -> Iterator[Capture]:
-    """The captures of a fleet's folder that are whole and were answered with 200, in the order of their names."""
-    for path in sorted((folder / CAPTURES).glob("*.json")):
+    """The captures of a fleet's folder that are whole and were answered with 200, the oldest first."""
+    files = []
+    for path in (folder / CAPTURES).glob("*.json"):
+        with suppress(OSError):  # it was removed meanwhile
+            files.append((path.stat().st_mtime_ns, path))  # their names are random numbers
+    for _, path in sorted(files):
         try:
             found = read(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):

@@ -28,8 +28,8 @@ SERVER_PORT, ADMIN_PORT, PLACE, MODEL = 8000, 9901, "/etc/fleet", "/model"
 def systemd(root: Path, python: Path, overrides: Sequence[str], name: str) -> str:
     """A unit of systemd. root: the checkout, which it runs in; python: of its environment."""
     command = [str(python), "-m", "stages.fleet", "up", *overrides]
-    # systemd reads % and $ itself, and quotes as a shell does, but for what it does not know.
-    line = " ".join(f'"{part}"' if shlex.quote(part) != part else part for part in command)
+    # systemd reads % and $ itself, and knows quotes and backslashes of C.
+    line = " ".join(_quoted(part) if shlex.quote(part) != part else part for part in command)
     line = line.replace("%", "%%").replace("$", "$$")
     return f"""[Unit]
 Description=Quantline fleet {name}
@@ -55,6 +55,11 @@ UMask=0077
 [Install]
 WantedBy=default.target
 """
+
+
+def _quoted(part: str) -> str:
+    escaped = part.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _elsewhere(fleet: Fleet) -> Fleet:

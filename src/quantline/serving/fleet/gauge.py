@@ -134,6 +134,7 @@ class GaugeProcess:
         self.watches: dict[str, Watch] = {}
         self.memory: dict[str, float] = {}
         self.looked_at = time.monotonic()
+        self.metrics = b""  # of the last look, whole: they are counted anew at each
         self._registry = CollectorRegistry()
         label = ["variant"]
 
@@ -198,11 +199,12 @@ class GaugeProcess:
         for device, share in self.memory.items():
             self._gauges["memory"].labels(device).set(share)
         self._looks.inc()
+        self.metrics = generate_latest(self._registry)
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body for a path."""
         if path == "/metrics":
-            return 200, {"content-type": "text/plain; version=0.0.4"}, generate_latest(self._registry)
+            return 200, {"content-type": "text/plain; version=0.0.4"}, self.metrics
         if path == "/alive":
             # Looks that no longer come are as bad as no answer.
             is_late = time.monotonic() - self.looked_at > 10 * self.fleet.health.interval_seconds + 5
@@ -224,7 +226,7 @@ class GaugeProcess:
                     "level": LEVELS[watch.level], "reasons": list(watch.reasons), "running": watch.seen.running,
                     "waiting": watch.seen.waiting, "kv_cache": watch.seen.kv_cache,
                 }
-                for name, watch in self.watches.items()
+                for name, watch in list(self.watches.items())
             },
         }  # fmt: skip
 

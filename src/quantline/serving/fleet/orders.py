@@ -18,7 +18,7 @@ from quantline.serving.fleet.gauge import FLEET
 from quantline.serving.fleet.servers import Start
 from quantline.serving.fleet.spec import Fleet
 
-ORDER, ANSWER, LOCK = "order.json", "answer.json", ".running.lock"
+ORDER, ANSWER, LOCK, ORDERS = "order.json", "answer.json", ".running.lock", ".orders.lock"
 
 
 class Order(Section):
@@ -57,11 +57,24 @@ def running_fleet(folder: Path) -> Fleet:
 def give(folder: Path, order: Order, seconds: float = 900.0) -> None:
     """Give an order to the fleet that runs from this folder, and wait until it was followed.
 
+    Orders of several processes follow one another; an order to end waits for no other.
+
     Raises:
         UserError: no fleet runs, or it refused the order.
         ServerError: it ended meanwhile, or did not answer in time.
     """
     running_fleet(folder)
+    if order.end:
+        _give(folder, order, seconds)
+        return
+    try:
+        with FileLock(folder / ORDERS, timeout=seconds):
+            _give(folder, order, seconds)
+    except Timeout:
+        raise ServerError(f"the fleet of {folder} is busy with another order for {seconds:.0f} s") from None
+
+
+def _give(folder: Path, order: Order, seconds: float) -> None:
     write_json(folder / ORDER, json.loads(order.model_dump_json()))
     answered: Mapping[str, Any] = {}
 

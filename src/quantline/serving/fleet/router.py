@@ -54,24 +54,35 @@ class Router:
         self._keys: tuple[Key, ...] = ()
         self._moves = 0
         self._clusters: list[dict[str, Any]] = []
+        self._routes: list[dict[str, Any]] = []
         self._valid: set[str] = set()  # documents that Envoy took
+
+    def check(self) -> None:
+        """Read the clients' keys, and check all that can be checked before it starts.
+
+        Raises:
+            UserError: a port is taken, the keys cannot be read, or Envoy does not take the documents.
+        """
+        self._require_port()
+        keys = _keys_of(self.fleet)
+        self._checked(self.fleet, keys)
+        self._keys = keys
 
     def start(self) -> None:
         """Start it and wait until it listens.
 
         Raises:
-            UserError: a port is taken, the keys cannot be read, or Envoy does not take the documents.
+            UserError: a port is taken, or Envoy does not take the documents.
             ServerError: it ended, or does not listen in time.
         """
-        end = self.fleet.endpoint
-        require_free(end.host, end.port, "give fleet.endpoint.port=NUMBER, 0 for a free one")
+        self._require_port()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self.folder / CAPTURES).mkdir(exist_ok=True, mode=0o700)
-        made = self._checked(self.fleet)
+        made = self._checked(self.fleet, self._keys)
         self._write(BOOT, made.boot)
         self._put(CLUSTERS, made.clusters["resources"])
         self._put(ROUTES, made.routes["resources"])
-        self._clusters = made.clusters["resources"]
+        self._clusters, self._routes = made.clusters["resources"], made.routes["resources"]
         command = [
             str(self.program.program), "-c", str(self.folder / BOOT), "--concurrency", str(self.threads),
             "--disable-hot-restart", "-l", "warning", "--reject-unknown-dynamic-fields", "--drain-time-s", "30",
@@ -87,28 +98,36 @@ class Router:
         """Whether Envoy runs."""
         return self.child is not None and self.child.is_alive()
 
-    def apply(self, fleet: Fleet) -> None:
+    def apply(self, fleet: Fleet, *, read_again: bool = False) -> None:
         """Change the running router to another fleet without losing a request.
 
-        New clusters come first, then the routes to them, then the clusters that no route needs any more go.
+        New clusters come first, then the routes to them, then the clusters that no route needs any more go. read_again: the
+        clients' keys; else they stay as they were read last, so that a file that is being edited stops no other change.
 
         Raises:
             UserError: Envoy does not take the documents, or they change what is fixed at the start; nothing is changed then.
-            ServerError: Envoy did not take them over in time.
+            ServerError: Envoy did not take them over in time; it got the former ones back.
         """
-        made = self._checked(fleet)
+        keys = _keys_of(fleet) if read_again or fleet.keys_file != self.fleet.keys_file else self._keys
+        made = self._checked(fleet, keys)
         if made.boot != documents_of.documents(self.fleet, self._keys).boot:
             raise UserError(
                 "fleet.endpoint, fleet.capture and whether there is a keys_file cannot be changed while the fleet is up; "
                 "run `python -m stages.fleet down`, then `up`"
             )
-        new = {cluster["name"] for cluster in made.clusters["resources"]}
-        kept = [cluster for cluster in self._clusters if cluster["name"] not in new]
-        self._put(CLUSTERS, [*kept, *made.clusters["resources"]], wait=True)
-        self._put(ROUTES, made.routes["resources"], wait=True)
-        if kept:
-            self._put(CLUSTERS, made.clusters["resources"], wait=True)
-        self.fleet, self._clusters = fleet, made.clusters["resources"]
+        clusters, routes = made.clusters["resources"], made.routes["resources"]
+        new, former = {one["name"] for one in clusters}, {one["name"] for one in self._clusters}
+        kept = [one for one in self._clusters if one["name"] not in new]
+        try:
+            self._put(CLUSTERS, [*kept, *clusters], wait=True)
+            self._put(ROUTES, routes, wait=True)
+            if kept:
+                self._put(CLUSTERS, clusters, wait=True)
+        except ServerError:
+            self._put(CLUSTERS, [*self._clusters, *(one for one in clusters if one["name"] not in former)])
+            self._put(ROUTES, self._routes)
+            raise
+        self.fleet, self._keys, self._clusters, self._routes = fleet, keys, clusters, routes
 
     def prepare(self, fleet: Fleet) -> None:
         """Check the documents of a fleet that may have to be applied in a hurry.
@@ -116,7 +135,7 @@ class Router:
         Raises:
             UserError: Envoy does not take them.
         """
-        self._checked(fleet)
+        self._checked(fleet, self._keys)
 
     def drain(self, seconds: float) -> bool:
         """Take no new connection, and wait until every request is answered, `seconds` at most; whether that was so."""
@@ -130,9 +149,12 @@ class Router:
         if self.child is not None:
             self.child.end()
 
-    def _checked(self, fleet: Fleet) -> Documents:
-        self._keys = read_keys(Path(fleet.keys_file).expanduser()) if fleet.keys_file else ()
-        made = documents_of.documents(fleet, self._keys)
+    def _require_port(self) -> None:
+        end = self.fleet.endpoint
+        require_free(end.host, end.port, "give fleet.endpoint.port=NUMBER, 0 for a free one")
+
+    def _checked(self, fleet: Fleet, keys: Sequence[Key]) -> Documents:
+        made = documents_of.documents(fleet, keys)
         text = json.dumps(made.whole, sort_keys=True)
         if text not in self._valid:
             self.program.validate(made.whole, self.folder / "checked.json")
@@ -174,3 +196,7 @@ class Router:
         write_json(fresh, value)
         fresh.chmod(0o600)
         os.replace(fresh, self.folder / name)
+
+
+def _keys_of(fleet: Fleet) -> tuple[Key, ...]:
+    return read_keys(Path(fleet.keys_file).expanduser()) if fleet.keys_file else ()

@@ -72,7 +72,7 @@ class RunningFleet:
         """Start everything and wait until every server and the router are ready.
 
         Raises:
-            UserError: a fleet of this name is running, or a port is taken.
+            UserError: a fleet of this name is running, a port is taken, or the clients' keys cannot be read.
             ServerError: a server, the gauge or the router did not start.
         """
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -86,10 +86,11 @@ class RunningFleet:
             for name in (ORDER, ANSWER):
                 (self.folder / name).unlink(missing_ok=True)
             self._note()
+            self._keys_changed = _changed(self.fleet.keys_file)
+            self.router.check()  # before servers load for minutes
             self._begin(self.keepers.values())
             self._start_gauge()
             self.router.fleet = self._seen_fleet()
-            self._keys_changed = _changed(self.fleet.keys_file)
             self.router.start()
             self._prepare()
         except BaseException:
@@ -114,7 +115,7 @@ class RunningFleet:
         """Look after everything once."""
         if not self.router.is_alive():
             print("the router ended and is started again", file=sys.stderr)
-            self.router = Router(self.program, self._seen_fleet())
+            self.router.fleet = self._seen_fleet()
             self.router.start()
         self._tend_gauge()
         self._read_keys()
@@ -168,7 +169,8 @@ class RunningFleet:
         for keeper in keepers:
             if keeper.ready.is_set():
                 keeper.end()
-        _end_supervisors()  # of servers that are loading, which cannot be told to end
+        if any(keeper.is_starting() for keeper in keepers):
+            _end_supervisors()  # of servers that are loading, which cannot be told to end
         for keeper in keepers:
             keeper.end()
         self._client.close()
@@ -268,7 +270,7 @@ class RunningFleet:
             return
         self._keys_changed = changed
         try:
-            self.router.apply(self._seen_fleet())
+            self.router.apply(self._seen_fleet(), read_again=True)
         except QuantlineError as error:
             print(f"the keys stay as they were: {error}", file=sys.stderr)
 
@@ -285,6 +287,10 @@ class RunningFleet:
             if order.end:
                 self.should_end = True
             elif order.fleet is not None:
+                if order.fleet.generation != self.fleet.generation + 1:
+                    raise UserError(
+                        "another command changed the fleet meanwhile; look at its status, and run this again"
+                    )
                 self.change(order.fleet, order.starts)
         except QuantlineError as error:
             answer["error"] = str(error)

@@ -99,6 +99,10 @@ class Keeper:
         """Whether its first start failed."""
         return bool(self.fault) and not self.ready.is_set()
 
+    def is_starting(self) -> bool:
+        """Whether it was told to begin and no start has succeeded yet."""
+        return self._thread is not None and not self.ready.is_set()
+
     def stop(self) -> None:
         """Let it end, without waiting for that."""
         self._stop.set()
