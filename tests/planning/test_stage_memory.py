@@ -47,8 +47,8 @@ def of_shape(tmp_path_factory):
     return build
 
 
-def needs(model, machine, method="rtn"):
-    plan = check(VariantSpec(method, options={"sym": True}), model, machine)
+def needs(model, machine, method="rtn", **others):
+    plan = check(VariantSpec(method, **{"options": {"sym": True}, **others}), model, machine)
     return {need.stage: need for need in stage_needs(plan, model, machine)}
 
 
@@ -83,6 +83,11 @@ def test_every_stage_has_its_disk_and_the_float_model_is_neither_calibrated_nor_
     assert found["quantize"].disk == found["convert"].disk < found["download"].disk
     assert list(needs(model, HERE)) == [name for name in found if name != "calibrate"]
     assert list(needs(model, HERE, "float")) == ["download", "serve_smoke", "evaluate"]
+    # Fixed scales of inputs come from calibration.
+    machine = replace(HERE, order={"fp8": ["llmcompressor"]})
+    for scheme in ("static", "dynamic"):
+        found = needs(model, machine, "fp8", bits=8, group_size=-1, options={"scheme": scheme})
+        assert ("calibrate" in found) == (scheme == "static")
 
 
 def test_what_does_not_fit_is_said_with_what_would(of_shape):

@@ -17,8 +17,9 @@ from quantline.checkpoints.quantization_config import QuantizationInfo, quantiza
 from quantline.checkpoints.safetensors_file import to_float32
 from quantline.core.errors import CheckpointError
 
-# Scales of keys and values that a server keeps in FP8: of no model, so no parameters.
-_CACHE = re.compile(r"\.(?:self_attn|attention)\.[qkv]_scale$")
+# Scales of keys and values that a server keeps in FP8: of no model, so no parameters. ModelOpt names them inside k_proj and
+# v_proj, also where these are float.
+_CACHE = re.compile(r"\.(?:(?:self_attn|attention)\.[qkv]_scale|[kv]_proj\.[kv]_scale)$")
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ from quantline.pipeline.text_checks import text_checks
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check
 from quantline.planning.spec import Finding, Machine, Model, RefusedError, Step, VariantSpec, Work, line
-from quantline.quantization.capabilities import CALIBRATED
+from quantline.quantization.capabilities import calibrated
 from quantline.quantization.requirements import requirements_of
 from quantline.serving.memory import GIB, Limits
 from quantline.serving.rules import Target, cpu_traits, kept_as, process_facts
@@ -297,16 +297,16 @@ def calibration_findings(run: StageRun) -> list[Finding]:
     asked = [*run.overrides, *(split(config.frozen.overrides, "overrides") if config.frozen else ())]
     if f"calibration={DEMO_TEXT}" in asked:
         return []
-    calibrated = config.method.name in CALIBRATED
+    on_it = calibrated(config.method.name, config.method.model_dump())
     reason = (
         f"calibration={DEMO_TEXT} is the demo model's text, and text of another kind costs other models more than "
-        + ("the choice of the method" if calibrated else "it seems, also where only errors are measured on it")
+        + ("the choice of the method" if on_it else "it seems, also where only errors are measured on it")
     )
     remedy = (
         "take calibration=auto (your text with calibration.path=FILE, else C4, else text that the model writes), or ask for "
         f"it by name with calibration={DEMO_TEXT}"
     )
-    return [Finding("calibration", "quantize", reason, remedy, source="docs/decisions/0021", refused=calibrated)]
+    return [Finding("calibration", "quantize", reason, remedy, source="docs/decisions/0021", refused=on_it)]
 
 
 def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], str]:

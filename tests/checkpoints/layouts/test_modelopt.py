@@ -51,7 +51,8 @@ def written(folder: Path, algorithm: str, *, inside: bool = False, **changes: An
         (folder / "hf_quant_config.json").write_text(json.dumps(described))
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {f"m.0.{suffix}": array for suffix, array in linear(algorithm, 32, 64).items()}
-    scale = {"m.0.k_scale": np.ones((), np.float32)}
+    # Those of an FP8 cache, beside a quantized linear and a float one.
+    scale = {"m.0.k_scale": np.ones((), np.float32), "m.1.self_attn.k_proj.k_scale": np.ones((), np.float32)}
     write_safetensors(folder / "model.safetensors", {**tensors, **scale, "m.norm.weight": np.ones(64, np.float16)})
     return folder
 

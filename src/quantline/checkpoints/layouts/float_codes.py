@@ -45,17 +45,19 @@ with np.errstate(over="ignore"):
 
 
 def raw(name: str, array: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
-    """The bytes of a tensor of one-byte values, in its shape.
+    """The bytes of a matrix of one-byte values, in its shape.
 
-    dtype: what the file must call it, `F8_E4M3`, `U8` or `I8`.
+    dtype: what the file must call it, `F8_E4M3` or `U8`.
 
     Raises:
-        FormatError: it has another dtype.
+        FormatError: it has another dtype, or is no matrix.
     """
-    names = {"F8_E4M3": ("float8_e4m3fn", "F8_E4M3"), "U8": ("uint8",), "I8": ("int8",)}[dtype]
+    names = {"F8_E4M3": ("float8_e4m3fn", "F8_E4M3"), "U8": ("uint8",)}[dtype]
     held = array.dtype.names[0] if array.dtype.names else array.dtype.name
     if held not in names:
         raise FormatError(f"{name} is {array.dtype}, and this layout stores {dtype}: read it in its own layout")
+    if array.ndim != 2 or not array.size:
+        raise FormatError(f"{name} has shape {array.shape}: it must be a matrix; fetch or write the layer again")
     return np.ascontiguousarray(array).view(np.uint8).reshape(array.shape)
 
 
@@ -109,7 +111,7 @@ def whole(values: NDArray[np.float32], scales: NDArray[Any], name: str = "weight
     if own.size == 1:
         values *= own.reshape(())
     else:
-        check_shape(name, own.reshape(own.shape[0], -1), (values.shape[0], 1))
+        check_shape(name, own[:, None] if own.ndim == 1 else own, (values.shape[0], 1))
         values *= own.reshape(-1, 1)
     return values
 

@@ -130,11 +130,13 @@ def shape_of(tensors: Tensors, _bits: int) -> Shape:
 
 
 def faults(shape: Shape, spec: LinearSpec, _storage: Storage, *, scheme: FloatScheme) -> list[Fault]:
-    """Faults of other bits, and of input widths that groups do not fill; blocks may be cut."""
+    """Faults of other bits, and of input widths that groups of weights or inputs do not fill; blocks may be cut."""
     found = bits_faults(scheme.preset, (scheme.bits,), spec)
-    if scheme.strategy in ("group", "tensor_group") and shape[0] % scheme.group_size:
-        fact = f"in_features={shape[0]} is no multiple of {scheme.group_size}, the groups of {scheme.preset}"
-        found.append(Fault("width", fact, "leave it in float, or use fp8"))
+    rounded = scheme.activations.size if scheme.activations else 0
+    size = scheme.group_size if scheme.strategy in ("group", "tensor_group") else rounded
+    if size and shape[0] % size:
+        fact = f"in_features={shape[0]} is no multiple of {size}, the groups of {scheme.preset}"
+        found.append(Fault("width", fact, "leave it in float, or use method=fp8 method.scheme=dynamic"))
     return found
 
 

@@ -7,10 +7,14 @@ largest magnitude that it is for to the largest value of the kind. An all-zero s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from quantline.checkpoints.checkpoint import plain
+from quantline.checkpoints.float_view import FloatView
 from quantline.checkpoints.layouts.description import Activations
-from quantline.checkpoints.layouts.float_codes import LARGEST_E2M1, LARGEST_E4M3
+from quantline.checkpoints.layouts.float_codes import LARGEST_E2M1, LARGEST_E4M3, single
+from quantline.core.errors import UserError
+from quantline.toolchains.protocol import JobError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +27,47 @@ _EXPONENT = {"e4m3": 8, "e2m1": 2}
 # Halfway between E2M1's magnitudes, and the magnitudes; a value halfway goes to the one with an even code.
 _HALFWAY = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def round_inputs(model: Any, view: FloatView) -> None:
+    """Let a model round the inputs of a checkpoint's quantized linears as its runtime does, if that does.
+
+    Args:
+        model: of transformers; its linears have their names in the checkpoint.
+
+    Raises:
+        JobError: a linear is no module of its own, has no usable fixed scale, or an input width that groups do not fill.
+    """
+    how = view.info.activations if view.info is not None else None
+    if how is None:
+        return
+    folder = view.checkpoint.folder
+    for name, tensors in view.quantized.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise JobError(
+                f"{folder}: {name} is not a separate module here, so its activations cannot be rounded"
+            ) from None
+        if how.tensor and how.tensor not in tensors:
+            raise JobError(f"{folder}: {name} has no {how.tensor}, by which its inputs are rounded; fetch it again")
+        width = view.shape(f"{name}.weight")[1]
+        if how.size and width % how.size:
+            raise JobError(
+                f"{folder}: groups of {how.size} do not fill the {width} inputs of {name}, so these cannot be rounded; "
+                "leave it in float, or take a scheme without groups of inputs"
+            )
+        fixed = _fixed(view, tensors[how.tensor]) if how.tensor else None
+        rounded = rounder(how, 1 / fixed if fixed and how.multiplied else fixed)
+        module.register_forward_pre_hook(lambda _, given, own=rounded: (own(given[0]), *given[1:]))
+
+
+def _fixed(view: FloatView, name: str) -> float:
+    """The fixed scale of a linear's inputs, the tensor `name`."""
+    try:
+        return float(single(name, plain(view.checkpoint.tensor(name))))
+    except UserError as error:
+        raise JobError(f"{view.checkpoint.folder}: {error}") from error
 
 
 def rounder(how: Activations, fixed: float | None = None) -> Rounding:

@@ -17,13 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.float_view import FloatView
-from quantline.checkpoints.layouts.description import Activations
 from quantline.checkpoints.linears import lacking_experts
 from quantline.checkpoints.safetensors_file import safetensors_dtype, to_float32
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.reference.accounting import config_of, said, unaccounted
-from quantline.toolchains.workers.reference.rounded_inputs import rounder
+from quantline.toolchains.workers.reference.rounded_inputs import round_inputs
 
 # The name of what is in no part.
 REST = ""
@@ -87,8 +86,7 @@ class Skeleton:
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read weights")
         _compute_buffers(self.model, device)
         self._load(REST)
-        if self.view.info is not None and self.view.info.activations is not None:
-            self._round_activations(self.view.info.activations)
+        round_inputs(self.model, self.view)
 
     @property
     def parameters(self) -> int:
@@ -214,24 +212,6 @@ class Skeleton:
                 faults.append("has a head of its own, but config.json ties it to the embeddings (tie_word_embeddings)")
         if faults:
             raise JobError(f"{self.folder}: {'; '.join(faults)}; does config.json belong to these weights?")
-
-    def _round_activations(self, how: Activations) -> None:
-        """Round the inputs of quantized linears as the checkpoint's runtime does."""
-        for name, tensors in self.view.quantized.items():
-            try:
-                module = self.model.get_submodule(name)
-            except AttributeError:
-                raise JobError(
-                    f"{self.folder}: {name} is not a separate module here, so its activations cannot be rounded"
-                ) from None
-            if how.tensor and how.tensor not in tensors:
-                raise JobError(
-                    f"{self.folder}: {name} has no {how.tensor}, by which its inputs are rounded; fetch it again"
-                )
-            fixed = float(self.view.checkpoint.tensor(tensors[how.tensor]).reshape(-1)[0]) if how.tensor else None
-            fixed = 1 / fixed if fixed and how.multiplied else fixed
-            rounded = rounder(how, fixed)
-            module.register_forward_pre_hook(lambda _, given, own=rounded: (own(given[0]), *given[1:]))
 
 
 class _Mapping:
