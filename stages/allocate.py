@@ -33,10 +33,12 @@ READS = ("model", "method", "group_size", "backend", "calibration", "sensitivity
 def allocate(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
+    from quantline.core.errors import UserError
+    from quantline.evaluation.unit_losses import BUDGETED
     from quantline.pipeline import preflight
     from quantline.pipeline.config import parse
     from quantline.pipeline.hydra_values import plain
-    from quantline.pipeline.params_file import add_variant, line_of
+    from quantline.pipeline.params_file import add_variant, line_of, refuse_unwritable
     from quantline.pipeline.run import StageRun
     from quantline.planning.budget import budget
 
@@ -44,6 +46,12 @@ def allocate(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     overrides = list(HydraConfig.get().overrides.task)
     run = StageRun("sensitivity", config, ROOT, tuple(overrides))
     run.refuse_float()
+    if config.method.name not in BUDGETED:
+        raise UserError(
+            f"method={config.method.name}: has no widths to choose from; take method={' or '.join(BUDGETED)}"
+        )
+    if arguments["apply"] is not None:
+        refuse_unwritable(ROOT / "params.yaml", arguments["apply"])
     losses = measured_losses(config, overrides)
     model, place = preflight.model_of(run), preflight.machine_of(config, ROOT)
     found = budget(preflight.variant_spec(config.model_dump()), model, place, losses, limit)

@@ -45,12 +45,14 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.pipeline.config import parse
     from quantline.pipeline.hydra_values import plain
     from quantline.pipeline.identity import fingerprint
-    from quantline.pipeline.params_file import add_variant
+    from quantline.pipeline.params_file import add_variant, refuse_unwritable
     from quantline.planning.search import search as find
     from stages.allocate import measured_losses, without_shared
 
     goal, most = _goal(arguments), int(_number("measurements", arguments["measurements"]))
     config = parse(plain(cfg))
+    if arguments["apply"] is not None:
+        refuse_unwritable(ROOT / "params.yaml", arguments["apply"])
     overrides = [one for one in HydraConfig.get().overrides.task if one.partition("=")[0] not in ("method", "bits")]
     plain_gptq = [*overrides, "method=gptq"]  # its grid is that of rounding, and it calibrates
     choices = _space(config, measured_losses(_composed(plain_gptq), plain_gptq), arguments)
@@ -73,7 +75,7 @@ def _judge(config: Config, overrides: list[str]) -> Callable[[Candidate, int], M
     import stages.calibrate
     import stages.convert
     import stages.quantize  # noqa: F401  # they register their functions
-    from quantline.core.errors import QuantlineError
+    from quantline.core.errors import DiskFullError, QuantlineError
     from quantline.data.windows import build_windows
     from quantline.evaluation.racing import Engine, Race, compared
     from quantline.pipeline.execute import made
@@ -97,6 +99,8 @@ def _judge(config: Config, overrides: list[str]) -> Callable[[Candidate, int], M
         own, variant = configs[one.name], f"search-{fingerprint(one.overrides)[:12]}"
         try:
             scored = race.sums(key("convert", own), lambda: made(own, variant, WORK, ROOT)[0], share)
+        except DiskFullError:  # no fault of the candidate
+            raise
         except QuantlineError as error:
             print(f"  {one.name}: {error}", file=sys.stderr)
             return Measurement(one.name, share, math.inf, math.inf, math.inf)

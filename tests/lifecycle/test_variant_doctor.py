@@ -78,6 +78,8 @@ def test_alarms_are_read_together_as_one_cause(made):
     assert "the answers differ more than allowed" in found
     bits = causes(made(evaluate=flags(kl_divergence="0.2 nats"))[1], ACCURACY)
     assert list(bits) == ["too few bits for this model, everywhere"]
+    text = causes(made(evaluate=flags(rounding_ratio="1.2 times as far", kl_divergence="0.2 nats"))[1], ACCURACY)
+    assert list(text) == ["the calibration text does not suit the model", "the answers differ more than allowed"]
     other = causes(made(evaluate=flags(weight_error_change="225 %"))[1], ACCURACY)
     assert list(other) == ["the weights are not those that were quantized"]
 

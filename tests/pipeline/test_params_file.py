@@ -4,7 +4,7 @@ import pytest
 
 from quantline.core.errors import UserError
 from quantline.pipeline.compose import read_params, variant_overrides
-from quantline.pipeline.params_file import add_variant
+from quantline.pipeline.params_file import add_variant, refuse_unwritable
 
 TEXT = """# what to build
 shared: model=demo   # all
@@ -39,3 +39,9 @@ def test_a_name_that_is_taken_or_not_valid_is_refused_and_nothing_written(tmp_pa
         with pytest.raises(UserError, match=words):
             add_variant(params, name, LINE)
         assert params.read_text() == text
+        if words != "another line":  # it may be the same line, which nobody knows before the work
+            with pytest.raises(UserError, match=words):
+                refuse_unwritable(params, name)
+    params.write_text(TEXT)
+    refuse_unwritable(params, "one")
+    refuse_unwritable(params, "two")

@@ -19,17 +19,18 @@ def model(root):
     return Model.open(root / "assets/demo/model", "demo")
 
 
-def of(model, device, **more):
+def of(model, device, methods=METHODS, **more):
     capability = 90 if device == "cuda" else None
     machine = Machine(
-        Target("vllm", "0.32.0", device, compute_capability=capability), {"rtn": ["native"], "awq": ["autoawq"]}
+        Target("vllm", "0.32.0", device, compute_capability=capability),
+        {"rtn": ["native"], "awq": ["autoawq"], "fp8": ["llmcompressor"]},
     )
     units = units_of(select_linears(model.checkpoint, model.config, bits=4, group_size=128))
     losses = {
         (unit, bits): 4.0**-bits * 2.0**-number for number, unit in enumerate(units) for bits in (2, 3, 4, 8)
     }  # fmt: skip
     found = space(
-        VariantSpec("rtn"), model, machine, METHODS, losses, budgeted=("rtn",), step=1.0, **more
+        VariantSpec("rtn"), model, machine, methods, losses, budgeted=("rtn",), step=1.0, **more
     )  # fmt: skip
     return found, machine
 
@@ -55,6 +56,14 @@ def test_without_a_server_all_widths_are_candidates_and_more_bits_are_predicted_
     uniform = [known[f"rtn-w{bits}"] for bits in (2, 3, 4, 8)]
     assert [one.predicted for one in uniform] == sorted((one.predicted for one in uniform), reverse=True)
     assert [one.size for one in uniform] == sorted(one.size for one in uniform)
+
+
+def test_a_method_that_has_its_bits_by_itself_is_one_candidate_with_the_loss_of_these(model):
+    found, _ = of(model, "cuda", methods={"fp8": {"scheme": "dynamic"}})
+    (one,) = found.candidates
+    assert one.name == "fp8-w8"
+    assert one.predicted == pytest.approx(sum(4.0**-8 * 2.0**-number for number in range(20)), rel=1e-3)
+    assert found.pruned["fp8-w2"] == "fp8 has 8 bits by itself"
 
 
 def test_overrides_say_method_bits_and_rules():

@@ -17,7 +17,7 @@ import psutil
 
 from quantline.checkpoints.model_config import read_config
 from quantline.core.errors import QuantlineError
-from quantline.core.files import sha256_of
+from quantline.core.files import replaced, sha256_of
 from quantline.core.gpu import visible_gpus
 from quantline.core.secrets import Scrubber
 from quantline.core.text import binary_size
@@ -46,6 +46,8 @@ TROUBLES = (LOADING, ACCURACY, SPEED)
 # Alarms of an evaluation, by what they mean together.
 _OTHER_FILES = {"changed_files", "weight_error_change", "output_error_change"}
 _ONE_LINEAR = {"output_error_outlier", "restored_share"}
+# Alarm of a method that is worse than plain rounding on samples that it did not see.
+_TEXT = "rounding_ratio"
 _LOG_LINES = 400
 
 
@@ -201,8 +203,13 @@ def _accuracy(
             ACCURACY, f"one linear is damaged or badly quantized{f': {worst}' if worst else ''}", "; ".join(one),
             "quantize again with another seed or more samples; or keep it float by a rule of `layers`",
         )  # fmt: skip
-    rest = [message for name, message in flags.items() if name not in _OTHER_FILES | _ONE_LINEAR]
-    if rest and not other and not one:
+    if _TEXT in flags:
+        yield Cause(
+            ACCURACY, "the calibration text does not suit the model", flags[_TEXT],
+            "calibrate on text of its own kind, calibration=self or calibration=jsonl; or take method=rtn",
+        )  # fmt: skip
+    rest = [message for name, message in flags.items() if name not in _OTHER_FILES | _ONE_LINEAR | {_TEXT}]
+    if rest and not other and not one and _TEXT not in flags:
         yield Cause(
             ACCURACY, "too few bits for this model, everywhere", "; ".join(rest),
             "smaller groups (group_size=64), more bits, or another method; python -m stages.plan recommends some",
@@ -282,7 +289,7 @@ def bundle(root: Path, record: VariantRecord, report: Report, path: Path) -> Pat
         return json.dumps(scrub.value(json.loads(json.dumps(value, default=str))), indent=1, sort_keys=True)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+    with replaced(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("report.json", text(asdict(report)))
         file.writestr("config.json", text(dict(record.config)))
         file.writestr("commit.txt", f"{record.commit}{' with changes' if record.dirty else ''}\n")

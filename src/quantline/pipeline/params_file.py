@@ -19,6 +19,17 @@ def line_of(overrides: Sequence[str]) -> str:
     return shlex.join(overrides)
 
 
+def refuse_unwritable(params: Path, name: str) -> None:
+    """Check before long work what can be checked of a variant that is to be added. A taken name may be of the same line.
+
+    Raises:
+        UserError: the name is not valid, or params.yaml is malformed or not in a form that a line can be added to.
+    """
+    checked_name(name)
+    read_params(params)
+    _end_of_variants(params.read_text(encoding="utf-8"))
+
+
 def add_variant(params: Path, name: str, overrides: Sequence[str]) -> str:
     """Add a variant at the end of `variants:`; returns its line.
 

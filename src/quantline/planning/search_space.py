@@ -50,6 +50,9 @@ def space(
             if not plan.passes(*steps):
                 found.pruned[name] = "; ".join(one.reason for one in plan.refused if one.step in steps)
                 continue
+            if plan.planned.bits != bits:
+                found.pruned[name] = f"{method} has {plan.planned.bits} bits by itself"
+                continue
             assert plan.weights is not None
             works.append(bits)
             loss = sum(kl for (_, width), kl in losses.items() if width == bits)
