@@ -80,3 +80,16 @@ def test_parts_of_a_gated_delta_net_are_computed_as_one() -> None:
     quantized = {name: LayerSettings(4, 64, True) for name in names[:2]}
     assert fused_apart(quantized, shapes) == []
     assert fused_apart({names[0]: quantized[names[0]]}, shapes) == [names[:2]]
+
+
+def test_blocks_of_rows_are_cut_where_they_hold_two_linears_that_are_computed_as_one() -> None:
+    config = describe("compressed_tensors_fp8_block", bits=8, group_size=128, symmetric=True)
+
+    def blocks(**rows):
+        shapes = {f"{LAYER}self_attn.{name}_proj": (256, out) for name, out in rows.items()}
+        return facts(shapes, config=config)[0].blocks
+
+    assert blocks(q=256, k=128, v=64) == "whole"  # the last one may be cut
+    assert blocks(q=192, k=128, v=128) == blocks(q=256, k=64, v=64) == "cut"
+    assert blocks(o=200) == "whole"
+    assert facts()[0].blocks is None

@@ -246,3 +246,9 @@ def test_experts_in_fp8_need_amx():
     facts = replace(facts_of(floats("FP8_DYNAMIC")), experts="quantized")
     assert verdict(PLAIN_CPU, facts).rule_id == "fp8-cpu-experts"
     assert verdict(replace(PLAIN_CPU, amx=True), facts).supported
+
+
+def test_blocks_of_fp8_that_hold_two_linears_are_refused_where_vllm_fuses_these():
+    facts = facts_of(floats("FP8_BLOCK"))
+    assert verdict(HOPPER, replace(facts, blocks="cut")).rule_id == "fp8-fused-blocks"
+    assert verdict(HOPPER, replace(facts, blocks="whole")).supported

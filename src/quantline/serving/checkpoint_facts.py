@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from quantline.checkpoints.layouts.compressed_tensors.schemes import BLOCK
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD
 from quantline.checkpoints.quantization_config import LayerSettings
 from quantline.serving.rules import CheckpointFacts, facts_of
@@ -53,6 +54,8 @@ def facts_of_layers(
     head = "float" if LM_HEAD not in linears else "named" if _names_head(quantization or {}) else "unnamed"
     experts = "quantized" if any(_EXPERT.search(name) for name in linears) else "float"
     qkv = "one" if any(name.endswith(_QKV) for name in linears) else None
+    before = [shapes[name][1] for names, _, _ in parts for name in names[:-1]]
+    blocks = "cut" if any(_share(high, tensor_parallel_size) % BLOCK for high in before) else "whole"
     found = []
     for setting in dict.fromkeys(linears.values()):
         sizes = [(wide, high) for names, wide, high in parts if any(linears.get(name) == setting for name in names)]
@@ -61,7 +64,7 @@ def facts_of_layers(
             base, bits=setting.bits, group_size=setting.group_size,
             sym=setting.symmetric if base.sym is not None else None,
             widths_divisible_by_32=all(wide % 32 == 0 and high % 32 == 0 for wide, high in sizes),
-            fused=fused, head=head, experts=experts, qkv=qkv,
+            fused=fused, head=head, experts=experts, qkv=qkv, blocks=blocks if base.strategy == "block" else None,
             cut="heads" if cuts_heads else "groups" if cuts_groups else "nothing",
         ))  # fmt: skip
     return found

@@ -68,6 +68,7 @@ class CheckpointFacts:
     config.json names, see `architecture_of`.
     strategy: what shares a scale, in the words of compressed-tensors. inputs: what linears' inputs are rounded to, `float`
     (they are not), `int8`, `fp8` or `fp4`; `fixed` where their scales are.
+    blocks: with scales of blocks of 128 rows, `cut` if one holds rows of two linears that the runtime fuses, else `whole`.
     """
 
     method: str
@@ -86,6 +87,7 @@ class CheckpointFacts:
     architecture: str | None = None
     strategy: str | None = None
     inputs: str | None = None
+    blocks: str | None = None
 
 
 @dataclass(frozen=True)
