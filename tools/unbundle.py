@@ -27,7 +27,10 @@ def read_manifest(bundle: Path) -> dict:
     if not place.is_file():
         fail(f"BUNDLE={bundle}: has no bundle.json; it is no bundle, or was not finished. Make one with "
              "`python -m stages.bundle to=DIR`")  # fmt: skip
-    manifest = json.loads(place.read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError:
+        fail(f"{place}: is damaged; copy the bundle again")
     here = {"python": platform.python_version_tuple()[:2], "machine": platform.machine()}
     if tuple(manifest["python"].split(".")[:2]) != here["python"] or manifest["machine"] != here["machine"]:
         fail(f"BUNDLE={bundle}: is for Python {manifest['python']} on {manifest['machine']}, this is Python "
@@ -79,7 +82,10 @@ def main(bundle: Path, root: Path) -> None:
         print("fetching outputs from the bundle", flush=True)
         for arguments in (["remote", "add", "--local", "--force", "-q", "bundle", store],
                           ["pull", "--run-cache", "--allow-missing", "-q", "--remote", "bundle"]):  # fmt: skip
-            subprocess.run([*dvc, *arguments], cwd=root, check=True)
+            if subprocess.run([*dvc, *arguments], cwd=root, check=False).returncode:
+                fail(
+                    f"BUNDLE={bundle}: its outputs were not fetched, see above; the environments are whole. Run it again"
+                )
     (root / ".venv" / "ready").touch()
 
 

@@ -74,6 +74,14 @@ def test_another_python_is_refused(project, tmp_path):
     assert "is for Python 3.8.1" in unbundle(made, tmp_path / "there").stderr
 
 
+def test_a_manifest_that_was_cut_off_is_refused_without_a_traceback(project, tmp_path):
+    made = bundle(project, tmp_path / "made", [], outputs=False).folder
+    (made / "bundle.json").write_text((made / "bundle.json").read_text()[:40])
+    done = unbundle(made, tmp_path / "there")
+    assert "bundle.json: is damaged; copy the bundle again" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

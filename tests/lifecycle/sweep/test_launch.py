@@ -10,7 +10,8 @@ import pytest
 
 from quantline.core.errors import UserError
 from quantline.lifecycle.sweep import launch
-from quantline.lifecycle.sweep.record import Sweep, new_home
+from quantline.lifecycle.sweep.record import Sweep, new_home, write_sweep
+from quantline.lifecycle.sweep.run import Asked, run_jobs
 
 
 def sweep_of(root, **changes):
@@ -56,3 +57,12 @@ def test_as_many_jobs_run_as_were_asked_for_or_as_the_gpus_allow():
     assert launch.workers_for(3, 0, 0) == 3
     assert launch.workers_for(None, 2, 8) == 4
     assert launch.workers_for(None, 0, 0) == max(1, (os.cpu_count() or 1) // 4)
+
+
+def test_a_job_that_ends_before_it_begins_has_failed_and_its_output_is_kept(tmp_path):
+    made = sweep_of(tmp_path, launcher="local", variants=("a",))
+    made.project.mkdir()  # no code is in it
+    write_sweep(made)
+    (job,) = run_jobs(made, Asked(retries=0))
+    assert (job.state, job.fault) == ("failed", f"it ended before it began; log: {launch.launcher_log(made)}")
+    assert "No module named" in launch.launcher_log(made).read_text()

@@ -53,10 +53,16 @@ def start(sweep: Sweep, variants: Sequence[str], *, python: str | None = None, h
         _start_by_hydra(sweep, variants, python, hosts)
 
 
+def launcher_log(sweep: Sweep) -> Path:
+    """What launchers print, and jobs before they have a log of their own."""
+    return sweep.home / "logs" / ".launcher.log"
+
+
 def _start_here(sweep: Sweep, variants: Sequence[str]) -> None:
     def one(variant: str) -> None:
-        subprocess.run(command_of(sweep, variant), cwd=sweep.project, env=_variables(), stdin=subprocess.DEVNULL,
-                       stdout=subprocess.DEVNULL, check=False)  # fmt: skip
+        with launcher_log(sweep).open("ab") as log:
+            subprocess.run(command_of(sweep, variant), cwd=sweep.project, env=_variables(), stdin=subprocess.DEVNULL,
+                           stdout=log, stderr=log, check=False)  # fmt: skip
 
     with ThreadPoolExecutor(sweep.workers) as pool:
         list(pool.map(one, variants))
@@ -92,7 +98,7 @@ def _start_by_hydra(sweep: Sweep, variants: Sequence[str], python: str | None, h
     variables = worker_environment(1, _RAY)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         variables.pop(name, None)  # the jobs' workers set their own
-    log = sweep.home / "logs" / ".launcher.log"
+    log = launcher_log(sweep)
     with log.open("ab") as file:
         done = subprocess.run(command, cwd=sweep.home, env=variables, stdin=subprocess.DEVNULL, stdout=file,
                               stderr=subprocess.STDOUT, check=False)  # fmt: skip

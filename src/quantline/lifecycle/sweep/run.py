@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantline.config.method import BASELINE
@@ -20,8 +20,8 @@ from quantline.core.text import nearest
 from quantline.lifecycle.storage.dvc_cache import cache_folder
 from quantline.lifecycle.sweep.area import copy_project
 from quantline.lifecycle.sweep.job import ran, remove_leftovers, targets
-from quantline.lifecycle.sweep.launch import log_tail, start, workers_for
-from quantline.lifecycle.sweep.record import JobRecord, Sweep, new_home, read_jobs, write_sweep
+from quantline.lifecycle.sweep.launch import launcher_log, log_tail, start, workers_for
+from quantline.lifecycle.sweep.record import JobRecord, Sweep, new_home, read_jobs, write_job, write_sweep
 from quantline.pipeline.compose import read_params
 
 
@@ -83,6 +83,11 @@ def run_jobs(sweep: Sweep, asked: Asked) -> list[JobRecord]:
     for attempt in range(asked.retries + 1):
         hosts = sorted({job.host for job in read_jobs(sweep, left) if job.host}) if attempt else []
         start(sweep, left, python=asked.python, hosts=hosts)
+        for job in read_jobs(sweep, left):
+            if job.state == "waiting":  # the launcher is done, so nobody begins it any more
+                write_job(
+                    sweep, replace(job, state="failed", fault=f"it ended before it began; log: {launcher_log(sweep)}")
+                )
         left = [job.variant for job in read_jobs(sweep, left) if job.state != "done"]
         if not left:
             break
