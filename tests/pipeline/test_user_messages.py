@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from quantline.core.errors import ConfigError, ServerError, UserError
+from quantline.lifecycle.fleet import with_section
 from quantline.pipeline.config import parse, with_current_names
 from quantline.pipeline.execute import check_caller
 from quantline.pipeline.user_messages import explain, option_names
@@ -46,8 +47,14 @@ def frozen(composed):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("method=gptqq", "method=gptqq: allowed are autoround, awq, bnb, float, gptq, rtn (did you mean gptq?)"),
-        ("calibration=wikitext", "calibration=wikitext: allowed are c4, demo, domain, jsonl, pileval, wikitext2"),
+        (
+            "method=gptqq",
+            "method=gptqq: allowed are autoround, awq, bnb, float, fp4, fp8, gptq, mxfp8, rtn (did you mean gptq?)",
+        ),
+        (
+            "calibration=wikitext",
+            "calibration=wikitext: allowed are auto, c4, demo, domain, jsonl, pileval, self, wikitext2",
+        ),
         ("bitss=8", "bitss: no such option (did you mean bits?)"),
         ("method.quant_type=nf4", "method.quant_type: this method has no such option; method=bnb has it, see --help"),
         ("calibration.nsamples=8", "calibration.nsamples: no such option (did you mean calibration.n_samples?)"),
@@ -191,7 +198,7 @@ def test_all_help_names_the_stage_the_groups_and_every_default(root):
     done = started(root, "-m", "stages.convert", "--help=all")
     assert done.returncode == 0
     assert done.stdout.startswith("convert: one stage of the quantline pipeline")
-    assert "method: autoround, awq, bnb, float, gptq, rtn" in done.stdout
+    assert "method: autoround, awq, bnb, float, fp4, fp8, gptq, mxfp8, rtn" in done.stdout
     assert "group_size: 128" in done.stdout
 
 
@@ -226,6 +233,9 @@ def options_of_commands(root):
 def test_every_option_that_a_message_advises_to_give_can_be_typed_like_that(root, conf):
     groups = {path.parent.relative_to(conf).as_posix() for path in conf.glob("*/*.yaml")}
     known = {*option_names(conf), *groups, *(name for own in options_of_commands(root).values() for name in own)}
+    # A fleet's commands take the options of its section without the section's name, and precisions of any name.
+    known |= {name.removeprefix("fleet.") for name in option_names(conf)} | {"precisions.low"}
+    assert with_section(["precisions.low=[a]"]) == ["++fleet.precisions.low=[a]"]
     wrong, seen = [], 0
     for where, text in messages(root):
         for advised in re.findall(r"\b(?:[Gg]ive|[Ss]et|[Uu]se|[Cc]hoose|[Aa]dd|raise)\b([^;:]*)", text):
