@@ -49,7 +49,7 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.planning.search import search as find
     from stages.allocate import measured_losses, without_shared
 
-    goal, most = _goal(arguments), int(_number("measurements", arguments["measurements"]))
+    goal, most = _goal(arguments), _count("measurements", arguments["measurements"])
     config = parse(plain(cfg))
     if arguments["apply"] is not None:
         refuse_unwritable(ROOT / "params.yaml", arguments["apply"])
@@ -121,6 +121,14 @@ def _number(name: str, text: str | None) -> float:
     if not 0 < value < float("inf"):
         raise UserError(f"{name}={text}: give a positive number")
     return value
+
+
+def _count(name: str, text: str | None) -> int:
+    from quantline.core.errors import UserError
+
+    if not str(text).isdecimal() or int(str(text)) < 1:
+        raise UserError(f"{name}={text}: give a whole number of at least 1")
+    return int(str(text))
 
 
 def _goal(arguments: dict[str, str | None]) -> Goal:

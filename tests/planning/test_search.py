@@ -148,3 +148,15 @@ def test_the_front_has_what_nothing_else_beats():
     sizes = {one.name: one.size for one in world.candidates}
     assert [sizes[name] for name in found.front] == sorted(sizes[name] for name in found.front)
     assert found.best.name in found.front or len(found.front) < len(found.verdicts)
+
+
+def test_what_was_left_because_enough_was_measured_says_so():
+    world = World(0)
+    found = world.run(Goal("loss", size_at_most=int(5e8)), most=2)
+    assert len(found.verdicts) == 2
+    assert set(found.untried.values()) == {"too large", "2 candidates were measured before"}
+    assert all(
+        (one.size > 5e8) == (found.untried[one.name] == "too large")
+        for one in world.candidates
+        if one.name in found.untried
+    )

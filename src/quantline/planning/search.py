@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ _COMMON, _FAMILY, _OWN = 1.0, 0.5, 0.25
 _WORTH = 0.005
 # Smallest loss whose logarithm is taken; a measured one may be below zero.
 _FLOOR = 1e-5
+_TOO_LARGE = "too large"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,12 @@ def search(
             break
         del verdicts[best.name]
         verdicts[best.name] = measure(best, shares - 1)
-    return _answer(candidates, goal, known, verdicts, measured)
+    found = _answer(candidates, goal, known, verdicts, measured)
+    if len(verdicts) < most:
+        return found
+    stopped = {name: why if why == _TOO_LARGE else f"{most} candidates were measured before" for name, why in
+               found.untried.items()}  # fmt: skip
+    return replace(found, untried=stopped)
 
 
 def _verdict(found: Measurement, goal: Goal, best: Measurement | None, *, last: bool) -> str:
@@ -221,7 +227,7 @@ def _answer(
     for one in candidates:
         if one.name not in known:
             large = goal.size_at_most is not None and one.size > goal.size_at_most
-            untried[one.name] = "too large" if large else "not expected to be better than what was measured"
+            untried[one.name] = _TOO_LARGE if large else "not expected to be better than what was measured"
     return Found(best, nearest, verdicts, tuple(measured), tuple(front(tried, known)), untried)
 
 
