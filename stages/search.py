@@ -57,12 +57,13 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     plain_gptq = [*overrides, "method=gptq"]  # its grid is that of rounding, and it calibrates
     choices = _space(config, measured_losses(_composed(plain_gptq), plain_gptq), arguments)
     print(f"{len(choices.candidates)} candidates; {len(choices.pruned)} that do not work", file=sys.stderr)
+    judge, documents = _judge(config, overrides)
     found = find(
-        choices.candidates, goal, _judge(config, overrides), shares=len(_SHARES), most=most,
+        choices.candidates, goal, judge, shares=len(_SHARES), most=most,
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     write_json(_FOLDER / f"{fingerprint(sorted(sys.argv[1:]))[:12]}.json", _as_plain(found, choices))
-    print(_text(found, choices, goal, overrides))
+    print(_text(found, choices, goal, documents, overrides))
     if found.best is not None and (name := arguments["apply"]) is not None:
         add_variant(ROOT / "params.yaml", name, without_shared([*found.best.overrides, *overrides]))
         print(f"params.yaml: {name}", file=sys.stderr)
@@ -70,8 +71,8 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
         sys.exit(1)
 
 
-def _judge(config: Config, overrides: list[str]) -> Callable[[Candidate, int], Measurement]:
-    """What makes a candidate and scores it on a share of the documents, beside the float model."""
+def _judge(config: Config, overrides: list[str]) -> tuple[Callable[[Candidate, int], Measurement], list[int]]:
+    """What makes a candidate and scores it on a share of the documents, beside the float model; and each share's number."""
     import stages.calibrate
     import stages.convert
     import stages.quantize  # noqa: F401  # they register their functions
@@ -108,7 +109,7 @@ def _judge(config: Config, overrides: list[str]) -> Callable[[Candidate, int], M
         found = compared(scored, base, config.evaluate.bootstrap)
         return Measurement(one.name, share, found.estimate, found.low, found.high)
 
-    return judge
+    return judge, [len(share) for share in race.shares]
 
 
 def _number(name: str, text: str | None) -> float:
@@ -184,7 +185,7 @@ def _as_plain(found: Found, choices: Space) -> dict[str, object]:
     return {**asdict(found), "candidates": [asdict(one) for one in choices.candidates], "pruned": choices.pruned}
 
 
-def _text(found: Found, choices: Space, goal: Goal, overrides: list[str]) -> str:
+def _text(found: Found, choices: Space, goal: Goal, documents: list[int], overrides: list[str]) -> str:
     from quantline.core.text import binary_size
     from quantline.pipeline.params_file import line_of
 
@@ -197,7 +198,7 @@ def _text(found: Found, choices: Space, goal: Goal, overrides: list[str]) -> str
         one = last[name]
         return (
             f"{name}: {binary_size(sizes[name])}, perplexity {100 * one.loss:+.2f} % [{100 * one.low:+.2f}, "
-            f"{100 * one.high:+.2f}] on {_SHARES[one.share]:.0%} of the documents"
+            f"{100 * one.high:+.2f}] on {documents[one.share]} of {documents[-1]} documents"
         )
 
     lines = [
