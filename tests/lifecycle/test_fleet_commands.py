@@ -160,3 +160,11 @@ def test_options_that_an_action_does_not_read_are_refused(typed):
     with pytest.raises(UserError, match="only `fleet up`, `reload` and `export`"):
         commands.refuse_unused("drain", asked(variant="w4"), Typed({}, ["fleet.gates=false"]))
     commands.refuse_unused("drain", asked(variant="w4"), Typed({}, ["fleet.name=b"]))
+
+
+@pytest.mark.parametrize("form", ["compose", "kubernetes"])
+def test_containers_that_were_to_speak_tls_are_refused_and_nothing_is_written(tmp_path, composed, form):
+    given = Typed(composed("fleet.endpoint.certificate=a.pem", "fleet.endpoint.private_key=b.pem"), [])
+    with pytest.raises(UserError, match="the router in a container speaks no TLS"):
+        commands.export(tmp_path, given, {"form": form, "to": None})
+    assert list(tmp_path.iterdir()) == []

@@ -183,9 +183,15 @@ def export(root: Path, typed: Typed, arguments: Mapping[str, str | None]) -> Non
     """Write what keeps a fleet running without this command: a unit of systemd, a compose file, or manifests.
 
     Raises:
-        QuantlineError: the fleet cannot run as it is described.
+        QuantlineError: the fleet cannot run as it is described, or containers are to speak TLS.
     """
     config = parse(typed.values)
+    if arguments["form"] != "systemd" and config.fleet.endpoint.certificate:
+        raise UserError(
+            f"form={arguments['form']} fleet.endpoint.certificate={config.fleet.endpoint.certificate}: the router in a "
+            "container speaks no TLS; leave certificate and private_key out and put a gateway with TLS before it, or take "
+            "form=systemd"
+        )
     form, run = str(arguments["form"]), StageRun("serve", config, root, tuple(typed.overrides))
     made = resolve(root, typed, server_of(run), run.device)
     fleet, name = made.fleet, config.fleet.name
@@ -193,7 +199,7 @@ def export(root: Path, typed: Typed, arguments: Mapping[str, str | None]) -> Non
     out.mkdir(parents=True, exist_ok=True)
     if form == "systemd":
         path = out / f"quantline-fleet-{name}.service"
-        path.write_text(exported.systemd(root, Path(sys.executable), typed.overrides, name), encoding="utf-8")
+        _write(path, exported.systemd(root, Path(sys.executable), typed.overrides, name))
     else:
         keys = read_keys(Path(fleet.keys_file)) if fleet.keys_file else ()
         path = out / f"{form}.yaml"
@@ -201,12 +207,18 @@ def export(root: Path, typed: Typed, arguments: Mapping[str, str | None]) -> Non
             router = out / "router"
             router.mkdir(exist_ok=True, mode=0o700)
             for file, text in exported.documents(fleet, keys).items():
-                (router / file).write_text(text, encoding="utf-8")
-            path.write_text(exported.as_yaml([exported.compose(fleet, made.starts, router)]), encoding="utf-8")
+                _write(router / file, text)
+            _write(path, exported.as_yaml([exported.compose(fleet, made.starts, router)]))
         else:
-            path.write_text(exported.as_yaml(exported.kubernetes(fleet, made.starts, keys)), encoding="utf-8")
-    path.chmod(0o600)
+            _write(path, exported.as_yaml(exported.kubernetes(fleet, made.starts, keys)))
     _say(str(path))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that this user alone can read from the start, since keys may be in it."""
+    path.touch(mode=0o600)
+    path.chmod(0o600)
+    path.write_text(text, encoding="utf-8")
 
 
 def status(root: Path, typed: Typed, *, watch: bool) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -84,6 +85,7 @@ def test_a_compose_file_has_what_its_schema_asks_for():
     assert command[0] == "/model"
     assert command[command.index("--served-model-name") + 1 :][:2] == ["awq-w4", "low"]
     router = found["services"]["router"]
+    assert router["user"] == f"{os.getuid()}:{os.getgid()}"  # whose documents they are
     assert router["ports"] == ["127.0.0.1:8080:8080"]
     assert set(router["depends_on"]) == {"variant-awq-w4", "variant-float"}
     assert "deploy" not in export.compose(FLEET, starts("cpu"), Path("/x"))["services"]["variant-float"]

@@ -7,6 +7,7 @@ in containers, without the gauge: the router asks the servers themselves, and a 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,6 +108,7 @@ def compose(fleet: Fleet, starts: Sequence[Start], folder: Path) -> dict[str, An
         }  # fmt: skip
     port = fleet.endpoint.port
     services["router"] = {
+        "user": f"{os.getuid()}:{os.getgid()}",  # who alone may read the documents, since keys may be in them
         "image": ENVOY_IMAGE, "restart": "unless-stopped",
         "command": ["envoy", "-c", f"{PLACE}/{router.BOOT}", "--concurrency", "1", "-l", "warning"],
         "volumes": [f"{folder}:{PLACE}:ro"], "ports": [f"{fleet.endpoint.host}:{port}:{port}"],
