@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 from tiny_quantized import write_whole
 
+from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
 from quantline.config.convert import ConvertConfig
 from quantline.conversion.architecture import LABEL, MODULE
 from quantline.conversion.convert import convert
@@ -68,3 +70,22 @@ def test_an_architecture_that_transformers_does_not_know_is_not_refused_but_said
     assert entry["checked"] is False
     assert "cannot build its model" in entry["note"]
     shutil.rmtree(tmp_path / "out")
+
+
+def test_scales_of_an_fp8_cache_are_kept_with_the_checkpoint_and_left_out_of_another_layout(tmp_path, ask) -> None:
+    source = write_whole(tmp_path / "in", "compressed_tensors", layers=1)
+    whole = Checkpoint.open(source)
+    tensors = {name: np.array(whole.tensor(name)) for name in whole.names}
+    names = [f"model.layers.0.self_attn.{part}_scale" for part in "kv"]
+    write_safetensors(source / "model.safetensors", {**tensors, **dict.fromkeys(names, np.ones(1, np.float32))})
+    config = json.loads((source / "config.json").read_text())
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    config["quantization_config"]["kv_cache_scheme"] = cache
+    (source / "config.json").write_text(json.dumps(config))
+    for target in ("keep", "gptq_v2"):
+        out = tmp_path / target
+        out.mkdir()
+        proof = convert(source, out, ConvertConfig(target=target), run_worker=ask)
+        assert proof.architecture.by is not None
+        kept = sorted(set(names) & set(Checkpoint.open(out).names))
+        assert (kept, sorted(proof.left_out_tensors)) == ((names, []) if target == "keep" else ([], names))

@@ -128,6 +128,10 @@ GOOD = {
         config_of("qwen3_moe", 3, mlp_only_layers=[0]),
         lambda n: {"mlp.experts.0.up_proj.weight": (8, HIDDEN)} if n else {"mlp.up_proj.weight": (INNER, HIDDEN)},
     ),
+    "first layers dense": (
+        config_of("glm4_moe", 3, first_k_dense_replace=1),
+        lambda n: {"mlp.experts.0.up_proj.weight": (8, HIDDEN)} if n else {"mlp.up_proj.weight": (INNER, HIDDEN)},
+    ),
     "convolutions and attention": (
         config_of("lfm2", 3, layer_types=["conv", "conv", "full_attention"]),
         lambda n: {"self_attn.q_proj.weight": (HIDDEN, HIDDEN)} if n == 2 else {"conv.conv.weight": (HIDDEN, 1, 3)},
@@ -143,6 +147,20 @@ GOOD = {
 def test_layers_that_differ_as_config_json_says_are_good(what):
     config, parts = GOOD[what]
     assert misfits(config, decoder(config["num_hidden_layers"], parts)) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (config_of("glm4_moe", 2, num_nextn_predict_layers=1), "model.layers.2.eh_proj.weight"),
+        (config_of("qwen3_next", 2), "mtp.layers.0.mlp.up_proj.weight"),
+    ],
+)
+def test_layers_that_predict_further_tokens_are_good(config, name):
+    further = {name: Held((INNER, HIDDEN), "F16")}
+    tensors = decoder(2, lambda n: {"mlp.up_proj.weight": (INNER, HIDDEN)})
+    assert misfits(config, {**tensors, **further}) == ([], None)
+    assert misfits(config_of("llama", 2), {**tensors, "model.layers.2.eh_proj.weight": further[name]})[0]
 
 
 def test_linears_that_a_rule_left_float_and_biases_of_quantizers_are_good():

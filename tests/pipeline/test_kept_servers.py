@@ -81,6 +81,9 @@ def test_on_a_gpu_the_speed_is_measured_on_servers_of_its_own(composed, under_dv
         (("quantize", 3999, []), True),
         (("evaluate", 4000, ["a GPU"]), True),
         (("tasks", 0, []), False),  # its own server's start sees to that
+        (("tasks", 0, ["a GPU"]), False),
+        (("speed", 0, []), False),
+        (("speed", 0, ["a GPU"]), True),  # it shares none there
     ],
 )
 def test_servers_that_wait_make_room_for_a_stage_that_computes(under_dvc, tmp_path, monkeypatch, found, ended):

@@ -22,6 +22,11 @@ from quantline.core.errors import CheckpointError
 _CACHE = re.compile(r"\.(?:(?:self_attn|attention)\.[qkv]_scale|[kv]_proj\.[kv]_scale)$")
 
 
+def is_cache_scale(name: str) -> bool:
+    """Whether a tensor of a quantized checkpoint is a scale of the keys or values that a server keeps."""
+    return bool(_CACHE.search(name))
+
+
 @dataclass(frozen=True, eq=False)
 class FloatView:
     """An opened checkpoint; create it with `FloatView.open`. Weights are read when they are asked for.
@@ -53,7 +58,7 @@ class FloatView:
         quantized = quantized_layers(checkpoint, info)
         packed = {name for suffixes in quantized.values() for suffix, name in suffixes.items() if suffix != "bias"}
         weights: dict[str, str | None] = dict.fromkeys(f"{layer}.weight" for layer in quantized)
-        floats = {name: name for name in checkpoint.names if name not in packed and not (info and _CACHE.search(name))}
+        floats = {name: name for name in checkpoint.names if name not in packed and not (info and is_cache_scale(name))}
         return cls(checkpoint, info, quantized, weights | floats)
 
     def shape(self, name: str) -> tuple[int, ...]:

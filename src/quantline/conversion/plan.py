@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from quantline.checkpoints.float_view import is_cache_scale
 from quantline.checkpoints.layouts import FormatError, Layout, round_scales
 from quantline.checkpoints.layouts.description import Description
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD
@@ -94,6 +95,7 @@ def make_plan(
     Raises:
         ConversionError: all reasons against it.
     """
+    source = _without_cache_scales(source)
     faults = [*source.faults, *checkpoint_faults(layout, source)]
     facts, unreadable = examine(source, layout, requantize=requantize)
     faults += unreadable
@@ -126,6 +128,14 @@ def make_plan(
         index_name=f"{weights_stem(layout, source)}.safetensors.index.json",
         cast_scales=casts_scales(source, layout), warnings=tuple(_warnings(source, layout, facts)),
     )  # fmt: skip
+
+
+def _without_cache_scales(source: Source) -> Source:
+    """The source without the scales of a KV cache, since the description that is written says nothing of a cache."""
+    scales = {old for name, old in source.carried.items() if is_cache_scale(name)}
+    why = dict.fromkeys(scales, "a scale of the KV cache, which only a checkpoint that is kept has")
+    carried = {name: old for name, old in source.carried.items() if old not in scales}
+    return replace(source, carried=carried, left_out={**source.left_out, **why})
 
 
 def _left_float(source: Source, layout: Layout) -> list[str]:

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantline.checkpoints.float_view import is_cache_scale
 from quantline.checkpoints.linears import place_of
 from quantline.checkpoints.model_config import dimensions
 from quantline.conversion.source import Source
@@ -35,6 +36,8 @@ OTHERS = (
 )  # fmt: skip
 # Buffers that old libraries saved beside the parameters.
 _BUFFERS = ("inv_freq", "masked_bias")
+# Layers that predict further tokens, which transformers passes over: of Qwen3-Next by name, of GLM-4-MoE behind the others.
+_PREDICTING = "mtp."
 # Families whose layers differ, and the keys of config.json of which one must say how.
 _SAYS_KINDS = {"lfm2": ("layer_types", "full_attn_idxs"), "gemma4_text": ("layer_types",)}
 
@@ -48,12 +51,16 @@ class Held:
 
 
 def held(source: Source) -> dict[str, Held]:
-    """All tensors of a checkpoint by the names and shapes of the float model: a linear is (out_features, in_features)."""
+    """All tensors of a checkpoint by the names and shapes of the float model: a linear is (out_features, in_features).
+
+    The scales of a KV cache are of no model.
+    """
     found = {
         f"{layer.name}.weight": Held((layer.out_features, layer.in_features), None) for layer in source.layers.values()
     }
     for name, old in source.carried.items():
-        found[name] = Held(source.tensors.infos[old].shape, source.tensors.infos[old].dtype)
+        if not is_cache_scale(name):
+            found[name] = Held(source.tensors.infos[old].shape, source.tensors.infos[old].dtype)
     return found
 
 
@@ -131,8 +138,11 @@ def _family(config: Mapping[str, Any], tensors: Mapping[str, Held]) -> list[str]
     layers: dict[int, dict[str, Held]] = defaultdict(dict)
     outside: dict[str, Held] = {}
     stacks: set[str] = set()
+    further = range(count, count + (_size(config, "num_nextn_predict_layers") or 0))
     for name, one in tensors.items():
         number, rest = place_of(name)
+        if name.startswith(_PREDICTING) or number in further:
+            continue
         if number < 0:
             outside[name] = one
         else:
@@ -188,12 +198,14 @@ def _kinds(config: Mapping[str, Any], count: int) -> list[Hashable]:
     types = config.get("layer_types")
     full, dense = config.get("full_attn_idxs"), config.get("mlp_only_layers")
     step, shared = _size(config, "decoder_sparse_step") or 1, _size(config, "num_kv_shared_layers") or 0
+    first = _size(config, "first_k_dense_replace") or 0
     return [
         (
             str(types[index]) if isinstance(types, list) and len(types) == count else None,  # whatever stands there
             isinstance(full, list) and index in full,
             (isinstance(dense, list) and index in dense) or (index + 1) % step != 0,
             index >= count - shared,
+            index < first,
         )
         for index in range(count)
     ]  # fmt: skip

@@ -68,16 +68,21 @@ def _wanted_after(stage: str, config: Config, role: Role, device: str) -> bool:
 
 
 def make_room(stage: str, model: Path) -> None:
-    """End the servers that wait, where a stage needs their place. Stages with a server of their own see to that themselves.
+    """End the servers that wait, where a stage needs their place. Stages that share servers see to that themselves.
 
-    Servers stay up while a stage computes on the CPU and there is memory for it beside them. On a GPU none stays.
+    Servers stay up while a stage computes on the CPU and there is memory for it beside them. On a GPU none stays, also not
+    for `speed`, which shares none there.
 
     Args:
         stage: that begins.
         model: the folder of the float model.
     """
     of = owner()
-    if of is None or stage in SERVED or stage not in STAGES:
+    if of is None or stage not in STAGES:
+        return
+    if stage in SERVED:
+        if stage == "speed" and _gpu_is_there():
+            end_servers()
         return
     size = sum(path.stat().st_size for path in model.glob("*") if path.is_file())
     if psutil.virtual_memory().available < _PROCESS_BYTES + _TIMES * size or _gpu_is_there():
