@@ -12,8 +12,9 @@ Tensors of a layer, output rows first:
 
 Bit order: sequential, low bits first, dense: at 3 bits some values straddle words, as in GPTQ. The unused bits of a last
 word are 0. Up to its version 0.17 the library put 10 values of 3 bits in a word; those are read, too, told by their number
-of words. A g_idx that contains -1 was never filled in and means consecutive groups. Source: the compressed-tensors package
-0.19 (Apache-2.0), whose packing the tests compare with this one; vLLM 0.32 reads the same (CompressedTensorsWNA16).
+of words; zero points are packed as the codes beside them. A g_idx that contains -1 was never filled in and means consecutive
+groups. Source: the compressed-tensors package 0.19 (Apache-2.0), whose packing the tests compare with this one; vLLM 0.32
+reads the same (CompressedTensorsWNA16).
 """
 
 from __future__ import annotations
@@ -73,14 +74,18 @@ def read(tensors: Tensors, *, bits: int, group_size: int) -> AffineLinear:
     if shape.dtype not in (np.int64, np.int32) or shape.shape != (2,) or (shape < 1).any():
         raise FormatError(f"weight_shape is {shape.dtype} {shape.tolist()}: it must be two sizes (out, in)")
     out_features, in_features = (int(size) for size in shape)
-    check_shape(CODES, tensors[CODES], (out_features, _words(in_features, bits, tensors[CODES].shape[-1])))
+    words = _words(in_features, bits, tensors[CODES].shape[-1])
+    check_shape(CODES, tensors[CODES], (out_features, words))
     codes = _unpack(tensors[CODES], bits, in_features).T  # column-major, not copied
-    grid = read_grid(tensors, codes.shape, bits=bits, group_size=group_size)
+    former = words != _words(in_features, bits)
+    grid = read_grid(tensors, codes.shape, bits=bits, group_size=group_size, former=former)
     return AffineLinear(codes, grid.scales, grid.zeros, grid.group_index, bits, group_size, bias_of(tensors))
 
 
-def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int) -> Grid:
+def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size: int, former: bool = False) -> Grid:
     """Read everything but the codes of a layer of ``shape`` (in, out).
+
+    former: zero points of 3 bits are in the library's former packing, also where both take as many words.
 
     Raises:
         FormatError: shapes disagree.
@@ -95,9 +100,13 @@ def read_grid(tensors: Tensors, shape: tuple[int, ...], *, bits: int, group_size
     check_shape("weight_scale", tensors["weight_scale"], (out_features, groups))
     zeros = np.full((groups, out_features), 2 ** (bits - 1), dtype=np.int16)
     if "weight_zero_point" in tensors:
-        words = _words(out_features, bits, tensors["weight_zero_point"].shape[0])
+        dense = _words(out_features, bits, tensors["weight_zero_point"].shape[0])
+        words = -(-out_features // _FORMER) if former else dense
         check_shape("weight_zero_point", tensors["weight_zero_point"], (words, groups))
-        zeros = _unpack(np.ascontiguousarray(tensors["weight_zero_point"].T), bits, out_features).astype(np.int16)
+        packed = np.ascontiguousarray(tensors["weight_zero_point"].T)
+        zeros = (_unpack_former(packed, out_features) if former else _unpack(packed, bits, out_features)).astype(
+            np.int16
+        )
     group_index = sequential_groups(in_features, group_size)
     if "weight_g_idx" in tensors:
         stored = tensors["weight_g_idx"]
