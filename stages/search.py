@@ -51,6 +51,8 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
 
     goal, most = _goal(arguments), _count("measurements", arguments["measurements"])
     config = parse(plain(cfg))
+    _methods(arguments["methods"])
+    _number("step", arguments["step"])
     if arguments["apply"] is not None:
         refuse_unwritable(ROOT / "params.yaml", arguments["apply"])
     overrides = [one for one in HydraConfig.get().overrides.task if one.partition("=")[0] not in ("method", "bits")]
@@ -149,25 +151,35 @@ def _goal(arguments: dict[str, str | None]) -> Goal:
     )
 
 
-def _space(config: Config, losses: dict[tuple[str, int], float], arguments: dict[str, str | None]) -> Space:
+def _methods(names: str | None) -> dict[str, dict[str, object]]:
+    """The methods to choose from, with their options.
+
+    Raises:
+        UserError: one is no method.
+    """
     from quantline.core.errors import UserError
+    from quantline.pipeline import preflight
+
+    defaults = preflight.method_defaults(ROOT)
+    known, asked = sorted(set(defaults) - {"float"}), str(names).split(",")
+    if unknown := [name for name in asked if name not in known]:
+        raise UserError(f"methods={names}: {unknown[0]} is no method; there are {', '.join(known)}")
+    return {name: {key: value for key, value in defaults[name].items() if value is not None} for name in asked}
+
+
+def _space(config: Config, losses: dict[tuple[str, int], float], arguments: dict[str, str | None]) -> Space:
     from quantline.evaluation.unit_losses import BUDGETED
     from quantline.pipeline import preflight
     from quantline.pipeline.run import StageRun
     from quantline.planning.budget import SERVED
     from quantline.planning.search_space import space
 
-    defaults = preflight.method_defaults(ROOT)
-    asked = str(arguments["methods"]).split(",")
-    if unknown := [name for name in asked if name not in defaults or name == "float"]:
-        raise UserError(
-            f"methods={arguments['methods']}: {unknown[0]} is no method; there are {', '.join(sorted(defaults))}"
-        )
+    methods = _methods(arguments["methods"])
     model = preflight.model_of(StageRun("search", config, ROOT, ()))
     steps = SERVED if arguments["served"] == "true" else SERVED[:2]
     return space(
         preflight.variant_spec(config.model_dump()), model, preflight.machine_of(config, ROOT),
-        {name: {key: value for key, value in defaults[name].items() if value is not None} for name in asked}, losses,
+        methods, losses,
         budgeted=BUDGETED, step=_number("step", arguments["step"]), steps=steps,
     )  # fmt: skip
 

@@ -48,6 +48,8 @@ def shadow(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
         increase = None if arguments["most_increase"] is None else float(arguments["most_increase"])
     except ValueError:
         raise UserError(f"most_increase={arguments['most_increase']}: give a number such as 0.02") from None
+    if increase is not None and not 0 <= increase < float("inf"):
+        raise UserError(f"most_increase={arguments['most_increase']}: give 0 or more, such as 0.02")
     question = Question(str(arguments["variant"]), str(arguments["against"]), increase, int(most))
     verdict, path = judged(ROOT, typed, question)
     interval = verdict.difference

@@ -63,9 +63,11 @@ def sweep(arguments: dict[str, str | None]) -> int:
         return _end(record.read_sweep(chosen))
     if arguments["detach"] == "true" and arguments["launcher"] != "slurm":
         raise UserError(f"detach=true launcher={arguments['launcher']}: only Slurm runs on without this terminal")
-    names = arguments["variants"]
+    variants = tuple(name for name in (arguments["variants"] or "").split(",") if name)
+    if arguments["variants"] and not variants:
+        raise UserError(f"variants={arguments['variants']}: names no variant; leave it out for all")
     asked = Asked(
-        variants=tuple(name for name in names.split(",") if name) if names else None,
+        variants=variants or None,
         launcher=str(arguments["launcher"]),
         workers=_number(arguments, "workers", 1), gpus=_number(arguments, "gpus", 0) or 0,
         remote=arguments["remote"], settings=tuple((arguments["settings"] or "").split()),

@@ -29,3 +29,11 @@ def test_the_answer_says_on_how_many_documents_it_was_measured():
 def test_a_goal_that_says_nothing_is_refused(given, words):
     with pytest.raises(UserError, match=words):
         search._goal({"loss.at_most": None, "size.at_most_gb": None, **given})
+
+
+def test_a_method_that_does_not_exist_is_refused_with_those_that_do():
+    assert set(search._methods("gptq,fp8")) == {"gptq", "fp8"}
+    with pytest.raises(UserError, match="methods=gptq,zzz: zzz is no method; there are autoround, awq, bnb, fp4"):
+        search._methods("gptq,zzz")
+    with pytest.raises(UserError, match="float is no method"):
+        search._methods("float")

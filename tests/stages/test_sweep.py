@@ -15,6 +15,7 @@ from stages.sweep import OPTIONS, sweep
     ("given", "said"),
     [
         (["variants=nothing"], "variants=nothing: no such variant; params.yaml has "),
+        (["variants=,"], "variants=,: names no variant; leave it out for all"),
         (["workers=0"], "workers=0: give a whole number of at least 1"),
         (["gpus=some"], "gpus=some: give a whole number of at least 0"),
         (["detach=true"], "detach=true launcher=local: only Slurm runs on without this terminal"),

@@ -11,13 +11,14 @@ import threading
 import time
 
 import pytest
+import yaml
 from dvc.lock import Lock
 from zc.lockfile import LockError, LockFile
 
 from quantline.core.errors import UserError
 from quantline.lifecycle.retention import collect_garbage
 from quantline.lifecycle.storage.dvc_cache import all_objects
-from quantline.lifecycle.storage.dvc_lock import held, read_lock, require_whole
+from quantline.lifecycle.storage.dvc_lock import held, read_lock, require_whole, stage_keys
 from quantline.lifecycle.storage.dvc_outputs import variant_lock
 from quantline.lifecycle.verify import verify
 
@@ -28,6 +29,14 @@ while Path("wait").exists():
     Path("waiting").touch()
     time.sleep(0.05)
 """
+
+
+def test_the_stages_of_a_variant_and_of_the_baseline_are_those_of_dvc_yaml(root):
+    known = set(yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+    of_float = set(stage_keys("float").values())
+    assert of_float <= known
+    assert {name for name in known if name.endswith("_baseline")} - of_float == {"compose_baseline"}
+    assert {key.partition("@")[0] for key in stage_keys("mine").values()} <= known
 
 
 def test_no_beginning_of_a_lock_passes_for_the_whole(project):

@@ -22,7 +22,7 @@ from quantline.core.errors import UserError
 from quantline.core.files import alive
 from quantline.lifecycle.storage.dvc_cache import dvc_config
 from quantline.pipeline.paths import stage_paths
-from quantline.pipeline.stages import PIPELINE, STAGES, baseline_stages
+from quantline.pipeline.stages import PIPELINE, STAGES
 
 MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 REPAIR = "run `dvc repro`, which takes what has run before from its run cache"
@@ -125,12 +125,15 @@ def former_variants(root: Path) -> list[str]:
 
 
 def stage_keys(name: str) -> dict[str, str]:
-    """The pipeline's stages of a variant -> their names in dvc.lock, in order; the download, which all share, too."""
+    """The pipeline's stages of a variant -> their names in dvc.lock, in order; the download, which all share, too.
+
+    Of the float baseline DVC runs those that variants are compared with; its speed is measured beside each variant's.
+    """
     baseline = name == BASELINE
     return {
         stage: stage if STAGES[stage].shared else f"{stage}_baseline" if baseline else f"{stage}@{name}"
-        for stage in (baseline_stages() if baseline else PIPELINE)
-    }
+        for stage in PIPELINE if not baseline or STAGES[stage].shared or STAGES[stage].beside_float
+    }  # fmt: skip
 
 
 def lacking(root: Path) -> list[str]:
