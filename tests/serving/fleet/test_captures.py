@@ -96,6 +96,9 @@ def test_requests_and_answers_are_captured_streamed_or_not_and_no_key_is_among_t
         running.step()
         assert not running.asks_gauge
         assert ask(messages=said, key="sk-secret-3").status_code == 200
+        running.router.child.end(kill=True)
+        running.step()
+        assert wait_until(lambda: ask(messages=said, key="sk-secret-3").status_code == 200, 10)
         found = list(captures(state))
     assert {capture.answer for capture in found} == {"w4 w0 w1", "float w0 w1"}
     assert {capture.variant for capture in found} == {"w4", "float"}
