@@ -207,6 +207,7 @@ def test_schemes_that_are_not_known_are_refused_by_name(tmp_path: Path) -> None:
         ({"weights": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 64}}, "known are FP8_DYNAMIC"),
         ({"input_activations": {"num_bits": 8, "type": "float", "strategy": "channel"}}, "known are FP8_DYNAMIC"),
         ({"targets": ["model.a"]}, "one group for Linear"),
+        ({"targets": 4}, "one group for Linear"),
     ]:
         with pytest.raises(CheckpointError, match=fact):
             quantization_of(written(tmp_path, section("FP8_DYNAMIC", **changes)))

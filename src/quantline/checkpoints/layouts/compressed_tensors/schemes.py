@@ -126,7 +126,8 @@ def parse(path: Path, stored: str, groups: Mapping[str, Any]) -> FloatScheme:
         CheckpointError: there are several groups, or no scheme has these weights and inputs.
     """
     group = next(iter(groups.values()))
-    if len(groups) != 1 or not isinstance(group, dict) or "Linear" not in (group.get("targets") or []):
+    targets = group.get("targets") if isinstance(group, dict) else None
+    if len(groups) != 1 or not isinstance(targets, list) or "Linear" not in targets:
         raise CheckpointError(
             f"{path}: compressed-tensors {stored} with groups {', '.join(groups)}: one group for Linear can be read; "
             "use a checkpoint whose linears are alike"
