@@ -35,7 +35,7 @@ def assert_refused(done: Done, *words: str, code: int = 2) -> None:
         (["method=gptq", "bits=5"], ["bits=5: gptq takes 2, 3, 4 or 8"]),
         (["method=awq", "bits=8"], ["bits=8: awq takes 4; method=gptq takes bits=8"]),
         (["group_size=96"], ["group_size=96: awq takes 32, 64, 128 or 256; the nearest is 64"]),
-        (["method=gptqq"], ["method=gptqq: allowed are autoround, awq, bnb, float, gptq, rtn (did you mean gptq?)"]),
+        (["method=gptqq"], ["method=gptqq: allowed are autoround, awq, bnb, float, ", "rtn (did you mean gptq?)"]),
         (["bitss=4"], ["bitss: no such option (did you mean bits?)", "--help"]),
         (["method.symm=true"], ["method.symm: no such option (did you mean method.sym?)", "--help"]),
         (["+method.extra=1"], ["method.extra: no such option", "--help"]),

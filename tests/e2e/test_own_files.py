@@ -33,7 +33,8 @@ def copy(tmp_path_factory, root, files):
         f"shared: model=custom model.path={files / 'model'} calibration.n_samples=4 calibration.seq_len=64 "
         "layer_errors.enabled=false\n"
         "baseline: method=float\nvariants:\n"
-        f"  own: method=rtn calibration=jsonl calibration.path={files / 'own.jsonl'}\n  demo: method=gptq\n"
+        f"  own: method=rtn calibration=jsonl calibration.path={files / 'own.jsonl'}\n"
+        "  demo: method=gptq calibration=demo\n"
     )
     assert set(ran(copy)) == FIRST
     return copy

@@ -24,7 +24,7 @@ def test_a_commands_own_options_come_with_their_values(root):
 
 def test_the_options_that_a_stage_reads_come_with_their_defaults_and_texts(root):
     text = usage("COMMAND", "About.", (), reads=["method", "bits"], conf=root / "conf")
-    assert "  method=awq                              or autoround, bnb, float, gptq, rtn\n" in text
+    assert "  method=awq                              or autoround, bnb, float, " in text
     assert "  method.zero_point=true" in text
     assert "  bits=4                                  width of a quantized weight\n" in text
     assert "  group_size=" not in text

@@ -147,7 +147,7 @@ def _layout(scheme: FloatScheme) -> Layout:
         method=METHOD,
         tensors=TENSORS[scheme.format],
         codes="weight_packed" if packed else "weight",
-        scales=("weight_scale", "weight_global_scale"),
+        scales=tuple(name for name in ("weight_scale", "weight_global_scale") if name in TENSORS[scheme.format]),
         specs=partial(specs, scheme=scheme),
         shape=shape_of,
         faults=partial(faults, scheme=scheme),
