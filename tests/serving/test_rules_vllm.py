@@ -63,6 +63,7 @@ UNSEEN = {
             "fp8-cpu-blocks",
             "fp8-cpu-experts",
             "fp8-cpu-fixed-inputs",
+            "fp8-fused-blocks",
             "modelopt-cpu",
             "w4afp8-cpu",
             "w4afp8-group-size",
