@@ -72,7 +72,6 @@ COVERED = {
     "serving/fleet/orders": "tests/serving/fleet/test_drill.py",
     "serving/fleet/routes": "tests/serving/fleet/test_envoy.py",
     "serving/fleet/running": "tests/serving/fleet/test_drill.py",
-    "serving/fleet/servers": "tests/serving/fleet/test_drill.py",
     "serving/fleet/status": "tests/lifecycle/test_fleet_commands.py",
     "serving/process_tree": "tests/serving/test_server.py",
     "toolchains/toolchain": "tests/toolchains/test_environments.py",

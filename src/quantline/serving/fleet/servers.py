@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import Field
@@ -41,6 +41,7 @@ class Start(Section):
     enforce_eager: bool = True
     trust_remote_code: bool = False
     threads: int | None = None
+    kv_cache_dtype: str = "auto"
     environment: dict[str, str] = Field(default={})
     proven: tuple[str, ...] | None = None
     queued_requests: int | None = None
@@ -52,7 +53,7 @@ class Start(Section):
         options = ServerOptions(
             self.process, device=self.device, dtype=self.dtype, max_model_len=self.max_model_len,
             enforce_eager=self.enforce_eager, trust_remote_code=self.trust_remote_code, threads=self.threads,
-            environment=self.environment, name=self.names[0], proven=self.proven,
+            kv_cache_dtype=self.kv_cache_dtype, environment=self.environment, name=self.names[0], proven=self.proven,
         )  # fmt: skip
         # The last time that an option is given counts for vLLM, so that this adds names to the one that is always given.
         flags = [*flags_of(options), "--served-model-name", *self.names]
@@ -62,11 +63,7 @@ class Start(Section):
         ):  # fmt: skip
             if value is not None:
                 flags += [flag, str(value)]
-        return ServerOptions(
-            self.process, device=self.device, dtype=self.dtype, max_model_len=self.max_model_len,
-            enforce_eager=self.enforce_eager, threads=self.threads, environment=self.environment, name=self.names[0],
-            proven=tuple(flags),
-        )  # fmt: skip
+        return replace(options, proven=tuple(flags))
 
 
 @dataclass
