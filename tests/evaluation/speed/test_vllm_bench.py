@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,10 @@ def test_the_offline_tools_load_the_model_as_the_server_does():
         assert (found["--model"], found["--dtype"], found["--max-model-len"]) == ("/model", "float16", "128")
         assert found["--output-json"] == "/out/x.json"
         assert int(found["--kv-cache-memory-bytes"]) == 2**29
+        assert "--kv-cache-dtype" not in found
+        kept = replace(SUBJECT, options=replace(SUBJECT.options, kv_cache_dtype="fp8"))
+        found = values_of(offline_arguments(tool, kept, LEVEL, PLAN, Path("/out/x.json")))
+        assert found["--kv-cache-dtype"] == "fp8"
     assert values_of(offline_arguments("latency", SUBJECT, LEVEL, PLAN, Path("x")))["--batch-size"] == "8"
     assert values_of(offline_arguments("throughput", SUBJECT, LEVEL, PLAN, Path("x")))["--num-prompts"] == "16"
 

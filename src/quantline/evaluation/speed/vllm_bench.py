@@ -87,6 +87,8 @@ def offline_arguments(tool: str, subject: Subject, level: LevelConfig, plan: Spe
         common += ["--max-model-len", str(options.max_model_len)]
     if options.process.kv_cache_gib is not None:
         common += ["--kv-cache-memory-bytes", str(int(options.process.kv_cache_gib * 1024**3))]
+    if options.kv_cache_dtype != "auto":
+        common += ["--kv-cache-dtype", options.kv_cache_dtype]
     if options.device == "cuda":
         common += ["--gpu-memory-utilization", str(options.process.gpu_memory_utilization)]
     if options.enforce_eager:
