@@ -34,8 +34,10 @@ def retention(arguments: dict[str, str | None]) -> int:
             remove_former(former)
     for place in former:
         print(f"  {place.relative_to(ROOT)}: of a variant that was removed from params.yaml")
+    if garbage.objects:
+        print(f"objects in DVC's cache that nothing needs, by their MD5:")
     for name in garbage.objects[:SHOWN]:
-        print(f"  {name}")
+        print(f"  {name[:12]}  {garbage.described[name]}")
     if len(garbage.objects) > SHOWN:
         print(f"  and {len(garbage.objects) - SHOWN} more")
     what = (

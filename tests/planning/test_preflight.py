@@ -174,3 +174,11 @@ def test_the_cache_has_whole_blocks_of_the_sequences_that_are_computed_at_a_time
     assert "2 x 128 tokens" in as_text(
         few, model, replace(place, limits=Limits(max_num_seqs=2, block_size=64)), None, None
     )
+
+
+def test_a_plan_names_no_groups_where_a_width_has_none(variant, model):
+    def shown(bits: int) -> str:
+        return as_text(check(variant("bnb", bits=bits), model, HERE), model, HERE, None, None).splitlines()[1]
+
+    assert shown(8) == "variant bnb 8 bits, one scale a row, by bitsandbytes"
+    assert "groups of" in shown(4)

@@ -41,9 +41,9 @@ def raised(measured: Mapping[str, float], limits: LimitsConfig | None) -> list[R
         sound = not math.isnan(value) and (value <= limit if alarm.above else value >= limit)
         if not sound:
             side = "most" if alarm.above else "least"
-            allowed = f"{100 * limit:g}%" if alarm.percent else f"{limit:g}"
             option = f"evaluate.limits.{name}={limit:g}"
-            message = f"{alarm.says.format(value=value)}; at {side} {allowed} ({option})"
+            said = alarm.says.format(value=alarm.written(value))
+            message = f"{said}; at {side} {alarm.written(limit, whole=True)} ({option})"
             flags.append(RaisedAlarm(name, float(value), float(limit), message))
     return flags
 
