@@ -35,7 +35,7 @@ def retention(arguments: dict[str, str | None]) -> int:
     for place in former:
         print(f"  {place.relative_to(ROOT)}: of a variant that was removed from params.yaml")
     if garbage.objects:
-        print(f"objects in DVC's cache that nothing needs, by their MD5:")
+        print("objects in DVC's cache that nothing needs, by their MD5:")
     for name in garbage.objects[:SHOWN]:
         print(f"  {name[:12]}  {garbage.described[name]}")
     if len(garbage.objects) > SHOWN:

@@ -23,8 +23,8 @@ HEADERS = (
 # What the columns of speed are, below the table.
 LEGEND = (
     "tok/s: output tokens a second of one request at a time (batch 1), when serve_smoke asked its questions; load s: start "
-    "of that server.\nThe first row has the float model's, of a session of its own. Beside float in one session, by requests "
-    "at once: speed, in the report."
+    "of that server.\nThe first row has the float model's, of a session of its own. Beside float in one session, by "
+    "requests at once: speed, in the report."
 )
 
 

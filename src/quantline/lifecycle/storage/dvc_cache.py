@@ -108,7 +108,7 @@ def entries_of(cache: Path, path: str, md5: str) -> list[Entry] | None:
 
 
 def described(cache: Path, md5s: Iterable[str]) -> dict[str, str]:
-    """What each object is, for a reader: its size, and its name in a folder, a folder's files, or the stage whose result it is.
+    """What each object is, for a reader: size, and name in a folder, a folder's files, or the stage whose result it is.
 
     A file is named by the folders whose lists are in the cache. Of an object that only a remote has, nothing is known.
     """
