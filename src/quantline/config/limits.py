@@ -12,7 +12,6 @@ from pydantic import Field
 from pydantic_core import PydanticKnownError
 
 from quantline.config.section import Section
-from quantline.core.text import counted, digits, percent
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,6 @@ class Alarm:
     says: str
     above: bool = True
     kind: Literal["number", "share", "token", "file"] = "number"
-
-    def written(self, value: float, *, whole: bool = False) -> str:
-        """A measured value for reading; with `whole` a limit, with all the digits that it was given."""
-        match self.kind:
-            case "share":
-                return f"{100 * value:g} %" if whole else percent(value)
-            case "token" | "file":
-                return counted(value, self.kind)
-            case _:
-                return f"{value:g}" if whole else digits(value, 3)
 
 
 _CHANGED = "the weights have changed since then"
