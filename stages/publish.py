@@ -1,6 +1,10 @@
-"""Publish every variant of the pipeline to MLflow and print the table that compares them: `python -m stages.publish`.
+"""Publish every variant of the pipeline to MLflow and print the table that compares them.
 
 With variant=by-hand/NAME, that manual run is published instead.
+
+Examples:
+    python -m stages.publish
+    python -m stages.publish variant=by-hand/gptq-w3-g128
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Remove unused objects from DVC's cache, and leftovers of removed variants from this checkout.
 
-python -m stages.retention [keep=workspace|branches|tags|commits] [remote=NAME] [apply=true]
-
 Objects of promoted variants are kept. Without apply=true, nothing is removed. See docs/guide/storage.md.
+
+Examples:
+    python -m stages.retention
+    python -m stages.retention keep=branches apply=true
 """
 
 from __future__ import annotations
