@@ -1,9 +1,8 @@
-"""Back up the pipeline's outputs and measurements: DVC's objects, dvc.lock, params.yaml, MLflow's embedded store.
+"""Back up the pipeline's outputs and measurements: DVC's objects, dvc.lock, params.yaml, MLflow's embedded store:
 
-Only files that are new since earlier backups in the folder are copied. See docs/guide/storage.md.
+python -m stages.backup to=DIR
 
-Examples:
-    python -m stages.backup to=/mnt/backup/quantline
+Only files that are new since earlier backups in DIR are copied. See docs/guide/storage.md.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""Tokenize the calibration text, or let the float model write it; every backend gets the same token ids.
-
-Examples:
-    python -m stages.calibrate model=demo
-    python -m stages.calibrate model.path=models/mine calibration=jsonl calibration.path=chats.jsonl
-    python -m stages.calibrate model.path=models/mine calibration=self
-"""
+"""Tokenize the calibration text, or let the float model write it; every backend gets the same token ids."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Print the model card of a variant, as it is uploaded and fetched.
-
-Examples:
-    python -m stages.card variant=gptq-w4-g128
-"""
+"""Print the model card of a variant, as it is uploaded and fetched: `python -m stages.card variant=NAME`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""Check every line of params.yaml before anything runs.
+"""Check every line of params.yaml before anything runs: python -m stages.check
 
 Each line is composed, and where its model is on this machine, also planned as `python -m stages.plan` does. A variant
 that cannot be quantized is refused here, not after the float model has been served and scored.
-
-Examples:
-    python -m stages.check
 """
 
 from __future__ import annotations

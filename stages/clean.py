@@ -1,10 +1,6 @@
-"""Remove results of runs by hand from scratch/.
+"""Remove results of runs by hand from scratch/: `python -m stages.clean older=7d apply=true`.
 
 Without apply=true it only lists them.
-
-Examples:
-    python -m stages.clean older=7d
-    python -m stages.clean run=gptq-w3-g128 apply=true
 """
 
 from __future__ import annotations

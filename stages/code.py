@@ -1,8 +1,4 @@
-"""Write code.yaml: for each stage one hash over the source files that influence its output. DVC watches these hashes.
-
-Examples:
-    python -m stages.code
-"""
+"""Write code.yaml: for each stage one hash over the source files that influence its output. DVC watches these hashes."""
 
 from __future__ import annotations
 

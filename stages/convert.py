@@ -1,9 +1,4 @@
-"""Convert a quantized checkpoint, the pipeline's or one in a folder, to the layout that the serving target reads.
-
-Examples:
-    python -m stages.convert method=gptq bits=4
-    python -m stages.convert source=auto source.path=downloads/model convert.target=compressed_tensors out=converted
-"""
+"""Convert a quantized checkpoint, the pipeline's or one in a folder, to the layout that the serving target reads."""
 
 from __future__ import annotations
 

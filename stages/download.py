@@ -1,9 +1,4 @@
-"""Download the float model, check every file, and record its logits on a fixed probe.
-
-Examples:
-    python -m stages.download model.path=models/mine
-    python -m stages.download model.repo=OWNER/NAME model.revision=COMMIT
-"""
+"""Download the float model, check every file, and record its logits on a fixed probe."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Score the variant with the reference engine and compare it with the float baseline and the served variant.
-
-Examples:
-    python -m stages.evaluate method=gptq bits=8
-    python -m stages.evaluate method=gptq bits=8 evaluate=wikitext2 evaluate.path=wikitext2_test.parquet
-"""
+"""Score the variant with the reference engine and compare it with the float baseline and the served variant."""
 
 from __future__ import annotations
 
@@ -22,11 +17,13 @@ if TYPE_CHECKING:
 @stage("evaluate")
 def evaluate(run: StageRun) -> None:
     from quantline.config.context import window_note
+    from quantline.core.gpu import refuse_more_gpus
     from quantline.data.windows import build_windows
     from quantline.evaluation import evaluate as verdicts
     from quantline.pipeline.fit import positions_of
 
     options = run.config.evaluate
+    refuse_more_gpus("evaluate.gpus", options.gpus, run.device)
     float_model = run.input("download") / "model"
     windows, tools = build_windows(float_model, options), instruments(run)
     with run.output() as out:

@@ -1,8 +1,4 @@
-"""Download a promoted variant: a folder that vLLM serves, with its model card.
-
-Examples:
-    python -m stages.fetch model=quantline-demo alias=production out=models/production
-"""
+"""Download a promoted variant, a folder that vLLM serves: `python -m stages.fetch model=NAME alias=production out=DIR`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,6 @@
 """Start a project in a new folder: conf/, params.yaml, dvc.yaml, the locks of the environments, and the demo model.
 
-With model=PATH the project is about that model instead of the demo.
-
-Examples:
-    python -m stages.init to=project
-    python -m stages.init to=project model=models/mine calibration=chats.jsonl
-    python -m stages.init to=project model=models/mine goal=gpu24
+`quantline init to=DIR` is enough. With model=PATH the project is about that model instead of the demo.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Write inputs.yaml: one hash a stage over the options and files that it reads. DVC reruns what reads a changed one.
-
-Examples:
-    python -m stages.inputs
-"""
+"""Write inputs.yaml: one hash a stage over the options and files that it reads. DVC reruns what reads a changed one."""
 
 from __future__ import annotations
 

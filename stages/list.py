@@ -1,8 +1,4 @@
-"""List the runs that lie here, the pipeline's and those by hand: how far they came, quality, size and age.
-
-Examples:
-    python -m stages.list
-"""
+"""List the runs that lie here, the pipeline's and those by hand: how far they came, quality, size and age."""
 
 from __future__ import annotations
 

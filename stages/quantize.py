@@ -1,10 +1,4 @@
-"""Quantize the float model with one method and one backend, in the backend's environment.
-
-Examples:
-    python -m stages.quantize method=awq
-    python -m stages.quantize method=gptq bits=8 method.desc_act=true
-    python -m stages.quantize method=awq,gptq,rtn --multirun
-"""
+"""Quantize the float model with one method and one backend, in the backend's environment."""
 
 from __future__ import annotations
 
@@ -19,10 +13,12 @@ if TYPE_CHECKING:
 
 @stage("quantize")
 def quantize(run: StageRun) -> None:
+    from quantline.core.gpu import refuse_more_gpus
     from quantline.quantization import layer_errors
     from quantline.quantization import quantize as quantization
 
     run.refuse_float()
+    refuse_more_gpus("quantize.gpus", run.config.quantize.gpus, run.device)
     download, calibration = run.input("download"), run.input_file("calibrate")
     early = layer_errors.early(run.early_side_worker, enabled=run.config.layer_errors.enabled)
     with run.output() as out, run.work_folder() as work, early:

@@ -1,8 +1,4 @@
-"""Serve the variant with vLLM, check its answers to test questions, and score the evaluation text.
-
-Examples:
-    python -m stages.serve_smoke method=gptq bits=4
-"""
+"""Serve the variant with vLLM, check its answers to test questions, and score the evaluation text."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Measure the serving speed of the variant and the float model in one session, with vLLM's benchmark tools.
-
-Examples:
-    python -m stages.speed method=gptq bits=4
-    python -m stages.speed method=gptq bits=4 speed=sweep
-"""
+"""Measure the serving speed of the variant and the float model in one session, with vLLM's benchmark tools."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Evaluate tasks with lm-evaluation-harness, on the server and the reference engine, each compared with the float model.
-
-Examples:
-    python -m stages.tasks method=gptq bits=4
-    python -m stages.tasks method=gptq bits=4 tasks=own tasks.path=questions.jsonl
-"""
+"""Evaluate tasks with lm-evaluation-harness, on the server and the reference engine, each compared with the float model."""
 
 from __future__ import annotations
 

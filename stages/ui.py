@@ -1,9 +1,4 @@
-"""Start the MLflow UI on loopback and print the address of the variants' comparison.
-
-Examples:
-    python -m stages.ui
-    python -m stages.ui 5001
-"""
+"""Start the MLflow UI on loopback and print the address of the variants' comparison: `python -m stages.ui [port]`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,17 @@ def test_every_backend_has_a_module_a_toolchain_with_locks_and_what_it_can_do(ro
     for name, entry in capabilities.table().items():
         assert (root / "src" / "quantline" / "toolchains" / "workers" / "quantizers" / f"{name}.py").is_file(), name
         assert entry["methods"], name
-        keys = {"toolchain", "families", "layers", "lm_head", "low_memory", "dtypes", "resume", "methods"}
+        keys = {
+            "toolchain",
+            "families",
+            "layers",
+            "lm_head",
+            "low_memory",
+            "several_gpus",
+            "dtypes",
+            "resume",
+            "methods",
+        }
         assert set(entry) - {"exceptions"} == keys, name
         if entry["toolchain"] is not None:
             assert entry["toolchain"] in HEALTH_CHECKS
@@ -52,6 +62,10 @@ def test_what_a_backend_cannot_do_is_refused_by_name():
     assert faults("autoawq", replace(GPTQ, method="awq", bits=8))[0] == "bits=8: awq by autoawq takes 4"
     assert "lm_head=quantized: auto_gptq leaves it float" in faults("auto_gptq", replace(GPTQ, lm_head=True))[0]
     assert "can set them by layer" in faults("auto_gptq", replace(GPTQ, layers="widths"))[0]
+    assert (
+        "quantize.gpus=2: gptq by auto_gptq takes 1; llmcompressor can use several"
+        in faults("auto_gptq", replace(GPTQ, gpus=2))[0]
+    )
     assert "low_memory=true: auto_gptq holds the whole model" in faults("auto_gptq", replace(GPTQ, low_memory=True))[0]
     assert "dtype=bfloat16: auto_gptq computes in" in faults("auto_gptq", replace(GPTQ, dtype="bfloat16"))[0]
     assert (

@@ -141,9 +141,10 @@ WINDOW_KEYS = tuple(key for key in PROTOCOL_KEYS if key not in ("name", "level")
 
 
 class EvaluateConfig(ProtocolConfig):
-    """A protocol, how the engines compute it, and further measurements and limits."""
+    """A protocol, how the engines compute it (on how many GPUs), and further measurements and limits."""
 
     batch_tokens: int = Field(ge=1)
+    gpus: int = Field(default=1, ge=1, le=64)
     bootstrap: BootstrapConfig
     engine_tolerance: float = Field(gt=0)
     divergence: DivergenceConfig

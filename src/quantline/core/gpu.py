@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from quantline.core.errors import UserError
+
 
 @dataclass(frozen=True)
 class AcceleratorUse:
@@ -40,6 +42,19 @@ def accelerator_use() -> AcceleratorUse | None:
         return None
     busy = [gpu.utilisation_percent for gpu in gpus if gpu.utilisation_percent is not None]
     return AcceleratorUse(sum(gpu.memory_used_bytes for gpu in gpus), max(busy, default=None))
+
+
+def refuse_more_gpus(option: str, count: int, device: str) -> None:
+    """Refuse more GPUs than this machine has; with device=cpu, there are processes instead.
+
+    Raises:
+        UserError: with the option's name.
+    """
+    found = len(visible_gpus())
+    if device == "cuda" and count > found:
+        raise UserError(
+            f"{option}={count}: this machine shows {found} GPU{'' if found == 1 else 's'}; give at most {found}"
+        )
 
 
 def visible_gpus() -> list[Gpu]:

@@ -21,6 +21,7 @@ from quantline.config.fleet import FleetConfig
 from quantline.config.layer_errors import LayerErrorsConfig
 from quantline.config.method import Backend, LayersConfig, Method
 from quantline.config.promote import PromoteConfig
+from quantline.config.quantize import QuantizeConfig
 from quantline.config.report import ReportConfig
 from quantline.config.section import Section
 from quantline.config.serve import ServeConfig
@@ -60,6 +61,7 @@ class Config(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"]
     lm_head: Literal["float", "quantized"]
     low_memory: bool
+    quantize: QuantizeConfig = QuantizeConfig()
     layers: LayersConfig
     calibration: CalibrationConfig
     layer_errors: LayerErrorsConfig

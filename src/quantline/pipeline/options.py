@@ -53,6 +53,8 @@ def quantize(config: Config, context: Context) -> dict[str, Any]:
     own.update(backends=context.backends, seed=config.seed, threads=config.threads, dtype=config.dtype)
     own.update(coverage=config.layer_errors.model_dump())  # the old name, so that existing results stay valid
     own.update(layers=config.layers.model_dump(), lm_head=config.lm_head, low_memory=config.low_memory)
+    if config.quantize.gpus > 1:
+        own.update(gpus=config.quantize.gpus)
     return {**own, "environment": context.locks["quantizer"]}
 
 
@@ -73,8 +75,8 @@ def verdict(config: Config, context: Context) -> dict[str, Any]:
 
 
 def evaluate(config: Config, context: Context) -> dict[str, Any]:
-    """The text and all measurements on it."""
-    evaluation = config.evaluate.fitted().model_dump()
+    """The text and all measurements on it; the number of GPUs does not change them."""
+    evaluation = config.evaluate.fitted().model_dump(exclude={"gpus"})
     return {**_scored(config, context), "evaluate": evaluation, "environment": context.locks["reference"]}
 
 

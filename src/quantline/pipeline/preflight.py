@@ -79,7 +79,7 @@ def variant_spec(values: Mapping[str, Any]) -> VariantSpec:
     return VariantSpec(
         needs.method, needs.bits, needs.group_size, dict(needs.options), str(values["backend"]),
         tuple(values["layers"]["rules"]), needs.lm_head, needs.low_memory, needs.dtype, str(values["convert"]["target"]),
-        str(values["serve"]["dtype"]), int(values["serve"]["process"]["tensor_parallel_size"]),
+        str(values["serve"]["dtype"]), int(values["serve"]["process"]["tensor_parallel_size"]), needs.gpus,
     )  # fmt: skip
 
 
@@ -222,7 +222,15 @@ def hint(values: Mapping[str, Any], root: Path, options: PlanOptions) -> str | N
     from quantline.pipeline.run import StageRun
 
     defaults = method_defaults(root)
-    usual = {"bits": 4, "group_size": 128, "backend": "auto", "dtype": "auto", "lm_head": "float", "low_memory": False}
+    usual = {
+        "bits": 4,
+        "group_size": 128,
+        "backend": "auto",
+        "dtype": "auto",
+        "lm_head": "float",
+        "low_memory": False,
+        "quantize": {"gpus": 1},
+    }
     try:
         method = {"name": "awq", **defaults["awq"]}
         config = parse({**values, **usual, "method": method, "layers": {"rules": []}})

@@ -93,8 +93,8 @@ _TABLE = (
     ),
     Stage(
         "quantize", ("download", "calibrate"), options.quantize,
-        ("method", "bits", "group_size", "backend", "dtype", "lm_head", "low_memory", "layers", "layer_errors", "seed",
-         "threads", "device", "frozen.backends"), ("quantizer",),
+        ("method", "bits", "group_size", "backend", "dtype", "lm_head", "low_memory", "quantize", "layers", "layer_errors",
+         "seed", "threads", "device", "frozen.backends"), ("quantizer",),
         takes={"calibrate": TOKENS}, exact=True, skipped=is_baseline, compared=True, gated=True, rebuilt=True, kept=False,
     ),
     Stage(
@@ -118,15 +118,10 @@ _TABLE = (
         beside_float=(*(f"tasks.{key}" for key in ITEM_KEYS), "serve.max_model_len"),
     ),
     Stage("speed", ("convert",), options.speed, ("speed", *_SERVING, "device"), ("server",), compared=True),
+    Stage("noise", ("quantize",), options.noise, by_hand=True),
     Stage(
-        "noise", ("quantize",), options.noise,
-        ("noise", "seed", "method", "bits", "group_size", "backend", "layers", "calibration", "evaluate", "device"),
-        by_hand=True,
-    ),
-    Stage(
-        "sensitivity", ("download", "calibrate"), options.sensitivity,
-        ("sensitivity", "method", "group_size", "lm_head", "calibration", "device"), ("reference",),
-        takes={"calibrate": TOKENS}, exact=True, by_hand=True,
+        "sensitivity", ("download", "calibrate"), options.sensitivity, locks=("reference",), takes={"calibrate": TOKENS},
+        exact=True, by_hand=True,
     ),
 )  # fmt: skip
 

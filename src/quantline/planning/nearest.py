@@ -65,6 +65,7 @@ def overrides(candidate: VariantSpec, asked: VariantSpec, defaults: Mapping[str,
 _PLAIN = {
     "backend": "backend", "lm_head": "lm_head", "low_memory": "low_memory", "dtype": "dtype",
     "convert.target": "convert", "serve.dtype": "serve_dtype", "serve.process.tensor_parallel_size": "tensor_parallel_size",
+    "quantize.gpus": "quantize_gpus",
 }  # fmt: skip
 
 
@@ -117,6 +118,7 @@ def _changes(
         ("lm_head", False),
         ("low_memory", False),
         ("dtype", "auto"),
+        ("quantize_gpus", 1),
         ("convert", "auto"),
     ):
         if getattr(variant, key) != plain:

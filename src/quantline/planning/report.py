@@ -12,7 +12,6 @@ from quantline.core.text import binary_size
 from quantline.planning.recommend import Choice, Suggestion
 from quantline.planning.spec import FLOAT, Finding, Machine, Model, Plan
 from quantline.planning.stage_memory import stage_needs
-from quantline.quantization import capabilities
 from quantline.serving.memory import GIB
 
 
@@ -69,6 +68,7 @@ def as_text(plan: Plan, model: Model, machine: Machine, nearest: str | None, rec
         f"model   {model.name}",
         f"variant {name}" + (f", by {plan.backend}" if plan.backend not in ("", "none") else ""),
     ]
+    lines[-1] += f", on {variant.quantize_gpus} GPUs" if variant.quantize_gpus > 1 else ""
     lines += [f"stored  {plan.layout}"] if plan.layout else []
     lines += [f"target  {', '.join(traits)}", ""]
     lines += [_finding_lines(finding) for finding in plan.findings] or ["ok: no known reason against it"]
@@ -89,8 +89,6 @@ def as_text(plan: Plan, model: Model, machine: Machine, nearest: str | None, rec
 
 def _groups(plan: Plan) -> str:
     size = plan.planned.group_size
-    if capabilities.groupless(plan.backend, plan.planned.method, plan.planned.bits):
-        return "one scale a row"
     return "one group a channel" if size == -1 else f"groups of {size}"
 
 

@@ -44,6 +44,7 @@ class VariantSpec:
     convert: str = "auto"
     serve_dtype: str = "auto"
     tensor_parallel_size: int = 1
+    quantize_gpus: int = 1
 
     @property
     def requirements(self) -> Requirements:
@@ -53,7 +54,7 @@ class VariantSpec:
         layers = "widths" if bits or groups else "skip" if self.rules else "none"
         return Requirements(
             self.method, self.bits, self.group_size, self.options, layers, bits, groups, self.lm_head, self.low_memory,
-            self.dtype,
+            self.dtype, self.quantize_gpus,
         )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Requirements:
     lm_head: bool = False
     low_memory: bool = False
     dtype: str = "auto"
+    gpus: int = 1
 
 
 @cache
@@ -117,11 +118,6 @@ def claimed_families() -> frozenset[str]:
     return frozenset(family for families in named for family in families or ())
 
 
-def groupless(backend: str, method: str, bits: int) -> bool:
-    """Whether this width has no groups, so that the group size is ignored (bitsandbytes at 8 bits)."""
-    return backend in table() and bits in able(backend, method).get("groupless_bits", ())
-
-
 def faults(backend: str, requirements: Requirements) -> list[str]:
     """The requirements that a backend does not meet, each with the option's name, its value, and what is allowed."""
     methods = table()[backend]["methods"]
@@ -138,8 +134,8 @@ def faults(backend: str, requirements: Requirements) -> list[str]:
         for bits in all_bits
         if bits not in known["bits"]
     ]
-    ignored = groupless(backend, requirements.method, requirements.bits)
-    sizes = None if ignored else known.get("group_size")
+    # Without groups (bitsandbytes at 8 bits) the group size is ignored.
+    sizes = known.get("group_size") if requirements.bits not in known.get("groupless_bits", ()) else None
     found += [
         f"group_size={size}: {requirements.method} by {backend} takes {alternatives(sizes)}"
         for size in dict.fromkeys((requirements.group_size, *requirements.rule_groups))
@@ -161,6 +157,11 @@ def faults(backend: str, requirements: Requirements) -> list[str]:
     if requirements.low_memory and not known["low_memory"]:
         found.append(
             f"low_memory=true: {backend} holds the whole model; {alternatives(_with('low_memory'))} can hold one layer"
+        )
+    if requirements.gpus > 1 and not known["several_gpus"]:
+        found.append(
+            f"quantize.gpus={requirements.gpus}: {requirements.method} by {backend} takes 1; "
+            f"{alternatives(_with('several_gpus'))} can use several"
         )
     if requirements.dtype not in known["dtypes"]:
         found.append(f"dtype={requirements.dtype}: {backend} computes in {alternatives(known['dtypes'])}")

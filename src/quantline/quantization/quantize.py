@@ -129,6 +129,7 @@ def quantize(
         "device": request.device,
         "dtype": request.requirements.dtype,
         "low_memory": request.requirements.low_memory,
+        "gpus": request.requirements.gpus,
         "work": str(work),
         "probe": str(probe),
         "probe_tolerance": PROBE_TOLERANCE,

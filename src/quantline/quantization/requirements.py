@@ -29,6 +29,7 @@ def requirements_of(values: Mapping[str, Any]) -> capabilities.Requirements:
         options={key: value for key, value in method.items() if key != "name"},
         layers="widths" if bits or groups else "skip" if rules else "none", rule_bits=bits, rule_groups=groups,
         lm_head=values["lm_head"] == "quantized", low_memory=values["low_memory"], dtype=values["dtype"],
+        gpus=int((values.get("quantize") or {}).get("gpus", 1)),
     )  # fmt: skip
 
 

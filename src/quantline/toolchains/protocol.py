@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from quantline.core.files import write_json
 
@@ -41,6 +41,7 @@ WAIT = "--wait"
 # The model name under which a server lists a variant and a worker requests it.
 SERVED_NAME = "quantline"
 _PR_SET_PDEATHSIG = 1
+_FAILED = 4
 
 
 class JobError(Exception):
@@ -141,7 +142,7 @@ def worker_main(
         message = f"{type(error).__name__}: {error}"
         kind = "disk" if os.strerror(errno.ENOSPC) in message else "internal"
         write_json(result_path, {"ok": False, "kind": kind, "message": message})
-        sys.exit(4)
+        sys.exit(_FAILED)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {
         "ok": True,
@@ -152,6 +153,21 @@ def worker_main(
     }
     write_json(result_path, result)
     # Skip the interpreter's shutdown: with torch imported it takes a second, and nothing is left to do.
+    _exit(0)
+
+
+def abandon(kind: str, message: str) -> NoReturn:
+    """End this worker from any thread, at once, with a failure as its result.
+
+    Args:
+        kind: "user", "disk" or "internal", as in the result of a job that fails.
+        message: why.
+    """
+    write_json(Path(sys.argv[2]), {"ok": False, "kind": kind, "message": message})
+    _exit(_FAILED)
+
+
+def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)

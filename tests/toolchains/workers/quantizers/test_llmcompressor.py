@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers, write_safetensors
+from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError
 from quantline.toolchains.workers.quantizers import llmcompressor
 
@@ -22,6 +23,7 @@ FLOATS = {
     "fp8_dynamic": ("fp8", "dynamic", 8, -1), "fp8_static": ("fp8", "static", 8, -1), "fp8_block": ("fp8", "block", 8, 128),
     "nvfp4": ("fp4", "nvfp4", 4, 16), "mxfp4a16": ("fp4", "mxfp4a16", 4, 32), "mxfp8": ("mxfp8", "mxfp8", 8, 32),
 }  # fmt: skip
+MODULE = "quantline.toolchains.workers.quantizers.llmcompressor"
 W8A8 = {"bits": 8, "group_size": -1, "options": {"activation_bits": 8}}
 
 
@@ -253,3 +255,36 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(batch, label, messag
 def test_what_the_library_cannot_do_is_refused_early(values, message):
     with pytest.raises(JobError, match=message):
         llmcompressor.check({"bits": 4, "group_size": 64, **values})
+
+
+@pytest.fixture(scope="module")
+def by_two(work, job_for):
+    """One job by one and by two processes: the result and the output's folder of each."""
+    found = []
+    for gpus in (1, 2):
+        job = job_for("mixtral", f"lc-by-{gpus}", gpus=gpus, method="gptq")
+        found.append((work("llmcompressor", MODULE, job), Checkpoint.open(Path(job["output"]))))
+    return found
+
+
+def test_two_processes_quantize_every_linear_as_well_as_one(by_two):
+    (one, first), (two, second) = by_two
+    places = [sorted((row["layer"], row["module"]) for row in found["layers"]) for found in (one, two)]
+    assert places[0] == places[1]
+    assert len(two["layers"]) == two["metrics"]["linears_quantized"]
+    # Only the order of the sums of the Hessians differs.
+    assert two["metrics"]["probe_quantized_rms"] == pytest.approx(one["metrics"]["probe_quantized_rms"], rel=0.02)
+    assert sorted(first.names) == sorted(second.names)
+    assert sorted(path.name for path in first.folder.iterdir()) == sorted(path.name for path in second.folder.iterdir())
+
+
+def test_the_first_linears_are_the_same_as_by_one_process_so_that_no_sample_was_lost(by_two):
+    for part in "qkv":
+        name = f"model.layers.0.self_attn.{part}_proj.weight_packed"
+        one, two = (checkpoint.tensor(name) for _, checkpoint in by_two)
+        assert np.mean(one != two) < 0.01
+
+
+def test_awq_on_several_processes_without_a_gpu_is_refused(work, job_for):
+    with pytest.raises(UserError, match=r"quantize\.gpus=2: awq by llmcompressor takes 1 on device=cpu"):
+        work("llmcompressor", MODULE, job_for("qwen2", "lc-awq-by-2", gpus=2, method="awq"))

@@ -113,6 +113,10 @@ def outcome(root, tmp_path_factory):
         "f-but-worst": {**common, "checkpoint": str(folder / "f-but-worst")},
         "a third": {**common, "checkpoint": str(folder / "q"), "divergence_tokens": 30},
         "other": {**common, "checkpoint": str(other)},
+        "q by two": {
+            **common, **parts, "checkpoint": str(folder / "q"), "gpus": 2,
+            "restore": {**parts["restore"], "output": str(folder / "two-restored.safetensors")},
+        },
         "probe float": {"checkpoint": str(model), "input_ids": [ids[:32].tolist()]},
         "probe q": {"checkpoint": str(folder / "q"), "input_ids": [ids[:32].tolist()]},
         "one by one": {
@@ -166,6 +170,17 @@ def test_of_a_part_of_the_tokens_the_divergence_is_what_it_is_of_all(outcome):
     measured = ~np.isnan(part["kl"])
     assert 10 < measured.sum() < 70
     assert np.array_equal(part["kl"][measured], whole["kl"][measured])
+
+
+def test_two_processes_find_the_same_as_one_to_the_last_bit(outcome):
+    answers, tensors = outcome
+    one, two = answers["q"], answers["q by two"]
+    assert [one[key] for key in ("states", "generations", "errors", "restored")] == [
+        two[key] for key in ("states", "generations", "errors", "restored")
+    ]
+    for left, right in (("q.out", "q by two.out"), ("restored.safetensors", "two-restored.safetensors")):
+        assert tensors[left].keys() == tensors[right].keys()
+        assert all(np.array_equal(value, tensors[right][key], equal_nan=True) for key, value in tensors[left].items())
 
 
 def test_other_vocabularies_are_refused_with_the_way_out(outcome):

@@ -14,6 +14,10 @@ Bits, groups and skips by linear are its `config_groups` and `ignore`. Differenc
 With activation_bits (W8A8, W4A8, W4AFP8), weights are quantized the same way, and the config tells the runtime to round the
 inputs of each linear per token. Weights of floating-point codes are those of `llmcompressor_floats`. desc_act works within
 fixed groups only: the library has no reordered groups.
+
+With `gpus` above 1, gptq and awq compute on that many GPUs, see `ranks`: each rank calibrates with its share of the samples.
+GPTQ's Hessians are added up, and each rank quantizes a part of the linears; AWQ's statistics are added up, and each rank
+finds the same scales. Sums in another order give other last bits, so that the weights depend on the number of GPUs.
 """
 
 from __future__ import annotations
@@ -22,11 +26,14 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantline.checkpoints.checkpoint import write_safetensors
 from quantline.checkpoints.layouts.choice import compressed_tensors_of, float_scheme
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.quantizers import model, output, selection
+from quantline.toolchains.workers.ranks import Team, team
 
 if TYPE_CHECKING:
     from quantline.toolchains.workers.quantizers.llmcompressor_modifiers import Run
@@ -41,6 +48,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "fp8": {"scheme": "dynamic"}, "fp4": {"scheme": "nvfp4a16"}, "mxfp8": {"scheme": "mxfp8"},
 }  # fmt: skip
 BITS = (2, 3, 4, 8)
+# Methods for several GPUs. On CPUs, AWQ's ranks would divide the weights that they share twice, in place.
+SEVERAL = ("gptq", "awq")
+# Between the names of a linear and of its tensor, in the file that a rank leaves.
+_OF = "\n"
 
 
 def check(job: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -83,6 +94,8 @@ def check(job: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         )
     if options.get("activation_bits") is not None:
         _check_activations(options, widths)
+    if int(job.get("gpus") or 1) > 1 and (method not in SEVERAL or (method == "awq" and job["device"] == "cpu")):
+        raise JobError(f"quantize.gpus={job['gpus']}: {method} by llmcompressor takes 1 on device={job['device']}")
     return method, options
 
 
@@ -108,17 +121,30 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
     """
     config = output.float_config(job["model"])
     method, options = check(job)
-    model.start(job)
+    with team(__spec__.name, job, Path(job["output"])) as ranks:
+        model.start(job)
+        ranks.connect(job["device"])
+        return _run(job, report, config, (method, options), ranks)
+
+
+def _run(
+    job: dict[str, Any], report: Reporter, config: dict[str, Any], asked: tuple[str, dict[str, Any]], ranks: Team
+) -> dict[str, Any]:
     from llmcompressor.modeling.moe.linearize import linearize_moe
 
     from quantline.toolchains.workers.quantizers import llmcompressor_modifiers as modifiers
 
+    method, options = asked
     work = model.load(job, config, translate=False)
+    if ranks.size > 1:
+        from compressed_tensors.offload import from_accelerate
+
+        from_accelerate(work.model)  # the weights that rank 0 has read, in memory that all ranks share
     linearize_moe(work.model)  # experts as separate linears, as in the files
     symmetric = not options["zero_point"] if method == "awq" else bool(options.get("sym", True))
     scheme = float_scheme(method, options)
     layout = compressed_tensors_of(options.get("activation_bits")) if scheme is None else scheme.layout
-    state = modifiers.Run(work, report, options, symmetric, layout)
+    state = modifiers.Run(work, report, options, symmetric, layout, team=ranks)
     _survey(state)
     started = time.perf_counter()
     with library(state):
@@ -128,10 +154,43 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
             from quantline.toolchains.workers.quantizers import llmcompressor_floats
 
             llmcompressor_floats.quantize(state, scheme)
+    if ranks.rank:
+        return _leave(state, ranks)
+    for left in ranks.results():
+        _take_over(state, left)
+    if method == "gptq":
+        modifiers.refuse_unreached(state)
     _clean(state)
     work.metrics["quantize_seconds"] = time.perf_counter() - started
     result = model.finish(work, state.wanted, state.settings())
     return {**result, "layers": state.rows}
+
+
+def _leave(state: Run, ranks: Team) -> dict[str, Any]:
+    """Write this rank's linears for rank 0; returns what goes with them."""
+    assert ranks.folder is not None
+    path = ranks.folder / f"packed.{ranks.rank}.safetensors"
+    packed = state.work.packed
+    write_safetensors(
+        path, {f"{name}{_OF}{key}": array for name, layer in packed.items() for key, array in layer.items()}
+    )
+    # Of AWQ, rank 0 has all linears and rows itself.
+    own = bool(packed)
+    return {"packed": str(path), "rows": state.rows if own else [], "warnings": state.work.warnings if own else []}
+
+
+def _take_over(state: Run, left: Mapping[str, Any]) -> None:
+    """Add another rank's linears; the rows are in the order of the linears."""
+    from safetensors.numpy import load_file
+
+    from quantline.toolchains.workers.quantizers import llmcompressor_modifiers as modifiers
+
+    for key, array in load_file(left["packed"]).items():
+        name, _, own = key.partition(_OF)
+        state.work.packed.setdefault(name, {})[own] = array
+    order = {tuple(modifiers.place(name).values()): number for number, name in enumerate(state.wanted)}
+    state.rows = sorted([*state.rows, *left["rows"]], key=lambda row: order.get((row["layer"], row["module"]), 0))
+    state.work.warnings += [warning for warning in left["warnings"] if warning not in state.work.warnings]
 
 
 def _survey(state: Run) -> None:

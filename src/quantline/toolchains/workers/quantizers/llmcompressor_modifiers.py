@@ -10,15 +10,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from compressed_tensors.offload import disable_offloading, remove_dispatch
+from compressed_tensors.offload import disable_offloading, get_execution_device, remove_dispatch
 from compressed_tensors.quantization import fake_quantize
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-from llmcompressor.modifiers.gptq.helpers import prepare_batch, update_batch_qparams
+from llmcompressor.modifiers.gptq.helpers import make_empty_hessian, prepare_batch, update_batch_qparams
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from pydantic import PrivateAttr
@@ -27,9 +27,7 @@ from torch.utils.data import DataLoader
 from quantline.checkpoints.quantization_config import LayerSettings, describe
 from quantline.toolchains.protocol import JobError, Reporter
 from quantline.toolchains.workers.quantizers import model as _common
-
-if TYPE_CHECKING:
-    pass
+from quantline.toolchains.workers.ranks import Team
 
 _EXPERTS = re.compile(r"^(.*\.experts)\.\d+\.")
 
@@ -41,7 +39,7 @@ def apply(state: Run, modifiers: list[Any], *, targets: list[str] | None = None,
     """
     rows = []
     if tokens:
-        samples = torch.from_numpy(state.work.calibration.astype("int64"))
+        samples = torch.from_numpy(state.work.calibration[state.team.share].astype("int64"))
         rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in samples]
     # Without a processor the library would look for a tokenizer.
     oneshot(
@@ -54,6 +52,44 @@ class Gptq(GPTQModifier):  # type: ignore[misc]
     """GPTQ that raises the damping when the library would round to nearest."""
 
     _run: Any = PrivateAttr(default=None)
+
+    def compress_modules(self) -> None:
+        """Quantize the modules that tokens of any rank have reached."""
+        if self._run.team.folder is None:
+            super().compress_modules()
+            return
+        self._level()
+        modules = list(self._num_samples)
+        super().compress_modules()
+        self._agree(modules)
+
+    def _agree(self, modules: list[Any]) -> None:
+        # On a CPU the library does not wait for the other ranks, and would go on with weights that are not quantized yet.
+        import torch.distributed as dist
+
+        dist.barrier()
+        sums = {self._module_names[module]: float(module.weight.sum(dtype=torch.float64)) for module in modules}
+        found: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, sums)
+        bad = [name for name in sums if len({others[name] for others in found}) > 1]
+        if bad:
+            raise RuntimeError(f"{bad[0]}: the ranks have different weights after it was quantized")
+
+    def _level(self) -> None:
+        # The library deals out the modules of each rank by itself, so that all must have the same ones in the same order.
+        # Experts are reached by the tokens of some ranks only.
+        import torch.distributed as dist
+
+        reached: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(reached, [self._module_names[module] for module in self._num_samples])
+        modules = {name: module for module, name in self._module_names.items()}
+        hessians, counts = dict(self._hessians), dict(self._num_samples)
+        self._hessians.clear()
+        self._num_samples.clear()
+        for module in (modules[name] for name in sorted({name for names in reached for name in names})):
+            device = get_execution_device(module)
+            self._hessians[module] = hessians.get(module, make_empty_hessian(module, device=device))
+            self._num_samples[module] = counts.get(module, torch.zeros((), device=device))
 
     def compress_module_list(self, module_list: list[Any]) -> None:
         """Quantize modules whose Hessians are complete."""
@@ -111,19 +147,28 @@ def gptq(state: Run) -> None:
     """arXiv:2210.17323.
 
     Raises:
-        JobError: a linear's Hessian cannot be inverted, or no token reached it.
+        JobError: a linear's Hessian cannot be inverted.
     """
     modifier = Gptq(
         config_groups=state.schemes(), ignore=state.ignored, actorder="weight" if state.options["desc_act"] else None,
         dampening_frac=state.options["damp_percent"], batched_quantization=None,
     )  # fmt: skip
     modifier._run = state
+    state.places = {name: number for number, name in enumerate(state.wanted)}
     targets = None
     if state.options["true_sequential"]:
         # Tokens are routed to experts at run time, so a layer's experts can only be quantized together.
         paths = [state.paths[name] for name in state.wanted]
         targets = list(dict.fromkeys(found[1] if (found := _EXPERTS.match(path)) else path for path in paths))
     apply(state, [modifier], targets=targets)
+
+
+def refuse_unreached(state: Run) -> None:
+    """Refuse a result of GPTQ that lacks linears.
+
+    Raises:
+        JobError: no token reached a linear.
+    """
     lost = [name for name in state.wanted if name not in state.work.packed]
     if lost:
         raise JobError(
@@ -185,6 +230,8 @@ def awq(state: Run) -> None:
 def _take(state: Run, *, rows: bool = False) -> None:
     """Round weights with the library's scales and its own rounding; the model then has the rounded weights."""
     remove_dispatch(state.work.model)
+    if state.team.rank:  # all ranks have the same scales
+        return
     for name, module in state.wanted.items():
         state.current = name
         if rows:
@@ -215,7 +262,8 @@ class Run:
 
     symmetric: every zero point is the middle one. layout: key in `layouts.LAYOUTS`. wanted: linears to quantize, name ->
     module. floats: modules with a matrix that stays float. paths: name -> the library's name. rows: one per linear, or per
-    scaled layer for awq. current: the current layer.
+    scaled layer for awq. current: the current layer. team: the processes that quantize this model. places: the
+    number of each linear in the order in which they are quantized, where that is known.
     """
 
     work: _common.Work
@@ -228,6 +276,8 @@ class Run:
     paths: dict[str, str] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     current: str = "the first layer"
+    team: Team = field(default_factory=Team)
+    places: dict[str, int] = field(default_factory=dict)
 
     @property
     def ignored(self) -> list[str]:
@@ -237,7 +287,8 @@ class Run:
     def step(self, name: str, total: int) -> None:
         """Start the next of `total` steps, on `name`."""
         self.current = name
-        self.report(len(self.rows), total, name)
+        # With several ranks, this one has a part of the linears only.
+        self.report(self.places.get(name, len(self.rows)), total, name)
 
     def add(self, name: str, weight: Any, scale: Any, zero_point: Any) -> None:
         """Pack one linear: weight (out, in), already rounded; scale (out, groups); zero_point (out, groups), signed."""

@@ -93,8 +93,8 @@ def note_unmasked(work: Work, groups: int) -> None:
 def start(job: Mapping[str, Any]) -> None:
     """Set devices, threads and seeds. Call this before anything imports torch.
 
-    On `cpu` the GPUs are hidden, because the libraries use one if they see it. On `cuda` only one GPU is visible, because
-    AutoAWQ would spread the layers over all of them.
+    On `cpu` the GPUs are hidden, because the libraries use one if they see it. On `cuda` only the job's `gpus` are visible,
+    by default one, because AutoAWQ would spread the layers over all of them.
 
     Raises:
         JobError: a device that does not exist.
@@ -102,14 +102,17 @@ def start(job: Mapping[str, Any]) -> None:
     device = job["device"]
     if device not in ("cpu", "cuda"):
         raise JobError(f"device={device!r}: use cpu or cuda")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible if device == "cuda" else ""
+    gpus = int(job.get("gpus") or 1)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible) if device == "cuda" else ""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise JobError(
             "device=cuda: torch sees no GPU in this toolchain; use device=cpu or a CUDA build of the toolchain"
         )
+    if device == "cuda" and torch.cuda.device_count() < gpus:
+        raise JobError(f"quantize.gpus={gpus}: torch sees {torch.cuda.device_count()} in this toolchain; give as many")
     torch.set_num_threads(int(job["threads"]))
     torch.use_deterministic_algorithms(True, warn_only=True)
     seed = int(job["seed"])
@@ -122,7 +125,8 @@ def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = Tr
     """Read calibration, probe and float model, and check that the model's logits match the reference engine's.
 
     Under dtype=auto: float32 on the CPU (twice as fast there as float16, and exact for bfloat16 sources), float16 on a
-    GPU. `translate`: the library uses transformers 4 and gets a config.json translated to it; False for 5.
+    GPU. A rank other than 0 gets the model without its weights, and checks nothing. `translate`: the library uses
+    transformers 4 and gets a config.json translated to it; False for 5.
 
     Raises:
         JobError: weights are missing or not finite, or the model's logits differ from the reference.
@@ -148,6 +152,8 @@ def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = Tr
     ):
         folder = legacy_copy(job["model"], Path(scratch)) if translate else Path(job["model"])
         settings: dict[str, Any] = {"torch_dtype" if translate else "dtype": dtype}
+        if job.get("rank"):  # the library shares the weights that rank 0 has read
+            settings["device_map"] = "meta"
         config_read = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, **settings, attn_implementation=attention_of(config_read), trust_remote_code=False,
@@ -162,7 +168,7 @@ def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = Tr
             f"{job['model']} lacks {len(names)} tensors that the model needs ({names[0]}); download it again"
         )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
             fits = "use dtype=bfloat16, or device=cpu if the backend takes float16 only"
             remedy = fits if dtype == torch.float16 else "the weights are damaged: run download again"
             raise JobError(f"{name} has infinities or NaN in {dtype}; {remedy}")
@@ -171,7 +177,8 @@ def load(job: Mapping[str, Any], config: dict[str, Any], *, translate: bool = Tr
         work.renamed = lambda name: file_name(name, config["model_type"])
     if info["unexpected_keys"]:
         work.warnings.append(f"left out as not part of the model: {', '.join(sorted(info['unexpected_keys']))}")
-    _check_probe(work)
+    if not job.get("rank"):
+        _check_probe(work)
     work.metrics["load_seconds"] = time.perf_counter() - started
     work.metrics["calibration_tokens"] = int(calibration.size)
     return work

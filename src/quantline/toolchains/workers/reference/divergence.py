@@ -49,14 +49,16 @@ class Apart:
     """How far a model's hidden states are from the float model's: ||H' - H|| / ||H||, summed up over batches."""
 
     def __init__(self) -> None:
-        self._error, self._energy = 0.0, 0.0
+        self.errors: list[float] = []
+        self.energies: list[float] = []
 
     def add(self, floats: Tensor, states: Tensor) -> None:
         """Add float32 (rows, length, width) of both models."""
-        self._error += float((states - floats).double().square().sum())
-        self._energy += float(floats.double().square().sum())
+        self.errors.append(float((states - floats).double().square().sum()))
+        self.energies.append(float(floats.double().square().sum()))
 
     @property
     def relative(self) -> float | None:
-        """The relative difference; None if nothing was added."""
-        return math.sqrt(self._error / self._energy) if self._energy else None
+        """The relative difference; None if nothing was added. The order of the batches does not change it."""
+        energy = math.fsum(self.energies)
+        return math.sqrt(math.fsum(self.errors) / energy) if energy else None

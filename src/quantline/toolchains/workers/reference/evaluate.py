@@ -2,7 +2,8 @@
 longer than much of the work.
 
 Job: checkpoint (folder), windows (safetensors: `input_ids` int32 (tokens,), `offsets` int64 (windows + 1,)), output,
-batch_tokens, device ("cpu" or "cuda") and threads (of the CPU). The output has `logprobs` float32 (tokens,), the natural
+batch_tokens, device ("cpu" or "cuda"), threads (of the CPU) and gpus (processes that score a share of the windows each, see
+`ranks`; the results are the same). The output has `logprobs` float32 (tokens,), the natural
 logarithm of each token's probability given the tokens before it in its window, NaN at the first; and `top1` int32 (tokens,),
 the most likely token at that position, -1 at the first. The other parts are skipped if null or absent:
 
@@ -35,6 +36,7 @@ import numpy as np
 from quantline.checkpoints.checkpoint import write_safetensors
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
+from quantline.toolchains.workers.ranks import Team, team
 from quantline.toolchains.workers.reference import layer_errors
 from quantline.toolchains.workers.reference.engine import check_ids, prepare
 from quantline.toolchains.workers.reference.generating import continue_greedily
@@ -79,9 +81,11 @@ def _sizes(job: Mapping[str, Any], *, beside: bool) -> dict[str, float]:
 
 
 def evaluate(
-    model: StreamedModel, floats: StreamedModel | None, job: Mapping[str, Any], report: Reporter
+    model: StreamedModel, floats: StreamedModel | None, job: Mapping[str, Any], report: Reporter, ranks: Team
 ) -> dict[str, Any]:
     """Run the job's parts; `floats` is None without a baseline. `seconds` has the time of each part.
+
+    Ranks other than 0 only score, and leave their scores to rank 0.
 
     Raises:
         JobError: token ids are outside the vocabulary, or log-probabilities are NaN.
@@ -94,6 +98,8 @@ def evaluate(
     parts = Parts(report, _sizes(job, beside=floats is not None))
     windows = load_file(job["windows"])
     check_ids(model.vocabulary, windows["input_ids"])
+    if ranks.rank:
+        return _leave(model, floats, job, windows, ranks)
 
     @contextmanager
     def timed(part: str) -> Iterator[None]:
@@ -119,7 +125,10 @@ def evaluate(
                 model, floats, scoring.windows(part), len(part["input_ids"]), names, folded=bool(measured["unfolded"])
             )
         batches = scoring.windows(windows, job.get("divergence_tokens"))
-        scores = scoring.score(len(windows["input_ids"]), batches, parts.of("score", "scoring"), restoring)
+        own, tokens = batches[ranks.share], len(windows["input_ids"])
+        scores = scoring.score(tokens, own, parts.of("score", "scoring"), restoring)
+        for left in ranks.results():
+            scores.add(load_file(left["scores"]), left["parts"])
     if restoring is not None:
         seconds["restore"] = scores.beside_seconds
         seconds["score"] -= scores.beside_seconds
@@ -130,8 +139,19 @@ def evaluate(
     if restoring is not None:
         result["restored"], tensors = restoring.result()
         write_safetensors(Path(job["restore"]["output"]), tensors)
-    tokens = len(windows["input_ids"])
-    return {**result, "states": scores.layers, "tokens": tokens, "tokens_per_second": tokens / seconds["score"]}
+    return {**result, "states": scores.states(), "tokens": tokens, "tokens_per_second": tokens / seconds["score"]}
+
+
+def _leave(
+    model: StreamedModel, floats: StreamedModel | None, job: Mapping[str, Any], windows: Mapping[str, Any], ranks: Team
+) -> dict[str, Any]:
+    scoring = Scoring(model, floats, int(job.get("batch_tokens", 4096)))
+    own = scoring.windows(windows, job.get("divergence_tokens"))[ranks.share]
+    scores = scoring.score(len(windows["input_ids"]), own, Reporter())
+    assert ranks.folder is not None
+    path = ranks.folder / f"scores.{ranks.rank}.safetensors"
+    write_safetensors(path, scores.tensors())
+    return {"scores": str(path), "parts": scores.sums()}
 
 
 def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
@@ -142,12 +162,12 @@ def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
     """
     import torch
 
-    device = prepare(job)
     try:
-        with torch.inference_mode():
+        with team(__spec__.name, job, Path(job["output"]).parent) as ranks, torch.inference_mode():
+            device = ranks.device(prepare(job))
             model = StreamedModel(Path(job["checkpoint"]), device)
             floats = StreamedModel(Path(job["baseline"]), device) if job.get("baseline") else None
-            return evaluate(model, floats, job, report)
+            return evaluate(model, floats, job, report, ranks)
     except UserError as error:
         raise JobError(str(error)) from error
 

@@ -70,19 +70,37 @@ class Scores:
         kl: float32 (tokens,), KL(float || checkpoint) in nats, NaN at the start of a window and where not computed; None
             without a float model.
         beside_seconds: what `beside` took of the time.
-        layers: a row for each part: its name, and `state_error`, how far its output is from the float model's.
+        parts: how far the output of each part is from the float model's.
     """
 
     logprobs: NDArray[np.float32]
     top1: NDArray[np.int32]
     kl: NDArray[np.float32] | None
     beside_seconds: float = 0.0
-    layers: list[dict[str, Any]] = field(default_factory=list)
+    parts: dict[str, Apart] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """What is written."""
         kept: dict[str, NDArray[Any]] = {"logprobs": self.logprobs, "top1": self.top1}
         return kept if self.kl is None else {**kept, "kl": self.kl}
+
+    def states(self) -> list[dict[str, Any]]:
+        """A row for each part: its name, and `state_error`, the relative difference from the float model."""
+        return [{"name": name, "state_error": apart.relative} for name, apart in self.parts.items()]
+
+    def sums(self) -> dict[str, list[list[float]]]:
+        """What `add` takes of each part, as plain values."""
+        return {name: [apart.errors, apart.energies] for name, apart in self.parts.items()}
+
+    def add(self, tensors: Mapping[str, NDArray[Any]], sums: Mapping[str, list[list[float]]]) -> None:
+        """Add what another process has scored, of the same windows but in other batches."""
+        scored = tensors["top1"] >= 0
+        for name, own in self.tensors().items():
+            own[scored] = tensors[name][scored]
+        for name, (errors, energies) in sums.items():
+            apart = self.parts.setdefault(name, Apart())
+            apart.errors += errors
+            apart.energies += energies
 
 
 def plan_batches(offsets: NDArray[np.int64], batch_tokens: int) -> list[NDArray[np.int64]]:
@@ -152,14 +170,13 @@ class Scoring:
         own, base = self._own, self._base
         total, done = len(own.skeleton.parts) * len(batches), 0
         while batches and (part := own.next_part(batches[0].own)) is not None:
-            apart = Apart()
+            apart = kept.parts[part] = Apart()
             for batch in batches:
                 states = own.advance(batch.own)
                 if base is not None and batch.base is not None:
                     apart.add(first_tensor(base.advance(batch.base)), first_tensor(states))
                 report(done := done + 1, total, part)
             if base is not None:
-                kept.layers.append({"name": part, "state_error": apart.relative})
                 if beside is not None:
                     with _timed(kept):
                         beside.advance(part)
