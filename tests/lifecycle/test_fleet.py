@@ -85,7 +85,7 @@ def test_a_fleet_has_a_server_for_each_variant_and_each_answers_to_every_precisi
         assert set(start.names[1:]) == {"high", "medium", "low", "tiny"}
         flags = start.options().proven
         assert flags[flags.index("--served-model-name") + 1 :][:2] == (start.names[0], "high")
-        assert start.process.host == "127.0.0.1"
+        assert start.server.process.host == "127.0.0.1"
 
 
 def test_a_queue_is_limited_where_a_request_can_go_on_and_not_at_the_end_of_a_chain(made):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from threading import Thread
 
 import fake_fleet
@@ -67,7 +68,10 @@ def test_a_reload_adds_and_removes_variants_and_no_request_is_lost(up, typed, ca
     start = running.keepers["w4"].start
     port = free_port("127.0.0.1")
     fresh = start.model_copy(
-        update={"names": ("w2", *start.names[1:]), "process": start.process.model_copy(update={"port": port})}
+        update={
+            "names": ("w2", *start.names[1:]),
+            "server": replace(start.server, process=start.server.process.model_copy(update={"port": port})),
+        }
     )
     variants = (*[one for one in before.variants if one.name != "w8"], Variant(name="w2", port=port))
     chains = {"high": ("float",), "medium": ("float",), "low": ("w2", "w4", "float")}

@@ -10,6 +10,7 @@ import sections
 from checkout_paths import ROOT
 
 from quantline.config.fleet import EndpointConfig, HealthConfig
+from quantline.serving.command import ServerOptions
 from quantline.serving.fleet.running import RunningFleet
 from quantline.serving.fleet.servers import Start
 from quantline.serving.fleet.spec import Fleet, Variant
@@ -41,7 +42,7 @@ def make(place: Path, **changes) -> tuple[Fleet, list[Start]]:
     starts = [
         Start(
             names=(name, *fleet.precisions), python=str(python), folder=str(model), log=str(place / f"{name}.log"),
-            process=process.model_copy(update={"port": ports[name]}),
+            server=ServerOptions(process.model_copy(update={"port": ports[name]})),
         )
         for name in NAMES
     ]  # fmt: skip

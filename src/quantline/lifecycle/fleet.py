@@ -257,9 +257,7 @@ def _fleet(
 def _start(name: str, options: ServerOptions, vllm: Vllm, names: Sequence[str], member: Member) -> Start:
     return Start(
         names=(name, *names), python=str(vllm.python.absolute()), folder=str(member.subject.folder), log="",
-        process=options.process, device=options.device, dtype=options.dtype, max_model_len=options.max_model_len,
-        enforce_eager=options.enforce_eager, trust_remote_code=options.trust_remote_code, threads=options.threads,
-        kv_cache_dtype=options.kv_cache_dtype, environment=dict(options.environment), proven=options.proven,
+        server=options,
     )  # fmt: skip
 
 

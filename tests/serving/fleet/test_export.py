@@ -11,6 +11,7 @@ import sections
 import yaml
 
 from quantline.config.fleet import EndpointConfig
+from quantline.serving.command import ServerOptions
 from quantline.serving.fleet import export
 from quantline.serving.fleet.servers import Start
 from quantline.serving.fleet.spec import Fleet, Key, Variant
@@ -26,9 +27,11 @@ FLEET = Fleet(
 def starts(device="cuda"):
     return [
         Start(
-            names=(variant.name, "low"), python="python", folder=f"/models/{variant.name}", log="", device=device,
-            process=sections.server(tensor_parallel_size=2).process, queued_requests=4,
-            environment={"CUDA_VISIBLE_DEVICES": "0,1"} if device == "cuda" else {},
+            names=(variant.name, "low"), python="python", folder=f"/models/{variant.name}", log="", queued_requests=4,
+            server=ServerOptions(
+                sections.server(tensor_parallel_size=2).process, device=device,
+                environment={"CUDA_VISIBLE_DEVICES": "0,1"} if device == "cuda" else {},
+            ),
         )
         for variant in FLEET.variants
     ]  # fmt: skip

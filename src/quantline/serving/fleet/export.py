@@ -99,7 +99,7 @@ def compose(fleet: Fleet, starts: Sequence[Start], folder: Path) -> dict[str, An
     for start in starts:
         services[service_name(start.names[0])] = {
             "image": VLLM_IMAGE, "command": arguments(start), "restart": "unless-stopped", "ipc": "host",
-            "volumes": [f"{start.folder}:{MODEL}:ro"], "environment": {**_server_environment(), **start.environment},
+            "volumes": [f"{start.folder}:{MODEL}:ro"], "environment": {**_server_environment(), **start.server.environment},
             "healthcheck": {
                 "test": ["CMD", "curl", "-sf", f"http://127.0.0.1:{SERVER_PORT}/health"], "interval": "10s",
                 "timeout": "5s", "retries": 3, "start_period": "600s",
@@ -118,9 +118,9 @@ def compose(fleet: Fleet, starts: Sequence[Start], folder: Path) -> dict[str, An
 
 
 def _compose_gpus(start: Start) -> Mapping[str, Any]:
-    if start.device != "cuda":
+    if start.server.device != "cuda":
         return {}
-    ids = start.environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    ids = start.server.environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")
     device = {"driver": "nvidia", "device_ids": ids, "capabilities": ["gpu"]}
     return {"deploy": {"resources": {"reservations": {"devices": [device]}}}}
 
@@ -142,14 +142,14 @@ def kubernetes(fleet: Fleet, starts: Sequence[Start], keys: Sequence[Key]) -> li
     for start in starts:
         own = service_name(start.names[0])
         environment = [{"name": key, "value": value} for key, value in _server_environment().items()]
-        gpus = {"resources": {"limits": {"nvidia.com/gpu": start.process.tensor_parallel_size}}}
+        gpus = {"resources": {"limits": {"nvidia.com/gpu": start.server.process.tensor_parallel_size}}}
         container: dict[str, Any] = {
             "name": "vllm", "image": VLLM_IMAGE, "args": arguments(start), "env": environment,
             "ports": [{"containerPort": SERVER_PORT}],
             "volumeMounts": [{"name": "model", "mountPath": MODEL, "readOnly": True}],
             "startupProbe": {**_probe("/health", SERVER_PORT), "failureThreshold": 120},
             "livenessProbe": {**_probe("/health", SERVER_PORT), "failureThreshold": 6},
-            **(gpus if start.device == "cuda" else {}),
+            **(gpus if start.server.device == "cuda" else {}),
         }  # fmt: skip
         volume = {"name": "model", "persistentVolumeClaim": {"claimName": own, "readOnly": True}}
         found += [_deployment(own, container, volume), _service(own, SERVER_PORT)]

@@ -183,7 +183,7 @@ class RunningFleet:
         for keeper in keepers:
             keeper.begin()
             waiting.append(keeper)
-            if keeper.start.device == "cuda":
+            if keeper.start.server.device == "cuda":
                 self._await([keeper])
         self._await(waiting)
 

@@ -8,11 +8,8 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pydantic import Field
-
 from quantline.config.fleet import RestartConfig
 from quantline.config.section import Section
-from quantline.config.serve import ProcessConfig
 from quantline.core.errors import QuantlineError
 from quantline.serving.command import ServerOptions, flags_of
 from quantline.serving.running import Server
@@ -26,35 +23,21 @@ class Start(Section):
     """How one server is started; plain, so that a running fleet can be told of it.
 
     names: under which requests ask for it, its own first. folder: the checkpoint. queued_requests, queued_tokens: that may
-    wait in it; None is no limit. more: flags that come last. proven: the flags with which serve_smoke served it. The rest is
-    as in `ServerOptions`.
+    wait in it; None is no limit. more: flags that come last. server: its options; the name there is not used.
     """
 
     names: tuple[str, ...]
     python: str
     folder: str
     log: str
-    process: ProcessConfig
-    device: str = "cpu"
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    enforce_eager: bool = True
-    trust_remote_code: bool = False
-    threads: int | None = None
-    kv_cache_dtype: str = "auto"
-    environment: dict[str, str] = Field(default={})
-    proven: tuple[str, ...] | None = None
+    server: ServerOptions
     queued_requests: int | None = None
     queued_tokens: int | None = None
     more: tuple[str, ...] = ()
 
     def options(self) -> ServerOptions:
         """The server's options, with every name under which it answers and the limits of its queue."""
-        options = ServerOptions(
-            self.process, device=self.device, dtype=self.dtype, max_model_len=self.max_model_len,
-            enforce_eager=self.enforce_eager, trust_remote_code=self.trust_remote_code, threads=self.threads,
-            kv_cache_dtype=self.kv_cache_dtype, environment=self.environment, name=self.names[0], proven=self.proven,
-        )  # fmt: skip
+        options = replace(self.server, name=self.names[0])
         # The last time that an option is given counts for vLLM, so that this adds names to the one that is always given.
         flags = [*flags_of(options), "--served-model-name", *self.names]
         flags += self.more

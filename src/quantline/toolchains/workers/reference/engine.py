@@ -14,7 +14,7 @@ same way. Job: `checkpoint` (folder), `input_ids` (list of equally long lists, o
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.checkpoint import write_safetensors
+from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.reference.skeleton import Skeleton
 from quantline.toolchains.workers.reference.streaming import StreamedModel
@@ -68,6 +69,29 @@ def prepare(job: Mapping[str, Any]) -> str:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return device
+
+
+Measure = Callable[[StreamedModel, Mapping[str, Any], Reporter], dict[str, Any]]
+
+
+def measuring(measure: Measure) -> Callable[[Mapping[str, Any], Reporter], dict[str, Any]]:
+    """The `run` of a worker that measures something of the job's `model`, which is computed part by part.
+
+    Raises, when it runs:
+        JobError: the model is refused, or `measure` refuses.
+    """
+
+    def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
+        import torch
+
+        device = prepare(job)
+        try:
+            with torch.inference_mode():
+                return measure(StreamedModel(Path(job["model"]), device), job, report)
+        except UserError as error:
+            raise JobError(str(error)) from error
+
+    return run
 
 
 def _probe_ids(given: Any) -> NDArray[np.int32]:

@@ -31,7 +31,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,9 +39,8 @@ from numpy.typing import NDArray
 from quantline.checkpoints.float_view import FloatView
 from quantline.checkpoints.linears import place_of
 from quantline.checkpoints.model_parts import MOST_LOGITS
-from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
-from quantline.toolchains.workers.reference.engine import prepare
+from quantline.toolchains.workers.reference.engine import measuring
 from quantline.toolchains.workers.reference.folded_scales import folds, unfold
 from quantline.toolchains.workers.reference.linear_locations import (
     EXPERT,
@@ -349,20 +347,7 @@ def _samples(path: str, vocabulary: int, key: str = "input_ids") -> NDArray[np.i
     return tokens
 
 
-def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
-    """Run one job, see the module's description.
-
-    Raises:
-        JobError: the model is refused, or `measure` refuses.
-    """
-    import torch
-
-    device = prepare(job)
-    try:
-        with torch.inference_mode():
-            return measure(StreamedModel(Path(job["model"]), device), job, report)
-    except UserError as error:
-        raise JobError(str(error)) from error
+run = measuring(measure)
 
 
 def imports() -> None:

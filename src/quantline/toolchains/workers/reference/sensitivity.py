@@ -15,17 +15,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quantline.checkpoints.layouts.linear_spec import LayerSettings
 from quantline.checkpoints.linears import place_of
-from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError, Reporter, worker_main
 from quantline.toolchains.workers.reference.divergence import kl_divergence
-from quantline.toolchains.workers.reference.engine import check_ids, prepare
+from quantline.toolchains.workers.reference.engine import check_ids, measuring
 from quantline.toolchains.workers.reference.linear_locations import Linear, locate
 from quantline.toolchains.workers.reference.nearest import rounded
 from quantline.toolchains.workers.reference.streaming import Batch, StreamedModel, first_tensor
@@ -160,20 +158,7 @@ def measure(model: StreamedModel, job: Mapping[str, Any], report: Reporter) -> d
     }  # fmt: skip
 
 
-def run(job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
-    """Run one job, see the module's description.
-
-    Raises:
-        JobError: the model is refused, or `measure` refuses.
-    """
-    import torch
-
-    device = prepare(job)
-    try:
-        with torch.inference_mode():
-            return measure(StreamedModel(Path(job["model"]), device), job, report)
-    except UserError as error:
-        raise JobError(str(error)) from error
+run = measuring(measure)
 
 
 if __name__ == "__main__":
