@@ -47,6 +47,7 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.pipeline.config import parse
     from quantline.pipeline.fit import remedy_with_model
     from quantline.pipeline.hydra_values import plain
+    from quantline.pipeline.overrides import with_variant
     from quantline.pipeline.run import StageRun
     from quantline.planning.nearest import nearest
     from quantline.planning.preflight import check
@@ -54,16 +55,17 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.planning.report import as_json, as_text
     from quantline.planning.stage_memory import stage_needs, too_large
 
-    options, values = preflight.plan_options(arguments), plain(cfg)
+    options, values, given = preflight.plan_options(arguments), plain(cfg), tuple(HydraConfig.get().overrides.task)
     if values["variant"] is not None and values.get("frozen") is None:
-        values = _line_of(values["variant"], HydraConfig.get().overrides.task)
+        values, given = _line_of(values["variant"], given), ()
     unpinned = preflight.pinned(values["model"])
     try:
         config = parse(values)
     except ConfigError as error:
         near = preflight.hint(values, ROOT, options)
+        near = near and with_variant(given, near)
         raise UserError(f"{error}\n  the nearest that works: {near}" if near else str(error)) from None
-    run = StageRun("plan", config, ROOT, tuple(HydraConfig.get().overrides.task))
+    run = StageRun("plan", config, ROOT, given)
     model, place, defaults = (
         preflight.model_of(run, remote=True),
         preflight.machine_of(config, ROOT, options),
@@ -73,6 +75,7 @@ def plan(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     variant = preflight.variant_spec(config.model_dump())
     found = check(variant, model, place)
     near = None if found.passes() else nearest(variant, model, place, defaults)
+    near = near and with_variant(given, near)
     lengths = preflight.length_findings(config, model)
     fits = not any(finding.refused for finding in lengths)  # otherwise the stages would say that again of the texts
     texts = (*preflight.text_findings(run, read=fits), *preflight.calibration_findings(run))

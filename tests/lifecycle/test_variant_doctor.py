@@ -66,6 +66,14 @@ def test_what_the_server_refuses_and_what_does_not_fit_is_told(made):
     assert "it was never served" in causes(made(without=["serve_smoke"])[1], LOADING)
 
 
+def test_a_class_that_is_served_in_bfloat16_is_not_said_to_be_refused_in_float16(made, serves_4_bits):
+    def spoil(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Gemma2ForCausalLM"]}))
+
+    assert "this server does not serve it on this machine" not in causes(made(spoil)[1], LOADING)
+
+
 def test_alarms_are_read_together_as_one_cause(made):
     rows = [
         {"name": "model.layers.0.mlp.down_proj", "recovered_kl_share": 0.3},

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from quantline.core.errors import UserError
-from quantline.pipeline.overrides import key_of, refuse_repeated, split, typed, with_home
+from quantline.pipeline.overrides import key_of, refuse_repeated, split, typed, with_home, with_variant
 
 
 def test_the_option_of_an_override_is_known_in_all_of_hydras_forms():
@@ -63,3 +63,18 @@ def test_a_command_takes_a_path_in_the_users_home(root, tmp_path):
     )  # fmt: skip
     assert told.returncode == 2
     assert f"{tmp_path}/none: is not a folder" in told.stderr
+
+
+def test_another_variant_keeps_what_was_typed_of_the_model_the_texts_and_the_server():
+    given = [
+        "model.path=/my model",
+        "method=gptq",
+        "bits=3",
+        "++method.desc_act=true",
+        "serve.dtype=float32",
+        "convert.for=vllm",
+    ]
+    line = with_variant(given, "method=gptq bits=4 group_size=128 serve.dtype=bfloat16")
+    assert line == "'model.path=/my model' convert.for=vllm method=gptq bits=4 group_size=128 serve.dtype=bfloat16"
+    assert with_variant(["layers=mixed", "layers.gate=x"], "method=rtn layers=uniform") == "method=rtn layers=uniform"
+    assert with_variant([], "method=float") == "method=float"

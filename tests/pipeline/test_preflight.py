@@ -35,7 +35,9 @@ def test_the_preflight_runs_before_the_quantize_stage_computes(root, composed, m
     assert preflight(run_of(composed, root, *own)) == []
     (note,) = preflight(run_of(composed, root, *own, "method=gptq", "bits=8"))
     assert "GPTQ with 4 bits only" in note
-    with pytest.raises(RefusedError, match="nearest that works: method=gptq bits=4 group_size=128"):
+    with pytest.raises(
+        RefusedError, match=rf"nearest that works: .*model.path={model} .*method=gptq bits=4 group_size=128"
+    ):
         preflight(run_of(composed, root, *own, "method=gptq", "bits=8", "convert.for=vllm"))
     with pytest.raises(RefusedError, match="group_size=1024: does not divide"):
         preflight(run_of(composed, root, *own, "method=gptq", "group_size=1024"))
@@ -92,6 +94,17 @@ def test_what_is_broken_beside_the_weights_is_refused_in_the_words_of_the_downlo
         said.append(str(caught.value))
     assert said[0] == said[1]
     assert said[0].startswith(f"{folder}: {words}")
+
+
+def test_a_type_that_the_reference_engine_does_not_build_is_refused_before_the_download(
+    root, composed, model, tmp_path
+):
+    folder = shutil.copytree(model, tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="aya_vision", architectures=["AyaVisionForConditionalGeneration"])
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"{folder}: model_type=aya_vision .*toolchains\.reference=PYTHON"):
+        model_of(run_of(composed, root, *on(folder)))
 
 
 def test_a_machine_that_only_quantizes_needs_no_server(root, composed, model):

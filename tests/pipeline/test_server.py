@@ -13,6 +13,21 @@ def test_a_server_is_started_with_the_options_of_the_variant(composed, quantized
     assert (options.device, options.dtype, options.max_model_len, options.enforce_eager) == ("cpu", dtype, 600, True)
 
 
+@pytest.mark.parametrize(
+    ("named", "text_only"),
+    [
+        (["Gemma3ForConditionalGeneration"], True),
+        (["InternVLChatModel"], True),
+        (["Qwen2ForCausalLM"], False),
+        ([], False),
+    ],
+)
+def test_a_model_that_takes_images_is_served_for_text_alone(composed, named, text_only):
+    model = {"architectures": named, "auto_map": {"AutoModel": "its.Own"}}
+    options = options_of(parse(composed("serve.max_model_len=600")), "cpu", quantized=True, model=model)
+    assert options.text_only == text_only
+
+
 def test_answers_that_are_measured_never_share_a_cache(composed):
     config = parse(composed("serve.process.enable_prefix_caching=true"))
     assert not options_of(config, "cpu", quantized=True).process.enable_prefix_caching

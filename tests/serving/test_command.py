@@ -9,17 +9,19 @@ from quantline.serving.command import command_line, vllm_line
 
 def test_the_command_line_trusts_no_remote_code_and_ignores_the_sampling_defaults_of_the_checkpoint(tmp_path):
     command = command_line(tmp_path / "python", tmp_path, sections.server(max_model_len=99, kv_cache_gib=0.5), 8123)
-    assert "--trust-remote-code" not in command
+    assert not {"--trust-remote-code", "--language-model-only"} & set(command)
     for name, value in [
         ("--port", "8123"), ("--host", "127.0.0.1"), ("--max-model-len", "99"), ("--served-model-name", "quantline"),
         ("--generation-config", "vllm"), ("--kv-cache-memory-bytes", str(2**29)),
     ]:  # fmt: skip
         assert command[command.index(name) + 1] == value
     assert "--gpu-memory-utilization" not in command
-    more = sections.server(device="cuda", trust_remote_code=True, enforce_eager=False, extra_args=["--seed", "1"])
+    more = sections.server(
+        device="cuda", trust_remote_code=True, text_only=True, enforce_eager=False, extra_args=["--seed", "1"]
+    )
     command = command_line(tmp_path / "python", tmp_path, more, 8123)
     assert command[-2:] == ["--seed", "1"]
-    assert {"--trust-remote-code", "--gpu-memory-utilization"} <= set(command)
+    assert {"--trust-remote-code", "--language-model-only", "--gpu-memory-utilization"} <= set(command)
     assert "--enforce-eager" not in command
 
 

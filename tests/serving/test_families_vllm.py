@@ -1,7 +1,8 @@
 """Families as tiny random models: the real server scores tokens as the reference engine does, or a rule speaks against it.
 
-A few families are asked, those where rules speak or spoke. QUANTLINE_ALL_FAMILIES=1 asks all that capabilities.yaml claims,
-in every layout, which takes half an hour. Some load only with what stands in for packages of the environment.
+A few families are asked, those where rules speak or spoke. QUANTLINE_ALL_FAMILIES=1 asks all that capabilities.yaml claims
+and all that take images, too, in every layout, which takes an hour; QUANTLINE_ALL_FAMILIES=llama,gemma3 asks these. Some
+load only with what stands in for packages of the environment.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from checkout_paths import interpreter
 from safetensors.numpy import load_file
 from tiny_model import write_tokenizer
 
+from quantline.checkpoints.model_config import WITH_IMAGES
 from quantline.config.convert import ConvertConfig
 from quantline.conversion.convert import convert
 from quantline.pipeline.preflight import method_defaults
@@ -28,17 +30,19 @@ from quantline.planning.spec import Machine, Model, VariantSpec
 from quantline.quantization import capabilities
 from quantline.quantization.quantize import Request, quantize
 from quantline.serving.logprobs import score
-from quantline.serving.rules import Target, architecture_of, cpu_traits, rules, serving_dtype
+from quantline.serving.rules import Target, architecture_of, cpu_traits, rules, serves_text_alone, serving_dtype
 from quantline.serving.server import serve
 from quantline.toolchains import environments
 from quantline.toolchains.toolchain import worker_environment
 
-pytestmark = [pytest.mark.toolchain("vllm"), pytest.mark.toolchain("reference")]
+ALL = os.environ.get("QUANTLINE_ALL_FAMILIES", "")
+pytestmark = [
+    pytest.mark.toolchain("vllm"), pytest.mark.toolchain("reference"), pytest.mark.timeout(4 * 3600 if ALL else 900),
+]  # fmt: skip
 
 OPTIONS = sections.server(dtype="bfloat16", max_model_len=129, kv_cache_gib=0.25, threads=1)
-ALL = bool(os.environ.get("QUANTLINE_ALL_FAMILIES"))
 # Layout -> whether the weights are symmetric.
-LAYOUTS = {"gptq": True, "awq": False, "compressed_tensors": True}
+LAYOUTS = {"gptq": True, "awq": False, "compressed_tensors": True, "zero_points": False}
 # Of the deviation of the log-probabilities. Half precision and routers that then choose other experts came to 0.25,
 # attention with wrong heads to 1.1.
 WRONG = 0.5
@@ -62,18 +66,31 @@ class Case:
         if self.layout is None:
             return VariantSpec("float", serve_dtype=self.dtype)
         options = {"sym": LAYOUTS[self.layout]}
-        return VariantSpec("rtn", 4, 32, options, "native", self.rules, convert=self.layout, serve_dtype=self.dtype)
+        return VariantSpec("rtn", 4, 32, options, "native", self.rules, convert=self.target, serve_dtype=self.dtype)
+
+    @property
+    def target(self) -> str:
+        """Of the conversion."""
+        return "compressed_tensors" if self.layout == "zero_points" else str(self.layout)
 
 
 # No linears of their own, so plan asks for a rule.
-STACKS = {"granitemoe": ("*.input_linear", "*.output_linear"), "gpt_oss": ("*.experts.*",)}
+STACKS = {
+    "granitemoe": ("*.input_linear", "*.output_linear"), "gpt_oss": ("*.experts.*",), "aria": ("*.experts.*",),
+    "llama4": ("*.experts.*",),
+}  # fmt: skip
 FEW = [
     Case("bloom", "gptq"), Case("bloom", "compressed_tensors", ("*.query_key_value",)),
     Case("granitemoe", "gptq", STACKS["granitemoe"]), Case("granitemoe", "compressed_tensors", STACKS["granitemoe"]),
     Case("qwen3_moe", "awq", ("*.experts.*",)), Case("stablelm", "gptq"), Case("stablelm", "awq"), Case("mamba"),
     Case("gpt_bigcode"), Case("bamba"), Case("qwen3_5_text", "gptq"), Case("qwen3_5_text", "gptq", dtype="float16"),
-    Case("gemma2", "gptq"), Case("apertus", "gptq"), Case("apertus", "gptq", dtype="float16"),
+    Case("gemma2", "gptq"), Case("apertus", "gptq"), Case("apertus", "gptq", dtype="float16"), Case("qwen2_5_vl"),
+    Case("qwen2_5_vl", "gptq"), Case("qwen2_5_vl", "awq"), Case("qwen2_5_vl", "compressed_tensors"), Case("gemma3", "gptq"),
+    Case("mistral3", "gptq"), Case("llama4"), Case("llama4", "gptq", STACKS["llama4"]), Case("lfm2_vl", "gptq"),
+    Case("llama4", "compressed_tensors", STACKS["llama4"]), Case("llama4", "zero_points", STACKS["llama4"]),
 ]  # fmt: skip
+# Causal LMs by their type that take images, too.
+WHOLE = ("gemma3", "gemma4", "qwen3_5")
 CLAIMED = sorted(
     {
         kind for backend, entry in capabilities.table().items() if entry["toolchain"]
@@ -82,9 +99,12 @@ CLAIMED = sorted(
 )  # fmt: skip
 EVERY = [
     Case(family, layout, STACKS.get(family, ()) if layout else ())
-    for family in [*CLAIMED, "falcon", "gpt2", "gpt_oss", "granitemoe", "mamba"] for layout in (None, *LAYOUTS)
+    for family in [*CLAIMED, "falcon", "gpt2", "gpt_oss", "granitemoe", "mamba", *sorted(WITH_IMAGES), *WHOLE]
+    for layout in (None, *LAYOUTS)
 ]  # fmt: skip
-CASES = list(dict.fromkeys([*EVERY, *FEW])) if ALL else FEW
+CASES = [
+    case for case in dict.fromkeys([*EVERY, *FEW]) if (case.family in ALL.split(",") or ALL == "1" if ALL else case in FEW)
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +195,7 @@ def checkpoints(families, planned, tmp_path_factory):
             request, model=source / "model", probe=source / "probe.safetensors",
             calibration=source / "tokens.safetensors", out=rounded, work=rounded, run_worker=no_worker,
         )  # fmt: skip
-        convert(rounded, made[case], ConvertConfig(target=case.layout))
+        convert(rounded, made[case], ConvertConfig(target=case.target))
     return made
 
 
@@ -226,7 +246,7 @@ def served(root, python, checkpoints, expected, tmp_path_factory):
     job = [
         {"path": str(place), "ids": expected[case][0], "dtype": serving_dtype(
             case.dtype, quantized=case.layout is not None, architecture=architecture_of(config_of(place))
-        )} for case, place in checkpoints.items()
+        ), "text_only": serves_text_alone(config_of(place))} for case, place in checkpoints.items()
     ]  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job))
     command = [python, root / "tests" / "support" / "vllm_answers.py", folder / "job.json", folder / "result.json"]
@@ -245,6 +265,8 @@ def config_of(folder: Path) -> Any:
 
 
 def test_every_rule_about_a_class_is_seen_at_work(planned):
+    if ALL not in ("", "1"):
+        pytest.skip("only some families are asked")
     about = {rule.id for rule in rules() if "architecture" in rule.when}
     assert about <= {finding.id for plan in planned.values() for finding in plan.refused}
 

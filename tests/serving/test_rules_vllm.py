@@ -26,6 +26,7 @@ from quantline.serving.rules import (
     cpu_has_amx,
     cpu_instructions,
     rules,
+    serves_text_alone,
     verdicts,
 )
 from quantline.toolchains.toolchain import worker_environment
@@ -53,6 +54,8 @@ UNSEEN = {
             "multi-query-of-transformers",
             "bloom-qkv",
             "gptq-fused-unnamed",
+            "llama4-packed",
+            "llama4-zero-points",
         ),
         "of families, see test_families_vllm.py",
     ),
@@ -85,7 +88,8 @@ def taken(name):  # as the registry asks before it runs a class of transformers 
     model = getattr(transformers, name)
     return model.is_backend_compatible() or model._can_set_attn_implementation()
 causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-json.dump([sorted(own), sorted(filter(taken, causal - own)), sorted(causal)], open(sys.argv[1], "w"))
+lists = [sorted(own), sorted(filter(taken, causal - own)), sorted(causal), sorted(registry._MULTIMODAL_MODELS)]
+json.dump(lists, open(sys.argv[1], "w"))
 """
 
 
@@ -312,7 +316,7 @@ def test_the_classes_that_plan_knows_are_those_of_the_registry(version, tmp_path
     command = [PYTHON, "-c", REGISTRY, tmp_path / "classes.json"]
     done = subprocess.run(command, env=worker_environment(1), cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    own, fallback, causal = json.loads((tmp_path / "classes.json").read_text())
+    own, fallback, causal, with_images = json.loads((tmp_path / "classes.json").read_text())
     target = Target("vllm", version, "cpu")
     refused = set()
     for name in {*own, *fallback, *causal}:
@@ -321,3 +325,4 @@ def test_the_classes_that_plan_knows_are_those_of_the_registry(version, tmp_path
         assert (architecture_note(target, name) is not None) == (name in fallback), name
     assert refused == set(causal) - {*own, *fallback}
     assert "RwkvForCausalLM" in refused
+    assert {name for name in own if serves_text_alone({"architectures": [name]})} == set(with_images)

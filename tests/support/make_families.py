@@ -37,13 +37,6 @@ OWN: dict[str, dict[str, Any]] = {
     # A server rotates all layers where none slides, transformers none where a window is set.
     "exaone4": {"layer_types": ["sliding_attention", "full_attention"]},
     "codegen": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "n_ctx": 512, "rotary_dim": 16},
-    "gemma3": {
-        "text_config": {**SIZES}, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7,
-        "vision_config": {
-            "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56,
-            "patch_size": 14,
-        },
-    },
     "gemma4_text": {
         "global_head_dim": 32, "num_global_key_value_heads": 2, "hidden_size_per_layer_input": 64,
         "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0,
@@ -74,8 +67,63 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Of the parts for images: SigLIP, CLIP, Pixtral, InternViT, Llama 4, and the Qwen-VL models in their own words.
+VISION = {
+    "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "depth": 2, "num_attention_heads": 4,
+    "num_heads": 4, "image_size": 56, "patch_size": 14, "out_hidden_size": 128, "embed_dim": 96, "projector_dim": 128,
+}  # fmt: skip
+SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+# For models that take images, too: what their text_config and vision_config have of their own.
+PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "aria": ({"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}, {}),
+    "gemma3": ({}, {}),
+    "gemma4": (
+        {**OWN["gemma4_text"], "pad_token_id": 0},
+        {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64},
+    ),
+    "idefics3": ({}, {}),
+    "internvl": ({}, {"image_size": [56, 56], "patch_size": [14, 14]}),
+    "lfm2_vl": (OWN["lfm2"], {}),
+    "llama4": (
+        {"num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 256},
+        {"vision_output_dim": 128, "projector_output_dim": 128, "projector_input_dim": 384},
+    ),
+    "llava": ({}, {}),
+    "llava_onevision": ({}, {}),
+    "mistral3": ({}, {}),
+    "qwen2_5_vl": ({"rope_parameters": SECTIONS}, {"fullatt_block_indexes": [1]}),
+    "qwen2_vl": ({"rope_parameters": SECTIONS}, {"hidden_size": 128}),
+    "qwen3_5": (HYBRID, {}),
+    "qwen3_vl": ({"rope_parameters": {**SECTIONS, "mrope_interleaved": True}}, {"deepstack_visual_indexes": [0]}),
+    "smolvlm": ({}, {}),
+}
+# Token ids below the size of the vocabulary, which no probe has.
+TOKENS = {
+    key: 300 + number for number, key in enumerate(
+        f"{name}_token_{word}" for word in ("id", "index")
+        for name in ("image", "video", "boi", "eoi", "audio", "boa", "eoa", "vision_start", "vision_end")
+    )
+}  # fmt: skip
+
+
+def whole_of(family: str) -> Any:
+    """The config of a model that takes images, too, with tiny sizes."""
+    kind = transformers.CONFIG_MAPPING[family]
+    usual = kind() if family != "gemma4" else kind(vision_config={})
+    parts = {}
+    for name, own in zip(("text_config", "vision_config"), PARTS[family], strict=True):
+        part = getattr(usual, name).to_dict()
+        given = {key: value for key, value in (SIZES if name == "text_config" else VISION).items() if key in part}
+        if "layer_types" in part and "layer_types" not in own:
+            given["layer_types"] = ["full_attention"] * 2
+        parts[name] = {**given, **own, "model_type": part["model_type"]}
+    return kind(**parts, **{key: value for key, value in TOKENS.items() if key in usual.to_dict()})
+
+
 def config_of(family: str) -> Any:
     """The family's config with tiny sizes: those that it knows by their usual names, and its own."""
+    if family in PARTS:
+        return whole_of(family)
     kind = transformers.CONFIG_MAPPING[family]
     usual = kind().to_dict()
     given = {key: value for key, value in SIZES.items() if key in usual}
@@ -87,7 +135,8 @@ def config_of(family: str) -> Any:
 def make(folder: Path, family: str) -> None:
     torch.manual_seed(0)
     config = config_of(family)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    kind = transformers.AutoModelForMultimodalLM if family in PARTS else transformers.AutoModelForCausalLM
+    model = kind.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -2,9 +2,9 @@
 
     python vllm_answers.py JOB RESULT
 
-JOB is JSON, a list of objects: `path`, `dtype` and `ids` (lists of token ids). RESULT is a list in the same order, with the
-`error` of a load or a forward pass, empty where there is none, and `scores`: the log-probability of every token of `ids`
-but the first of each list.
+JOB is JSON, a list of objects: `path`, `dtype`, `text_only` and `ids` (lists of token ids). RESULT is a list in the same
+order, with the `error` of a load or a forward pass, empty where there is none, and `scores`: the log-probability of every
+token of `ids` but the first of each list.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def answered(one: dict[str, Any]) -> dict[str, Any]:
         model = LLM(
             model=one["path"], dtype=one["dtype"], max_model_len=128, enforce_eager=True, max_num_seqs=4,
             kv_cache_memory_bytes=64 << 20, enable_prefix_caching=False, generation_config="vllm",
+            language_model_only=one.get("text_only", False),
         )  # fmt: skip
         outputs = model.generate(
             [TokensPrompt(prompt_token_ids=ids) for ids in one["ids"]],

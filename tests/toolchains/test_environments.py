@@ -238,6 +238,7 @@ def test_the_version_of_a_server_is_known_without_its_environment(root, tmp_path
     (tmp_path / "envs").symlink_to(root / "envs")
     locked = locked_version(root, "vllm", "cpu")
     assert expected_version(tmp_path, "vllm", "cpu") == (locked, None)
+    assert locked_version(root, "reference", "cpu").startswith("5.")  # of transformers
     version, note = expected_version(tmp_path, "vllm", "cpu", python="/other/machine/python")
     assert version == locked
     assert (

@@ -128,7 +128,7 @@ def _rules(folder: Path, config: Config, version: str, device: str, facts: dict[
         yield Cause(LOADING, "its checkpoint is damaged", str(error), "make it again")
         return
     facts["checkpoint"] = asdict(found)
-    options = options_of(config, device, quantized=found.method != "float")
+    options = options_of(config, device, quantized=found.method != "float", model=read_config(folder))
     for ruling in verdicts(vllm_here(version, device, options.dtype), found):
         yield Cause(LOADING, "this server does not serve it on this machine", ruling.reason, ruling.remedy)
 

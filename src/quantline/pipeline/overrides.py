@@ -59,6 +59,20 @@ def refuse_repeated(overrides: Sequence[str], where: str = "") -> None:
         seen[key] = override
 
 
+def with_variant(overrides: Sequence[str], line: str) -> str:
+    """What was typed, in a shell's quotes, with the options of another variant in place of those that describe this one.
+
+    line: the other variant's method, and each option that differs.
+    """
+    words = line.split()
+    instead = {"method", "bits", "group_size", *map(key_of, words)}
+    kept = [
+        shlex.quote(one) for one in overrides
+        if "=" in one and not {key_of(one), key_of(one).partition(".")[0]} & instead
+    ]  # fmt: skip
+    return " ".join([*kept, *words])
+
+
 def typed(overrides: Sequence[str], key: str) -> str | None:
     """The override that decides an option's value: the option's own, or that of its section or group; None if there is none.
 

@@ -23,11 +23,12 @@ from quantline.data.headers import fetch_headers
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.fit import faults_with_model
 from quantline.pipeline.identity import options_fingerprint
-from quantline.pipeline.overrides import split
+from quantline.pipeline.overrides import split, with_variant
 from quantline.pipeline.own_files import located, missing_texts
 from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded
 from quantline.pipeline.stages import is_baseline
 from quantline.pipeline.text_checks import text_checks
+from quantline.planning.model_types import why_unknown
 from quantline.planning.nearest import nearest
 from quantline.planning.preflight import check
 from quantline.planning.spec import Finding, Machine, Model, RefusedError, Step, VariantSpec, Work, line
@@ -158,13 +159,18 @@ def model_of(run: StageRun, *, remote: bool = False) -> Model:
         opened = Model.open(folder, name)
         if fault := tokenizer_fault(folder, model.path):
             raise UserError(f"{model.path}: {fault}")
-        return opened
-    try:
-        return Model.open(_downloaded(run) / "model", name)
-    except UserError as missing:
-        if not remote:
-            raise
-        return _on_the_hub(model, name, str(missing))
+    else:
+        try:
+            opened = Model.open(_downloaded(run) / "model", name)
+        except UserError as missing:
+            if not remote:
+                raise
+            opened = _on_the_hub(model, name, str(missing))
+    named = run.config.toolchains.get("reference")
+    transformers, _ = expected_version(run.root, "reference", detect_platform(), python=named)
+    if fault := why_unknown(opened.config, transformers):
+        raise UserError(f"{label_of(model)}: {fault}")
+    return opened
 
 
 def _on_the_hub(source: ModelConfig, name: str, missing: str) -> Model:
@@ -253,13 +259,9 @@ def preflight(run: StageRun) -> list[str]:
     variant, place = variant_spec(run.config.model_dump()), machine_of(run.config, run.root)
     must_serve = run.config.convert.must_serve is not None
     return before_quantize(
-        variant,
-        model,
-        place,
-        must_serve=must_serve,
-        defaults=method_defaults(run.root),
-        texts=calibration_findings(run),
-    )
+        variant, model, place, must_serve=must_serve, defaults=method_defaults(run.root), texts=calibration_findings(run),
+        overrides=run.overrides,
+    )  # fmt: skip
 
 
 def refuse_early(config: Config, root: Path) -> None:
@@ -339,12 +341,13 @@ def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], st
 
 def before_quantize(
     variant: VariantSpec, model: Model, place: Machine, *, must_serve: bool, defaults: Mapping[str, Mapping[str, Any]],
-    texts: Sequence[Finding] = (),
+    texts: Sequence[Finding] = (), overrides: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
     """The check before the quantize stage computes; returns notes.
 
     must_serve: refuse a checkpoint that the target cannot load (`convert.for`), instead of only noting it. defaults: the
-    options of each method, for the nearest supported variant. texts: what is known of the calibration text.
+    options of each method, for the nearest supported variant. texts: what is known of the calibration text. overrides: as
+    they are typed.
 
     Raises:
         UserError: it cannot be quantized, stored or (with must_serve) served; with every reason and the nearest variant.
@@ -353,5 +356,6 @@ def before_quantize(
     steps: tuple[Step, ...] = ("quantize", "convert", "serve") if must_serve else ("quantize", "convert")
     against = [*(finding for finding in plan.refused if finding.step in steps), *(one for one in texts if one.refused)]
     if against:
-        raise RefusedError(against, nearest(variant, model, place, defaults))
+        near = nearest(variant, model, place, defaults)
+        raise RefusedError(against, near and with_variant(overrides, near))
     return [*place.notes, *(line(finding) for finding in (*plan.findings, *texts))]

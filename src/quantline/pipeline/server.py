@@ -61,7 +61,7 @@ def options_of(
     before it.
     """
     from quantline.serving.command import ServerOptions
-    from quantline.serving.rules import architecture_of, serving_dtype
+    from quantline.serving.rules import architecture_of, serves_text_alone, serving_dtype
 
     serve = config.serve
     process = serve.process.model_copy(update={"enable_prefix_caching": False})
@@ -72,6 +72,7 @@ def options_of(
         enforce_eager=serve.enforce_eager,
         kv_cache_dtype=serve.kv_cache_dtype,
         trust_remote_code=config.model.trust_remote_code,
+        text_only=serves_text_alone(model or {}),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
+from quantline.checkpoints.layouts.choice import float_scheme, schemes_of
 from quantline.planning.preflight import check
 from quantline.planning.spec import FLOAT, Machine, Model, VariantSpec
 from quantline.quantization import capabilities
@@ -14,6 +15,7 @@ from quantline.quantization import capabilities
 # Distance of a change from the requested variant: another number of the same kind is near, another method is far.
 _NEAR, _BITS, _METHOD = 1.0, 2.0, 3.0
 _MOST_CHANGES = 3
+_USUAL_GROUP = 128
 # The most checks before giving up, and the most of them that fail by memory alone: 0.2 s for small models, 1 to 2 s for
 # the largest.
 _MOST_CHECKS, _MOST_TOO_LARGE = 200, 30
@@ -46,7 +48,7 @@ def nearest(
 def overrides(candidate: VariantSpec, asked: VariantSpec, defaults: Mapping[str, Mapping[str, Any]]) -> str:
     """A variant as overrides: its method, bits and group size, and every option that differs from what was asked."""
     words = [f"method={candidate.method}"]
-    if candidate.method != FLOAT:
+    if candidate.method != FLOAT and not _is_float_scheme(candidate):
         words += [f"bits={candidate.bits}", f"group_size={candidate.group_size}"]
     standard = defaults.get(candidate.method, {})
     words += [
@@ -98,7 +100,10 @@ def _product(dimensions: Sequence[Sequence[Change]]) -> Iterator[tuple[Change, .
 
 def _changed(variant: VariantSpec, key: str, value: Any, defaults: Mapping[str, Mapping[str, Any]]) -> VariantSpec:
     if key == "method":
-        return replace(variant, method=value, options=defaults.get(value, {}), backend="auto")
+        size = (
+            _USUAL_GROUP if _is_float_scheme(variant) else variant.group_size
+        )  # a scheme's own is none of other methods
+        return replace(variant, method=value, options=defaults.get(value, {}), backend="auto", group_size=size)
     if key.startswith("method."):
         name = key.removeprefix("method.")
         return replace(variant, options={**variant.options, name: value}) if name in variant.options else variant
@@ -132,7 +137,10 @@ def _changes(
     if variant.tensor_parallel_size > 1:
         fewer = range(variant.tensor_parallel_size - 1, 0, -1)
         yield [(_BITS + (variant.tensor_parallel_size - size) / 100, "tensor_parallel_size", size) for size in fewer]
-    if variant.method != FLOAT:
+    if _is_float_scheme(variant):
+        others = [scheme for scheme in schemes_of(variant.method) if scheme != variant.options["scheme"]]
+        yield [(_NEAR + 0.1 * index, "method.scheme", scheme) for index, scheme in enumerate(others)]
+    elif variant.method != FLOAT:
         # -1 is one group per row: farther from any group size than these are from each other.
         sizes = [size for size in (128, 64, 32, 256, -1) if size != variant.group_size]
         yield [
@@ -144,6 +152,11 @@ def _changes(
         name for name in (*machine.order, FLOAT) if name != variant.method and (name in defaults or name == FLOAT)
     ]
     yield [(_METHOD + 0.05 * index + (2 if name == FLOAT else 0), "method", name) for index, name in enumerate(others)]
+
+
+def _is_float_scheme(variant: VariantSpec) -> bool:
+    """Whether bits and groups are those of its scheme, whatever its options say of them."""
+    return float_scheme(variant.method, variant.options) is not None
 
 
 def _shown(value: Any) -> str:

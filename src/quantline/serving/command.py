@@ -12,6 +12,7 @@ from quantline.serving.memory import GIB
 from quantline.toolchains import protocol
 
 SERVED_NAME = protocol.SERVED_NAME
+TEXT_ONLY = "--language-model-only"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ServerOptions:
         max_model_len: tokens of prompt and answer together; None takes the model's own limit.
         enforce_eager: no graph capture.
         trust_remote_code: run the Python code that a model brings.
+        text_only: of a model that takes images, too, serve the language model alone.
         kv_cache_dtype: of the keys and values that are kept.
         threads: OpenMP threads of a CPU worker, not bound to cores. None lets vLLM bind them to all cores but one, which
             was the fastest setting tried on two busy cores.
@@ -39,6 +41,7 @@ class ServerOptions:
     max_model_len: int | None = None
     enforce_eager: bool = True
     trust_remote_code: bool = False
+    text_only: bool = False
     threads: int | None = None
     kv_cache_dtype: str = "auto"
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -94,6 +97,8 @@ def flags_of(options: ServerOptions) -> list[str]:
         flags.append("--enforce-eager")
     if options.trust_remote_code:
         flags.append("--trust-remote-code")
+    if options.text_only:
+        flags.append(TEXT_ONLY)
     return [*flags, *options.process.extra_args]
 
 

@@ -244,6 +244,15 @@ def architecture_of(config: Mapping[str, Any]) -> str | None:
     return str(named[0])
 
 
+def serves_text_alone(config: Mapping[str, Any]) -> bool:
+    """Whether a server is to leave out what its class has beside the language model, such as a vision tower.
+
+    Its parts for images need an image processor, which neither the environment nor a checkpoint has, and take memory.
+    """
+    named = config.get("architectures")
+    return isinstance(named, list) and any(str(named[0]) in entry["with_images"] for entry in _architectures() if named)
+
+
 def architecture_note(target: Target, architecture: str | None) -> str | None:
     """What to say of a class that the target only runs by its fallback; None if there is nothing to say."""
     if _served_as(target, architecture) != "fallback":

@@ -285,16 +285,20 @@ def distribution_version(toolchain: Toolchain, name: str) -> str:
     return done.stdout.strip().partition("+")[0]
 
 
+# The main library of a toolchain, where that is not called as it is.
+_LIBRARY = {"reference": "transformers"}
+
+
 def locked_version(root: Path, name: str, platform: str) -> str:
     """The version of a toolchain's main library, from its lock file. The environment need not exist.
 
     Raises:
         UserError: the lock file does not name it.
     """
-    lock = lock_file(root, name, platform)
-    found = re.search(rf"(?m)^{name}(?:-{platform})?==(\d[\d.]*)", lock.read_text(encoding="utf-8"))
+    lock, library = lock_file(root, name, platform), _LIBRARY.get(name, name)
+    found = re.search(rf"(?m)^{library}(?:-{platform})?==(\d[\d.]*)", lock.read_text(encoding="utf-8"))
     if not found:
-        raise UserError(f"envs/{lock.name}: does not name {name}; run `make lock`")
+        raise UserError(f"envs/{lock.name}: does not name {library}; run `make lock`")
     return found.group(1)
 
 
@@ -319,6 +323,6 @@ def expected_version(root: Path, name: str, platform: str, *, python: str | None
         return locked_version(root, name, platform), None
     interpreter = Path(python).expanduser()
     if _can_run(interpreter):
-        return distribution_version(Toolchain(name, interpreter, None), name), None
+        return distribution_version(Toolchain(name, interpreter, None), _LIBRARY.get(name, name)), None
     locked = locked_version(root, name, platform)
     return locked, f"toolchains.{name}={python}: is not on this machine; assumed is {name} {locked}, as in envs/"

@@ -75,6 +75,9 @@ def test_the_offline_tools_load_the_model_as_the_server_does():
         kept = replace(SUBJECT, options=replace(SUBJECT.options, kv_cache_dtype="fp8"))
         found = values_of(offline_arguments(tool, kept, LEVEL, PLAN, Path("/out/x.json")))
         assert found["--kv-cache-dtype"] == "fp8"
+        whole = replace(SUBJECT, options=replace(SUBJECT.options, text_only=True))
+        assert "--language-model-only" in offline_arguments(tool, whole, LEVEL, PLAN, Path("/out/x.json"))
+        assert "--language-model-only" not in offline_arguments(tool, SUBJECT, LEVEL, PLAN, Path("/out/x.json"))
     assert values_of(offline_arguments("latency", SUBJECT, LEVEL, PLAN, Path("x")))["--batch-size"] == "8"
     assert values_of(offline_arguments("throughput", SUBJECT, LEVEL, PLAN, Path("x")))["--num-prompts"] == "16"
 

@@ -16,7 +16,7 @@ def start(server=None, **changes):
 def test_no_option_of_a_server_is_lost_in_a_fleet_nor_where_a_running_one_is_told_of_it():
     alone = ServerOptions(
         sections.server(max_num_seqs=3).process, kv_cache_dtype="fp8", trust_remote_code=True, max_model_len=64,
-        dtype="float16", environment={"A": "b"}, proven=None,
+        dtype="float16", environment={"A": "b"}, text_only=True, proven=None,
     )  # fmt: skip
     told = Start.model_validate_json(start(alone).model_dump_json())
     assert told == start(alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -33,6 +34,12 @@ def float_scheme(method: str, options: Mapping[str, Any]) -> FloatScheme | None:
     """The scheme of a method whose weights are floating-point codes; None for others."""
     name = str(options.get("scheme"))
     return SCHEMES.get(_PRESETS.get((method, name), name.upper()))
+
+
+def schemes_of(method: str) -> tuple[str, ...]:
+    """The values of `method.scheme` of a method whose weights are floating-point codes; none for others."""
+    own = tuple(scheme for name, scheme in _PRESETS if name == method)
+    return own or tuple(name.lower() for name in SCHEMES if re.fullmatch(rf"(nv|mx)?{method}(a16)?", name.lower()))
 
 
 def rounds_inputs(method: str, options: Mapping[str, Any]) -> bool:

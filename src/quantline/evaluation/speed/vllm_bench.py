@@ -13,7 +13,7 @@ from typing import Any
 
 from quantline.config.speed import LevelConfig, SpeedConfig
 from quantline.core.errors import ServerError
-from quantline.serving.command import SERVED_NAME, ServerOptions
+from quantline.serving.command import SERVED_NAME, TEXT_ONLY, ServerOptions
 from quantline.serving.keeping import Keeping
 
 # Our name -> name in the JSON that `vllm bench serve` saves.
@@ -93,6 +93,8 @@ def offline_arguments(tool: str, subject: Subject, level: LevelConfig, plan: Spe
         common += ["--gpu-memory-utilization", str(options.process.gpu_memory_utilization)]
     if options.enforce_eager:
         common.append("--enforce-eager")
+    if options.text_only:
+        common.append(TEXT_ONLY)
     if tool == "latency":
         iterations = ["--num-iters-warmup", str(max(1, plan.warmup_waves)), "--num-iters", str(2 * plan.rounds)]
         return ["bench", tool, *common, "--batch-size", str(level.concurrency), *iterations]

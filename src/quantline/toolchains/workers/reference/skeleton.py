@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from quantline.checkpoints.float_view import FloatView
 from quantline.checkpoints.linears import lacking_experts
+from quantline.checkpoints.model_config import WITH_IMAGES
 from quantline.checkpoints.safetensors_file import safetensors_dtype, to_float32
 from quantline.core.errors import UserError
 from quantline.toolchains.protocol import JobError
@@ -29,6 +30,13 @@ REST = ""
 _READERS = 4
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that builds the model of a config: for causal LMs, or for those that take images, too."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    return AutoModelForMultimodalLM if config.model_type in WITH_IMAGES else AutoModelForCausalLM
+
+
 def attention_of(config: Any) -> str:
     """The implementation of attention for a loaded transformers config: "sdpa", or "eager" where that is not right.
 
@@ -36,11 +44,9 @@ def attention_of(config: Any) -> str:
     scores are capped (Gemma 2's `attn_logit_softcapping`), SDPA silently ignores the cap (5.19, 4.52). What a config.json
     names itself, such as flash attention, is overridden.
     """
-    from transformers import AutoModelForCausalLM
-
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         return "eager"
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    model_class = auto_class(config)._model_mapping.get(type(config), None)
     return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
 
 
@@ -255,13 +261,12 @@ class _Mapping:
 def _build(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, Mapping[str, Any]]:
     """The model without weights, and what transformers says about loading tensors of these shapes."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = config_of(folder)
     try:
         attention = attention_of(config)
         with torch.device("meta"):
-            bare = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=attention)
+            bare = auto_class(config).from_config(config, trust_remote_code=False, attn_implementation=attention)
     except Exception as error:  # a value of config.json that the model does not expect raises anything
         raise JobError(
             f"{folder}: transformers cannot build the model that its config.json describes: {said(error)}"
