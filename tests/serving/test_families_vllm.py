@@ -76,8 +76,7 @@ class Case:
 
 # No linears of their own, so plan asks for a rule.
 STACKS = {
-    "granitemoe": ("*.input_linear", "*.output_linear"), "gpt_oss": ("*.experts.*",), "aria": ("*.experts.*",),
-    "llama4": ("*.experts.*",),
+    "granitemoe": ("*.input_linear", "*.output_linear"), "gpt_oss": ("*.experts.*",), "llama4": ("*.experts.*",),
 }  # fmt: skip
 FEW = [
     Case("bloom", "gptq"), Case("bloom", "compressed_tensors", ("*.query_key_value",)),

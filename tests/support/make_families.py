@@ -75,7 +75,6 @@ VISION = {
 SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 # For models that take images, too: what their text_config and vision_config have of their own.
 PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "aria": ({"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}, {}),
     "gemma3": ({}, {}),
     "gemma4": (
         {**OWN["gemma4_text"], "pad_token_id": 0},
