@@ -33,7 +33,7 @@ def serve(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.pipeline.run import StageRun
     from quantline.pipeline.server import server_of
     from quantline.serving import server as vllm_server
-    from quantline.serving.command import vllm_line
+    from quantline.serving.command import served_line, title_of
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs a line for each request
     typed = serving.Typed(plain(cfg), HydraConfig.get().overrides.task)
@@ -44,11 +44,13 @@ def serve(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     if note:
         print(f"  note: {note}", file=sys.stderr)
     log = ROOT / serving.HOME / f"{subject.name.replace('/', '-')}-{port}.log"
-    say(f"{subject.name} from {subject.folder}, by vLLM {vllm.version} on {run.device}; log: {log}")
+    say(
+        f"{subject.name} from {subject.folder}, by {title_of(options.runtime)} {vllm.version} on {run.device}; log: {log}"
+    )
     with vllm_server.serve(vllm.python, subject.folder, options, log=log) as server:
         say(f"ready: {server.url}/v1 model {subject.name}, {server.max_model_len} tokens of prompt and answer")
         say(f"  ask it: {serving.curl_line(server.url, subject)}")
-        say(f"  the same elsewhere: {vllm_line(str(subject.folder), options)}")
+        say(f"  the same elsewhere: {served_line(str(subject.folder), options)}")
         say("  Ctrl-C ends it")
         try:
             server.process.wait()

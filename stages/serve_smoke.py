@@ -1,4 +1,4 @@
-"""Serve the variant with vLLM, check its answers to test questions, and score the evaluation text."""
+"""Serve the variant, check its answers to test questions, and score the evaluation text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def serve_smoke(run: StageRun) -> None:
     options = server_options(run, quantized=not run.is_baseline)
     windows = build_windows(run.input("download") / "model", run.config.evaluate)
     checkpoint = run.checkpoint()
-    vllm = server_of(run)._replace(keeping=keeping_of(run, fresh=True))
+    vllm = server_of(run)._replace(keeping=keeping_of(run, fresh=True), run_worker=run.side_worker)
     run.files += ["answers.json", "verdict.json"]
     with run.output() as out:
         served = serve_and_score(

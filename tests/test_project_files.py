@@ -12,7 +12,7 @@ from tiny_quantized import write_whole
 
 from quantline import __version__
 from quantline.pipeline.server import options_of
-from quantline.serving.command import vllm_line
+from quantline.serving.command import served_line
 
 FORMS = ("bug", "feature")
 
@@ -69,4 +69,4 @@ def test_the_examples_for_python_run_in_order_up_to_the_server(root, tmp_path, m
     assert names["rows"] == []
     shown = capsys.readouterr().out
     assert "codes and zero points of 14 linears are equal" in shown
-    assert vllm_line("converted", options_of(names["config"], "cpu", quantized=True)) in shown
+    assert served_line("converted", options_of(names["config"], "cpu", quantized=True)) in shown

@@ -25,7 +25,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 def test_commands_groups_choices_and_options_are_completed(root):
     assert candidates("stages.quan", root) == ["stages.quantize"]
     assert "stages.promote" in candidates("stages.", root)
-    assert candidates("stages.quantize method=g", root) == ["method=gptq"]
+    assert candidates("stages.quantize method=gp", root) == ["method=gptq"]
     assert candidates("stages.quantize bit", root) == ["bits="]
     assert candidates("stages.quantize method=gptq method.desc", root) == ["method.desc_act="]
     assert candidates("stages.quantize method=gptq method.sym=", root) == ["method.sym=true", "method.sym=false"]

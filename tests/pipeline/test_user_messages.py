@@ -49,7 +49,7 @@ def frozen(composed):
     [
         (
             "method=gptqq",
-            "method=gptqq: allowed are autoround, awq, bnb, float, fp4, fp8, gptq, mxfp8, rtn (did you mean gptq?)",
+            "method=gptqq: allowed are autoround, awq, bnb, float, fp4, fp8, gguf, gptq, mxfp8, rtn (did you mean gptq?)",
         ),
         (
             "calibration=wikitext",
@@ -198,7 +198,7 @@ def test_all_help_names_the_stage_the_groups_and_every_default(root):
     done = started(root, "-m", "stages.convert", "--help=all")
     assert done.returncode == 0
     assert done.stdout.startswith("convert: one stage of the quantline pipeline")
-    assert "method: autoround, awq, bnb, float, fp4, fp8, gptq, mxfp8, rtn" in done.stdout
+    assert "method: autoround, awq, bnb, float, fp4, fp8, gguf, gptq, mxfp8, rtn" in done.stdout
     assert "group_size: 128" in done.stdout
 
 

@@ -30,7 +30,7 @@ def test_every_backend_has_a_module_a_toolchain_with_locks_and_what_it_can_do(ro
             "resume",
             "methods",
         }
-        assert set(entry) - {"exceptions"} == keys, name
+        assert set(entry) - {"exceptions", "server"} == keys, name
         if entry["toolchain"] is not None:
             assert entry["toolchain"] in HEALTH_CHECKS
             for platform in ("cpu", "cuda"):

@@ -4,7 +4,7 @@ import shlex
 
 import sections
 
-from quantline.serving.command import command_line, vllm_line
+from quantline.serving.command import command_line, served_line
 
 
 def test_the_command_line_trusts_no_remote_code_and_ignores_the_sampling_defaults_of_the_checkpoint(tmp_path):
@@ -26,7 +26,7 @@ def test_the_command_line_trusts_no_remote_code_and_ignores_the_sampling_default
 
 
 def test_options_by_name_are_vllms_flags_and_without_them_the_line_is_as_it_was(tmp_path):
-    usual = shlex.split(vllm_line(".", sections.server()))
+    usual = shlex.split(served_line(".", sections.server()))
     assert usual == [
         "vllm", "serve", ".", "--dtype", "auto", "--tensor-parallel-size", "1", "--generation-config", "vllm",
         "--no-enable-prefix-caching", "--enforce-eager",
@@ -35,7 +35,7 @@ def test_options_by_name_are_vllms_flags_and_without_them_the_line_is_as_it_was(
         max_num_seqs=4, max_num_batched_tokens=512, block_size=64, cpu_offload_gib=2.5, kv_offload_gib=8.0,
         attention_backend="FLASHINFER", enable_prefix_caching=True,
     )  # fmt: skip
-    flags = shlex.split(vllm_line(".", named))
+    flags = shlex.split(served_line(".", named))
     for name, value in [
         ("--max-num-seqs", "4"), ("--max-num-batched-tokens", "512"), ("--block-size", "64"), ("--cpu-offload-gb", "2.5"),
         ("--kv-offloading-size", "8"), ("--attention-backend", "FLASHINFER"),
@@ -53,5 +53,5 @@ def test_the_line_for_a_shell_has_every_flag_of_the_server_but_its_address_its_n
     for name, length in own.items():
         at = flags.index(name)
         del flags[at : at + length]
-    assert shlex.split(vllm_line("owner/my model", options)) == ["vllm", "serve", "owner/my model", *flags]
-    assert "'my template.jinja'" in vllm_line(".", options)
+    assert shlex.split(served_line("owner/my model", options)) == ["vllm", "serve", "owner/my model", *flags]
+    assert "'my template.jinja'" in served_line(".", options)

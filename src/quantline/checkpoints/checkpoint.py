@@ -1,13 +1,13 @@
 """Reads checkpoints from their headers, without pickles and without a deep-learning framework.
 
 A folder holds `model.safetensors`, or shards named by `model.safetensors.index.json`, and a `config.json` that says
-whether and how the linears are quantized.
+whether and how the linears are quantized. In place of safetensors it may hold one GGUF file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.layouts import LAYOUTS, FormatError
+from quantline.checkpoints.layouts.gguf.header import SUFFIX as GGUF
+from quantline.checkpoints.layouts.gguf.header import read_gguf
+from quantline.checkpoints.layouts.gguf.names import Change, parameters
 from quantline.checkpoints.layouts.layout import Found
 from quantline.checkpoints.layouts.registry import packed_linear
 from quantline.checkpoints.model_files import INDEX_NAME, WEIGHTS_NAME, no_weights
@@ -53,6 +56,7 @@ class Checkpoint:
     folder: Path
     shards: Mapping[str, str]  # tensor name -> file name
     _infos: Mapping[str, TensorInfo]
+    _changes: Mapping[str, Change] = field(default_factory=dict)  # what is undone as a tensor is read
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -71,7 +75,18 @@ class Checkpoint:
             return cls(folder, dict.fromkeys(sorted(infos), WEIGHTS_NAME), infos)
         if index.exists():
             return cls(folder, *read_index(index))
+        if files := sorted(folder.glob(f"*{GGUF}")):
+            return cls._of_gguf(folder, files)
         raise CheckpointError(_no_weights(folder))
+
+    @classmethod
+    def _of_gguf(cls, folder: Path, files: Sequence[Path]) -> Checkpoint:
+        if len(files) > 1:
+            raise CheckpointError(f"{folder}: has {len(files)} GGUF files: leave one of them")
+        found = parameters(read_gguf(files[0]))
+        changes = {name: one.change for name, one in found.items() if one.change is not None}
+        infos = {name: one.info for name, one in sorted(found.items())}
+        return cls(folder, dict.fromkeys(infos, files[0].name), infos, changes)
 
     @property
     def names(self) -> list[str]:
@@ -91,11 +106,15 @@ class Checkpoint:
     def tensor(self, name: str) -> NDArray[Any]:
         """A read-only view of the file's bytes, in the dtype that `numpy_dtype` gives.
 
+        Of a GGUF file, what its converter changed is undone, in a copy.
+
         Raises:
             CheckpointError: there is no such tensor.
         """
         self.info(name)
-        return SafetensorsFile(self.folder / self.shards[name], self._infos).view(name)
+        stored = SafetensorsFile(self.folder / self.shards[name], self._infos).view(name)
+        change = self._changes.get(name)
+        return stored if change is None else change(stored)
 
 
 def quantized_layers(checkpoint: Checkpoint, info: QuantizationInfo | None) -> dict[str, dict[str, str]]:

@@ -16,6 +16,7 @@ from quantline.core.files import read_json
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS = (".safetensors", ".gguf")
 PICKLED_NAME = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")

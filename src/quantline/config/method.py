@@ -82,6 +82,18 @@ class AutoRoundMethod(Section):
     batch_size: int = Field(ge=1)
 
 
+class GgufMethod(Section):
+    """A GGUF file of llama.cpp: its mixtures of block types; imatrix weighs columns by their inputs in calibration."""
+
+    name: Literal["gguf"]
+    type: Literal[
+        "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_L",
+        "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+        "IQ1_M", "IQ1_S",
+    ]  # fmt: skip
+    imatrix: bool
+
+
 class FloatMethod(Section):
     """No quantization: the baseline."""
 
@@ -97,10 +109,13 @@ Method = Annotated[
     | Mxfp8Method
     | BnbMethod
     | AutoRoundMethod
+    | GgufMethod
     | FloatMethod,
     Field(discriminator="name"),
 ]
-Backend = Literal["auto", "autoawq", "auto_gptq", "gptqmodel", "llmcompressor", "bitsandbytes", "autoround", "native"]
+Backend = Literal[
+    "auto", "autoawq", "auto_gptq", "gptqmodel", "llmcompressor", "bitsandbytes", "autoround", "native", "llamacpp"
+]
 
 
 class LayerRule(Section):

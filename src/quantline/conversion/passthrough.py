@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.checkpoints.model_files import beside, files_of, weight_map
-from quantline.checkpoints.safetensors_file import TensorInfo, read_header
+from quantline.checkpoints.safetensors_file import TensorInfo
 from quantline.conversion.config_files import A_PICKLE, carry_file, is_pickle
 from quantline.conversion.errors import ConversionError
 from quantline.conversion.facts import LayerFacts
@@ -67,7 +67,7 @@ def keep(
             files[name] = sha256_of(target)
             continue
         carry_file(path, target)
-        infos = read_header(target) if name in weights else {}
+        infos = {old: source.tensors.infos[old] for old, file in source.tensors.files.items() if file == name}
         whole, own = hashes_of(target, infos)
         files[target.relative_to(out).as_posix()] = whole
         tensors.update(own)

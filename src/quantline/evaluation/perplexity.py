@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.checkpoints.model_files import WEIGHTS
 from quantline.config.evaluate import BootstrapConfig
 from quantline.core.errors import QuantlineError, UserError
 from quantline.core.files import replaced
@@ -261,9 +262,9 @@ def weight_bytes(checkpoint: Path) -> int:
     Raises:
         UserError: the folder has none.
     """
-    sizes = [path.stat().st_size for path in checkpoint.glob("*.safetensors")]
+    sizes = [path.stat().st_size for path in checkpoint.iterdir() if path.suffix in WEIGHTS]
     if not sizes:
-        raise UserError(f"{checkpoint}: has no *.safetensors")
+        raise UserError(f"{checkpoint}: has no weights (*{', *'.join(WEIGHTS)})")
     return sum(sizes)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from quantline.checkpoints.model_config import read_config
+from quantline.checkpoints.model_files import WEIGHTS
 from quantline.config.fleet import FleetConfig
 from quantline.core.errors import ConfigError, QuantlineError, UserError
 from quantline.core.gpu import visible_gpus
@@ -93,7 +94,7 @@ def resolve(root: Path, typed: Typed, vllm: Vllm, device: str, former: Fleet | N
     """
     config = parse(typed.values)
     members, faults = _members(root, config, typed)
-    faults = [*config_faults(config.fleet, root), *faults]
+    faults = [*config_faults(config.fleet), *faults]
     starts: dict[str, ServerOptions] = {}
     notes: list[str] = []
     for member in members.values():
@@ -192,7 +193,7 @@ def _need(member: Member, options: ServerOptions, device: str) -> Need:
 
 def weight_bytes(folder: Path) -> int:
     """Size of a checkpoint's weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS)
 
 
 def _devices(device: str) -> list[Device]:

@@ -28,7 +28,7 @@ from quantline.pipeline.server import options_of, proven_flags
 from quantline.pipeline.stages import is_baseline
 from quantline.serving.command import SERVED_NAME, ServerOptions
 from quantline.serving.ports import require_free
-from quantline.serving.rules import checkpoint_facts, verdict, vllm_here
+from quantline.serving.rules import checkpoint_facts, here, verdict
 
 # Below scratch/: the logs of servers, and the files of promoted variants. No run has a name that begins with a dot.
 HOME = f"{MANUAL_HOME}/.serve"
@@ -110,7 +110,7 @@ def options_for(subject: Subject, version: str, device: str, port: int) -> tuple
     process = options.process.model_copy(update={"port": port or None, "enable_prefix_caching": shared})
     flags = subject.flags if subject.device == device and not shared else None
     options = replace(options, process=process, name=subject.name, proven=flags)
-    ruling = verdict(vllm_here(version, device, options.dtype), facts)
+    ruling = verdict(here(options.runtime, version, device, options.dtype), facts)
     if ruling.supported:
         return options, ""
     if subject.proven:

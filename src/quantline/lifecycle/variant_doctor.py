@@ -31,7 +31,7 @@ from quantline.pipeline.server import options_of
 from quantline.pipeline.stages import is_baseline
 from quantline.planning.placement import need_of
 from quantline.serving.memory import GIB
-from quantline.serving.rules import checkpoint_facts, verdicts, vllm_here
+from quantline.serving.rules import checkpoint_facts, here, verdicts
 from quantline.serving.server_log import failure_reason, kernels
 from quantline.toolchains.environments import (
     environment_folder,
@@ -129,7 +129,7 @@ def _rules(folder: Path, config: Config, version: str, device: str, facts: dict[
         return
     facts["checkpoint"] = asdict(found)
     options = options_of(config, device, quantized=found.method != "float", model=read_config(folder))
-    for ruling in verdicts(vllm_here(version, device, options.dtype), found):
+    for ruling in verdicts(here(options.runtime, version, device, options.dtype), found):
         yield Cause(LOADING, "this server does not serve it on this machine", ruling.reason, ruling.remedy)
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantline.checkpoints.layouts.choice import runtime_of
 from quantline.conversion.architecture import LABEL, MODULE, RunWorker
 from quantline.conversion.convert import convert
 from quantline.core.errors import UserError
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
 def serving_target(config: Config, root: Path, device: str) -> tuple[Target, list[str]]:
     """The serving target, and notes on what is only assumed of it."""
-    version, note = expected_version(root, "vllm", device, python=config.toolchains.get("vllm"))
-    return Target("vllm", version, device, config.serve.dtype), [note] if note else []
+    runtime = runtime_of(config.method.name) if config.source.kind == "pipeline" else "vllm"
+    version, note = expected_version(root, runtime, device, python=config.toolchains.get(runtime))
+    return Target(runtime, version, device, config.serve.dtype), [note] if note else []
 
 
 @contextmanager

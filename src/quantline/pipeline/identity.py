@@ -49,10 +49,11 @@ def locks_of(backends: Sequence[str], root: Path) -> dict[str, str]:
     """
     chains = [name for name in map(capabilities.toolchain_of, backends) if name is not None]
     locks = {name: locks_identity(root, name) for name in chains}
+    server = next((one for one in map(capabilities.server_of, backends) if one), "vllm")
     quantizer = fingerprint(locks) if len(locks) > 1 else next(iter(locks.values()), "")
     return {
         "reference": locks_identity(root, "reference"),
-        "server": locks_identity(root, "vllm"),
+        "server": locks_identity(root, server),
         "quantizer": quantizer,
         "tasks": locks_identity(root, "lm_eval"),
     }

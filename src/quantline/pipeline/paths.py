@@ -207,8 +207,9 @@ def manual_name(config: Config, overrides: Sequence[str]) -> str:
 def derived_name(config: Config, overrides: Sequence[str]) -> str:
     """The name of a variant that is run manually: method, bits, group size, and all other overrides."""
     group = "channel" if config.group_size == -1 else f"g{config.group_size}"
-    base = f"{config.method.name}-w{config.bits}-{group}"
-    return _cut("-".join([base, *_named(overrides, ("method=", "bits=", "group_size=", *_RUNTIME))]))
+    kind = getattr(config.method, "type", None)  # which says more than bits and groups
+    base = f"{config.method.name}-{kind}" if kind else f"{config.method.name}-w{config.bits}-{group}"
+    return _cut("-".join([base, *_named(overrides, ("method=", "method.type=", "bits=", "group_size=", *_RUNTIME))]))
 
 
 def _named(overrides: Sequence[str], without: tuple[str, ...]) -> list[str]:

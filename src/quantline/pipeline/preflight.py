@@ -11,6 +11,7 @@ import psutil
 import yaml
 from pydantic import Field, ValidationError
 
+from quantline.checkpoints.layouts.choice import runtime_of
 from quantline.checkpoints.model_files import tokenizer_fault
 from quantline.config.context import window_note
 from quantline.config.data import DEMO_TEXT, EMBEDDED_MODEL, ModelConfig
@@ -93,7 +94,11 @@ def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -
     device: str = config.device
     if device == "auto":
         device = "cuda" if options.gpu_memory_gb or options.compute_capability else detect_platform()
-    version, note = expected_version(root, "vllm", device, python=config.toolchains.get("vllm"))
+    known = {
+        name: expected_version(root, name, device, python=config.toolchains.get(name)) for name in ("vllm", "llamacpp")
+    }
+    runtime = runtime_of(config.method.name)
+    version, note = known[runtime]
     gpu = next(iter(visible_gpus()), None) if device == "cuda" else None
     capability = gpu.compute_capability if gpu else None
     found = gpu.memory_total_bytes if gpu else None
@@ -105,7 +110,7 @@ def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -
         order[config.method.name] = config.frozen.backends
     return Machine(
         target=Target(
-            config.serve.runtime, version, device, compute_capability=capability,
+            runtime, version, device, compute_capability=capability,
             kv_cache_dtype=kept_as(config.serve.kv_cache_dtype), **cpu_traits(device),
             **process_facts(config.serve.process),
         ),
@@ -115,6 +120,7 @@ def machine_of(config: Config, root: Path, options: PlanOptions | None = None) -
         quantizer_bytes=memory if device == "cuda" else psutil.virtual_memory().total,
         calibration_tokens=config.calibration.n_samples * config.calibration.seq_len, limits=Limits.of(config.serve.process),
         notes=(note,) if note else (), work=_work(config), host_bytes=psutil.virtual_memory().total,
+        versions={name: found[0] for name, found in known.items()},
         cache_bytes=round((config.serve.process.kv_cache_gib or 0) * GIB),
     )  # fmt: skip
 

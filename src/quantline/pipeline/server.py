@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantline.checkpoints.layouts.choice import runtime_of
 from quantline.checkpoints.model_config import dimensions, read_config
 from quantline.config.context import served_length
 from quantline.pipeline.config import parse
 from quantline.pipeline.stages import is_baseline
-from quantline.toolchains.environments import distribution_version
+from quantline.toolchains.environments import distribution_of, distribution_version
 
 if TYPE_CHECKING:
     from quantline.pipeline.config import Config
@@ -40,10 +41,12 @@ def server_of(run: StageRun) -> Vllm:
     from quantline.serving.rules import refuse_options
     from quantline.serving.server import Vllm
 
-    chosen = run.toolchain("vllm")
-    version = distribution_version(chosen, "vllm")
-    refuse_options(version, run.device, run.config.serve.process)
-    run.environment.update(toolchain="vllm", lock_sha256=chosen.lock_sha256, versions={"vllm": version})
+    name = runtime_of(run.config.method.name)
+    chosen = run.toolchain(name)
+    version = distribution_version(chosen, distribution_of(name))
+    if name == "vllm":
+        refuse_options(version, run.device, run.config.serve.process)
+    run.environment.update(toolchain=name, lock_sha256=chosen.lock_sha256, versions={distribution_of(name): version})
     return Vllm(chosen.python, version)
 
 
@@ -73,6 +76,7 @@ def options_of(
         kv_cache_dtype=serve.kv_cache_dtype,
         trust_remote_code=config.model.trust_remote_code,
         text_only=serves_text_alone(model or {}),
+        runtime=runtime_of(config.method.name),
     )  # fmt: skip
 
 
@@ -85,14 +89,14 @@ def proven_line(config: Config, served: Mapping[str, Any], checkpoint: Path | No
         checkpoint: the model, if it is here.
         model: what the line serves: a folder, or a repository on the hub.
     """
-    from quantline.serving.command import vllm_line
+    from quantline.serving.command import served_line
 
     if served.get("status") != "ok":
         return None
     model_config = read_config(checkpoint) if checkpoint is not None else None
     device = str(served["environment"]["device"])
     options = options_of(config, device, quantized=not is_baseline(config), model=model_config)
-    return vllm_line(model, replace(options, proven=proven_flags(served)))
+    return served_line(model, replace(options, proven=proven_flags(served)))
 
 
 def record_line(record: VariantRecord, model: str) -> str | None:

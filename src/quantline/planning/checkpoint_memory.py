@@ -26,8 +26,8 @@ class Weights:
     """A checkpoint's weights.
 
     float_source: bytes in the float model's files. packed: the quantized linears. left_float: everything else, at two bytes
-    per value: embeddings (tied ones once), norms, biases, linears that are not quantized. quantized_parameters: values of
-    the quantized linears. parameters: values of the whole model.
+    per value (four in GGUF): embeddings (tied ones once), norms, biases, linears that are not quantized.
+    quantized_parameters: values of the quantized linears. parameters: values of the whole model.
     """
 
     float_source: int
@@ -77,7 +77,7 @@ def weights_of(
             packed += LAYOUTS[layout].bytes_of((wide, high), widths[layer], storage)
             quantized += values
         else:
-            left += values * 2
+            left += values * (4 if layout and LAYOUTS[layout].whole else 2)
     return Weights(source, packed, left, quantized, parameters)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from quantline.checkpoints.layouts.choice import float_scheme, schemes_of
+from quantline.checkpoints.layouts.choice import float_scheme, own_width, schemes_of
 from quantline.planning.preflight import check
 from quantline.planning.spec import FLOAT, Machine, Model, VariantSpec
 from quantline.quantization import capabilities
@@ -48,7 +48,7 @@ def nearest(
 def overrides(candidate: VariantSpec, asked: VariantSpec, defaults: Mapping[str, Mapping[str, Any]]) -> str:
     """A variant as overrides: its method, bits and group size, and every option that differs from what was asked."""
     words = [f"method={candidate.method}"]
-    if candidate.method != FLOAT and not _is_float_scheme(candidate):
+    if candidate.method != FLOAT and not _has_own_width(candidate):
         words += [f"bits={candidate.bits}", f"group_size={candidate.group_size}"]
     standard = defaults.get(candidate.method, {})
     words += [
@@ -101,7 +101,7 @@ def _product(dimensions: Sequence[Sequence[Change]]) -> Iterator[tuple[Change, .
 def _changed(variant: VariantSpec, key: str, value: Any, defaults: Mapping[str, Mapping[str, Any]]) -> VariantSpec:
     if key == "method":
         size = (
-            _USUAL_GROUP if _is_float_scheme(variant) else variant.group_size
+            _USUAL_GROUP if _has_own_width(variant) else variant.group_size
         )  # a scheme's own is none of other methods
         return replace(variant, method=value, options=defaults.get(value, {}), backend="auto", group_size=size)
     if key.startswith("method."):
@@ -140,6 +140,8 @@ def _changes(
     if _is_float_scheme(variant):
         others = [scheme for scheme in schemes_of(variant.method) if scheme != variant.options["scheme"]]
         yield [(_NEAR + 0.1 * index, "method.scheme", scheme) for index, scheme in enumerate(others)]
+    elif _has_own_width(variant):
+        yield [(_NEAR, "method.imatrix", True)]
     elif variant.method != FLOAT:
         # -1 is one group per row: farther from any group size than these are from each other.
         sizes = [size for size in (128, 64, 32, 256, -1) if size != variant.group_size]
@@ -157,6 +159,11 @@ def _changes(
 def _is_float_scheme(variant: VariantSpec) -> bool:
     """Whether bits and groups are those of its scheme, whatever its options say of them."""
     return float_scheme(variant.method, variant.options) is not None
+
+
+def _has_own_width(variant: VariantSpec) -> bool:
+    """The same, of GGUF's mixtures, too."""
+    return own_width(variant.method, variant.options) is not None
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from quantline.checkpoints.layouts import Storage
-from quantline.checkpoints.layouts.choice import float_scheme
+from quantline.checkpoints.layouts.choice import own_width, runtime_of
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import select_linears
 from quantline.checkpoints.model_config import ties_head
@@ -23,7 +23,7 @@ from quantline.planning.quantization_memory import Peak, computed_in, quantizati
 from quantline.planning.spec import FLOAT, Finding, Machine, Model, Plan, VariantSpec
 from quantline.quantization import capabilities
 from quantline.quantization.capabilities import calibrated
-from quantline.quantization.quantize import check_group_size
+from quantline.quantization.quantize import check_group_size, with_own_types
 from quantline.serving import memory
 from quantline.serving.checkpoint_facts import facts_of_layers
 from quantline.serving.rules import Target, architecture_note, architecture_of, serving_dtype, verdicts
@@ -35,8 +35,8 @@ def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refu
     If a variant cannot be quantized, serving is not checked. sizes_of_refused: calculate the memory also of variants that
     the server refuses.
     """
-    if scheme := float_scheme(variant.method, variant.options):
-        variant = replace(variant, bits=scheme.bits, group_size=scheme.group_size)
+    if width := own_width(variant.method, variant.options):
+        variant = replace(variant, bits=width.bits, group_size=width.group_size)
     backend, findings, widths = _quantizable(variant, model, machine)
     if any(finding.refused for finding in findings):
         return Plan(variant, backend, "", tuple(findings))
@@ -67,8 +67,9 @@ def check(variant: VariantSpec, model: Model, machine: Machine, *, sizes_of_refu
     findings = list(dict.fromkeys(findings))
     if not sizes_of_refused and any(finding.refused for finding in findings):
         return Plan(variant, backend, layout, tuple(findings))
+    stored = with_own_types(variant.method, variant.options, model.checkpoint, model.config, widths)[1]
     weights = checkpoint_memory.weights_of(
-        model.checkpoint, model.config, widths, layout,
+        model.checkpoint, model.config, stored, layout,
         Storage(zero_points=not symmetric, double_quant=bool(variant.options.get("double_quant", True))),
     )  # fmt: skip
     kv = memory.kv_cache(model.config, machine.target.kv_cache_dtype or "auto")
@@ -88,7 +89,11 @@ def _reordered(variant: VariantSpec, widths: Mapping[str, LinearSpec]) -> bool:
 
 def _target(variant: VariantSpec, machine: Machine, architecture: str | None) -> Target:
     dtype = serving_dtype(variant.serve_dtype, quantized=variant.method != FLOAT, architecture=architecture)
-    return replace(machine.target, dtype=dtype, tensor_parallel_size=variant.tensor_parallel_size)
+    runtime = runtime_of(variant.method)
+    own = machine.target
+    if runtime != own.runtime:
+        own = replace(own, runtime=runtime, version=machine.versions.get(runtime, own.version))
+    return replace(own, dtype=dtype, tensor_parallel_size=variant.tensor_parallel_size)
 
 
 def _quantizable(
@@ -112,12 +117,12 @@ def _quantizable(
         return backend, [*findings, Finding("layers", "quantize", str(error))], {}
     if model.inventory.note:
         findings.append(Finding("carried-over", "quantize", model.inventory.note, refused=False))
-    if variant.method != "bnb" and float_scheme(variant.method, variant.options) is None:
+    if variant.method != "bnb" and own_width(variant.method, variant.options) is None:
         try:
             check_group_size(model.shapes, widths)
         except UserError as error:
             findings.append(Finding("group-size", "quantize", str(error)))
-    return backend, findings, widths
+    return backend, findings, with_own_types(variant.method, variant.options, model.checkpoint, model.config, widths)[0]
 
 
 def _storable(

@@ -75,6 +75,7 @@ def quantization_peak(
                      two more copies of a block, to scale and to compare. AutoRound (arXiv:2309.05516): a block's rounding,
                      gradients and best values, 3 * 4 bytes per value. rtn: 5 float32 copies of the largest linear a core.
                      bnb: one float32 copy; fp8, fp4 and mxfp8: the largest linear in float32, before, packed and after.
+                     gguf: the file in float32, mapped.
     """
     shapes = linear_shapes(checkpoint, config)
     linears = shapes.values()
@@ -99,6 +100,9 @@ def quantization_peak(
     if method in ("fp8", "fp4", "mxfp8"):
         formula = f"{weights}, a block's activations, the largest linear three times in float32"
         return Peak(held * size, streams, 3 * 4 * largest, library + min(SHARD, output), formula)
+    if method == "gguf":
+        formula = f"{weights}, a sample's activations, the file in float32"
+        return Peak(held * size, 0, values * 4, library, formula)
     if method == "awq":
         features = tokens * sum(wide for wide, _ in linears) // blocks * size
         formula = f"{weights}, a block's activations and its linears' inputs, two copies of a block"

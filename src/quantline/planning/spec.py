@@ -128,7 +128,7 @@ class Machine:
     skips the check. utilization: the share of it that the server gets. quantizer_bytes: what quantizing may take; None if
     unknown. calibration_tokens: of all samples. limits: of the server's process. notes: what is only assumed of it. work:
     of the reference engine. host_bytes: of main memory; None if unknown. cache_bytes: that the
-    server's cache takes in any case.
+    server's cache takes in any case. versions: of each server; `target` is that of the planned variant.
     """
 
     target: Target
@@ -144,6 +144,7 @@ class Machine:
     work: Work = field(default_factory=Work)
     host_bytes: int | None = None
     cache_bytes: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

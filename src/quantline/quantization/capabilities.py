@@ -19,11 +19,13 @@ from quantline.core.text import alternatives
 
 _TABLE = Path(__file__).with_suffix(".yaml")
 # Methods whose result depends on calibration data.
-CALIBRATED = ("awq", "gptq", "autoround")
+CALIBRATED = ("awq", "gptq", "autoround", "gguf")
 
 
 def calibrated(method: str, options: Mapping[str, Any]) -> bool:
     """Whether a method with these options needs calibration data."""
+    if not options.get("imatrix", True):
+        return False
     return method in CALIBRATED or fixed_inputs(method, options)
 
 
@@ -60,6 +62,11 @@ def table() -> dict[str, Any]:
 def toolchain_of(backend: str) -> str | None:
     """The environment that a backend runs in; None means this interpreter."""
     return None if backend == "none" else table()[backend]["toolchain"]
+
+
+def server_of(backend: str) -> str | None:
+    """The environment that serves what a backend writes; None for the usual one."""
+    return None if backend == "none" else table()[backend].get("server")
 
 
 def bits_of(method: str, backends: Sequence[str]) -> tuple[int, ...]:

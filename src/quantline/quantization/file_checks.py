@@ -93,11 +93,17 @@ def inspect(model: Path, output: Path, expected: Sequence[str], rules: Sequence[
     left = [name for name in expected if name not in layers]
     if left:
         faults.append(f"{len(left)} of {len(expected)} linears were not quantized: {some(left)}")
-    extra = [name for name in layers if name not in set(expected)]
+    if info is not None and LAYOUTS[info.layout].whole:  # embeddings and the output layer are quantized, too
+        outside = [name for name in layers if name not in set(expected) and numbered(name) is None]
+    else:
+        outside = []
+    extra = [name for name in layers if name not in {*expected, *outside}]
     if extra:
         faults.append(f"{len(extra)} linears were quantized but should have stayed float: {some(extra)}")
     linears, stored_bits = {}, {}
     for name, suffixes in layers.items():
+        if name in outside:
+            continue
         if f"{name}.weight" not in floats.names:
             faults.append(f"{name} is quantized but is not a linear of the float model")
             continue

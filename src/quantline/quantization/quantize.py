@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from quantline.checkpoints.checkpoint import Checkpoint, quantization_of, quantized_layers
-from quantline.checkpoints.layouts.choice import float_scheme
-from quantline.checkpoints.layouts.linear_spec import LinearSpec
-from quantline.checkpoints.linears import inventory, select_linears
+from quantline.checkpoints.layouts import LAYOUTS
+from quantline.checkpoints.layouts.choice import own_width, own_widths
+from quantline.checkpoints.layouts.linear_spec import LM_HEAD, LinearSpec
+from quantline.checkpoints.linears import inventory, numbered, select_linears
+from quantline.checkpoints.model_config import ties_head
 from quantline.core.errors import UserError, WorkerError
 from quantline.core.files import read_json
 from quantline.quantization.capabilities import Requirements, calibrated, choose, toolchain_of
@@ -112,8 +114,9 @@ def quantize(
     )  # fmt: skip
     stock = inventory(checkpoint, config)
     notes += [stock.note] if stock.note else []
+    widths = with_own_types(method, request.options, checkpoint, config, widths)[0]
     grouped = not (method == "bnb" and request.bits == 8)
-    if grouped and float_scheme(method, request.options) is None:
+    if grouped and own_width(method, request.options) is None:
         check_group_size(stock.linears, widths)
     job: dict[str, Any] = {
         "model": str(model),
@@ -122,7 +125,7 @@ def quantize(
         "method": method,
         "bits": request.bits,
         "group_size": request.group_size,
-        "linears": {name: asdict(width) for name, width in widths.items()},
+        "linears": {name: plain(width) for name, width in widths.items()},
         "options": request.options,
         "seed": request.seed,
         "threads": request.threads,
@@ -141,6 +144,35 @@ def quantize(
         data = run_worker(toolchain, module, job, f"quantize with {backend}").data
     check_output(out, widths, groups=grouped)
     return Outcome(backend, data["metrics"], data.get("layers", []), [*notes, *data.get("warnings", [])], widths)
+
+
+def plain(width: LinearSpec) -> dict[str, Any]:
+    """A width in a job; of a type only where it has one."""
+    return {key: value for key, value in asdict(width).items() if (key, value) != ("kind", "")}
+
+
+def with_own_types(
+    method: str,
+    options: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    widths: dict[str, LinearSpec],
+) -> tuple[dict[str, LinearSpec], dict[str, LinearSpec]]:
+    """The widths of a method that decides about every linear by itself, and those of all modules; others' as they are.
+
+    Args:
+        method, options: of the variant.
+        checkpoint, config: of the float model.
+        widths: of the linears that should be quantized.
+    """
+    shapes = {
+        name.removesuffix(".weight"): checkpoint.info(name).shape for name in checkpoint.names
+        if name.endswith(".weight") and not (name == f"{LM_HEAD}.weight" and ties_head(config))
+    }  # fmt: skip
+    own = own_widths(method, options, shapes, config)
+    if own is None:
+        return widths, widths
+    return {name: own[name] for name in widths if name in own}, own
 
 
 def _run_here(module: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +210,7 @@ def check_output(out: Path, widths: Mapping[str, LinearSpec], *, groups: bool = 
             f"{len(missing)} of {len(widths)} linears were silently left in float ({_counted(kinds)}); first: "
             f"{missing[0] if missing else 'all'}"
         )
-    extra = sorted(found - set(widths))
+    extra = sorted(name for name in found - set(widths) if not LAYOUTS[info.layout].whole or numbered(name))
     if extra:
         raise WorkerError(f"{extra[0]} was quantized but should have stayed float ({len(extra)} such linears)")
     for name, width in widths.items():

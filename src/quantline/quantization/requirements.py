@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantline.checkpoints.layouts.choice import float_scheme
+from quantline.checkpoints.layouts.choice import own_width
 from quantline.core.text import alternatives
 from quantline.quantization import capabilities
 
 
 def with_own_widths(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Plain values with the bits and group size of a method that has them by itself (fp8, fp4, mxfp8), whatever is given."""
+    """Plain values with the bits and group size of a method that has them by itself (fp8, gguf, ...), whatever is given."""
     method = values.get("method")
-    scheme = float_scheme(str(method.get("name")), method) if isinstance(method, Mapping) else None
-    return values if scheme is None else {**values, "bits": scheme.bits, "group_size": scheme.group_size}
+    try:
+        width = own_width(str(method.get("name")), method) if isinstance(method, Mapping) else None
+    except KeyError:  # a type that does not exist, which is reported elsewhere
+        width = None
+    return values if width is None else {**values, "bits": width.bits, "group_size": width.group_size}
 
 
 def requirements_of(values: Mapping[str, Any]) -> capabilities.Requirements:

@@ -1,56 +1,25 @@
-"""How vLLM is started for a checkpoint: the options, its arguments and environment, and the line for a shell."""
+"""How a server is started for a checkpoint: the options, its arguments and environment, and the line for a shell."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from quantline.config.serve import ProcessConfig
+from quantline.serving import llamacpp
 from quantline.serving.memory import GIB
-from quantline.toolchains import protocol
+from quantline.serving.server_options import SERVED_NAME, ServerOptions
 
-SERVED_NAME = protocol.SERVED_NAME
+__all__ = [
+    "SERVED_NAME", "TEXT_ONLY", "ServerOptions", "command_line", "environment_of", "flags_of", "served_line", "title_of",
+]  # fmt: skip
+
 TEXT_ONLY = "--language-model-only"
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """How a model is served.
-
-    Attributes:
-        process: the configuration's section: address, timeouts, memory, further arguments.
-        device: `cpu` or `cuda`.
-        dtype: of the activations, as vLLM names it; quantized checkpoints take `float16` and `bfloat16`.
-        max_model_len: tokens of prompt and answer together; None takes the model's own limit.
-        enforce_eager: no graph capture.
-        trust_remote_code: run the Python code that a model brings.
-        text_only: of a model that takes images, too, serve the language model alone.
-        kv_cache_dtype: of the keys and values that are kept.
-        threads: OpenMP threads of a CPU worker, not bound to cores. None lets vLLM bind them to all cores but one, which
-            was the fastest setting tried on two busy cores.
-        environment: further environment variables of the server.
-        name: under which requests ask for the model.
-        proven: the flags with which it was served before, in place of those that follow from the options above.
-    """
-
-    process: ProcessConfig
-    device: str = "cpu"
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    enforce_eager: bool = True
-    trust_remote_code: bool = False
-    text_only: bool = False
-    threads: int | None = None
-    kv_cache_dtype: str = "auto"
-    environment: Mapping[str, str] = field(default_factory=dict)
-    name: str = SERVED_NAME
-    proven: tuple[str, ...] | None = None
-
-
 def command_line(python: Path, model: Path, options: ServerOptions, port: int) -> list[str]:
-    """The arguments that start vLLM's server."""
+    """The arguments that start the server."""
+    if options.runtime == llamacpp.NAME:
+        return llamacpp.command_line(python, model, options, port)
     return [
         str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model),
         "--served-model-name", options.name, "--host", options.process.host, "--port", str(port),
@@ -58,11 +27,18 @@ def command_line(python: Path, model: Path, options: ServerOptions, port: int) -
     ]  # fmt: skip
 
 
-def vllm_line(model: str, options: ServerOptions) -> str:
-    """The line of a shell that serves a checkpoint as this project does, on vLLM's own address and under its own name.
+def title_of(runtime: str) -> str:
+    """What people call a server."""
+    return "llama.cpp" if runtime == llamacpp.NAME else "vLLM"
+
+
+def served_line(model: str, options: ServerOptions) -> str:
+    """The line of a shell that serves a checkpoint as this project does, on the server's own address and under its own name.
 
     model: a folder, or a repository on the hub.
     """
+    if options.runtime == llamacpp.NAME:
+        return llamacpp.line(model, options)
     return shlex.join(["vllm", "serve", model, *flags_of(options)])
 
 
@@ -70,6 +46,8 @@ def flags_of(options: ServerOptions) -> list[str]:
     """The arguments that decide what is served and how, the same for every address and name."""
     if options.proven is not None:
         return list(options.proven)
+    if options.runtime == llamacpp.NAME:
+        return llamacpp.flags_of(options)
     flags = [
         "--dtype", options.dtype, "--tensor-parallel-size", str(options.process.tensor_parallel_size),
         # The checkpoint's own sampling defaults (such as a repetition penalty) would change greedy answers.
@@ -104,6 +82,8 @@ def flags_of(options: ServerOptions) -> list[str]:
 
 def environment_of(options: ServerOptions) -> dict[str, str]:
     """The environment variables of the server, beside those of every worker."""
+    if options.runtime == llamacpp.NAME:
+        return {}
     variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "NO_COLOR": "1"}
     if options.device == "cpu" and options.threads is not None:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

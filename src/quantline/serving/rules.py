@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
@@ -16,16 +14,14 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.layouts import awq, gptq_config, modelopt
 from quantline.checkpoints.layouts.config_values import stored_bits_and_groups
+from quantline.checkpoints.layouts.gguf import layout as gguf
 from quantline.checkpoints.model_config import read_config
 from quantline.checkpoints.quantization_config import described_in, quantization_of
 from quantline.config.serve import ProcessConfig
 from quantline.core.errors import UserError
 
-# In the name of a tensor of one expert of a mixture.
-EXPERT = re.compile(r"\.experts\.\d+\.")
 _CPU_INFO = Path("/proc/cpuinfo")
 # The flags by which torch recognizes a CPU with AVX-512; vLLM chooses its library by that.
 _AVX512 = {"avx512f", "avx512vl", "avx512bw", "avx512dq"}
@@ -33,7 +29,7 @@ _AVX512 = {"avx512f", "avx512vl", "avx512bw", "avx512dq"}
 
 @dataclass(frozen=True)
 class Target:
-    """What serves: runtime `vllm`, its version such as `0.32.0`, device `cpu` or `cuda`, and the activations' dtype.
+    """What serves: runtime `vllm` or `llamacpp`, its version, device `cpu` or `cuda`, and the activations' dtype.
 
     instructions: the best instruction set of an x86 CPU that vLLM has kernels for: `avx512`, `avx2` or `none`.
     amx: whether the CPU has AMX tiles; None if unknown.
@@ -63,14 +59,15 @@ PROCESS_FACTS = ("cpu_offload_gib", "kv_offload_gib", "attention_backend")
 class CheckpointFacts:
     """What a checkpoint's quantization config says; None for what it does not say.
 
-    method: `awq`, `gptq`, `compressed-tensors`, `bitsandbytes` or `float`. layout: `gemm`, `gemv`, ... for AWQ; `gptq`
-    or `gptq_v2` for GPTQ; the format for compressed-tensors. group_size: -1 is one group per channel. The rest comes
+    method: `awq`, `gptq`, `compressed-tensors`, `bitsandbytes`, `gguf` or `float`. layout: `gemm`, `gemv`, ... for AWQ;
+    `gptq` or `gptq_v2` for GPTQ; the mixture for GGUF; the format for compressed-tensors. group_size: -1 is one group per
+    channel. The rest comes
     from the layers (see `checkpoint_facts`). widths_divisible_by_32: whether in and out of every quantized layer are,
     on each GPU. fused: `mixed` if the parts of a fused linear differ, else `alike`. head: whether the config names a
     quantized output layer, `named` or `unnamed`; `float` if that layer is not quantized. experts: `quantized`, if
-    experts of a mixture are, `float` if none of them is, None without experts. qkv: `one` if q, k and v are one quantized
-    linear in the checkpoint, too. cut: what tensor parallelism would cut through: `heads`, `groups` or `nothing`.
-    architecture: the class that config.json names, see `architecture_of`.
+    experts of a mixture are, else `float`. qkv: `one` if q, k and v are one quantized linear in the checkpoint, too.
+    cut: what tensor parallelism would cut through: `heads`, `groups` or `nothing`. architecture: the class that
+    config.json names, see `architecture_of`.
     strategy: what shares a scale, in the words of compressed-tensors. inputs: what linears' inputs are rounded to, `float`
     (they are not), `int8`, `fp8` or `fp4`; `fixed` where their scales are.
     blocks: with scales of blocks of 128 rows, `cut` if one holds rows of two linears that the runtime fuses, else `whole`.
@@ -191,6 +188,8 @@ def facts_of(quantization: Mapping[str, Any] | None, *, widths_divisible_by_32: 
         return CheckpointFacts(method, layout=modelopt.algorithm_of(quantization).lower())
     if method == "compressed-tensors":
         return _compressed_facts(quantization, widths_divisible_by_32)
+    if method == gguf.NAME:
+        return CheckpointFacts(method, layout=str(quantization.get("type")).lower())
     layout = awq.version_of(quantization) if method == awq.METHOD else gptq_config.format_of(quantization)
     bits, group_size = stored_bits_and_groups(quantization)
     return CheckpointFacts(
@@ -323,17 +322,14 @@ def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
     """What decides whether a target loads a checkpoint, from its config and its headers."""
     found, architecture = described_in(checkpoint), architecture_of(read_config(checkpoint))
     if found is None:
-        experts = None
-        with suppress(UserError):  # damaged or missing weights are what their reader refuses, not a rule
-            experts = "float" if any(EXPERT.search(name) for name in Checkpoint.open(checkpoint).names) else None
-        return replace(facts_of(None), architecture=architecture, experts=experts)
+        return replace(facts_of(None), architecture=architecture)
     quantization_of(checkpoint)  # refuses unknown layouts
     return replace(facts_of(found[1]), architecture=architecture)
 
 
-def vllm_here(version: str, device: str, dtype: str, kv_cache_dtype: str = "auto") -> Target:
-    """This machine's vLLM as a target."""
-    return Target("vllm", version, device, dtype, kv_cache_dtype=kept_as(kv_cache_dtype), **cpu_traits(device))
+def here(runtime: str, version: str, device: str, dtype: str, kv_cache_dtype: str = "auto") -> Target:
+    """This machine's server as a target."""
+    return Target(runtime, version, device, dtype, kv_cache_dtype=kept_as(kv_cache_dtype), **cpu_traits(device))
 
 
 def kept_as(kv_cache_dtype: str) -> str | None:

@@ -11,6 +11,7 @@ import httpx
 import psutil
 
 from quantline.core.errors import ServerError
+from quantline.serving import llamacpp
 from quantline.serving.command import ServerOptions
 from quantline.serving.keeping import Adopted
 from quantline.serving.server_log import ending, failure_reason
@@ -124,7 +125,11 @@ def longest_sequence(server: Server, client: httpx.Client) -> int:
     try:
         models = client.get("/v1/models").raise_for_status().json()["data"]
         card = next(card for card in models if card["id"] == server.options.name)
-        root, length = str(card["root"]), int(card["max_model_len"])
+        if server.options.runtime == llamacpp.NAME:
+            root = str(Path(client.get("/props").raise_for_status().json()["model_path"]).parent)
+            length = llamacpp.longest(card)
+        else:
+            root, length = str(card["root"]), int(card["max_model_len"])
     except (httpx.HTTPError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise ServerError(
             f"port {server.port} is healthy but does not list {server.options.name}: {error!r}"

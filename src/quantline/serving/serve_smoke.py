@@ -7,25 +7,33 @@ server's log-probability of every token, float32, aligned with the evaluation's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantline.checkpoints.checkpoint import write_safetensors
 from quantline.checkpoints.model_files import has_chat_template
+from quantline.checkpoints.safetensors_file import SafetensorsFile
 from quantline.config.serve import SmokeConfig
+from quantline.core.cores import cores
 from quantline.core.errors import ServerError, UserError
 from quantline.core.files import write_json
 from quantline.data.windows import Windows
+from quantline.serving import llamacpp
 from quantline.serving.answer_checks import judge_answers
 from quantline.serving.command import ServerOptions, flags_of
 from quantline.serving.logprobs import score
-from quantline.serving.rules import checkpoint_facts, verdict, vllm_here
+from quantline.serving.rules import checkpoint_facts, here, verdict
 from quantline.serving.server import Vllm, serve
 from quantline.serving.smoke import Answer, run_smoke
+from quantline.toolchains.protocol import JobResult
+
+RunWorker = Callable[[str, str, dict[str, Any], str], JobResult]
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ def serve_and_score(
     """Serve `checkpoint` and write its answers and its scores to `out`.
 
     Args:
-        vllm: the vLLM that serves it.
+        vllm: what serves it.
         checkpoint: its folder.
         options: options of the server and of the requests to it.
         questions: fixed prompts; chat prompts go only to models with a chat template.
@@ -68,7 +76,7 @@ def serve_and_score(
         UserError: a window does not fit the server's max_model_len.
     """
     facts = checkpoint_facts(checkpoint)
-    known = verdict(vllm_here(vllm.version, options.device, options.dtype, options.kv_cache_dtype), facts)
+    known = verdict(here(options.runtime, vllm.version, options.device, options.dtype, options.kv_cache_dtype), facts)
     document: dict[str, Any] = {"supported": known.supported, "reason": known.reason, "rule": known.rule_id}
     if not known.supported:
         write_json(out / "verdict.json", document)
@@ -95,16 +103,35 @@ def serve_and_score(
                 "(quantize/coverage/layers.csv) and give the worst more bits; or ask other questions (serve.smoke.prompts)",
                 f"log: {log}",
             ]))  # fmt: skip
-        pieces = [windows.input_ids[a:b] for a, b in zip(windows.offsets[:-1], windows.offsets[1:], strict=True)]
-        logprobs = score(server, pieces, concurrency=options.process.concurrency, timeout_seconds=timeout)
-    # The first token of a window has no context, so the server gives no probability for it.
-    flat = np.concatenate([piece for window in logprobs for piece in ([np.nan], window)]).astype(np.float32)
+        if options.runtime != llamacpp.NAME:
+            pieces = [windows.input_ids[a:b] for a, b in zip(windows.offsets[:-1], windows.offsets[1:], strict=True)]
+            logprobs = score(server, pieces, concurrency=options.process.concurrency, timeout_seconds=timeout)
+            # The first token of a window has no context, so the server gives no probability for it.
+            flat = np.concatenate([piece for window in logprobs for piece in ([np.nan], window)]).astype(np.float32)
+    if options.runtime == llamacpp.NAME:
+        assert vllm.run_worker is not None, "its server gives no log-probabilities of a prompt"
+        flat = _scored_by_worker(checkpoint, windows, vllm.run_worker)
+        document["prompt_scores"] = llamacpp.NO_PROMPT_SCORES
     write_safetensors(out / "scores.safetensors", {"logprobs": flat})
     write_json(out / "scores.json", {"windows_sha256": windows.sha256})
     proven = {"kernels": list(report.kernels), "runtime": report.runtime_version, "flags": flags_of(options)}
     write_json(out / "verdict.json", {**document, **proven})
     write_json(out / "answers.json", [asdict(answer) for answer in report.answers])
     return Served("", report.metrics, [], tuple(flags_of(options)))
+
+
+def _scored_by_worker(checkpoint: Path, windows: Windows, run_worker: RunWorker) -> NDArray[np.float32]:
+    """Log-probabilities of every token by the library that serves; NaN at the first of a window."""
+    with TemporaryDirectory(prefix="quantline-windows-") as scratch:
+        given, scores = Path(scratch, "windows.safetensors"), Path(scratch, "scores.safetensors")
+        write_safetensors(given, {"input_ids": windows.input_ids, "offsets": windows.offsets})
+        job = {
+            "file": str(llamacpp.file_of(checkpoint)), "windows": str(given), "output": str(scores),
+            "threads": max(1, cores() - 1),
+        }  # fmt: skip
+        run_worker(llamacpp.NAME, llamacpp.SCORING, job, "scoring with llama.cpp")
+        found: NDArray[np.float32] = SafetensorsFile.open(scores).read("logprobs")
+        return found
 
 
 def read_answers(folder: Path) -> list[Answer]:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import httpx
 
@@ -29,22 +29,27 @@ from quantline.serving.keeping import Keeping
 from quantline.serving.ports import free_port, require_free
 from quantline.serving.running import GRACE_SECONDS, Server, end, longest_sequence, tell
 from quantline.serving.server_log import ending, failure_reason
+from quantline.toolchains.protocol import JobResult
 from quantline.toolchains.toolchain import worker_environment
 
 
 class Vllm(NamedTuple):
-    """The vLLM that serves: its interpreter, its version, and how its server is shared; None for not at all."""
+    """What serves, vLLM or llama.cpp: its interpreter, its version, and how its server is shared; None for not at all.
+
+    run_worker: runs a worker's job, (toolchain, module, job, label) -> its result; for servers that do not score prompts.
+    """
 
     python: Path
     version: str
     keeping: Keeping | None = None
+    run_worker: Callable[[str, str, dict[str, Any], str], JobResult] | None = None
 
 
 @contextmanager
 def serve(
     python: Path, model: Path, options: ServerOptions, *, log: Path, keeping: Keeping | None = None
 ) -> Iterator[Server]:
-    """Serve the checkpoint in `model` with the vLLM of the interpreter `python`.
+    """Serve the checkpoint in `model` with the server of the interpreter `python`, see `ServerOptions.runtime`.
 
     log: gets everything the server prints; overwritten. keeping: how it is shared with other stages; None for not at all.
 

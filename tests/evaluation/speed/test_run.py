@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +63,18 @@ def test_what_the_target_refuses_is_not_measured_and_the_reason_is_told(model, t
     assert "4 bits only" in found.reason
     assert found.document == nothing()
     assert metrics_of(found.document) == {}
+
+
+def test_a_variant_that_another_server_serves_is_left_out_and_the_reason_is_told(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    base, variant = subjects_of(model)
+    subjects = (base, replace(variant, options=replace(variant.options, runtime="llamacpp")))
+    found = measure(
+        python=Path("/no/python"), version="0.32.0", subjects=subjects, plan=PLAN, bench=no_bench, out=tmp_path / "out",
+        log=tmp_path / "speed.log",
+    )  # fmt: skip
+    assert "served by llama.cpp and the float model by vLLM" in found.reason
+    assert found.document == nothing()
 
 
 @pytest.mark.parametrize("side_by_side", ["always", "never"])

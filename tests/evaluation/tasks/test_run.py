@@ -103,6 +103,16 @@ def test_a_refused_variant_is_asked_by_the_reference_engine_alone(tmp_path, base
     assert report.warnings == ["tasks were not run with vllm: no kernel for it"]
 
 
+@pytest.mark.parametrize(
+    ("verdict", "refused"),
+    [({"supported": True, "reason": ""}, ""), ({"supported": False, "reason": "no kernel"}, "no kernel"),
+     ({"supported": True, "reason": "", "prompt_scores": "gives none"}, "gives none")],
+)  # fmt: skip
+def test_a_server_that_does_not_load_or_score_the_variant_is_not_asked(tmp_path, verdict, refused):
+    (tmp_path / "verdict.json").write_text(json.dumps(verdict))
+    assert tasks.refusal(tmp_path / "verdict.json") == refused
+
+
 def test_a_metric_that_a_task_does_not_have_is_refused_with_those_it_has(tmp_path):
     with pytest.raises(UserError, match="metric=f1: allowed are acc, perplexity"):
         evaluate(tmp_path / "one", answers(30), standard={"last_word": StandardTaskConfig(metric="f1")})

@@ -9,6 +9,8 @@ from typing import Any
 from quantline.checkpoints.layouts import LAYOUTS, TARGETS, Layout, awq, bitsandbytes, gptq, gptq_v2
 from quantline.checkpoints.layouts.compressed_tensors import int_quantized, pack_quantized
 from quantline.checkpoints.layouts.compressed_tensors.schemes import SCHEMES, FloatScheme
+from quantline.checkpoints.layouts.gguf import layout as gguf
+from quantline.checkpoints.layouts.gguf import planned
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 
 
@@ -42,6 +44,29 @@ def schemes_of(method: str) -> tuple[str, ...]:
     return own or tuple(name.lower() for name in SCHEMES if re.fullmatch(rf"(nv|mx)?{method}(a16)?", name.lower()))
 
 
+def own_width(method: str, options: Mapping[str, Any]) -> LinearSpec | None:
+    """Bits and groups of a method that has them by itself (fp8, fp4, mxfp8; of most linears: gguf); None for others."""
+    if method == planned.METHOD:
+        return planned.usual(options)
+    scheme = float_scheme(method, options)
+    return None if scheme is None else LinearSpec(scheme.bits, scheme.group_size)
+
+
+def own_widths(
+    method: str, options: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> dict[str, LinearSpec] | None:
+    """What a method that decides about every weight matrix by itself makes of each (gguf); None for others.
+
+    shapes: (out_features, in_features) of all of them, by module, embeddings and output layer included.
+    """
+    return planned.specs(options, shapes, config) if method == planned.METHOD else None
+
+
+def runtime_of(method: str) -> str:
+    """The server that reads what a method makes: `vllm`, or `llamacpp` for GGUF files."""
+    return gguf.LAYOUT.runtime if method == planned.METHOD else "vllm"
+
+
 def rounds_inputs(method: str, options: Mapping[str, Any]) -> bool:
     """Whether runtimes round the inputs of linears, too."""
     scheme = float_scheme(method, options)
@@ -58,6 +83,8 @@ def written_by(backend: str, method: str, options: Mapping[str, Any], specs: set
     """The layout of a backend's output."""
     if method == "bnb":
         return bitsandbytes.NAME
+    if method == planned.METHOD:
+        return gguf.NAME
     scheme = float_scheme(method, options)
     if scheme is not None:
         return scheme.layout

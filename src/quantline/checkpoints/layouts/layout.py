@@ -177,7 +177,7 @@ class Layout:
         name: its key in `LAYOUTS`.
         method: `quant_method` in config.json; the same libraries read all layouts of a method.
         tensors: tensor suffix -> whether a linear must have it.
-        scales, zeros, codes: their suffixes.
+        scales, zeros, codes: their suffixes; no suffix of codes where one tensor holds codes and scales.
         specs: dtype and shape of every tensor of a linear, by suffix, except for the bias, which is not converted.
         shape: (in_features, out_features) from a linear's tensors and bits; reads as few of their bytes as possible.
         faults: why it cannot store a linear.
@@ -195,6 +195,8 @@ class Layout:
         nearest: the layout that `convert.target=auto` converts it to, given bits and groups of its linears, whether they are
             symmetric, and whether groups are reordered; None keeps it.
         zero_hazard: a known problem with zero points of 0.
+        whole: its writers quantize the embeddings and the output layer, too, and decide about all types themselves.
+        runtime: the server that reads it.
     """
 
     name: str
@@ -220,6 +222,8 @@ class Layout:
     servable: bool = True
     nearest: Callable[[Collection[LinearSpec], bool, bool], str | None] = _itself
     zero_hazard: str = ""
+    whole: bool = False
+    runtime: str = "vllm"
 
     def __repr__(self) -> str:
         return f"<layout {self.name}>"
@@ -251,6 +255,8 @@ class Layout:
     def bytes_of(self, shape: Shape, spec: LinearSpec, storage: Storage) -> LinearBytes:
         """Bytes of a linear's tensors, except for those of variable size."""
         sizes = {suffix: one.nbytes for suffix, one in self.specs(shape, spec, storage).items()}
+        if not self.codes:
+            return LinearBytes(sum(sizes.values()))
         codes = sizes.pop(self.codes)
         scales, zeros = (sum(sizes.pop(suffix, 0) for suffix in group) for group in (self.scales, self.zeros))
         return LinearBytes(codes, scales, zeros, sum(sizes.values()))

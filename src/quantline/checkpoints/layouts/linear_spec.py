@@ -9,10 +9,14 @@ LM_HEAD = "lm_head"  # the output layer, as transformers names it
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """Bits of a weight, and the input columns that share a scale (-1: all)."""
+    """Bits of a weight, and the input columns that share a scale (-1: all).
+
+    kind: which of a layout's types of these bits and groups, where it has several (the block types of GGUF).
+    """
 
     bits: int
     group_size: int
+    kind: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from quantline.checkpoints.layouts import awq_gemm, awq_gemv, bitsandbytes, gptq, gptq_v2, modelopt
 from quantline.checkpoints.layouts.compressed_tensors import floats, int_quantized, pack_quantized
+from quantline.checkpoints.layouts.gguf import layout as gguf
 from quantline.checkpoints.layouts.layout import ConfigSection, Layout
 from quantline.checkpoints.layouts.msmodelslim import layout as msmodelslim
 
@@ -22,6 +23,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "modelopt_fp8": modelopt.FP8,
     "modelopt_nvfp4": modelopt.NVFP4,
     "bitsandbytes": bitsandbytes.LAYOUT,
+    "gguf": gguf.LAYOUT,
     "msmodelslim": msmodelslim.SAFE_TENSOR,
     "msmodelslim_ascend_v1": msmodelslim.ASCEND_V1,
     "msmodelslim_v1": msmodelslim.V1,

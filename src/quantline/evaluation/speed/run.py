@@ -35,7 +35,7 @@ from quantline.evaluation.speed.vllm_bench import (
 from quantline.serving.handover import end_all
 from quantline.serving.keeping import kept_of
 from quantline.serving.memory import GIB, MEMORY_SHARE, kv_cache, server_bytes, tensor_bytes
-from quantline.serving.rules import checkpoint_facts, verdict, vllm_here
+from quantline.serving.rules import checkpoint_facts, here, verdict
 from quantline.serving.running import Server
 from quantline.serving.server import run_vllm, serve
 from quantline.serving.server_log import kernels, weights_bytes
@@ -44,6 +44,11 @@ from quantline.toolchains.protocol import JobResult
 _BY_LOG, _BY_TENSORS = "as vLLM's log reports it, to 0.01 GiB", "the checkpoint's tensors, for this vLLM reports none"
 OFFLINE = ("latency", "throughput")
 Bench = Callable[[dict[str, Any], str], JobResult]
+
+
+OTHER_SERVER = (
+    "it is served by llama.cpp and the float model by vLLM, so that their speeds say nothing about the weights"
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,9 @@ def measure(
     if not plan.tools:
         return _written(Measured(nothing()), out)
     variant = subjects[1]
-    target = vllm_here(version, variant.options.device, variant.options.dtype)
+    if variant.options.runtime != subjects[0].options.runtime:
+        return _written(Measured(nothing(), reason=OTHER_SERVER), out)
+    target = here(variant.options.runtime, version, variant.options.device, variant.options.dtype)
     known = verdict(target, checkpoint_facts(variant.checkpoint))
     if not known.supported:
         return _written(Measured(nothing(), warnings=[known.remedy] if known.remedy else [], reason=known.reason), out)

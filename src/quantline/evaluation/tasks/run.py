@@ -284,9 +284,9 @@ def _counted(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refusal(path: Path) -> str:
-    """Why the server does not load the variant, from serve_smoke's verdict.json; empty if it does."""
+    """Why the server does not load or score the variant, from serve_smoke's verdict.json; empty if it does."""
     verdict = read_json(path)
-    return "" if verdict["supported"] else str(verdict["reason"])
+    return str(verdict.get("prompt_scores") or "") if verdict["supported"] else str(verdict["reason"])
 
 
 def read_samples(path: Path) -> dict[str, list[dict[str, Any]]]:
