@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sections
+from tiny_model import write_tokenizer
+from tiny_quantized import write_float
 
 from quantline.core.errors import UserError
 from quantline.evaluation.shadow_verdict import judge
 from quantline.lifecycle.serve import Typed
-from quantline.lifecycle.shadow import Question, _note_alarm, shadow, shadow_faults
+from quantline.lifecycle.shadow import Question, _note_alarm, served_tokens, shadow, shadow_faults
+from quantline.serving.fleet.captures import Capture
 
 
 def test_a_promotion_can_ask_for_a_sound_verdict_about_these_files(tmp_path):
@@ -33,6 +37,23 @@ def test_a_promotion_can_ask_for_a_sound_verdict_about_these_files(tmp_path):
 def test_without_captures_it_says_how_to_get_some(composed, tmp_path):
     with pytest.raises(UserError, match=r"has no captured requests; start the fleet with capture\.share=0\.1"):
         shadow(tmp_path, Typed(composed(), []), Question("w4"))
+
+
+def test_a_variant_with_another_tokenizer_is_refused_before_a_server_starts(composed, tmp_path, monkeypatch):
+    folders = [write_float(tmp_path / name) for name in ("own", "other")]
+    for number, folder in enumerate(folders):
+        write_tokenizer(folder, *([["other words than these"]] if number else []))
+    capture = Capture("1", "low", "own", None, "An index is", " a list.", 200)
+    monkeypatch.setattr("quantline.lifecycle.shadow.captures", lambda folder: [capture])
+    with pytest.raises(UserError, match="have different tokenizers, so that their scores cannot be compared"):
+        shadow(tmp_path, Typed(composed(), []), Question(str(folders[1]), str(folders[0])))
+
+
+def test_a_server_takes_what_it_is_told_to_take_or_what_its_model_does(tmp_path):
+    subject = SimpleNamespace(folder=write_float(tmp_path / "m"))
+    positions = json.loads((subject.folder / "config.json").read_text())["max_position_embeddings"]
+    assert served_tokens(subject, sections.server(max_model_len=99)) == 99
+    assert served_tokens(subject, sections.server()) == positions
 
 
 def test_a_verdict_raises_an_alarm_and_a_sound_one_takes_it_back(tmp_path):

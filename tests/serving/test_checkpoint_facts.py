@@ -68,9 +68,10 @@ def test_a_quantized_head_is_named_by_its_config_or_not():
 
 
 def test_experts_are_quantized_or_float():
-    assert facts()[0].experts == "float"
     assert facts(shapes_of(experts=2))[0].experts == "quantized"
     assert facts(shapes_of(experts=2), skip=mlp_of(2))[0].experts == "float"
+    assert facts(shapes_of())[0].experts is None
+    assert facts_of_layers(None, {}, shapes_of(experts=2))[0].experts == "float"
 
 
 def test_parts_of_a_gated_delta_net_are_computed_as_one() -> None:

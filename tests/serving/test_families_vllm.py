@@ -76,8 +76,7 @@ class Case:
 
 # No linears of their own, so plan asks for a rule.
 STACKS = {
-    "granitemoe": ("*.input_linear", "*.output_linear"), "gpt_oss": ("*.experts.*",), "aria": ("*.experts.*",),
-    "llama4": ("*.experts.*",),
+    "granitemoe": ("*.input_linear", "*.output_linear"), "gpt_oss": ("*.experts.*",), "llama4": ("*.experts.*",),
 }  # fmt: skip
 FEW = [
     Case("bloom", "gptq"), Case("bloom", "compressed_tensors", ("*.query_key_value",)),
@@ -87,8 +86,10 @@ FEW = [
     Case("gemma2", "gptq"), Case("apertus", "gptq"), Case("apertus", "gptq", dtype="float16"), Case("qwen2_5_vl"),
     Case("qwen2_5_vl", "gptq"), Case("qwen2_5_vl", "awq"), Case("qwen2_5_vl", "compressed_tensors"), Case("gemma3", "gptq"),
     Case("mistral3", "gptq"), Case("llama4"), Case("llama4", "gptq", STACKS["llama4"]), Case("lfm2_vl", "gptq"),
+    Case("nemotron_h"), Case("zamba2"), Case("falcon_h1"), Case("falcon_h1", "gptq"),
     Case("llama4", "compressed_tensors", STACKS["llama4"]), Case("llama4", "zero_points", STACKS["llama4"]),
 ]  # fmt: skip
+HYBRIDS = ("falcon_h1", "nemotron_h", "zamba2")
 # Causal LMs by their type that take images, too.
 WHOLE = ("gemma3", "gemma4", "qwen3_5")
 CLAIMED = sorted(
@@ -99,7 +100,7 @@ CLAIMED = sorted(
 )  # fmt: skip
 EVERY = [
     Case(family, layout, STACKS.get(family, ()) if layout else ())
-    for family in [*CLAIMED, "falcon", "gpt2", "gpt_oss", "granitemoe", "mamba", *sorted(WITH_IMAGES), *WHOLE]
+    for family in [*CLAIMED, "falcon", "gpt2", "gpt_oss", "granitemoe", "mamba", *HYBRIDS, *sorted(WITH_IMAGES), *WHOLE]
     for layout in (None, "gptq", "awq", "compressed_tensors")
 ]  # fmt: skip
 CASES = [

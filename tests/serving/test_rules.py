@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import sections
+from tiny_quantized import write_float
 
 from quantline.checkpoints.layouts.choice import compressed_tensors_of
 from quantline.checkpoints.layouts.compressed_tensors.schemes import SCHEMES
@@ -14,6 +16,7 @@ from quantline.serving.rules import (
     Target,
     architecture_note,
     architecture_of,
+    checkpoint_facts,
     cpu_has_amx,
     cpu_instructions,
     facts_of,
@@ -252,3 +255,13 @@ def test_blocks_of_fp8_that_hold_two_linears_are_refused_where_vllm_fuses_these(
     facts = facts_of(floats("FP8_BLOCK"))
     assert verdict(HOPPER, replace(facts, blocks="cut")).rule_id == "fp8-fused-blocks"
     assert verdict(HOPPER, replace(facts, blocks="whole")).supported
+
+
+def test_experts_of_a_float_model_are_seen_in_its_headers(tmp_path):
+    """Nemotron-H is served on a CPU without experts, and not with them."""
+    plain, mixture = write_float(tmp_path / "plain"), write_float(tmp_path / "mixture", experts=4)
+    for folder, expected in ((plain, ""), (mixture, "experts-without-gate-on-cpu")):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["NemotronHForCausalLM"]}))
+        assert verdict(CPU, checkpoint_facts(folder)).rule_id == expected
+        assert verdict(GPU, checkpoint_facts(folder)).supported

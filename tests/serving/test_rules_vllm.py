@@ -53,6 +53,7 @@ UNSEEN = {
             "architecture-float16-on-cpu",
             "multi-query-of-transformers",
             "bloom-qkv",
+            "experts-without-gate-on-cpu",
             "gptq-fused-unnamed",
             "llama4-packed",
             "llama4-zero-points",

@@ -94,8 +94,10 @@ def test_captured_requests_become_tokens_of_which_the_answers_are_scored(server)
     asked = [{"role": "user", "content": "What is an index?"}]
     chat = Capture("1", "low", "w4", asked, None, "An index is a list.", 200)
     long = Capture("2", "low", "w4", None, "word " * 600, "too long", 200)
-    kept = tokens_of(server, [chat, Capture("3", "low", "w4", None, "An index is", " a list.", 200), long])
+    found = [chat, Capture("3", "low", "w4", None, "An index is", " a list.", 200), long]
+    kept = tokens_of(server, found, server.max_model_len)
     assert [one.capture.id for one in kept] == ["1", "3"]
+    assert tokens_of(server, found, 3) == []  # what another server does not take is left out, too
     assert all(1 < one.prompt < len(one.ids) for one in kept)
     answers = [
         values[one.prompt - 1 :] for values, one in zip(score(server, [one.ids for one in kept]), kept, strict=True)

@@ -55,6 +55,18 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {
         "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 128, "block_dim": 128,
     },
+    # Heads in such numbers that the rows of in_proj are a multiple of 32.
+    "falcon_h1": {"mamba_d_ssm": 256, "mamba_n_heads": 32, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 16},
+    "nemotron_h": {
+        "hybrid_override_pattern": "M*E-", "num_hidden_layers": 4, "mamba_num_heads": 32, "mamba_head_dim": 8, "n_groups": 1,
+        "ssm_state_size": 16, "n_routed_experts": 4, "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 64,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    },
+    "zamba2": {
+        "mamba_d_state": 16, "n_mamba_heads": 32, "mamba_headdim": 8, "mamba_ngroups": 1, "num_mem_blocks": 1,
+        "layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "attention_head_dim": 64,
+        "attention_hidden_size": 256, "adapter_rank": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    },
     "mpt": {"d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 512},
     "bloom": {"n_layer": 2, "n_head": 4},
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
@@ -75,7 +87,6 @@ VISION = {
 SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 # For models that take images, too: what their text_config and vision_config have of their own.
 PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "aria": ({"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}, {}),
     "gemma3": ({}, {}),
     "gemma4": (
         {**OWN["gemma4_text"], "pad_token_id": 0},

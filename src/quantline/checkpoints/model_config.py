@@ -23,11 +23,11 @@ from quantline.core.errors import UserError
 # How transformers ends the names of models that predict the next token (all of AutoModelForCausalLM, 5.19).
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "WithLMHead", "GenerationDecoder")
 # Types of models that take images, too, and that transformers (5.19) has no causal LM for. The reference engine builds them
-# whole and gives them text. Each was run beside vLLM 0.32, see tests/serving/test_families_vllm.py. PaliGemma, Cohere2
+# whole and gives them text. Each was run beside vLLM 0.32, see tests/serving/test_families_vllm.py. PaliGemma, Aria, Cohere2
 # Vision, GLM-4V and Qwen3-VL-MoE were, too, and are left out: they end, or score otherwise than the engine.
 WITH_IMAGES = frozenset(
     {
-        "aria", "idefics3", "internvl", "lfm2_vl", "llama4", "llava", "llava_onevision", "mistral3", "qwen2_5_vl",
+        "idefics3", "internvl", "lfm2_vl", "llama4", "llava", "llava_onevision", "mistral3", "qwen2_5_vl",
         "qwen2_vl", "qwen3_vl", "smolvlm",
     }
 )  # fmt: skip

@@ -94,7 +94,7 @@ def resolve(root: Path, typed: Typed, vllm: Vllm, device: str, former: Fleet | N
     """
     config = parse(typed.values)
     members, faults = _members(root, config, typed)
-    faults = [*config_faults(config.fleet), *faults]
+    faults = [*config_faults(config.fleet, root), *faults]
     starts: dict[str, ServerOptions] = {}
     notes: list[str] = []
     for member in members.values():

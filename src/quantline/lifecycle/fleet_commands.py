@@ -183,7 +183,7 @@ def export(root: Path, typed: Typed, arguments: Mapping[str, str | None]) -> Non
     """Write what keeps a fleet running without this command: a unit of systemd, a compose file, or manifests.
 
     Raises:
-        QuantlineError: the fleet cannot run as it is described, or containers are to speak TLS.
+        QuantlineError: the fleet cannot run as it is described, or not in containers.
     """
     config = parse(typed.values)
     if arguments["form"] != "systemd" and config.fleet.endpoint.certificate:
@@ -195,6 +195,8 @@ def export(root: Path, typed: Typed, arguments: Mapping[str, str | None]) -> Non
     form, run = str(arguments["form"]), StageRun("serve", config, root, tuple(typed.overrides))
     made = resolve(root, typed, server_of(run), run.device)
     fleet, name = made.fleet, config.fleet.name
+    if form != "systemd":
+        exported.refuse_alike(fleet)
     out = Path(arguments["to"] or root / HOME / name / "export").absolute()
     out.mkdir(parents=True, exist_ok=True)
     if form == "systemd":

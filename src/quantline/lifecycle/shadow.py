@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from quantline.checkpoints.model_config import dimensions, read_config
 from quantline.config.method import BASELINE
 from quantline.core.errors import ServerError, UserError
 from quantline.core.files import read_json, write_json
+from quantline.data.tokenizer import tokenizer_sha256
 from quantline.evaluation.shadow_verdict import ShadowVerdict, judge
 from quantline.lifecycle import serve
 from quantline.lifecycle.chat import subject_of_name
@@ -26,11 +29,12 @@ from quantline.pipeline.identity import differing, file_hashes
 from quantline.pipeline.run import StageRun
 from quantline.pipeline.server import server_of
 from quantline.serving import server as vllm_server
-from quantline.serving.command import SERVED_NAME
+from quantline.serving.command import SERVED_NAME, ServerOptions
 from quantline.serving.fleet.captures import Capture, captures
 from quantline.serving.fleet.gauge import ALARMS
 from quantline.serving.logprobs import score
 from quantline.serving.running import Server
+from quantline.serving.server import Vllm
 
 RESULT = "shadow.json"
 # What a variant may lose to the one that it is to follow at the same precision: relative perplexity. AWQ and GPTQ of 4 bits
@@ -93,12 +97,21 @@ def shadow(root: Path, typed: Typed, question: Question) -> tuple[ShadowVerdict,
         typed, overrides=[one for one in typed.overrides if one.partition("=")[0].split(".")[0] in serve.READS]
     )
     subjects = [subject_of_name(root, one, own) for one in (question.against, question.variant)]
+    _refuse_other_tokens(subjects)
+    starts = [_start(root, subject, own) for subject in subjects]
+    longest = min(served_tokens(subject, options) for subject, (_, options) in zip(subjects, starts, strict=True))
     scores: list[list[NDArray[np.float64]]] = []
     answered: list[list[NDArray[np.float64]]] = []
     asked: list[Tokens] = []
-    for subject in subjects:
-        with _served(root, subject, own, folder) as server:
-            asked = asked or tokens_of(server, found)
+    for subject, (vllm, options) in zip(subjects, starts, strict=True):
+        log = folder / "logs" / f"shadow-{subject.name.replace('/', '-')}.log"
+        with vllm_server.serve(vllm.python, subject.folder, options, log=log) as server:
+            asked = asked or tokens_of(server, found, min(longest, server.max_model_len))
+            if not asked:
+                raise UserError(
+                    f"{folder}: none of {len(found)} captured requests has an answer and fits into {longest} tokens; "
+                    "capture others, or raise serve.max_model_len"
+                )
             whole = score(server, [one.ids for one in asked], label=f"scoring {len(asked)} answers by {subject.name}")
         # The first token has no log-probability. What users wrote decides: an answer is likelier for the model that gave it.
         scores.append([values[: one.prompt - 1] for values, one in zip(whole, asked, strict=True)])
@@ -138,8 +151,24 @@ def shadow_faults(root: Path, fleet: str | None, outputs: Mapping[str, str]) -> 
     return []
 
 
-def tokens_of(server: Server, found: Sequence[Capture]) -> list[Tokens]:
-    """The captured requests as the model's tokens, without those that are longer than the server takes or have no answer.
+def served_tokens(subject: Subject, options: ServerOptions) -> int:
+    """The tokens of prompt and answer that a subject takes as it is served."""
+    return options.max_model_len or dimensions(read_config(subject.folder)).positions or sys.maxsize
+
+
+def _refuse_other_tokens(subjects: Sequence[Subject]) -> None:
+    hashes = [tokenizer_sha256(subject.folder) for subject in subjects]
+    if hashes[0] != hashes[1]:
+        raise UserError(
+            f"{subjects[1].name} and {subjects[0].name} have different tokenizers, so that their scores cannot be compared; "
+            "give against=NAME of a variant of the same model"
+        )
+
+
+def tokens_of(server: Server, found: Sequence[Capture], longest: int) -> list[Tokens]:
+    """The captured requests as the model's tokens, without those that are longer than every server takes or have no answer.
+
+    longest: tokens of prompt and answer that all of them take.
 
     Raises:
         ServerError: the server does not tokenize.
@@ -150,7 +179,7 @@ def tokens_of(server: Server, found: Sequence[Capture]) -> list[Tokens]:
             chat = {"messages": capture.messages, "add_generation_prompt": True}
             prompt = _tokens(client, chat if capture.messages is not None else {"prompt": capture.prompt})
             answer = _tokens(client, {"prompt": capture.answer, "add_special_tokens": False})
-            if prompt and answer and len(prompt) + len(answer) < server.max_model_len:
+            if prompt and answer and len(prompt) + len(answer) < longest:
                 kept.append(Tokens(capture, (*prompt, *answer), len(prompt)))
     return kept
 
@@ -163,15 +192,12 @@ def _tokens(client: httpx.Client, asked: dict[str, Any]) -> list[int]:
         raise ServerError(f"the server does not tokenize a captured request: {error}") from error
 
 
-@contextmanager
-def _served(root: Path, subject: Subject, typed: Typed, folder: Path) -> Iterator[Server]:
+def _start(root: Path, subject: Subject, typed: Typed) -> tuple[Vllm, ServerOptions]:
+    """The interpreter and the options of a subject's server; refuses what this machine does not serve before one starts."""
     run = StageRun("serve", subject.config, root, tuple(typed.overrides))
     vllm = server_of(run)
     options, _ = serve.options_for(subject, vllm.version, run.device, 0)
-    options = replace(options, name=SERVED_NAME)
-    log = folder / "logs" / f"shadow-{subject.name.replace('/', '-')}.log"
-    with vllm_server.serve(vllm.python, subject.folder, options, log=log) as server:
-        yield server
+    return vllm, replace(options, name=SERVED_NAME)
 
 
 def _note_alarm(folder: Path, name: str, verdict: ShadowVerdict) -> None:

@@ -6,7 +6,6 @@ models' `packed_modules_mapping`, and `RowParallelLinear`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from quantline.checkpoints.layouts.compressed_tensors.schemes import BLOCK
 from quantline.checkpoints.layouts.linear_spec import LM_HEAD
 from quantline.checkpoints.quantization_config import LayerSettings
-from quantline.serving.rules import CheckpointFacts, facts_of
+from quantline.serving.rules import EXPERT, CheckpointFacts, facts_of
 
 FUSED = (
     ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"),
@@ -22,7 +21,6 @@ FUSED = (
 )  # fmt: skip
 # Where checkpoints have q, k and v in one linear, head by head.
 _QKV = ".query_key_value"
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 ROW_PARALLEL = frozenset({"o_proj", "out_proj", "down_proj", "fc2", "c_proj", "dense", "dense_4h_to_h", "w2", "wo"})
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -47,12 +45,13 @@ def facts_of_layers(
     """
     cuts_heads = heads is not None and heads % tensor_parallel_size != 0
     base = facts_of(quantization)
+    there = "float" if any(EXPERT.search(name) for name in shapes) else None
     if not linears:
-        return [replace(base, cut="heads" if cuts_heads else "nothing")]
+        return [replace(base, cut="heads" if cuts_heads else "nothing", experts=there)]
     parts = list(_computed(linears, shapes, tensor_parallel_size))
     fused = "mixed" if any(_differ(names, linears) for names, _, _ in parts) else "alike"
     head = "float" if LM_HEAD not in linears else "named" if _names_head(quantization or {}) else "unnamed"
-    experts = "quantized" if any(_EXPERT.search(name) for name in linears) else "float"
+    experts = "quantized" if any(EXPERT.search(name) for name in linears) else there
     qkv = "one" if any(name.endswith(_QKV) for name in linears) else None
     before = [shapes[name][1] for names, _, _ in parts for name in names[:-1]]
     blocks = "cut" if any(_share(high, tensor_parallel_size) % BLOCK for high in before) else "whole"
@@ -90,7 +89,7 @@ def units_of(linears: Iterable[str]) -> dict[str, list[str]]:
     names, units = list(linears), dict[str, list[str]]()
     for name in names:
         parent, _, last = name.rpartition(".")
-        expert = _EXPERT.search(name)
+        expert = EXPERT.search(name)
         group = next((parts for parts in FUSED if last in parts), (last,))
         present = [part for part in group if f"{parent}.{part}" in names]
         unit = f"{name[: expert.start()]}.experts.*" if expert else f"{parent}.{'+'.join(present)}"

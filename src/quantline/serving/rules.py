@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
@@ -14,6 +16,7 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from quantline.checkpoints.checkpoint import Checkpoint
 from quantline.checkpoints.layouts import awq, gptq_config, modelopt
 from quantline.checkpoints.layouts.config_values import stored_bits_and_groups
 from quantline.checkpoints.layouts.gguf import layout as gguf
@@ -22,6 +25,8 @@ from quantline.checkpoints.quantization_config import described_in, quantization
 from quantline.config.serve import ProcessConfig
 from quantline.core.errors import UserError
 
+# In the name of a tensor of one expert of a mixture.
+EXPERT = re.compile(r"\.experts\.\d+\.")
 _CPU_INFO = Path("/proc/cpuinfo")
 # The flags by which torch recognizes a CPU with AVX-512; vLLM chooses its library by that.
 _AVX512 = {"avx512f", "avx512vl", "avx512bw", "avx512dq"}
@@ -65,9 +70,9 @@ class CheckpointFacts:
     from the layers (see `checkpoint_facts`). widths_divisible_by_32: whether in and out of every quantized layer are,
     on each GPU. fused: `mixed` if the parts of a fused linear differ, else `alike`. head: whether the config names a
     quantized output layer, `named` or `unnamed`; `float` if that layer is not quantized. experts: `quantized`, if
-    experts of a mixture are, else `float`. qkv: `one` if q, k and v are one quantized linear in the checkpoint, too.
-    cut: what tensor parallelism would cut through: `heads`, `groups` or `nothing`. architecture: the class that
-    config.json names, see `architecture_of`.
+    experts of a mixture are, `float` if none of them is, None without experts. qkv: `one` if q, k and v are one quantized
+    linear in the checkpoint, too. cut: what tensor parallelism would cut through: `heads`, `groups` or `nothing`.
+    architecture: the class that config.json names, see `architecture_of`.
     strategy: what shares a scale, in the words of compressed-tensors. inputs: what linears' inputs are rounded to, `float`
     (they are not), `int8`, `fp8` or `fp4`; `fixed` where their scales are.
     blocks: with scales of blocks of 128 rows, `cut` if one holds rows of two linears that the runtime fuses, else `whole`.
@@ -322,7 +327,10 @@ def checkpoint_facts(checkpoint: Path) -> CheckpointFacts:
     """What decides whether a target loads a checkpoint, from its config and its headers."""
     found, architecture = described_in(checkpoint), architecture_of(read_config(checkpoint))
     if found is None:
-        return replace(facts_of(None), architecture=architecture)
+        experts = None
+        with suppress(UserError):  # damaged or missing weights are what their reader refuses, not a rule
+            experts = "float" if any(EXPERT.search(name) for name in Checkpoint.open(checkpoint).names) else None
+        return replace(facts_of(None), architecture=architecture, experts=experts)
     quantization_of(checkpoint)  # refuses unknown layouts
     return replace(facts_of(found[1]), architecture=architecture)
 

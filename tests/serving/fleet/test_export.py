@@ -11,6 +11,7 @@ import sections
 import yaml
 
 from quantline.config.fleet import EndpointConfig
+from quantline.core.errors import UserError
 from quantline.serving.command import ServerOptions
 from quantline.serving.fleet import export
 from quantline.serving.fleet.servers import Start
@@ -92,6 +93,15 @@ def test_a_compose_file_has_what_its_schema_asks_for():
     assert router["ports"] == ["127.0.0.1:8080:8080"]
     assert set(router["depends_on"]) == {"variant-awq-w4", "variant-float"}
     assert "deploy" not in export.compose(FLEET, starts("cpu"), Path("/x"))["services"]["variant-float"]
+
+
+def test_variants_that_would_be_one_service_are_refused():
+    export.refuse_alike(FLEET)
+    twice = tuple(Variant(name=name, port=9001) for name in ("awq-w4.g128", "awq-w4-g128", "float"))
+    fleet = FLEET.model_copy(update={"variants": twice})
+    said = r"awq-w4\.g128 and awq-w4-g128 would both be the service variant-awq-w4-g128: rename one"
+    with pytest.raises(UserError, match=said):
+        export.refuse_alike(fleet)
 
 
 def test_kubectl_takes_the_manifests_and_keys_are_in_a_secret(tmp_path):

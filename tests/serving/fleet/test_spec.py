@@ -60,13 +60,28 @@ def test_options_that_exclude_each_other_are_told_before_any_variant_is_looked_a
         precisions={"low": ["w4", "high"], "high": ["float"]}, endpoint=EndpointConfig(host="0.0.0.0", certificate="no.pem"),
         health=HealthConfig(kv_cache_low=0.95), canary=ShareConfig(precision="low", variant="w4", share=0.5),
     )  # fmt: skip
-    told = "\n".join(config_faults(config))
+    told = "\n".join(config_faults(config, tmp_path))
     for words in (
         "high is a precision", "give fleet.keys_file", "both certificate and private_key", "no.pem: is no file",
         "kv_cache_low=0.95: must be less", "is the first of low already",
     ):  # fmt: skip
         assert words in told
-    assert config_faults(FleetConfig(precisions={"low": ["w4"]})) == []
+    assert config_faults(FleetConfig(precisions={"low": ["w4"]}), tmp_path) == []
+
+
+def test_a_certificate_is_looked_for_where_it_is_read_from_not_in_the_current_folder(tmp_path, monkeypatch):
+    checkout, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
+    for folder in (checkout, elsewhere):
+        folder.mkdir()
+    monkeypatch.chdir(elsewhere)
+    end = EndpointConfig(certificate="own.pem", private_key="own.key")
+    config = FleetConfig(precisions={"low": ["w4"]}, endpoint=end)
+    for name in ("own.pem", "own.key"):
+        (elsewhere / name).touch()
+    assert [one.rpartition(": ")[2] for one in config_faults(config, checkout)] == ["is no file"] * 2
+    for name in ("own.pem", "own.key"):
+        (elsewhere / name).rename(checkout / name)
+    assert config_faults(config, checkout) == []
 
 
 def test_keys_are_read_and_no_message_shows_one(tmp_path):

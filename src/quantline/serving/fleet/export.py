@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from quantline.core.errors import UserError
 from quantline.serving.command import flags_of
 from quantline.serving.fleet import envoy as router
 from quantline.serving.fleet.servers import Start
@@ -75,6 +76,21 @@ def _elsewhere(fleet: Fleet) -> Fleet:
 def service_name(variant: str) -> str:
     """A variant's name as a host: letters, digits and dashes."""
     return "variant-" + "".join(sign if sign.isalnum() else "-" for sign in variant.lower()).strip("-")
+
+
+def refuse_alike(fleet: Fleet) -> None:
+    """Refuse variants whose names differ only in case or in signs that a host's name cannot have.
+
+    Raises:
+        UserError: two of them would be one service.
+    """
+    names: dict[str, list[str]] = {}
+    for variant in fleet.variants:
+        names.setdefault(service_name(variant.name), []).append(variant.name)
+    if alike := [
+        f"{' and '.join(own)} would both be the service {name}" for name, own in names.items() if len(own) > 1
+    ]:
+        raise UserError(f"{'; '.join(alike)}: rename one of them in params.yaml, or take form=systemd")
 
 
 def documents(fleet: Fleet, keys: Sequence[Key]) -> dict[str, str]:

@@ -128,8 +128,11 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     return tuple(keys)
 
 
-def config_faults(config: FleetConfig) -> list[str]:
-    """What is wrong with the options of a fleet by themselves, before any variant is looked at."""
+def config_faults(config: FleetConfig, root: Path) -> list[str]:
+    """What is wrong with the options of a fleet by themselves, before any variant is looked at.
+
+    root: the checkout, where relative paths start.
+    """
     faults = list(_chain_faults({name: tuple(chain) for name, chain in config.precisions.items()}))
     members = {member for chain in config.precisions.values() for member in chain}
     for key, share in (("canary", config.canary), ("shadow", config.shadow)):
@@ -145,7 +148,7 @@ def config_faults(config: FleetConfig) -> list[str]:
         faults.append("fleet.endpoint: give both certificate and private_key, or neither")
     for key in ("certificate", "private_key"):
         path = getattr(end, key)
-        if path and not Path(path).expanduser().is_file():
+        if path and not (root / Path(path).expanduser()).is_file():
             faults.append(f"fleet.endpoint.{key}={path}: is no file")
     if end.host not in LOOPBACK and not config.keys_file:
         faults.append(
