@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,8 +50,8 @@ SHAPES = {
     "tiny": _config("llama", 4, (256, 512), (2, 1), 8192),
 }
 _RANDOM = 2**22
-# Ids of the demo's tokenizer behind its special and single characters; and 2 added to a bfloat16's exponent.
-_WORDS, _FOUR_TIMES = slice(300, 8192), np.uint16(2 << 7)
+_FOUR_TIMES = np.uint16(2 << 7)  # 2 added to a bfloat16's exponent
+_TOKENIZER = ROOT / "assets" / "demo" / "model" / "tokenizer.json"
 
 
 def shape_of(text: str) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def tensors_of(shape: dict[str, Any], layer: int | None) -> dict[str, tuple[int,
 def make_model(folder: Path, shape: dict[str, Any]) -> None:
     """Write a model of a shape: bfloat16 weights of a spread of 0.02, a shard for every four layers.
 
-    Rows of the output layer for words that the tokenizer has are four times as large. So the model answers with visible
+    Rows of the output layer for words of the tokenizer are four times as large. So the model answers with visible
     text, as the smoke test asks, though most of its ids have no text and the first ones end an answer.
     """
     folder.mkdir(parents=True)
@@ -98,10 +99,13 @@ def make_model(folder: Path, shape: dict[str, Any]) -> None:
     bits = (values.view(np.uint32) >> 16).astype(np.uint16)
     one = np.full(1, 0x3F80, np.uint16)  # 1.0 in bfloat16
 
+    vocabulary = json.loads(_TOKENIZER.read_text(encoding="utf-8"))["model"]["vocab"]
+    words = [number for token, number in vocabulary.items() if re.search("[A-Za-z]{3}", token)]
+
     def tensor(name: str, size: tuple[int, ...], at: int) -> Any:
         filled = np.resize(np.roll(bits, at * 7919) if len(size) > 1 else one, size)
         if name == "lm_head.weight":
-            filled[_WORDS] += _FOUR_TIMES
+            filled[words] += _FOUR_TIMES
         return filled.view(numpy_dtype("BF16"))
 
     groups: list[list[int | None]] = [[None]]
@@ -116,7 +120,7 @@ def make_model(folder: Path, shape: dict[str, Any]) -> None:
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     config = {**shape, "hidden_act": "silu", "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 0}
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}, indent=2))
-    for path in (ROOT / "assets" / "demo" / "model").glob("tokenizer*"):
+    for path in _TOKENIZER.parent.glob("tokenizer*"):
         shutil.copy(path, folder)
 
 
