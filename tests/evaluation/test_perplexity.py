@@ -276,7 +276,7 @@ def test_the_evaluation_configs_are_whole_protocols(root: Path, composed: Callab
         assert made.name == file.stem
         assert made.level == ("word" if "word" in file.stem else "token")
         stated = set(yaml.safe_load(file.read_text()))
-        assert stated == {*PROTOCOL_KEYS, "batch_tokens", "bootstrap", "engine_tolerance"}
+        assert stated == {*PROTOCOL_KEYS, "batch_tokens", "gpus", "bootstrap", "engine_tolerance"}
 
 
 def test_wikitext_on_the_demo_model_needs_a_shorter_window_and_says_so(
