@@ -200,6 +200,8 @@ def sweep(shape: str, given: Sequence[str]) -> None:
         shutil.rmtree(home, ignore_errors=True)
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(home)], check=True)
         (home / "params.yaml").write_text(asked)
+        if (ROOT / ".venvs").is_dir():
+            (home / ".venvs").symlink_to((ROOT / ".venvs").resolve())
         settings = [f"workers={workers}", "gpus=1", "launcher=local", "until=convert"]
         taken[workers] = run("sweep", *settings, root=home, CUDA_VISIBLE_DEVICES="0,1")
         jobs = [json.loads(path.read_text()) for path in sorted(home.glob("scratch/sweep/*/jobs/*.json"))]
