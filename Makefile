@@ -44,9 +44,12 @@ report: setup  ## update the report and open it, or print its path
 	@echo "$(CURDIR)/report/index.html"
 	@if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && command -v xdg-open >/dev/null; then xdg-open report/index.html; fi
 
-# DVC has a column for each figure of each variant; these are the ones of the variant to ship, and they fit 120 columns.
+# DVC has a column for each figure of each variant; these are the ones of the variant to ship. They take 113 columns with
+# experiments; a narrower terminal shows the change alone, where DVC would cut all of them.
 experiments: setup  ## every commit and experiment with the variant that it would ship, its change, size and divergence
-	@dvc exp show --no-pager --drop '.*' --keep 'Exp|best|metrics.json:(change|size|kl)'
+	@columns=$${COLUMNS:-$$(tput cols 2>/dev/null || echo 120)}; figures='change|size|kl'; \
+	[ "$$columns" -ge 113 ] || figures=change; \
+	dvc exp show --no-pager --drop '.*' --keep "Exp|best|metrics.json:($$figures)"
 
 test: setup  ## the whole test suite, in two processes
 	@python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder

@@ -13,7 +13,7 @@ import report_records
 from quantline.config.report import ReportConfig
 from quantline.core.errors import UserError
 from quantline.report import run_tables, svg, tables
-from quantline.report.build import build, compile_report
+from quantline.report.build import _alarm_advice, build, compile_report
 from quantline.report.evidence import current_report, gather, made_of
 
 
@@ -206,3 +206,16 @@ def test_few_documents_are_told_of_beside_the_intervals(tmp_path: Path) -> None:
                 result["metrics"]["documents"] = 13
     caption = tables.quality(gather(records, tmp_path / "artifacts")).caption
     assert "Caution: the intervals rest on 13 documents only" in caption
+
+
+@pytest.mark.parametrize(
+    ("bits", "said"),
+    [
+        ([8, 8], "At 8 bits that is rounding only where a limit does not suit this model"),
+        ([4], "and try 8 bits or layers=attention8_mlp4."),
+        ([2, 3], "and try 4 bits."),
+        ([8, 4], "and try 8 bits or layers=attention8_mlp4."),
+    ],
+)
+def test_what_to_do_about_alarms_follows_from_the_bits_of_the_variants(bits: list[int], said: str) -> None:
+    assert said in _alarm_advice([{"bits": width} for width in bits])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -123,13 +122,23 @@ def test_the_variant_to_ship_stands_in_the_first_columns_of_the_experiments(trac
 
 
 @pytest.mark.e2e
-def test_the_experiments_of_make_fit_the_terminal_with_nothing_cut(tracked: Path, root: Path) -> None:
-    command = next(line for line in (root / "Makefile").read_text().splitlines() if "@dvc exp show" in line)
-    shown = dvc(tracked, *shlex.split(command.strip().removeprefix("@dvc ")))
-    assert widest(shown) <= COLUMNS - 15  # an experiment's name is longer than a branch's
-    assert shown.splitlines()[1].split() == [
-        "Experiment", "best", "metrics.json:change_percent", "metrics.json:size_mb", "metrics.json:kl",
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("columns", "figures"),
+    [
+        (COLUMNS, ["metrics.json:change_percent", "metrics.json:size_mb", "metrics.json:kl"]),
+        (80, ["metrics.json:change_percent"]),
+    ],
+)
+def test_the_experiments_of_make_fit_the_terminal_with_nothing_cut(
+    tracked: Path, root: Path, columns: int, figures: list[str]
+) -> None:
+    recipe = (root / "Makefile").read_text().partition("\nexperiments:")[2].partition("\n\n")[0].partition("\n")[2]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = recipe.strip().removeprefix("@").replace("$$", "$")
+    shown = run(tracked, "sh", "-c", command, COLUMNS=str(columns), PATH=path)
+    assert widest(shown) <= columns - 15  # an experiment's name is longer than a branch's
+    assert "…" not in shown
+    assert shown.splitlines()[1].split() == ["Experiment", "best", *figures]
     assert shown.splitlines()[3].split()[1] == "gptq-w4-g128"
 
 

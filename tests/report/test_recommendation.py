@@ -131,3 +131,17 @@ def test_few_documents_are_a_reason_for_caution(rules: ReportConfig) -> None:
     found = recommend([FLOAT, row("small", documents=13)], rules)
     assert found.caveats[0].startswith("The intervals rest on 13 documents only")
     assert not any("documents" in caveat for caveat in recommend([row("small", documents=186)], rules).caveats)
+
+
+def test_a_rule_that_was_chosen_for_the_demo_is_named_for_another_model_while_nobody_changed_it(
+    rules: ReportConfig,
+) -> None:
+    (caveat,) = recommend([row("a")], rules, model="Llama-7B").caveats
+    assert caveat.startswith(
+        "That the perplexity may grow by 3.00 % is what conf/report comes with, for the demo model"
+    )
+    assert "what Llama-7B may lose depends on its use" in caveat
+    stricter = {name: rule.model_copy(update={"at_most": 2.5}) if name == "quality" else rule
+                for name, rule in rules.rules.items()}  # fmt: skip
+    own = rules.model_copy(update={"rules": stricter})
+    assert recommend([row("a")], own, model="Llama-7B").caveats == recommend([row("a")], rules).caveats == []

@@ -69,7 +69,9 @@ def compile_report(evidence: Sequence[Evidence], options: ReportConfig) -> Repor
     """All tables, plots and texts."""
     made = tables.all_tables(evidence, options.worst_layers)
     rows, order = made["variants"].rows, plots.order_of(evidence)
-    recommendation = recommend(rows, options)
+    config: dict[str, Any] = evidence[0].record.config
+    model = spoken_name(config.get("model") or {})
+    recommendation = recommend(rows, options, model=model)
     limit = next((rule.at_most for rule in options.rules.values() if rule.column == "difference_high_percent"), None)
     gates = [(item.tasks.get("gate") or {}).get("limit") for item in evidence]
     gate = next((value for value in gates if isinstance(value, int | float)), None)
@@ -85,14 +87,30 @@ def compile_report(evidence: Sequence[Evidence], options: ReportConfig) -> Repor
         *(run_plots.monitor(item) for item in evidence),
     ]
     glossary = yaml.safe_load((Path(__file__).parent / "glossary.yaml").read_text(encoding="utf-8"))
-    config: dict[str, Any] = evidence[0].record.config
     level = ((config.get("evaluate") or {}).get("bootstrap") or {}).get("level", 0.95)
     return Report(
-        model=spoken_name(config.get("model") or {}), summary=_summary(evidence, config), recommendation=recommendation,
+        model=model, summary=_summary(evidence, config), recommendation=recommendation,
         tables=made, plots={plot.name: plot for plot in drawn if plot}, glossary=glossary, level=float(level),
+        alarm_advice=_alarm_advice([row for row in rows if row["alarms"]]),
         alarms={item.name: item.flags for item in evidence if item.flags and not item.is_baseline},
         unwatched=[item.name for item in evidence if item.flags is None and not item.is_baseline],
     )  # fmt: skip
+
+
+def _alarm_advice(rows: Sequence[Row]) -> str:
+    """What to do about the alarms of these variants: fewer bits explain them, 8 do not."""
+    low = [row for row in rows if (row["bits"] or 0) < 8]
+    narrow = max((row["bits"] or 0 for row in low), default=0)
+    if not low:
+        return (
+            "At 8 bits that is rounding only where a limit does not suit this model (conf/instruments): look for a fault in "
+            "the weights before you ship anything."
+        )
+    wider = "8 bits or layers=attention8_mlp4" if narrow == 4 else f"{4 if narrow < 4 else 8} bits"
+    return (
+        "The weights have a fault, or the bits are too few for this model: check it before you ship anything, and try "
+        f"{wider}."
+    )
 
 
 def _summary(evidence: Sequence[Evidence], config: Row) -> list[tuple[str, str]]:

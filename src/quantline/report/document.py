@@ -107,6 +107,7 @@ class Report:
     plots: dict[str, Plot]
     glossary: dict[str, str]
     level: float
+    alarm_advice: str
     alarms: dict[str, list[Row]]
     unwatched: list[str]
 

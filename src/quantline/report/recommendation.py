@@ -16,6 +16,8 @@ from quantline.evaluation.bootstrap import caution
 from quantline.report.evidence import Row
 from quantline.report.units import Column, Kind, written
 
+DEMO = "demo"
+STARTING_GROWTH = 3.0  # per cent, as in conf/report
 # The name of a column in a sentence, and the format of its values.
 SPOKEN: dict[str, tuple[str, Kind]] = {
     "perplexity": ("perplexity", "number"),
@@ -90,12 +92,13 @@ class Recommendation:
     caveats: list[str] = field(default_factory=list)
 
 
-def recommend(rows: Sequence[Row], options: ReportConfig) -> Recommendation:
+def recommend(rows: Sequence[Row], options: ReportConfig, *, model: str = DEMO) -> Recommendation:
     """Apply rules and preferences to the rows of the variants' table; the baseline is not a candidate.
 
     Args:
         rows: of `tables.variants`.
         options: rules and preferences.
+        model: as it is spoken of. The rules that this project comes with were chosen for the demo model.
     """
     candidates = [row for row in rows if not row["baseline"]]
     checks = {row["variant"]: [_check(name, rule, row) for name, rule in options.rules.items()] for row in candidates}
@@ -122,9 +125,18 @@ def recommend(rows: Sequence[Row], options: ReportConfig) -> Recommendation:
     caveats = [f"{check.sentence}." for check in checks[name] if not check.measured] + caveats
     if few := caution(best.get("documents")):
         caveats.insert(0, f"{_capital(few)}.")
+    if model != DEMO and any(_starting(rule) for rule in options.rules.values()):
+        caveats.append(
+            f"That the perplexity may grow by {written(STARTING_GROWTH, 'percent')} is what conf/report comes with, for the "
+            f"demo model: what {model} may lose depends on its use. Set it there (docs/guide/limits.md)."
+        )
     if best.get("slower_than_float"):
         caveats.insert(0, "It is slower than the float model at some concurrency here: it saves memory, not time.")
     return Recommendation(name, f"Ship {name}.", reasons + steps, checks, ruled_out, passed_over, caveats)
+
+
+def _starting(rule: Rule) -> bool:
+    return rule.column == "difference_high_percent" and rule.at_most == STARTING_GROWTH
 
 
 def _bargain(row: Row) -> str:

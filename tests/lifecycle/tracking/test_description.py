@@ -29,7 +29,7 @@ def test_description_has_the_commands_and_links_to_the_report(notes: dict[str, s
     assert "`python -m stages.serve variant=awq-w4-g128`" in text
     assert "`python -m stages.promote variant=awq-w4-g128 alias=production`" in text
     assert f"`python -m stages.rebuild run={fingerprint[:12]} out=DIR`" in text
-    assert "](#/experiments/EXPERIMENT_ID/runs?searchFilter=tags." in text
+    assert "](#/experiments/EXPERIMENT_ID/runs?workflowType=machine_learning&searchFilter=tags." in text
 
 
 def test_refused_variant_has_its_reason_and_no_command_to_serve_it(notes: dict[str, str]) -> None:

@@ -27,11 +27,12 @@ from quantline.pipeline.stages import STAGES, names
 
 # The stages by whose metrics variants are compared.
 COMPARED = names(lambda stage: stage.compared)
-# Options of the machine, not of the variant. They are not logged as parameters, so that another port makes no new run.
-RUNTIME_KEYS = ("tracking", "promote", "report", "toolchains", "device", "serve.process", "frozen.overrides")
+# Options of the machine, not of the variant. They are not logged as parameters, so that another port makes no new run. What
+# was frozen (locks, backends) follows from the options; MLflow's comparison would begin with it.
+RUNTIME_KEYS = ("tracking", "promote", "report", "toolchains", "device", "serve.process", "frozen")
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
-PROJECTION = 4  # part of the content hash: increase it when the same results should be logged differently
+PROJECTION = 5  # part of the content hash: increase it when the same results should be logged differently
 
 
 @dataclass

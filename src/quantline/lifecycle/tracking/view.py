@@ -22,7 +22,7 @@ EXPERIMENT = "EXPERIMENT_ID"
 INTRODUCED = "[Compare the variants](#"
 # Column -> its width in pixels; all of them fit a window of 1400 pixels, beside the run's name and time.
 COLUMNS = {
-    "method": 95, "bits": 48, "group": 65, "change of perplexity": 160, "KL": 65, "size": 80, "speed-up": 80, "served": 65,
+    "method": 80, "bits": 48, "group": 65, "change of perplexity": 190, "KL": 80, "size": 80, "speed-up": 72, "served": 60,
     "alarms": 65,
 }  # fmt: skip
 # Figure -> the group in which MLflow lists and draws it.
@@ -71,14 +71,18 @@ def condition(role: str, *, by_hand: bool = False) -> str:
     return " and ".join(f"tags.\"quantline.{key}\" = '{value}'" for key, value in wanted.items())
 
 
+# MLflow has pages for applications of language models, which it opens first, and pages for models.
+_OF_MODELS = "workflowType=machine_learning"
+
+
 def view_path(experiment_id: str, view: str = VIEW) -> str:
     """The address of a table of variants in MLflow's UI, after the `#`."""
-    return f"/experiments/{experiment_id}/runs?viewStateShareKey={view}"
+    return f"/experiments/{experiment_id}/runs?{_OF_MODELS}&viewStateShareKey={view}"
 
 
 def report_path(experiment_id: str) -> str:
     """The address of the report's run in MLflow's list of runs, after the `#`."""
-    return f"/experiments/{experiment_id}/runs?searchFilter={quote(condition('report'))}"
+    return f"/experiments/{experiment_id}/runs?{_OF_MODELS}&searchFilter={quote(condition('report'))}"
 
 
 def introduction(experiment_id: str) -> str:
