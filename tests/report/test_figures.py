@@ -156,3 +156,19 @@ def test_dvc_draws_quality_against_size_layer_errors_and_speed(tracked: Path) ->
         assert '"field": "variant"' in used or '"field": "series"' in used, name
     page = Path(dvc(tracked, "plots", "show").strip().removeprefix("file://"))
     assert page.read_text().count("vegaEmbed(") == len(drawn)
+
+
+@pytest.mark.e2e
+def test_what_the_view_in_vs_code_asks_has_the_variant_to_ship_first_and_every_plot(tracked: Path) -> None:
+    """By the commands in the source of DVC's extension; it orders metrics as they come, before parameters."""
+    workspace = json.loads(dvc(tracked, "exp", "show", "-n", "3", "--no-fetch", "--json"))[0]["data"]
+    assert next(iter(workspace["metrics"])) == "metrics.json"
+    assert list(workspace["metrics"]["metrics.json"]["data"])[:2] == ["best", "change_percent"]
+    assert "params.yaml" in workspace["params"]
+    drawn = json.loads(dvc(tracked, "plots", "diff", "-o", ".dvc/tmp/plots", "--split", "--json"))["data"]
+    assert set(drawn) == {"quality-against-size", "layer-errors", "speed-by-batch"}
+    for name, (plot,) in drawn.items():
+        assert plot["type"] == "vega"
+        assert plot["content"]["width"] in plot["anchor_definitions"], name  # which the viewer fills in
+        assert plot["anchor_definitions"]["<DVC_METRIC_DATA>"], name
+    assert isinstance(json.loads(dvc(tracked, "data", "status", "--granular", "--unchanged", "--json")), dict)
