@@ -31,7 +31,7 @@ from quantline.toolchains import environments, runner
 from quantline.toolchains.toolchain import worker_environment
 
 # Families that only the native backend takes, which says that it takes any; and some that plan and stage refuse.
-ANY = ("falcon", "gemma3", "mamba")
+ANY = ("falcon", "gemma3", "mamba", "mistral3", "qwen2_5_vl")
 REFUSED = {"gpt2": "stored transposed", "gpt_oss": "no linears of their own", "granitemoe": "no linears of their own"}
 BACKENDS = [name for name, entry in capabilities.table().items() if entry["toolchain"]]
 SCRIPTS = Path(__file__).parents[1] / "toolchains" / "workers" / "quantizers" / "scripts"

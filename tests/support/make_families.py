@@ -42,7 +42,8 @@ OWN: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0,
         "layer_types": ["sliding_attention", "full_attention"], "num_experts": None,
     },
-    "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    # As published; transformers knows a size of heads without the key, vLLM does not.
+    "glm4_moe": {"head_dim": 32, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "gpt_bigcode": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "gpt_neo": {
