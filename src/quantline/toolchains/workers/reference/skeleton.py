@@ -32,9 +32,11 @@ _READERS = 4
 
 def auto_class(config: Any) -> Any:
     """The class of transformers that builds the model of a config: for causal LMs, or for those that take images, too."""
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    import transformers
 
-    return AutoModelForMultimodalLM if config.model_type in WITH_IMAGES else AutoModelForCausalLM
+    # By name: quantizers ask this, too, whose transformers 4 does not have the second.
+    kind = "AutoModelForMultimodalLM" if config.model_type in WITH_IMAGES else "AutoModelForCausalLM"
+    return getattr(transformers, kind)
 
 
 def attention_of(config: Any) -> str:
