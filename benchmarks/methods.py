@@ -38,6 +38,11 @@ SCHEMES = {
     "fp8": ("dynamic", "static", "block"), "fp4": ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"),
     "mxfp8": ("mxfp8", "mxfp8a16"),
 }  # fmt: skip
+# Of llama.cpp's mixtures those that are used most, by the bits of most of their linears.
+MIXTURES = {
+    8: ("Q8_0",), 6: ("Q6_K",), 5: ("Q5_K_M",), 4: ("Q4_K_M", "Q4_0", "IQ4_XS"), 3: ("Q3_K_M", "IQ3_S"),
+    2: ("Q2_K", "IQ2_M"),
+}  # fmt: skip
 STAGES = ("quantize", "convert", "serve_smoke", "evaluate")
 
 
@@ -87,6 +92,8 @@ def _flavours(method: str, bits: int, able: dict[str, Any]) -> list[tuple[str, t
         return [(kind, (f"method.quant_type={kind}",)) for kind in ("nf4", "fp4")]
     if schemes := SCHEMES.get(method):
         return [(kind, (f"method.scheme={kind}",)) for kind in schemes]
+    if method == "gguf":
+        return [(kind, (f"method.type={kind}",)) for kind in MIXTURES[bits]]
     flavours: list[tuple[str, tuple[str, ...]]] = [("", ())]
     rounded = able.get("options", {}).get("activation_bits", [None])
     if 8 in rounded and bits in (4, 8):
@@ -206,7 +213,7 @@ def main() -> None:
     if options.measured:
         chosen = [variant for variant in chosen if measured(variant)]
     # The usual bits first, so that the table is useful before it is complete.
-    chosen.sort(key=lambda variant: (variant.method == "autoround", "4823".index(variant.bits[0])))
+    chosen.sort(key=lambda variant: (variant.method == "autoround", "482356".index(variant.bits[0])))
     if options.again or baseline_of(model) is None:
         for name, overrides in (("download", ()), ("serve_smoke", ("method=float",)), ("evaluate", ("method=float",))):
             stage(name, *of_all, *overrides)
