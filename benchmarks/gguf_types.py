@@ -1,9 +1,9 @@
 """What llama.cpp's mixtures cost: `python -m benchmarks.gguf_types [--model FOLDER] [--tokens N] [--types Q8_0,Q4_K_M]`.
 
 Of each type it prints a row of Markdown: the change of llama.cpp's own perplexity against the same model in float32, with
-the 95 % interval of a paired bootstrap over windows, with an importance matrix and without; real bits a weight of the linears;
-bits a weight and size of the whole file. Text is the demo's: evaluation.jsonl in windows of 512 tokens, the importance matrix
-from calibration.jsonl. Everything runs in one process of the environment `llamacpp`, with one thread.
+the 95 % interval of a paired bootstrap over windows, with an importance matrix and without; real bits a weight of the
+linears; bits a weight and size of the whole file. Text is the demo's: evaluation.jsonl in windows of 512 tokens, the
+importance matrix from calibration.jsonl. Everything runs in one process of the environment `llamacpp`, with one thread.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def serve(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     typed = serving.Typed(plain(cfg), HydraConfig.get().overrides.task)
     subject = serving.subject_of(ROOT, arguments, typed)
     run = StageRun("serve", subject.config, ROOT, tuple(typed.overrides))
-    port, vllm = serving.port_of(arguments["port"], subject.config), server_of(run)
+    port, vllm = serving.port_of(arguments["port"], subject.config), server_of(run, subject.folder)
     options, note = serving.options_for(subject, vllm.version, run.device, port)
     if note:
         print(f"  note: {note}", file=sys.stderr)

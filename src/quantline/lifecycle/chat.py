@@ -44,7 +44,7 @@ def partners(root: Path, typed: Typed, names: list[str], url: str | None, key: s
         for name in names:
             subject = subject_of_name(root, name, typed)
             run = StageRun("serve", subject.config, root, tuple(typed.overrides))
-            vllm = server_of(run)
+            vllm = server_of(run, subject.folder)
             options, _ = options_for(subject, vllm.version, run.device, 0)
             log = root / LOGS / f"chat-{subject.name.replace('/', '-')}.log"
             server = stack.enter_context(vllm_server.serve(vllm.python, subject.folder, options, log=log))

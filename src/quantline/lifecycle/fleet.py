@@ -100,6 +100,8 @@ def resolve(root: Path, typed: Typed, vllm: Vllm, device: str, former: Fleet | N
     for member in members.values():
         try:
             options, note = serve.options_for(member.subject, vllm.version, device, 0)
+            if options.runtime != "vllm":
+                raise UserError(f"{member.name}: a fleet's servers are vLLM; serve a GGUF variant with stages.serve")
             starts[member.name] = options
             notes += [f"{member.name}: {note}"] if note else []
         except QuantlineError as error:

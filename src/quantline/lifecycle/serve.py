@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quantline.checkpoints.layouts.choice import runtime_of
 from quantline.checkpoints.model_config import dimensions, read_config
 from quantline.checkpoints.model_files import has_chat_template
 from quantline.config.context import automatic
@@ -109,7 +110,8 @@ def options_for(subject: Subject, version: str, device: str, port: int) -> tuple
     shared = subject.config.serve.process.enable_prefix_caching  # which is off only where answers are measured
     process = options.process.model_copy(update={"port": port or None, "enable_prefix_caching": shared})
     flags = subject.flags if subject.device == device and not shared else None
-    options = replace(options, process=process, name=subject.name, proven=flags)
+    runtime = runtime_of(facts.method)
+    options = replace(options, process=process, name=subject.name, proven=flags, runtime=runtime)
     ruling = verdict(here(options.runtime, version, device, options.dtype), facts)
     if ruling.supported:
         return options, ""

@@ -195,7 +195,7 @@ def _tokens(client: httpx.Client, asked: dict[str, Any]) -> list[int]:
 def _start(root: Path, subject: Subject, typed: Typed) -> tuple[Vllm, ServerOptions]:
     """The interpreter and the options of a subject's server; refuses what this machine does not serve before one starts."""
     run = StageRun("serve", subject.config, root, tuple(typed.overrides))
-    vllm = server_of(run)
+    vllm = server_of(run, subject.folder)
     options, _ = serve.options_for(subject, vllm.version, run.device, 0)
     return vllm, replace(options, name=SERVED_NAME)
 

@@ -32,16 +32,18 @@ def proven_flags(served: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(str(row["flag"]) for row in rows) if rows and served.get("status") == "ok" else None
 
 
-def server_of(run: StageRun) -> Vllm:
+def server_of(run: StageRun, folder: Path | None = None) -> Vllm:
     """Interpreter and version of the server's environment; it is recorded as the stage's environment.
+
+    folder: a checkpoint that decides which server it is; without it the method does.
 
     Raises:
         UserError: this vLLM lacks an option of the server's process.
     """
-    from quantline.serving.rules import refuse_options
+    from quantline.serving.rules import checkpoint_facts, refuse_options
     from quantline.serving.server import Vllm
 
-    name = runtime_of(run.config.method.name)
+    name = runtime_of(run.config.method.name if folder is None else checkpoint_facts(folder).method)
     chosen = run.toolchain(name)
     version = distribution_version(chosen, distribution_of(name))
     if name == "vllm":

@@ -77,10 +77,11 @@ def _header(item: Evidence, about: Card) -> Iterator[str]:
     values |= {
         key: value for key, value in (("license_name", licence.own_name), ("license_link", licence.link)) if value
     }
-    values |= {"library_name": "vllm"} if served else {}
+    library = "gguf" if item.proof.get("target") == "gguf" else "vllm"
+    values |= {"library_name": library} if served else {}
     values["pipeline_tag"] = "text-generation"
     layout = str(item.proof.get("target") or "")
-    tags = ["quantline", config.method.name, f"{config.bits}-bit", layout, "vllm" if served else ""]
+    tags = ["quantline", config.method.name, f"{config.bits}-bit", layout, library if served else ""]
     values["tags"] = list(dict.fromkeys(tag for tag in tags if tag))
     yield from ("---", yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip(), "---", "")
 
@@ -179,7 +180,12 @@ def _serving(item: Evidence, about: Card) -> Iterator[str]:
         yield f"It was not served: {reason}."
         return
     environment = served["environment"]
-    version = (environment.get("versions") or {}).get("vllm", "")
+    versions = environment.get("versions") or {}
+    if "vllm" not in versions:
+        yield from ("```sh", line, "```", "")
+        yield f"llama.cpp, as in xllamacpp {versions.get('xllamacpp', '')}, served it when it was measured."
+        return
+    version = versions["vllm"]
     yield from ("```sh", line, "```", "")
     yield f"By this line vLLM {version} on {environment['device']} served it when it was measured.".replace("  ", " ")
     yield "`--kv-cache-memory-bytes` and `--gpu-memory-utilization` are the machine's: set them, or leave them out."

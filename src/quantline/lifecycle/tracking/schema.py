@@ -15,9 +15,13 @@ _OUTPUTS = (("text", "string", True), ("finish_reason", "string", True))
 def mlmodel(variant: str, run_id: str, line: str | None) -> str:
     """The content of `MLmodel`, YAML: the schema of a request and its answer, and how it is served.
 
-    line: that of `vllm serve` for the folder of the version's files; None if it was not served.
+    line: that of a shell that serves the folder of the version's files; None if it was not served.
     """
-    served = {"server": "vllm", "api": "OpenAI: /v1/completions, /v1/chat/completions", "serve": line}
+    served = {
+        "server": "vllm" if (line or "").startswith("vllm") else "llama.cpp",
+        "api": "OpenAI: /v1/completions, /v1/chat/completions",
+        "serve": line,
+    }
     return yaml.safe_dump({
         "artifact_path": "model", "run_id": run_id,
         "flavors": {"quantline": {"variant": variant, **(served if line else {})}},
