@@ -6,6 +6,7 @@ import socket
 from dataclasses import replace
 
 import pytest
+from gguf_files import small_model
 from tiny_quantized import write_float, write_whole
 from variant_records import record
 
@@ -15,7 +16,7 @@ from quantline.lifecycle.serve import Typed, curl_line, measured_settings, optio
 from quantline.lifecycle.tracking.registry import promote
 from quantline.pipeline.identity import file_hashes
 from quantline.pipeline.server import PROVEN, options_of
-from quantline.serving.command import flags_of
+from quantline.serving.command import flags_of, served_line
 from tests.lifecycle.tracking.test_registry import MODEL, Store
 
 GPTQ = ("method=gptq", "bits=4", "tracking.uri=null")
@@ -223,3 +224,11 @@ def test_without_a_change_or_a_measurement_there_is_nothing_to_compare(kept, com
     given = ("serve.dtype=float16", "speed=none")
     with pytest.raises(UserError, match=r"speed.tools=\[\]: nothing would be compared; give speed=short"):
         settings_of(root, {"variant": "gptq-w4"}, Typed(composed(*given), given))
+
+
+def test_a_folder_with_a_gguf_file_is_served_by_llama_cpp_whatever_the_method_of_the_configuration(composed, tmp_path):
+    subject = asked(composed, tmp_path, folder=str(small_model(tmp_path / "mine")))
+    assert subject.config.method.name != "gguf"
+    options, note = options_for(subject, "2026.10.11549", "cpu", 0)
+    assert (options.runtime, note) == ("llamacpp", "")
+    assert served_line("mine", options).startswith("llama-server --model mine/model.gguf")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from quantline.checkpoints.layouts import Storage
-from quantline.checkpoints.layouts.choice import own_width, runtime_of
+from quantline.checkpoints.layouts.choice import own_width, runtime_of, types_note
 from quantline.checkpoints.layouts.linear_spec import LinearSpec
 from quantline.checkpoints.linears import select_linears
 from quantline.checkpoints.model_config import ties_head
@@ -122,7 +122,10 @@ def _quantizable(
             check_group_size(model.shapes, widths)
         except UserError as error:
             findings.append(Finding("group-size", "quantize", str(error)))
-    return backend, findings, with_own_types(variant.method, variant.options, model.checkpoint, model.config, widths)[0]
+    widths, _ = with_own_types(variant.method, variant.options, model.checkpoint, model.config, widths)
+    if note := types_note(variant.method, variant.options, widths, model.shapes):
+        findings.append(Finding("types", "quantize", note, refused=False))
+    return backend, findings, widths
 
 
 def _storable(

@@ -60,6 +60,8 @@ def as_text(plan: Plan, model: Model, machine: Machine, nearest: str | None, rec
     """The whole report as text."""
     variant, target = plan.planned, machine.target
     name = variant.method if variant.method == FLOAT else f"{variant.method} {variant.bits} bits, {_groups(plan)}"
+    if kind := variant.options.get("type"):  # which says more than bits and groups
+        name = f"{variant.method} {kind}"
     traits = [f"{target.runtime} {target.version} on {target.device}"]
     traits += [target.instructions] if target.instructions else []
     traits += [f"compute capability {target.compute_capability / 10}"] if target.compute_capability else []

@@ -19,3 +19,8 @@ def test_mlflow_reads_what_a_version_takes_and_gives() -> None:
 
 def test_a_variant_that_is_not_served_has_no_line() -> None:
     assert "serve" not in yaml.safe_load(mlmodel("gptq-w8", "a" * 32, None))["flavors"]["quantline"]
+
+
+def test_the_server_is_the_one_whose_line_it_is() -> None:
+    for line, server in (("vllm serve . --dtype float16", "vllm"), ("llama-server --model model.gguf", "llama.cpp")):
+        assert yaml.safe_load(mlmodel("q", "a" * 32, line))["flavors"]["quantline"]["server"] == server

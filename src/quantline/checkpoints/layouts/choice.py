@@ -62,6 +62,13 @@ def own_widths(
     return planned.specs(options, shapes, config) if method == planned.METHOD else None
 
 
+def types_note(
+    method: str, options: Mapping[str, Any], widths: Mapping[str, LinearSpec], shapes: Mapping[str, tuple[int, int]]
+) -> str:
+    """Which types a method that decides by itself gives the linears, in words; empty for other methods."""
+    return planned.summary(options, widths, shapes) if method == planned.METHOD and widths else ""
+
+
 def runtime_of(method: str) -> str:
     """The server that reads what a method makes: `vllm`, or `llamacpp` for GGUF files."""
     return gguf.LAYOUT.runtime if method == planned.METHOD else "vllm"

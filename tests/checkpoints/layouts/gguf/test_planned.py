@@ -50,3 +50,11 @@ def test_bits_and_groups_of_a_mixture_are_those_of_most_of_its_linears():
     assert {kind: (one.bits, one.group_size, one.kind) for kind, one in found.items()} == {
         "Q8_0": (8, 32, "q8_0"), "Q5_K_M": (5, 32, "q5_k"), "Q4_K_M": (4, 32, "q4_k"), "IQ2_M": (2, 16, "iq2_s"),
     }  # fmt: skip
+
+
+def test_the_summary_counts_types_and_bits(root):
+    specs, linears = demo(root)
+    chosen = {name: specs[name] for name in linears}
+    assert planned.summary({"type": "Q4_K_M"}, chosen, linears) == (
+        "Q4_K_M is 28 x Q5_0, 3 x Q4_K, 2 x Q6_K, 2 x Q8_0 in this model's linears, 5.49 bits a weight"
+    )

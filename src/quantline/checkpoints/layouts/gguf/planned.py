@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from quantline.checkpoints.layouts.gguf.blocks import BLOCK_TYPES
 from quantline.checkpoints.layouts.gguf.layout import spec_of
 from quantline.checkpoints.layouts.gguf.mixtures import MIXTURES, Traits, types
 from quantline.checkpoints.layouts.gguf.names import MODEL_TYPES, stored_name
@@ -17,6 +19,20 @@ METHOD = "gguf"
 def usual(options: Mapping[str, Any]) -> LinearSpec:
     """Bits and groups of most linears of the mixture that `method.type` names."""
     return spec_of(MIXTURES[str(options["type"])][1])
+
+
+def summary(options: Mapping[str, Any], chosen: Mapping[str, LinearSpec], shapes: Mapping[str, tuple[int, int]]) -> str:
+    """The types of a model's linears and their bits a weight, in words.
+
+    shapes: (in_features, out_features) of every linear.
+    """
+    counted = Counter(one.kind.upper() for one in chosen.values())
+    listed = ", ".join(f"{count} x {kind}" for kind, count in counted.most_common())
+    sizes = {name: shapes[name][0] * shapes[name][1] for name in chosen}
+    bits = sum(BLOCK_TYPES[one.kind.upper()].bits_per_weight * sizes[name] for name, one in chosen.items())
+    return (
+        f"{options['type']} is {listed} in this model's linears, {bits / max(sum(sizes.values()), 1):.2f} bits a weight"
+    )
 
 
 def specs(
