@@ -67,6 +67,7 @@ $(DOCS)/ready: envs/docs.txt | .venv/ready
 # Without -q: with it, mkdocs 1.6.1 does not count warnings and --strict never fails.
 docs: $(DOCS)/ready  ## build the documentation into site/; a broken link or a page outside the menu fails
 	@PYTHONPATH=src python tools/options_reference.py docs/reference/options.md
+	@PYTHONPATH=src:. python tools/command_pages.py docs/reference/commands
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 	@echo "$(CURDIR)/site/index.html; with search: python -m http.server -b 127.0.0.1 -d site"
 

@@ -1,7 +1,11 @@
 """Choose the widths of a variant's layers by a budget: the least loss under a size, or the least size under a loss.
 
-`python -m stages.allocate method=gptq group_size=64 to_bits=4.5`. The losses come from `stages.sensitivity`, which
-runs first where it has not yet. The answer is an ordinary line for params.yaml.
+The losses come from `stages.sensitivity`, which runs first where it has not yet. The answer is an
+ordinary line for params.yaml.
+
+Examples:
+    python -m stages.allocate method=gptq group_size=64 to_bits=4.5
+    python -m stages.allocate method=gptq group_size=64 to_loss=0.02 apply=gptq-mixed
 """
 
 from __future__ import annotations

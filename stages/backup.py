@@ -1,8 +1,9 @@
-"""Back up the pipeline's outputs and measurements: DVC's objects, dvc.lock, params.yaml, MLflow's embedded store:
+"""Back up the pipeline's outputs and measurements: DVC's objects, dvc.lock, params.yaml, MLflow's embedded store.
 
-python -m stages.backup to=DIR
+Only files that are new since earlier backups in the folder are copied. See docs/guide/storage.md.
 
-Only files that are new since earlier backups in DIR are copied. See docs/guide/storage.md.
+Examples:
+    python -m stages.backup to=/mnt/backup/quantline
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
-"""Pack everything that a machine without a network needs: python -m stages.bundle to=DIR
+"""Pack everything that a machine without a network needs: repository, environments, outputs.
 
 There: `git clone DIR/repository.bundle quantline`, then `make setup BUNDLE=DIR`. See docs/guide/offline.md.
+
+Examples:
+    python -m stages.bundle to=/mnt/disk/quantline
+    python -m stages.bundle to=/mnt/disk/quantline platform=cuda environments=reference,vllm outputs=false
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Tokenize the calibration text, or let the float model write it; every backend gets the same token ids."""
+"""Tokenize the calibration text, or let the float model write it; every backend gets the same token ids.
+
+Examples:
+    python -m stages.calibrate model=demo
+    python -m stages.calibrate model.path=models/mine calibration=jsonl calibration.path=chats.jsonl
+    python -m stages.calibrate model.path=models/mine calibration=self
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Print the model card of a variant, as it is uploaded and fetched: `python -m stages.card variant=NAME`."""
+"""Print the model card of a variant, as it is uploaded and fetched.
+
+Examples:
+    python -m stages.card variant=gptq-w4-g128
+"""
 
 from __future__ import annotations
 

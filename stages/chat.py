@@ -1,6 +1,11 @@
-"""Talk to a variant in the terminal: `python -m stages.chat variant=awq-w4-g128`, or to several side by side: `variant=a,b`.
+"""Talk to a variant in the terminal, or to several side by side.
 
 It uses a running fleet that has the variants, or the server at `url=`, and else starts a server for each. `exit` ends it.
+
+Examples:
+    python -m stages.chat variant=awq-w4-g128
+    python -m stages.chat variant=awq-w4-g128,float question="Once upon a time"
+    python -m stages.chat variant=awq-w4-g128 url=http://127.0.0.1:8080
 """
 
 from __future__ import annotations

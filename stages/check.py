@@ -1,7 +1,10 @@
-"""Check every line of params.yaml before anything runs: python -m stages.check
+"""Check every line of params.yaml before anything runs.
 
 Each line is composed, and where its model is on this machine, also planned as `python -m stages.plan` does. A variant
 that cannot be quantized is refused here, not after the float model has been served and scored.
+
+Examples:
+    python -m stages.check
 """
 
 from __future__ import annotations

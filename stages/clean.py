@@ -1,6 +1,10 @@
-"""Remove results of runs by hand from scratch/: `python -m stages.clean older=7d apply=true`.
+"""Remove results of runs by hand from scratch/.
 
 Without apply=true it only lists them.
+
+Examples:
+    python -m stages.clean older=7d
+    python -m stages.clean run=gptq-w3-g128 apply=true
 """
 
 from __future__ import annotations

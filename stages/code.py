@@ -1,4 +1,8 @@
-"""Write code.yaml: for each stage one hash over the source files that influence its output. DVC watches these hashes."""
+"""Write code.yaml: for each stage one hash over the source files that influence its output. DVC watches these hashes.
+
+Examples:
+    python -m stages.code
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Complete commands and options in the shell: `source <(python -m stages.completion)`."""
+"""Complete commands and options in the shell; the output is read by the shell itself.
+
+Examples:
+    source <(python -m stages.completion)
+    source <(python -m stages.completion shell=zsh)
+    python -m stages.completion shell=fish | source
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ from quantline.pipeline.command_line import Option
 from stages import ROOT, command
 
 OPTIONS = [
-    Option("shell", "bash", "the shell that reads the output", allowed=("bash", "zsh")),
+    Option("shell", "bash", "the shell that reads the output", allowed=("bash", "zsh", "fish")),
     Option("words", "LINE", "answer a shell: what may stand in place of the last word of LINE"),
 ]
 

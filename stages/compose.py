@@ -1,6 +1,9 @@
-"""Freeze the configuration of one variant of params.yaml: `python -m stages.compose variant=NAME`.
+"""Freeze the configuration of one variant of params.yaml.
 
 A variant that cannot be quantized is refused here, if its model is on this machine.
+
+Examples:
+    python -m stages.compose variant=awq-w4-g128
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Convert a quantized checkpoint, the pipeline's or one in a folder, to the layout that the serving target reads."""
+"""Convert a quantized checkpoint, the pipeline's or one in a folder, to the layout that the serving target reads.
+
+Examples:
+    python -m stages.convert method=gptq bits=4
+    python -m stages.convert source=auto source.path=downloads/model convert.target=compressed_tensors out=converted
+"""
 
 from __future__ import annotations
 

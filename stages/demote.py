@@ -1,4 +1,8 @@
-"""Remove an alias from a promoted variant: `python -m stages.demote variant=awq-w4-g128 alias=production`."""
+"""Remove an alias from a promoted variant.
+
+Examples:
+    python -m stages.demote variant=awq-w4-g128 alias=production
+"""
 
 from __future__ import annotations
 

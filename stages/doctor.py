@@ -1,6 +1,11 @@
 """Say what this machine and project have, what is missing, and what to do about it; with variant=NAME, what a variant has.
 
 Exits with 1 if something is missing or a cause is found.
+
+Examples:
+    python -m stages.doctor
+    python -m stages.doctor variant=awq-w4-g128
+    python -m stages.doctor variant=awq-w4-g128 bundle=report.zip
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Download the float model, check every file, and record its logits on a fixed probe."""
+"""Download the float model, check every file, and record its logits on a fixed probe.
+
+Examples:
+    python -m stages.download model.path=models/mine
+    python -m stages.download model.repo=OWNER/NAME model.revision=COMMIT
+"""
 
 from __future__ import annotations
 

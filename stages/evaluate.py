@@ -1,4 +1,9 @@
-"""Score the variant with the reference engine and compare it with the float baseline and the served variant."""
+"""Score the variant with the reference engine and compare it with the float baseline and the served variant.
+
+Examples:
+    python -m stages.evaluate method=gptq bits=8
+    python -m stages.evaluate method=gptq bits=8 evaluate=wikitext2 evaluate.path=wikitext2_test.parquet
+"""
 
 from __future__ import annotations
 

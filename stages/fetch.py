@@ -1,4 +1,8 @@
-"""Download a promoted variant, a folder that vLLM serves: `python -m stages.fetch model=NAME alias=production out=DIR`."""
+"""Download a promoted variant: a folder that vLLM serves, with its model card.
+
+Examples:
+    python -m stages.fetch model=quantline-demo alias=production out=models/production
+"""
 
 from __future__ import annotations
 

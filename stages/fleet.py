@@ -1,8 +1,14 @@
-"""Several variants behind one OpenAI-compatible endpoint: `python -m stages.fleet up precisions.low=[awq-w4-g128,float]`.
+"""Several variants behind one OpenAI-compatible endpoint.
 
 It starts a server for each variant and a router before them, says where each name goes, and runs until Ctrl-C or `down`. The
 other actions are for a running fleet: `status`, `reload` with other options, `canary`, `drain` and `down`. `export` writes
 what keeps a fleet running elsewhere.
+
+Examples:
+    python -m stages.fleet up precisions.low=[awq-w4-g128,float]
+    python -m stages.fleet status watch=true
+    python -m stages.fleet canary variant=gptq-w4-g128 precision=low share=0.05
+    python -m stages.fleet down
 """
 
 from __future__ import annotations

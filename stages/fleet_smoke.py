@@ -1,7 +1,10 @@
-"""Prove a fleet before it is used: `python -m stages.fleet_smoke precisions.low=[awq-w4-g128,float]`.
+"""Prove a fleet before it is used.
 
 It brings the fleet up, does to its servers what can go wrong (kill -9, a hang, documents replaced, a canary moved, a variant
 drained, the gauge killed) while requests come, and says how many were lost before their first byte. Exits with 1 if one was.
+
+Examples:
+    python -m stages.fleet_smoke precisions.low=[awq-w4-g128,float]
 """
 
 from __future__ import annotations

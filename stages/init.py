@@ -1,6 +1,11 @@
 """Start a project in a new folder: conf/, params.yaml, dvc.yaml, the locks of the environments, and the demo model.
 
-`quantline init to=DIR` is enough. With model=PATH the project is about that model instead of the demo.
+With model=PATH the project is about that model instead of the demo.
+
+Examples:
+    python -m stages.init to=project
+    python -m stages.init to=project model=models/mine calibration=chats.jsonl
+    python -m stages.init to=project model=models/mine goal=gpu24
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Write inputs.yaml: one hash a stage over the options and files that it reads. DVC reruns what reads a changed one."""
+"""Write inputs.yaml: one hash a stage over the options and files that it reads. DVC reruns what reads a changed one.
+
+Examples:
+    python -m stages.inputs
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""Show the lineage of a variant, stage by stage, or the first difference between two variants:
-`python -m stages.lineage variant=awq-w4-g128`, `python -m stages.lineage variant=awq-w4-g128 against=gptq-w4-g128`.
+"""Show the lineage of a variant, stage by stage, or the first difference between two variants.
 
 Each is the name of a variant of params.yaml, by-hand/NAME for a manual run, a folder of results, or an MLflow run by its
 id, its fingerprint or a prefix of one.
+
+Examples:
+    python -m stages.lineage variant=awq-w4-g128
+    python -m stages.lineage variant=awq-w4-g128 against=gptq-w4-g128
 """
 
 from __future__ import annotations

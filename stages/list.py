@@ -1,4 +1,8 @@
-"""List the runs that lie here, the pipeline's and those by hand: how far they came, quality, size and age."""
+"""List the runs that lie here, the pipeline's and those by hand: how far they came, quality, size and age.
+
+Examples:
+    python -m stages.list
+"""
 
 from __future__ import annotations
 

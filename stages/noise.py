@@ -1,4 +1,10 @@
-"""Quantize a variant with several seeds and report the spread of its loss."""
+"""Quantize a variant with several seeds and report the spread of its loss.
+
+Run `python -m stages.run` of the same variant first: the float model's evaluation is compared with.
+
+Examples:
+    python -m stages.noise method=gptq bits=4 noise.runs=5
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,11 @@
-"""Check whether a variant would work and what it needs, before anything is computed: `python -m stages.plan method=gptq`.
+"""Check whether a variant would work and what it needs, before anything is computed.
 
 With gpu_memory_gb or critical, it also recommends a variant.
+
+Examples:
+    python -m stages.plan method=gptq bits=8
+    python -m stages.plan variant=awq-w4-g128
+    python -m stages.plan model.repo=OWNER/NAME model.revision=COMMIT gpu_memory_gb=24 compute_capability=8.9
 """
 
 from __future__ import annotations

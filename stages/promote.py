@@ -1,5 +1,7 @@
-"""Register a variant in MLflow's model registry and give it an alias, if it passes its gates:
-`python -m stages.promote variant=awq-w4-g128 alias=production`.
+"""Register a variant in MLflow's model registry and give it an alias, if it passes its gates.
+
+Examples:
+    python -m stages.promote variant=awq-w4-g128 alias=production
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
-"""Publish every variant of the pipeline to MLflow and print the table that compares them: `python -m stages.publish`.
+"""Publish every variant of the pipeline to MLflow and print the table that compares them.
 
 With variant=by-hand/NAME, that manual run is published instead.
+
+Examples:
+    python -m stages.publish
+    python -m stages.publish variant=by-hand/gptq-w3-g128
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ def publish(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.pipeline.paths import BY_HAND
     from quantline.pipeline.records import manual_record, pipeline_records
     from quantline.report.evidence import current_report
-    from quantline.report.summary import render_table, variant_table
+    from quantline.report.summary import LEGEND, render_table, variant_table
 
     name = arguments["variant"]
     if name is not None and not name.startswith(BY_HAND):
@@ -40,7 +44,7 @@ def publish(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     config = parse({**kept, "tracking": tracking})
     report = None if name else current_report(ROOT, records)
     done = not config.tracking.enabled or publish_records(records, config, ROOT, report=report)
-    print(render_table(variant_table(records)))
+    print(f"{render_table(variant_table(records))}\n\n{LEGEND}")
     print("\nCompare them in MLflow: make ui")
     if name is None:
         print(f"Which one to ship: {report / 'index.html' if report else 'no current report, run `dvc repro`'}")

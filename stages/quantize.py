@@ -1,4 +1,10 @@
-"""Quantize the float model with one method and one backend, in the backend's environment."""
+"""Quantize the float model with one method and one backend, in the backend's environment.
+
+Examples:
+    python -m stages.quantize method=awq
+    python -m stages.quantize method=gptq bits=8 method.desc_act=true
+    python -m stages.quantize method=awq,gptq,rtn --multirun
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,10 @@
-"""Rebuild a variant from its MLflow run: `python -m stages.rebuild run=ID out=DIR`.
+"""Rebuild a variant from its MLflow run.
 
-Prints IDENTICAL, exits with 0 and makes DIR only if every file, tensor and metric equals the run's record.
+Prints IDENTICAL, exits with 0 and makes the folder only if every file, tensor and metric equals the run's record.
+
+Examples:
+    python -m stages.rebuild run=awq-w4-g128 out=rebuilt
+    python -m stages.rebuild run=awq-w4-g128 out=rebuilt from=source until=convert
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""List the promoted variants: `python -m stages.registry`."""
+"""List the promoted variants.
+
+Examples:
+    python -m stages.registry
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 """Write report/: the variant to ship, and the quality, size and speed of each, as HTML, Markdown, CSV and JSON.
 
-In the pipeline also metrics.json and metrics/, the few figures that DVC's tables show.
+In the pipeline also metrics.json and metrics/, the few figures that DVC's tables show. `dvc repro` and `make report` run it.
+
+Examples:
+    python -m stages.report -cp ../variants -cn float
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Restore a backup into a fresh clone, check every hash, and put the outputs into the workspace:
-
-python -m stages.restore from=DIR [snapshot=NAME]
+"""Restore a backup into a fresh clone, check every hash, and put the outputs into the workspace.
 
 Nothing is changed if a part of the backup is missing or damaged.
+
+Examples:
+    python -m stages.restore from=/mnt/backup/quantline
 """
 
 from __future__ import annotations

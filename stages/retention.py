@@ -1,8 +1,10 @@
 """Remove unused objects from DVC's cache, and leftovers of removed variants from this checkout.
 
-python -m stages.retention [keep=workspace|branches|tags|commits] [remote=NAME] [apply=true]
-
 Objects of promoted variants are kept. Without apply=true, nothing is removed. See docs/guide/storage.md.
+
+Examples:
+    python -m stages.retention
+    python -m stages.retention keep=branches apply=true
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ def retention(arguments: dict[str, str | None]) -> int:
             remove_former(former)
     for place in former:
         print(f"  {place.relative_to(ROOT)}: of a variant that was removed from params.yaml")
+    if garbage.objects:
+        print("objects in DVC's cache that nothing needs, by their MD5:")
     for name in garbage.objects[:SHOWN]:
-        print(f"  {name}")
+        print(f"  {name[:12]}  {garbage.described[name]}")
     if len(garbage.objects) > SHOWN:
         print(f"  and {len(garbage.objects) - SHOWN} more")
     what = (

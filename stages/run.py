@@ -1,7 +1,11 @@
 """Run a variant by hand up to a stage: what is missing, in order, its float baseline included.
 
-`python -m stages.run method=gptq bits=8 until=evaluate` is what the stages' own commands do one by one. Results lie in
-scratch/, and what exists with the same fingerprint is not made again.
+It is what the stages' own commands do one by one. Results lie in scratch/, and what exists with the same fingerprint is not
+made again.
+
+Examples:
+    python -m stages.run method=gptq bits=8
+    python -m stages.run method=gptq bits=8 until=speed
 """
 
 from __future__ import annotations

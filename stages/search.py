@@ -1,7 +1,11 @@
-"""Search for the variant that meets a goal: `python -m stages.search loss.at_most=0.01 size.at_most_gb=5`.
+"""Search for the variant that meets a goal.
 
 A candidate is an ordinary variant, made by the pipeline's stages and scored by the reference engine beside the float
 model. A search that was stopped goes on where it was.
+
+Examples:
+    python -m stages.search loss.at_most=0.01 size.at_most_gb=5
+    python -m stages.search loss.at_most=0.01 minimize=size methods=gptq,awq apply=best
 """
 
 from __future__ import annotations

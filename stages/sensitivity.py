@@ -1,4 +1,9 @@
-"""Measure the loss of each unit of linears at each width, for plans by budget (`stages.allocate`)."""
+"""Measure the loss of each unit of linears at each width, for plans by budget (`stages.allocate`).
+
+Examples:
+    python -m stages.sensitivity method=gptq group_size=64
+    python -m stages.sensitivity method=gptq group_size=64 sensitivity.bits=[3,4,8] sensitivity.samples=8
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,11 @@
-"""Serve a variant with vLLM until Ctrl-C, by the options that serve_smoke proved: `python -m stages.serve variant=NAME`.
+"""Serve a variant with vLLM until Ctrl-C, by the options that serve_smoke proved.
 
 It answers at http://127.0.0.1:8000/v1, as OpenAI's API does. A folder is served as it is, with the options of conf/serve.
+
+Examples:
+    python -m stages.serve variant=awq-w4-g128
+    python -m stages.serve alias=production port=8001
+    python -m stages.serve models/production serve.process.max_num_seqs=8
 """
 
 from __future__ import annotations

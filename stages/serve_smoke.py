@@ -1,4 +1,8 @@
-"""Serve the variant, check its answers to test questions, and score the evaluation text."""
+"""Serve the variant, check its answers to test questions, and score the evaluation text.
+
+Examples:
+    python -m stages.serve_smoke method=gptq bits=4
+"""
 
 from __future__ import annotations
 

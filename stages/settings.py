@@ -1,6 +1,10 @@
-"""Compare two settings of the server of one variant: `python -m stages.settings variant=NAME serve.process.max_num_seqs=1`.
+"""Compare two settings of the server of one variant.
 
 The variant is served as it is and with the given options of `serve`, and both are measured in turns, as `speed` does.
+
+Examples:
+    python -m stages.settings variant=awq-w4-g128 serve.process.max_num_seqs=1
+    python -m stages.settings variant=awq-w4-g128 serve.process.cpu_offload_gib=4
 """
 
 from __future__ import annotations

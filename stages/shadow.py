@@ -1,7 +1,11 @@
-"""Judge a variant on captured requests: `python -m stages.shadow variant=NAME`, after `stages.fleet up capture.share=0.1`.
+"""Judge a variant on captured requests, after `stages.fleet up capture.share=0.1`.
 
 What users wrote is scored under the variant and what it is compared with, one after the other, so that no second model has
 to run beside the fleet. Exits with 1 where the variant is worse than allowed.
+
+Examples:
+    python -m stages.shadow variant=awq-w4-g128
+    python -m stages.shadow variant=gptq-w4-g128 against=awq-w4-g128 requests=1000
 """
 
 from __future__ import annotations

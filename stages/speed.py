@@ -1,4 +1,9 @@
-"""Measure the serving speed of the variant and the float model in one session, with vLLM's benchmark tools."""
+"""Measure the serving speed of the variant and the float model in one session, with vLLM's benchmark tools.
+
+Examples:
+    python -m stages.speed method=gptq bits=4
+    python -m stages.speed method=gptq bits=4 speed=sweep
+"""
 
 from __future__ import annotations
 

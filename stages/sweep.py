@@ -1,8 +1,13 @@
-"""Build several variants at the same time, here or on other machines: `python -m stages.sweep launcher=local workers=2`.
+"""Build several variants at the same time, here or on other machines.
 
 What all variants share runs first, once. Then every variant is a job of its own: `dvc repro` in a private work area that
 shares DVC's cache, or a remote. At last `dvc repro` in this checkout takes everything from the cache; it must run nothing.
 See docs/guide/sweep.md.
+
+Examples:
+    python -m stages.sweep workers=2
+    python -m stages.sweep launcher=slurm detach=true gpus=1
+    python -m stages.sweep collect
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Evaluate tasks with lm-evaluation-harness, on the server and the reference engine, each compared with the float model."""
+"""Evaluate tasks with lm-evaluation-harness, on the server and the reference engine, each compared with the float model.
+
+Examples:
+    python -m stages.tasks method=gptq bits=4
+    python -m stages.tasks method=gptq bits=4 tasks=own tasks.path=questions.jsonl
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Start the MLflow UI on loopback and print the address of the variants' comparison: `python -m stages.ui [port]`."""
+"""Start the MLflow UI on loopback and print the address of the variants' comparison.
+
+Examples:
+    python -m stages.ui
+    python -m stages.ui 5001
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,10 @@
-"""Upload a variant with its model card to the Hugging Face hub: `python -m stages.upload variant=NAME repo=OWNER/NAME`.
+"""Upload a variant with its model card to the Hugging Face hub.
 
 The repository is private, unless public=true. The token is that of HF_TOKEN or of `hf auth login`.
+
+Examples:
+    python -m stages.upload variant=awq-w4-g128 repo=OWNER/NAME
+    python -m stages.upload variant=awq-w4-g128 repo=OWNER/NAME public=true
 """
 
 from __future__ import annotations

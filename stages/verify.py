@@ -1,8 +1,9 @@
-"""Check every file of the pipeline's outputs and of DVC's cache against dvc.lock and the results:
-
-python -m stages.verify
+"""Check every file of the pipeline's outputs and of DVC's cache against dvc.lock and the results.
 
 Lists damaged and missing files with their variant and the remedy; exits with 1 if there are any.
+
+Examples:
+    python -m stages.verify
 """
 
 from __future__ import annotations

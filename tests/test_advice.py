@@ -55,6 +55,13 @@ def keys(root):
     return {*whole, *groups, "variant"}
 
 
+def examples(root):
+    """(place, text) of the examples of each command, which its docstring ends with."""
+    for path in sorted((root / "stages").glob("[a-z]*.py")):
+        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        yield path.stem, about.partition("\nExamples:\n")[2]
+
+
 def options_of(stage):
     """The names of a command's own options, and whether it takes a value without a name."""
     options = getattr(importlib.import_module(f"stages.{stage}"), "OPTIONS", [])
@@ -78,6 +85,26 @@ def test_the_commands_that_messages_advise_exist_and_take_their_options(root, sa
             wrong += [(place, found[0], unknown)] if unknown else []
     assert wrong == []
     assert seen > 20
+
+
+def test_the_examples_of_a_command_are_its_own_and_take_its_options(root, keys):
+    """Each command has one, and nothing stands in it that the command does not take."""
+    for stage, text in examples(root):
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        assert lines, stage
+        own, bare = options_of(stage)
+        for line in lines:
+            assert f"python -m stages.{stage}" in line, line
+            given = shlex.split(line.partition(f"stages.{stage}")[2].replace("| source", "").replace(")", ""))
+            named = [one.partition("=")[0] for one in given if "=" in one]
+            unknown = [name for name in named if name not in own | keys and name.partition(".")[0] not in OTHER]
+            assert unknown == [], line
+            words = [
+                one
+                for one in given
+                if "=" not in one and one not in ("-cp", "../variants", "-cn", "float", "--multirun")
+            ]
+            assert not words or bare, line
 
 
 def test_what_messages_advise_of_dvc_make_and_the_console_command_can_be_typed(root, said):

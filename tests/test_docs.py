@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel
 
 from quantline.pipeline.config import Config
-from tools import docs_hooks, options_reference
+from tools import command_pages, docs_hooks, options_reference
 
 # Made by the pipeline or by a build, or a name that stands for the reader's own.
 NOT_KEPT = re.compile(
@@ -111,6 +111,26 @@ def test_the_reference_of_commands_has_every_stage_and_every_target(root):
     assert [name for name in stages if f"stages.{name}" not in commands] == []
     targets = re.findall(r"^([a-z]+):.*## ", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert [name for name in targets if f"`make {name}`" not in commands and name != "help"] == []
+
+
+def test_every_command_has_a_page_that_is_what_its_module_says(root):
+    folder = root / "docs" / "reference" / "commands"
+    kept = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    made = {name: command_pages.page(name) for name in command_pages.commands()}
+    assert kept == made, "a command has changed: run `make docs` and commit docs/reference/commands/"
+    overview = (root / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
+    assert [name for name in made if f"](commands/{name}.md)" not in overview] == []
+
+
+def test_a_page_of_a_command_has_its_examples_options_and_place_in_the_pipeline():
+    plan, quantize, verify = (command_pages.page(name) for name in ("plan", "quantize", "verify"))
+    assert "```sh\npython -m stages.plan method=gptq bits=8\n" in plan
+    assert "| `context` | tokens per sequence; default serve.max_model_len | such as `4096` |" in plan
+    assert "[`method`](../options.md#method)" in plan
+    assert "of [the variant](../options.md#the-variant) `bits`, `group_size`" in quantize
+    assert "| follows | [`stages.download`](download.md), [`stages.calibrate`](calibrate.md) |" in quantize
+    assert "## Options" not in verify
+    assert "## As a stage" not in verify
 
 
 def test_decisions_are_listed_by_their_headings(root):

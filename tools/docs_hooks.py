@@ -1,10 +1,11 @@
-"""MkDocs hooks: the decisions are put into the menu and into their index, so that one more needs no edit elsewhere."""
+"""MkDocs hooks: decisions and pages of commands are put into the menu, so that one more needs no edit elsewhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+COMMANDS, OVERVIEW = "reference/commands", "reference/commands.md"
 FOLDER, INDEX, MARK = "decisions", "decisions/index.md", "<!-- the list is made when the site is built -->"
 
 
@@ -24,16 +25,18 @@ def decisions(docs: Path) -> list[tuple[str, str]]:
 
 
 def on_config(config: Any) -> Any:
-    """Replace the index in the menu by a section: the index, then every decision."""
-    pages: list[Any] = [
-        {title.replace("`", ""): f"{FOLDER}/{name}"} for name, title in decisions(Path(config.docs_dir))
-    ]
+    """Replace an index in the menu by a section: the index, then every decision, or every command."""
+    docs = Path(config.docs_dir)
+    pages: list[Any] = [{title.replace("`", ""): f"{FOLDER}/{name}"} for name, title in decisions(docs)]
+    commands: list[Any] = [{path.stem: f"{COMMANDS}/{path.name}"} for path in sorted((docs / COMMANDS).glob("*.md"))]
     for section in config.nav:
         for entries in section.values():
             if isinstance(entries, list):
                 for entry in entries:
                     if isinstance(entry, dict) and entry.get("Decisions") == INDEX:
                         entry["Decisions"] = [INDEX, *pages]
+                    if isinstance(entry, dict) and entry.get("Every command") == OVERVIEW:
+                        entry["Every command"] = [OVERVIEW, *commands]
     return config
 
 

@@ -13,7 +13,7 @@ def test_where_nobody_watches_a_line_now_and_then_tells_the_time_left(monkeypatc
             clock[0] = 20.0 * done
             shown.update(done, 10, f"layer {done}")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "quantize: 20% after 40 s, 2 min 40 s left  layer 2"
+    assert lines[0] == "quantize: 20 % after 40 s, 2 min 40 s left  layer 2"
     assert len(lines) == 4
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from quantline.core.text import alternatives, binary_size, decimal_size, digits, listed, nearest
+from quantline.core.text import alternatives, binary_size, counted, decimal_size, digits, listed, nearest, percent
 
 
 def test_lists_read_as_people_write_them():
@@ -17,6 +17,15 @@ def test_a_misspelt_word_gets_a_hint_and_a_strange_one_none():
     assert nearest("evalute", ["evaluate", "quantize"]) == " (did you mean evaluate?)"
     assert nearest("xyz", ["evaluate", "quantize"]) == ""
     assert nearest("evaluate", []) == ""
+
+
+def test_a_share_and_a_count_are_written_as_people_do():
+    assert (percent(0.267), percent(-0.0123, 2, sign=True), percent(1, 0)) == ("26.7 %", "-1.23 %", "100 %")
+    assert [counted(number, "token") for number in (0, 1, 1.5, 2)] == ["0 tokens", "1 token", "1.5 tokens", "2 tokens"]
+
+
+def test_what_is_not_finite_is_said():
+    assert [digits(value, 3) for value in (float("nan"), float("inf"), 0.0)] == ["nan", "inf", "0"]
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,43 @@ def test_an_interrupted_run_keeps_the_files_that_it_had(served, out, no_waiting)
     assert served.gets("model-00001-of-00002.safetensors") == []
 
 
+def test_large_files_come_by_xet_where_the_hub_has_it_and_are_checked_by_the_same_hash(
+    served, files, model, out, tmp_path
+):
+    """huggingface_hub 2.4 with hf-xet 1.8: they come from Xet storage alone, and damage is found by the hub's hash."""
+    served.xet = {name for name in files if name.endswith(".safetensors") and "/" not in name}
+    fetch(pinned(), out)
+    for name in served.xet:
+        assert (out / name).read_bytes() == (model / name).read_bytes()
+        assert served.gets(name) == []
+    assert len([path for _, path, _ in served.requests if path.startswith("/pack/")]) == len(served.xet) == 2
+    shutil.rmtree(tmp_path / "home")
+    name = min(served.xet)
+    served.corrupt[name] = files[name][:-1] + b"?"
+    with pytest.raises(UserError, match="the cached file is damaged"):
+        fetch(pinned(), tmp_path / "again")
+
+
+def test_a_hub_with_xet_serves_without_it_too(served, files, model, out, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    served.xet = {name for name in files if name.endswith(".safetensors") and "/" not in name}
+    fetch(pinned(), out)
+    assert contents(out).keys() >= served.xet
+    assert not [path for _, path, _ in served.requests if "xet-read-token" in path]
+
+
+def test_a_transfer_by_xet_that_fails_names_host_status_and_the_way_without_it():
+    """As hf-xet 1.8 says it, after a few minutes of its own retries."""
+    said = (
+        "Task error: File reconstruction error: CAS Client Error: Request error: HTTP status client error (403 Forbidden), "
+        "domain: https://cas.example/xorb/abcd?signature=secret"
+    )
+    fact = hub.transport_fact(RuntimeError(said))
+    assert fact == "the transfer from Xet storage at https://cas.example failed (403 Forbidden): run again, or set " \
+        "HF_HUB_DISABLE_XET=1, which transfers over HTTP"  # fmt: skip
+    assert hub.transport_fact(RuntimeError("other")) is None
+
+
 def test_damaged_content_is_refused_and_fetched_anew_by_the_next_run(served, files, model, out):
     name = "model-00001-of-00002.safetensors"
     served.corrupt[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])

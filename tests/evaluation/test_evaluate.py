@@ -233,7 +233,7 @@ def test_the_worst_linears_shares_are_told_and_what_cannot_be_put_back_says_why(
     assert [row["key"] for row in verdict.tables["layer_errors"]] == [0, 1, "mlp.up_proj"]
     assert verdict.metrics["output_error_change"] == 0.0
     assert verdict.notes[0].startswith(
-        "linears with the largest output errors: model.layers.0.mlp.up_proj (60% of the divergence)"
+        "linears with the largest output errors: model.layers.0.mlp.up_proj (60 % of the divergence)"
     )
 
 
@@ -259,10 +259,10 @@ def test_alarms_are_told_and_fail_only_where_they_should(run, layers):
     )
     told, _ = run("spoilt", FLOAT, baseline=baseline, instruments=spoilt)
     assert [row["message"] for row in told.tables["flags"]] == [
-        "1 files of the checkpoint differ from its conversion record; at most 0 (evaluate.limits.changed_files=0)"
+        "the conversion record does not hold for 1 file of the checkpoint; at most 0 files (evaluate.limits.changed_files=0)"
     ]
     assert json.loads((out / "comparison.json").read_text())["flags"] == verdict.tables["flags"]
-    with pytest.raises(QuantlineError, match=r"evaluate\.fail_on=kl_divergence: .* 0\.5 nats a token .*at most 0\.1"):
+    with pytest.raises(QuantlineError, match=r"evaluate\.fail_on=kl_divergence: .* 0\.500 nats a token .*at most 0\.1"):
         run("failed", FLOAT, baseline=baseline, instruments=replace(tools, fail_on=("kl_divergence",)))
 
 

@@ -33,10 +33,24 @@ def test_what_was_not_measured_or_has_no_limit_raises_nothing():
 def test_an_alarm_says_what_was_found_what_is_allowed_and_where_to_change_it():
     (flag,) = raised({"top1_agreement": 0.5}, LIMITS)
     assert (flag.value, flag.limit) == (0.5, 0.9)
-    assert "50.0%" in flag.message
-    assert "at least 90% (evaluate.limits.top1_agreement=0.9)" in flag.message
+    assert "50.0 %" in flag.message
+    assert "at least 90 % (evaluate.limits.top1_agreement=0.9)" in flag.message
     (flag,) = raised({"kl_divergence": 0.25}, limits(kl_divergence=0.1))
-    assert "0.25 nats a token from the float model's; at most 0.1 (evaluate.limits.kl_divergence=0.1)" in flag.message
+    assert "0.250 nats a token from the float model's; at most 0.1 (evaluate.limits.kl_divergence=0.1)" in flag.message
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "said"),
+    [
+        ({"first_divergence": 4}, 1.0, "diverge from the float model's within 1 token; at least 4 tokens ("),
+        ({"first_divergence": 4}, 2.5, "within 2.5 tokens; at least 4 tokens ("),
+        ({"perplexity_increase": 0.125}, 0.2672, "the perplexity grew by 26.7 %; at most 12.5 % ("),
+        ({"changed_files": 0}, 1, "does not hold for 1 file of the checkpoint; at most 0 files ("),
+    ],
+)
+def test_an_alarm_writes_its_value_as_the_report_does(limit, value, said):
+    metric = ALARMS[next(iter(limit))].metric
+    assert said in raised({metric: value}, limits(**limit))[0].message
 
 
 def test_only_the_named_instruments_fail():

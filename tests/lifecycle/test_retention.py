@@ -33,6 +33,8 @@ def test_a_dry_run_lists_objects_and_removes_nothing(changed):
     assert set(garbage.objects) == there - needed
     assert before["artifacts/two/quantize"] in garbage.objects
     assert garbage.bytes > 2000
+    assert set(garbage.described) == set(garbage.objects)
+    assert garbage.described[before["artifacts/two/quantize"]].startswith("the list of a folder: ")
     assert set(all_objects(project.cache)) == there
 
 

@@ -117,6 +117,29 @@ def test_zsh_completes_with_the_printed_script(root, console, typed, completed):
         os.close(terminal)
 
 
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("python -m stages.quan", ["stages.quantize"]),
+        ("python -m stages.quantize method=gp", ["method=gptq"]),
+        ("python -m stages.retention ", ["apply=", "keep=", "remote="]),
+        ("python other.py --x", []),
+        ("quantline quan", ["quantize"]),
+        ("quantline quantize calibration.n_s", ["calibration.n_samples="]),
+        ("quantline ver", ["verify"]),
+    ],
+)
+def test_fish_completes_with_the_printed_script(root, console, typed, completed):
+    """Fish itself is asked; a name that ends with `=` gets no space behind it there."""
+    (console / "completion.fish").write_text(script("fish"))
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", f"source {console}/completion.fish; complete -C $argv[1]", typed],
+        cwd=root, env={**os.environ, "PATH": f"{console}:{os.environ['PATH']}"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert sorted(done.stdout.splitlines()) == completed, done.stderr
+
+
 def shown(terminal, text, seconds=60):
     """Whether the terminal shows a text, before that many seconds have passed."""
     said, end = "", time.monotonic() + seconds

@@ -34,8 +34,12 @@ def test_a_stage_tells_in_one_line_what_is_looked_for_first(stage, metrics, line
     assert told(stage, metrics) == line
 
 
-@pytest.mark.parametrize(
-    "stage", ["download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks", "speed"]
-)
+def test_a_stage_that_was_asked_for_nothing_says_so():
+    assert told("tasks", {}) == "nothing to do: no tasks are chosen (tasks=none)"
+    assert "speed=none" in told("speed", {})
+    assert told("speed", {}, refused=True) == ""
+
+
+@pytest.mark.parametrize("stage", ["download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate"])
 def test_what_was_not_measured_is_not_told(stage):
     assert told(stage, {}) == ""

@@ -58,3 +58,11 @@ def test_help_that_is_cut_off_by_a_pipe_ends_quietly(root):
     done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("Score the variant")
     assert done.stderr == ""
+
+
+def test_examples_are_shown_as_they_are_typed(root):
+    about = "About.\n\nExamples:\n    python -m stages.plan bits=8\n"
+    assert "    quantline plan bits=8\n" in usage("quantline plan", about, (), reads=None, conf=root / "conf")
+    assert "    python -m stages.plan bits=8\n" in usage(
+        "python -m stages.plan", about, (), reads=None, conf=root / "conf"
+    )

@@ -8,10 +8,10 @@ from places import CPU, GPU, HERE, ORDER, THERE
 from tiny_quantized import write_float
 
 from quantline.core.errors import UserError
-from quantline.pipeline.preflight import before_quantize
+from quantline.pipeline.preflight import before_quantize, method_defaults
 from quantline.planning.preflight import check
 from quantline.planning.report import as_text, sizes
-from quantline.planning.spec import Machine, Model, RefusedError
+from quantline.planning.spec import Machine, Model, RefusedError, VariantSpec
 from quantline.serving.memory import GIB, Limits
 from quantline.serving.rules import Target
 
@@ -174,3 +174,14 @@ def test_the_cache_has_whole_blocks_of_the_sequences_that_are_computed_at_a_time
     assert "2 x 128 tokens" in as_text(
         few, model, replace(place, limits=Limits(max_num_seqs=2, block_size=64)), None, None
     )
+
+
+def test_a_plan_names_no_groups_where_a_width_has_none(root, model):
+    place = replace(HERE, order={"bnb": ("bitsandbytes",)})
+
+    def shown(bits):
+        asked = VariantSpec("bnb", bits, 64, method_defaults(root)["bnb"])
+        return as_text(check(asked, model, place), model, place, None, None).splitlines()[1]
+
+    assert shown(8) == "variant bnb 8 bits, one scale a row, by bitsandbytes"
+    assert "groups of" in shown(4)

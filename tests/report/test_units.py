@@ -16,6 +16,7 @@ from quantline.report.units import Column, written
         (0.0512, "growth", "+0.051 %"), (-12.34, "growth", "-12.3 %"), (250.4, "growth", "+250 %"),
         (0.9876, "share", "98.8 %"), (0.9999, "share", "99.99 %"), (1, "share", "100.0 %"), (12.345, "percent", "12.3 %"),
         (3.14159, "seconds", "3.14 s"), (0.5, "ms", "0.500 ms"), (1.5, "ratio", "1.50x"), (0.00123, "nats", "0.00123"),
+        (7.0, "plain", "7"), (2.5, "plain", "2.5"), (0.02462, "plain", "0.02462"),
         (math.inf, "ratio", "unbounded"), (-math.inf, "ratio", "-unbounded"), (math.nan, "ratio", "none"),
     ],
 )  # fmt: skip

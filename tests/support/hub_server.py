@@ -1,6 +1,7 @@
 """A local HTTP server that speaks as much of the hub's API as downloading and uploading need, and can misbehave on request.
 
-Uploads go by git LFS over HTTP (HF_HUB_DISABLE_XET=1): large files are stored first, then one commit names them.
+Uploads go by git LFS over HTTP (HF_HUB_DISABLE_XET=1): large files are stored first, then one commit names them. Downloads
+go over HTTP, or by Xet for the files in `xet`: a token, how the file is put together, and one pack of all its chunks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+XET_CHUNK = 65_536
 LARGE = 512  # files from this size on are "large files", named by SHA-256 as on the hub
 
 
@@ -32,7 +35,7 @@ class Hub:
     cards: repository -> the YAML header of its card. private: repositories that are. stored: large files by SHA-256.
     commits: what each commit said: repository, summary, description, names of added and of deleted files.
     rejects: the token is not valid. read_only: it may not write. refuses: part of a path -> status, for what is sent.
-    spoils: files whose content the hub changes.
+    spoils: files whose content the hub changes. xet: files that are downloaded by Xet.
     """
 
     repos: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class Hub:
     read_only: bool = False
     refuses: dict[str, int] = field(default_factory=dict)
     spoils: set[str] = field(default_factory=set)
+    xet: set[str] = field(default_factory=set)
     address: str = ""
 
     @property
@@ -77,6 +81,11 @@ def oid(content: bytes) -> str:
 def etag(content: bytes) -> str:
     """The hub's name of a content: SHA-256 of a large file, git's of a small one."""
     return hashlib.sha256(content).hexdigest() if len(content) >= LARGE else oid(content)
+
+
+def xet_hash(name: str) -> str:
+    """The name of a file in Xet storage here."""
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 @contextmanager
@@ -123,6 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
             kind, repo, what, revision = api.groups()
         elif resolve:
             kind, repo, revision = ("datasets" if resolve[1] else "models"), resolve[2], resolve[3]
+        if self._xet(path, body):
+            return
         files = self.state.repos.get((kind, repo))
         refusal = self._refusal(files, revision)
         if "/xet-write-token/" in path:
@@ -135,6 +146,50 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(resolve[4], files[resolve[4]], body)
         else:
             self._fail(404, "EntryNotFound")
+
+    def _xet(self, path: str, body: bool) -> bool:
+        """Answer what a Xet client asks; whether it was that. A pack holds a file, in chunks that are not compressed."""
+        if "/xet-read-token/" in path:
+            expiry = str(int(time.time()) + 3600)
+            headers = {
+                "X-Xet-Cas-Url": self.state.address,
+                "X-Xet-Access-Token": "of-xet",
+                "X-Xet-Token-Expiration": expiry,
+            }
+            self._json({}, body, headers)
+            return True
+        if path.startswith("/v2/reconstructions/"):  # the client then asks by the first version
+            self._fail(404, None)
+            return True
+        asked = re.fullmatch(r"/(?:v1/reconstructions|pack)/([0-9a-f]{64})", path)
+        name = next((name for name in self.state.xet if asked and xet_hash(name) == asked[1]), None)
+        if name is None:
+            return False
+        content = next(files[name] for files in self.state.repos.values() if name in files)
+        content = self.state.corrupt.get(name, content)
+        parts = [content[at : at + XET_CHUNK] for at in range(0, len(content), XET_CHUNK)]
+        packed = b"".join(b"\0" + len(part).to_bytes(3, "little") + b"\0" + len(part).to_bytes(3, "little") + part
+                          for part in parts)  # fmt: skip
+        if path.startswith("/pack/"):
+            self._bytes(packed, body)
+            return True
+        whole, every = xet_hash(name), {"start": 0, "end": len(parts)}
+        pack = {
+            "range": every,
+            "url": f"{self.state.address}/pack/{whole}",
+            "url_range": {"start": 0, "end": len(packed) - 1},
+        }
+        terms = [{"hash": whole, "unpacked_length": len(content), "range": every}]
+        self._json({"offset_into_first_range": 0, "terms": terms, "fetch_info": {whole: [pack]}}, body)
+        return True
+
+    def _bytes(self, content: bytes, body: bool) -> None:
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes 0-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
 
     def _refusal(self, files: dict[str, bytes] | None, revision: str | None) -> tuple[int, str | None] | None:
         if self.state.status is not None:
@@ -258,9 +313,11 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.state.address}/{repo}/commit/{self.state.head}"
         self._json({"commitUrl": url, "commitOid": self.state.head}, body=True)
 
-    def _json(self, value: Any, body: bool) -> None:
+    def _json(self, value: Any, body: bool, headers: dict[str, str] | None = None) -> None:
         content = json.dumps(value).encode()
         self.send_response(200)
+        for key, text in (headers or {}).items():
+            self.send_header(key, text)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -279,6 +336,10 @@ class _Handler(BaseHTTPRequestHandler):
         if whole >= LARGE:
             self.send_header("X-Linked-Etag", f'"{etag(content)}"')
             self.send_header("X-Linked-Size", str(whole))
+        if name in self.state.xet:
+            token = f"{self.state.address}/api/models/owner/tiny/xet-read-token/{COMMIT}"
+            self.send_header("X-Xet-Hash", xet_hash(name))
+            self.send_header("Link", f'<{token}>; rel="xet-auth"')
         if sent:
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{whole}")
         self.send_header("Content-Length", str(end - start))

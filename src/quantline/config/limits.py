@@ -6,7 +6,7 @@ Unlike the rest of `config` this is part of a stage's code (`quantline.pipeline.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_core import PydanticKnownError
@@ -22,16 +22,13 @@ class Alarm:
         metric: the metric that is compared with the limit.
         says: the message; `value` is the measured value.
         above: values above the limit raise the alarm; if false, values below it.
+        kind: how value and limit are written: a share as per cent, tokens and files as counts with their noun.
     """
 
     metric: str
     says: str
     above: bool = True
-
-    @property
-    def percent(self) -> bool:
-        """Whether the value is shown as a percentage; its limit is then shown as one too."""
-        return "%}" in self.says
+    kind: Literal["number", "share", "token", "file"] = "number"
 
 
 _CHANGED = "the weights have changed since then"
@@ -44,18 +41,21 @@ class LimitsConfig(Section):
     """
 
     perplexity_increase: Annotated[
-        float | None, Field(gt=0), Alarm("perplexity_increase", "the perplexity grew by {value:.1%}")
+        float | None, Field(gt=0), Alarm("perplexity_increase", "the perplexity grew by {value}", kind="share")
     ]
     kl_divergence: Annotated[
         float | None,
         Field(gt=0),
-        Alarm("kl_divergence", "the next-token distributions are {value:.3g} nats a token from the float model's"),
+        Alarm("kl_divergence", "the next-token distributions are {value} nats a token from the float model's"),
     ]
     top1_agreement: Annotated[
         float | None,
         Field(gt=0, le=1),
         Alarm(
-            "top1_agreement", "the top-1 token matches the float model's at {value:.1%} of the positions", above=False
+            "top1_agreement",
+            "the top-1 token matches the float model's at {value} of the positions",
+            above=False,
+            kind="share",
         ),
     ]
     first_divergence: Annotated[
@@ -63,8 +63,9 @@ class LimitsConfig(Section):
         Field(gt=0),
         Alarm(
             "first_divergence_median",
-            "half of the greedy continuations diverge from the float model's within {value:g} tokens",
+            "half of the greedy continuations diverge from the float model's within {value}",
             above=False,
+            kind="token",
         ),
     ]
     output_error_change: Annotated[
@@ -72,7 +73,8 @@ class LimitsConfig(Section):
         Field(gt=0),
         Alarm(
             "output_error_change",
-            f"a linear's output error is {{value:.1%}} off the one measured after quantization: {_CHANGED}",
+            f"a linear's output error is {{value}} off the one measured after quantization: {_CHANGED}",
+            kind="share",
         ),
     ]
     weight_error_change: Annotated[
@@ -80,31 +82,34 @@ class LimitsConfig(Section):
         Field(gt=0),
         Alarm(
             "weight_error_change",
-            "the error of a linear's weights is {value:.1%} off the one measured after quantization",
+            "the error of a linear's weights is {value} off the one measured after quantization",
+            kind="share",
         ),
     ]
     changed_files: Annotated[
         int | None,
         Field(ge=0),
-        Alarm("changed_files", "{value:g} files of the checkpoint differ from its conversion record"),
+        Alarm("changed_files", "the conversion record does not hold for {value} of the checkpoint", kind="file"),
     ]
     output_error_outlier: Annotated[
         float | None,
         Field(gt=1),
-        Alarm("output_error_outlier", "a linear's output error is {value:.3g} times that of its kind"),
+        Alarm("output_error_outlier", "a linear's output error is {value} times that of its kind"),
     ]
     rounding_ratio: Annotated[
         float | None,
         Field(gt=0),
         Alarm(
             "rounding_ratio",
-            "on held back samples its linears are {value:.3g} times as far from the float model as rounding to nearest",
+            "on held back samples its linears are {value} times as far from the float model as rounding to nearest",
         ),
     ]
     restored_share: Annotated[
         float | None,
         Field(gt=0),
-        Alarm("restored_share_max", "putting one linear back to float recovers {value:.1%} of the divergence"),
+        Alarm(
+            "restored_share_max", "putting one linear back to float recovers {value} of the divergence", kind="share"
+        ),
     ]
 
 

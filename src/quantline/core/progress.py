@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from quantline.core.text import percent
+
 # Between two lines where stderr is not a terminal.
 _MILESTONE_SECONDS = 30.0
 
@@ -29,7 +31,7 @@ class _Bar:
         self._started = self._told = time.monotonic()
         self._bar = tqdm(
             total=1, desc=label, leave=True, file=sys.stderr, dynamic_ncols=True, disable=not sys.stderr.isatty(),
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}]",
+            bar_format="{desc}: {percentage:3.0f} %|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}]",
         )  # fmt: skip
 
     def update(self, done: float, total: float, label: str = "") -> None:
@@ -54,7 +56,7 @@ class _Bar:
             return
         self._told = now
         left = (now - self._started) / done * (total - done)
-        print(f"{self._label}: {done / total:.0%} after {_time(now - self._started)}, {_time(left)} left  {label}",
+        print(f"{self._label}: {percent(done / total, 0)} after {_time(now - self._started)}, {_time(left)} left  {label}",
               file=sys.stderr, flush=True)  # fmt: skip
 
 

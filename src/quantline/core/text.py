@@ -36,11 +36,21 @@ def _joined(words: Sequence[str], last: str) -> str:
 
 def digits(number: float, significant: int) -> str:
     """A number with this many significant digits; very large and small ones have an exponent."""
-    if number == 0:
-        return "0"
+    if number == 0 or not math.isfinite(number):
+        return f"{number:g}"
     if abs(number) >= 1e6 or abs(number) < 1e-4:
         return f"{number:.{significant - 1}e}"
     return f"{number:.{max(0, significant - 1 - math.floor(math.log10(abs(number))))}f}"
+
+
+def percent(share: float, decimals: int = 1, *, sign: bool = False) -> str:
+    """A share for reading: 0.267 is `26.7 %`."""
+    return f"{100 * share:{'+' if sign else ''}.{decimals}f} %"
+
+
+def counted(number: float, noun: str) -> str:
+    """`1 token`, `2 tokens`, `1.5 tokens`."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
 def decimal_size(count: float) -> str:

@@ -1,8 +1,8 @@
 """The Hugging Face hub or a mirror: pinned commits, verified files, and error messages with a remedy.
 
-Files go to the hub's usual cache. An interrupted transfer resumes at the byte where it stopped, and an interrupted run
-resumes with the missing files. HF_ENDPOINT sets the endpoint, and HF_TOKEN (or `hf auth login`) the access token. The token
-is removed from every message.
+Files go to the hub's usual cache: by Xet where the hub has it (not with HF_HUB_DISABLE_XET=1), else over HTTP. There an
+interrupted transfer resumes at the byte where it stopped. An interrupted run resumes with the missing files. HF_ENDPOINT
+sets the endpoint, and HF_TOKEN (or `hf auth login`) the access token. The token is removed from every message.
 """
 
 from __future__ import annotations
@@ -279,9 +279,22 @@ def transport_fact(error: BaseException) -> str | None:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return f"{where} answered with HTTP status {status}: try again later"
+    if isinstance(error, RuntimeError) and "CAS" in str(error):  # of hf_xet, whose errors have no type of their own
+        return _xet_fact(str(error))
     network = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
     if network and type(error).__name__ in ("RemoteProtocolError", "ReadError", "ReadTimeout"):
         return f"the transfer from {where} was interrupted ({type(error).__name__}): run again"
     if network or isinstance(error, (ConnectionError, TimeoutError)):
         return f"{where} cannot be reached ({type(error).__name__}): check the network, set HF_ENDPOINT to a mirror"
     return None
+
+
+def _xet_fact(said: str) -> str:
+    """What hf_xet said, without the address of the pack, which may be signed."""
+    place = re.search(r"https?://[^/\s?]+", said)
+    status = re.search(r"\((\d{3} [^)]*)\)", said)
+    where = f" at {place[0]}" if place else ""
+    return (
+        f"the transfer from Xet storage{where} failed ({status[1] if status else 'no answer'}): run again, or set "
+        "HF_HUB_DISABLE_XET=1, which transfers over HTTP"
+    )

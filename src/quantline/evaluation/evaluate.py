@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from quantline.config.evaluate import BootstrapConfig, EvaluateConfig
 from quantline.core.errors import UserError
 from quantline.core.files import write_json
+from quantline.core.text import percent
 from quantline.data.windows import Windows, save_windows
 from quantline.evaluation import generations, perplexity, positions, sensitivity, thresholds
 from quantline.evaluation.bootstrap import bootstrap, caution
@@ -308,4 +309,4 @@ def _share(row: dict[str, Any]) -> str:
     if row["recovered_kl_share"] is None:
         return f"{row['name']} ({row['note'] or 'nothing to recover'})"
     share = round(row["recovered_kl_share"], 2) + 0.0  # no -0
-    return f"{row['name']} ({share:.0%} of the divergence)"
+    return f"{row['name']} ({percent(share, 0)} of the divergence)"

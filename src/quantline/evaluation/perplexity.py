@@ -22,6 +22,7 @@ from quantline.checkpoints.model_files import WEIGHTS
 from quantline.config.evaluate import BootstrapConfig
 from quantline.core.errors import QuantlineError, UserError
 from quantline.core.files import replaced
+from quantline.core.text import percent
 from quantline.data.windows import Windows
 from quantline.evaluation import nats
 from quantline.evaluation.bootstrap import paired_bootstrap
@@ -192,9 +193,9 @@ def check_engines(difference: float, tolerance: float) -> None:
     """
     if not abs(difference) <= tolerance:
         raise QuantlineError(
-            f"the server's perplexity differs from the reference engine's by {difference:+.2%}; allowed is "
-            f"{tolerance:.2%} (evaluate.engine_tolerance). The server computes something else than was quantized: check the "
-            "kernel, the serving dtype and how the server reads the config"
+            f"the server's perplexity differs from the reference engine's by {percent(difference, 2, sign=True)}; "
+            f"allowed is {percent(tolerance, 2)} (evaluate.engine_tolerance). The server computes something else than was "
+            "quantized: check the kernel, the serving dtype and how the server reads the config"
         )
 
 

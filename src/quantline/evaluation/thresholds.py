@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantline.config.limits import ALARMS, LimitsConfig
+from quantline.config.limits import ALARMS, Alarm, LimitsConfig
 from quantline.core.errors import QuantlineError
+from quantline.core.text import counted, digits, percent
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,22 @@ def raised(measured: Mapping[str, float], limits: LimitsConfig | None) -> list[R
         sound = not math.isnan(value) and (value <= limit if alarm.above else value >= limit)
         if not sound:
             side = "most" if alarm.above else "least"
-            allowed = f"{100 * limit:g}%" if alarm.percent else f"{limit:g}"
             option = f"evaluate.limits.{name}={limit:g}"
-            message = f"{alarm.says.format(value=value)}; at {side} {allowed} ({option})"
+            said = alarm.says.format(value=_written(alarm, value))
+            message = f"{said}; at {side} {_written(alarm, limit, whole=True)} ({option})"
             flags.append(RaisedAlarm(name, float(value), float(limit), message))
     return flags
+
+
+def _written(alarm: Alarm, value: float, *, whole: bool = False) -> str:
+    """A measured value for reading; with `whole` a limit, with all the digits that it was given."""
+    match alarm.kind:
+        case "share":
+            return f"{100 * value:g} %" if whole else percent(value)
+        case "token" | "file":
+            return counted(value, alarm.kind)
+        case _:
+            return f"{value:g}" if whole else digits(value, 3)
 
 
 def refuse(flags: Sequence[RaisedAlarm], fail_on: Sequence[str]) -> None:

@@ -29,11 +29,15 @@ KEEP: dict[str, dict[str, bool]] = {
 
 @dataclass(frozen=True)
 class Garbage:
-    """Removable or removed objects. bytes: size of the local ones. protected: number kept for promoted variants."""
+    """Removable or removed objects. bytes: size of the local ones. protected: number kept for promoted variants.
+
+    described: what each object is, for a reader.
+    """
 
     objects: tuple[str, ...]
     bytes: int
     protected: int
+    described: Mapping[str, str]
 
 
 def promoted(root: Path) -> frozenset[str]:
@@ -111,10 +115,11 @@ def collect_garbage(
         paths = [dvc_cache.object_path(cache, md5) for md5 in local]
         size = sum(path.stat().st_size for path in paths if path.is_file())
         objects = tuple(sorted(local.union(*others)))
+        described = dvc_cache.described(cache, objects)
         if apply and objects:
             for store in stores:
                 _remove(store, used, remote=store is not repo.cache.local)
-    return Garbage(objects, size, len(guarded))
+    return Garbage(objects, size, len(guarded), described)
 
 
 def _whole(root: Path, cache: Path, protected: Collection[str]) -> set[str]:

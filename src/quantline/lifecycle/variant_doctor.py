@@ -20,7 +20,7 @@ from quantline.core.errors import QuantlineError
 from quantline.core.files import replaced, sha256_of
 from quantline.core.gpu import visible_gpus
 from quantline.core.secrets import Scrubber
-from quantline.core.text import binary_size
+from quantline.core.text import binary_size, percent
 from quantline.lifecycle.fleet import HOME, weight_bytes
 from quantline.lifecycle.serve import HOME as SERVE_LOGS
 from quantline.pipeline.config import Config, parse
@@ -260,7 +260,7 @@ def _busy_before(result: Mapping[str, Any]) -> str:
     before = (result.get("monitor") or {}).get("before") or {}
     total, used = before.get("system_memory_total_bytes"), before.get("system_memory_used_bytes")
     if total and used and used / total > 0.8:
-        return f"{used / total:.0%} of the memory was in use before the stage began"
+        return f"{percent(used / total, 0)} of the memory was in use before the stage began"
     return ""
 
 

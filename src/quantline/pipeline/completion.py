@@ -52,11 +52,37 @@ _quantline() {
 }
 compdef _quantline python python3 quantline
 """
+FISH = """\
+function __quantline_line
+  set -l words (commandline -opc)
+  set -l current (commandline -ct)
+  if string match -qr '(^|/)quantline$' -- $words[1]
+    set -e words[1]
+    echo "stages."(string join ' ' -- $words "$current")
+  else if test (count $words) -ge 2; and test "$words[2]" = -m
+    set -e words[1..2]
+    string match 'stages*' -- (string join ' ' -- $words "$current")
+  end
+end
+function __quantline_complete
+  set -l program (commandline -opc)[1]
+  set -l line (__quantline_line)
+  if string match -qr '(^|/)quantline$' -- $program
+    $program completion words="$line" 2>/dev/null | string replace -r '^stages\\.' ''
+  else
+    $program -m stages.completion words="$line" 2>/dev/null
+  end
+end
+for program in python python3 quantline
+  complete -c $program -f -n 'string length -q -- (__quantline_line)' -a '(__quantline_complete)'
+end
+"""
+SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
 
 def script(shell: str) -> str:
     """The lines that a shell reads to complete."""
-    return BASH if shell == "bash" else ZSH
+    return SCRIPTS[shell]
 
 
 def candidates(words: str, root: Path) -> list[str]:

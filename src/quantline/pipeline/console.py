@@ -9,7 +9,9 @@ import ast
 import importlib.util
 import os
 import runpy
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from quantline import __version__
@@ -20,6 +22,7 @@ _FIRST = (
     "init", "doctor", "plan", "check", "download", "calibrate", "quantize", "convert", "serve_smoke", "evaluate", "tasks",
     "speed", "report", "publish", "ui",
 )  # fmt: skip
+_WIDTH = 110
 
 
 def main() -> int:
@@ -62,10 +65,10 @@ def _overview(folder: Path, known: list[str]) -> str:
         "",
     ]
     lines += ["usage: quantline COMMAND [NAME=VALUE ...]", ""]
+    width = min(_WIDTH, max(60, shutil.get_terminal_size((100, 24)).columns))
     for name in ordered:
         about = (ast.get_docstring(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))) or "").split("\n")[0]
-        about = about.partition(": `python -m")[0].partition(": python -m")[0].rstrip(":.")
-        lines.append(f"  {name:<13} {about}")
+        lines.append(f"  {name:<13} {textwrap.shorten(about.rstrip(':.'), width - 16, placeholder=' ...')}")
     return "\n".join(
         [*lines, "", "`quantline COMMAND --help` tells what a command reads. The whole pipeline: `dvc repro`."]
     )

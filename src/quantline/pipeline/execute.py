@@ -70,7 +70,7 @@ def execute(
     where = places.output.relative_to(root)
     name = places.output.parent.relative_to(run.home)
     print(f"{stage} {name}: {run.status} in {result['timings']['total_seconds']:.1f} s -> {where}", file=sys.stderr)
-    if shown := told(stage, run.metrics):
+    if shown := told(stage, run.metrics, refused=run.status != "ok"):
         print(f"  {shown}", file=sys.stderr)
     for warning in run.warnings + ([run.reason] if run.reason else []):
         print(f"  note: {warning}", file=sys.stderr)

@@ -118,10 +118,15 @@ _TABLE = (
         beside_float=(*(f"tasks.{key}" for key in ITEM_KEYS), "serve.max_model_len"),
     ),
     Stage("speed", ("convert",), options.speed, ("speed", *_SERVING, "device"), ("server",), compared=True),
-    Stage("noise", ("quantize",), options.noise, by_hand=True),
     Stage(
-        "sensitivity", ("download", "calibrate"), options.sensitivity, locks=("reference",), takes={"calibrate": TOKENS},
-        exact=True, by_hand=True,
+        "noise", ("quantize",), options.noise,
+        ("noise", "seed", "method", "bits", "group_size", "backend", "layers", "calibration", "evaluate", "device"),
+        by_hand=True,
+    ),
+    Stage(
+        "sensitivity", ("download", "calibrate"), options.sensitivity,
+        ("sensitivity", "method", "group_size", "lm_head", "calibration", "device"), ("reference",),
+        takes={"calibrate": TOKENS}, exact=True, by_hand=True,
     ),
 )  # fmt: skip
 

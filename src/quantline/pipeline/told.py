@@ -11,10 +11,20 @@ from quantline.pipeline.figures import difference_text
 Metrics = Mapping[str, float]
 # Of a stage without a sentence of its own.
 _MOST = 6
+# Of a stage that was asked for nothing.
+_NOTHING = {
+    "tasks": "nothing to do: no tasks are chosen (tasks=none)",
+    "speed": "nothing to do: no measurement is chosen (speed=none)",
+}
 
 
-def told(stage: str, metrics: Metrics) -> str:
-    """The figures of a stage that a reader looks for first; empty if it measured nothing."""
+def told(stage: str, metrics: Metrics, *, refused: bool = False) -> str:
+    """The figures of a stage that a reader looks for first, or that it had nothing to do; empty if it measured nothing.
+
+    refused: the server does not take the variant, which a reason tells.
+    """
+    if not metrics and not refused and stage in _NOTHING:
+        return _NOTHING[stage]
     parts = list(_SENTENCES[stage](metrics)) if stage in _SENTENCES else []
     if not parts:
         shown = [f"{name} {digits(value, 4)}" for name, value in sorted(metrics.items())]

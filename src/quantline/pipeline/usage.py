@@ -33,7 +33,11 @@ def usage(
         conf: the folder of configurations.
         arguments: of the command line. A choice among them, such as method=gptq, decides whose options are shown.
     """
-    lines = [(about or "").strip(), "", f"usage: {command} [NAME=VALUE ...]"]
+    typed = command.partition(" ")[0]
+    said = (about or "").strip()
+    if typed == "quantline":  # the examples as they are typed with the console command
+        said = said.replace("python -m stages.", "quantline ")
+    lines = [said, "", f"usage: {command} [NAME=VALUE ...]"]
     if options:
         lines += ["", "Options of this command:"]
         lines += [line for option in options for line in _row(option.shown, option.told)]

@@ -12,6 +12,7 @@ from quantline.core.text import binary_size
 from quantline.planning.recommend import Choice, Suggestion
 from quantline.planning.spec import FLOAT, Finding, Machine, Model, Plan
 from quantline.planning.stage_memory import stage_needs
+from quantline.quantization import capabilities
 from quantline.serving.memory import GIB
 
 
@@ -91,6 +92,8 @@ def as_text(plan: Plan, model: Model, machine: Machine, nearest: str | None, rec
 
 def _groups(plan: Plan) -> str:
     size = plan.planned.group_size
+    if capabilities.groupless(plan.backend, plan.planned.method, plan.planned.bits):
+        return "one scale a row"
     return "one group a channel" if size == -1 else f"groups of {size}"
 
 

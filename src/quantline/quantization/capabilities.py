@@ -125,6 +125,11 @@ def claimed_families() -> frozenset[str]:
     return frozenset(family for families in named for family in families or ())
 
 
+def groupless(backend: str, method: str, bits: int) -> bool:
+    """Whether this width has no groups, so that the group size is ignored (bitsandbytes at 8 bits)."""
+    return backend in table() and bits in able(backend, method).get("groupless_bits", ())
+
+
 def faults(backend: str, requirements: Requirements) -> list[str]:
     """The requirements that a backend does not meet, each with the option's name, its value, and what is allowed."""
     methods = table()[backend]["methods"]
@@ -141,8 +146,8 @@ def faults(backend: str, requirements: Requirements) -> list[str]:
         for bits in all_bits
         if bits not in known["bits"]
     ]
-    # Without groups (bitsandbytes at 8 bits) the group size is ignored.
-    sizes = known.get("group_size") if requirements.bits not in known.get("groupless_bits", ()) else None
+    ignored = groupless(backend, requirements.method, requirements.bits)
+    sizes = None if ignored else known.get("group_size")
     found += [
         f"group_size={size}: {requirements.method} by {backend} takes {alternatives(sizes)}"
         for size in dict.fromkeys((requirements.group_size, *requirements.rule_groups))

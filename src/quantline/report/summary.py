@@ -20,6 +20,12 @@ HEADERS = (
     "variant", "method", "bits", "group", "ppl", "Δ ppl vs float [95 %]", "vLLM ppl", "MB", "ratio", "tok/s", "load s",
     "quant s", "served",
 )  # fmt: skip
+# What the columns of speed are, below the table.
+LEGEND = (
+    "tok/s: output tokens a second of one request at a time (batch 1), when serve_smoke asked its questions; load s: start "
+    "of that server.\nThe first row has the float model's, of a session of its own. Beside float in one session, by "
+    "requests at once: speed, in the report."
+)
 
 
 def variant_table(records: Sequence[VariantRecord]) -> list[dict[str, Any]]:

@@ -120,7 +120,7 @@ def generations(evidence: Sequence[Evidence]) -> Table:
     ]
     columns = (
         variant_column(), Column("identical_generations", "identical to the end", "share"),
-        Column("first_divergence_median", "tokens until the first difference, median", "number"),
+        Column("first_divergence_median", "tokens until the first difference, median", "plain"),
     )  # fmt: skip
     return Table("generations", "Greedy answers to the same prompts, beside the float model's.", columns, rows)
 
@@ -196,8 +196,8 @@ def alarms(evidence: Sequence[Evidence]) -> Table:
     """The alarms of the evaluation."""
     rows = [{"variant": item.name, **flag} for item in evidence for flag in item.flags or []]
     columns = (
-        variant_column(), Column("instrument", "instrument"), Column("value", "value", "number"),
-        Column("limit", "limit", "number"), Column("message", "what it says"),
+        variant_column(), Column("instrument", "instrument"), Column("value", "value", "plain"),
+        Column("limit", "limit", "plain"), Column("message", "what it says"),
     )  # fmt: skip
     return Table("alarms", "Alarms of the evaluation: values beyond their limits.", columns, rows, main=True)
 

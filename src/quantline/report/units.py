@@ -13,9 +13,11 @@ MISSING = "not measured"
 BASELINE = "baseline"
 Kind = Literal[
     "text", "code", "hash", "number", "count", "bytes", "growth", "share", "percent", "seconds", "ms", "ratio", "yes",
-    "nats",
+    "nats", "plain",
 ]  # fmt: skip
-_NUMERIC = frozenset({"number", "count", "bytes", "growth", "share", "percent", "seconds", "ms", "ratio", "nats"})
+_NUMERIC = frozenset(
+    {"number", "count", "bytes", "growth", "share", "percent", "seconds", "ms", "ratio", "nats", "plain"}
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def written(value: Any, kind: Kind) -> str:
     """One value.
 
     bytes: powers of ten. growth: per cent with sign. share: fraction, as per cent. percent: already per cent. ratio: times.
-    yes: a boolean. hash: its prefix.
+    yes: a boolean. hash: its prefix. plain: a number that may be a count, without trailing zeros.
     """
     if value is None:
         return MISSING
@@ -85,6 +87,8 @@ def written(value: Any, kind: Kind) -> str:
             return f"{number:.2f}x"
         case "nats":
             return digits(number, 3)
+        case "plain":
+            return f"{number:.4g}"
         case _:
             return digits(number, 4)
 

@@ -10,7 +10,7 @@ SERVER = {"model": "variant", "weights_memory_bytes": 4.0e9, "checkpoint_bytes":
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    session = {"load_average": 0.4, "threads": 2}
+    session = {"cores_in_use": 0.4, "threads": 2}
     return {"session": session, "rows": [ROW], "servers": [SERVER], "ratios": [{"concurrency": 8}], **changes}
 
 
@@ -21,13 +21,13 @@ def test_of_a_sound_session_nothing_is_left_out():
 
 
 def test_speeds_of_a_busy_machine_are_left_out_and_their_ratios_stay():
-    busy = document(session={"load_average": 5.0, "threads": 2})
+    busy = document(session={"cores_in_use": 1.26, "threads": 2})
     kept, why = trust.trusted(busy)
     assert (kept["rows"], kept["ratios"]) == ([], busy["ratios"])
-    assert why == ["tokens/s and times, since the machine was busy with other work"]
-    assert trust.notes(busy) == [
-        "the machine was busy with other work (load 2.5 per core): trust the ratios, not the speeds"
-    ]
+    assert why == ["tokens/s and times, since other programs used the machine"]
+    (note,) = trust.notes(busy)
+    assert note.startswith("other programs kept 1.3 of the 2 cores busy when the measurement began, so tokens/s")
+    assert "the ratios to the float model hold" in note
 
 
 def test_speeds_of_float_weights_are_not_the_variants():

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from quantline.config.speed import SpeedConfig
+from quantline.core.cores import cores_in_use
 from quantline.core.files import read_json, write_json
 from quantline.core.gpu import accelerator_use, visible_gpus
 from quantline.evaluation.speed import trust
@@ -260,7 +261,7 @@ def _described(version: str, subjects: tuple[Subject, Subject], plan: SpeedConfi
     options = subjects[1].options
     return {
         "host": platform.node(), "device": options.device, "device_name": _device_name(options.device),
-        "threads": os.cpu_count(), "load_average": os.getloadavg()[0], "vllm_version": version,
+        "threads": os.cpu_count(), "cores_in_use": round(cores_in_use(), 2), "vllm_version": version,
         "tools": list(plan.tools), "input_tokens": plan.input_tokens, "output_tokens": plan.output_tokens,
         "rounds": plan.rounds, "seed": plan.seed, "enforce_eager": options.enforce_eager,
         "levels": [[level.concurrency, level.prompts] for level in plan.levels],

@@ -14,16 +14,19 @@ from quantline.serving.memory import GIB
 _LOG_STEP, _ADDED = GIB // 100, 1.15
 # Median over mean time per token: 0.5 to 1 was seen normally, and 0.003 when chunks had piled up.
 _BUNCHED = 0.2
+# Of the machine's cores. Servers that wait and the client's own start stay below it.
+_BUSY_SHARE = 0.25
 Row = Mapping[str, Any]
 
 
 def notes(document: Row) -> list[str]:
     """A sentence for each thing that makes figures of `speed.json` doubtful."""
-    load = busy(document["session"])
-    found = memory_notes(document["servers"]) + bunch_notes(document["rows"])
-    if load > 1:
+    found, session = memory_notes(document["servers"]) + bunch_notes(document["rows"]), document["session"]
+    if busy(session):
         found.append(
-            f"the machine was busy with other work (load {load:.1f} per core): trust the ratios, not the speeds"
+            f"other programs kept {session['cores_in_use']:.1f} of the {session['threads']} cores busy when the measurement "
+            "began, so tokens/s and times are worse than they would be alone; the ratios to the float model hold, since the "
+            "two took turns. Measure again on an idle machine"
         )
     return found
 
@@ -49,9 +52,9 @@ def bunch_notes(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def busy(session: Row) -> float:
-    """The load of other work per core when the session began; 0 if it was not recorded."""
-    return float(session.get("load_average") or 0) / float(session.get("threads") or 1)
+def busy(session: Row) -> bool:
+    """Whether other programs used much of the machine when the session began; no, if that was not recorded."""
+    return float(session.get("cores_in_use") or 0) > _BUSY_SHARE * float(session.get("threads") or 1)
 
 
 def trusted(document: Row) -> tuple[dict[str, Any], list[str]]:
@@ -61,8 +64,8 @@ def trusted(document: Row) -> tuple[dict[str, Any], list[str]]:
     if any(_unpacked(server) for server in servers if server["model"] == "variant"):
         return {**kept, "rows": [], "ratios": []}, ["every speed, since vLLM did not load the quantized weights"]
     rows = [dict(row) for row in document.get("rows") or []]
-    if busy(document.get("session") or {}) > 1:
-        rows, why = [], ["tokens/s and times, since the machine was busy with other work"] if rows else []
+    if busy(document.get("session") or {}):
+        rows, why = [], ["tokens/s and times, since other programs used the machine"] if rows else []
     for row in rows:
         if _bunched(row):
             row.update(dict.fromkeys(("itl_ms_median", "itl_ms_p99", "ttft_ms_median", "ttft_ms_p99")))

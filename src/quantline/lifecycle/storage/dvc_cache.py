@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import UserError
+from quantline.core.text import decimal_size
 
 DIR = ".dir"
+_MOST_OF_A_RESULT = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,44 @@ def entries_of(cache: Path, path: str, md5: str) -> list[Entry] | None:
         return [Entry(f"{path}/{item['relpath']}", str(item["md5"])) for item in json.loads(text)]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def described(cache: Path, md5s: Iterable[str]) -> dict[str, str]:
+    """What each object is, for a reader: size, and name in a folder, a folder's files, or the stage whose result it is.
+
+    A file is named by the folders whose lists are in the cache. Of an object that only a remote has, nothing is known.
+    """
+    names: dict[str, str] = {}
+    lists: dict[str, list[str]] = {}
+    for name in all_objects(cache):
+        if name.endswith(DIR):
+            entries = [Entry(entry.path.removeprefix("/"), entry.md5) for entry in entries_of(cache, "", name) or []]
+            names.update((entry.md5, entry.path) for entry in entries)
+            lists[name] = [entry.path for entry in entries]
+    found = {}
+    for md5 in md5s:
+        path = object_path(cache, md5)
+        if not path.is_file():
+            found[md5] = "in the remote only"
+        elif md5.endswith(DIR):
+            files = lists.get(md5, [])
+            more = f" and {len(files) - 2} more" if len(files) > 2 else ""
+            found[md5] = (
+                f"the list of a folder: {', '.join(files[:2])}{more}" if files else "the list of an empty folder"
+            )
+        else:
+            size = path.stat().st_size
+            found[md5] = f"{decimal_size(size)}, {names.get(md5) or _result(path, size) or 'a single file'}"
+    return found
+
+
+def _result(path: Path, size: int) -> str:
+    """Whose result a file is; empty if it is none."""
+    try:
+        value = json.loads(path.read_bytes()) if size < _MOST_OF_A_RESULT else {}
+        return f"the result of {value['stage']} of {value['variant']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def objects_of(cache: Path, md5s: Iterable[str]) -> set[str]:

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from quantline.core.files import read_json
 from quantline.core.gpu import visible_gpus
-from quantline.core.text import binary_size
+from quantline.core.text import binary_size, percent
 from quantline.serving.fleet.router import figures
 from quantline.serving.fleet.running import STATUS
 from quantline.serving.fleet.spec import Fleet
@@ -37,7 +37,7 @@ def shown(fleet: Fleet) -> list[str]:
         lines.append("the router does not answer")
     lines += ["", tabulate(_variants(fleet, state, counted), headers="keys")]
     lines += ["", tabulate(_precisions(fleet, counted), headers="keys"), ""]
-    memory = [f"{device} {share:.0%}" for device, share in (state.get("memory") or {}).items()]
+    memory = [f"{device} {percent(share, 0)}" for device, share in (state.get("memory") or {}).items()]
     memory += [
         f"{gpu.name}: {binary_size(gpu.memory_used_bytes)} of {binary_size(gpu.memory_total_bytes)}"
         for gpu in visible_gpus()
@@ -82,4 +82,4 @@ def _precisions(fleet: Fleet, counted: Mapping[str, float]) -> list[dict[str, An
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.0%}"
+    return "" if share is None else percent(share, 0)
