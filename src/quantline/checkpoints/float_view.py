@@ -48,13 +48,15 @@ class FloatView:
     names: Mapping[str, str | None]
 
     @classmethod
-    def open(cls, folder: str | Path) -> FloatView:
+    def open(cls, folder: str | Path, info: QuantizationInfo | None = None) -> FloatView:
         """Read the headers and config.json of a folder.
+
+        info: how it is quantized, in the place of what config.json says.
 
         Raises:
             CheckpointError: the folder, the config or a layer is inconsistent.
         """
-        checkpoint, info = Checkpoint.open(folder), quantization_of(folder)
+        checkpoint, info = Checkpoint.open(folder), info or quantization_of(folder)
         quantized = quantized_layers(checkpoint, info)
         packed = {name for suffixes in quantized.values() for suffix, name in suffixes.items() if suffix != "bias"}
         weights: dict[str, str | None] = dict.fromkeys(f"{layer}.weight" for layer in quantized)

@@ -51,5 +51,5 @@ class ConvertConfig(Section):
 class ConvertSourceConfig(Section):
     """Where the convert stage gets its checkpoint; other kinds than `pipeline` are for standalone runs."""
 
-    kind: Literal["pipeline", "auto", "msmodelslim"] = "pipeline"
+    kind: Literal["pipeline", "auto", "msmodelslim", "gguf"] = "pipeline"
     path: str | None = None

@@ -267,7 +267,7 @@ def _convert_faults(values: Mapping[str, Any]) -> list[str]:
     if kind == "pipeline" and path:
         return [f"source.path={path}: the source is the pipeline's own checkpoint; add source=auto"]
     if kind == "pipeline" and out:
-        return [f"out={out}: needs source=auto or source=msmodelslim; otherwise the pipeline chooses the output folder"]
+        return [f"out={out}: needs source=auto, msmodelslim or gguf; otherwise the pipeline chooses the output folder"]
     target = str((values.get("convert") or {}).get("target"))
     if kind == "pipeline" and target not in ("auto", "keep") and not _servable(target):
         return [

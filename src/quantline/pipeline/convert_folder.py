@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantline.checkpoints.layouts.choice import runtime_of
 from quantline.conversion.architecture import LABEL, MODULE, RunWorker
 from quantline.conversion.convert import convert
+from quantline.conversion.from_gguf import KIND, restore_float
 from quantline.core.errors import UserError
 from quantline.core.files import building
 from quantline.pipeline.config import Config
@@ -63,6 +64,12 @@ def convert_folder(run: StageRun, serving: Target) -> None:
         raise UserError(f"out={out}: exists and is not an empty folder; remove it or give another folder")
     if source.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"out={out}: lies within source.path={source}; give a folder outside of it")
+    if config.source.kind == KIND:
+        with building(out) as partial:
+            told = restore_float(source, partial)
+        for line in [*(one.replace(str(partial), str(out)) for one in told), f"convert -> {out}"]:
+            print(line, file=sys.stderr)
+        return
     with building(out) as partial, _reference(run) as ask:
         proof = convert(source, partial, config.convert, kind=config.source.kind, serving=serving, run_worker=ask)
     notes = [f"  note: {warning}" for warning in [*run.warnings, *proof.warnings]]

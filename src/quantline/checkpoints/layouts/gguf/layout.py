@@ -96,7 +96,19 @@ def _parse(path: Path, section: Mapping[str, Any]) -> QuantizationInfo:
         raise CheckpointError(f"{path}: file is {name!r}: it must be the name of a file beside config.json")
     usual = spec_of(MIXTURES[str(kind)][1]) if kind in MIXTURES else LinearSpec(4, 32)
     file = path.parent / name
-    own = settings_of(file, file.stat().st_mtime_ns) if file.is_file() else {}
+    return _info(usual, settings_of(file, file.stat().st_mtime_ns) if file.is_file() else {})
+
+
+def info_of(file: Path) -> QuantizationInfo:
+    """The same of a file that no config.json describes.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return _info(LinearSpec(4, 32), settings_of(file, file.stat().st_mtime_ns))
+
+
+def _info(usual: LinearSpec, own: Mapping[str, LayerSettings]) -> QuantizationInfo:
     return QuantizationInfo(
         method=NAME, layout=NAME, bits=usual.bits, group_size=usual.group_size, desc_act=False, symmetric=True,
         modules_to_not_convert=(), overrides=own,
