@@ -138,7 +138,7 @@ def test_options_that_do_not_go_together_are_refused(composed):
     for overrides, message in (
         (["source.path=x"], "source.path=x: the source is the pipeline's own checkpoint; add source=auto"),
         (["source=auto"], "source.path: is not set; give the checkpoint's folder, source=auto source.path=DIR"),
-        (["out=x"], "out=x: needs source=auto or source=msmodelslim"),
+        (["out=x"], "out=x: needs source=auto, msmodelslim or gguf"),
         (["convert.for=tgi"], "convert.for=tgi: allowed are vllm"),
     ):
         with pytest.raises(ConfigError) as caught:

@@ -25,3 +25,11 @@ def test_float_model_has_no_distance_from_itself_and_no_alarms(tmp_path: Path) -
     baseline.results[0]["metrics"].update(kl_divergence=0.0, alarms=0.0)
     row = measured(baseline)
     assert (row["difference_percent"], row["kl_divergence"], row["alarms"]) == (None, None, None)
+
+
+def test_bits_of_a_mixture_of_types_are_those_of_its_linears(tmp_path: Path) -> None:
+    mixed = record("gguf-Q4_K_M", "awq", 4, 0.01, tmp_path)
+    mixed.config["method"] = {"name": "gguf", "type": "Q4_K_M", "imatrix": True}
+    next(one for one in mixed.results if one["stage"] == "quantize")["metrics"]["effective_bits"] = 5.4896
+    assert measured(mixed)["bits"] == 5.49
+    assert measured(record("awq", "awq", 4, 0.01, tmp_path))["bits"] == 4

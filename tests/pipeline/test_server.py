@@ -40,3 +40,10 @@ def test_the_line_for_a_shell_has_the_flags_that_served_it_whatever_todays_would
     assert proven_line(config, served, None, "DIR") == "vllm serve DIR --dtype float16 --older-flag 'two words'"
     assert "--max-model-len 600" in proven_line(config, {**served, "tables": {}}, None, "DIR")  # a result of older code
     assert proven_flags({**served, "status": "unsupported"}) is None
+
+
+def test_a_gguf_variant_is_served_by_llama_cpp_and_the_float_model_beside_it_by_vllm(composed):
+    config = parse(composed("method=gguf"))
+    assert options_of(config, "cpu", quantized=True).runtime == "llamacpp"
+    assert options_of(config, "cpu", quantized=False).runtime == "vllm"
+    assert options_of(parse(composed("method=awq")), "cpu", quantized=True).runtime == "vllm"

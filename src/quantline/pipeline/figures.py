@@ -38,7 +38,7 @@ def row_of(record: VariantRecord) -> Row:
     return {
         "variant": record.name,
         "method": method.get("name"),
-        "bits": None if baseline else record.config.get("bits"),
+        "bits": None if baseline else _bits(record, measured.get("quantize", {})),
         "group_size": None if baseline else record.config.get("group_size"),
         "baseline": baseline,
         "perplexity": evaluate.get("reference_perplexity"),
@@ -54,6 +54,13 @@ def row_of(record: VariantRecord) -> Row:
         "served": served,
         "reasons": reasons,
     }
+
+
+def _bits(record: VariantRecord, quantize: Mapping[str, Any]) -> Any:
+    """Bits of a weight; of a mixture of types (GGUF), whose name says little, those of its linears with their scales."""
+    found = quantize.get("effective_bits")
+    mixed = (record.config.get("method") or {}).get("type") is not None
+    return round(found, 2) if mixed and found is not None else record.config.get("bits")
 
 
 def _percent(nll_difference: float | None) -> float | None:

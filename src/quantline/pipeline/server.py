@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantline.checkpoints.layouts.choice import runtime_of
 from quantline.checkpoints.model_config import dimensions, read_config
 from quantline.config.context import served_length
+from quantline.config.method import BASELINE
 from quantline.pipeline.config import parse
 from quantline.pipeline.stages import is_baseline
 from quantline.toolchains.environments import distribution_of, distribution_version
@@ -78,7 +79,7 @@ def options_of(
         kv_cache_dtype=serve.kv_cache_dtype,
         trust_remote_code=config.model.trust_remote_code,
         text_only=serves_text_alone(model or {}),
-        runtime=runtime_of(config.method.name),
+        runtime=runtime_of(config.method.name if quantized else BASELINE),
     )  # fmt: skip
 
 

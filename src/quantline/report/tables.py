@@ -30,7 +30,7 @@ def variants(evidence: Sequence[Evidence]) -> Table:
     """One row per variant: quality, size, speed, memory; rules and preferences refer to these columns."""
     rows = [_variant_row(item) for item in evidence]
     columns = (
-        variant_column(), Column("bits", "bits", "count", missing="float"), Column("perplexity", "perplexity", "number"),
+        variant_column(), Column("bits", "bits", "plain", missing="float"), Column("perplexity", "perplexity", "number"),
         Column("difference_percent", "perplexity growth", "growth", "difference_low_percent", "difference_high_percent"),
         Column("verdict", "against float"),
         Column("alarms", "alarms", "count", missing="-"), Column("served", "served", "yes"),
