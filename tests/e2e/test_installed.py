@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def installed(root, tmp_path_factory):

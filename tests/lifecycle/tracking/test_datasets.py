@@ -17,6 +17,8 @@ from quantline.lifecycle.tracking.datasets import datasets_of, system_samples
 from quantline.pipeline import git as git_module
 from tests.lifecycle.tracking.test_writer import _fails_at, baseline, dump, runs_of, to
 
+pytestmark = pytest.mark.e2e
+
 database, store = test_tracking.database, test_tracking.root  # fixtures
 TOKENS = "1f" * 32
 WINDOWS = "2e" * 32

@@ -30,6 +30,8 @@ from quantline.pipeline.records import VariantRecord
 from quantline.pipeline.stages import PIPELINE
 from tests.lifecycle.tracking.test_writer import server
 
+pytestmark = pytest.mark.e2e
+
 MODEL = "quantline-demo"
 
 

@@ -32,6 +32,8 @@ from quantline.lifecycle.tracking.writer import publish
 from quantline.pipeline.records import VariantRecord
 from quantline.pipeline.stages import PIPELINE as STAGES
 
+pytestmark = pytest.mark.e2e
+
 EXPERIMENT = "quantline/demo"
 FLOAT_STAGES = ("download", "serve_smoke", "evaluate")
 

@@ -45,6 +45,10 @@ from quantline.toolchains.workers.reference.restoring import Restoring
 from quantline.toolchains.workers.reference.scoring import Scoring
 from quantline.toolchains.workers.reference.streaming import StreamedModel
 
+# Tokens that take about as long to compute as a large model takes to be read and dequantized: 5 to 20 s of one of 8 billion
+# parameters beside an H200, see docs/benchmarks.md. A CPU computes fewer in that time.
+_READ = {"cuda": 10_000, "cpu": 200}
+
 
 def _generate(model: StreamedModel, job: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
     tokens, margins = continue_greedily(model, job["prompts"], int(job["new_tokens"]), report)
@@ -58,8 +62,11 @@ def _worst(measured: Mapping[str, Any], count: int) -> list[str]:
     return [row["name"] for row in worst[:count]]
 
 
-def _sizes(job: Mapping[str, Any], *, beside: bool) -> dict[str, float]:
-    """The parts of a job in their order, in tokens through one model."""
+def _sizes(job: Mapping[str, Any], *, beside: bool, reads: int) -> dict[str, float]:
+    """The parts of a job in their order, in tokens through one model.
+
+    reads: tokens that take as long as reading the model, if it is read again for each new token; else 0.
+    """
     from safetensors import safe_open
 
     def tokens(path: str) -> int:
@@ -67,7 +74,9 @@ def _sizes(job: Mapping[str, Any], *, beside: bool) -> dict[str, float]:
             return math.prod(file.get_slice("input_ids").get_shape())
 
     sizes: dict[str, float] = {}
-    if generate := job.get("generate"):
+    if (generate := job.get("generate")) and reads:
+        sizes["generate"] = generate["new_tokens"] * reads
+    elif generate:
         sizes["generate"] = sum(len(prompt) + generate["new_tokens"] for prompt in generate["prompts"])
     if beside and (layers := job.get("layers")):
         with safe_open(layers["calibration"], "numpy") as file:
@@ -95,7 +104,7 @@ def evaluate(
     seconds: dict[str, float] = {}
     result: dict[str, Any] = {"seconds": seconds}
     measured: dict[str, Any] | None = None
-    parts = Parts(report, _sizes(job, beside=floats is not None))
+    parts = Parts(report, _sizes(job, beside=floats is not None, reads=0 if model.keeps else _READ[model.device[:4]]))
     windows = load_file(job["windows"])
     check_ids(model.vocabulary, windows["input_ids"])
     if ranks.rank:
