@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 @stage("serve_smoke")
 def serve_smoke(run: StageRun) -> None:
     from quantline.data.windows import build_windows
+    from quantline.evaluation.generations import served_prompts
     from quantline.pipeline.kept_servers import keeping_of
     from quantline.pipeline.server import PROVEN, server_of, server_options
-    from quantline.serving.serve_smoke import serve_and_score
+    from quantline.serving.serve_smoke import Continued, serve_and_score
 
     options = server_options(run, quantized=not run.is_baseline)
-    windows = build_windows(run.input("download") / "model", run.config.evaluate)
+    model, asked = run.input("download") / "model", run.config.evaluate.generations
+    windows = build_windows(model, run.config.evaluate)
     checkpoint = run.checkpoint()
     vllm = server_of(run)._replace(keeping=keeping_of(run, fresh=True), run_worker=run.side_worker)
     run.files += ["answers.json", "verdict.json"]
@@ -30,6 +32,7 @@ def serve_smoke(run: StageRun) -> None:
         served = serve_and_score(
             vllm, checkpoint, options, questions=run.config.serve.smoke, windows=windows, out=out,
             baseline=None if run.is_baseline else run.input("serve_smoke", baseline=True), log=run.paths.log,
+            continued=Continued(served_prompts(model, windows, asked).tokens, asked.new_tokens),
         )  # fmt: skip
         run.metrics.update(served.metrics)
         run.warnings.extend(served.warnings)

@@ -16,6 +16,7 @@ from quantline.core.errors import QuantlineError, UserError
 from quantline.core.files import write_json
 from quantline.data.windows import Windows
 from quantline.evaluation.evaluate import Inputs, evaluate
+from quantline.evaluation.generations import choose_prompts
 from quantline.evaluation.measurements import LayerInputs, MeasurementOptions
 from quantline.evaluation.perplexity import load_server_scores, read_documents
 from quantline.toolchains.protocol import JobResult
@@ -50,13 +51,15 @@ def model(tmp_path):
 def served(tmp_path):
     """An output of serve_smoke with these log-probabilities."""
 
-    def of(logprobs, windows=WINDOWS):
+    def of(logprobs, windows=WINDOWS, continued=None):
         folder = tmp_path / "served"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         if logprobs is not None:
             write_safetensors(folder / "scores.safetensors", {"logprobs": logprobs})
             write_json(folder / "scores.json", {"windows_sha256": windows.sha256})
+        if continued is not None:
+            write_json(folder / "generations.json", continued)
         return folder
 
     return of
@@ -70,7 +73,7 @@ def run(tmp_path, model, served):
 
     def of(
         name, logprobs, *, server="same", baseline=None, top1=None, kl=None, said=1, errors=0.1, instruments=BARE,
-        windows=WINDOWS,
+        windows=WINDOWS, continued=None,
     ):  # fmt: skip
         out = tmp_path / name
         out.mkdir()
@@ -101,8 +104,8 @@ def run(tmp_path, model, served):
             return JobResult(data, 1.0, 0)
 
         verdict = evaluate(
-            Inputs(model, model, served(logprobs if isinstance(server, str) else server), baseline), windows, OPTIONS,
-            device="cpu", threads=1, out=out, run_worker=worker, instruments=instruments,
+            Inputs(model, model, served(logprobs if isinstance(server, str) else server, continued=continued), baseline),
+            windows, OPTIONS, device="cpu", threads=1, out=out, run_worker=worker, instruments=instruments,
         )  # fmt: skip
         return verdict, out
 
@@ -214,6 +217,24 @@ def test_continuations_are_held_against_those_that_the_float_model_kept(run):
     (baseline / "generations.json").unlink()
     with pytest.raises(UserError, match="evaluate the float model again"):
         run("again", FLOAT, baseline=baseline, instruments=tools)
+
+
+def test_continuations_of_the_server_are_taken_where_it_made_them_of_these_prompts(run):
+    tools = MeasurementOptions(generations=GENERATIONS)
+    prompts = [list(tokens) for tokens in choose_prompts(WINDOWS, 4, 3).tokens]
+    continued = {"prompts": prompts, "tokens": [[3, 1]] * 4, "margins": [[0.5, 0.5]] * 4, "engine": "vllm"}
+    _, baseline = run("float", FLOAT, instruments=tools, continued=continued)
+    verdict, out = run("variant", FLOAT, baseline=baseline, instruments=tools, continued=continued)
+    assert not any("generate" in job for job in run.jobs)
+    assert json.loads((baseline / "generations.json").read_text())["tokens"] == continued["tokens"]
+    section = json.loads((out / "comparison.json").read_text())["generations"]
+    assert (section["engine"], section["float_engine"], section["identical"]) == ("vllm", "vllm", 1.0)
+    assert not any("continuations are of" in note for note in verdict.notes)
+    # Of other prompts, or of another length, they are not taken.
+    for name, other in (("prompts", [[9, 9, 9]] * 4), ("tokens", [[3, 1, 1]] * 4)):
+        verdict, _ = run(name, FLOAT, baseline=baseline, instruments=tools, continued={**continued, name: other})
+        assert "generate" in run.jobs[-1]
+        assert "continuations are of reference, and the float model's of vllm" in verdict.notes[0]
 
 
 def test_the_worst_linears_shares_are_told_and_what_cannot_be_put_back_says_why(run, layers):

@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import sections
 from sections import protocol
 
+from quantline.checkpoints import model_parts
+from quantline.checkpoints.checkpoint import write_safetensors
 from quantline.core.errors import UserError
 from quantline.core.files import write_json
 from quantline.data.windows import cut_documents
-from quantline.evaluation.generations import Prompts, choose_prompts, compare_generations, load_generations
+from quantline.evaluation.generations import (
+    Prompts,
+    choose_prompts,
+    compare_generations,
+    load_generations,
+    served_prompts,
+)
 
 WINDOWS = cut_documents(
     [(f"d{number}", [10 * number + place for place in range(9 if number != 2 else 3)]) for number in range(6)],
@@ -23,6 +33,15 @@ def test_prompts_are_beginnings_of_documents_that_are_long_enough_spread_over_th
     every = choose_prompts(WINDOWS, 100, 4)
     assert every.documents == ("d0", "d1", "d3", "d4", "d5")
     assert choose_prompts(WINDOWS, 3, 5).tokens == choose_prompts(WINDOWS, 0, 4).tokens == ()
+
+
+def test_the_server_continues_the_prompts_of_a_model_that_the_engine_does_not_keep_alone(tmp_path, monkeypatch):
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    write_safetensors(tmp_path / "model.safetensors", {"model.norm.weight": np.zeros(64, np.float32)})
+    asked = sections.generations(prompts=2, prompt_tokens=4)
+    assert served_prompts(tmp_path, WINDOWS, asked).tokens == ()
+    monkeypatch.setattr(model_parts, "KEEP_BYTES", 64 * 4 - 1)
+    assert served_prompts(tmp_path, WINDOWS, asked) == choose_prompts(WINDOWS, 2, 4)
 
 
 def test_a_model_never_leaves_its_own_continuations():

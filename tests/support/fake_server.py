@@ -75,8 +75,16 @@ class Handler(BaseHTTPRequestHandler):
             self.reply("<html>")
         elif "prompt_logprobs" in request:
             self.score(request["prompt"])
+        elif "logprobs" in request:
+            self.continued(request)
         else:
             self.answer(request)
+
+    def continued(self, request: dict) -> None:
+        last, count = request["prompt"][-1], request["max_tokens"] - (FAULT == "counts_wrongly")
+        tokens = [f"token_id:{last + place + 1}" for place in range(count)]
+        likeliest = [{token: -0.1, "token_id:0": -0.1 - place} for place, token in enumerate(tokens, start=1)]
+        self.reply({"choices": [{"logprobs": {"tokens": tokens, "top_logprobs": likeliest}}]})
 
     def score(self, prompt: list[int]) -> None:
         echoed = [0, *prompt[1:]] if FAULT == "scores_other_tokens" else prompt

@@ -71,7 +71,8 @@ def needs(config: Lengths, positions: int | None = None) -> dict[str, int]:
 
 def automatic(config: Lengths) -> int:
     """What `serve.max_model_len=auto` stands for."""
-    wished = [USUAL, USUAL // 2 + config.serve.smoke.max_tokens]
+    continued = config.evaluate.generations
+    wished = [USUAL, USUAL // 2 + config.serve.smoke.max_tokens, continued.prompt_tokens + continued.new_tokens]
     tasks = config.tasks
     if tasks.any:
         words = [task.context_words for task in (tasks.local.last_word, tasks.local.multiple_choice) if task]

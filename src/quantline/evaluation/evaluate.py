@@ -109,7 +109,8 @@ def evaluate(
     scores = out / "reference.safetensors"
     with tempfile.TemporaryDirectory(prefix="quantline-evaluate-") as work:
         parts = plan(
-            instruments, windows, baseline=not is_baseline, float_model=inputs.float_model, work=Path(work)
+            instruments, windows, baseline=not is_baseline, float_model=inputs.float_model, served=inputs.served,
+            work=Path(work),
         )  # fmt: skip
         job = {
             "checkpoint": str(inputs.checkpoint), "windows": str(save_windows(windows, out)), "output": str(scores),
@@ -143,7 +144,7 @@ def evaluate(
     ranges = _positions(windows, own, base, how, out)
     for found in (*sections.values(), layers, states, ranges):
         metrics.update(found.metrics)
-    notes = list(layers.notes)
+    notes = [*sections["generations"].notes, *layers.notes]
     if not is_baseline and instruments.divergence != 0 and not parts.rows:
         notes.append("errors of single linears are not measured: the quantize stage's table of them is missing")
     if not is_baseline and (few := caution(len(own.documents))):
@@ -223,7 +224,7 @@ def _agreement(windows: Windows, own: _Scores, base: _Scores, how: BootstrapConf
 def _generations(
     parts: WorkerRequest, worker: JobResult, baseline: Path | None, instruments: MeasurementOptions, out: Path
 ) -> Measurement:
-    own, options = worker.data.get("generations"), instruments.generations
+    own, options = parts.served or worker.data.get("generations"), instruments.generations
     if own is None or options is None:
         return Measurement()
     prompts = [list(tokens) for tokens in parts.prompts.tokens]
@@ -232,7 +233,14 @@ def _generations(
     found = generations.compare_generations(parts.prompts.documents, own, floats, options.tie_margin)
     names = {"identical": "identical_generations", "first_divergence_median": "first_divergence_median"}
     metrics = {} if found["identical"] is None else {name: float(found[key]) for key, name in names.items()}
-    return Measurement(metrics, {"prompt_tokens": options.prompt_tokens, **found})
+    engines = {"engine": generations.engine_of(own), "float_engine": generations.engine_of(floats)}
+    notes = []
+    if engines["engine"] != engines["float_engine"]:
+        notes = [
+            f"continuations are of {engines['engine']}, and the float model's of {engines['float_engine']}; where two "
+            "tokens are nearly as likely, they may part for that reason alone"
+        ]
+    return Measurement(metrics, {"prompt_tokens": options.prompt_tokens, **engines, **found}, notes=notes)
 
 
 def _noise(instruments: MeasurementOptions) -> Measurement:

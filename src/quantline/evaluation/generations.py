@@ -1,8 +1,9 @@
 """Compare a variant's greedy continuations with the float model's: after how many tokens they differ.
 
-The prompts are the beginnings of evaluation documents. Where the two likeliest tokens are nearly equally likely, any small
-change decides between them. A prompt is therefore left out as a tie if, at the first token that differs, the margin of
-either model is `tie_margin` nats or less.
+The prompts are the beginnings of evaluation documents. The reference engine continues them, or the server that serves the
+variant, if the model is so large that the engine would read it for each new token. Where the two likeliest tokens are
+nearly equally likely, any small change decides between them. A prompt is therefore left out as a tie if, at the first token
+that differs, the margin of either model is `tie_margin` nats or less.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from quantline.checkpoints.checkpoint import Checkpoint
+from quantline.checkpoints.model_parts import parts_of
+from quantline.config.evaluate import GenerationsConfig
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 from quantline.data.windows import Windows
+from quantline.serving import continuations
 
 FILE = "generations.json"
 
@@ -47,6 +52,16 @@ def choose_prompts(windows: Windows, count: int, length: int) -> Prompts:
     )
 
 
+def served_prompts(model: Path, windows: Windows, options: GenerationsConfig) -> Prompts:
+    """The prompts that the server continues: none of a model whose weights the reference engine keeps.
+
+    model: folder of the float model, which decides for its variants, too.
+    """
+    if parts_of(Checkpoint.open(model), read_json(model / "config.json")).kept:
+        return Prompts((), ())
+    return choose_prompts(windows, options.prompts, options.prompt_tokens)
+
+
 def load_generations(folder: Path, prompts: Prompts) -> dict[str, Any]:
     """The float model's continuations, from the output of its evaluation.
 
@@ -58,6 +73,22 @@ def load_generations(folder: Path, prompts: Prompts) -> dict[str, Any]:
     if found.get("prompts") != [list(tokens) for tokens in prompts.tokens]:
         raise UserError(f"{path}: holds no continuations of these prompts; evaluate the float model again")
     return found
+
+
+def engine_of(generations: Mapping[str, Any]) -> str:
+    """Who continued the prompts: "reference" or the server's name."""
+    return str(generations.get("engine", "reference"))
+
+
+def served_generations(folder: Path, prompts: Prompts, new_tokens: int) -> dict[str, Any] | None:
+    """The server's continuations, from the output of serve_smoke; None if it has none of these prompts and lengths."""
+    path = folder / continuations.FILE
+    found = read_json(path) if path.is_file() else {}
+    if not prompts.tokens or found.get("prompts") != [list(tokens) for tokens in prompts.tokens]:
+        return None
+    if any(len(tokens) != new_tokens for tokens in found["tokens"]):
+        return None
+    return {key: found[key] for key in ("tokens", "margins", "engine")}
 
 
 def compare_generations(

@@ -87,6 +87,7 @@ class WorkerRequest:
         part: the windows that are scored again for each restored linear.
         chosen: the indices of their documents.
         restored: the file that the worker writes those scores to.
+        served: the server's continuations of the prompts; None if the worker continues them.
     """
 
     job: dict[str, Any]
@@ -95,40 +96,43 @@ class WorkerRequest:
     part: Windows | None = None
     chosen: NDArray[np.int64] | None = None
     restored: Path | None = None
+    served: dict[str, Any] | None = None
 
 
 def plan(
-    instruments: MeasurementOptions, windows: Windows, *, baseline: bool, float_model: Path, work: Path
+    instruments: MeasurementOptions, windows: Windows, *, baseline: bool, float_model: Path, served: Path, work: Path
 ) -> WorkerRequest:
     """Choose prompts and windows, and build the worker's job.
 
     Args:
         baseline: whether there is a float baseline to compare with; not so if the checkpoint is the float model.
         float_model: folder of the float model.
+        served: the output of serve_smoke.
         work: a folder for temporary files.
     """
     options = instruments.generations
     prompts = generations.choose_prompts(windows, options.prompts, options.prompt_tokens) if options else _NO_PROMPTS
     job: dict[str, Any] = {}
-    if options and prompts.tokens:
+    continued = generations.served_generations(served, prompts, options.new_tokens) if options else None
+    if options and prompts.tokens and continued is None:
         job["generate"] = {"prompts": [list(tokens) for tokens in prompts.tokens], "new_tokens": options.new_tokens}
     if not baseline or instruments.divergence == 0:
-        return WorkerRequest(job, prompts, [])
+        return WorkerRequest(job, prompts, [], served=continued)
     job.update(baseline=str(float_model), divergence_tokens=instruments.divergence)
     layers = instruments.layers
     rows = sensitivity.read_layers(layers.quantized) if layers else []
     if not layers or not rows:
-        return WorkerRequest(job, prompts, rows)
+        return WorkerRequest(job, prompts, rows, served=continued)
     job["layers"] = {
         "linears": [row["name"] for row in rows], "calibration": str(layers.calibration), "samples": layers.samples,
         "unfold": layers.unfold,
     }  # fmt: skip
     if not layers.restore.layers:
-        return WorkerRequest(job, prompts, rows)
+        return WorkerRequest(job, prompts, rows, served=continued)
     part, chosen = some_documents(windows, layers.restore.tokens)
     restored = work / "restored.safetensors"
     job["restore"] = {"count": layers.restore.layers, "windows": str(save_windows(part, work)), "output": str(restored)}
-    return WorkerRequest(job, prompts, rows, part, chosen, restored)
+    return WorkerRequest(job, prompts, rows, part, chosen, restored, continued)
 
 
 _NO_PROMPTS = generations.Prompts((), ())

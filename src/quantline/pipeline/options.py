@@ -64,9 +64,10 @@ def convert(config: Config, context: Context) -> dict[str, Any]:
 
 
 def serve_smoke(config: Config, context: Context) -> dict[str, Any]:
-    """The server, its test questions, and the text that it scores."""
+    """The server, its test questions, the text that it scores, and the prompts of a large model that it continues."""
     serve = _serve(config, exclude={"process"})
-    return {**_scored(config, context), "serve": serve, "environment": context.locks["server"]}
+    asked = config.evaluate.generations.model_dump(include={"prompts", "prompt_tokens", "new_tokens"})
+    return {**_scored(config, context), "serve": serve, "generations": asked, "environment": context.locks["server"]}
 
 
 def verdict(config: Config, context: Context) -> dict[str, Any]:

@@ -103,9 +103,10 @@ _TABLE = (
         exact=True, skipped=is_baseline, gated=True, rebuilt=True,
     ),
     Stage(
-        "serve_smoke", ("convert",), options.serve_smoke, (*_SERVING, "serve.smoke", *_WINDOWS, "device"), ("server",),
-        decide={VERDICT: options.verdict}, inputs=options.evaluation_inputs, beside_float=("serve.smoke", *_WINDOWS),
-        compared=True, gated=True, rebuilt=True,
+        "serve_smoke", ("convert",), options.serve_smoke,
+        (*_SERVING, "serve.smoke", *_WINDOWS, *_GENERATIONS, "device"), ("server",),
+        decide={VERDICT: options.verdict}, inputs=options.evaluation_inputs,
+        beside_float=("serve.smoke", *_WINDOWS, *_GENERATIONS), compared=True, gated=True, rebuilt=True,
     ),
     Stage(
         "evaluate", ("serve_smoke",), options.evaluate, ("evaluate",), ("reference",),

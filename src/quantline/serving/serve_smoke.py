@@ -2,12 +2,12 @@
 
 The output folder holds `answers.json`, `verdict.json` and, where the target serves the variant, `scores.safetensors` (the
 server's log-probability of every token, float32, aligned with the evaluation's windows) with the windows' hash in
-`scores.json`.
+`scores.json`; and `generations.json`, if continuations are asked for, see `continuations`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ from quantline.core.cores import cores
 from quantline.core.errors import ServerError, UserError
 from quantline.core.files import write_json
 from quantline.data.windows import Windows
-from quantline.serving import llamacpp
+from quantline.serving import continuations, llamacpp
 from quantline.serving.answer_checks import judge_answers
 from quantline.serving.command import ServerOptions, flags_of
 from quantline.serving.logprobs import score
@@ -34,6 +34,14 @@ from quantline.serving.smoke import Answer, run_smoke
 from quantline.toolchains.protocol import JobResult
 
 RunWorker = Callable[[str, str, dict[str, Any], str], JobResult]
+
+
+@dataclass(frozen=True)
+class Continued:
+    """Prompts to be continued greedily, as lists of token ids, and by how many tokens."""
+
+    prompts: Sequence[Sequence[int]] = ()
+    new_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ def serve_and_score(
     baseline: Path | None,
     out: Path,
     log: Path,
+    continued: Continued = Continued(),  # frozen
 ) -> Served:
     """Serve `checkpoint` and write its answers and its scores to `out`.
 
@@ -70,6 +79,7 @@ def serve_and_score(
         baseline: the float model's output of this stage, to compare answers with; None for the float model itself.
         out: an empty folder.
         log: the server's log file.
+        continued: prompts to be continued; llama.cpp's server continues none, since it gives no second likeliest token.
 
     Raises:
         ServerError: the server could not be started, died, or gave answers that cannot be accepted.
@@ -108,6 +118,14 @@ def serve_and_score(
             logprobs = score(server, pieces, concurrency=options.process.concurrency, timeout_seconds=timeout)
             # The first token of a window has no context, so the server gives no probability for it.
             flat = np.concatenate([piece for window in logprobs for piece in ([np.nan], window)]).astype(np.float32)
+            # Where they do not fit, the reference engine continues them.
+            longest = max(map(len, continued.prompts), default=0) + continued.new_tokens
+            if continued.prompts and longest <= server.max_model_len:
+                found = continuations.continue_greedily(
+                    server, continued.prompts, continued.new_tokens, concurrency=options.process.concurrency,
+                    timeout_seconds=timeout,
+                )  # fmt: skip
+                write_json(out / continuations.FILE, {**found, "engine": options.runtime})
     if options.runtime == llamacpp.NAME:
         assert vllm.run_worker is not None, "its server gives no log-probabilities of a prompt"
         flat = _scored_by_worker(checkpoint, windows, vllm.run_worker)
