@@ -43,7 +43,7 @@ def test_the_program_finds_what_brute_force_finds_both_ways_round(given, share, 
     found = allocate(given, fixed=fixed, size_at_most=limit)
     assert found.size <= limit
     least = min(plan.loss for plan in plans if plan.size <= limit)
-    assert found.loss == pytest.approx(least, rel=1e-6, abs=1e-9 * losses[-1])
+    assert found.loss == pytest.approx(least, rel=1e-6, abs=1e-6 * losses[-1])  # HiGHS sees 1e-7 of the largest
     most = losses[int(share * (len(losses) - 1))]
     small = allocate(given, fixed=fixed, loss_at_most=most * (1 + 1e-9))
     assert small.size == min(plan.size for plan in plans if plan.loss <= most * (1 + 1e-9))

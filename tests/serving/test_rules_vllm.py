@@ -60,6 +60,7 @@ UNSEEN = {
         ),
         "of families, see test_families_vllm.py",
     ),
+    "gguf": "of a file that the stages give to llama.cpp",
     "kv-cache-cpu": "of the server's cache, see test_kv_cache_vllm.py",
     **dict.fromkeys(
         (
