@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import errno
+import random
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 
 from quantline.core.errors import UserError
+
+# Below those that systems give to outgoing connections. A server listens only after it has loaded for many seconds, in which
+# one of those may be taken by any other process, and by its own.
+_OURS = range(20_000, 32_768)
+_TRIES = 20
 
 
 def free_port(host: str) -> int:
@@ -15,6 +21,10 @@ def free_port(host: str) -> int:
     Raises:
         UserError: `host` is not an address of this machine.
     """
+    for port in random.sample(_OURS, _TRIES):
+        with suppress(UserError):
+            require_free(host, port)
+            return port
     with closing(_bound(host, 0)) as listener:
         return int(listener.getsockname()[1])
 
