@@ -20,19 +20,20 @@ def serve_smoke(run: StageRun) -> None:
     from quantline.evaluation.generations import served_prompts
     from quantline.pipeline.kept_servers import keeping_of
     from quantline.pipeline.server import PROVEN, server_of, server_options
-    from quantline.serving.serve_smoke import Continued, serve_and_score
+    from quantline.serving.serve_smoke import Asked, serve_and_score
 
     options = server_options(run, quantized=not run.is_baseline)
-    model, asked = run.input("download") / "model", run.config.evaluate.generations
+    model, continued = run.input("download") / "model", run.config.evaluate.generations
     windows = build_windows(model, run.config.evaluate)
+    prompts = served_prompts(model, windows, continued).tokens
+    asked = Asked(run.config.serve.smoke, prompts, continued.new_tokens)
     checkpoint = run.checkpoint()
     vllm = server_of(run)._replace(keeping=keeping_of(run, fresh=True), run_worker=run.side_worker)
     run.files += ["answers.json", "verdict.json"]
     with run.output() as out:
         served = serve_and_score(
-            vllm, checkpoint, options, questions=run.config.serve.smoke, windows=windows, out=out,
+            vllm, checkpoint, options, asked=asked, windows=windows, out=out,
             baseline=None if run.is_baseline else run.input("serve_smoke", baseline=True), log=run.paths.log,
-            continued=Continued(served_prompts(model, windows, asked).tokens, asked.new_tokens),
         )  # fmt: skip
         run.metrics.update(served.metrics)
         run.warnings.extend(served.warnings)

@@ -11,7 +11,7 @@ from quantline.core.errors import ServerError, UserError
 from quantline.data.windows import Windows
 from quantline.evaluation.perplexity import load_server_scores
 from quantline.serving.rules import checkpoint_facts, facts_of, serving_dtype
-from quantline.serving.serve_smoke import Continued, read_answers, serve_and_score
+from quantline.serving.serve_smoke import Asked, read_answers, serve_and_score
 from quantline.serving.server import Vllm
 
 LENGTH, COUNT = 12, 5
@@ -53,8 +53,8 @@ def serve(tmp_path):
         )  # fmt: skip
         served = serve_and_score(
             Vllm(changes.get("python") or fake_server.interpreter(tmp_path), "0.32.0"), model, options,
-            questions=sections.smoke(), windows=windows or windows_of(), baseline=baseline, out=out,
-            log=tmp_path / "server.log", continued=changes.get("continued") or Continued(),
+            asked=Asked(sections.smoke(), *changes.get("continued", ())), windows=windows or windows_of(), baseline=baseline, out=out,
+            log=tmp_path / "server.log",
         )  # fmt: skip
         return served, out
 
@@ -94,10 +94,10 @@ def test_prompts_are_continued_where_that_is_asked_for(serve, checkpoint):
     model = checkpoint()
     _, out = serve(model)
     assert not (out / "generations.json").exists()
-    _, out = serve(model, continued=Continued([[1, 2], [1, 5]], 2))
+    _, out = serve(model, continued=([[1, 2], [1, 5]], 2))
     found = json.loads((out / "generations.json").read_text())
     assert (found["engine"], found["tokens"]) == ("vllm", [[3, 4], [6, 7]])
-    _, out = serve(model, continued=Continued([[1, 2], [1, 5]], 15))
+    _, out = serve(model, continued=([[1, 2], [1, 5]], 15))
     assert not (out / "generations.json").exists(), "the server takes 16 tokens"
 
 

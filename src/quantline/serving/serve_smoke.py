@@ -37,9 +37,14 @@ RunWorker = Callable[[str, str, dict[str, Any], str], JobResult]
 
 
 @dataclass(frozen=True)
-class Continued:
-    """Prompts to be continued greedily, as lists of token ids, and by how many tokens."""
+class Asked:
+    """What the server is asked, besides to score a text.
 
+    questions: fixed prompts; chat prompts go only to models with a chat template. prompts: lists of token ids to be continued
+    greedily, by new_tokens; llama.cpp's server continues none, since it gives no second likeliest token.
+    """
+
+    questions: SmokeConfig
     prompts: Sequence[Sequence[int]] = ()
     new_tokens: int = 0
 
@@ -61,12 +66,11 @@ def serve_and_score(
     checkpoint: Path,
     options: ServerOptions,
     *,
-    questions: SmokeConfig,
+    asked: Asked,
     windows: Windows,
     baseline: Path | None,
     out: Path,
     log: Path,
-    continued: Continued = Continued(),  # frozen
 ) -> Served:
     """Serve `checkpoint` and write its answers and its scores to `out`.
 
@@ -74,12 +78,11 @@ def serve_and_score(
         vllm: what serves it.
         checkpoint: its folder.
         options: options of the server and of the requests to it.
-        questions: fixed prompts; chat prompts go only to models with a chat template.
+        asked: questions, and prompts to be continued.
         windows: the evaluation text, to be scored.
         baseline: the float model's output of this stage, to compare answers with; None for the float model itself.
         out: an empty folder.
         log: the server's log file.
-        continued: prompts to be continued; llama.cpp's server continues none, since it gives no second likeliest token.
 
     Raises:
         ServerError: the server could not be started, died, or gave answers that cannot be accepted.
@@ -98,11 +101,15 @@ def serve_and_score(
             f"evaluate.window={longest}: the server takes prompts shorter than serve.max_model_len="
             f"{options.max_model_len}; raise that or shorten the window"
         )
-    chat_prompts = questions.chat_prompts if has_chat_template(checkpoint) else []
+    chat_prompts = asked.questions.chat_prompts if has_chat_template(checkpoint) else []
     timeout = options.process.request_timeout_seconds
     with serve(vllm.python, checkpoint, options, log=log, keeping=vllm.keeping) as server:
         report = run_smoke(
-            server, questions.prompts, chat_prompts, max_tokens=questions.max_tokens, timeout_seconds=timeout
+            server,
+            asked.questions.prompts,
+            chat_prompts,
+            max_tokens=asked.questions.max_tokens,
+            timeout_seconds=timeout,
         )
         # The float model's own answers are the reference, so they are not checked.
         faults = list(report.faults) + (judge_answers(report.answers, read_answers(baseline)) if baseline else [])
@@ -119,10 +126,10 @@ def serve_and_score(
             # The first token of a window has no context, so the server gives no probability for it.
             flat = np.concatenate([piece for window in logprobs for piece in ([np.nan], window)]).astype(np.float32)
             # Where they do not fit, the reference engine continues them.
-            longest = max(map(len, continued.prompts), default=0) + continued.new_tokens
-            if continued.prompts and longest <= server.max_model_len:
+            longest = max(map(len, asked.prompts), default=0) + asked.new_tokens
+            if asked.prompts and longest <= server.max_model_len:
                 found = continuations.continue_greedily(
-                    server, continued.prompts, continued.new_tokens, concurrency=options.process.concurrency,
+                    server, asked.prompts, asked.new_tokens, concurrency=options.process.concurrency,
                     timeout_seconds=timeout,
                 )  # fmt: skip
                 write_json(out / continuations.FILE, {**found, "engine": options.runtime})
