@@ -53,8 +53,8 @@ def serve(tmp_path):
         )  # fmt: skip
         served = serve_and_score(
             Vllm(changes.get("python") or fake_server.interpreter(tmp_path), "0.32.0"), model, options,
-            asked=Asked(sections.smoke(), *changes.get("continued", ())), windows=windows or windows_of(), baseline=baseline, out=out,
-            log=tmp_path / "server.log",
+            asked=Asked(sections.smoke(), *changes.get("continued", ())), windows=windows or windows_of(),
+            baseline=baseline, out=out, log=tmp_path / "server.log",
         )  # fmt: skip
         return served, out
 

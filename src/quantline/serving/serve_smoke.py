@@ -40,8 +40,8 @@ RunWorker = Callable[[str, str, dict[str, Any], str], JobResult]
 class Asked:
     """What the server is asked, besides to score a text.
 
-    questions: fixed prompts; chat prompts go only to models with a chat template. prompts: lists of token ids to be continued
-    greedily, by new_tokens; llama.cpp's server continues none, since it gives no second likeliest token.
+    questions: fixed prompts; chat prompts go only to models with a chat template. prompts: lists of token ids to be
+    continued greedily, by new_tokens; llama.cpp's server continues none, since it gives no second likeliest token.
     """
 
     questions: SmokeConfig

@@ -18,7 +18,7 @@ from quantline.core.errors import ServerError
 from quantline.data.windows import build_windows
 from quantline.quantization.quantize import with_own_types
 from quantline.serving import llamacpp
-from quantline.serving.serve_smoke import serve_and_score
+from quantline.serving.serve_smoke import Asked, serve_and_score
 from quantline.serving.server import Vllm, serve
 from quantline.toolchains import environments
 from quantline.toolchains.runner import run_worker
@@ -80,7 +80,7 @@ def served(root, run, checkpoint, windows, tmp_path_factory):
     options = sections.server(runtime="llamacpp", max_model_len=600, threads=1, concurrency=2)
     questions = sections.smoke(prompts=["The SELECT statement is used to"], chat_prompts=["What is an index?"])
     report = serve_and_score(
-        Vllm(python, "2026.10.11549", run_worker=run), checkpoint, options, questions=questions, windows=windows,
+        Vllm(python, "2026.10.11549", run_worker=run), checkpoint, options, asked=Asked(questions), windows=windows,
         baseline=None, out=out, log=out / "server.log",
     )  # fmt: skip
     return out, report
