@@ -87,6 +87,7 @@ def test_every_command_with_options_of_its_own_declares_them(name):
     assert all(option.about for option in importlib.import_module(f"stages.{name}").OPTIONS)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("command", "code", "said"),
     [
@@ -119,6 +120,7 @@ def test_commands_print_their_help_and_refuse_unknown_options(root, command, cod
     assert said in done.stdout + done.stderr
 
 
+@pytest.mark.e2e
 def test_output_that_is_cut_off_by_a_pipe_is_no_error(root):
     command = f"{sys.executable} -m stages.plan json=true method=gptq | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, check=False)

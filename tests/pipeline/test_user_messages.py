@@ -169,12 +169,14 @@ def started(root, *command):
     return subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.e2e
 def test_without_hydra_the_message_names_the_setup_command(root):
     done = started(root, "-S", "-m", "stages.quantize")
     assert done.returncode == 1
     assert done.stderr == "error: hydra is not installed here; run `make setup`, then `source .venv/bin/activate`\n"
 
 
+@pytest.mark.e2e
 def test_a_failure_does_not_end_the_other_jobs_of_a_sweep(root):
     done = started(root, "-m", "stages.quantize", "-m", "method=gptq", "bits=5,7", "tracking.enabled=false")
     assert done.returncode == 2
@@ -183,6 +185,7 @@ def test_a_failure_does_not_end_the_other_jobs_of_a_sweep(root):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.e2e
 def test_every_job_of_a_sweep_has_a_heading_and_none_leaves_a_file_in_the_checkout(root):
     before = sorted(root.iterdir())
     done = started(root, "-m", "stages.quantize", "-m", "method=gptq", "bits=5,7", "tracking.enabled=false")
@@ -194,6 +197,7 @@ def test_every_job_of_a_sweep_has_a_heading_and_none_leaves_a_file_in_the_checko
     assert set(root.iterdir()) - set(before) <= {root / "scratch"}
 
 
+@pytest.mark.e2e
 def test_all_help_names_the_stage_the_groups_and_every_default(root):
     done = started(root, "-m", "stages.convert", "--help=all")
     assert done.returncode == 0
