@@ -90,13 +90,13 @@ def team(module: str, job: Mapping[str, Any], folder: Path) -> Iterator[Team]:
         job: with `gpus`, the number of processes. The others get it with `rank` and `ranks` (their folder).
         folder: where rank 0 keeps the team's files; it is made, and removed at the end.
     """
-    os.environ.update(_LOOPBACK)
-    if job.get("rank"):
-        yield Team(int(job["gpus"]), int(job["rank"]), Path(job["ranks"]))
-        return
     size = int(job.get("gpus") or 1)
     if size == 1:
         yield Team()
+        return
+    os.environ.update(_LOOPBACK)
+    if job.get("rank"):
+        yield Team(size, int(job["rank"]), Path(job["ranks"]))
         return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".ranks-", dir=folder) as made:
