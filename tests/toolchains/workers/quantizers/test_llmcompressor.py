@@ -285,6 +285,6 @@ def test_the_first_linears_are_the_same_as_by_one_process_so_that_no_sample_was_
         assert np.mean(one != two) < 0.01
 
 
-def test_awq_on_several_processes_without_a_gpu_is_refused(work, job_for):
-    with pytest.raises(UserError, match=r"quantize\.gpus=2: awq by llmcompressor takes 1 on device=cpu"):
+def test_another_method_on_several_gpus_is_refused(work, job_for):
+    with pytest.raises(UserError, match=r"quantize\.gpus=2: awq by llmcompressor takes 1; give 1, or method=gptq"):
         work("llmcompressor", MODULE, job_for("qwen2", "lc-awq-by-2", gpus=2, method="awq"))

@@ -15,9 +15,9 @@ With activation_bits (W8A8, W4A8, W4AFP8), weights are quantized the same way, a
 inputs of each linear per token. Weights of floating-point codes are those of `llmcompressor_floats`. desc_act works within
 fixed groups only: the library has no reordered groups.
 
-With `gpus` above 1, gptq and awq compute on that many GPUs, see `ranks`: each rank calibrates with its share of the samples.
-GPTQ's Hessians are added up, and each rank quantizes a part of the linears; AWQ's statistics are added up, and each rank
-finds the same scales. Sums in another order give other last bits, so that the weights depend on the number of GPUs.
+With `gpus` above 1, gptq computes on that many GPUs, see `ranks`: each rank calibrates with its share of the samples. The
+Hessians are added up, and each rank quantizes a part of the linears. Sums in another order give other last bits, so that the
+weights depend on the number of GPUs. Other methods are refused: on CPUs, AWQ's ranks divided their shared weights twice.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "fp8": {"scheme": "dynamic"}, "fp4": {"scheme": "nvfp4a16"}, "mxfp8": {"scheme": "mxfp8"},
 }  # fmt: skip
 BITS = (2, 3, 4, 8)
-# Methods for several GPUs. On CPUs, AWQ's ranks would divide the weights that they share twice, in place.
-SEVERAL = ("gptq", "awq")
 # Between the names of a linear and of its tensor, in the file that a rank leaves.
 _OF = "\n"
 
@@ -94,8 +92,8 @@ def check(job: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         )
     if options.get("activation_bits") is not None:
         _check_activations(options, widths)
-    if int(job.get("gpus") or 1) > 1 and (method not in SEVERAL or (method == "awq" and job["device"] == "cpu")):
-        raise JobError(f"quantize.gpus={job['gpus']}: {method} by llmcompressor takes 1 on device={job['device']}")
+    if int(job.get("gpus") or 1) > 1 and method != "gptq":
+        raise JobError(f"quantize.gpus={job['gpus']}: {method} by llmcompressor takes 1; give 1, or method=gptq")
     return method, options
 
 
@@ -170,13 +168,9 @@ def _leave(state: Run, ranks: Team) -> dict[str, Any]:
     """Write this rank's linears for rank 0; returns what goes with them."""
     assert ranks.folder is not None
     path = ranks.folder / f"packed.{ranks.rank}.safetensors"
-    packed = state.work.packed
-    write_safetensors(
-        path, {f"{name}{_OF}{key}": array for name, layer in packed.items() for key, array in layer.items()}
-    )
-    # Of AWQ, rank 0 has all linears and rows itself.
-    own = bool(packed)
-    return {"packed": str(path), "rows": state.rows if own else [], "warnings": state.work.warnings if own else []}
+    layers = state.work.packed.items()
+    write_safetensors(path, {f"{name}{_OF}{key}": array for name, layer in layers for key, array in layer.items()})
+    return {"packed": str(path), "rows": state.rows, "warnings": state.work.warnings}
 
 
 def _take_over(state: Run, left: Mapping[str, Any]) -> None:

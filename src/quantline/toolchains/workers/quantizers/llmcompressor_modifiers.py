@@ -230,8 +230,6 @@ def awq(state: Run) -> None:
 def _take(state: Run, *, rows: bool = False) -> None:
     """Round weights with the library's scales and its own rounding; the model then has the rounded weights."""
     remove_dispatch(state.work.model)
-    if state.team.rank:  # all ranks have the same scales
-        return
     for name, module in state.wanted.items():
         state.current = name
         if rows:
