@@ -63,7 +63,7 @@ def test_what_a_backend_cannot_do_is_refused_by_name():
     assert "lm_head=quantized: auto_gptq leaves it float" in faults("auto_gptq", replace(GPTQ, lm_head=True))[0]
     assert "can set them by layer" in faults("auto_gptq", replace(GPTQ, layers="widths"))[0]
     assert (
-        "quantize.gpus=2: gptq by auto_gptq takes 1; llmcompressor can use several"
+        "quantize.gpus=2: gptq by auto_gptq takes 1; gptq by llmcompressor takes several"
         in faults("auto_gptq", replace(GPTQ, gpus=2))[0]
     )
     assert "low_memory=true: auto_gptq holds the whole model" in faults("auto_gptq", replace(GPTQ, low_memory=True))[0]

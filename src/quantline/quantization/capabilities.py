@@ -173,7 +173,7 @@ def faults(backend: str, requirements: Requirements) -> list[str]:
     if requirements.gpus > 1 and not known["several_gpus"]:
         found.append(
             f"quantize.gpus={requirements.gpus}: {requirements.method} by {backend} takes 1; "
-            f"{alternatives(_with('several_gpus'))} can use several"
+            f"{alternatives(_on_several_gpus())} takes several"
         )
     if requirements.dtype not in known["dtypes"]:
         found.append(f"dtype={requirements.dtype}: {backend} computes in {alternatives(known['dtypes'])}")
@@ -190,6 +190,13 @@ def _with(key: str, value: str | None = None) -> list[str]:
     return [
         name for name, entry in table().items()
         if any(able(name, method)[key] in wanted for method in entry["methods"])
+    ]  # fmt: skip
+
+
+def _on_several_gpus() -> list[str]:
+    return [
+        f"{method} by {name}" for name, entry in table().items() for method in entry["methods"]
+        if able(name, method)["several_gpus"]
     ]  # fmt: skip
 
 
