@@ -25,6 +25,15 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: 0 if item.path.parent.name == "e2e" else 1 if item.path in slow else 2)
 
 
+@pytest.hookimpl(tryfirst=True)  # before fixtures
+def pytest_runtest_setup(item):
+    """Builds the environments that a test names, so that none is skipped, or fails, for the order in which tests run."""
+    from quantline.toolchains.environments import ensure
+
+    for mark in item.iter_markers("toolchain"):
+        ensure(ROOT, mark.args[0])
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout under test."""

@@ -55,6 +55,8 @@ def test_a_canary_is_moved_and_ended_and_a_variant_drained_and_given_back(up, ty
     assert running.fleet.draining == ("w4",)
     commands.drain(root, typed, asked(variant="w4", undo="true"))
     assert running.fleet.draining == ()
+    # The router's next check of the variant finds it ready again.
+    assert wait_until(lambda: answered() == {"w4": 30}, 10)
     told = capsys.readouterr().out
     assert "1 of low goes to float first\nthe canary has ended\ndrained: w4\ndrained: none\n" in told
 

@@ -36,8 +36,6 @@ def test_types_of_the_cache_that_a_cpu_computes_wrongly_are_refused_and_others_a
 @pytest.mark.toolchain("reference")
 def test_the_comparison_of_engines_finds_a_cache_that_is_computed_wrongly(root, tmp_path):
     """Seen: perplexity 161 for 11.5 with int8_per_token_head, and no error or warning in the server's log."""
-    if not interpreter("vllm").exists():
-        pytest.skip("the vllm environment is not built")
     tokenizer, ids = Tokenizer.from_file(str(MODEL / "tokenizer.json")), []
     with (root / "assets" / "demo" / "evaluation.jsonl").open() as file:
         while len(ids) < WINDOWS * LENGTH:

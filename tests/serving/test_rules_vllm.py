@@ -35,7 +35,6 @@ PYTHON = interpreter("vllm")
 
 pytestmark = [
     pytest.mark.toolchain("vllm"),
-    pytest.mark.skipif(not PYTHON.exists(), reason="the vllm environment is not built"),
 ]
 
 # Linears that load compute within 0.003 in bfloat16, and within 0.009 where activations are rounded to 8 bits. AWQ's

@@ -39,7 +39,7 @@ OPTIONS = sections.server(dtype="bfloat16", max_model_len=513, kv_cache_gib=0.25
 
 pytestmark = [
     pytest.mark.toolchain("vllm"),
-    pytest.mark.skipif(not PYTHON.exists(), reason="the vllm environment is not built"),
+    pytest.mark.toolchain("reference"),
     pytest.mark.skipif(not MODEL.exists(), reason="the demo model is not there"),
 ]
 
@@ -124,8 +124,6 @@ def test_every_metric_that_alerts_and_dashboard_of_a_fleet_read_is_in_a_scrape(s
 @pytest.fixture(scope="module")
 def reference(root, tmp_path_factory):
     """What transformers says."""
-    if not REFERENCE.exists():
-        pytest.skip("the reference environment is not built")
     texts, out = root / "assets" / "demo" / "evaluation.jsonl", tmp_path_factory.mktemp("reference") / "reference.npz"
     subprocess.run(
         [REFERENCE, "-c", SCORE, str(MODEL), str(texts), str(out)], check=True, env=worker_environment(1), cwd=root

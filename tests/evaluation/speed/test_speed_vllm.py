@@ -22,7 +22,6 @@ PLAN = sections.speed((1, 2), (4, 4), input_tokens=24, output_tokens=6, rounds=1
 
 pytestmark = [
     pytest.mark.toolchain("vllm"),
-    pytest.mark.skipif(not PYTHON.exists(), reason="the vllm environment is not built"),
 ]
 
 

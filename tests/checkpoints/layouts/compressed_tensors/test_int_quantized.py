@@ -197,7 +197,6 @@ numpy.save(folder + "/out.npy", weight.float().numpy())
 
 
 @pytest.mark.toolchain("llmcompressor")
-@pytest.mark.skipif(not PYTHON.exists(), reason="the llmcompressor environment is not built")
 def test_the_library_dequantizes_the_same(tmp_path: Path) -> None:
     held = linear(48, 20, scales=np.random.default_rng(0).random((1, 20)).astype(np.float32))
     (tmp_path / "section.json").write_text(json.dumps(section()))

@@ -50,8 +50,6 @@ def tokens(root, name, rows, length):
 @pytest.fixture(scope="module")
 def demo(root, work, tmp_path_factory):
     """The demo model's calibration, probe and windows to score."""
-    if not (environments.environment_folder(root, "vllm") / "bin" / "python").exists():
-        pytest.skip("the vllm environment is not built")
     folder = tmp_path_factory.mktemp("demo")
     save_file({"input_ids": tokens(root, "calibration", 8, 128)}, folder / "tokens.safetensors")
     windows = tokens(root, "evaluation", WINDOWS, LENGTH)
