@@ -14,7 +14,7 @@ def code(_arguments: dict[str, str | None]) -> int:
     from quantline.pipeline.code import CODE_FILE, stage_hash
     from quantline.pipeline.stages import PIPELINE
 
-    lines = [f"{name}: {stage_hash(name)}\n" for name in ("compose", *PIPELINE, "report")]
+    lines = [f"{name}: {stage_hash(name)}\n" for name in ("compose", *PIPELINE, "fleet_smoke", "report")]
     with replaced(ROOT / CODE_FILE) as temporary:
         temporary.write_text("# Made by `python -m stages.code`.\n" + "".join(lines), encoding="utf-8")
     return 0

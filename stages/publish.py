@@ -26,6 +26,7 @@ def publish(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.core.errors import TrackingError, UserError
     from quantline.lifecycle.publish import publish_records
     from quantline.pipeline.config import parse
+    from quantline.pipeline.fleet_result import current_drill
     from quantline.pipeline.hydra_values import plain
     from quantline.pipeline.paths import BY_HAND
     from quantline.pipeline.records import manual_record, pipeline_records
@@ -43,7 +44,8 @@ def publish(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     tracking = plain(cfg)["tracking"] if given else kept["tracking"]
     config = parse({**kept, "tracking": tracking})
     report = None if name else current_report(ROOT, records)
-    done = not config.tracking.enabled or publish_records(records, config, ROOT, report=report)
+    drill = None if name else current_drill(ROOT, records)
+    done = not config.tracking.enabled or publish_records(records, config, ROOT, report=report, drill=drill)
     print(f"{render_table(variant_table(records))}\n\n{LEGEND}")
     print("\nCompare them in MLflow: make ui")
     if name is None:

@@ -22,6 +22,7 @@ def report(cfg: DictConfig) -> None:
     from quantline.core.files import building
     from quantline.pipeline.config import parse
     from quantline.pipeline.execute import check_caller
+    from quantline.pipeline.fleet_result import current_drill
     from quantline.pipeline.hydra_values import plain
     from quantline.pipeline.kept_servers import end_servers
     from quantline.pipeline.records import pipeline_records
@@ -34,7 +35,8 @@ def report(cfg: DictConfig) -> None:
     # A manual run, with other rules for example, writes to scratch/, since report/ and the figures belong to DVC.
     out = ROOT / "report" if config.frozen else ROOT / "scratch" / "report"
     with building(out) as folder:
-        found = build(pipeline_records(ROOT), ROOT / "artifacts", config.report, folder)
+        records = pipeline_records(ROOT)
+        found = build(records, ROOT / "artifacts", config.report, folder, current_drill(ROOT, records))
     if config.frozen:
         write_figures(found, ROOT)
     print(f"{found.recommendation.headline} -> {out.relative_to(ROOT)}/index.html")

@@ -61,7 +61,7 @@ def ran(done):
 def test_a_first_repro_runs_every_stage_of_every_variant(pipeline, first_run):
     once = [
         "code", "inputs", "compose_baseline", "download", "serve_smoke_baseline", "evaluate_baseline", "tasks_baseline",
-        "report",
+        "fleet_smoke", "report",
     ]  # fmt: skip
     expected = {*once, *(f"{stage}@{name}" for stage in ("compose", *EACH) for name in VARIANTS)}
     assert set(ran(first_run)) == expected
@@ -262,7 +262,7 @@ def test_results_stay_in_the_table_where_an_option_changed_but_nothing_that_foll
     """The layout is the same by another option: DVC runs `convert` again, and nothing after it."""
     replace(params, "gptq-w4-g128: method=gptq bits=4", "gptq-w4-g128: method=gptq convert.target=gptq bits=4")
     done = pipeline.dvc("repro")
-    assert ran(done) == ["compose@gptq-w4-g128", "inputs", "convert@gptq-w4-g128", "report"]
+    assert ran(done) == ["compose@gptq-w4-g128", "inputs", "convert@gptq-w4-g128", "fleet_smoke", "report"]
     (record,) = [record for record in pipeline_records(pipeline.root) if record.name == "gptq-w4-g128"]
     assert [result["stage"] for result in record.results] == ["download", *EACH]
 
@@ -293,7 +293,7 @@ def test_another_line_of_a_variant_runs_its_stages_alone_and_going_back_runs_not
 
     done = pipeline.dvc("repro")
     assert done.code == 0, done.text
-    assert sorted(ran(done)) == sorted([*(f"{stage}@{name}" for stage in EACH[1:]), "inputs", "report"])
+    assert sorted(ran(done)) == sorted([*(f"{stage}@{name}" for stage in EACH[1:]), "inputs", "fleet_smoke", "report"])
     assert pipeline.result(name, "quantize")["output_hash"] != outputs["quantize"]
 
     params.write_bytes(before)

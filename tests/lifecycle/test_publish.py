@@ -46,7 +46,7 @@ def test_publishing_prints_the_outcome_with_its_warnings(config, monkeypatch, ca
     assert publish_records([], chosen, tmp_path) is True
     assert given == {
         "tracking_uri": "http://host:5000", "experiment": "quantline/demo", "root": tmp_path, "timeout_seconds": 3.0,
-        "limit_seconds": None, "report": None,
+        "limit_seconds": None, "report": None, "drill": None,
     }  # fmt: skip
     assert capsys.readouterr().err == "published 1 variant\n  note: a file is too large\n"
 

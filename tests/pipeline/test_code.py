@@ -95,6 +95,9 @@ def test_what_has_a_part_in_an_output_is_in_its_closure_wherever_it_stands():
     for stage in ("serve_smoke", "speed"):
         assert {"core/gpu.py", "pipeline/server.py"} <= names(stage), stage
     assert {"core/text.py", "config/report.py", "pipeline/records.py"} <= names("report")
+    drilled = {"lifecycle/fleet.py", "lifecycle/fleet_smoke.py", "serving/fleet/drill.py", "serving/fleet/envoy.py"}
+    assert drilled <= names("fleet_smoke")
+    assert not [name for name in names("fleet_smoke") if name.startswith(("report/", "lifecycle/tracking"))]
 
 
 def test_every_import_of_a_module_is_an_absolute_one(root):
@@ -115,5 +118,7 @@ def test_the_file_that_dvc_watches_has_a_hash_for_every_stage(root, tmp_path, mo
     monkeypatch.setattr(entry, "ROOT", tmp_path)
     assert entry.code({}) == 0
     written = yaml.safe_load((tmp_path / code.CODE_FILE).read_text(encoding="utf-8"))
-    assert set(written) == {name for name, stage in STAGES.items() if not stage.by_hand} | {"compose", "report"}
+    assert set(written) == {name for name, stage in STAGES.items() if not stage.by_hand} | {
+        "compose", "fleet_smoke", "report"
+    }  # fmt: skip
     assert written["quantize"] == stage_hash("quantize")

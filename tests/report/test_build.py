@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import report_records
+from drill_results import drill
 
 from quantline.config.report import ReportConfig
 from quantline.core.errors import UserError
@@ -145,6 +146,24 @@ def test_options_that_differ_are_listed_per_variant(tmp_path: Path) -> None:
     records[1].config["calibration"]["n_samples"] = 8
     found = [row for row in run_tables.protocol(gather(records, tmp_path)).rows if row["option"] == "n_samples"]
     assert [(row["value"], row["variants"]) for row in found] == [("32", "float, awq-w4-g128"), ("8", "gptq-w4-g128")]
+
+
+def test_the_report_says_what_faults_cost_the_fleet_and_nothing_of_one_where_none_was_tried(
+    rules: ReportConfig, tmp_path: Path, bare: Path
+) -> None:
+    records = report_records.records(tmp_path, whole=False, names=["gptq-w4-g128"])
+    home, heading = tmp_path / "artifacts", "Does the fleet lose requests?"
+    found = drill({"gptq-w4-g128": "a", "float": "f"})
+    build(records, home, rules, tmp_path / "report", found)
+    for document in ("index.html", "report.md"):
+        text = (tmp_path / "report" / document).read_text().replace("&gt;", ">")
+        assert heading in text
+        assert "the precision low, gptq-w4-g128 -> float, on cpu" in text
+        assert "not in time" in text
+        assert heading not in (bare / document).read_text()
+    assert [row["lost"] for row in rows(tmp_path / "report", "fleet")] == [0, 1]
+    build(records, home, rules, tmp_path / "other", {"status": "refused", "reason": "no precision has two"})
+    assert "It cannot run here: no precision has two" in (tmp_path / "other" / "report.md").read_text()
 
 
 def test_a_report_of_other_results_is_not_current(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from quantline.config.section import Section
 
@@ -58,6 +58,28 @@ class CaptureConfig(Section):
     share: float = Field(default=0.0, ge=0, le=1)
     keep_hours: float = Field(default=24.0, gt=0)
     keep_mib: float = Field(default=512.0, gt=0)
+
+
+class FleetSmokeConfig(Section):
+    """The fault drill of `stages.fleet_smoke`. With defaults, since older frozen configurations have none."""
+
+    pipeline: bool = False
+    requests: int = Field(default=100, ge=10)
+    concurrency: int = Field(default=4, ge=1)
+    max_tokens: int = Field(default=16, ge=1)
+    queued_requests: int = Field(default=4, ge=1)
+    queue_concurrency: int = Field(default=12, ge=2)
+    hang_seconds: float = Field(default=10, gt=0)
+    again_seconds: float = Field(default=600, gt=0)
+
+    @model_validator(mode="after")
+    def _fills_the_queue(self) -> FleetSmokeConfig:
+        if self.queue_concurrency <= self.queued_requests:
+            raise ValueError(
+                f"queue_concurrency={self.queue_concurrency}: would never fill a queue of {self.queued_requests}; give more "
+                "than queued_requests"
+            )
+        return self
 
 
 class FleetConfig(Section):

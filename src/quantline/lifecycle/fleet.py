@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +42,31 @@ SECTIONS = tuple(FleetConfig.model_fields)
 
 @dataclass(frozen=True)
 class Member:
-    """One variant of a fleet. given: as the options name it. quality: what its evaluation found, for the gauge."""
+    """One variant of a fleet.
+
+    given: as the options name it. quality: what its evaluation found, for the gauge. content: the hash of its checkpoint;
+    empty where no stage of this project recorded one.
+    """
 
     given: str
     name: str
     subject: Subject
     quality: Mapping[str, Any]
     proven: bool
+    content: str = ""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A fleet that can run here, how its servers are started, and what there is to say of it."""
+    """A fleet that can run here, how its servers are started, and what there is to say of it.
+
+    contents: the hashes of its checkpoints by variant.
+    """
 
     fleet: Fleet
     starts: tuple[Start, ...]
     notes: tuple[str, ...]
+    contents: Mapping[str, str] = field(default_factory=dict)
 
 
 def with_section(arguments: Sequence[str]) -> list[str]:
@@ -125,7 +134,7 @@ def resolve(root: Path, typed: Typed, vllm: Vllm, device: str, former: Fleet | N
         limits = {} if name in last else config.fleet.limits.model_dump(include={"queued_requests", "queued_tokens"})
         log = str(folder / "logs" / f"{name}.log")
         found[-1] = found[-1].model_copy(update={"log": log, **limits, **_placed(places.get(name))})
-    return Resolved(fleet, tuple(found), tuple(notes))
+    return Resolved(fleet, tuple(found), tuple(notes), {name: one.content for name, one in different.items()})
 
 
 def _members(root: Path, config: Config, typed: Typed) -> tuple[dict[str, Member], list[str]]:
@@ -169,7 +178,8 @@ def _member(root: Path, given: str, typed: Typed, config: Config) -> Member:
     subject = serve.subject_of(root, {"variant": given}, typed)
     record = variant_record(root, given)
     results = by_stage(record.results)
-    gated = config.fleet.gates and not is_baseline(parse(record.config))
+    is_float = is_baseline(parse(record.config))
+    gated = config.fleet.gates and not is_float
     if gated and (faults := faults_of(results, config.promote, record.remedy)):
         raise UserError(
             f"{given}: did not pass its gates: {'; '.join(faults)}; or, to take it all the same: fleet.gates=false"
@@ -180,7 +190,8 @@ def _member(root: Path, given: str, typed: Typed, config: Config) -> Member:
         quality["perplexity_increase"] = math.expm1(measured["nll_difference"])
     if "alarms" in measured:
         quality["alarms"] = int(measured["alarms"])
-    return Member(given, subject.name.replace("/", "-"), subject, quality, proven=True)
+    content = str((results.get("download" if is_float else "convert") or {}).get("output_hash", ""))
+    return Member(given, subject.name.replace("/", "-"), subject, quality, proven=True, content=content)
 
 
 def _need(member: Member, options: ServerOptions, device: str) -> Need:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from quantline.core.errors import TrackingError
 from quantline.lifecycle.storage.dvc_lock import REPAIR
@@ -26,11 +27,13 @@ def publish_records(
     root: Path,
     *,
     report: Path | None = None,
+    drill: Mapping[str, Any] | None = None,
     limit_seconds: float | None = None,
 ) -> bool:
     """Publish and print the outcome; returns whether it worked. A server that is down is reported, never raised.
 
-    report: folder of the report of these records. limit_seconds: limit for the total time; null is no limit.
+    report: folder of the report of these records. drill: the result of the fault drill of a fleet of them. limit_seconds:
+    limit for the total time; null is no limit.
     """
     from quantline.lifecycle.tracking.writer import publish
 
@@ -45,7 +48,7 @@ def publish_records(
         done = publish(
             records, tracking_uri=config.tracking.uri, experiment=experiment_name(config.tracking, config.model),
             root=root, timeout_seconds=config.tracking.timeout_seconds, report=report,
-            limit_seconds=limit_seconds,
+            drill=drill, limit_seconds=limit_seconds,
         )  # fmt: skip
     except TrackingError as error:
         print(f"NOT PUBLISHED: {error}", file=sys.stderr)

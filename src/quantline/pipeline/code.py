@@ -25,8 +25,8 @@ CHECKOUT = _PACKAGE.parents[1] if _PACKAGE.parent.name == "src" else _PACKAGE.pa
 CODE_FILE = "code.yaml"
 # They decide where and whether a stage runs, not its output: an edit of them reruns nothing.
 _CARRIES = re.compile(r"(quantline|stages)$|quantline\.(core|config|pipeline|lifecycle|toolchains)(\.(?!workers\.)|$)")
-# The modules among them that do have a part in an output: alarms, the use of GPUs, how a server is started.
-_MAKES = ("quantline.config.limits", "quantline.core.gpu", "quantline.pipeline.server")
+# The modules among them that do have a part in an output: alarms, the use of GPUs, how a server or a fleet is started.
+_MAKES = re.compile(r"quantline\.(config\.limits|core\.gpu|pipeline\.server|lifecycle\.fleet(_smoke)?)$")
 # These take a second to run, and nearly every package has a part in what they say: they follow all of their imports.
 _FOLLOW_ALL = ("compose", "report")
 # These files define the identity. They are not in any identity themselves, but DVC must rerun every stage after an edit
@@ -83,7 +83,7 @@ def _closure(start: str, checkout: Path, *, everything: bool) -> set[Path]:
         found, beside = _references(path)
         files |= {path, *beside}
         for name in _modules(found, checkout):
-            left_out = not everything and name not in _MAKES and _CARRIES.match(name)
+            left_out = not everything and not _MAKES.match(name) and _CARRIES.match(name)
             if name not in seen and not left_out:
                 seen.add(name)
                 ahead.append(name)

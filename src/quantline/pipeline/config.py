@@ -17,7 +17,7 @@ from quantline.config.context import automatic, length_faults
 from quantline.config.convert import ConvertConfig, ConvertSourceConfig
 from quantline.config.data import EMBEDDED_MODEL, CalibrationConfig, ModelConfig
 from quantline.config.evaluate import EvaluateConfig, NoiseConfig, SensitivityConfig
-from quantline.config.fleet import FleetConfig
+from quantline.config.fleet import FleetConfig, FleetSmokeConfig
 from quantline.config.layer_errors import LayerErrorsConfig
 from quantline.config.method import Backend, LayersConfig, Method
 from quantline.config.promote import PromoteConfig
@@ -77,6 +77,7 @@ class Config(Section):
     tracking: TrackingConfig
     promote: PromoteConfig = PromoteConfig()
     fleet: FleetConfig = FleetConfig()
+    fleet_smoke: FleetSmokeConfig = FleetSmokeConfig()
     report: ReportConfig
     toolchains: dict[str, str | None]
     frozen: FrozenConfig | None = None

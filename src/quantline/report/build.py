@@ -18,14 +18,16 @@ from quantline.core.secrets import Scrubber
 from quantline.data.download import spoken_name
 from quantline.pipeline.paths import REPORT_MANIFEST
 from quantline.pipeline.records import VariantRecord
-from quantline.report import layer_plots, plots, run_plots, tables
+from quantline.report import layer_plots, plots, run_plots, run_tables, tables
 from quantline.report.document import Report
 from quantline.report.evidence import Evidence, Row, gather, made_of
 from quantline.report.recommendation import recommend
 from quantline.report.table import as_csv
 
 
-def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, out: Path) -> Report:
+def build(
+    records: Sequence[VariantRecord], home: Path, options: ReportConfig, out: Path, drill: Row | None = None
+) -> Report:
     """Write the report of these results into `out`, an empty folder, and return it. Equal results give equal bytes.
 
     Args:
@@ -33,6 +35,7 @@ def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, o
         home: artifacts/, with the outputs of their stages.
         options: rules and preferences of the recommendation.
         out: the folder to write to.
+        drill: the result of the fault drill of a fleet of these variants; None if there is none.
 
     Raises:
         UserError: there is no result to report on, or a file of a stage cannot be read.
@@ -48,7 +51,7 @@ def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, o
                       scrubber.value(record.results), record.folder)
         for record in records
     ]  # fmt: skip
-    report = compile_report(gather(clean, home), options)
+    report = compile_report(gather(clean, home), options, scrubber.value(drill))
     files = {f"data/{table.name}.csv": as_csv(table) for table in report.tables.values()}
     files |= {f"data/{table.name}.json": as_json(table.rows) for table in report.tables.values()}
     files["data/recommendation.json"] = as_json(asdict(report.recommendation))
@@ -65,9 +68,11 @@ def build(records: Sequence[VariantRecord], home: Path, options: ReportConfig, o
     return report
 
 
-def compile_report(evidence: Sequence[Evidence], options: ReportConfig) -> Report:
+def compile_report(evidence: Sequence[Evidence], options: ReportConfig, drill: Row | None = None) -> Report:
     """All tables, plots and texts."""
     made = tables.all_tables(evidence, options.worst_layers)
+    if drill is not None:
+        made["fleet"] = run_tables.fleet(drill)
     rows, order = made["variants"].rows, plots.order_of(evidence)
     config: dict[str, Any] = evidence[0].record.config
     model = spoken_name(config.get("model") or {})

@@ -68,6 +68,11 @@ SECTIONS = (
             Part("table", "servers"),
         ),
     ),
+    Section(
+        "fleet", "Fleet", "Does the fleet lose requests?", (Part("table", "fleet"),),
+        "Several of these variants behind one endpoint, the first of the chain with a fault while requests come. A request "
+        "is lost if it got no answer before its first byte.",
+    ),
     Section("memory", "Memory", "How much memory does it need?", (Part("plot", "memory"), Part("table", "memory"))),
     Section(
         "serve", "Serve it", "How is it served?", (Part("table", "serving"),),
@@ -110,6 +115,15 @@ class Report:
     alarm_advice: str
     alarms: dict[str, list[Row]]
     unwatched: list[str]
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The sections that there is anything to say in: without a drill there is none of a fleet."""
+        return tuple(
+            section
+            for section in SECTIONS
+            if all(part.name in self.tables for part in section.parts if part.kind == "table")
+        )
 
     def plots_of(self, name: str) -> list[Plot]:
         """The plot with this name, or with `errors-` the plots of all variants; empty if nothing was drawn."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from quantline.report.document import SECTIONS, Part, Report
+from quantline.report.document import Part, Report
 from quantline.report.evidence import Row
 from quantline.report.table import Table
 from quantline.report.units import Column
@@ -31,7 +31,7 @@ def _lines(report: Report) -> Iterator[str]:
     for name, flags in report.alarms.items():
         yield from (f"- **`{name}`**, {flag.get('instrument')}: {flag.get('message')}" for flag in flags)
     yield from ("", *(f"- {label}: {text}" for label, text in report.summary))
-    for section in SECTIONS:
+    for section in report.sections:
         yield from ("", f"## {section.heading}")
         if section.said:
             yield from ("", report.said(section))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
-from quantline.report.document import SECTIONS, Report
+from quantline.report.document import Report
 from quantline.report.table import Table
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -25,7 +25,7 @@ def as_html(report: Report) -> str:
     style = (_TEMPLATES / "style.css").read_text(encoding="utf-8")
     page = environment.get_template("page.html.j2")
     return page.render(
-        report=report, sections=SECTIONS, rec=report.recommendation, tables=report.tables,
+        report=report, sections=report.sections, rec=report.recommendation, tables=report.tables,
         style=Markup(style),  # noqa: S704
         svg=lambda plot: Markup(plot.inline), csv_link=_csv_link,  # noqa: S704 - our own SVG, its texts are escaped
     )  # fmt: skip

@@ -83,6 +83,25 @@ def memory(evidence: Sequence[Evidence]) -> Table:
     return Table("memory", f"Memory of the weights, of the server, and of quantizing.{note}", columns, rows)
 
 
+def fleet(drill: Row) -> Table:
+    """What each fault cost the fleet of these variants. drill: see `quantline.pipeline.fleet_result`."""
+    columns = (
+        Column("fault", "fault"), Column("requests", "requests", "count"), Column("lost", "lost", "count"),
+        Column("broken", "broken after the first byte", "count"), Column("retried", "retried", "count"),
+        Column("elsewhere", "answered by another variant", "count"), Column("p50_seconds", "median", "seconds"),
+        Column("p99_seconds", "99th percentile", "seconds"),
+        Column("back_seconds", "back on the first variant after", "seconds", missing="not in time"),
+    )  # fmt: skip
+    if "rows" not in drill:
+        return Table("fleet", "The fleet was not tried.", columns, [], absent=f"It cannot run here: {drill['reason']}")
+    chain, keys = " -> ".join(drill["chain"]), [column.key for column in columns]
+    rows = [{**{key: row[key] for key in keys}, "lost": row["lost"] + row["quiet"]} for row in drill["rows"]]
+    caption = (
+        f"What faults of the first variant cost the precision {drill['precision']}, {chain}, on {drill['device']}."
+    )
+    return Table("fleet", caption, columns, rows, main=True)
+
+
 def costs(evidence: Sequence[Evidence]) -> Table:
     """Time and peak memory of every stage."""
     rows = [

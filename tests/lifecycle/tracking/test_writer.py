@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import variant_records
 import yaml
+from drill_results import drill
 from mlflow_server import running
 from variant_records import COMMIT, REFUSED, four, record
 
@@ -127,6 +128,18 @@ def test_report_is_one_run_that_only_another_report_replaces(root: Path) -> None
     (folder / "index.html").write_text("<h1>two</h1>")
     assert to(root, [], report=folder).created == ("report",)
     assert (attached / "index.html").read_text() == "<h1>one</h1>"
+
+
+def test_the_drill_of_a_fleet_is_one_run_that_only_another_drill_replaces(root: Path) -> None:
+    found = drill({"awq-w4-g128": "a", "float": "f"})
+    assert to(root, [], drill=found).created == ("fleet_smoke",)
+    assert to(root, [], drill=found).unchanged == ("fleet_smoke",)
+    run = runs_of(root)["fleet_smoke"]
+    assert run.data.params["chain"] == "awq-w4-g128 float"
+    assert (run.data.metrics["fleet_lost"], run.data.metrics["back_seconds/kill_9"]) == (1.0, 41.0)
+    assert "back_seconds/queue_full" not in run.data.metrics
+    assert run.info.end_time - run.info.start_time == 90_000
+    assert to(root, [], drill={**found, "seconds": 80.0}).created == ("fleet_smoke",)
 
 
 def test_parent_run_has_the_columns_that_variants_are_compared_by(root: Path) -> None:

@@ -17,8 +17,9 @@ from quantline.lifecycle.sweep.record import Sweep
 _PARTS = ("conf", "envs", "src", "stages", "dvc.yaml", "params.yaml", "pyproject.toml", ".dvcignore", "dvc.lock")
 _DVC = ("config", "config.local", "plots", ".gitignore")
 # Outputs of the pipeline, and what is another checkout's own.
-_OWN = (".git", ".dvc", "artifacts", "variants", "report", "metrics", "metrics.json", "code.yaml", "inputs.yaml", "scratch",
-        "mlruns", "mlartifacts", "mlflow.db", "mlflow.db.lock", "site", "outputs", "multirun")  # fmt: skip
+_OWN = (".git", ".dvc", "artifacts", "variants", "report", "metrics", "metrics.json", "fleet_smoke.json", "code.yaml",
+        "inputs.yaml", "scratch", "mlruns", "mlartifacts", "mlflow.db", "mlflow.db.lock", "site", "outputs",
+        "multirun")  # fmt: skip
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
 

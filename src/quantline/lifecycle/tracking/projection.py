@@ -29,7 +29,7 @@ from quantline.pipeline.stages import STAGES, names
 COMPARED = names(lambda stage: stage.compared)
 # Options of the machine, not of the variant. They are not logged as parameters, so that another port makes no new run. What
 # was frozen (locks, backends) follows from the options; MLflow's comparison would begin with it.
-RUNTIME_KEYS = ("tracking", "promote", "report", "toolchains", "device", "serve.process", "frozen")
+RUNTIME_KEYS = ("tracking", "promote", "report", "fleet_smoke", "toolchains", "device", "serve.process", "frozen")
 MAX_PARAM_CHARS = 6000
 MAX_FILE_BYTES = 50_000_000
 PROJECTION = 5  # part of the content hash: increase it when the same results should be logged differently
@@ -236,6 +236,28 @@ def plan_report(folder: Path) -> RunContent:
         "report", {"quantline.role": "report"},
         {"mlflow.note.content": note, "quantline.recommended": params["recommended"]}, params, {}, {}, files,
         _digest([PROJECTION, content]), None, 0.0,
+    )  # fmt: skip
+
+
+def plan_drill(drill: Mapping[str, Any], scrubber: Scrubber) -> RunContent:
+    """The run of the fault drill of a fleet. drill: its result, see `quantline.pipeline.fleet_result`.
+
+    Another result makes another run, as with variants.
+    """
+    drill = scrubber.value(dict(drill))
+    digest = _digest(drill)
+    params = {
+        "drill": digest[:16],
+        "precision": str(drill.get("precision")),
+        "chain": " ".join(drill.get("chain") or []),
+    }
+    tags = {"quantline.status": str(drill["status"])}
+    if drill.get("reason"):
+        tags["quantline.reason"] = tags["mlflow.note.content"] = str(drill["reason"])
+    return RunContent(
+        "fleet_smoke", {"quantline.role": "fleet"}, tags, params, _numbers(drill.get("metrics") or {}),
+        {"fleet_smoke.json": json.dumps(drill, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}, {},
+        _digest([PROJECTION, digest]), drill.get("started_at"), float(drill.get("seconds") or 0.0),
     )  # fmt: skip
 
 

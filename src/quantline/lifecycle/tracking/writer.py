@@ -31,7 +31,7 @@ from quantline.core.errors import TrackingError
 from quantline.core.files import replaced
 from quantline.core.secrets import Scrubber
 from quantline.lifecycle.tracking.description import NOTE, opening
-from quantline.lifecycle.tracking.projection import RunContent, plan_report, plan_variant
+from quantline.lifecycle.tracking.projection import RunContent, plan_drill, plan_report, plan_variant
 from quantline.lifecycle.tracking.store import check_reachable, locked, resolve_uri, sqlite_path
 from quantline.lifecycle.tracking.view import (
     EXPERIMENT,
@@ -97,11 +97,13 @@ def publish(
     root: Path,
     timeout_seconds: float = 10,
     report: Path | None = None,
+    drill: Mapping[str, Any] | None = None,
     limit_seconds: float | None = None,
 ) -> PublishReport:
     """Update the experiment to match `records`; other variants in it do not change.
 
-    report: folder of the report of these records, which becomes a separate run.
+    report: folder of the report of these records, which becomes a separate run. drill: the result of the fault drill of a
+    fleet of them, which becomes another.
 
     tracking_uri: null means MLFLOW_TRACKING_URI if it is set, else `mlflow.db` in `root`, with artifacts in `mlartifacts`
     in the same folder. timeout_seconds: for one request; gives up on a server after two requests without an answer.
@@ -118,6 +120,8 @@ def publish(
     plans = [plan_variant(record, scrubber, notes) for record in records]
     if report is not None:
         plans.append(plan_report(report))
+    if drill is not None:
+        plans.append(plan_drill(drill, scrubber))
     try:
         check_reachable(uri, timeout_seconds)
         with quiet_mlflow(uri, timeout_seconds), locked(uri, limit_seconds or max(60.0, timeout_seconds)):

@@ -6,11 +6,12 @@ The faults of `FAKED` need servers that have them on order. Those of `REAL` can 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import httpx
@@ -22,8 +23,9 @@ from quantline.serving.fleet.child import wait_until
 from quantline.serving.fleet.load import Load, Outcome, run
 from quantline.serving.fleet.running import RunningFleet
 
-KILL, HANG, RELOAD, CANARY, DRAIN, GAUGE = "kill -9", "hang", "reload", "canary moved", "drain", "gauge killed"
-REAL = (KILL, HANG, RELOAD, CANARY, DRAIN, GAUGE)
+KILL, HANG, QUEUE, RELOAD, CANARY, DRAIN = "kill -9", "hang", "queue full", "reload", "canary moved", "drain"
+GAUGE = "gauge killed"
+REAL = (KILL, HANG, QUEUE, RELOAD, CANARY, DRAIN, GAUGE)
 FLOODS = ("500", "429", "503")
 FAKED = (KILL, HANG, *FLOODS, RELOAD, CANARY, DRAIN, GAUGE)
 AGAIN_SECONDS = 120.0
@@ -31,7 +33,11 @@ AGAIN_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Row:
-    """What one fault cost. Seconds are of requests that were answered; see `load.Outcome` for the rest."""
+    """What one fault cost.
+
+    p50_seconds, p99_seconds: of requests that were answered. back_seconds: from the end of the load until the variant with
+    the fault answers again; None if it did not. The rest is as in `load.Outcome`.
+    """
 
     fault: str
     requests: int
@@ -42,6 +48,7 @@ class Row:
     elsewhere: int
     p50_seconds: float
     p99_seconds: float
+    back_seconds: float | None
     errors: dict[str, int]
 
 
@@ -50,13 +57,15 @@ class Drill:
     """A drill on the first variant of a precision.
 
     on_order: sets a fault of a fake server by the variant's name; None where the servers are real. again_seconds: to wait
-    for everything to be healthy before the next fault.
+    for everything to be healthy before the next fault. queue_concurrency: requests at a time that fill the first variant's
+    queue, for the fault `QUEUE`.
     """
 
     running: RunningFleet
     load: Load
     on_order: Callable[[str, str], None] | None = None
     again_seconds: float = AGAIN_SECONDS
+    queue_concurrency: int = 12
 
     @property
     def target(self) -> str:
@@ -67,9 +76,11 @@ class Drill:
         """Run the faults one after the other; before each, everything is healthy again."""
         for fault in faults:
             self._await_healthy()
-            outcome = run(self.load, partial(self._do, fault))
+            full = fault == QUEUE
+            load = replace(self.load, concurrency=self.queue_concurrency) if full else self.load
+            outcome = run(load, partial(self._do, fault))
             self._undo(fault)
-            yield row(fault, outcome, self.target)
+            yield row(fault, outcome, self.target, self._seconds_until_back())
 
     def _do(self, fault: str) -> None:
         if fault == KILL:
@@ -115,6 +126,21 @@ class Drill:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
+    def _seconds_until_back(self) -> float | None:
+        """Wait until the first variant answers again."""
+        began = time.monotonic()
+
+        def is_back() -> bool:
+            self.running.step()
+            return self._answers()
+
+        return time.monotonic() - began if wait_until(is_back, self.again_seconds, 0.2) else None
+
+    def _answers(self) -> bool:
+        """Whether the first variant answers requests for the precision."""
+        asked = replace(self.load, requests=3, concurrency=1, max_tokens=1, streamed=0.0)
+        return run(asked).variants == {self.target: 3}
+
     def _await_healthy(self) -> None:
         """Wait until every server runs and the router prefers the first again."""
         fleet = self.running.fleet
@@ -132,18 +158,17 @@ class Drill:
                     return False
                 if any(entry["level"] != gauge.LEVELS[0] for entry in answer["variants"].values()):
                     return False
-            asked = Load(self.load.url, self.load.model, 3, 1, max_tokens=1, completions=self.load.completions)
-            return run(asked).variants == {self.target: 3}
+            return self._answers()
 
         wait_until(is_healthy, self.again_seconds, 0.2)
 
 
-def row(fault: str, outcome: Outcome, target: str) -> Row:
+def row(fault: str, outcome: Outcome, target: str, back_seconds: float | None) -> Row:
     """The row of a load's outcome. target: the variant that had the fault; answers of others are counted as elsewhere."""
     elsewhere = sum(count for name, count in outcome.variants.items() if name != target)
     return Row(
         fault, outcome.requests, outcome.lost, outcome.broken, outcome.quiet, outcome.retried, elsewhere,
-        outcome.quantile(0.5), outcome.quantile(0.99), dict(outcome.errors),
+        outcome.quantile(0.5), outcome.quantile(0.99), back_seconds, dict(outcome.errors),
     )  # fmt: skip
 
 
@@ -154,15 +179,20 @@ def table(rows: list[Row]) -> str:
     heads = {
         "fault": "fault", "requests": "requests", "lost": "lost before the first byte", "broken": "broken after it",
         "quiet": "ended quietly", "retried": "retried", "elsewhere": "answered elsewhere", "p50_seconds": "p50 s",
-        "p99_seconds": "p99 s",
+        "p99_seconds": "p99 s", "back_seconds": "back after s",
     }  # fmt: skip
     values = [{heads[key]: value for key, value in asdict(one).items() if key in heads} for one in rows]
     return str(tabulate(values, headers="keys", floatfmt=".3f"))
 
 
 def metrics(rows: list[Row]) -> Mapping[str, float]:
-    """The drill as metrics of a stage."""
-    return {
-        "fleet_lost": float(sum(one.lost for one in rows)), "fleet_requests": float(sum(one.requests for one in rows)),
-        "fleet_quiet": float(sum(one.quiet for one in rows)),
-    }  # fmt: skip
+    """The drill as metrics: sums over the faults, and what each of them cost as `WHAT/FAULT`."""
+    found: dict[str, float] = {}
+    for what in ("requests", "lost", "broken", "quiet", "retried"):
+        found[f"fleet_{what}"] = float(sum(getattr(one, what) for one in rows))
+    for one in rows:
+        for what in ("requests", "lost", "broken", "quiet", "retried", "elsewhere", "back_seconds"):
+            value = getattr(one, what)
+            if value is not None:
+                found[f"{what}/{re.sub('[^a-z0-9]+', '_', one.fault)}"] = float(value)
+    return found
