@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gguf_files import small_model
 from tiny_quantized import write_float, write_whole
 from variant_records import record
 
@@ -12,9 +13,15 @@ from quantline.lifecycle import fleet, serve
 from quantline.lifecycle.fleet import curl_line, described, refuse_new_names, resolve, with_section
 from quantline.lifecycle.serve import Typed
 from quantline.pipeline.identity import file_hashes
+from quantline.serving.fleet.export import refuse_llamacpp
 from quantline.serving.server import Vllm
 
 VLLM = Vllm(Path("/opt/vllm/bin/python"), "0.40.0")
+LLAMACPP = Vllm(Path("/opt/llamacpp/bin/python"), "2026.10.11549")
+
+
+def server_for(folder):
+    return LLAMACPP if list(folder.glob("*.gguf")) else VLLM
 
 
 @pytest.fixture
@@ -32,6 +39,20 @@ def made(composed, tmp_path, monkeypatch):
                 result["metrics"]["output_error_max"] = 0.1
         config = composed("method=gptq", "bits=4", "tracking.uri=null", "serve.process.kv_cache_gib=0.01")
         records[name] = replace(own, config=config, results=results, outputs={"convert": folder})
+    own = record("gguf", "gptq", 4, 0.01, tmp_path / "work")
+    folder = tmp_path / "gguf" / "convert"
+    folder.mkdir(parents=True)
+    small_model(folder)
+    results = [dict(result) for result in own.results]
+    for result in results:
+        result["metrics"] = {
+            **result["metrics"],
+            **({"output_error_max": 0.1} if result["stage"] == "quantize" else {}),
+        }
+        if result["stage"] == "convert":
+            result["outputs"] = file_hashes(folder)
+    config = composed("method=gguf", "tracking.uri=null", "serve.process.kv_cache_gib=0.01")
+    records["gguf"] = replace(own, config=config, results=results, outputs={"convert": folder})
     model = write_float(tmp_path / "float" / "download" / "model")
     own = record("float", "float", 16, 0.0, tmp_path / "work")
     results = [dict(result) for result in own.results]
@@ -51,7 +72,7 @@ def made(composed, tmp_path, monkeypatch):
 
     def do(*options, former=None):
         overrides = with_section(options)
-        return resolve(tmp_path, Typed(composed(*overrides), overrides), VLLM, "cpu", former)
+        return resolve(tmp_path, Typed(composed(*overrides), overrides), server_for, "cpu", former)
 
     return do
 
@@ -95,6 +116,23 @@ def test_a_queue_is_limited_where_a_request_can_go_on_and_not_at_the_end_of_a_ch
 
     assert limits("precisions.low=[good,float]") == {"good": (4, 1000), "float": (None, None)}
     assert limits("precisions.low=[good]") == {"good": (None, None), "float": (None, None)}
+
+
+def test_a_gguf_variant_is_served_by_llama_cpp_beside_others_by_vllm(made):
+    found = made("precisions.low=[gguf,float]", "precisions.last=[gguf]", "limits.queued_requests=4")
+    starts = {start.names[0]: start for start in found.starts}
+    assert {name: (start.server.runtime, start.python) for name, start in starts.items()} == {
+        "gguf": ("llamacpp", str(LLAMACPP.python)), "float": ("vllm", str(VLLM.python)),
+    }  # fmt: skip
+    assert found.by == "llama.cpp 2026.10.11549 and vLLM 0.40.0"
+    assert found.fleet.variant("gguf").queued_requests is None  # it is the last of a chain
+    found = made("precisions.low=[gguf,float]", "limits.queued_requests=4")
+    assert found.fleet.variant("gguf").queued_requests == 4  # the gauge sees to it, since llama.cpp has no such limit
+    assert {start.names[0]: start.queued_requests for start in found.starts} == {"gguf": None, "float": None}
+    with pytest.raises(ConfigError, match=r"queued_tokens=100: llama\.cpp, which serves gguf, does not say"):
+        made("precisions.low=[gguf,float]", "limits.queued_tokens=100")
+    with pytest.raises(UserError, match=r"form=compose: gguf is served by llama\.cpp"):
+        refuse_llamacpp(found.fleet, "compose")
 
 
 def test_everything_that_is_wrong_is_told_at_once_before_anything_starts(made):

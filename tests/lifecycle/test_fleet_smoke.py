@@ -10,7 +10,6 @@ from quantline.lifecycle.fleet import Resolved
 from quantline.lifecycle.fleet_smoke import drill_values, prove, prove_in_pipeline, shown
 from quantline.lifecycle.serve import Typed
 from quantline.pipeline.config import parse
-from quantline.serving.server import Vllm
 
 CHAIN = "fleet.precisions.high=[float,w8]"
 
@@ -23,12 +22,11 @@ def fleet(composed, root, tmp_path, monkeypatch):
     resolved = Resolved(made, tuple(starts), (), contents)
     asked = []
     monkeypatch.setattr(fleet_smoke, "resolve", lambda root, typed, *_: asked.append(typed) or resolved)
-    monkeypatch.setattr(fleet_smoke, "server_of", lambda run: Vllm(tmp_path, "0.32.0"))
     monkeypatch.setattr(fleet_smoke, "envoy", lambda *_: fake_fleet.envoy(root))
     monkeypatch.setattr(fleet_smoke, "REAL", ("kill -9", "reload"))
 
     def typed(*overrides):
-        return Typed(composed("fleet_smoke.requests=20", *overrides), [])
+        return Typed(composed("fleet_smoke.requests=20", "fleet_smoke.least_seconds=0", *overrides), [])
 
     typed.contents, typed.asked = contents, asked
     return typed

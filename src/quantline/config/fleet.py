@@ -65,6 +65,7 @@ class FleetSmokeConfig(Section):
 
     pipeline: bool = False
     requests: int = Field(default=100, ge=10)
+    least_seconds: float = Field(default=5, ge=0)
     concurrency: int = Field(default=4, ge=1)
     max_tokens: int = Field(default=16, ge=1)
     queued_requests: int = Field(default=4, ge=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from quantline.pipeline.paths import BY_HAND, MANUAL_HOME
 from quantline.pipeline.records import by_stage, variant_record
 from quantline.pipeline.stages import is_baseline
 from quantline.planning.placement import Device, Need, Place, need_of, place
-from quantline.serving.command import ServerOptions
+from quantline.serving import llamacpp
+from quantline.serving.command import ServerOptions, title_of
 from quantline.serving.fleet.servers import Start
 from quantline.serving.fleet.spec import Fleet, Variant, checked, config_faults
 from quantline.serving.memory import GIB
@@ -38,6 +39,9 @@ from quantline.serving.server import Vllm
 HOME = f"{MANUAL_HOME}/.fleet"
 # On the command line of `stages.fleet` the section's name may be left out before these.
 SECTIONS = tuple(FleetConfig.model_fields)
+
+
+ServerFor = Callable[[Path], Vllm]
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,14 @@ class Member:
 class Resolved:
     """A fleet that can run here, how its servers are started, and what there is to say of it.
 
-    contents: the hashes of its checkpoints by variant.
+    contents: the hashes of its checkpoints by variant. by: the servers, with their versions.
     """
 
     fleet: Fleet
     starts: tuple[Start, ...]
     notes: tuple[str, ...]
     contents: Mapping[str, str] = field(default_factory=dict)
+    by: str = ""
 
 
 def with_section(arguments: Sequence[str]) -> list[str]:
@@ -87,13 +92,13 @@ def folder_of(root: Path, name: str) -> Path:
     return root / HOME / name
 
 
-def resolve(root: Path, typed: Typed, vllm: Vllm, device: str, former: Fleet | None = None) -> Resolved:
+def resolve(root: Path, typed: Typed, server_for: ServerFor, device: str, former: Fleet | None = None) -> Resolved:
     """The fleet that the options describe.
 
     Args:
         root: the checkout.
         typed: the command line.
-        vllm: what serves.
+        server_for: what serves the checkpoint in a folder.
         device: `cpu` or `cuda`.
         former: the running fleet that is to become this one; its variants keep their ports.
 
@@ -105,36 +110,63 @@ def resolve(root: Path, typed: Typed, vllm: Vllm, device: str, former: Fleet | N
     members, faults = _members(root, config, typed)
     faults = [*config_faults(config.fleet, root), *faults]
     starts: dict[str, ServerOptions] = {}
+    servers: dict[str, Vllm] = {}
     notes: list[str] = []
     for member in members.values():
         try:
-            options, note = serve.options_for(member.subject, vllm.version, device, 0)
-            if options.runtime != "vllm":
-                raise UserError(f"{member.name}: a fleet's servers are vLLM; serve a GGUF variant with stages.serve")
+            own = servers[member.name] = server_for(member.subject.folder)
+            options, note = serve.options_for(member.subject, own.version, device, 0)
             starts[member.name] = options
             notes += [f"{member.name}: {note}"] if note else []
         except QuantlineError as error:
             faults.append(str(error))
+    of_llamacpp = {name for name, options in starts.items() if options.runtime == llamacpp.NAME}
+    if config.fleet.limits.queued_tokens is not None and of_llamacpp:
+        faults.append(
+            f"fleet.limits.queued_tokens={config.fleet.limits.queued_tokens}: llama.cpp, which serves "
+            f"{', '.join(sorted(of_llamacpp))}, does not say how many tokens wait in it; leave it null, and give "
+            "fleet.limits.queued_requests"
+        )
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))
     different = {member.name: member for member in members.values()}
-    needs = [_need(member, starts[member.name], device) for member in different.values()]
+    # The wheel of llama.cpp computes on the CPU.
+    devices = {name: "cpu" if name in of_llamacpp else device for name in starts}
+    needs = [_need(one, starts[one.name], devices[one.name]) for one in different.values()]
     known = {variant.name for variant in former.variants} if former is not None else set()
-    places = place([need for need in needs if need.name not in known], _devices(device))
+    places: dict[str, Place] = {}
+    for kind in dict.fromkeys(devices.values()):
+        new = [need for need in needs if need.name not in known and devices[need.name] == kind]
+        places |= place(new, _devices(kind))
     fleet = checked(_fleet(root, config.fleet, members, needs, former))
     names = (*fleet.precisions, *fleet.aliases)
-    folder = Path(fleet.folder)
     # Where there is nobody to go on to, a request waits and is not refused.
-    last = {chain[-1] for chain in fleet.precisions.values()}
-    threads = max(1, (os.cpu_count() or 1) // len(different)) if device == "cpu" else None
+    limited = set(starts) - {chain[-1] for chain in fleet.precisions.values()}
+    limits = config.fleet.limits.model_dump(include={"queued_requests", "queued_tokens"})
+    variants = tuple(
+        one.model_copy(update={
+            "runtime": starts[one.name].runtime,
+            "queued_requests": limits["queued_requests"] if one.name in limited & of_llamacpp else None,
+        })
+        for one in fleet.variants
+    )  # fmt: skip
+    fleet = fleet.model_copy(update={"variants": variants})
     found = []
     for name, options in starts.items():
+        beside = [other for other in starts if devices[other] == devices[name]]
+        threads = max(1, (os.cpu_count() or 1) // len(beside)) if devices[name] == "cpu" else None
         process = options.process.model_copy(update={"port": fleet.variant(name).port, "host": "127.0.0.1"})
-        found.append(_start(name, replace(options, process=process, threads=threads), vllm, names, different[name]))
-        limits = {} if name in last else config.fleet.limits.model_dump(include={"queued_requests", "queued_tokens"})
-        log = str(folder / "logs" / f"{name}.log")
-        found[-1] = found[-1].model_copy(update={"log": log, **limits, **_placed(places.get(name))})
-    return Resolved(fleet, tuple(found), tuple(notes), {name: one.content for name, one in different.items()})
+        start = _start(
+            name, replace(options, process=process, threads=threads), servers[name], names, different[name]
+        )  # fmt: skip
+        own_limits = limits if name in limited - of_llamacpp else {}
+        log = str(Path(fleet.folder) / "logs" / f"{name}.log")
+        found.append(start.model_copy(update={"log": log, **own_limits, **_placed(places.get(name))}))
+    by = " and ".join(
+        sorted({f"{title_of(options.runtime)} {servers[name].version}" for name, options in starts.items()})
+    )
+    contents = {name: one.content for name, one in different.items()}
+    return Resolved(fleet, tuple(found), tuple(notes), contents, by)
 
 
 def _members(root: Path, config: Config, typed: Typed) -> tuple[dict[str, Member], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from quantline.config.fleet import ShareConfig
@@ -62,11 +63,11 @@ def up(root: Path, typed: Typed) -> None:
             f"fleet.name={config.fleet.name}: is running; run `python -m stages.fleet down`, or give another name"
         )
     run = StageRun("serve", config, root, tuple(typed.overrides))
-    program, vllm = envoy(root, config.toolchains.get("router")), server_of(run)
-    made = resolve(root, typed, vllm, run.device)
+    program = envoy(root, config.toolchains.get("router"))
+    made = resolve(root, typed, partial(server_of, run), run.device)
     for note in made.notes:
         print(f"  note: {note}", file=sys.stderr)
-    _say(f"starting {', '.join(variant.name for variant in made.fleet.variants)} by vLLM {vllm.version} on {run.device}, "
+    _say(f"starting {', '.join(variant.name for variant in made.fleet.variants)} by {made.by} on {run.device}, "
          f"behind Envoy {program.version}; logs: {folder}")  # fmt: skip
     with RunningFleet(made.fleet, program, made.starts, config.fleet.restart, config.fleet.capture) as running:
         write_json(folder / OVERRIDES, {"overrides": list(typed.overrides)})
@@ -100,7 +101,7 @@ def reload(root: Path, typed: Typed) -> None:
     again = Typed(compose_values(root / "conf", overrides), overrides)
     config = parse(again.values)
     run = StageRun("serve", config, root, tuple(overrides))
-    made = resolve(root, again, server_of(run), run.device, former)
+    made = resolve(root, again, partial(server_of, run), run.device, former)
     fleet = as_ordered(former, made.fleet, typed.overrides)
     refuse_new_names(former, fleet)
     _give(folder, fleet, former, starts=made.starts)
@@ -193,10 +194,11 @@ def export(root: Path, typed: Typed, arguments: Mapping[str, str | None]) -> Non
             "form=systemd"
         )
     form, run = str(arguments["form"]), StageRun("serve", config, root, tuple(typed.overrides))
-    made = resolve(root, typed, server_of(run), run.device)
+    made = resolve(root, typed, partial(server_of, run), run.device)
     fleet, name = made.fleet, config.fleet.name
     if form != "systemd":
         exported.refuse_alike(fleet)
+        exported.refuse_llamacpp(fleet, form)
     out = Path(arguments["to"] or root / HOME / name / "export").absolute()
     out.mkdir(parents=True, exist_ok=True)
     if form == "systemd":

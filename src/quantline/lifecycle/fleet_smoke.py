@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ class _Asked:
         if is_running(self.folder):
             raise UserError(f"fleet.name={self.config.fleet.name}: a drill of this fleet runs already; wait for it")
         self.program = envoy(self.root, self.config.toolchains.get("router"))
-        return resolve(self.root, self.typed, server_of(self.run), self.run.device)
+        return resolve(self.root, self.typed, partial(server_of, self.run), self.run.device)
 
     def identity(self, made: Resolved) -> str:
         """Of all that has a part in the result but this machine's ports and load."""
@@ -152,7 +153,7 @@ class _Asked:
         with RunningFleet(fleet, self.program, made.starts, config.restart, config.capture) as running:
             load = Load(
                 fleet.url, precision, smoke.requests, smoke.concurrency, completions=True, max_tokens=smoke.max_tokens,
-                headers=_key(fleet.keys_file), extra={"temperature": 0},
+                headers=_key(fleet.keys_file), extra={"temperature": 0}, least_seconds=smoke.least_seconds,
             )  # fmt: skip
             drill = Drill(running, load, again_seconds=smoke.again_seconds, queue_concurrency=smoke.queue_concurrency)
             rows = list(drill.rows(REAL))

@@ -138,7 +138,7 @@ class Drill:
 
     def _answers(self) -> bool:
         """Whether the first variant answers requests for the precision."""
-        asked = replace(self.load, requests=3, concurrency=1, max_tokens=1, streamed=0.0)
+        asked = replace(self.load, requests=3, concurrency=1, max_tokens=1, streamed=0.0, least_seconds=0.0)
         return run(asked).variants == {self.target: 3}
 
     def _await_healthy(self) -> None:

@@ -25,15 +25,18 @@ from quantline.serving.fleet.routes import (
     FILTERS,
     MODEL,
     PRECISION,
+    SCORES,
     TYPE,
     WEIGHTS,
     canary_cluster,
     chain_cluster,
     is_address,
     routes,
+    scores_cluster,
+    scoring,
     seconds,
 )
-from quantline.serving.fleet.spec import Fleet, Key, Variant
+from quantline.serving.fleet.spec import VLLM, Fleet, Key, Variant
 
 # The most at a time, of each cluster; what waits in a variant is limited by the variant itself.
 _MOST = {"max_requests": 65536, "max_pending_requests": 65536, "max_connections": 65536, "max_retries": 65536}
@@ -84,6 +87,9 @@ def _clusters(fleet: Fleet) -> list[dict[str, Any]]:
         chain = fleet.precisions[canary.precision]
         rest = [name for name in chain if name != canary.variant]
         found.append(_aggregate(canary_cluster(canary.precision), [canary.variant, *rest]))
+    for name in fleet.precisions:
+        if served := scoring(fleet, name):
+            found.append(_aggregate(scores_cluster(name), served))
     return found
 
 
@@ -182,7 +188,14 @@ def _manager(fleet: Fleet, source: dict[str, Any]) -> dict[str, Any]:
         "milliseconds": "%DURATION%", "bytes": "%BYTES_SENT%",
     }  # fmt: skip
     # What only the router may say; and what no log, capture or server may see.
-    removed = [MODEL, CLIENT, "cookie", "proxy-authorization", *([] if fleet.keys_file else ["authorization"])]
+    removed = [
+        MODEL,
+        CLIENT,
+        *_scores(fleet),
+        "cookie",
+        "proxy-authorization",
+        *([] if fleet.keys_file else ["authorization"]),
+    ]
     return {
         "@type": f"{TYPE}extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": STAT_PREFIX, "server_name": "quantline", "use_remote_address": True, "normalize_path": True,
@@ -218,12 +231,23 @@ def _filters(fleet: Fleet) -> list[dict[str, Any]]:
                 "output_config": {"max_buffered_rx_bytes": size, "max_buffered_tx_bytes": size, "sinks": [sink]},
             }},
         }})  # fmt: skip
-    model = {"header": {"key": MODEL, "value": "%REQUEST_BODY(model)%"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+    read = {MODEL: "model", **{header: key for header, (key, _) in _scores(fleet).items()}}
+    mutations = [
+        {"append": {
+            "header": {"key": header, "value": f"%REQUEST_BODY({key})%"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+        }}
+        for header, key in read.items()
+    ]  # fmt: skip
     found.append({"name": "model", "typed_config": {
         "@type": f"{FILTERS}transform.v3.TransformConfig", "clear_route_cache": True,
-        "request_transformation": {"headers_mutations": [{"append": model}]},
+        "request_transformation": {"headers_mutations": mutations},
     }})  # fmt: skip
     return found
+
+
+def _scores(fleet: Fleet) -> dict[str, tuple[str, str]]:
+    """The headers by which requests that only vLLM answers are told apart, where it does not serve all variants."""
+    return {} if all(variant.runtime == VLLM for variant in fleet.variants) else SCORES
 
 
 def _router(fleet: Fleet, log: dict[str, str]) -> dict[str, Any]:

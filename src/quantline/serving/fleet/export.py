@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from quantline.core.errors import UserError
+from quantline.serving import llamacpp
 from quantline.serving.command import flags_of
 from quantline.serving.fleet import envoy as router
 from quantline.serving.fleet.servers import Start
@@ -91,6 +92,19 @@ def refuse_alike(fleet: Fleet) -> None:
         f"{' and '.join(own)} would both be the service {name}" for name, own in names.items() if len(own) > 1
     ]:
         raise UserError(f"{'; '.join(alike)}: rename one of them in params.yaml, or take form=systemd")
+
+
+def refuse_llamacpp(fleet: Fleet, form: str) -> None:
+    """Refuse variants that llama.cpp serves: their server is in no image that was tried.
+
+    Raises:
+        UserError: there is one.
+    """
+    if names := [variant.name for variant in fleet.variants if variant.runtime == llamacpp.NAME]:
+        raise UserError(
+            f"form={form}: {', '.join(names)} is served by llama.cpp, and only servers of vLLM are written for containers; "
+            "leave it out, or take form=systemd"
+        )
 
 
 def documents(fleet: Fleet, keys: Sequence[Key]) -> dict[str, str]:

@@ -28,14 +28,39 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from quantline.config.fleet import HealthConfig
 from quantline.core.gpu import visible_gpus
-from quantline.serving.fleet.spec import Fleet, Variant
+from quantline.serving import llamacpp
+from quantline.serving.fleet.spec import VLLM, Fleet, Variant
 
 HEALTHY, DEGRADED, UNHEALTHY = 0, 1, 2
 LEVELS = ("healthy", "degraded", "unhealthy")
 FLEET, ALARMS, STATUS = "fleet.json", "alarms.json", "status.json"
 # Reasons for a state.
 DOWN, STUCK, KV_CACHE, MEMORY, DRAINING, ALARM = "down", "stuck", "kv cache", "memory", "draining", "alarm"
-_SAMPLE = re.compile(r"^(vllm:[a-z_]+)(?:\{[^}]*\})? ([-+.0-9eEinfa]+)$", re.MULTILINE)
+QUEUE = "queue"
+_SAMPLE = re.compile(r"^((?:vllm|llamacpp):[a-z_]+)(?:\{[^}]*\})? ([-+.0-9eEinfa]+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Names:
+    """A server's own names of metrics. tokens: those that move while it computes."""
+
+    running: str
+    waiting: str
+    tokens: tuple[str, ...]
+    kv_cache: str = ""
+
+
+METRICS = {
+    VLLM: Names(
+        "vllm:num_requests_running", "vllm:num_requests_waiting",
+        ("vllm:prompt_tokens_total", "vllm:generation_tokens_total"), "vllm:kv_cache_usage_perc",
+    ),
+    # llama.cpp counts the tokens of an answer when it has ended; what moves meanwhile are its steps.
+    llamacpp.NAME: Names(
+        "llamacpp:requests_processing", "llamacpp:requests_deferred",
+        ("llamacpp:prompt_tokens_total", "llamacpp:n_decode_total"),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +92,7 @@ class Watch:
         Args:
             seen: of the server.
             memory: share of the memory in use; None if it does not concern this variant.
-            notes: reasons that others gave: draining, an alarm.
+                notes: reasons that hold at once: draining, an alarm, a full queue.
             how: the limits.
             now: seconds, of a clock that does not go back.
         """
@@ -93,7 +118,7 @@ class Watch:
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """vLLM's metrics by name, summed over their labels."""
+    """A server's metrics by name, summed over their labels."""
     found: dict[str, float] = {}
     for name, value in _SAMPLE.findall(text):
         with suppress(ValueError):
@@ -107,13 +132,18 @@ def ask(client: httpx.Client, variant: Variant) -> Seen:
     try:
         if client.get(f"{base}/health").status_code != httpx.codes.OK:
             return Seen(False)
-        values = read_metrics(client.get(f"{base}/metrics").text)
+        return seen_in(client.get(f"{base}/metrics").text, variant.runtime)
     except httpx.HTTPError:
         return Seen(False)
-    counted = [values[name] for name in ("vllm:prompt_tokens_total", "vllm:generation_tokens_total") if name in values]
+
+
+def seen_in(text: str, runtime: str) -> Seen:
+    """What the metrics of a server that answers say of it."""
+    values, names = read_metrics(text), METRICS[runtime]
+    counted = [values[name] for name in names.tokens if name in values]
     return Seen(
-        True, values.get("vllm:kv_cache_usage_perc"), values.get("vllm:num_requests_running", 0),
-        values.get("vllm:num_requests_waiting", 0), sum(counted) if counted else None,
+        True, values.get(names.kv_cache), values.get(names.running, 0), values.get(names.waiting, 0),
+        sum(counted) if counted else None,
     )  # fmt: skip
 
 
@@ -171,6 +201,8 @@ class GaugeProcess:
         for variant, seen in zip(variants, pool.map(lambda one: ask(client, one), variants), strict=True):
             notes = {DRAINING} & ({DRAINING} if variant.name in self.fleet.draining else set())
             notes |= {ALARM} if variant.name in alarms else set()
+            most = variant.queued_requests
+            notes |= {QUEUE} if most is not None and seen.running + seen.waiting >= most else set()
             concerned = fullest if variant.weight_bytes > smallest else None
             watch = self.watches.setdefault(variant.name, Watch())
             watch.look(seen, concerned, frozenset(notes), self.fleet.health, time.monotonic())

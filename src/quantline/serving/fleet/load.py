@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,11 @@ LOST, BROKEN, QUIET = "lost", "broken", "quiet"
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked. streamed: share of the requests whose answer is streamed. max_tokens: of an answer."""
+    """What is asked.
+
+    streamed: share of the requests whose answer is streamed. max_tokens: of an answer. least_seconds: more requests than
+    `requests` are sent until the load has lasted for so long.
+    """
 
     url: str
     model: str
@@ -29,6 +33,7 @@ class Load:
     timeout_seconds: float = 120.0
     completions: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
+    least_seconds: float = 0.0
 
 
 @dataclass
@@ -70,10 +75,16 @@ def run(load: Load, during: Callable[[], object] | None = None, after: float = 0
 
 
 async def _run(load: Load, during: Callable[[], object] | None, after: float) -> Outcome:
-    outcome, numbers = Outcome(requests=load.requests), iter(range(load.requests))
-    event = asyncio.Event()
+    outcome, event = Outcome(), asyncio.Event()
     limits = httpx.Limits(max_connections=load.concurrency, max_keepalive_connections=load.concurrency)
     started = time.perf_counter()
+
+    def more() -> Iterator[int]:
+        while outcome.requests < load.requests or time.perf_counter() - started < load.least_seconds:
+            outcome.requests += 1
+            yield outcome.requests - 1
+
+    numbers = more()
     async with httpx.AsyncClient(
         base_url=load.url, timeout=load.timeout_seconds, limits=limits, trust_env=False, headers=dict(load.headers),
         verify=False,  # noqa: S501 (a test load to this machine; the certificate may be its own)

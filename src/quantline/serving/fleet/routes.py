@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Any
 
-from quantline.serving.fleet.spec import Fleet, Key, Variant
+from quantline.serving.fleet.spec import VLLM, Fleet, Key, Variant
 
 TYPE = "type.googleapis.com/envoy."
 FILTERS = f"{TYPE}extensions.filters.http."
 MODEL, PRECISION, CLIENT = "x-quantline-model", "x-quantline-precision", "x-quantline-client"
 # What a client may ask for; everything else of a server stays on loopback.
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/tokenize", "/detokenize")
+# What llama.cpp answers otherwise than vLLM, or not at all: paths, and values of a body, which the router puts into headers.
+# It takes `echo` and `prompt_logprobs` and gives no such scores, without a word.
+VLLM_PATHS = ("/v1/embeddings", "/tokenize", "/detokenize")
+SCORES = {"x-quantline-echo": ("echo", "true"), "x-quantline-scores": ("prompt_logprobs", "-?[0-9].*")}
 WEIGHTS = 10_000  # of all clusters of a route together
 
 
@@ -26,6 +30,20 @@ def chain_cluster(name: str) -> str:
 def canary_cluster(name: str) -> str:
     """The aggregate cluster that begins with the canary of a precision."""
     return f"canary/{name}"
+
+
+def scores_cluster(name: str) -> str:
+    """The aggregate cluster of those of a precision's variants that vLLM serves."""
+    return f"scores/{name}"
+
+
+def scoring(fleet: Fleet, name: str) -> tuple[str, ...] | None:
+    """Of the variants that may answer to a name those that vLLM serves; None if all are."""
+    chain, canary = list(fleet.names[name]), fleet.canary
+    if canary.share and canary.precision == name and canary.variant:
+        chain.append(canary.variant)
+    served = [member for member in dict.fromkeys(chain) if fleet.variant(member).runtime == VLLM]
+    return None if len(served) == len(set(chain)) else tuple(served)
 
 
 def is_address(host: str) -> bool:
@@ -143,7 +161,7 @@ def _told(asked: str, first: Variant, reason: str = "first") -> list[dict[str, A
 
 
 def _to_chain(fleet: Fleet, name: str, headers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The routes of a precision, one a path."""
+    """The routes of a precision: those of requests that only vLLM answers, then one a path."""
     chain, canary, shadow = fleet.precisions[name], fleet.canary, fleet.shadow
     first = fleet.variant(chain[0])
     is_shared = bool(canary.share and canary.precision == name and canary.variant)
@@ -166,22 +184,50 @@ def _to_chain(fleet: Fleet, name: str, headers: list[dict[str, Any]]) -> list[di
         fraction = {"default_value": {"numerator": part, "denominator": "TEN_THOUSAND"}}
         action["request_mirror_policies"] = [{"cluster": shadow.variant, "runtime_fraction": fraction}]
     own = {} if is_shared else {"response_headers_to_add": _told(name, first)}
-    return [
-        {"name": name, "match": {"path": path, "headers": headers}, "route": action, **own} for path in PATHS
-    ]  # fmt: skip
+    plain = [{"name": name, "match": {"path": path, "headers": headers}, "route": action, **own} for path in PATHS]
+    return [*_of_vllm(fleet, name, headers), *plain]
+
+
+def _of_vllm(fleet: Fleet, name: str, headers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The routes of requests for a name that llama.cpp would answer otherwise than vLLM; none if vLLM serves all of it."""
+    served = scoring(fleet, name)
+    if served is None:
+        return []
+    answer: dict[str, Any] = _error(
+        400, f"{name} is served by llama.cpp, which gives no embeddings, no tokens of a text and no log-probabilities of a "
+        "prompt; ask a variant that vLLM serves",
+    )  # fmt: skip
+    if served:
+        action: dict[str, Any] = {
+            "cluster": scores_cluster(name), "timeout": "0s",
+            "idle_timeout": seconds(fleet.hang_seconds * len(served) + 5),
+        }  # fmt: skip
+        if len(served) > 1:
+            action["retry_policy"] = _retries(fleet, len(served) - 1)
+        answer = {
+            "route": action,
+            "response_headers_to_add": _told(name, fleet.variant(served[0]), "runtime"),
+        }
+    matches: list[dict[str, Any]] = [{"path": path, "headers": headers} for path in VLLM_PATHS]
+    for header, (_, pattern) in SCORES.items():
+        asked = [*headers, _matches(header, pattern)]
+        matches += [{"path": path, "headers": asked} for path in PATHS if path not in VLLM_PATHS]
+    return [{"name": name, "match": match, **answer} for match in matches]
 
 
 def _to_variant(fleet: Fleet, name: str) -> list[dict[str, Any]]:
     """The routes of one variant by its name or alias, one a path: it answers itself, or nobody."""
     variant = fleet.variant(fleet.names[name][0])
     action = {"cluster": variant.name, "timeout": "0s", "idle_timeout": seconds(fleet.hang_seconds + 5)}
-    return [
+    headers = [_equals(MODEL, name)]
+    plain = [
         {
-            "name": name, "match": {"path": path, "headers": [_equals(MODEL, name)]}, "route": action,
+            "name": name, "match": {"path": path, "headers": headers}, "route": action,
             "response_headers_to_add": _told(name, variant),
         }
         for path in PATHS
     ]  # fmt: skip
+    return [*_of_vllm(fleet, name, headers), *plain]
 
 
 def _retries(fleet: Fleet, count: int) -> dict[str, Any]:

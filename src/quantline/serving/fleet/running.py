@@ -202,8 +202,8 @@ class RunningFleet:
             text = self._client.get(f"{server.url}/metrics").text
         except httpx.HTTPError:
             return True
-        values = gauge_process.read_metrics(text)
-        return not values.get("vllm:num_requests_running", 0) + values.get("vllm:num_requests_waiting", 0)
+        seen = gauge_process.seen_in(text, server.options.runtime)
+        return not seen.running + seen.waiting
 
     def _seen_fleet(self) -> Fleet:
         """The fleet as the router is to see it: without a gauge, its health checks go to the servers themselves."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from quantline.config.fleet import RestartConfig
 from quantline.config.section import Section
 from quantline.core.errors import QuantlineError
+from quantline.serving import llamacpp
 from quantline.serving.command import ServerOptions, flags_of
 from quantline.serving.running import Server
 from quantline.serving.server import serve
@@ -38,6 +39,11 @@ class Start(Section):
     def options(self) -> ServerOptions:
         """The server's options, with every name under which it answers and the limits of its queue."""
         options = replace(self.server, name=self.names[0])
+        if options.runtime == llamacpp.NAME:
+            # It answers every name with its own, and limits no queue. Its threads spin, so that the proven ones are too many
+            # beside other servers; the last time that an option is given counts.
+            threads = [] if options.threads is None else ["--threads", str(options.threads)]
+            return replace(options, proven=(*flags_of(options), *threads, *self.more))
         # The last time that an option is given counts for vLLM, so that this adds names to the one that is always given.
         flags = [*flags_of(options), "--served-model-name", *self.names]
         flags += self.more

@@ -20,6 +20,7 @@ from quantline.core.text import nearest
 
 # Headers and metrics carry these names, and the router's own clusters are told apart from them by a slash.
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+VLLM = "vllm"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -27,7 +28,8 @@ class Variant(Section):
     """A served checkpoint.
 
     weight_bytes: of its files. perplexity_increase: relative to the float model, and alarms: of its evaluation; None if they
-    are not known. max_model_len: tokens of prompt and answer.
+    are not known. max_model_len: tokens of prompt and answer. runtime: the server, `vllm` or `llamacpp`. queued_requests:
+    from which on the gauge sends requests elsewhere; None where the server refuses them itself, or has no limit.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Variant(Section):
     perplexity_increase: float | None = None
     alarms: int | None = None
     max_model_len: int | None = None
+    runtime: str = VLLM
+    queued_requests: int | None = None
 
     @property
     def address(self) -> str:

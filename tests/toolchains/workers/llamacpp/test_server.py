@@ -4,66 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import sections
+from demo_gguf import REFERENCE, demo_gguf, runner
 
-from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
-from quantline.checkpoints.linears import select_linears
-from quantline.checkpoints.model_config import read_config
+from quantline.checkpoints.checkpoint import write_safetensors
 from quantline.checkpoints.safetensors_file import SafetensorsFile
 from quantline.core.errors import ServerError
 from quantline.data.windows import build_windows
-from quantline.quantization.quantize import with_own_types
 from quantline.serving import llamacpp
 from quantline.serving.serve_smoke import Asked, serve_and_score
 from quantline.serving.server import Vllm, serve
 from quantline.toolchains import environments
-from quantline.toolchains.runner import run_worker
 from quantline.toolchains.workers.llamacpp import scoring
 from quantline.toolchains.workers.llamacpp import server as worker
 
 pytestmark = pytest.mark.toolchain("llamacpp")
 
-REFERENCE = "quantline.toolchains.workers.reference"
-
 
 @pytest.fixture(scope="module")
 def run(root, tmp_path_factory):
-    """Run a worker's job; its data."""
-    logs = tmp_path_factory.mktemp("logs")
-
-    def start(toolchain, module, job, label=""):
-        found = environments.ensure(root, toolchain)
-        return run_worker(found, module, job, log=logs / f"{module}.log", threads=1, label=label or module)
-
-    return start
+    return runner(root, tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(root, run, tmp_path_factory):
-    """The demo model in Q4_K_M, without an importance matrix."""
-    folder, model = tmp_path_factory.mktemp("gguf"), root / "assets/demo/model"
-    ids = np.random.default_rng(0).integers(0, 4000, (1, 32)).tolist()
-    run(
-        "reference",
-        f"{REFERENCE}.engine",
-        {"checkpoint": str(model), "input_ids": ids, "output": str(folder / "probe")},
-    )
-    (folder / "probe").rename(folder / "probe.safetensors")
-    options, source, config = {"type": "Q4_K_M", "imatrix": False}, Checkpoint.open(model), read_config(model)
-    widths, _ = with_own_types("gguf", options, source, config, select_linears(source, config, bits=4, group_size=32))
-    (folder / "out").mkdir()
-    job = {
-        "model": str(model), "output": str(folder / "out"), "work": str(folder / "work"), "calibration": None,
-        "probe": str(folder / "probe.safetensors"), "probe_tolerance": 1e-3, "bits": 4, "group_size": 32, "seed": 0,
-        "threads": 1, "device": "cpu", "options": options,
-        "linears": {name: asdict(width) for name, width in widths.items()},
-    }  # fmt: skip
-    run("llamacpp", "quantline.toolchains.workers.quantizers.llamacpp", job)
-    return folder / "out"
+    return demo_gguf(root, run, tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.fixture(scope="module")
