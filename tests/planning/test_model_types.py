@@ -4,7 +4,6 @@ import json
 import subprocess
 
 import pytest
-from checkout_paths import interpreter
 
 from quantline.checkpoints.model_config import WITH_IMAGES
 from quantline.planning.model_types import why_unknown
