@@ -40,9 +40,11 @@ def allocate(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.core.errors import UserError
     from quantline.evaluation.unit_losses import BUDGETED
     from quantline.pipeline import preflight
+    from quantline.pipeline.chosen import keep
     from quantline.pipeline.config import parse
     from quantline.pipeline.hydra_values import plain
     from quantline.pipeline.params_file import add_variant, line_of, refuse_unwritable
+    from quantline.pipeline.paths import PIPELINE_HOME
     from quantline.pipeline.run import StageRun
     from quantline.planning.budget import budget
 
@@ -62,7 +64,9 @@ def allocate(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     line = line_of_budget(found, overrides)
     print(_text(found, line_of(line)))
     if (name := arguments["apply"]) is not None:
-        add_variant(ROOT / "params.yaml", name, without_shared(line))
+        own = without_shared(line)
+        add_variant(ROOT / "params.yaml", name, own)
+        keep(ROOT / PIPELINE_HOME, name, own, losses, group_size=config.group_size)
         print(f"params.yaml: {name}", file=sys.stderr)
 
 

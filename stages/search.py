@@ -46,10 +46,12 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from quantline.core.files import write_json
+    from quantline.pipeline.chosen import keep
     from quantline.pipeline.config import parse
     from quantline.pipeline.hydra_values import plain
     from quantline.pipeline.identity import fingerprint
     from quantline.pipeline.params_file import add_variant, refuse_unwritable
+    from quantline.pipeline.paths import PIPELINE_HOME
     from quantline.planning.search import search as find
     from stages.allocate import measured_losses, without_shared
 
@@ -61,7 +63,8 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
         refuse_unwritable(ROOT / "params.yaml", arguments["apply"])
     overrides = [one for one in HydraConfig.get().overrides.task if one.partition("=")[0] not in ("method", "bits")]
     plain_gptq = [*overrides, "method=gptq"]  # its grid is that of rounding, and it calibrates
-    choices = _space(config, measured_losses(_composed(plain_gptq), plain_gptq), arguments)
+    losses = measured_losses(_composed(plain_gptq), plain_gptq)
+    choices = _space(config, losses, arguments)
     print(f"{len(choices.candidates)} candidates; {len(choices.pruned)} that do not work", file=sys.stderr)
     judge, documents = _judge(config, overrides)
     found = find(
@@ -71,7 +74,9 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     write_json(_FOLDER / f"{fingerprint(sorted(sys.argv[1:]))[:12]}.json", _as_plain(found, choices))
     print(_text(found, choices, goal, documents, overrides))
     if found.best is not None and (name := arguments["apply"]) is not None:
-        add_variant(ROOT / "params.yaml", name, without_shared([*found.best.overrides, *overrides]))
+        own = without_shared([*found.best.overrides, *overrides])
+        add_variant(ROOT / "params.yaml", name, own)
+        keep(ROOT / PIPELINE_HOME, name, own, losses, group_size=config.group_size)
         print(f"params.yaml: {name}", file=sys.stderr)
     if found.best is None:
         sys.exit(1)

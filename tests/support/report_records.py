@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from composer import Composer
 from variant_records import REFUSED, config, result
 
+from quantline.pipeline.chosen import keep
 from quantline.pipeline.records import VariantRecord
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -208,3 +210,17 @@ def records(
         overrides = f"model=demo method={method} bits={bits}"
         found.append(VariantRecord(name, options(name, method, bits), overrides, results, root))
     return found
+
+
+UNITS = ("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.gate_proj+up_proj", "mlp.down_proj")
+RULES = [{"match": "model.layers.1.self_attn.[qkv]_proj", "skip": True}, {"match": "*.down_proj", "bits": 8}]
+
+
+def choose(record: VariantRecord, artifacts: Path, *, layers: int = 5, search: dict[str, Any] | None = None) -> None:
+    """Give a variant rules by layer, chosen from losses that are kept."""
+    record.config["layers"] = {"rules": RULES}
+    losses = {
+        (f"model.layers.{layer}.{unit}", bits): 4.0 ** (1 - bits) * (1 + layer) * (1 + at)
+        for layer in range(layers) for at, unit in enumerate(UNITS) for bits in (2, 3, 4, 8)
+    }  # fmt: skip
+    keep(artifacts, record.name, shlex.split(record.overrides)[1:], losses, group_size=128, search=search)

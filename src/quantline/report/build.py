@@ -18,7 +18,7 @@ from quantline.core.secrets import Scrubber
 from quantline.data.download import spoken_name
 from quantline.pipeline.paths import REPORT_MANIFEST
 from quantline.pipeline.records import VariantRecord
-from quantline.report import layer_plots, plots, run_plots, run_tables, tables
+from quantline.report import choice, layer_plots, plots, run_plots, run_tables, tables
 from quantline.report.document import Report
 from quantline.report.evidence import Evidence, Row, gather, made_of
 from quantline.report.recommendation import recommend
@@ -86,6 +86,7 @@ def compile_report(evidence: Sequence[Evidence], options: ReportConfig, drill: R
         run_plots.tasks(made["tasks"].rows, order, gate),
         *layer_plots.heat_maps(evidence),
         layer_plots.restored(made["restored"].rows, order),
+        *choice.heat_maps(evidence),
         run_plots.speed(evidence, order),
         run_plots.ratios(evidence, order),
         plots.memory(made["memory"], order),

@@ -29,7 +29,8 @@ class Part:
 @dataclass(frozen=True)
 class Section:
     """A section between the alarms and the glossary. key: its anchor. name: in the page's navigation. said: its first
-    paragraph, in which `{level}` is the level of the intervals in per cent.
+    paragraph, in which `{level}` is the level of the intervals in per cent. optional: it has only those parts
+    that are there, and is left out if none is.
     """
 
     key: str
@@ -37,6 +38,7 @@ class Section:
     heading: str
     parts: tuple[Part, ...]
     said: str = ""
+    optional: bool = False
 
 
 SECTIONS = (
@@ -59,6 +61,15 @@ SECTIONS = (
             Part("table", "worst_layers"), Part("files", "layers", "Every linear:"),
             Part("plot", "restored"), Part("table", "restored"),
         ),
+    ),
+    Section(
+        "choice", "Choice", "How were they chosen?",
+        (
+            Part("plot", "losses-", "What rounding one unit of linears alone costs, in nats a token, and the width that the "
+                 "variant gave it. A unit is what the server fuses.", folded="Loss of each unit by width."),
+            Part("files", "unit_losses", "Every unit and width:"),
+        ),
+        optional=True,
     ),
     Section(
         "speed", "Speed", "How fast is it here?",
@@ -130,6 +141,20 @@ class Report:
         if not name.endswith("-"):
             return [self.plots[name]] if name in self.plots else []
         return [plot for key, plot in self.plots.items() if key.startswith(name)]
+
+    @property
+    def sections(self) -> list[Section]:
+        """The sections that it has."""
+        return [one for one in SECTIONS if self.parts(one)]
+
+    def parts(self, section: Section) -> list[Part]:
+        """The parts of a section; those of an optional one that are there."""
+        if not section.optional:
+            return list(section.parts)
+        return [
+            part for part in section.parts
+            if (self.plots_of(part.name) if part.kind == "plot" else part.name in self.tables)
+        ]  # fmt: skip
 
     def said(self, section: Section) -> str:
         """The first paragraph of a section."""

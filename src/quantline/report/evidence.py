@@ -14,6 +14,7 @@ from typing import Any
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.evaluation.speed.trust import trusted
+from quantline.pipeline.chosen import kept
 from quantline.pipeline.paths import REPORT_MANIFEST, stage_paths
 from quantline.pipeline.records import VariantRecord
 from quantline.pipeline.stages import PIPELINE
@@ -90,6 +91,11 @@ class Evidence:
     def proof(self) -> Row:
         """conversion_proof.json of convert."""
         return self._json("convert", "conversion_proof.json")
+
+    @cached_property
+    def chosen(self) -> Row:
+        """How it was chosen, see `pipeline.chosen`; empty if no command chose it."""
+        return kept(self.home, self.name, self.record.overrides)
 
     @property
     def flags(self) -> list[Row] | None:

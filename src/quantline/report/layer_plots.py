@@ -15,7 +15,7 @@ from quantline.report.svg import Plot, ink
 
 # Up to this many cells, each shows its number.
 _WRITTEN = 260
-_RAMP = ("#f4f1e8", "#f0d9a8", "#e9a860", "#d4673c", "#a32a3a", "#5c1040")
+RAMP = ("#f4f1e8", "#f0d9a8", "#e9a860", "#d4673c", "#a32a3a", "#5c1040")
 
 
 def heat_maps(evidence: Sequence[Evidence]) -> list[Plot]:
@@ -54,7 +54,7 @@ def _heat_map(
     if np.isnan(cells).all():
         return None
     levels = _levels(item)
-    ramp = LinearSegmentedColormap.from_list("errors", _RAMP)
+    ramp = LinearSegmentedColormap.from_list("errors", RAMP)
     width = 190 + 52 * min(len(layers), 12) + 22 * max(0, len(layers) - 12)
     with svg.canvas(max(430, width), 84 + 25 * len(kinds)) as figure:
         axes = figure.add_subplot()

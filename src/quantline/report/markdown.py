@@ -35,7 +35,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield from ("", f"## {section.heading}")
         if section.said:
             yield from ("", report.said(section))
-        for part in section.parts:
+        for part in report.parts(section):
             yield from _part(report, part)
     yield from ("", "## Words", "", *(f"- **{term}**: {meaning}" for term, meaning in report.glossary.items()))
 

@@ -17,7 +17,7 @@ _LONG = 12
 @dataclass(frozen=True)
 class Table:
     """caption: its content, in one sentence. shown: number of rows on a page, the first ones; None shows all. main: the
-    page never folds it. absent: why there are no rows, if they were measured.
+    page never folds it. absent: why there are no rows, if they were measured. optional: there is no such table without rows.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Table:
     shown: int | None = None
     main: bool = False
     absent: str = ""
+    optional: bool = False
 
     @property
     def page_rows(self) -> list[Row]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from quantline.evaluation.bootstrap import caution
 from quantline.pipeline.figures import mean_ratio
-from quantline.report import run_tables
+from quantline.report import choice, run_tables
 from quantline.report.evidence import Evidence, Row
 from quantline.report.table import Table, variant_column
 from quantline.report.units import Column
@@ -19,11 +19,13 @@ def all_tables(evidence: Sequence[Evidence], worst_layers: int) -> dict[str, Tab
     """Every table by its name, in the order of the report."""
     makers: list[Callable[[Sequence[Evidence]], Table]] = [
         variants, quality, generations, tasks, lambda found: worst(found, worst_layers), layers, restored,
+        choice.losses,
         run_tables.speed, run_tables.speed_ratios, run_tables.servers, run_tables.memory, run_tables.serving,
         alarms, notes,
         run_tables.costs, run_tables.environment, run_tables.fingerprints, run_tables.commands, run_tables.protocol,
     ]  # fmt: skip
-    return {table.name: table for table in (make(evidence) for make in makers)}
+    made = (make(evidence) for make in makers)
+    return {table.name: table for table in made if table.rows or not table.optional}
 
 
 def variants(evidence: Sequence[Evidence]) -> Table:
