@@ -11,7 +11,9 @@ Examples:
 from __future__ import annotations
 
 import math
+import shlex
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from quantline.pipeline.command_line import Option
@@ -30,6 +32,7 @@ OPTIONS = [
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from omegaconf import DictConfig
 
@@ -45,7 +48,7 @@ _FOLDER = ROOT / "scratch" / "search"
 def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from quantline.core.files import write_json
+    from quantline.lifecycle.publish import publish_search
     from quantline.pipeline.chosen import keep
     from quantline.pipeline.config import parse
     from quantline.pipeline.hydra_values import plain
@@ -53,9 +56,11 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.pipeline.params_file import add_variant, refuse_unwritable
     from quantline.pipeline.paths import PIPELINE_HOME
     from quantline.planning.search import search as find
+    from quantline.planning.search_record import search_record
+    from quantline.report.choice import write_search
     from stages.allocate import measured_losses, without_shared
 
-    goal, most = _goal(arguments), _count("measurements", arguments["measurements"])
+    goal, most, started = _goal(arguments), _count("measurements", arguments["measurements"]), time.time()
     config = parse(plain(cfg))
     _methods(arguments["methods"])
     _number("step", arguments["step"])
@@ -71,15 +76,36 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
         choices.candidates, goal, judge, shares=len(_SHARES), most=most,
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
-    write_json(_FOLDER / f"{fingerprint(sorted(sys.argv[1:]))[:12]}.json", _as_plain(found, choices))
+    line = [*found.best.overrides, *overrides] if found.best else None
+    typed = [*sys.argv[1:], *(f"{name}={value}" for name, value in arguments.items() if _given(name, value))]
+    record = search_record(
+        found, choices.candidates, choices.pruned, goal, documents=documents, line=line,
+        command=shlex.join(["python", "-m", "stages.search", *sorted(typed)]), times=(started, time.time() - started),
+    )  # fmt: skip
+    files = write_search(record, _FOLDER / fingerprint(record["command"])[:12])
     print(_text(found, choices, goal, documents, overrides))
-    if found.best is not None and (name := arguments["apply"]) is not None:
-        own = without_shared([*found.best.overrides, *overrides])
+    if line is not None and (name := arguments["apply"]) is not None:
+        own = without_shared(line)
         add_variant(ROOT / "params.yaml", name, own)
-        keep(ROOT / PIPELINE_HOME, name, own, losses, group_size=config.group_size)
+        keep(
+            ROOT / PIPELINE_HOME,
+            name,
+            own,
+            losses,
+            group_size=config.group_size,
+            search={**record, "started": None, "seconds": None},
+        )
         print(f"params.yaml: {name}", file=sys.stderr)
+    if config.tracking.enabled:
+        publish_search(record, files, config, ROOT)
     if found.best is None:
         sys.exit(1)
+
+
+def _given(name: str, value: str | None) -> bool:
+    """Whether an option says what is searched for, and not only what is done with the answer."""
+    usual = next(option.default for option in OPTIONS if option.name == name)
+    return name != "apply" and value is not None and value != usual
 
 
 def _judge(config: Config, overrides: list[str]) -> tuple[Callable[[Candidate, int], Measurement], list[int]]:
@@ -99,7 +125,7 @@ def _judge(config: Config, overrides: list[str]) -> tuple[Callable[[Candidate, i
     run = StageRun("search", config, ROOT, tuple(overrides))
     float_model, lock = run.input("download") / "model", locks_identity(ROOT, "reference")
     engine = Engine(run.side_worker, run.device, config.threads, config.evaluate.batch_tokens)
-    race = Race(build_windows(float_model, config.evaluate), _SHARES, engine, _FOLDER / "losses")
+    race = Race(build_windows(float_model, config.evaluate), _SHARES, engine, _FOLDER / "losses", float_model)
     configs: dict[str, Config] = {}
 
     def key(stage: str, of: Config) -> str:
@@ -109,8 +135,13 @@ def _judge(config: Config, overrides: list[str]) -> tuple[Callable[[Candidate, i
         if one.name not in configs:
             configs[one.name] = _composed([*overrides, *one.overrides])
         own, variant = configs[one.name], f"search-{fingerprint(one.overrides)[:12]}"
+        named = key("convert", own)
+
+        def checkpoint() -> Path:
+            return made(own, variant, WORK, ROOT)[0]
+
         try:
-            scored = race.sums(key("convert", own), lambda: made(own, variant, WORK, ROOT)[0], share)
+            scored, kl = race.sums(named, checkpoint, share), race.divergence(named, checkpoint)
         except DiskFullError:  # no fault of the candidate
             raise
         except QuantlineError as error:
@@ -118,7 +149,7 @@ def _judge(config: Config, overrides: list[str]) -> tuple[Callable[[Candidate, i
             return Measurement(one.name, share, math.inf, math.inf, math.inf)
         base = race.sums(key("download", config), lambda: float_model, share)
         found = compared(scored, base, config.evaluate.bootstrap)
-        return Measurement(one.name, share, found.estimate, found.low, found.high)
+        return Measurement(one.name, share, found.estimate, found.low, found.high, kl)
 
     return judge, [len(share) for share in race.shares]
 
@@ -198,12 +229,6 @@ def _composed(overrides: list[str]) -> Config:
     from quantline.pipeline.config import parse
 
     return parse(compose_values(ROOT / "conf", overrides))
-
-
-def _as_plain(found: Found, choices: Space) -> dict[str, object]:
-    from dataclasses import asdict
-
-    return {**asdict(found), "candidates": [asdict(one) for one in choices.candidates], "pruned": choices.pruned}
 
 
 def _text(found: Found, choices: Space, goal: Goal, documents: list[int], overrides: list[str]) -> str:

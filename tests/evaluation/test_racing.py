@@ -82,3 +82,27 @@ def test_the_same_scores_lose_nothing(race):
     assert (same.estimate, same.low, same.high) == (0, 0, 0)
     worse = compared((sums[0] + 0.1 * sums[1], sums[1]), sums, sections.bootstrap(resamples=200))
     assert worse.estimate == pytest.approx(np.expm1(0.1))
+
+
+def test_the_divergence_is_measured_on_the_smallest_share_beside_the_float_model(tmp_path):
+    jobs = []
+
+    def worker(toolchain, module, job, label):
+        jobs.append(job)
+        ids = SafetensorsFile.open(Path(job["windows"])).read("input_ids")
+        scores = {"logprobs": -ids.astype(np.float32) / 100, "top1": ids}
+        if "baseline" in job:
+            scores["kl"] = np.full(len(ids), 0.25, np.float32)
+        write_safetensors(Path(job["output"]), scores)
+        return JobResult({}, 1.0, 0)
+
+    def race():
+        return Race(windows(), SHARES, Engine(worker, "cpu", 1, 64), tmp_path / "kept", Path("float"))
+
+    first = race()
+    first.sums("a", lambda: Path("a"), 2)
+    assert [job.get("baseline") for job in jobs] == ["float", None, None]
+    assert race().divergence("a", lambda: Path("never")) == pytest.approx(0.25)
+    first.sums("float", lambda: Path("float"), 0)
+    assert "baseline" not in jobs[-1], "the float model beside itself"
+    assert first.divergence("float", lambda: Path("float")) is None

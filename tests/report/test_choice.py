@@ -14,6 +14,7 @@ from quantline.pipeline.records import VariantRecord
 from quantline.report import choice
 from quantline.report.build import build
 from quantline.report.evidence import Evidence, gather
+from tests.planning.test_search_record import record
 
 
 def chosen_records(folder: Path, **more: Any) -> list[VariantRecord]:
@@ -70,3 +71,30 @@ def test_an_edited_line_is_not_explained_by_what_chose_another(tmp_path: Path, r
 @pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (0.0123, "0.012"), (0.000123, "1.2e-4"), (1.5, "1.5")])
 def test_numbers_in_cells_are_short(value: float, text: str) -> None:
     assert choice._short(value) == text
+
+
+def test_a_search_is_told_with_its_goal_its_front_and_what_was_not_tried(tmp_path: Path, rules: ReportConfig) -> None:
+    records = chosen_records(tmp_path, search={**record(), "started": None, "seconds": None})
+    build(records, tmp_path / "artifacts", rules, tmp_path / "report")
+    for name in ("index.html", "report.md"):
+        text = (tmp_path / "report" / name).read_text()
+        assert "the smallest variant whose perplexity grows by at most 1 %" in text
+        assert "its whole interval is beyond 1 % on 8 of 24 documents" in text
+        assert "awq takes 4" in text
+    assert "rtn-6" in (tmp_path / "report" / "plots" / "front-gptq-w4-g128.svg").read_text()
+
+
+def test_the_front_is_drawn_with_limits_and_those_decided_early_are_hollow() -> None:
+    plot = choice.front(record(), "small")
+    assert plot is not None
+    assert plot.drawn.count("<title>") == 1 + 4  # the limit, and each measured candidate
+    assert "limit: 1 %" in plot.drawn
+    assert "The answer is rtn-6 (ring)." in plot.caption
+    assert choice.front({**record(), "candidates": []}, "none") is None
+
+
+def test_a_search_is_written_as_tables_and_a_picture(tmp_path: Path) -> None:
+    files = choice.write_search(record(), tmp_path / "new" / "folder")
+    assert set(files) == {"record.json", "candidates.csv", "front.csv", "front.svg"}
+    names = [line.partition(",")[0] for line in files["front.csv"].read_text().splitlines()]
+    assert names == ["name", "rtn-w4", "rtn-5", "rtn-6", "rtn-w8"]

@@ -49,7 +49,9 @@ class Race:
         scored: how often a checkpoint was scored here; what was found does not count.
     """
 
-    def __init__(self, windows: Windows, shares: Sequence[float], engine: Engine, folder: Path) -> None:
+    def __init__(
+        self, windows: Windows, shares: Sequence[float], engine: Engine, folder: Path, baseline: Path | None = None
+    ) -> None:
         """Set it up.
 
         Args:
@@ -57,7 +59,9 @@ class Race:
             shares: growing, the last one 1.
             engine: for scoring.
             folder: keeps the losses.
+            baseline: the float model, which is scored beside every checkpoint on the smallest share for `divergence`.
         """
+        self._baseline = baseline
         count = len(windows.document_ids)
         order = sorted(range(count), key=lambda number: draw(0, "race", number))
         ends = [min(count, max(_FEWEST, round(share * count))) for share in shares]
@@ -80,8 +84,13 @@ class Race:
         nll, tokens = np.full(count, np.nan), np.full(count, np.nan)
         for step in range(share + 1):
             if len(self._added[step]):
-                nll[self._added[step]], tokens[self._added[step]] = self._step(key, checkpoint, step)
+                nll[self._added[step]], tokens[self._added[step]] = self._step(key, checkpoint, step)[:2]
         return nll[self.shares[share]], tokens[self.shares[share]]
+
+    def divergence(self, key: str, checkpoint: Callable[[], Path]) -> float | None:
+        """KL(float || checkpoint) on the smallest share, nats a token; None if it was scored without the float model."""
+        found = self._step(key, checkpoint, 0)
+        return float(found[2].sum() / found[1].sum()) if len(found) > 2 else None
 
     def _step(self, key: str, checkpoint: Callable[[], Path], step: int) -> NDArray[Any]:
         part = of_documents(self._windows, self._added[step])
@@ -92,13 +101,18 @@ class Race:
             return found
         with TemporaryDirectory(prefix="quantline-race-") as work:
             out = Path(work, "scores.safetensors")
+            own, beside = checkpoint(), self._baseline if step == 0 else None
             job = {
-                "checkpoint": str(checkpoint()), "windows": str(save_windows(part, Path(work))), "output": str(out),
+                "checkpoint": str(own), "windows": str(save_windows(part, Path(work))), "output": str(out),
                 "device": self._engine.device, "threads": self._engine.threads,
                 "batch_tokens": self._engine.batch_tokens,
+                **({"baseline": str(beside)} if beside is not None and beside != own else {}),
             }  # fmt: skip
             self._engine.run_worker(*_WORKER, job, f"score {len(part.document_ids)} documents")
-            sums = np.stack(document_sums(part, -load_scores(out)["logprobs"]))
+            scores = load_scores(out)
+            sums = np.stack(document_sums(part, -scores["logprobs"]))
+            if "baseline" in job:
+                sums = np.concatenate([sums, document_sums(part, scores["kl"])[:1]])
         self.scored += 1
         self._folder.mkdir(parents=True, exist_ok=True)
         with replaced(kept) as temporary, temporary.open("wb") as file:

@@ -12,7 +12,7 @@ from typing import Any
 from quantline.core.errors import TrackingError
 from quantline.lifecycle.storage.dvc_lock import REPAIR
 from quantline.lifecycle.storage.dvc_outputs import unlocked_stages, with_locks
-from quantline.lifecycle.tracking.store import experiment_name
+from quantline.lifecycle.tracking.store import experiment_name, resolve_uri
 from quantline.pipeline.config import Config
 from quantline.pipeline.paths import BY_HAND, MANUAL_HOME
 from quantline.pipeline.records import VariantRecord, manual_record
@@ -56,6 +56,29 @@ def publish_records(
     print(done, file=sys.stderr)
     for warning in [*done.warnings, *notes]:
         print(f"  note: {warning}", file=sys.stderr)
+    return True
+
+
+def publish_search(record: Mapping[str, Any], files: Mapping[str, Path], config: Config, root: Path) -> bool:
+    """Publish a search and its candidates; returns whether it worked. A server that is down is reported, never raised.
+
+    Args:
+        record: of `planning.search_record`.
+        files: artifacts by their name there.
+        config: which server and experiment.
+        root: the checkout.
+    """
+    from quantline.lifecycle.tracking.searches import publish_plan
+
+    uri, experiment = resolve_uri(config.tracking.uri, root), experiment_name(config.tracking, config.model)
+    try:
+        done = publish_plan(
+            record, files, uri=uri, experiment=experiment, timeout_seconds=config.tracking.timeout_seconds
+        )
+    except TrackingError as error:
+        print(f"NOT PUBLISHED: {error}", file=sys.stderr)
+        return False
+    print(done, file=sys.stderr)
     return True
 
 

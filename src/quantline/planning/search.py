@@ -50,7 +50,8 @@ class Goal:
 class Measurement:
     """The relative growth of the perplexity on a share of the documents, with its interval; share: its number.
 
-    All three are infinite for a candidate that could not be made.
+    All three are infinite for a candidate that could not be made. kl: divergence from the float model on the smallest share,
+    nats a token; None if it was not measured.
     """
 
     candidate: str
@@ -58,6 +59,7 @@ class Measurement:
     loss: float
     low: float
     high: float
+    kl: float | None = None
 
 
 @dataclass(frozen=True)

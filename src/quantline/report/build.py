@@ -86,6 +86,7 @@ def compile_report(evidence: Sequence[Evidence], options: ReportConfig, drill: R
         run_plots.tasks(made["tasks"].rows, order, gate),
         *layer_plots.heat_maps(evidence),
         layer_plots.restored(made["restored"].rows, order),
+        *choice.fronts(evidence),
         *choice.heat_maps(evidence),
         run_plots.speed(evidence, order),
         run_plots.ratios(evidence, order),

@@ -1,22 +1,24 @@
-"""How variants were chosen: the loss of each unit of linears by width, with the width that the variant gave it."""
+"""How variants were chosen: the search that found them, and the loss of each unit of linears by width."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quantline.checkpoints.linears import place_of
+from quantline.core.files import write_json
 from quantline.planning.allocation import FLOAT_BITS
 from quantline.planning.budget import patterns
 from quantline.report import svg
 from quantline.report.evidence import Evidence, Row
 from quantline.report.layer_plots import RAMP
 from quantline.report.svg import Plot, ink
-from quantline.report.table import Table, variant_column
+from quantline.report.table import Table, as_csv, variant_column
 from quantline.report.units import Column
 
 # If every unit lost as much as a pale one, the perplexity would grow by less than the first; of dark ones by more than the
@@ -26,6 +28,135 @@ _PALE, _DARK = 0.01, 0.1
 _WRITTEN = 400
 # The widest drawing of all layers; cells get narrower.
 _CELLS_WIDE = 980
+
+
+def searches(evidence: Sequence[Evidence]) -> Table:
+    """One row for each variant that a search found: the goal and what it took."""
+    rows = [
+        {"variant": item.name, "candidates": len(found["candidates"]),
+         **{key: found[key] for key in ("goal", "answer", "measured", "command")}}
+        for item, found in _searched(evidence)
+    ]  # fmt: skip
+    columns = (
+        variant_column(), Column("goal", "goal"), Column("answer", "answer", "code"),
+        Column("measured", "measured", "count"), Column("candidates", "candidates", "count"),
+        Column("command", "command", "code"),
+    )  # fmt: skip
+    return Table("searches", "What was searched for.", columns, rows, optional=True)
+
+
+def measured(evidence: Sequence[Evidence]) -> Table:
+    """The candidates that a search measured."""
+    rows = [
+        {"variant": item.name, "candidate": row["name"], **{key: value for key, value in row.items() if key != "name"}}
+        for item, found in _searched(evidence) for row in found["candidates"] if row["documents"] is not None
+    ]  # fmt: skip
+    columns = (
+        Column("candidate", "candidate", "code"), Column("state", "became"), Column("front", "on the front", "yes"),
+        Column("size_bytes", "weights on disk", "bytes"),
+        Column("change_percent", "perplexity growth", "growth", "low", "high"), Column("kl", "KL", "nats"),
+        Column("documents", "documents", "count"), Column("why", "why"), variant_column(),
+    )  # fmt: skip
+    return Table("search_measured", "What the search measured.", columns, rows, optional=True)
+
+
+def untried(evidence: Sequence[Evidence]) -> Table:
+    """The candidates without figures, and why."""
+    rows = [
+        {"variant": item.name, "candidate": row["name"], **{key: row[key] for key in ("state", "why", "size_bytes")}}
+        for item, found in _searched(evidence) for row in found["candidates"] if row["documents"] is None
+    ]  # fmt: skip
+    columns = (
+        Column("candidate", "candidate", "code"), Column("state", "became"), Column("why", "why"),
+        Column("size_bytes", "weights on disk", "bytes", missing="-"), variant_column(),
+    )  # fmt: skip
+    return Table("search_untried", "What was not tried, and why.", columns, rows, optional=True)
+
+
+def _searched(evidence: Sequence[Evidence]) -> list[tuple[Evidence, Row]]:
+    return [(item, item.chosen["search"]) for item in evidence if item.chosen.get("search")]
+
+
+def fronts(evidence: Sequence[Evidence]) -> list[Plot]:
+    """One plot for each variant that a search found."""
+    return [plot for item, found in _searched(evidence) if (plot := front(found, item.name))]
+
+
+def front(search: Mapping[str, Any], name: str) -> Plot | None:
+    """Growth of the perplexity against size of the candidates that a search measured, with intervals, limits and front.
+
+    Args:
+        search: of `planning.search_record`.
+        name: ends the plot's name.
+    """
+    rows = [row for row in search["candidates"] if row["change_percent"] is not None]
+    if not rows:
+        return None
+    tips: dict[str, str] = {}
+    with svg.canvas(680, 380) as figure:
+        axes = figure.add_subplot()
+        ends = [row[key] for row in rows for key in ("change_percent", "low", "high")]
+        if max(ends) > 20:
+            axes.set_yscale("symlog", linthresh=1.0, linscale=0.8)
+        steps = sorted((row for row in rows if row["front"]), key=lambda row: row["size_bytes"])
+        axes.step([row["size_bytes"] / 1e6 for row in steps], [row["change_percent"] for row in steps], where="post",
+                  color=ink("muted"), linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)  # fmt: skip
+        limits = (axes.axhline, search["loss_at_most"], 100.0, "%"), (axes.axvline, search["size_at_most"], 1e-6, "MB")
+        for draw, limit, unit, word in limits:
+            if limit is not None:
+                svg.gid(
+                    draw(limit * unit, color=ink("bad"), linewidth=1.1, zorder=1),
+                    tips,
+                    f"limit: {limit * unit:.4g} {word}",
+                )
+        for row in rows:
+            _candidate(axes, row, tips)
+        axes.margins(x=0.16, y=0.14)
+        axes.set_xlabel("weights on disk, MB (left is smaller)")
+        axes.set_ylabel("growth of the perplexity, %" + (" (logarithmic above 1)" if max(ends) > 20 else ""))
+        about = "; ".join(
+            f"{row['name']} {row['size_bytes'] / 1e6:.3g} MB {row['change_percent']:+.2f} %" for row in rows
+        )
+        answer = f"The answer is {search['answer']} (ring)." if search["answer"] else "Nothing meets it."
+        return svg.finish(
+            figure, f"front-{name}", title=f"What the search measured, {name}", description=f"{about}. {answer}",
+            caption=f"Goal: {search['goal']}. {answer} Bars are intervals. Hollow points were decided on a part of the "
+            "documents. The front is dashed, limits are red.", tips=tips,
+        )  # fmt: skip
+
+
+def write_search(search: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+    """Write a search into a folder: record.json, tables as CSV, and the picture of its front; returns the files by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "record.json", search)
+    rows = search["candidates"]
+    texts = {
+        "candidates.csv": rows,
+        "front.csv": sorted((row for row in rows if row["front"]), key=lambda row: row["size_bytes"]),
+    }
+    for name, found in texts.items():
+        columns = tuple(Column(key, key) for key in (rows[0] if rows else {}))
+        (folder / name).write_text(as_csv(Table(name, "", columns, list(found))), encoding="utf-8")
+    picture = front(search, "search")
+    if picture is not None:
+        (folder / "front.svg").write_text(picture.file, encoding="utf-8")
+    return {name: folder / name for name in ("record.json", *texts, *(["front.svg"] if picture else []))}
+
+
+def _candidate(axes: Any, row: Row, tips: dict[str, str]) -> None:
+    won, colour = row["state"] == "winner", ink("good" if row["state"] == "winner" else "c1")
+    x, y = row["size_bytes"] / 1e6, row["change_percent"]
+    axes.vlines(x, row["low"], row["high"], color=colour, linewidth=2, zorder=2)
+    if won:
+        axes.plot([x], [y], marker="o", markersize=16, color="none", markeredgecolor=colour, markeredgewidth=1.8)
+    whole = row["state"] in ("winner", "finalist")
+    (point,) = axes.plot([x], [y], marker="o", markersize=7, color=colour if whole else ink("bg"), markeredgecolor=colour,
+                         markeredgewidth=1.6, linestyle="none", zorder=3)  # fmt: skip
+    svg.gid(
+        point, tips, f"{row['name']}: {x:.3g} MB, {y:+.3g} % [{row['low']:+.3g}, {row['high']:+.3g}], {row['state']}"
+    )
+    axes.annotate(row["name"], (x, y), xytext=(9, 3), textcoords="offset points", fontsize=8.6,
+                  weight="bold" if won else "normal")  # fmt: skip
 
 
 def losses(evidence: Sequence[Evidence]) -> Table:

@@ -63,8 +63,10 @@ SECTIONS = (
         ),
     ),
     Section(
-        "choice", "Choice", "How were they chosen?",
+        "search", "Search", "How were they chosen?",
         (
+            Part("table", "searches"), Part("plot", "front-"), Part("table", "search_measured"),
+            Part("table", "search_untried"),
             Part("plot", "losses-", "What rounding one unit of linears alone costs, in nats a token, and the width that the "
                  "variant gave it. A unit is what the server fuses.", folded="Loss of each unit by width."),
             Part("files", "unit_losses", "Every unit and width:"),
@@ -83,6 +85,7 @@ SECTIONS = (
         "fleet", "Fleet", "Does the fleet lose requests?", (Part("table", "fleet"),),
         "Several of these variants behind one endpoint, the first of the chain with a fault while requests come. A request "
         "is lost if it got no answer before its first byte.",
+        optional=True,
     ),
     Section("memory", "Memory", "How much memory does it need?", (Part("plot", "memory"), Part("table", "memory"))),
     Section(
@@ -126,15 +129,6 @@ class Report:
     alarm_advice: str
     alarms: dict[str, list[Row]]
     unwatched: list[str]
-
-    @property
-    def sections(self) -> tuple[Section, ...]:
-        """The sections that there is anything to say in: without a drill there is none of a fleet."""
-        return tuple(
-            section
-            for section in SECTIONS
-            if all(part.name in self.tables for part in section.parts if part.kind == "table")
-        )
 
     def plots_of(self, name: str) -> list[Plot]:
         """The plot with this name, or with `errors-` the plots of all variants; empty if nothing was drawn."""

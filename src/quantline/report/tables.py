@@ -19,7 +19,7 @@ def all_tables(evidence: Sequence[Evidence], worst_layers: int) -> dict[str, Tab
     """Every table by its name, in the order of the report."""
     makers: list[Callable[[Sequence[Evidence]], Table]] = [
         variants, quality, generations, tasks, lambda found: worst(found, worst_layers), layers, restored,
-        choice.losses,
+        choice.searches, choice.measured, choice.untried, choice.losses,
         run_tables.speed, run_tables.speed_ratios, run_tables.servers, run_tables.memory, run_tables.serving,
         alarms, notes,
         run_tables.costs, run_tables.environment, run_tables.fingerprints, run_tables.commands, run_tables.protocol,

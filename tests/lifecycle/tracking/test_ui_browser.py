@@ -11,8 +11,12 @@ from mlflow_server import running
 from variant_records import four
 
 import tests.lifecycle.tracking.test_writer as test_tracking
-from quantline.lifecycle.tracking.view import CHARTS, COLUMNS, view_path
+from quantline.lifecycle.tracking.searches import publish_plan
+from quantline.lifecycle.tracking.store import resolve_uri
+from quantline.lifecycle.tracking.view import CHARTS, COLUMNS, SEARCH_COLUMNS, VIEW_SEARCHES, view_path
+from quantline.report.choice import write_search
 from tests.lifecycle.tracking.test_writer import to
+from tests.planning.test_search_record import record as a_search
 
 database, store = test_tracking.database, test_tracking.root  # fixtures
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -114,3 +118,26 @@ def test_the_variants_are_compared_in_readable_columns_and_by_the_figures_first(
     # The comparison's own table makes only the rows in sight, the first ones by name.
     for word in (*NAMES, "1 quality/change_percent", "2 size/size_mb", "3 serving/speed_up"):
         assert word in comparison, comparison
+
+
+def test_a_search_unfolds_its_candidates_with_state_figures_and_why(store, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    files, uri = write_search(a_search(), tmp_path), resolve_uri(None, store)
+    experiment = publish_plan(a_search(), files, uri=uri, experiment="quantline/demo").experiment_id
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with running(store, port, "ui"), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=120_000)
+        page = browser.new_page(viewport={"width": 1400, "height": 720})
+        page.set_default_timeout(MILLISECONDS)
+        page.goto(f"http://127.0.0.1:{port}/#{view_path(experiment, VIEW_SEARCHES)}")
+        page.get_by_role("link", name="search ").first.wait_for()
+        page.locator(".ag-cell[col-id*='Run Name'] button").first.click()  # the plus sign
+        page.get_by_role("link", name="rtn-6", exact=True).wait_for()
+        shown = page.inner_text("body")
+        browser.close()
+    for text in ("+0.30 % [+0.20, +0.40]", "winner", "raced out", "pruned", "awq takes 4", *SEARCH_COLUMNS):
+        assert text in shown, shown
+    assert shown.index("rtn-6") < shown.index("rtn-5") < shown.index("awq-w8"), "the winner first"

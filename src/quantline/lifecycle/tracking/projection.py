@@ -54,7 +54,8 @@ class RunContent:
     samples: tuple[SystemSample, ...] = ()
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """SHA-256 of plain values, hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
 
 
@@ -70,7 +71,7 @@ def flatten(values: Mapping[str, Any], skip: Sequence[str] = (), prefix: str = "
             continue
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         if len(text) > MAX_PARAM_CHARS:
-            mark = f"... sha256 {_digest(value)}"
+            mark = f"... sha256 {digest(value)}"
             text = text[: MAX_PARAM_CHARS - len(mark)] + mark
         flat[_legal(name)[:250]] = text
     return flat
@@ -80,7 +81,8 @@ def _legal(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "_-. /" else "_" for letter in name).strip("/ ")
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among values, under names that MLflow takes."""
     # MLflow stores infinity as the largest float. It is replaced here so that a run compares equal to its plan.
     largest = sys.float_info.max
     numbers: dict[str, float] = {}
@@ -100,7 +102,7 @@ def variant_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     owner: dict[str, str] = {}
     for result in results:
         stage = str(result["stage"])
-        for name, value in _numbers(result.get("metrics") or {}).items():
+        for name, value in numbers(result.get("metrics") or {}).items():
             if stage not in COMPARED:
                 metrics[f"{stage}/{name}"] = value
                 continue
@@ -110,7 +112,7 @@ def variant_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         costs = {f"seconds/{stage}": (result.get("timings") or {}).get("total_seconds")}
         costs[f"peak_memory_bytes/{stage}"] = result.get("peak_memory_bytes")
         costs.update({f"{name}/{stage}": value for name, value in monitor_peaks(result).items()})
-        metrics.update(_numbers(costs))
+        metrics.update(numbers(costs))
     return metrics
 
 
@@ -134,7 +136,7 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
     row = measured(record)
     tags = {
         **columns_of(row),
-        "quantline.fingerprint": _digest([result.get("fingerprint") for result in results]),
+        "quantline.fingerprint": digest([result.get("fingerprint") for result in results]),
         "quantline.overrides": scrubber(record.overrides),
         "quantline.stages": " ".join(result["stage"] for result in results),
         "quantline.status": "unsupported" if refused else "ok",
@@ -162,10 +164,10 @@ def plan_variant(record: VariantRecord, scrubber: Scrubber, notes: list[str]) ->
     datasets = {(use.name, use.digest): use for child in children for use in child.datasets}
     # dvc.lock is written after the stages. A run without it is completed later rather than replaced.
     held = [child.complete for child in children] + ([record.lock] if record.lock else [])
-    metrics = {**_numbers(figure_metrics(row)), **variant_metrics(results)}
+    metrics = {**numbers(figure_metrics(row)), **variant_metrics(results)}
     return RunContent(
         record.name, {"quantline.role": "variant", "quantline.variant": record.name}, tags, params, metrics, texts, {},
-        _digest([PROJECTION, params, held]), started, seconds, children, tuple(datasets.values()),
+        digest([PROJECTION, params, held]), started, seconds, children, tuple(datasets.values()),
     )  # fmt: skip
 
 
@@ -199,7 +201,7 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
             files[name] = path
     identity = {
         "quantline.role": "stage", "quantline.variant": record.name, "quantline.stage": stage,
-        "quantline.fingerprint": str(result.get("fingerprint")), "quantline.result": _digest(result),
+        "quantline.fingerprint": str(result.get("fingerprint")), "quantline.result": digest(result),
     }  # fmt: skip
     tags = {"quantline.status": str(result["status"])}
     if result["status"] == "unsupported":
@@ -209,9 +211,9 @@ def _plan_stage(record: VariantRecord, result: dict[str, Any], notes: list[str])
     metrics.update(monitor_peaks(result))
     contents = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if name != log}
     return RunContent(
-        f"{record.name}: {stage}", identity, tags, flatten(environment), _numbers(metrics),
+        f"{record.name}: {stage}", identity, tags, flatten(environment), numbers(metrics),
         {"result.json": json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}, files,
-        _digest([PROJECTION, identity["quantline.result"], contents]),
+        digest([PROJECTION, identity["quantline.result"], contents]),
         timings.get("started_at"), float(timings.get("total_seconds") or 0.0),
         datasets=datasets_of(result, record.config, record.folder),
         samples=system_samples(result),
@@ -225,7 +227,7 @@ def plan_report(folder: Path) -> RunContent:
     """
     manifest = json.loads((folder / REPORT_MANIFEST).read_text(encoding="utf-8"))
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    content = _digest({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()})
+    content = digest({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()})
     note = f"{manifest['headline']} Open `index.html` among the artifacts for the reasons."
     params = {
         "report": content[:16],
@@ -235,7 +237,7 @@ def plan_report(folder: Path) -> RunContent:
     return RunContent(
         "report", {"quantline.role": "report"},
         {"mlflow.note.content": note, "quantline.recommended": params["recommended"]}, params, {}, {}, files,
-        _digest([PROJECTION, content]), None, 0.0,
+        digest([PROJECTION, content]), None, 0.0,
     )  # fmt: skip
 
 
@@ -245,9 +247,9 @@ def plan_drill(drill: Mapping[str, Any], scrubber: Scrubber) -> RunContent:
     Another result makes another run, as with variants.
     """
     drill = scrubber.value(dict(drill))
-    digest = _digest(drill)
+    content = digest(drill)
     params = {
-        "drill": digest[:16],
+        "drill": content[:16],
         "precision": str(drill.get("precision")),
         "chain": " ".join(drill.get("chain") or []),
     }
@@ -255,9 +257,9 @@ def plan_drill(drill: Mapping[str, Any], scrubber: Scrubber) -> RunContent:
     if drill.get("reason"):
         tags["quantline.reason"] = tags["mlflow.note.content"] = str(drill["reason"])
     return RunContent(
-        "fleet_smoke", {"quantline.role": "fleet"}, tags, params, _numbers(drill.get("metrics") or {}),
+        "fleet_smoke", {"quantline.role": "fleet"}, tags, params, numbers(drill.get("metrics") or {}),
         {"fleet_smoke.json": json.dumps(drill, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}, {},
-        _digest([PROJECTION, digest]), drill.get("started_at"), float(drill.get("seconds") or 0.0),
+        digest([PROJECTION, content]), drill.get("started_at"), float(drill.get("seconds") or 0.0),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The MLflow store: its URI, a check that it answers, and the lock of an SQLite file."""
+"""The MLflow store: its URI, a check that it answers, the lock of an SQLite file, limits and outcome of a publish."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -21,6 +22,38 @@ from quantline.core.errors import TrackingError
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 SQLITE = "sqlite:///"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds for one request, and for all of them; None is no limit."""
+
+    request: float = 10
+    whole: float | None = None
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """The outcome of a publish; created, completed and unchanged are names of variants, or `report`.
+
+    uri: the tracking server without credentials. run_ids: variant -> its parent run. seconds: wall time.
+    """
+
+    uri: str
+    experiment: str
+    experiment_id: str
+    created: tuple[str, ...]
+    completed: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    run_ids: dict[str, str]
+    warnings: tuple[str, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        counts = ((len(self.created), "new"), (len(self.completed), "completed"), (len(self.unchanged), "unchanged"))
+        done = ", ".join(f"{count} {word}" for count, word in counts if count) or "nothing to publish"
+        return f"{self.uri}, experiment {self.experiment}: {done}"
 
 
 def resolve_uri(uri: str | None, root: Path) -> str:

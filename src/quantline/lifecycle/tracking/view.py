@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from quantline.pipeline.figures import MISSING, Row, difference_text, figures_of, group_text, number_text
 
-VIEW, VIEW_BY_HAND = "variants", "by-hand"
+VIEW, VIEW_BY_HAND, VIEW_SEARCHES = "variants", "by-hand", "searches"
 CHARTS = "Which one to ship"
 # Stands for the id of the experiment in a text that is written before it is known.
 EXPERIMENT = "EXPERIMENT_ID"
@@ -25,6 +25,8 @@ COLUMNS = {
     "method": 80, "bits": 48, "group": 65, "change of perplexity": 190, "KL": 80, "size": 80, "speed-up": 72, "served": 60,
     "alarms": 65,
 }  # fmt: skip
+# The same of the table of searches and their candidates.
+SEARCH_COLUMNS = {"state": 85, "change of perplexity": 180, "KL": 75, "size": 75, "documents": 90, "why": 265}
 # Figure -> the group in which MLflow lists and draws it.
 _GROUPS = {
     "change_percent": "1 quality", "low": "1 quality", "high": "1 quality", "kl": "1 quality", "perplexity": "1 quality",
@@ -90,6 +92,7 @@ def introduction(experiment_id: str) -> str:
     return (
         f"{INTRODUCED}{view_path(experiment_id)}) · [their charts](#{view_path(experiment_id)}&compareRunsMode=CHART) · "
         f"[those run by hand](#{view_path(experiment_id, VIEW_BY_HAND)}) · "
+        f"[searches](#{view_path(experiment_id, VIEW_SEARCHES)}) · "
         f"[which one to ship: the report](#{report_path(experiment_id)}). One run a variant, one child a stage."
     )
 
@@ -115,6 +118,18 @@ def view_state(sections: Sequence[str] = (), *, by_hand: bool = False) -> Mappin
         "compareRunSections": [{**_section(CHARTS, display=True), "columns": 2, "cardHeight": 240},
                                *(_section(name, display=False) for name in sections)],
         "isAccordionReordered": True,  # else MLflow sorts the sections by name
+    }  # fmt: skip
+
+
+def searches_state() -> Mapping[str, Any]:
+    """The state of the table of searches, the newest first. MLflow folds their candidates below them (the plus sign)."""
+    columns = {f"tags.`{name}`": width for name, width in SEARCH_COLUMNS.items()}
+    widths = {"attributes.`Run Name`": 190, "runDateAndNestInfo": 130, **columns}
+    return {
+        **view_state(),
+        "searchFilter": " and ".join(["tags.\"quantline.current\" = 'true'", "tags.\"state\" LIKE '%'"]),
+        "orderByKey": "attributes.start_time", "orderByAsc": False,
+        "selectedColumns": list(columns), "columnOrder": list(widths), "columnWidths": widths,
     }  # fmt: skip
 
 

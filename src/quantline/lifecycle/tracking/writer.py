@@ -23,7 +23,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,16 @@ from quantline.core.files import replaced
 from quantline.core.secrets import Scrubber
 from quantline.lifecycle.tracking.description import NOTE, opening
 from quantline.lifecycle.tracking.projection import RunContent, plan_drill, plan_report, plan_variant
-from quantline.lifecycle.tracking.store import check_reachable, locked, resolve_uri, sqlite_path
+from quantline.lifecycle.tracking.store import Limits, PublishReport, check_reachable, locked, resolve_uri, sqlite_path
 from quantline.lifecycle.tracking.view import (
     EXPERIMENT,
     INTRODUCED,
     VIEW,
     VIEW_BY_HAND,
+    VIEW_SEARCHES,
     introduction,
     metric_name,
+    searches_state,
     sections_of,
     view_path,
     view_state,
@@ -49,30 +50,6 @@ from quantline.pipeline.records import VariantRecord
 
 MAX_TAG_CHARS = 5000
 _REMEDY = "Nothing is lost: the result files hold every measurement. Publish them later with"
-
-
-@dataclass(frozen=True)
-class PublishReport:
-    """The outcome of a publish; created, completed and unchanged are names of variants, or `report`.
-
-    uri: the tracking server without credentials. run_ids: variant -> its parent run. seconds: wall time.
-    """
-
-    uri: str
-    experiment: str
-    experiment_id: str
-    created: tuple[str, ...]
-    completed: tuple[str, ...]
-    unchanged: tuple[str, ...]
-    run_ids: dict[str, str]
-    warnings: tuple[str, ...]
-    seconds: float
-
-    def __str__(self) -> str:
-        """One line for the terminal."""
-        counts = ((len(self.created), "new"), (len(self.completed), "completed"), (len(self.unchanged), "unchanged"))
-        done = ", ".join(f"{count} {word}" for count, word in counts if count) or "nothing to publish"
-        return f"{self.uri}, experiment {self.experiment}: {done}"
 
 
 def comparison_path(uri: str, experiment: str) -> str:
@@ -113,7 +90,6 @@ def publish(
         TrackingError: the server is down, slow or refuses the request; the message contains no credentials. What was
             published until then stays, and the next publish completes it.
     """
-    begun = time.monotonic()
     uri = resolve_uri(tracking_uri, root)
     scrubber = Scrubber(uri)
     notes: list[str] = []
@@ -122,17 +98,38 @@ def publish(
         plans.append(plan_report(report))
     if drill is not None:
         plans.append(plan_drill(drill, scrubber))
+    limits = Limits(timeout_seconds, limit_seconds)
+    return send(plans, uri=uri, experiment=experiment, limits=limits, remedy=_remedy(records), notes=notes)
+
+
+def send(
+    plans: Sequence[RunContent], *, uri: str, experiment: str, limits: Limits, remedy: str, notes: Sequence[str] = ()
+) -> PublishReport:
+    """Bring runs in line with their plans.
+
+    Args:
+        plans: the runs.
+        uri: of the tracking server, see `resolve_uri`.
+        experiment: its name.
+        limits: for the server.
+        remedy: what a message of a failure ends with.
+        notes: of the plans, for the report.
+
+    Raises:
+        TrackingError: as `publish`.
+    """
+    begun, scrubber = time.monotonic(), Scrubber(uri)
     try:
-        check_reachable(uri, timeout_seconds)
-        with quiet_mlflow(uri, timeout_seconds), locked(uri, limit_seconds or max(60.0, timeout_seconds)):
+        check_reachable(uri, limits.request)
+        with quiet_mlflow(uri, limits.request), locked(uri, limits.whole or max(60.0, limits.request)):
             _ensure_database(uri)
-            publisher = _Publisher(uri, experiment, limit_seconds, [key for plan in plans for key in plan.metrics])
+            publisher = _Publisher(uri, experiment, limits.whole, [key for plan in plans for key in plan.metrics])
             for plan in plans:
                 publisher.upsert(plan)
     except Exception as error:  # a server, a proxy or a database can raise any exception
         cause = str(error) if isinstance(error, TrackingError) else f"{type(error).__name__}: {error}"
         # `from None`: the original message may contain credentials, and a traceback would print it.
-        raise TrackingError(scrubber(f"MLflow at {uri}: publishing failed: {cause}\n{_remedy(records)}")) from None
+        raise TrackingError(scrubber(f"MLflow at {uri}: publishing failed: {cause}\n{remedy}")) from None
     return PublishReport(
         scrubber(uri), experiment, publisher.experiment_id, tuple(publisher.created), tuple(publisher.completed),
         tuple(publisher.unchanged), publisher.run_ids, tuple(notes), time.monotonic() - begun,
@@ -196,11 +193,12 @@ class _Publisher:
             "mlflow.experiment.primaryMetric.name": metric_name("change_percent"),
             **{key: json.dumps(view_state(sections_of(metrics, existing.get(key)), by_hand=by_hand))
                for key, by_hand in views.items()},
+            f"mlflow.sharedViewState.{VIEW_SEARCHES}": json.dumps(searches_state()),
         }  # fmt: skip
         for key, value in wanted.items():
             found = existing.get(key)
             # A note of an older version leads to a view of then.
-            ours = found is None or key in views or found.startswith(INTRODUCED)
+            ours = found is None or key.startswith("mlflow.sharedViewState") or found.startswith(INTRODUCED)
             if ours and found != value:
                 self._client.set_experiment_tag(self.experiment_id, key, value)
 
@@ -215,6 +213,8 @@ class _Publisher:
             (self.completed if parent else self.created).append(plan.name)
             chosen = self._fill(plan, parent, {})
         self._set_current(chosen, runs)
+        if plan.identity["quantline.role"] == "search":
+            self._set_current_candidates(chosen, runs)
         self.run_ids[plan.name] = chosen
 
     def _fill(self, plan: RunContent, run: Any | None, also: Mapping[str, str]) -> str:
@@ -307,6 +307,14 @@ class _Publisher:
             if run.info.status == "RUNNING":  # interrupted, and replaced since
                 self._client.set_terminated(run.info.run_id, "KILLED")
             self._client.set_tag(run.info.run_id, "quantline.current", "false")
+
+    def _set_current_candidates(self, chosen: str, others: Sequence[Any]) -> None:
+        """Mark the candidates as their searches are."""
+        for run_id in dict.fromkeys([chosen, *(str(run.info.run_id) for run in others)]):
+            current = str(run_id == chosen).lower()
+            for child in self._search({"mlflow.parentRunId": run_id}):
+                if child.data.tags.get("quantline.current") != current:
+                    self._client.set_tag(str(child.info.run_id), "quantline.current", current)
 
     def _search(self, tags: Mapping[str, str]) -> list[Any]:
         """Runs with these tags, the newest first."""
