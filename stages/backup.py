@@ -21,7 +21,7 @@ OPTIONS = [Option("to", "DIR", "folder of the backup; it may contain earlier one
 def backup(arguments: dict[str, str | None]) -> int:
     from quantline.lifecycle.backup import backup as save
     from quantline.lifecycle.backup import remove_stale
-    from quantline.lifecycle.retention import promoted
+    from quantline.lifecycle.promoted import promoted
 
     to = Path(str(arguments["to"]))
     remove_stale(to)

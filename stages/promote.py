@@ -14,7 +14,9 @@ from stages import ROOT, main
 OPTIONS = [
     Option("variant", "NAME", "a variant of params.yaml, or by-hand/NAME for a manual run", required=True),
     Option("alias", "NAME", "such as production", required=True),
-]
+    Option("upload", "again", "also files that the server has already, such as one that was damaged there",
+           allowed=("missing", "again")),
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -54,7 +56,8 @@ def promote(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     run = current_run(tracking, ROOT, record.name, config.model)
     card = card_of(record, model=".", faults=[], run_id=run.run_id)
     what = promotion.promotion_of(record, run, model=promotion.model_name_of(config), card=card, root=ROOT)
-    done = registry.promote(tracking, ROOT, what, alias)
+    again = arguments["upload"] == "again"
+    done = registry.promote(tracking, ROOT, what, alias, upload_again=again)
     upload = f"{done.uploaded / 1e6:.1f} MB uploaded" if done.uploaded else "files already uploaded"
     moved = f", which version {done.before} had before" if done.before else ""
     print(f"{done.model} version {done.version} ({record.name}, {upload}) now has the alias {alias}{moved}")

@@ -22,7 +22,8 @@ OPTIONS = [
 
 
 def retention(arguments: dict[str, str | None]) -> int:
-    from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former, remove_partial
+    from quantline.lifecycle.promoted import promoted
+    from quantline.lifecycle.retention import collect_garbage, former_outputs, remove_former, remove_partial
     from quantline.lifecycle.storage.dvc_lock import held
 
     apply = arguments["apply"] == "true"

@@ -14,13 +14,20 @@ from stages import ROOT, command
 
 
 def verify(_arguments: dict[str, str | None]) -> int:
+    from quantline.core.errors import QuantlineError
+    from quantline.lifecycle.promoted import promoted
     from quantline.lifecycle.retention import remove_partial
     from quantline.lifecycle.storage.dvc_cache import cache_folder
     from quantline.lifecycle.verify import verify as check
 
     for line in remove_partial(ROOT):
         print(line)
-    report = check(ROOT, cache_folder(ROOT))
+    try:
+        kept = promoted(ROOT)
+    except QuantlineError as error:
+        print(f"  note: what promoted variants need is not known: {error}", file=sys.stderr)
+        kept = {}
+    report = check(ROOT, cache_folder(ROOT), kept)
     for fault in report.faults:
         print(fault, file=sys.stderr)
     checked = (

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from quantline.core.errors import QuantlineError, UserError
-from quantline.lifecycle.retention import collect_garbage, former_outputs, promoted, remove_former, remove_partial
+from quantline.lifecycle.retention import collect_garbage, former_outputs, remove_former, remove_partial
 from quantline.lifecycle.storage.dvc_cache import all_objects, object_path, objects_of
 from quantline.lifecycle.storage.dvc_lock import former_variants, read_lock
 from quantline.lifecycle.verify import verify
@@ -28,7 +28,7 @@ def changed(project):
 def test_a_dry_run_lists_objects_and_removes_nothing(changed):
     project, before = changed
     there = set(all_objects(project.cache))
-    garbage = collect_garbage(project.root, ())
+    garbage = collect_garbage(project.root, {})
     needed = objects_of(project.cache, [output.md5 for output in read_lock(project.root)])
     assert set(garbage.objects) == there - needed
     assert before["artifacts/two/quantize"] in garbage.objects
@@ -40,7 +40,7 @@ def test_a_dry_run_lists_objects_and_removes_nothing(changed):
 
 def test_what_a_promoted_variant_needs_is_never_removed(changed):
     project, before = changed
-    kept = {before["artifacts/two/quantize"], before["artifacts/two/quantize.json"]}
+    kept = dict.fromkeys([before["artifacts/two/quantize"], before["artifacts/two/quantize.json"]], "demote it")
     whole = objects_of(project.cache, kept)
     assert len(whole) == 4
     garbage = collect_garbage(project.root, kept, apply=True)
@@ -56,9 +56,9 @@ def test_a_protected_folder_whose_list_is_gone_stops_everything(changed):
     project, _ = changed
     there = set(all_objects(project.cache))
     with pytest.raises(UserError, match="a promoted variant needs it"):
-        collect_garbage(project.root, {"0" * 32 + ".dir"}, apply=True)
+        collect_garbage(project.root, {"0" * 32 + ".dir": "demote it"}, apply=True)
     with pytest.raises(UserError, match="is not a DVC MD5"):
-        collect_garbage(project.root, {"../x"}, apply=True)
+        collect_garbage(project.root, {"../x": "demote it"}, apply=True)
     assert set(all_objects(project.cache)) == there
 
 
@@ -67,22 +67,22 @@ def test_a_dvc_lock_that_was_cut_off_and_a_workspace_whose_files_are_unknown_sto
     whole = path.read_text()
     path.write_text(whole.partition("  quantize@two:")[0])
     with pytest.raises(UserError, match=r"dvc\.lock does not have quantize@two, .* run `dvc repro`"):
-        collect_garbage(project.root, (), apply=True)
+        collect_garbage(project.root, {}, apply=True)
     path.write_text(whole)
     (folder,) = [output for output in read_lock(project.root) if output.path == "artifacts/one/quantize"]
     lost = object_path(project.cache, folder.md5)
     text = lost.read_bytes()
     lost.unlink()
     with pytest.raises(UserError, match=r"is missing or damaged; it lists the files of artifacts/one/quantize"):
-        collect_garbage(project.root, (), apply=True)
+        collect_garbage(project.root, {}, apply=True)
     lost.write_bytes(text)
     assert set(all_objects(project.cache)) == there
 
 
 def test_a_file_of_a_promoted_variant_that_is_lost_stops_everything(changed):
     project, before = changed
-    kept = {before["artifacts/two/quantize"]}
-    lost = object_path(project.cache, min(objects_of(project.cache, kept) - kept))
+    kept = {before["artifacts/two/quantize"]: "demote it"}
+    lost = object_path(project.cache, min(objects_of(project.cache, kept) - kept.keys()))
     lost.unlink()
     there = set(all_objects(project.cache))
     with pytest.raises(UserError, match=f"{lost}: is missing or damaged, and a promoted variant needs it"):
@@ -92,9 +92,9 @@ def test_a_file_of_a_promoted_variant_that_is_lost_stops_everything(changed):
 
 def test_commits_may_be_kept_too(changed):
     project, _ = changed
-    assert collect_garbage(project.root, (), keep="commits").objects == ()
+    assert collect_garbage(project.root, {}, keep="commits").objects == ()
     with pytest.raises(UserError, match="keep=all: allowed are workspace, branches, tags, commits"):
-        collect_garbage(project.root, (), keep="all")
+        collect_garbage(project.root, {}, keep="all")
 
 
 def test_what_a_branch_or_a_tag_needs_is_kept_on_request(changed):
@@ -102,12 +102,12 @@ def test_what_a_branch_or_a_tag_needs_is_kept_on_request(changed):
     whole = objects_of(project.cache, {before["artifacts/two/quantize"]})
     project.git("branch", "former")  # as it was committed
     project.git("commit", "-qam", "changed")
-    assert whole & set(collect_garbage(project.root, ()).objects)
-    assert not whole & set(collect_garbage(project.root, (), keep="branches").objects)
+    assert whole & set(collect_garbage(project.root, {}).objects)
+    assert not whole & set(collect_garbage(project.root, {}, keep="branches").objects)
     project.git("tag", "release", "former")
     project.git("branch", "-qD", "former")
-    assert whole & set(collect_garbage(project.root, (), keep="branches").objects)
-    assert not whole & set(collect_garbage(project.root, (), keep="tags").objects)
+    assert whole & set(collect_garbage(project.root, {}, keep="branches").objects)
+    assert not whole & set(collect_garbage(project.root, {}, keep="tags").objects)
 
 
 def test_a_remote_is_cleaned_along_with_the_cache(changed, tmp_path):
@@ -115,7 +115,7 @@ def test_a_remote_is_cleaned_along_with_the_cache(changed, tmp_path):
     project.dvc("remote", "add", "store", str(tmp_path / "store"))
     shutil.copytree(project.cache / "files", tmp_path / "store" / "files")  # as if all had been pushed
     there = set(all_objects(tmp_path / "store"))
-    kept = {before["artifacts/two/quantize"]}
+    kept = {before["artifacts/two/quantize"]: "demote it"}
     needed = objects_of(project.cache, {*kept, *(output.md5 for output in read_lock(project.root))})
     garbage = collect_garbage(project.root, kept, remote="store")
     assert set(garbage.objects) == there - needed
@@ -124,10 +124,6 @@ def test_a_remote_is_cleaned_along_with_the_cache(changed, tmp_path):
     assert set(all_objects(tmp_path / "store")) == set(all_objects(project.cache)) == needed
     with pytest.raises(QuantlineError, match="nothing-there"):
         collect_garbage(project.root, kept, remote="nothing-there")
-
-
-def test_without_a_registry_nothing_is_promoted(tmp_path):
-    assert isinstance(promoted(tmp_path), frozenset)
 
 
 def test_what_a_variant_left_that_params_yaml_has_no_more_is_named_and_removed(project):

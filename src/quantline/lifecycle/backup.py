@@ -17,14 +17,16 @@ import json
 import sqlite3
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quantline.core.errors import UserError
 from quantline.core.files import clear, replaced, room, sha256_of, write_json
+from quantline.lifecycle.promoted import require_whole
 from quantline.lifecycle.storage import dvc_cache, dvc_lock
 from quantline.pipeline.git import commit_of, untracked, whole_patch
 
@@ -44,10 +46,10 @@ class Saved:
     left_out: tuple[str, ...]
 
 
-def backup(root: Path, to: Path, *, also: Collection[str] = ()) -> Saved:
+def backup(root: Path, to: Path, *, also: Mapping[str, str] = MappingProxyType({})) -> Saved:
     """Save dvc.lock's outputs, params.yaml, and MLflow's embedded store; `to` may contain earlier backups.
 
-    also: MD5s of more DVC objects, those of promoted variants.
+    also: what promoted variants need, as `promoted` gives it; what the cache lacks of it is brought from a remote.
 
     Raises:
         UserError: an object is missing or damaged (see `stages.verify`), dvc.lock lacks a stage, a `dvc` command is working,
@@ -62,10 +64,12 @@ def backup(root: Path, to: Path, *, also: Collection[str] = ()) -> Saved:
     with room(to):
         with dvc_lock.held(root):  # the saved dvc.lock is the one whose objects are saved
             dvc_lock.require_whole(root)
-            needed = [*(output.md5 for output in dvc_lock.read_lock(root)), *also]
+            needed = [output.md5 for output in dvc_lock.read_lock(root)]
             to.mkdir(parents=True, exist_ok=True)
             files = {name: store.keep(root / name) for name in FILES if (root / name).is_file()}
-        for md5 in sorted(dvc_cache.objects_of(cache, needed)):
+        with dvc_cache.opened(root) as repo:
+            promoted = require_whole(repo, cache, also)
+        for md5 in sorted(dvc_cache.objects_of(cache, needed) | promoted):
             store.keep_md5(dvc_cache.object_path(cache, md5), md5)
         files.update(_tracking_files(root, store))
         commit, dirty = commit_of(root)

@@ -6,17 +6,16 @@ command itself lists what it would remove only as printed text, and has no optio
 
 from __future__ import annotations
 
-import io
-import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import QuantlineError, UserError
 from quantline.core.files import clear, foreign
+from quantline.lifecycle.promoted import require_whole
 from quantline.lifecycle.storage import dvc_cache, dvc_lock
 from quantline.pipeline.paths import checked_name
 
@@ -38,17 +37,6 @@ class Garbage:
     bytes: int
     protected: int
     described: Mapping[str, str]
-
-
-def promoted(root: Path) -> frozenset[str]:
-    """MD5s of the DVC objects that promoted variants need; empty without a registry.
-
-    Raises:
-        UserError: what a promoted variant needs is not recorded whole.
-    """
-    from quantline.lifecycle.tracking.registry import promoted_outputs
-
-    return frozenset(md5 for _, _, hashes in promoted_outputs(root) for md5 in hashes)
 
 
 def former_outputs(root: Path) -> list[Path]:
@@ -87,11 +75,12 @@ def remove_partial(root: Path) -> list[str]:
 
 
 def collect_garbage(
-    root: Path, protected: Collection[str], *, keep: str = "workspace", remote: str | None = None, apply: bool = False
+    root: Path, protected: Mapping[str, str], *, keep: str = "workspace", remote: str | None = None, apply: bool = False
 ) -> Garbage:
     """Remove objects that neither `keep` nor `protected` needs from the cache; without `apply`, only list them.
 
-    protected: MD5s as in dvc.lock, a folder's with `.dir`. keep: the part of git's history to keep besides the workspace.
+    protected: what promoted variants need, as `promoted` gives it; what the cache lacks of it is brought from a remote.
+    keep: the part of git's history to keep besides the workspace.
     remote: a DVC remote to clean as well; its objects are counted, but their sizes are not known.
 
     Raises:
@@ -108,7 +97,8 @@ def collect_garbage(
     cache = dvc_cache.cache_folder(root)
     with dvc_lock.held(root), dvc_cache.opened(root) as repo, _explained():
         dvc_lock.refuse_running(root)
-        guarded = _whole(root, cache, protected)
+        _require_known(root, cache)
+        guarded = require_whole(repo, cache, protected, remote)
         used = _used(repo, KEEP[keep], guarded, remote)
         stores = [repo.cache.local, *([repo.cloud.get_remote_odb(remote, "gc")] if remote else [])]
         local, *others = ({md5 for md5 in store.all() if md5 not in used} for store in stores)
@@ -122,8 +112,8 @@ def collect_garbage(
     return Garbage(objects, size, len(guarded), described)
 
 
-def _whole(root: Path, cache: Path, protected: Collection[str]) -> set[str]:
-    """Check that all that is to be kept is known; returns the objects of promoted variants."""
+def _require_known(root: Path, cache: Path) -> None:
+    """Check that all that the workspace needs is known."""
     dvc_lock.require_whole(root)
     for output in dvc_lock.read_lock(root):
         unknown = dvc_cache.entries_of(cache, output.path, output.md5) is None
@@ -132,16 +122,6 @@ def _whole(root: Path, cache: Path, protected: Collection[str]) -> set[str]:
                 f"{dvc_cache.object_path(cache, output.md5)}: is missing or damaged; it lists the files of {output.path}. "
                 "See `python -m stages.verify` for the remedy. Nothing was removed"
             )
-    for md5 in sorted(protected):
-        entries = dvc_cache.entries_of(cache, "", md5)
-        needed = [md5, *(entry.md5 for entry in entries or ())]
-        lost = [name for name in needed if not dvc_cache.object_path(cache, name).is_file()]
-        if lost or entries is None:
-            raise UserError(
-                f"{dvc_cache.object_path(cache, (lost or needed)[0])}: is missing or damaged, and a promoted variant needs "
-                "it; get it with `make pull`, or demote the variant. Nothing was removed"
-            )
-    return dvc_cache.objects_of(cache, protected)
 
 
 def _used(repo: Any, history: Mapping[str, bool], guarded: Collection[str], remote: str | None) -> set[str]:
@@ -161,21 +141,9 @@ def _remove(store: Any, used: Collection[str], *, remote: bool) -> None:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Let a library's logger print errors alone."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
 def _explained() -> Iterator[None]:
     try:
-        with redirect_stderr(io.StringIO()), _quiet("dvc"):  # DVC's progress bars and remarks on outputs not made yet
+        with dvc_cache.quiet():
             yield
     except QuantlineError:
         raise

@@ -6,16 +6,29 @@ and reports each fault with its file, variant and remedy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
-from quantline.lifecycle.storage.dvc_cache import Entry, all_objects, entries_of, md5_of, object_path
+from quantline.lifecycle.storage.dvc_cache import (
+    Entry,
+    all_objects,
+    dvc_config,
+    entries_of,
+    md5_of,
+    object_path,
+    objects_of,
+)
 from quantline.lifecycle.storage.dvc_lock import REPAIR, Output, held, lacking, read_lock
 from quantline.pipeline.identity import combined, differing, file_hashes
 from quantline.pipeline.paths import SHARED, read_result
+
+# What reading a result raises that is none.
+_NO_RESULT = (UserError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -42,8 +55,10 @@ class VerifyReport:
     faults: tuple[Fault, ...]
 
 
-def verify(root: Path, cache: Path) -> VerifyReport:
+def verify(root: Path, cache: Path, promoted: Mapping[str, str] = MappingProxyType({})) -> VerifyReport:
     """Read and hash all files of the workspace and of the cache.
+
+    promoted: what promoted variants need, as `promoted.promoted` gives it.
 
     Raises:
         UserError: there is no dvc.lock, it is damaged, or a `dvc` command is working.
@@ -55,20 +70,28 @@ def verify(root: Path, cache: Path) -> VerifyReport:
             for key in lacking(root)
         ]
     damaged, size = _damaged_objects(cache)
+    pull = "`make pull`, or " if dvc_config(root)["core"].get("remote") else ""
     count = 0
     for output in outputs:
-        entries = entries_of(cache, output.path, output.md5)
-        # If the list of a folder's files is missing, the stage's result still has their hashes.
-        count += _check_workspace(root, output, entries, faults)
-        _check_cache(root, cache, output, damaged, faults)
-    for output in outputs:
-        _check_result(root, output, faults)
+        place = _Place(root, cache, output, damaged, pull)
+        count += len(place.here)
+        faults += [*place.workspace_faults(), *place.cache_faults()]
     named = {fault.where for fault in faults}
+    for output in outputs:
+        place = _Place(root, cache, output, damaged, pull)
+        faults += [fault for fault in _result_faults(root, output, place.again) if fault.where not in named]
+    named = {fault.where for fault in faults}
+    needed = {name: demoting for md5, demoting in promoted.items() for name in objects_of(cache, [md5])}
     for md5, path in damaged.items():
-        if str(path) not in named:
-            faults.append(
-                Fault(str(path), "no current variant", f"its content is not {md5}", f"no variant needs it: rm {path}")
+        if str(path) in named:
+            continue
+        what, whose, remedy = f"its content is not {md5}", "no current variant", f"no variant needs it: `rm -f {path}`"
+        if md5 in needed:
+            whose = "a promoted variant"
+            remedy = (
+                f"`rm -f {path}`, then `python -m stages.retention`, which gets it from the remote, or `{needed[md5]}`"
             )
+        faults.append(Fault(str(path), whose, what, remedy))
     return VerifyReport(sum(1 for _ in all_objects(cache)), count, size, tuple(faults))
 
 
@@ -87,83 +110,108 @@ def _damaged_objects(cache: Path) -> tuple[dict[str, Path], int]:
     return damaged, size
 
 
-def _again(output: Output) -> str:
-    return f"`rm -r {output.path}`, then `make pull`, or `dvc repro --force --single-item {output.stage}`"
+@dataclass(frozen=True)
+class _Place:
+    """An output in the workspace and in the cache. pull: the words that advise a pull, empty without a remote."""
 
+    root: Path
+    cache: Path
+    output: Output
+    damaged: Mapping[str, Path]
+    pull: str
 
-def _check_workspace(root: Path, output: Output, entries: Sequence[Entry] | None, faults: list[Fault]) -> int:
-    place = root / output.path
-    if not place.exists():
-        faults.append(
-            Fault(
-                output.path,
-                output.variant,
-                "is missing",
-                f"`dvc checkout {output.path}`, or `dvc repro {output.stage}`",
-            )
+    @cached_property
+    def entries(self) -> list[Entry] | None:
+        """Its files by dvc.lock; None if their list is missing or damaged."""
+        return entries_of(self.cache, self.output.path, self.output.md5)
+
+    @cached_property
+    def here(self) -> dict[str, str]:
+        """The files of the workspace -> MD5."""
+        place = self.root / self.output.path
+        files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else [place]
+        return {path.relative_to(self.root).as_posix(): md5_of(path) for path in sorted(files) if path.is_file()}
+
+    @property
+    def again(self) -> str:
+        """The commands that make it again, where neither place has it whole."""
+        item = f"{self.pull}`dvc repro --force --single-item {self.output.stage}`"
+        return f"`rm -rf {self.output.path}`, then {item}"
+
+    def _lost(self, md5: str) -> str | None:
+        if md5 in self.damaged:
+            return "is damaged"
+        return None if object_path(self.cache, md5).is_file() else "is missing"
+
+    @property
+    def _is_cached(self) -> bool:
+        needed = [self.output.md5, *(entry.md5 for entry in self.entries or [])]
+        return self.entries is not None and not any(map(self._lost, needed))
+
+    @property
+    def _is_here(self) -> bool:
+        if self.entries is not None:
+            return self.here == {entry.path: entry.md5 for entry in self.entries}
+        # If the list of a folder's files is missing, the stage's result still has their hashes.
+        folder = self.root / self.output.path
+        try:
+            return folder.is_dir() and not differing(_recorded(folder)[0], file_hashes(folder))
+        except _NO_RESULT:
+            return False
+
+    def workspace_faults(self) -> list[Fault]:
+        """What differs from dvc.lock. The cache has it, or the output is to be made again."""
+        path, name = self.output.path, self.output.variant
+        remedy = (
+            f"`dvc checkout --force {path}` takes it from the cache" if self._is_cached else "that of its object below"
         )
-        return 0
-    if entries is None:
-        return 0
-    wanted = {entry.path: entry.md5 for entry in entries}
-    there = (
-        {path.relative_to(root).as_posix(): path for path in place.rglob("*") if path.is_file()}
-        if place.is_dir()
-        else {output.path: place}
-    )
-    for name in sorted(wanted.keys() | there.keys()):
-        if name not in there:
-            fault = "is missing"
-        elif name not in wanted:
-            fault = "is not in dvc.lock"
-        elif md5_of(there[name]) != wanted[name]:
-            fault = f"its content is not {wanted[name]}, which dvc.lock records"
-        else:
-            continue
-        faults.append(
-            Fault(name, output.variant, fault, f"`dvc checkout --force {output.path}` takes it from the cache")
-        )
-    return len(there)
+        if not (self.root / path).exists():
+            return [Fault(path, name, "is missing", remedy)]
+        wanted, faults = {entry.path: entry.md5 for entry in self.entries or []}, []
+        for file in sorted(wanted.keys() | self.here.keys()) if self.entries is not None else ():
+            if file not in self.here:
+                faults.append(Fault(file, name, "is missing", remedy))
+            elif file not in wanted:
+                faults.append(Fault(file, name, "is not in dvc.lock", remedy))
+            elif self.here[file] != wanted[file]:
+                what = f"its content is not {wanted[file]}, which dvc.lock records"
+                faults.append(Fault(file, name, what, remedy))
+        return faults
+
+    def cache_faults(self) -> list[Fault]:
+        """What the cache lost. The workspace has it, or the output is to be made again; the first one says so for all."""
+        objects = {self.output.md5: self.output.path, **{entry.md5: entry.path for entry in self.entries or []}}
+        lost = {
+            object_path(self.cache, md5): (what, name) for md5, name in objects.items() if (what := self._lost(md5))
+        }
+        # DVC copies the content from the workspace if that is intact.
+        then = f"{self.pull}`dvc commit --force {self.output.stage}`" if self._is_here else self.again
+        remedies = [f"`rm -f {' '.join(map(str, lost))}`, then {then}", *["the same"] * len(lost)]
+        return [
+            Fault(str(path), self.output.variant, f"{what}; it is the content of {name}", remedy)
+            for (path, (what, name)), remedy in zip(lost.items(), remedies, strict=False)
+        ]
 
 
-def _check_cache(root: Path, cache: Path, output: Output, damaged: dict[str, Path], faults: list[Fault]) -> None:
-    path = object_path(cache, output.md5)
-    if output.md5 in damaged or not path.is_file():
-        what = "is damaged" if output.md5 in damaged else "is missing"
-        remedy = f"`rm -f {path}`, then `dvc commit --force {output.stage}`, or `make pull`"
-        faults.append(Fault(str(path), output.variant, f"{what}; it is the content of {output.path}", remedy))
-        return
-    for entry in entries_of(cache, output.path, output.md5) or []:
-        inner, own = object_path(cache, entry.md5), root / entry.path
-        if entry.md5 in damaged or not inner.is_file():
-            what = "is damaged" if entry.md5 in damaged else "is missing"
-            # DVC copies the content from the workspace if that is intact.
-            whole = own.is_file() and md5_of(own) == entry.md5
-            remedy = f"`dvc commit --force {output.stage}`, or `make pull`" if whole else _again(output)
-            faults.append(
-                Fault(
-                    str(inner),
-                    output.variant,
-                    f"{what}; it is the content of {entry.path}",
-                    f"`rm -f {inner}`, then {remedy}",
-                )
-            )
+def _recorded(folder: Path) -> tuple[dict[str, str], str]:
+    """The hashes of an output's files, and of all of them, by the result beside it."""
+    result = read_result(folder.with_name(f"{folder.name}.json"))
+    return dict(result["outputs"]), result["output_hash"]
 
 
-def _check_result(root: Path, output: Output, faults: list[Fault]) -> None:
+def _result_faults(root: Path, output: Output, again: str) -> list[Fault]:
     folder = root / output.path
     result = folder.with_name(folder.name + ".json")
     if not folder.is_dir() or not result.is_file() or not output.path.startswith("artifacts/"):
-        return
+        return []
     name = result.relative_to(root).as_posix()
     try:
-        recorded = read_result(result)
-        outputs, whole = dict(recorded["outputs"]), recorded["output_hash"]
-    except (UserError, KeyError, TypeError, ValueError) as error:
-        faults.append(Fault(name, output.variant, f"is not a valid result: {error}", f"`dvc checkout --force {name}`"))
-        return
+        outputs, whole = _recorded(folder)
+    except _NO_RESULT as error:
+        return [Fault(name, output.variant, f"is not a valid result: {error}", again)]
     now = file_hashes(folder)
     what = f"does not match the SHA-256 in {name}"
-    faults += [Fault(f"{output.path}/{file}", output.variant, what, _again(output)) for file in differing(outputs, now)]
+    faults = [Fault(f"{output.path}/{file}", output.variant, what, again) for file in differing(outputs, now)]
     if outputs == now and whole != combined(now):
-        faults.append(Fault(name, output.variant, "its output_hash does not match its outputs", _again(output)))
+        faults.append(Fault(name, output.variant, "its output_hash does not match its outputs", again))
+    return faults

@@ -12,7 +12,7 @@ from variant_records import record
 
 from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import TrackingError, UserError
-from quantline.lifecycle.retention import promoted
+from quantline.lifecycle.promoted import Kept, promoted, promoted_outputs
 from quantline.lifecycle.storage.dvc_lock import stage_keys
 from quantline.lifecycle.tracking.reader import connected, read_run
 from quantline.lifecycle.tracking.registry import (
@@ -21,13 +21,14 @@ from quantline.lifecycle.tracking.registry import (
     demote,
     fetch,
     promote,
-    promoted_outputs,
     versions,
 )
 from quantline.lifecycle.tracking.writer import publish
+from quantline.pipeline.command_line import read
 from quantline.pipeline.identity import file_hashes
 from quantline.pipeline.records import VariantRecord
 from quantline.pipeline.stages import PIPELINE
+from stages.promote import OPTIONS
 from tests.lifecycle.tracking.test_writer import server
 
 pytestmark = pytest.mark.e2e
@@ -108,8 +109,15 @@ def test_an_alias_moves_from_version_to_version_and_a_second_promotion_uploads_n
     assert store.fetched(tmp_path / "small", "small") == file_hashes(store.root / "awq-w4")
     # Those of its promotion, and those of its run.
     outputs = {name: ("1.dir", "2", *(f"{name}-{stage}.dir" for stage in sorted(PIPELINE))) for name in store.run_ids}
-    assert promoted_outputs(store.root, store.tracking) == {(name, f"f-{name}", outputs[name]) for name in outputs}
-    assert promoted(store.root) == {*outputs["awq-w4"], *outputs["gptq-w4"]}  # what is kept
+    demoting = {
+        "awq-w4": "python -m stages.demote variant=awq-w4 alias=small",
+        "gptq-w4": "python -m stages.demote variant=gptq-w4 alias=production",
+    }
+    kept = {Kept(name, f"f-{name}", outputs[name], demoting[name]) for name in outputs}
+    assert promoted_outputs(store.root, store.tracking) == kept
+    needed = promoted(store.root)
+    assert needed.keys() == {*outputs["awq-w4"], *outputs["gptq-w4"]}  # what is kept
+    assert needed["gptq-w4-convert.dir"] == demoting["gptq-w4"]
 
 
 def test_the_registered_model_says_how_to_fetch_and_serve_it(store):
@@ -150,10 +158,10 @@ def test_a_promoted_variant_whose_outputs_in_dvc_are_not_all_recorded_stops_rete
         store.records, tracking_uri=None, experiment="quantline/demo", root=tmp_path, timeout_seconds=60
     ).run_ids
     store.promote("awq-w4")
-    assert {f"awq-w4-{stage}.dir" for stage in PIPELINE} < promoted(tmp_path)
+    assert {f"awq-w4-{stage}.dir" for stage in PIPELINE} < promoted(tmp_path).keys()
     without = [replace(record, lock={}) for record in store.records]  # published while dvc.lock was cut off
     publish(without, tracking_uri=None, experiment="quantline/demo", root=tmp_path, timeout_seconds=60)
-    assert {f"awq-w4-{stage}.dir" for stage in PIPELINE} < promoted(tmp_path)
+    assert {f"awq-w4-{stage}.dir" for stage in PIPELINE} < promoted(tmp_path).keys()
 
 
 def test_the_fetched_folder_has_the_card_of_its_promotion_beside_the_verified_files(store, tmp_path):
@@ -172,22 +180,24 @@ def test_an_alias_is_taken_from_the_variant_that_has_it_alone(store):
         demote(store.tracking, store.root, "awq-w4", "production")
     assert demote(store.tracking, store.root, "gptq-w4", "production")[0] == MODEL
     assert store.holders()["gptq-w4"] == ()
-    assert all(name != "gptq-w4" for name, _, _ in promoted_outputs(store.root, store.tracking))
+    assert all(kept.variant != "gptq-w4" for kept in promoted_outputs(store.root, store.tracking))
 
 
-def test_what_was_damaged_in_the_store_is_not_fetched_and_nothing_is_left(store, tmp_path):
+def test_what_was_damaged_in_the_store_is_not_fetched_until_the_command_that_is_told_has_replaced_it(store, tmp_path):
     store.promote("awq-w4", "damaged")
     (weights,) = (store.root / "mlartifacts").rglob(f"{store.run_ids['awq-w4']}/artifacts/model/model.safetensors")
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"x")
-    try:
-        with pytest.raises(
-            TrackingError, match=r"model\.safetensors of quantline-demo version 1 differs from the registered file"
-        ):
-            store.fetched(tmp_path / "out", "damaged")
-    finally:
-        weights.write_bytes(whole)
+    with pytest.raises(TrackingError, match=r"version 1 differs from the registered file; run .*: (.*)") as told:
+        store.fetched(tmp_path / "out", "damaged")
     assert list(tmp_path.iterdir()) == []
+    command = "python -m stages.promote variant=awq-w4 alias=damaged upload=again"
+    assert str(told.value).endswith(command)
+    assert read(command.split()[3:], OPTIONS, configured=True)[1] == []  # the command takes all of it
+    again = promote(store.tracking, store.root, store.promotion("awq-w4"), "damaged", upload_again=True)
+    assert (again.created, again.uploaded) == (False, sum(map(len, (whole, b"{}"))))
+    assert store.fetched(tmp_path / "out", "damaged").items() >= file_hashes(store.root / "awq-w4").items()
+    demote(store.tracking, store.root, "awq-w4", "damaged")
 
 
 def test_a_checkpoint_that_was_changed_is_not_promoted(store, tmp_path):

@@ -8,9 +8,11 @@ refuses to. This module never writes.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from quantline.core.text import decimal_size
 
 DIR = ".dir"
 _MOST_OF_A_RESULT = 20_000_000
+# Of DVC, and of the library by which it speaks SSH.
+_TALKATIVE = ("dvc", "asyncssh")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,21 @@ def opened(root: Path) -> Iterator[Any]:
         raise UserError(f"{root}: is not a DVC repository ({error}); clone it with git, or run `dvc init`") from error
     with closing(repo):
         yield repo
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let DVC print errors alone: no progress bars, and no remarks on objects that it does not find."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def cache_folder(root: Path) -> Path:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantline.lifecycle.storage.dvc_cache import md5_of, opened
+from quantline.core.errors import UserError
+from quantline.lifecycle.storage.dvc_cache import md5_of, opened, quiet
 from quantline.lifecycle.storage.dvc_lock import locked_outs, stage_keys
 from quantline.pipeline.records import VariantRecord
 
@@ -83,31 +82,51 @@ def fetch_outputs(root: Path, outs: Mapping[Path, Mapping[str, Any]], remote: st
         reasons why outputs are not available, one line each; nothing was written then.
 
     Raises:
-        UserError: the checkout is not a DVC repository.
+        UserError: the checkout is not a DVC repository, or has no remote of that name.
     """
     from dvc_data.hashfile.hash_info import HashInfo
 
     with opened(root) as repo:
         wanted = {path: HashInfo("md5", str(out["md5"])) for path, out in outs.items()}
-        faults: list[str] = []
-        for _ in range(2):  # a folder's list of files first, then the files
-            faults = faults or _pull(repo, _absent(repo, list(wanted.values())), remote)
+        faults = bring(repo, [str(info.value) for info in wanted.values()], remote)
         missing = [f"{path.name} ({info.value})" for path, info in wanted.items() if _absent(repo, [info])]
         if missing:
-            return [*faults, f"neither the cache nor a remote has {', '.join(missing)}"]
+            places = "the cache does not have" if faults else "neither the cache nor a remote has"
+            return [*faults, f"{places} {', '.join(missing)}"]
         for path, info in wanted.items():
             _write(repo, path, info)
     return []
 
 
-def _pull(repo: Any, wanted: list[Any], remote: str | None) -> list[str]:
-    if not wanted or not (remote or repo.config["core"].get("remote")):
-        return []
+def bring(repo: Any, md5s: Iterable[str], remote: str | None = None) -> list[str]:
+    """Fetch the objects that the cache lacks from a remote, folders with their files.
+
+    Args:
+        repo: DVC's, as `opened` gives it.
+        md5s: of the objects, a folder's with `.dir`.
+        remote: name of the remote; null is DVC's default, if it has one.
+
+    Returns:
+        why the remote could not be read, one line each; empty also where it does not have the objects.
+
+    Raises:
+        UserError: there is no remote of that name.
+    """
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    name = remote or repo.config["core"].get("remote")
+    if name and name not in repo.config["remote"]:
+        known = ", ".join(repo.config["remote"]) or "none; `dvc remote add` adds one"
+        raise UserError(f"remote={name}: DVC has no such remote; there are {known}")
+    wanted = [HashInfo("md5", md5) for md5 in md5s]
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-            repo.cloud.pull(wanted, remote=remote)
+        for _ in range(2):  # a folder's list of files first, then the files
+            absent = _absent(repo, wanted)
+            if name and absent:
+                with quiet():
+                    repo.cloud.pull(absent, remote=name)
     except Exception as error:  # a remote's file system can raise any exception, not only DVC's
-        return [f"the remote could not be read ({type(error).__name__})"]
+        return [f"the remote {name} could not be read ({type(error).__name__}; `dvc remote list` says where it is)"]
     return []
 
 

@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import tabulate
-import yaml
 
 from quantline.checkpoints.model_files import CARD
 from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import TrackingError, UserError
 from quantline.core.files import building
-from quantline.lifecycle.storage.dvc_outputs import hashes_of, outputs_of
 from quantline.lifecycle.tracking import schema
-from quantline.lifecycle.tracking.reader import LOCK_FILE, artifact, connected
+from quantline.lifecycle.tracking.reader import artifact, connected
 from quantline.lifecycle.tracking.store import locked, resolve_uri, sqlite_path
 from quantline.pipeline.identity import file_hashes
 from quantline.pipeline.inputs import command_for
@@ -81,8 +79,12 @@ class Version:
     tags: dict[str, str]
 
 
-def promote(tracking: TrackingConfig, root: Path, what: Promotion, alias: str) -> Promoted:
+def promote(
+    tracking: TrackingConfig, root: Path, what: Promotion, alias: str, *, upload_again: bool = False
+) -> Promoted:
     """Upload a variant's checkpoint if the server does not have it, register it, and move the alias to it.
+
+    upload_again: also where the server has it by its list, such as with a file that was damaged there.
 
     Raises:
         UserError: the checkpoint differs from its recorded hashes, or the alias is not valid.
@@ -96,7 +98,7 @@ def promote(tracking: TrackingConfig, root: Path, what: Promotion, alias: str) -
             command = command_for("convert", shlex.split(what.tags.get("quantline.overrides", "")))
         raise UserError(f"{what.checkpoint / changed[0]}: differs from the convert stage's output; run: {command}")
     with connected(tracking, root, timeout_seconds=TRANSFER_SECONDS) as client, _alone(tracking, root):
-        uploaded = _upload(client, what)
+        uploaded = _upload(client, what, again=upload_again)
         _ensure_model(client, what.model)
         before = _holder(client, what.model, alias)
         same = [item for item in _versions(client, what.model) if item.run_id == what.run_id]
@@ -162,40 +164,6 @@ def versions(tracking: TrackingConfig, root: Path) -> list[Version]:
         return [item for model in models for item in _versions(client, model) if "quantline.variant" in item.tags]
 
 
-def promoted_outputs(root: Path, tracking: TrackingConfig | None = None) -> set[tuple[str, str, tuple[str, ...]]]:
-    """Outputs that garbage collection must keep: (variant, fingerprint, DVC hashes of outputs) of each one with an alias.
-
-    tracking: null is the store to which this checkout's pipeline publishes.
-
-    Raises:
-        UserError: a stage of such a variant has no output in DVC by its record, so what must be kept is not known.
-        TrackingError: MLflow does not answer, so the aliases are unknown; nothing may be removed then.
-    """
-    tracking = tracking or TrackingConfig(enabled=True, uri=_kept_uri(root), experiment=None, timeout_seconds=10)
-    held = [item for item in versions(tracking, root) if item.aliases]
-    return {
-        (item.tags["quantline.variant"], item.tags["quantline.fingerprint"], _outputs(tracking, root, item))
-        for item in held
-    }
-
-
-def _outputs(tracking: TrackingConfig, root: Path, item: Version) -> tuple[str, ...]:
-    """DVC's hashes of a version's outputs, sorted: those of its promotion, and those that its run got since."""
-    variant = item.tags["quantline.variant"]
-    if variant.startswith(BY_HAND):
-        return ()  # its files are in MLflow alone
-    with connected(tracking, root) as client:
-        stages = client.get_run(item.run_id).data.tags.get("quantline.stages", "").split()
-        lock = yaml.safe_load(artifact(client, item.run_id, LOCK_FILE) or "") or {}
-    if lost := [stage for stage in stages if not outputs_of(lock, stage)]:
-        raise UserError(
-            f"{item.model} version {item.version} ({variant}): was promoted without DVC's hashes of {', '.join(lost)}, "
-            f"so what must be kept is not known; `python -m stages.promote variant={variant} alias={item.aliases[0]}` again "
-            f"if it is still that variant, or `python -m stages.demote variant={variant} alias={item.aliases[0]}`"
-        )
-    return tuple(sorted({*item.tags.get("quantline.dvc", "").split(), *hashes_of(lock)}))
-
-
 def fetch(tracking: TrackingConfig, root: Path, model: str, alias: str, out: Path) -> Version:
     """Download a registered model by its alias into the new folder `out` and verify every file; its card is added.
 
@@ -242,11 +210,18 @@ def _held(client: Any, model: str, alias: str) -> Version:
     return known[number]
 
 
+def command_about(name: str, version: Version) -> str:
+    """A command about a version and its first alias: promote or demote."""
+    return f"python -m stages.{name} variant={version.tags['quantline.variant']} alias={version.aliases[0]}"
+
+
 def _files(client: Any, version: Version) -> dict[str, str]:
     files: dict[str, str] = json.loads(artifact(client, version.run_id, FILES) or "{}")
     if not files:
-        fault = "has no list of files; promote it with stages.promote"
-        raise UserError(f"{version.model} version {version.version}: {fault}")
+        raise UserError(
+            f"{version.model} version {version.version}: has no list of files; "
+            f"run where it was promoted: {command_about('promote', version)}"
+        )
     return files
 
 
@@ -262,7 +237,8 @@ def _download(client: Any, version: Version, out: Path) -> None:
         wrong = sorted(name for name in {*received, *files} if received.get(name) != files.get(name))
         if wrong:
             raise TrackingError(
-                f"{wrong[0]} of {version.model} version {version.version} differs from the registered file; promote it again"
+                f"{wrong[0]} of {version.model} version {version.version} differs from the registered file; "
+                f"run where it was promoted: {command_about('promote', version)} upload=again"
             )
         card = artifact(client, version.run_id, f"registry/{CARD}")
         if card is not None and CARD not in files:  # a version of before there were cards has none
@@ -273,17 +249,10 @@ def _alone(tracking: TrackingConfig, root: Path) -> Any:
     return locked(resolve_uri(tracking.uri, root), 60.0)
 
 
-def _kept_uri(root: Path) -> str | None:
-    kept = root / "variants" / "float.yaml"
-    values = yaml.safe_load(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    uri = ((values or {}).get("tracking") or {}).get("uri")
-    return str(uri) if uri else None
-
-
-def _upload(client: Any, what: Promotion) -> int:
+def _upload(client: Any, what: Promotion, *, again: bool) -> int:
     listed = artifact(client, what.run_id, FILES)
     uploaded = 0
-    if listed is None or json.loads(listed) != dict(what.files):
+    if again or listed is None or json.loads(listed) != dict(what.files):
         for name in what.files:
             folder, _, _ = f"{MODEL}/{name}".rpartition("/")
             client.log_artifact(what.run_id, str(what.checkpoint / name), folder)
