@@ -19,7 +19,7 @@ from stages import command
 OPTIONS = [
     Option("to", "DIR", "the folder; a new one, or an empty one", required=True),
     Option("model", "PATH", "folder of a float model; or owner/name@COMMIT on the Hugging Face hub"),
-    Option("goal", "gpu24", "variants for what serves them: gpu24, gpu80 or cpu; each line says why it is there"),
+    Option("goal", "gpu24", "variants for what serves them: gpu24, gpu80, cpu or edge; each line says why it is there"),
     Option("calibration", "FILE", "text like that which the model will meet, for methods that calibrate: .jsonl, .txt"),
 ]
 

@@ -14,6 +14,7 @@ import math
 import shlex
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantline.pipeline.command_line import Option
@@ -22,17 +23,24 @@ from stages import ROOT, WORK, main
 OPTIONS = [
     Option("loss.at_most", "0.01", "growth of the perplexity, relative; met by the upper end of the paired interval"),
     Option("size.at_most_gb", "5", "size of the checkpoint, in 10**9 bytes"),
+    Option(
+        "memory.at_most_gb", "24", "memory for serving with the KV cache of serve.max_model_len tokens, in 2**30 bytes"
+    ),
     Option("minimize", "size", "what to minimize", allowed=("size", "loss")),
-    Option("methods", "gptq,rtn", "methods to choose from", default="gptq,awq,rtn"),
+    Option("methods", "gptq,rtn", "methods to choose from; gguf has llama.cpp's types", default="gptq,awq,rtn"),
+    Option("groups", "64,128", "group sizes to choose from; without it the given group_size"),
+    Option("kv_cache", "auto,fp8", "serve.kv_cache_dtype to choose from: the first one that fits memory.at_most_gb"),
     Option("step", "0.25", "bits between two plans by budget", default="0.25"),
     Option("measurements", "20", "candidates to measure at most", default="20"),
     Option("served", "false", "also variants that the server does not take", allowed=("true", "false")),
+    Option("measure_speed", "true", "speed of the finalists beside the float model", allowed=("true", "false")),
     Option("apply", "NAME", "write the best variant into params.yaml under this name"),
 ]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+    from typing import Any
 
     from omegaconf import DictConfig
 
@@ -40,7 +48,18 @@ if TYPE_CHECKING:
     from quantline.planning.search import Candidate, Found, Goal, Measurement
     from quantline.planning.search_space import Space
 
-READS = ("model", "group_size", "backend", "calibration", "sensitivity", "convert", "serve", "evaluate", "device")
+READS = (
+    "model",
+    "group_size",
+    "backend",
+    "calibration",
+    "sensitivity",
+    "convert",
+    "serve",
+    "evaluate",
+    "speed",
+    "device",
+)
 _SHARES = (0.125, 0.25, 0.5, 1.0)
 _FOLDER = ROOT / "scratch" / "search"
 
@@ -58,7 +77,7 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.planning.search import search as find
     from quantline.planning.search_record import search_record
     from quantline.report.choice import write_search
-    from stages.allocate import measured_losses, without_shared
+    from stages.allocate import without_shared
 
     goal, most, started = _goal(arguments), _count("measurements", arguments["measurements"]), time.time()
     config = parse(plain(cfg))
@@ -66,10 +85,10 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     _number("step", arguments["step"])
     if arguments["apply"] is not None:
         refuse_unwritable(ROOT / "params.yaml", arguments["apply"])
-    overrides = [one for one in HydraConfig.get().overrides.task if one.partition("=")[0] not in ("method", "bits")]
-    plain_gptq = [*overrides, "method=gptq"]  # its grid is that of rounding, and it calibrates
-    losses = measured_losses(_composed(plain_gptq), plain_gptq)
-    choices = _space(config, losses, arguments)
+    chosen = {"method", "bits", *(["group_size"] if arguments["groups"] else [])}
+    chosen |= {"serve.kv_cache_dtype"} if arguments["kv_cache"] else set()
+    overrides = [one for one in HydraConfig.get().overrides.task if one.partition("=")[0] not in chosen]
+    choices, losses = _space(config, overrides, arguments)
     print(f"{len(choices.candidates)} candidates; {len(choices.pruned)} that do not work", file=sys.stderr)
     judge, documents = _judge(config, overrides)
     found = find(
@@ -82,19 +101,17 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
         found, choices.candidates, choices.pruned, goal, documents=documents, line=line,
         command=shlex.join(["python", "-m", "stages.search", *sorted(typed)]), times=(started, time.time() - started),
     )  # fmt: skip
+    if arguments["measure_speed"] == "true":
+        _measure_speed(record, overrides)
     files = write_search(record, _FOLDER / fingerprint(record["command"])[:12])
-    print(_text(found, choices, goal, documents, overrides))
+    print(_text(found, choices, goal, record, overrides))
     if line is not None and (name := arguments["apply"]) is not None:
         own = without_shared(line)
         add_variant(ROOT / "params.yaml", name, own)
-        keep(
-            ROOT / PIPELINE_HOME,
-            name,
-            own,
-            losses,
-            group_size=config.group_size,
-            search={**record, "started": None, "seconds": None},
-        )
+        group = choices.variants[record["answer"]].group_size
+        known = losses.get(group, next(iter(losses.values())))  # GGUF has groups of its own
+        timeless = {**record, "started": None, "seconds": None}  # equal results make equal reports
+        keep(ROOT / PIPELINE_HOME, name, own, known, group_size=group, search=timeless)
         print(f"params.yaml: {name}", file=sys.stderr)
     if config.tracking.enabled:
         publish_search(record, files, config, ROOT)
@@ -134,7 +151,7 @@ def _judge(config: Config, overrides: list[str]) -> tuple[Callable[[Candidate, i
     def judge(one: Candidate, share: int) -> Measurement:
         if one.name not in configs:
             configs[one.name] = _composed([*overrides, *one.overrides])
-        own, variant = configs[one.name], f"search-{fingerprint(one.overrides)[:12]}"
+        own, variant = configs[one.name], _folder(one.overrides)
         named = key("convert", own)
 
         def checkpoint() -> Path:
@@ -152,6 +169,33 @@ def _judge(config: Config, overrides: list[str]) -> tuple[Callable[[Candidate, i
         return Measurement(one.name, share, found.estimate, found.low, found.high, kl)
 
     return judge, [len(share) for share in race.shares]
+
+
+def _measure_speed(record: dict[str, Any], overrides: list[str]) -> None:
+    """Measure the speed of those that were scored on all documents, in one session with the float model each."""
+    import stages.download
+    import stages.speed  # noqa: F401  # they register their functions
+    from quantline.pipeline.execute import run_until
+    from quantline.pipeline.figures import mean_ratio
+    from quantline.pipeline.paths import read_result
+    from quantline.pipeline.run import StageRun
+
+    for row in record["candidates"]:
+        if row["state"] not in ("winner", "finalist"):
+            continue
+        line = shlex.split(row["line"])
+        own = _composed([*overrides, *line]).model_copy(update={"variant": _folder(line)})
+        run_until("speed", WORK, own, ROOT, [*overrides, *line])
+        result = read_result(StageRun("speed", own, ROOT, ()).paths.result)
+        ratios = [value for name, value in result["metrics"].items() if name.startswith("speed_up_c") and value]
+        row["speed_up"] = mean_ratio(ratios)
+
+
+def _folder(line: Sequence[str]) -> str:
+    """The folder below scratch/ in which a candidate is made."""
+    from quantline.pipeline.identity import fingerprint
+
+    return f"search-{fingerprint(line)[:12]}"
 
 
 def _number(name: str, text: str | None) -> float:
@@ -207,21 +251,54 @@ def _methods(names: str | None) -> dict[str, dict[str, object]]:
     return {name: {key: value for key, value in defaults[name].items() if value is not None} for name in asked}
 
 
-def _space(config: Config, losses: dict[tuple[str, int], float], arguments: dict[str, str | None]) -> Space:
+def _space(
+    config: Config, overrides: list[str], arguments: dict[str, str | None]
+) -> tuple[Space, dict[int, dict[tuple[str, int], float]]]:
+    """The candidates, and the losses of the units at each group size, which are measured where they are not yet."""
+    from quantline.config.method import GGUF_TYPES
     from quantline.evaluation.unit_losses import BUDGETED
     from quantline.pipeline import preflight
     from quantline.pipeline.run import StageRun
     from quantline.planning.budget import SERVED
-    from quantline.planning.search_space import space
+    from quantline.planning.search_space import Axes, space
+    from stages.allocate import measured_losses
 
-    methods = _methods(arguments["methods"])
+    methods, groups, memory = (
+        _methods(arguments["methods"]),
+        _groups(arguments["groups"]),
+        arguments["memory.at_most_gb"],
+    )
+    options = preflight.PlanOptions(gpu_memory_gb=None if memory is None else _number("memory.at_most_gb", memory))
+    caches = {}
+    for kind in str(arguments["kv_cache"] or config.serve.kv_cache_dtype).split(","):
+        own = _composed([*overrides, f"serve.kv_cache_dtype={kind}"])  # refuses what is no kind of cache
+        machine = preflight.machine_of(own, ROOT, options)
+        caches[kind] = machine if memory else replace(machine, memory_bytes=None)
+    losses = {}
+    for group in groups or [config.group_size]:
+        # The grid of GPTQ is that of rounding, and it calibrates.
+        plain_gptq = [*overrides, "method=gptq", *([f"group_size={group}"] if groups else [])]
+        losses[group] = measured_losses(_composed(plain_gptq), plain_gptq)
     model = preflight.model_of(StageRun("search", config, ROOT, ()))
     steps = SERVED if arguments["served"] == "true" else SERVED[:2]
-    return space(
-        preflight.variant_spec(config.model_dump()), model, preflight.machine_of(config, ROOT),
-        methods, losses,
-        budgeted=BUDGETED, step=_number("step", arguments["step"]), steps=steps,
+    axes = Axes(
+        methods, losses, caches, BUDGETED, _number("step", arguments["step"]), GGUF_TYPES,
+        (*steps, *(("memory",) if memory else ())), named_groups=bool(groups),
     )  # fmt: skip
+    return space(preflight.variant_spec(config.model_dump()), model, axes), losses
+
+
+def _groups(names: str | None) -> list[int]:
+    from quantline.core.errors import UserError
+
+    if names is None:
+        return []
+    asked = names.split(",")
+    if wrong := [one for one in asked if one != "-1" and not one.isdecimal()]:
+        raise UserError(
+            f"groups={names}: {wrong[0]} is no group size; give 32,64,128 or others, or -1 for one a channel"
+        )
+    return list(dict.fromkeys(map(int, asked)))
 
 
 def _composed(overrides: list[str]) -> Config:
@@ -231,20 +308,23 @@ def _composed(overrides: list[str]) -> Config:
     return parse(compose_values(ROOT / "conf", overrides))
 
 
-def _text(found: Found, choices: Space, goal: Goal, documents: list[int], overrides: list[str]) -> str:
+def _text(found: Found, choices: Space, goal: Goal, record: Mapping[str, Any], overrides: list[str]) -> str:
     from quantline.core.text import binary_size
     from quantline.pipeline.params_file import line_of
 
     last = {one.candidate: one for one in found.measurements}
+    rows = {row["name"]: row for row in record["candidates"]}
     sizes = {one.name: one.size for one in choices.candidates}
 
     def told(name: str) -> str:
         if name not in last:
             return f"{name}: {binary_size(sizes[name])}, not measured"
         one = last[name]
+        speed_up = rows[name]["speed_up"]
+        fast = "" if speed_up is None else f", {speed_up:.2f}x as fast as float"
         return (
             f"{name}: {binary_size(sizes[name])}, perplexity {100 * one.loss:+.2f} % [{100 * one.low:+.2f}, "
-            f"{100 * one.high:+.2f}] on {documents[one.share]} of {documents[-1]} documents"
+            f"{100 * one.high:+.2f}] on {rows[name]['documents']} of {record['documents']} documents{fast}"
         )
 
     lines = [
@@ -252,7 +332,10 @@ def _text(found: Found, choices: Space, goal: Goal, documents: list[int], overri
         "front:", *(f"  {told(name)}" for name in found.front),
     ]  # fmt: skip
     if found.best is not None:
-        return "\n".join([*lines, f"best: {told(found.best.name)}", "", line_of([*found.best.overrides, *overrides])])
+        lines.append(f"best: {told(found.best.name)}")
+        if cache := next((one for one in found.best.overrides if one.startswith("serve.kv_cache_dtype")), None):
+            lines.append(f"{cache}: what the cache loses is not in these figures; stages.run measures it by the server")
+        return "\n".join([*lines, "", line_of([*found.best.overrides, *overrides])])
     if found.nearest is None:
         return "\n".join([*lines, "no variant works here: " + "; ".join(list(choices.pruned.values())[:3])])
     needs = []

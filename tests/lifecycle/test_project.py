@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -107,21 +110,43 @@ def test_the_variants_of_a_goal_are_lines_with_reasons_that_plan_takes(root, tmp
     assert list(variants) == list(goals()[goal]["variants"])
     assert text.count("\n  # ") == len(variants)
     assert set(goals()[goal]["shared"]) < set(shared_of(tmp_path / "new"))
-    capability, device = {"gpu24": (89, "cuda"), "gpu80": (90, "cuda"), "cpu": (None, "cpu")}[goal]
+    capability, device = {"gpu24": (89, "cuda"), "gpu80": (90, "cuda")}.get(goal, (None, "cpu"))
     model = Model.open(root / "assets/demo/model", "demo")
     for name in variants:
         config = parse(
             compose_values(tmp_path / "new" / "conf", variant_overrides(tmp_path / "new" / "params.yaml", name))
         )
         machine = Machine(
-            Target("vllm", "0.32.0", device, compute_capability=capability, **cpu_traits(device)), dict(config.backends)
-        )
+            Target("vllm", "0.32.0", device, compute_capability=capability, **cpu_traits(device)), dict(config.backends),
+            versions={"llamacpp": "2026.10.11549"},
+        )  # fmt: skip
         plan = check(variant_spec(config.model_dump()), model, machine)
         assert plan.passes("quantize", "convert", "serve"), (name, plan.refused)
 
 
+def test_each_variant_of_a_goal_has_the_size_that_plan_finds_for_the_model(tmp_path):
+    create(tmp_path / "new", goal="edge")
+    text = (tmp_path / "new" / "params.yaml").read_text(encoding="utf-8")
+    reasons = re.findall(r"  # (.*)\n  (gguf-\S+): method=gguf method.type=", text)
+    assert [name for _, name in reasons] == ["gguf-Q4_K_M", "gguf-Q5_K_M", "gguf-Q8_0", "gguf-IQ3_M"]
+    assert (
+        reasons[0][0]
+        == "the usual choice, little more than half the size of Q8_0 in a large model; here 5.99 bits a weight, 7.10 MB"
+    )
+    assert all("bits a weight" in why for why, _ in reasons)
+
+
+def test_a_variant_that_the_model_does_not_take_says_so(root, tmp_path):
+    shutil.copytree(root / "assets/demo/model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config.update(model_type="gemma2", architectures=["Gemma2ForCausalLM"])
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    create(tmp_path / "new", model=str(tmp_path / "model"), goal="edge")
+    assert "; plan refuses it: " in (tmp_path / "new" / "params.yaml").read_text()
+
+
 def test_a_goal_that_is_not_known_is_refused(tmp_path):
-    with pytest.raises(UserError, match="goal=phone: there are gpu24, gpu80, cpu"):
+    with pytest.raises(UserError, match="goal=phone: there are gpu24, gpu80, cpu, edge"):
         create(tmp_path / "new", goal="phone")
     assert not (tmp_path / "new").exists()
 

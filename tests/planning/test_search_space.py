@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from quantline.checkpoints.linears import select_linears
+from quantline.planning.budget import SERVED
 from quantline.planning.preflight import check
-from quantline.planning.search_space import overrides_of, space
+from quantline.planning.search_space import Axes, overrides_of, space
 from quantline.planning.spec import Machine, Model, VariantSpec
 from quantline.serving.checkpoint_facts import units_of
 from quantline.serving.rules import Target
@@ -23,16 +26,19 @@ def of(model, device, methods=METHODS, **more):
     capability = 90 if device == "cuda" else None
     machine = Machine(
         Target("vllm", "0.32.0", device, compute_capability=capability),
-        {"rtn": ["native"], "awq": ["autoawq"], "fp8": ["llmcompressor"]},
+        {"rtn": ["native"], "awq": ["autoawq"], "fp8": ["llmcompressor"], "gguf": ["llamacpp"]},
+        versions={"llamacpp": "2026.10.11549"},
     )
     units = units_of(select_linears(model.checkpoint, model.config, bits=4, group_size=128))
     losses = {
         (unit, bits): 4.0**-bits * 2.0**-number for number, unit in enumerate(units) for bits in (2, 3, 4, 8)
     }  # fmt: skip
-    found = space(
-        VariantSpec("rtn"), model, machine, methods, losses, budgeted=("rtn",), step=1.0, **more
+    groups = more.pop("groups", (128,))
+    axes = Axes(
+        methods, dict.fromkeys(groups, losses), more.pop("caches", {"auto": machine}), ("rtn",), 1.0,
+        named_groups=len(groups) > 1, **more,
     )  # fmt: skip
-    return found, machine
+    return space(VariantSpec("rtn"), model, axes), machine
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -72,3 +78,53 @@ def test_overrides_say_method_bits_and_rules():
         "method=gptq", "bits=4", 'layers.rules=[{match: "a.b", bits: 8}, {match: "c", skip: true}]',
     ]  # fmt: skip
     assert overrides_of(VariantSpec("rtn", 8)) == ["method=rtn", "bits=8"]
+
+
+def test_each_group_size_has_its_candidates_and_its_own_sizes(model):
+    found, _ = of(model, "cpu", groups=(64, 128), methods={**METHODS, "fp8": {"scheme": "dynamic"}})
+    known = {one.name: one for one in found.candidates}
+    assert {"rtn-w4-g64", "rtn-w4-g128", "awq-w4-g64", "rtn-6-g64", "fp8-w8"} <= set(known)
+    assert known["rtn-w4-g64"].size > known["rtn-w4-g128"].size
+    assert "group_size=64" in known["rtn-w4-g64"].overrides
+    assert not any("group_size" in one for one in known["fp8-w8"].overrides)
+    assert len([name for name in known if name.startswith("fp8")]) == 1
+
+
+def test_a_smaller_cache_is_taken_only_where_the_usual_one_does_not_fit(model):
+    _, machine = of(model, "cpu")
+    plain, small = (
+        replace(machine, batch=64, memory_bytes=2**33, target=replace(machine.target, kv_cache_dtype=kind))
+        for kind in (None, "fp8")
+    )
+    needs = [check(VariantSpec("rtn"), model, one).serving_bytes() for one in (plain, small)]
+    assert needs[1] < needs[0]
+    for room, expected in ((needs[0], "rtn-w4"), (needs[1], "rtn-w4-kv-fp8"), (needs[1] - 1, None)):
+        given = {"auto": replace(plain, memory_bytes=room), "fp8": replace(small, memory_bytes=room)}
+        found, _ = of(model, "cpu", caches=given, methods={"rtn": METHODS["rtn"]}, steps=(*SERVED, "memory"))
+        names = [one.name for one in found.candidates if one.name.startswith("rtn-w4")]
+        assert names == ([expected] if expected else [])
+        if expected == "rtn-w4":
+            assert found.pruned["rtn-w4-kv-fp8"] == "rtn-w4 fits with the KV cache that is tried before it"
+        else:
+            assert "is available" in found.pruned["rtn-w4"]
+    assert "is available" in found.pruned["rtn-w4-kv-fp8"]
+
+
+def test_a_cache_that_the_server_does_not_take_is_pruned_by_the_rules(model):
+    _, machine = of(model, "cpu")
+    other = replace(machine, target=replace(machine.target, kv_cache_dtype="int8_per_token_head"))
+    found, _ = of(model, "cpu", caches={"int8_per_token_head": other}, methods={"rtn": METHODS["rtn"]})
+    assert found.candidates == []
+    assert "computes attention wrongly" in found.pruned["rtn-w4"]
+
+
+def test_gguf_has_types_whose_loss_follows_their_real_bits(model):
+    kinds = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q2_K", "IQ2_M")
+    methods = {"gguf": {"type": "Q4_K_M", "imatrix": False}}
+    found, _ = of(model, "cpu", methods=methods, types=kinds)
+    known = {one.name: one for one in found.candidates}
+    assert list(known) == ["gguf-Q8_0", "gguf-Q5_K_M", "gguf-Q4_K_M", "gguf-Q2_K"]
+    assert known["gguf-Q4_K_M"].overrides == ("method=gguf", "method.type=Q4_K_M")
+    losses = [one.predicted for one in sorted(known.values(), key=lambda one: one.size)]
+    assert losses == sorted(losses, reverse=True)
+    assert "importance matrix" in found.pruned["gguf-IQ2_M"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -82,15 +82,19 @@ class AutoRoundMethod(Section):
     batch_size: int = Field(ge=1)
 
 
+GgufType = Literal[
+    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_L",
+    "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+    "IQ1_M", "IQ1_S",
+]  # fmt: skip
+GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
+
+
 class GgufMethod(Section):
     """A GGUF file of llama.cpp: its mixtures of block types; imatrix weighs columns by their inputs in calibration."""
 
     name: Literal["gguf"]
-    type: Literal[
-        "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_L",
-        "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
-        "IQ1_M", "IQ1_S",
-    ]  # fmt: skip
+    type: GgufType
     imatrix: bool
 
 

@@ -16,6 +16,12 @@ import yaml
 
 from quantline.core.errors import UserError
 from quantline.core.files import building
+from quantline.core.text import decimal_size
+from quantline.pipeline.compose import compose_values, variant_overrides
+from quantline.pipeline.config import parse
+from quantline.pipeline.preflight import machine_of, variant_spec
+from quantline.planning.preflight import check
+from quantline.planning.spec import Model
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _GOALS = Path(__file__).with_name("goals.yaml")
@@ -71,8 +77,12 @@ def create(to: Path, *, model: str | None = None, calibration: str | None = None
             lambda text: re.sub(r"(?m)^shared: .*?(?= +#|$)", lambda _: f"shared: {line}", text),
         )
         if goal is not None:
-            _edit(folder / "params.yaml", partial(_with_variants, goals()[goal]))
+            _edit(folder / "params.yaml", partial(_with_variants, goals()[goal], {}))
         _default(folder / "conf", shared)
+        float_model = _folder_of(model, source)
+        if goal is not None and float_model is not None:
+            planned = {name: _planned(folder, name, float_model) for name in goals()[goal]["variants"]}
+            _edit(folder / "params.yaml", partial(_with_variants, goals()[goal], planned))
     if made != to:
         for path in list(made.iterdir()):
             path.rename(to / path.name)
@@ -102,12 +112,32 @@ def _option(key: str, path: Path) -> str:
     return f"{key}={text if re.fullmatch('[-+./~ _0-9A-Za-z]+', text) else json.dumps(text, ensure_ascii=False)}"
 
 
-def _with_variants(goal: Mapping[str, Any], text: str) -> str:
-    """params.yaml with the variants of a goal, each below the reason for it."""
+def _folder_of(model: str | None, source: Path) -> Path | None:
+    """The folder of the float model; None if it is on the hub."""
+    if model is None:
+        return source / DEMO / "demo" / "model"
+    folder = Path(model).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _planned(project: Path, name: str, float_model: Path) -> str:
+    """What `stages.plan` says of a variant of a new project: its size, or why it cannot be made."""
+    config = parse(compose_values(project / "conf", variant_overrides(project / "params.yaml", name)))
+    plan = check(variant_spec(config.model_dump()), Model.open(float_model), machine_of(config, project))
+    if not plan.passes("quantize", "convert"):
+        return f"plan refuses it: {' '.join(plan.refused[0].reason.split())}"
+    if plan.weights is None:
+        return ""
+    return f"here {plan.weights.bits_per_quantized_weight:.3g} bits a weight, {decimal_size(plan.weights.total)}"
+
+
+def _with_variants(goal: Mapping[str, Any], planned: Mapping[str, str], text: str) -> str:
+    """params.yaml with the variants of a goal, each below the reason for it. planned: what the plan says of each."""
     lines = [f"variants:  # for {goal['about']}"]
     for name, variant in goal["variants"].items():
-        lines += [f"  # {variant['why']}", f"  {name}: {variant['line']}"]
-    head, _, _ = text.partition("variants:\n")
+        why = "; ".join(part for part in (variant["why"], planned.get(name)) if part)
+        lines += [f"  # {why}", f"  {name}: {variant['line']}"]
+    head, _, _ = re.split(r"(variants:(?: .*)?\n)", text, maxsplit=1)
     return "\n".join([head.rstrip("\n"), *lines, ""])
 
 

@@ -35,7 +35,8 @@ def search_record(
     Returns:
         goal, minimize, loss_at_most, size_at_most (bytes), command, documents (of the whole text), answer, line, nearest,
         measured (their number), started, seconds, and `candidates`: rows of name, state, why, line, method, size_bytes,
-        predicted_kl, change_percent, low, high, kl, documents, share (of the text) and front.
+        predicted_kl, change_percent, low, high, kl, documents, share (of the text), speed_up
+        (None: measured by the caller) and front.
     """
     last = {one.candidate: one for one in found.measurements}
     rows = [_row(one, last.get(one.name), found, goal, documents) for one in candidates]
@@ -53,7 +54,7 @@ def search_record(
 
 _EMPTY: dict[str, Any] = dict.fromkeys(
     ("name", "state", "why", "line", "method", "size_bytes", "predicted_kl", "change_percent", "low", "high", "kl",
-     "documents", "share"),
+     "documents", "share", "speed_up"),
 ) | {"front": False}  # fmt: skip
 
 

@@ -55,7 +55,8 @@ def measured(evidence: Sequence[Evidence]) -> Table:
         Column("candidate", "candidate", "code"), Column("state", "became"), Column("front", "on the front", "yes"),
         Column("size_bytes", "weights on disk", "bytes"),
         Column("change_percent", "perplexity growth", "growth", "low", "high"), Column("kl", "KL", "nats"),
-        Column("documents", "documents", "count"), Column("why", "why"), variant_column(),
+        Column("speed_up", "speed-up", "ratio", missing="-"), Column("documents", "documents", "count"),
+        Column("why", "why"), variant_column(),
     )  # fmt: skip
     return Table("search_measured", "What the search measured.", columns, rows, optional=True)
 

@@ -70,6 +70,7 @@ def _candidate(row: Mapping[str, Any], started: float) -> RunContent:
         metric_name("high"): row["high"], metric_name("kl"): row["kl"],
         metric_name("size_mb"): None if row["size_bytes"] is None else row["size_bytes"] / 1e6,
         "search/share_of_text": row["share"], "search/predicted_kl": row["predicted_kl"],
+        metric_name("speed_up"): row["speed_up"],
     }  # fmt: skip
     params = flatten({key: row[key] for key in ("line", "method") if row[key] is not None})
     tags = {**_columns(row), NOTE: f"{opening(row['name'])} {row['state']}. {row['why']}"}
