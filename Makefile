@@ -21,6 +21,7 @@ ifdef BUNDLE
 # Everything from a folder that `python -m stages.bundle` made, where there is no network (docs/guide/offline.md).
 .venv/ready: envs/core.txt
 	@$(PYTHON) tools/unbundle.py "$(BUNDLE)" .
+	@PYTHONPATH=src $(BIN)/python tools/prefer_reflinks.py .
 else
 .venv/ready: envs/core.txt
 	@rm -rf .venv
@@ -28,6 +29,7 @@ else
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^uv==' envs/core.txt)"
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r envs/core.txt
+	@PYTHONPATH=src $(BIN)/python tools/prefer_reflinks.py .
 	@touch $@
 endif
 

@@ -17,8 +17,8 @@ def verify(_arguments: dict[str, str | None]) -> int:
     from quantline.core.errors import QuantlineError
     from quantline.lifecycle.promoted import promoted
     from quantline.lifecycle.retention import remove_partial
-    from quantline.lifecycle.storage.dvc_cache import cache_folder
     from quantline.lifecycle.verify import verify as check
+    from quantline.pipeline.dvc_config import cache_folder
 
     for line in remove_partial(ROOT):
         print(line)

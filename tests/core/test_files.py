@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantline.core.errors import DifferentError, UserError
-from quantline.core.files import building, clear, foreign, partial, read_json, replaced, write_json
+from quantline.core.files import building, clear, copy_file, foreign, partial, read_json, replaced, write_json
 
 
 def test_a_file_is_replaced_when_the_block_ends_well(tmp_path):
@@ -189,3 +190,32 @@ def test_an_error_names_the_folder_that_stays_not_the_one_that_goes(tmp_path, er
     with pytest.raises(error) as caught:
         fail()
     assert str(caught.value) == f"{tmp_path}/out/model/a: is damaged, and so is {tmp_path}/out"
+
+
+@pytest.mark.parametrize("error", [None, errno.EXDEV, errno.EOPNOTSUPP])
+def test_a_copy_has_the_content_also_between_file_systems_and_where_nothing_can_be_shared(tmp_path, monkeypatch, error):
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(os.urandom(3_000_001))
+    target.write_bytes(b"longer" * 1_000_000)
+    real, calls = os.copy_file_range, []
+
+    def copy(origin, to, count):
+        calls.append(count)
+        if error and len(calls) == 2:  # after a part
+            raise OSError(error, os.strerror(error))
+        return real(origin, to, min(count, 1_000_000))
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    copy_file(source, target)
+    assert target.read_bytes() == source.read_bytes()
+    assert len(calls) == (2 if error else 4)
+
+
+def test_a_copy_on_a_full_disk_says_so(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "a").write_text("1")
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(OSError, match="No space left"):
+        copy_file(tmp_path / "a", tmp_path / "b")

@@ -18,7 +18,7 @@ from tiny_model import write_config, write_model
 
 from quantline.checkpoints.checkpoint import Checkpoint, write_safetensors
 from quantline.core.errors import UserError
-from quantline.data import download, hub
+from quantline.data import hub
 from quantline.data.download import check_contents, fetch, model_name, spoken_name
 
 REPO = "owner/tiny"
@@ -498,7 +498,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(model, out, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(download.shutil, "copyfile", full)
+    monkeypatch.setattr(os, "copy_file_range", full)
     with pytest.raises(UserError, match="the disk is full"):
         fetch(local(model), out)
     assert nothing_left(out)

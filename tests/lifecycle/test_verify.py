@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from quantline.core.errors import UserError
-from quantline.lifecycle.storage.dvc_cache import cache_folder, entries_of, object_path
+from quantline.lifecycle.storage.dvc_cache import entries_of, object_path
 from quantline.lifecycle.storage.dvc_lock import read_lock
 from quantline.lifecycle.verify import verify
+from quantline.pipeline.dvc_config import cache_folder
 
 
 def weights_of(project, variant):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from quantline.checkpoints.model_files import FOLDERS, PICKLES, files_of
 from quantline.checkpoints.quantization_config import own_file
 from quantline.conversion.plan import ConversionPlan
-from quantline.core.files import write_json
+from quantline.core.files import copy_file, write_json
 
 A_PICKLE = "a pickle, which can run code"
 # Files that describe the old weights, or that this project writes itself.
@@ -66,4 +65,4 @@ def carry_file(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(), target)
     except OSError:
-        shutil.copyfile(source, target)
+        copy_file(source, target)

@@ -230,6 +230,24 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content; the two share their blocks until one is written to, where the file system can do that.
+
+    Raises:
+        OSError: as of any copy.
+    """
+    with source.open("rb") as origin, target.open("wb") as copy:
+        left = os.fstat(origin.fileno()).st_size
+        try:
+            while left > 0 and (done := os.copy_file_range(origin.fileno(), copy.fileno(), left)):
+                left -= done
+        except OSError as error:
+            # Two file systems, or one that cannot; a full disk is told as it is.
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            shutil.copyfileobj(origin, copy, 2**20)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as JSON, atomically."""
     with replaced(path) as temporary, temporary.open("w", encoding="utf-8") as file:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -35,7 +34,7 @@ from quantline.checkpoints.model_files import (
 )  # fmt: skip
 from quantline.config.data import ModelConfig
 from quantline.core.errors import UserError, naming
-from quantline.core.files import building, sha256_of, write_json
+from quantline.core.files import building, copy_file, sha256_of, write_json
 from quantline.core.progress import bar
 from quantline.data import hub
 from quantline.data.tokenizer import check_tokenizer
@@ -214,7 +213,7 @@ def _transfer(
                     continue
                 except OSError:
                     pass  # another file system, or one without hard links
-            shutil.copyfile(path, target)
+            copy_file(path, target)
         progress.update(total, total)
     return hashes
 

@@ -28,6 +28,7 @@ from quantline.core.errors import UserError
 from quantline.core.files import clear, replaced, room, sha256_of, write_json
 from quantline.lifecycle.promoted import require_whole
 from quantline.lifecycle.storage import dvc_cache, dvc_lock
+from quantline.pipeline.dvc_config import cache_folder
 from quantline.pipeline.git import commit_of, untracked, whole_patch
 
 SCHEMA = 1
@@ -59,7 +60,7 @@ def backup(root: Path, to: Path, *, also: Mapping[str, str] = MappingProxyType({
     root, to = root.resolve(), to.expanduser().resolve()
     if to == root or root in to.parents:
         raise UserError(f"to={to}: lies in the checkout; give a folder outside of it, if possible on another disk")
-    cache = dvc_cache.cache_folder(root)
+    cache = cache_folder(root)
     store = _Store(to)
     with room(to):
         with dvc_lock.held(root):  # the saved dvc.lock is the one whose objects are saved

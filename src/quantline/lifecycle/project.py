@@ -17,6 +17,7 @@ import yaml
 from quantline.core.errors import UserError
 from quantline.core.files import building
 from quantline.core.text import decimal_size
+from quantline.lifecycle.storage.linked import prefer_reflinks
 from quantline.pipeline.compose import compose_values, variant_overrides
 from quantline.pipeline.config import parse
 from quantline.pipeline.preflight import machine_of, variant_spec
@@ -83,6 +84,7 @@ def create(to: Path, *, model: str | None = None, calibration: str | None = None
         if goal is not None and float_model is not None:
             planned = {name: _planned(folder, name, float_model) for name in goals()[goal]["variants"]}
             _edit(folder / "params.yaml", partial(_with_variants, goals()[goal], planned))
+        prefer_reflinks(folder)
     if made != to:
         for path in list(made.iterdir()):
             path.rename(to / path.name)

@@ -23,6 +23,7 @@ from quantline.lifecycle.backup import (
 )
 from quantline.lifecycle.storage import dvc_cache
 from quantline.lifecycle.storage.dvc_lock import held
+from quantline.pipeline.dvc_config import cache_folder
 from quantline.pipeline.git import commit_of
 
 STAGING = ".restore.tmp"
@@ -53,7 +54,7 @@ def restore(root: Path, folder: Path, *, name: str | None = None) -> Restored:
     """
     root, folder = root.resolve(), folder.expanduser().resolve()
     path, manifest = read_snapshot(folder, name)
-    staging, cache = root / STAGING, dvc_cache.cache_folder(root)
+    staging, cache = root / STAGING, cache_folder(root)
     if not (staging / READY).is_file() or (staging / READY).read_text(encoding="utf-8") != path.stem:
         _refuse_occupied(root, folder, manifest)
         check_objects(folder, manifest)

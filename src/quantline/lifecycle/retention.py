@@ -17,6 +17,7 @@ from quantline.core.errors import QuantlineError, UserError
 from quantline.core.files import clear, foreign
 from quantline.lifecycle.promoted import require_whole
 from quantline.lifecycle.storage import dvc_cache, dvc_lock
+from quantline.pipeline.dvc_config import cache_folder
 from quantline.pipeline.paths import checked_name
 
 # Arguments for DVC's `used_objs`, which always includes the workspace.
@@ -94,7 +95,7 @@ def collect_garbage(
     strange = sorted(md5 for md5 in protected if not dvc_lock.MD5.fullmatch(md5))
     if strange:
         raise UserError(f"{strange[0]}: is not a DVC MD5; nothing was removed")
-    cache = dvc_cache.cache_folder(root)
+    cache = cache_folder(root)
     with dvc_lock.held(root), dvc_cache.opened(root) as repo, _explained():
         dvc_lock.refuse_running(root)
         _require_known(root, cache)

@@ -17,13 +17,13 @@ from quantline.core.errors import UserError
 from quantline.lifecycle.storage.dvc_cache import (
     Entry,
     all_objects,
-    dvc_config,
     entries_of,
     md5_of,
     object_path,
     objects_of,
 )
 from quantline.lifecycle.storage.dvc_lock import REPAIR, Output, held, lacking, read_lock
+from quantline.pipeline.dvc_config import dvc_config
 from quantline.pipeline.identity import combined, differing, file_hashes
 from quantline.pipeline.paths import SHARED, read_result
 

@@ -31,6 +31,7 @@ from quantline.pipeline.inputs import (
     output_with_fingerprint,
     pipeline_output,
 )
+from quantline.pipeline.linked import keep_output
 from quantline.pipeline.paths import (
     MANUAL_HOME,
     PIPELINE_HOME,
@@ -257,6 +258,8 @@ class StageRun:
             "monitor": self.monitor,
         }  # fmt: skip
         write_json(self.paths.result, result)
+        if self.frozen and (self.root / ".dvc").is_dir():
+            keep_output(self.root, [self.paths.output, self.paths.result])
         return result
 
 

@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from quantline.lifecycle.storage.dvc_cache import cache_folder
 from quantline.lifecycle.sweep.area import copy_project, make_area, remove_area
 from quantline.lifecycle.sweep.record import Sweep, new_home
+from quantline.pipeline.dvc_config import cache_folder
 
 
 @pytest.fixture

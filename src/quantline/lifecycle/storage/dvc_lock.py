@@ -20,7 +20,7 @@ from typing import Any
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.files import alive
-from quantline.lifecycle.storage.dvc_cache import dvc_config
+from quantline.pipeline.dvc_config import dvc_config
 from quantline.pipeline.paths import stage_paths
 from quantline.pipeline.stages import PIPELINE, STAGES
 

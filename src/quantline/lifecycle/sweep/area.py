@@ -10,8 +10,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from quantline.lifecycle.storage.dvc_cache import cache_folder
 from quantline.lifecycle.sweep.record import Sweep
+from quantline.pipeline.dvc_config import cache_folder
 
 # What a job reads of the project. All else in the checkout is linked, so that relative paths of models and texts hold.
 _PARTS = ("conf", "envs", "src", "stages", "dvc.yaml", "params.yaml", "pyproject.toml", ".dvcignore", "dvc.lock")

@@ -17,12 +17,12 @@ from quantline.config.method import BASELINE
 from quantline.core.errors import UserError, WorkerError
 from quantline.core.gpu import visible_gpus
 from quantline.core.text import nearest
-from quantline.lifecycle.storage.dvc_cache import cache_folder
 from quantline.lifecycle.sweep.area import copy_project
 from quantline.lifecycle.sweep.job import ran, remove_leftovers, targets
 from quantline.lifecycle.sweep.launch import launcher_log, log_tail, start, workers_for
 from quantline.lifecycle.sweep.record import JobRecord, Sweep, new_home, read_jobs, write_job, write_sweep
 from quantline.pipeline.compose import read_params
+from quantline.pipeline.dvc_config import cache_folder
 
 
 @dataclass(frozen=True)
