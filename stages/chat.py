@@ -86,9 +86,11 @@ def chat(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
 def own_library(names: list[str], typed: Typed, most: int, arguments: dict[str, str | None]) -> None:
     from pathlib import Path
 
+    from quantline.config.speed import QUESTIONS
     from quantline.core.errors import UserError
     from quantline.core.text import binary_size
-    from quantline.lifecycle.ask import ATTENTION, QUESTIONS, Asking, ask
+    from quantline.evaluation.speed.own_library import ATTENTION, Asking
+    from quantline.lifecycle.ask import ask
     from quantline.lifecycle.chat import subject_of_name
     from quantline.pipeline.run import StageRun
 

@@ -1,8 +1,11 @@
 """Measure the serving speed of the variant and the float model in one session, with vLLM's benchmark tools.
 
+With speed.runtime=transformers both are asked questions in a row by their own library instead, without a server.
+
 Examples:
     python -m stages.speed method=gptq bits=4
     python -m stages.speed method=gptq bits=4 speed=sweep
+    python -m stages.speed method=awq bits=4 speed.runtime=transformers speed.attention=eager
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ def speed(run: StageRun) -> None:
     from quantline.serving.server import Vllm
 
     run.refuse_float()
+    if run.config.speed.runtime == "transformers":
+        by_library(run)
+        return
     plan, float_model, checkpoint = run.config.speed, run.input("download") / "model", run.checkpoint()
     subjects = (
         Subject("float", float_model, server_options(run, quantized=False), keeping_of(run, "float")),
@@ -44,6 +50,28 @@ def speed(run: StageRun) -> None:
         run.status, run.reason = "unsupported", measured.reason
     if measured.document["rows"]:
         print(render_speed_table(measured.document))
+
+
+def by_library(run: StageRun) -> None:
+    from quantline.evaluation.speed.own_library import WORKER, library_table, measure_by_library
+    from quantline.pipeline.kept_servers import end_servers
+
+    end_servers()  # which would take part of the machine
+    models = (("float", run.input("download") / "model"), ("variant", run.checkpoint()))
+    run.files.append("speed.json")
+    with run.output() as out:
+        measured = measure_by_library(
+            models, run.config.speed, run.device, run.config.threads,
+            work=lambda environment, job, label: run.worker(environment, WORKER, job, label), out=out,
+        )  # fmt: skip
+    run.metrics.update(measured.metrics)
+    if measured.reason:
+        run.status, run.reason = "unsupported", measured.reason
+        return
+    for row in measured.document["library"]:
+        for answer in row["answers"]:
+            print(f"{row['model']}: {answer['question']}\n  {' '.join(answer['answer'].split())}")
+    print(library_table(measured.document["library"]))
 
 
 if __name__ == "__main__":

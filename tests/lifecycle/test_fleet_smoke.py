@@ -45,7 +45,7 @@ def test_a_drill_disturbs_no_fleet_that_runs_and_fills_short_queues(composed):
 
 
 def test_a_load_that_would_never_fill_the_queue_is_refused(composed):
-    with pytest.raises(UserError, match="queue_concurrency=4: would never fill a queue of 4"):
+    with pytest.raises(UserError, match=r"fleet_smoke\.queue_concurrency=4: would never fill a queue of 4"):
         parse(composed("fleet_smoke.queue_concurrency=4"))
 
 

@@ -148,6 +148,25 @@ def test_options_that_differ_are_listed_per_variant(tmp_path: Path) -> None:
     assert [(row["value"], row["variants"]) for row in found] == [("32", "float, awq-w4-g128"), ("8", "gptq-w4-g128")]
 
 
+def test_speeds_without_a_server_have_a_table_only_where_they_were_measured(
+    rules: ReportConfig, tmp_path: Path, bare: Path
+) -> None:
+    records = report_records.records(tmp_path, names=["gptq-w4-g128"])
+    path = tmp_path / "artifacts" / "gptq-w4-g128" / "speed" / "speed.json"
+    row = {
+        "model": "variant", "library": "gptqmodel", "linear": "TorchAtenLinear", "attention": "eager", "fuse": False,
+        "load_seconds": 10.0, "memory_before": 5e8, "memory_after": 6e8, "tokens_per_second": 77.5, "device": "cpu",
+        "environment": "gptqmodel", "answers": [{}] * 5,
+    }  # fmt: skip
+    report_records.write(path, {"rows": [], "ratios": [], "servers": [], "session": {}, "library": [row]})
+    build(records, tmp_path / "artifacts", rules, tmp_path / "report")
+    (found,) = rows(tmp_path / "report", "library")
+    assert (found["variant"], found["tokens_per_second"], found["questions"]) == ("gptq-w4-g128", 77.5, 5)
+    for document in ("index.html", "report.md"):
+        assert "TorchAtenLinear" in (tmp_path / "report" / document).read_text()
+        assert "by each model’s own library" not in (bare / document).read_text()
+
+
 def test_the_report_says_what_faults_cost_the_fleet_and_nothing_of_one_where_none_was_tried(
     rules: ReportConfig, tmp_path: Path, bare: Path
 ) -> None:

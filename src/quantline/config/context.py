@@ -63,7 +63,7 @@ def needs(config: Lengths, positions: int | None = None) -> dict[str, int]:
     """
     speed, evaluate = config.speed, config.evaluate.fitted(positions)
     needed = {f"evaluate.window={evaluate.window}": longest_window(evaluate) + 1}
-    if speed.tools:
+    if speed.tools and speed.runtime == "vllm":
         prompt, answer = speed.input_tokens, speed.output_tokens
         needed[f"speed.input_tokens={prompt} speed.output_tokens={answer}"] = prompt + answer
     return needed
@@ -139,7 +139,7 @@ def fitting(config: Lengths, positions: int | None, *, calibrated: bool) -> list
         if positions <= stride < window:  # given by itself; otherwise it follows the window
             given["evaluate.stride"] = positions - 1
     prompt, answer = config.speed.input_tokens, config.speed.output_tokens
-    if config.speed.tools and prompt + answer > positions:
+    if config.speed.tools and config.speed.runtime == "vllm" and prompt + answer > positions:
         if answer >= positions:
             given["speed.output_tokens"] = answer = positions // 2
         given["speed.input_tokens"] = min(prompt, positions - answer)

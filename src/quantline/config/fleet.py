@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from quantline.config.section import Section
 
@@ -73,14 +73,14 @@ class FleetSmokeConfig(Section):
     hang_seconds: float = Field(default=10, gt=0)
     again_seconds: float = Field(default=600, gt=0)
 
-    @model_validator(mode="after")
-    def _fills_the_queue(self) -> FleetSmokeConfig:
-        if self.queue_concurrency <= self.queued_requests:
-            raise ValueError(
-                f"queue_concurrency={self.queue_concurrency}: would never fill a queue of {self.queued_requests}; give more "
-                "than queued_requests"
-            )
-        return self
+    def faults(self) -> list[str]:
+        """What of the options cannot be given together."""
+        if self.queue_concurrency > self.queued_requests:
+            return []
+        return [
+            f"fleet_smoke.queue_concurrency={self.queue_concurrency}: would never fill a queue of {self.queued_requests}; "
+            "give more than fleet_smoke.queued_requests"
+        ]
 
 
 class FleetConfig(Section):

@@ -94,7 +94,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     values = with_own_widths(_repository_over_embedded(_with_later_limits(values)))
     try:
         config = _with_context(Config.model_validate(dict(values)))
-        faults.extend(length_faults(config))
+        faults.extend([*length_faults(config), *config.speed.library_faults(), *config.fleet_smoke.faults()])
     except ValidationError as error:
         faults.extend(_described(error.errors(include_url=False)))
     for check in (method_faults, _source_faults, _convert_faults, _tracking_faults, _toolchain_faults):

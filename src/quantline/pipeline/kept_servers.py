@@ -61,7 +61,7 @@ def keeping_of(run: StageRun, role: Role | None = None, *, fresh: bool = False) 
 
 def _wanted_after(stage: str, config: Config, role: Role, device: str) -> bool:
     """Whether a later stage asks for the server of `stage`, in the order of dvc.yaml: serve_smoke, tasks, speed."""
-    by_speed = "serve" in config.speed.tools and device != "cuda"
+    by_speed = config.speed.by_server and device != "cuda"
     if stage == "speed":
         return by_speed and role == "float"  # for the next variant
     return by_speed or (stage == "serve_smoke" and "vllm" in config.tasks.engines)

@@ -15,6 +15,7 @@ from typing import Any
 from quantline.pipeline.config import Config
 from quantline.pipeline.own_files import model_hashes, text_hash
 from quantline.planning.layouts import is_symmetric
+from quantline.toolchains.environments import locks_identity
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,12 @@ def sensitivity(config: Config, context: Context) -> dict[str, Any]:
 
 
 def speed(config: Config, context: Context) -> dict[str, Any]:
-    """The benchmark and the server."""
+    """The benchmark and the server, or the questions and the libraries that load the models."""
+    if config.speed.runtime == "transformers":
+        libraries = {name: locks_identity(context.root, name) for name in ("reference", "gptqmodel", "autoawq")}
+        return {"speed": config.speed.identity(), "environments": libraries}
     serve = _serve(config, exclude={"process", "smoke"})
-    return {"speed": config.speed.model_dump(), "serve": serve, "environment": context.locks["server"]}
+    return {"speed": config.speed.identity(), "serve": serve, "environment": context.locks["server"]}
 
 
 def tasks(config: Config, context: Context) -> dict[str, Any]:

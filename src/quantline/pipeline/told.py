@@ -95,6 +95,8 @@ def _speed(metrics: Metrics) -> Iterator[str]:
     for name, value in metrics.items():
         if name.startswith("speed_up_c"):
             yield f"{value:.2f}x as fast as float with {name.removeprefix('speed_up_c')} at a time"
+    if "library_tokens_per_second" in metrics:
+        yield f"{digits(metrics['library_tokens_per_second'], 3)} tokens/s by its own library"
 
 
 _SENTENCES: dict[str, Callable[[Metrics], Iterator[str]]] = {

@@ -71,6 +71,8 @@ def build(
 def compile_report(evidence: Sequence[Evidence], options: ReportConfig, drill: Row | None = None) -> Report:
     """All tables, plots and texts."""
     made = tables.all_tables(evidence, options.worst_layers)
+    if any(item.speed.get("library") for item in evidence):
+        made["library"] = run_tables.library(evidence)
     if drill is not None:
         made["fleet"] = run_tables.fleet(drill)
     rows, order = made["variants"].rows, plots.order_of(evidence)

@@ -78,7 +78,7 @@ SECTIONS = (
         (
             Part("plot", "speed-up"), Part("plot", "speed"), Part("table", "speed_ratios"),
             Part("table", "speed", "Choose what to measure with the group conf/speed."),
-            Part("table", "servers"),
+            Part("table", "servers"), Part("table", "library"),
         ),
     ),
     Section(
@@ -142,9 +142,9 @@ class Report:
         return [one for one in SECTIONS if self.parts(one)]
 
     def parts(self, section: Section) -> list[Part]:
-        """The parts of a section; those of an optional one that are there."""
+        """The parts of a section: no table that was not made, and of an optional section only what is there."""
         if not section.optional:
-            return list(section.parts)
+            return [part for part in section.parts if part.kind != "table" or part.name in self.tables]
         return [
             part for part in section.parts
             if (self.plots_of(part.name) if part.kind == "plot" else part.name in self.tables)

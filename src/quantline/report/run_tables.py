@@ -53,6 +53,38 @@ def servers(evidence: Sequence[Evidence]) -> Table:
     return Table("servers", "Load time and memory of each server.", columns, rows)
 
 
+def library(evidence: Sequence[Evidence]) -> Table:
+    """Float model and variant answering questions by their own library, without a server."""
+    keys = (
+        "model",
+        "library",
+        "linear",
+        "attention",
+        "load_seconds",
+        "memory_before",
+        "memory_after",
+        "tokens_per_second",
+    )
+    rows = [
+        {
+            "variant": item.name, **{key: row[key] for key in keys},
+            "attention": "fused" if row["fuse"] else row["attention"],
+            "environment": row["environment"], "device": row["device"], "questions": len(row["answers"]),
+        }
+        for item in evidence for row in item.speed.get("library") or []
+    ]  # fmt: skip
+    columns = (
+        variant_column(), Column("model", "model"), Column("library", "library"), Column("linear", "linears", "code"),
+        Column("attention", "attention", missing="its own"), Column("load_seconds", "loaded in", "seconds"),
+        Column("memory_before", "memory before", "bytes"), Column("memory_after", "after", "bytes"),
+        Column("tokens_per_second", "tokens/s", "number"),
+    )  # fmt: skip
+    said = (
+        "Questions in a row by each model’s own library, without a server; memory is the GPU’s, on a CPU the process’s."
+    )
+    return Table("library", said, columns, rows)
+
+
 def memory(evidence: Sequence[Evidence]) -> Table:
     """Weights on disk, weights in vLLM's memory, peaks of serving and quantizing."""
     float_memory = next(

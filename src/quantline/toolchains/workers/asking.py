@@ -6,14 +6,14 @@ A job holds (paths are strings):
 `library`       `transformers`: AutoModelForCausalLM, for float models, and for AWQ where GPTQModel is installed beside it.
                 `autoawq`: AutoAWQForCausalLM.from_quantized, with its fused modules where `fuse` is true.
                 `gptqmodel`: GPTQModel.load.
-`attention`     `eager`, `sdpa` or `flash_attention_2`, as transformers names it; null with fused modules.
+`attention`     `eager`, `sdpa` or `flash_attention_2`, as transformers names it; null for `autoawq`, which has its own.
 `fuse`, `fuse_max_seq_len`   AutoAWQ's fused modules, and the tokens that their cache holds.
 `questions`     asked one after the other, each alone; greedy answers of at most `max_tokens` tokens.
 `device`, `threads`.
 
 Result: `load_seconds`, `memory_before` (loaded, before the first question) and `memory_after`, `dtype`, `linear` (the class
-that computes a quantized linear), and `answers`: question, answer, tokens, seconds. Memory is in bytes: what torch holds on
-the GPU, or the process's resident memory on a CPU.
+that computes a quantized linear), `used_attention` (what the loaded model says), and `answers`: question, answer, tokens,
+seconds. Memory is in bytes: what torch holds on the GPU, or the process's resident memory on a CPU.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def _load(job: Mapping[str, Any]) -> Any:
         case "gptqmodel":
             from gptqmodel import GPTQModel
 
-            return GPTQModel.load(folder, device=f"{device}:0" if device == "cuda" else device).model
+            place = f"{device}:0" if device == "cuda" else device
+            return GPTQModel.load(folder, device=place, attn_implementation=job["attention"]).model
         case "transformers":
             from transformers import AutoModelForCausalLM
 
@@ -112,6 +113,7 @@ def run(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
         report(number, len(job["questions"]), "questions")
     return {
         "load_seconds": loaded, "memory_before": before, "memory_after": _memory(device), "answers": answers,
+        "used_attention": getattr(model.config, "_attn_implementation", None),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "linear": _linear(model),
     }  # fmt: skip
 
