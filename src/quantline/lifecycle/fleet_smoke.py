@@ -14,7 +14,7 @@ from typing import Any
 from quantline.config.fleet import FleetSmokeConfig
 from quantline.core.errors import UserError
 from quantline.core.files import write_json
-from quantline.lifecycle.fleet import Resolved, folder_of, resolve
+from quantline.lifecycle.fleet import HOME, Resolved, folder_of, resolve
 from quantline.lifecycle.serve import Typed
 from quantline.pipeline.code import stage_hash
 from quantline.pipeline.config import parse
@@ -33,6 +33,9 @@ from quantline.toolchains.router import Envoy, envoy
 # Of the folder of a drill's state, behind the fleet's own name, so that it disturbs no fleet that runs.
 SUFFIX = "-smoke"
 _LONGEST_NAME = 41
+# Below the folder of all fleets: the results of drills in the pipeline, by their identity. DVC removes an output before it
+# runs a stage again.
+KEPT = ".drills"
 
 
 def prove(root: Path, typed: Typed, *, out: Path | None = None) -> tuple[list[Row], Path]:
@@ -82,13 +85,16 @@ def prove_in_pipeline(root: Path, typed: Typed) -> dict[str, Any]:
     except UserError as error:
         return _written(root, {"status": REFUSED, "reason": str(error)})
     identity = asked.identity(made)
-    former = _former(root)
-    if former.get("identity") == identity:
-        print("the fleet is what it was at the last drill, whose result stays", file=sys.stderr)
-        return former
+    kept = root / HOME / KEPT / f"{identity[:16]}.json"
+    if former := _former(kept, identity):
+        print("the fleet is what it was at a former drill, whose result stays", file=sys.stderr)
+        return _written(root, former)
     end_servers()
     _, document = asked.drilled(made)
-    return _written(root, {"identity": identity, **document})
+    document = {"identity": identity, **document}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_json(kept, document)
+    return _written(root, document)
 
 
 def drill_values(values: Mapping[str, Any], smoke: FleetSmokeConfig) -> dict[str, Any]:
@@ -172,12 +178,12 @@ def _written(root: Path, document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def _former(root: Path) -> dict[str, Any]:
+def _former(path: Path, identity: str) -> dict[str, Any] | None:
     try:
-        found = json.loads((root / FILE).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
+    return found if isinstance(found, dict) and found.get("identity") == identity else None
 
 
 def _key(keys_file: str | None) -> dict[str, str]:
