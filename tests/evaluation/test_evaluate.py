@@ -136,6 +136,24 @@ def test_a_variant_is_worse_or_better_than_the_float_model_by_document(run, shif
     assert verdict.metrics["perplexity_ratio"] == pytest.approx(np.exp(-shift), rel=1e-5)
 
 
+def test_the_worst_group_stands_beside_the_mean_and_changes_no_other_figure(run):
+    half = DOCUMENTS // 2
+    ids = tuple(f"{'law' if number < half else 'code'}/{number}" for number in range(DOCUMENTS))
+    own = FLOAT - np.repeat(np.where(np.arange(DOCUMENTS) < half, 0.4, 0.1), LENGTH).astype(np.float32)
+    found = {}
+    for name, windows in (("plain", WINDOWS), ("grouped", replace(WINDOWS, document_ids=ids))):
+        _, baseline = run(f"float-{name}", FLOAT, windows=windows)
+        found[name], out = run(name, own, baseline=baseline, windows=windows)
+    more = found["grouped"].metrics.keys() - found["plain"].metrics.keys()
+    assert more == {"worst_group_difference", "worst_group_low", "worst_group_high"}
+    assert {key: found["grouped"].metrics[key] for key in found["plain"].metrics} == found["plain"].metrics
+    assert found["grouped"].metrics["worst_group_difference"] == pytest.approx(0.4, abs=1e-6)
+    assert [row["group"] for row in found["grouped"].tables["groups"]] == ["law", "code"]
+    assert "groups.csv" in found["grouped"].files
+    assert (out / "groups.csv").read_text().splitlines()[1].startswith("law,")
+    assert any(note.startswith("the group law loses more than the whole text") for note in found["grouped"].notes)
+
+
 def test_likeliest_tokens_are_compared_with_the_float_models(run):
     _, baseline = run("float", FLOAT)
     other = np.zeros(len(FLOAT), np.int32)

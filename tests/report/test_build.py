@@ -260,3 +260,19 @@ def test_few_documents_are_told_of_beside_the_intervals(tmp_path: Path) -> None:
 )
 def test_what_to_do_about_alarms_follows_from_the_bits_of_the_variants(bits: list[int], said: str) -> None:
     assert said in _alarm_advice([{"bits": width} for width in bits])
+
+
+def test_the_worst_group_of_documents_stands_beside_the_mean(tmp_path: Path, rules: ReportConfig) -> None:
+    records = report_records.records(tmp_path, names=["gptq-w4-g128"])
+    assert "worst group" not in [column.label for column in tables.quality(gather(records, tmp_path)).columns]
+    evaluated = next(result for result in records[1].results if result["stage"] == "evaluate")
+    evaluated["metrics"].update(worst_group_difference=0.05, worst_group_low=0.03, worst_group_high=0.07)
+    report_records.write_csv(tmp_path / "artifacts" / "gptq-w4-g128" / "evaluate" / "groups.csv", [
+        {"group": name, "documents": 9, "nll_difference": loss, "nll_low": loss - 0.02, "nll_high": loss + 0.02}
+        for name, loss in (("rust", 0.05), ("sql", 0.01))
+    ])  # fmt: skip
+    build(records, tmp_path / "artifacts", rules, tmp_path / "report")
+    for name in ("index.html", "report.md"):
+        text = re.sub(r"</?span[^>]*>", "", (tmp_path / "report" / name).read_text())
+        assert text.count("+5.13 % [+3.05, +7.25]") == 2, "beside the mean, and in the table of groups"
+        assert "+1.01 % [-1.00, +3.05]" in text

@@ -3,7 +3,7 @@ baseline's and with the server's.
 
 The output folder holds the windows, `reference.safetensors` (log-probabilities, likeliest tokens, divergences from the float
 model), `documents.jsonl`, `comparison.json` and, if they are measured, `generations.json`, `layer_errors.csv`,
-`restored.csv`, `state_errors.csv` and `positions.csv`.
+`restored.csv`, `state_errors.csv`, `positions.csv` and `groups.csv`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from quantline.core.errors import UserError
 from quantline.core.files import write_json
 from quantline.core.text import percent
 from quantline.data.windows import Windows, save_windows
-from quantline.evaluation import generations, perplexity, positions, sensitivity, thresholds
+from quantline.evaluation import generations, groups, perplexity, positions, sensitivity, thresholds
 from quantline.evaluation.bootstrap import bootstrap, caution
 from quantline.evaluation.measurements import Measurement, MeasurementOptions, WorkerRequest, plan
 from quantline.evaluation.perplexity import DocumentScore
@@ -141,10 +141,10 @@ def evaluate(
         "noise": _noise(instruments),
     }  # fmt: skip
     layers, states = _layers(parts, worker, restored, out), _states(worker, out)
-    ranges = _positions(windows, own, base, how, out)
-    for found in (*sections.values(), layers, states, ranges):
+    ranges, by_group = _positions(windows, own, base, how, out), _groups(own, base, comparison.high, how, out)
+    for found in (*sections.values(), layers, states, ranges, by_group):
         metrics.update(found.metrics)
-    notes = [*sections["generations"].notes, *layers.notes]
+    notes = [*sections["generations"].notes, *layers.notes, *by_group.notes]
     if not is_baseline and instruments.divergence != 0 and not parts.rows:
         notes.append("errors of single linears are not measured: the quantize stage's table of them is missing")
     if not is_baseline and (few := caution(len(own.documents))):
@@ -165,8 +165,8 @@ def evaluate(
     }  # fmt: skip
     write_json(out / "comparison.json", document)
     metrics["reference_tokens_per_second"] = float(worker.data["tokens_per_second"])
-    tables = {**layers.tables, **states.tables, **ranges.tables, "flags": thresholds.rows(flags)}
-    files = ["documents.jsonl", "comparison.json", *layers.files, *states.files, *ranges.files]
+    tables = {**layers.tables, **states.tables, **ranges.tables, **by_group.tables, "flags": thresholds.rows(flags)}
+    files = ["documents.jsonl", "comparison.json", *layers.files, *states.files, *ranges.files, *by_group.files]
     return Verdict(metrics, comparison.verdict, tables, files, notes)
 
 
@@ -311,6 +311,17 @@ def _positions(windows: Windows, own: _Scores, base: _Scores, how: BootstrapConf
     last = rows[-1]["nll_difference"]
     assert last is not None
     return Measurement({"nll_difference_far": last}, None, {"positions": rows}, [positions.TABLE])
+
+
+def _groups(own: _Scores, base: _Scores, high: float, how: BootstrapConfig, out: Path) -> Measurement:
+    """The loss by group of documents; the metrics are those of the worst one. high: upper end of the whole's, in nats."""
+    rows = [] if own is base else groups.by_group(own.documents, base.documents, how)
+    if (found := groups.worst(rows)) is None:
+        return Measurement()
+    sensitivity.write_table(out / groups.TABLE, rows, groups.COLUMNS)
+    metrics = {f"worst_group_{key}": float(found[f"nll_{key}"]) for key in ("difference", "low", "high")}
+    said = groups.note(found, high)
+    return Measurement(metrics, None, {"groups": rows}, [groups.TABLE], [said] if said else [])
 
 
 def _share(row: dict[str, Any]) -> str:

@@ -45,7 +45,7 @@ SECTIONS = (
     Section("glance", "At a glance", "At a glance", (Part("plot", "quality-size"), Part("table", "variants"))),
     Section(
         "quality", "Quality", "How much quality is lost, and is it real?",
-        (Part("plot", "distances"), Part("table", "quality"), Part("table", "generations")),
+        (Part("plot", "distances"), Part("table", "quality"), Part("table", "groups"), Part("table", "generations")),
         "Variant and float model score the same tokens. Intervals are a paired bootstrap over documents at {level} %: "
         "“worse” means that the whole interval lies above zero, “same” that this text does not tell the two apart.",
     ),

@@ -73,6 +73,11 @@ class Evidence:
         return self._csv("evaluate", "restored.csv")
 
     @cached_property
+    def groups(self) -> list[Row]:
+        """groups.csv of evaluate: the loss by group of documents, the worst first."""
+        return self._csv("evaluate", "groups.csv")
+
+    @cached_property
     def tasks(self) -> Row:
         """tasks.json of tasks."""
         return self._json("tasks", "tasks.json")

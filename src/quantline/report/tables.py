@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from quantline.evaluation.bootstrap import caution
+from quantline.evaluation.nats import growth
 from quantline.pipeline.figures import mean_ratio
 from quantline.report import choice, run_tables
 from quantline.report.evidence import Evidence, Row
@@ -18,7 +19,7 @@ from quantline.report.units import Column
 def all_tables(evidence: Sequence[Evidence], worst_layers: int) -> dict[str, Table]:
     """Every table by its name, in the order of the report."""
     makers: list[Callable[[Sequence[Evidence]], Table]] = [
-        variants, quality, generations, tasks, lambda found: worst(found, worst_layers), layers, restored,
+        variants, quality, groups, generations, tasks, lambda found: worst(found, worst_layers), layers, restored,
         choice.searches, choice.measured, choice.untried, choice.losses,
         run_tables.speed, run_tables.speed_ratios, run_tables.servers, run_tables.memory, run_tables.serving,
         alarms, notes,
@@ -93,6 +94,8 @@ def quality(evidence: Sequence[Evidence]) -> Table:
         if item.is_baseline:  # compared with itself, always zero
             values.update((name, None) for name in names if name.startswith(("nll", "kl", "top1", "noise")))
         gap = values.pop("engine_relative_difference")
+        values["worst_group"] = next((row["group"] for row in item.groups), None)
+        values.update({f"worst_{key}": value for key, value in _percents(found, "worst_group_").items()})
         rows.append({"variant": item.name, "baseline": item.is_baseline,
                      "verdict": None if item.is_baseline else item.comparison.get("verdict"),
                      **summary, **values, "engine_difference_percent": None if gap is None else 100 * gap})  # fmt: skip
@@ -100,6 +103,7 @@ def quality(evidence: Sequence[Evidence]) -> Table:
         variant_column(),
         Column("verdict", "against float"),
         Column("difference_percent", "perplexity growth", "growth", "difference_low_percent", "difference_high_percent"),
+        *_worst_columns(rows),
         Column("kl_divergence", "KL from float, nats/token", "nats", "kl_divergence_low", "kl_divergence_high"),
         Column("top1_agreement", "same likeliest token", "share", "top1_agreement_low", "top1_agreement_high"),
         Column("engine_difference_percent", "vLLM against reference", "growth"),
@@ -107,6 +111,33 @@ def quality(evidence: Sequence[Evidence]) -> Table:
     few = caution(min((row["documents"] for row in rows if row["documents"] is not None), default=None))
     caption = "How far each variant is from the float model, with intervals." + (f" Caution: {few}." if few else "")
     return Table("quality", caption, columns, rows, main=True)
+
+
+def _worst_columns(rows: Sequence[Row]) -> list[Column]:
+    """The worst group's growth and name, where a text has groups."""
+    if not any(row.get("worst_group") for row in rows):
+        return []
+    grown = Column("worst_difference_percent", "worst group", "growth", "worst_low_percent", "worst_high_percent")
+    return [grown, Column("worst_group", "which", missing="-")]
+
+
+def groups(evidence: Sequence[Evidence]) -> Table:
+    """The loss of each group of documents, the worst one of each variant first."""
+    rows = [{"variant": item.name, **row, **_percents(row, "nll_")} for item in evidence for row in item.groups]
+    columns = (
+        variant_column(), Column("group", "group"), Column("documents", "documents", "count"),
+        Column("difference_percent", "perplexity growth", "growth", "low_percent", "high_percent"),
+    )  # fmt: skip
+    caption = (
+        "The loss by group of documents, the worst first; the intervals hold for all groups of a variant together."
+    )
+    return Table("groups", caption, columns, rows, optional=True)
+
+
+def _percents(row: Row, prefix: str) -> Row:
+    """The growth of the perplexity in per cent, with its interval, from nats: `difference_percent` and the ends."""
+    lost = {end: row.get(f"{prefix}{end}") for end in ("difference", "low", "high")}
+    return {f"{end}_percent": None if value is None else 100 * growth(value) for end, value in lost.items()}
 
 
 def generations(evidence: Sequence[Evidence]) -> Table:
