@@ -45,7 +45,7 @@ def promote(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     config = parse({**record.config, "tracking": tracking.model_dump(), "promote": values["promote"]})
     faults = faults_of({result["stage"]: result for result in record.results}, config.promote, record.remedy)
     outputs: dict[str, str] = next((one["outputs"] for one in record.results if one["stage"] == "convert"), {})
-    faults += shadow_faults(ROOT, config.promote.shadow, outputs)
+    faults += shadow_faults(ROOT, config.promote.shadow, name, outputs)
     if faults:
         raise GateError(f"{record.name} is not promoted, it fails these gates:\n  " + "\n  ".join(faults))
     record = promotion.with_whole_lock(record)

@@ -47,7 +47,7 @@ def sweep(arguments: dict[str, str | None]) -> int:
     from quantline.core.errors import UserError
     from quantline.lifecycle.sweep import record
     from quantline.lifecycle.sweep.job import run_job
-    from quantline.lifecycle.sweep.launch import submit_array
+    from quantline.lifecycle.sweep.launch import require_launcher, submit_array
     from quantline.lifecycle.sweep.run import Asked, prepare, render, run_jobs
 
     doing = arguments["do"]
@@ -79,6 +79,7 @@ def sweep(arguments: dict[str, str | None]) -> int:
         retries=_number(arguments, "retries", 0) or 0, python=arguments["python"],
         until=None if arguments["until"] == "all" else arguments["until"],
     )  # fmt: skip
+    require_launcher(asked.launcher, detach=arguments["detach"] == "true")
     made = prepare(ROOT, asked)
     print(f"{len(made.variants)} jobs, {made.workers} at a time, launcher {made.launcher} -> "
           f"{made.home.relative_to(ROOT.resolve())}", file=sys.stderr, flush=True)  # fmt: skip
@@ -101,8 +102,13 @@ def _end(made: Sweep) -> int:
     print(render(collected.jobs))
     if collected.again:
         print(f"`dvc repro` here ran again: {', '.join(collected.again)}", file=sys.stderr)
-    else:
+    elif any(job.state == "done" for job in collected.jobs):
         print("`dvc repro` here had nothing to run", file=sys.stderr)
+    else:
+        print(
+            "no job ended well, so there is nothing to bring home; mend the fault and run the sweep again",
+            file=sys.stderr,
+        )
     return 0 if collected.whole else 1
 
 

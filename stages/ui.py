@@ -35,7 +35,7 @@ def ui(arguments: dict[str, str | None]) -> None:
         raise UserError(
             f"the variants are published to {Scrubber(uri)(uri)}, a server with its own UI; open that address"
         )
-    require_free("127.0.0.1", int(port))
+    require_free("127.0.0.1", int(port), "give port=NUMBER")
     path = comparison_path(uri, experiment_name(config.tracking, config.model)) if config else "/"
     # Otherwise MLflow starts several job runners beside the UI.
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"

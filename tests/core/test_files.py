@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from quantline.core.errors import DifferentError, UserError
-from quantline.core.files import building, clear, copy_file, foreign, partial, read_json, replaced, write_json
+from quantline.core.files import (
+    building,
+    clear,
+    copy_file,
+    disk_full,
+    foreign,
+    partial,
+    read_json,
+    replaced,
+    to_be_made,
+    write_json,
+)
 
 
 def test_a_file_is_replaced_when_the_block_ends_well(tmp_path):
@@ -219,3 +230,12 @@ def test_a_copy_on_a_full_disk_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "copy_file_range", full)
     with pytest.raises(OSError, match="No space left"):
         copy_file(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_path_in_a_temporary_folder_is_named_as_what_it_becomes(tmp_path):
+    with building(tmp_path / "out.json") as made:
+        assert to_be_made(made) == str(tmp_path / "out.json")
+        assert to_be_made(made / "a" / "b") == str(tmp_path / "out.json" / "a" / "b")
+        assert to_be_made(made.parent) == str(tmp_path / "out.json")
+        assert str(disk_full(made.parent)).startswith(f"{tmp_path}/out.json: the disk is full")
+    assert to_be_made(tmp_path / ".hidden") == str(tmp_path / ".hidden")

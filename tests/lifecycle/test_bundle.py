@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -9,7 +10,8 @@ import sys
 
 import pytest
 
-from quantline.core.errors import UserError
+from quantline.core.errors import DiskFullError, UserError
+from quantline.lifecycle import bundle as bundling
 from quantline.lifecycle.bundle import bundle
 
 
@@ -98,6 +100,20 @@ def test_what_cannot_be_packed_whole_is_refused(project, tmp_path, change, said)
     change(project, made)
     with pytest.raises(UserError, match=said):
         bundle(project, made, [], outputs=False)
+
+
+def test_after_a_bundle_that_failed_the_same_command_works(project, tmp_path, monkeypatch):
+    made = tmp_path / "made"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bundling, "_pack", full)
+        with pytest.raises(DiskFullError, match="run it again"):
+            bundle(project, made, [], outputs=False)
+    assert [path.name for path in tmp_path.iterdir() if path != project] == []
+    assert (bundle(project, made, [], outputs=False).folder / "bundle.json").is_file()
 
 
 def test_an_environment_that_does_not_exist_is_refused_by_name(project, tmp_path):

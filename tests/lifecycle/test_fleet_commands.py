@@ -152,8 +152,10 @@ def test_where_no_fleet_runs_every_action_says_so(tmp_path, typed):
     for action in (commands.canary, commands.drain):
         with pytest.raises(UserError, match="no fleet runs"):
             action(tmp_path, typed, asked(share="0"))
-    with pytest.raises(UserError, match=r"start one: python -m stages\.fleet up"):
+    with pytest.raises(UserError, match=r"start one: python -m stages\.fleet up$"):
         commands.down(tmp_path, typed)
+    with pytest.raises(UserError, match=r"start one: python -m stages\.fleet up name=b$"):  # not another fleet
+        commands.running_fleet(tmp_path / "b")
     with pytest.raises(UserError, match="no fleet runs"):
         commands.status(tmp_path, typed, watch=False)
     with pytest.raises(UserError, match="no fleet runs"):

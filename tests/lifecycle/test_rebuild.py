@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from contextlib import closing
 
 import numpy as np
@@ -139,6 +140,51 @@ def test_without_dvc_the_sources_are_advised(made, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
+@pytest.mark.parametrize("source", ["cache", "source", "auto"])
+def test_what_was_made_on_a_gpu_and_is_in_no_cache_is_not_advised_to_and_fro(made, tmp_path, monkeypatch, source):
+    root, run = made
+    monkeypatch.setattr("quantline.lifecycle.rebuild.detect_platform", lambda: "cpu")
+    results = {stage: {**result, "environment": {"device": "cuda"}} for stage, result in run.results.items()}
+    lost = TrackedRun("r1", "one", "e", run.config, results)  # nothing of it is in DVC
+    with pytest.raises(UserError) as told:
+        rebuild(lost, tmp_path / "out", root, source=source)
+    expected = {
+        "cache": "give from=source on a machine with a GPU to rebuild it",
+        "source": "and this machine has none: other devices give other weights; give from=cache",
+        "auto": "and this machine has none: other devices give other weights; rebuild it on a machine with one",
+    }
+    assert str(told.value).endswith(expected[source])
+
+
+def test_a_remote_that_dvc_does_not_know_is_refused_though_the_cache_has_all(made, tmp_path):
+    root, run = made
+    with pytest.raises(UserError, match="remote=nope: DVC has no such remote; there are near"):
+        rebuild(run, tmp_path / "out", root, source="auto", remote="nope")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_remote_that_cannot_be_read_is_named(cloned, made, tmp_path):
+    (cloned / ".dvc" / "config").write_text(
+        "[core]\n    no_scm = true\n    remote = far\n['remote \"far\"']\n    url = ssh://127.0.0.1:1/nowhere\n"
+    )
+    with pytest.raises(
+        UserError, match=r"the remote far could not be read \(.*; `dvc remote list` .*the cache does not have"
+    ):
+        rebuild(made[1], tmp_path / "out", cloned, source="cache")
+
+
+def test_a_commit_with_a_link_that_leads_out_is_unpacked_without_it(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "own.txt").write_text("own")
+    (root / "data").symlink_to("/somewhere/else")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "first"]):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@localhost", *command], cwd=root, check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True).stdout
+    area = make_worktree(tmp_path / "area", root, commit=commit.strip(), patch=None, code={})
+    assert sorted(path.name for path in area.root.iterdir()) == [".venvs", "own.txt"]
+
+
 def test_an_existing_out_folder_is_refused(made, tmp_path):
     root, run = made
     with pytest.raises(UserError, match="already exists"):
@@ -154,7 +200,7 @@ def test_code_that_is_not_what_made_it_is_refused_and_the_file_is_named(tmp_path
     name = "src/quantline/conversion/convert.py"
     with pytest.raises(
         UserError,
-        match=rf"0{{40}}: this repository does not have it\n  the checkout: {name}, .* differs",
+        match=rf"0{{40}}: this repository does not have it; fetch it \(git fetch\)\n  the checkout: {name}, .* differs",
     ):
         make_worktree(tmp_path / "other", CHECKOUT, commit="0" * 40, patch=None, code={"convert": {**here, name: "0"}})
     assert not (tmp_path / "other").exists()

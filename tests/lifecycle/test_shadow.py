@@ -25,10 +25,11 @@ def test_a_promotion_can_ask_for_a_sound_verdict_about_these_files(tmp_path):
 
     def faults(**verdict):
         (folder / "shadow.json").write_text(json.dumps({"variant": "w4", "files": files, **verdict}))
-        return shadow_faults(tmp_path, "prod", files)
+        return shadow_faults(tmp_path, "prod", "w4", files)
 
-    assert shadow_faults(tmp_path, None, files) == []
-    assert "has no verdict" in shadow_faults(tmp_path, "prod", files)[0]
+    assert shadow_faults(tmp_path, None, "w4", files) == []
+    told = shadow_faults(tmp_path, "prod", "w4", files)[0]
+    assert told.endswith("has no verdict; run: python -m stages.shadow variant=w4 fleet.name=prod")
     assert faults(verdict="sound") == []
     assert "say worse, required is sound" in faults(verdict="worse")[0]
     assert "is about other files, of w4" in faults(verdict="sound", files={"model.safetensors": "abd"})[0]

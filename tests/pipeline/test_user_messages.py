@@ -93,6 +93,15 @@ def test_a_file_that_may_not_be_written_is_named(conf):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EIO])
+def test_a_file_is_named_as_it_was_to_be_called_not_the_temporary_one_that_is_gone(conf, number):
+    inside = OSError(number, "x", "/here/variants/.r8.yaml.partial-vm-64640/r8.yaml")
+    assert re.search(r"/here/variants/r8\.yaml[:;]", explain(inside, conf)[0])
+    folder = OSError(number, "x", "/here/.report.partial-my.host-7")
+    assert "/here/report" in explain(folder, conf)[0]
+    assert "partial" not in explain(inside, conf)[0] + explain(folder, conf)[0]
+
+
 def test_our_own_errors_keep_their_message_and_code(conf):
     assert explain(UserError("no"), conf) == ("no", 2)
     assert explain(ServerError("died"), conf) == ("died", 1)

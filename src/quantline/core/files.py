@@ -196,10 +196,23 @@ def building(out: Path) -> Iterator[Path]:
             raise
 
 
+def to_be_made(path: Path | str) -> str:
+    """What a path below a folder of `partial` is to become, for messages; other paths stay as they are."""
+    return re.sub(rf"/\.([^/]+){re.escape(_MARK)}[^/]+(/.*)?$", _without_partial, str(path))
+
+
+def _without_partial(found: re.Match[str]) -> str:
+    name, below = found.group(1), found.group(2) or ""
+    # A file or folder of that name in it is the one that is moved to it.
+    return f"/{name}{below.removeprefix(f'/{name}')}"
+
+
 def disk_full(folder: Path) -> DiskFullError:
     """The error for a full disk below `folder`."""
     free = shutil.disk_usage(folder).free if folder.exists() else 0
-    return DiskFullError(f"{folder}: the disk is full ({free / 2**30:.2f} GiB free); make room and run it again")
+    return DiskFullError(
+        f"{to_be_made(folder)}: the disk is full ({free / 2**30:.2f} GiB free); make room and run it again"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

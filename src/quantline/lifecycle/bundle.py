@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import UserError, WorkerError
-from quantline.core.files import room, sha256_of, write_json
+from quantline.core.files import building, sha256_of, write_json
 from quantline.core.progress import bar
 from quantline.pipeline.git import commit_of
 from quantline.toolchains.environments import HEALTH_CHECKS, PLATFORMS, detect_platform, ensure
@@ -83,10 +83,11 @@ def bundle(root: Path, to: Path, names: Sequence[str], *, on: str = "auto", outp
     if not (root / ".venv" / "ready").is_file():
         raise UserError(f"{root}/.venv: is missing or half built; run `make setup`")
     kind = detect_platform() if on == "auto" else on
-    with room(to):
-        (to / "environments").mkdir(parents=True)
+    with building(to) as made:
+        (made / "environments").mkdir(parents=True)
         _call(
-            root, ["git", "bundle", "create", "--quiet", str(to.resolve() / "repository.bundle"), "HEAD", "--branches"]
+            root,
+            ["git", "bundle", "create", "--quiet", str(made.resolve() / "repository.bundle"), "HEAD", "--branches"],
         )
         packed = {CORE: root / ".venv"}
         for name in chosen:
@@ -95,18 +96,18 @@ def bundle(root: Path, to: Path, names: Sequence[str], *, on: str = "auto", outp
         with bar("packing environments") as progress:
             for number, (name, folder) in enumerate(packed.items()):
                 progress.update(number, len(packed), name)
-                _pack(folder, to / "environments" / f"{name}.tar")
+                _pack(folder, made / "environments" / f"{name}.tar")
         if outputs:
-            _push(root, to / "store")
+            _push(root, made / "store")
         files = {
-            path.relative_to(to).as_posix(): {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-            for path in sorted([to / "repository.bundle", *(to / "environments").glob("*.tar")])
+            path.relative_to(made).as_posix(): {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+            for path in sorted([made / "repository.bundle", *(made / "environments").glob("*.tar")])
         }
         manifest: dict[str, Any] = {
             "schema": SCHEMA, "commit": commit, "platform": kind, "python": platform.python_version(),
             "machine": platform.machine(), "outputs": outputs, "files": files,
         }  # fmt: skip
-        write_json(to / "bundle.json", manifest)
+        write_json(made / "bundle.json", manifest)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     return Bundled(to, tuple(packed), size)
 

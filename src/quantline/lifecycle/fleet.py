@@ -30,7 +30,7 @@ from quantline.planning.placement import Device, Need, Place, need_of, place
 from quantline.serving import llamacpp
 from quantline.serving.command import ServerOptions, title_of
 from quantline.serving.fleet.servers import Start
-from quantline.serving.fleet.spec import Fleet, Variant, checked, config_faults
+from quantline.serving.fleet.spec import Fleet, Variant, checked, config_faults, fleet_command
 from quantline.serving.memory import GIB
 from quantline.serving.ports import free_port
 from quantline.serving.server import Vllm
@@ -316,7 +316,8 @@ def refuse_new_names(former: Fleet, fleet: Fleet) -> None:
     known = {*former.precisions, *former.aliases}
     if new := [name for name in (*fleet.precisions, *fleet.aliases) if name not in known]:
         raise UserError(
-            f"{', '.join(new)}: the running servers do not know a new name; run `python -m stages.fleet down`, then `up`"
+            f"{', '.join(new)}: the running servers do not know a new name; run "
+            f"`{fleet_command('down', Path(former.folder))}`, then `up`"
         )
 
 

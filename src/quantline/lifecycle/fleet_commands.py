@@ -23,7 +23,7 @@ from quantline.serving.fleet.observe import write
 from quantline.serving.fleet.orders import Order, give, is_running, running_fleet
 from quantline.serving.fleet.running import RunningFleet
 from quantline.serving.fleet.servers import Start
-from quantline.serving.fleet.spec import Fleet, checked, read_keys
+from quantline.serving.fleet.spec import Fleet, checked, fleet_command, read_keys
 from quantline.serving.fleet.status import shown
 from quantline.toolchains.router import envoy
 
@@ -60,7 +60,7 @@ def up(root: Path, typed: Typed) -> None:
     folder = folder_of(root, config.fleet.name)
     if is_running(folder):
         raise UserError(
-            f"fleet.name={config.fleet.name}: is running; run `python -m stages.fleet down`, or give another name"
+            f"fleet.name={config.fleet.name}: is running; run `{fleet_command('down', folder)}`, or give another name"
         )
     run = StageRun("serve", config, root, tuple(typed.overrides))
     program = envoy(root, config.toolchains.get("router"))
@@ -76,7 +76,7 @@ def up(root: Path, typed: Typed) -> None:
                 _say(line)
             _say(f"  watch it: {write(made.fleet)} has targets and rules for Prometheus, and a dashboard")
             _say(f"  ask it: {curl_line(made.fleet)}")
-            _say("  Ctrl-C or `python -m stages.fleet down` ends it")
+            _say(f"  Ctrl-C or `{fleet_command('down', folder)}` ends it")
             running.stay()
         except KeyboardInterrupt:
             _say("ending: what has begun is answered")

@@ -17,9 +17,11 @@ from typing import Any
 from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.files import partial, write_json
+from quantline.lifecycle.storage.dvc_cache import require_remote
 from quantline.lifecycle.storage.dvc_outputs import fetch_outputs, outputs_of
 from quantline.lifecycle.tracking.reader import TrackedRun
 from quantline.lifecycle.worktree import Worktree, baseline_config, make_worktree
+from quantline.pipeline.dvc_config import dvc_config
 from quantline.pipeline.hashing import hash_folder
 from quantline.pipeline.identity import combined
 from quantline.pipeline.lineage.chain import Lineage
@@ -77,18 +79,22 @@ def rebuild(
     """
     if out.exists():
         raise UserError(f"out={out}: already exists; give a new folder")
+    if remote is not None:
+        require_remote(dvc_config(root), remote)
+    making = making or RebuildOptions()
     with partial(out) as folder:
         missing: list[str] = []
         if source != "source":
             missing, rebuilt = _from_cache(run, folder, root, remote)
             if missing and source == "cache":
+                where = " on a machine with a GPU" if _gpu_stage(run, _stages(run, making.until)) else ""
                 raise UserError(
-                    f"{run.name} is not in DVC's cache: {'; '.join(missing)}; give from=source to rebuild it"
+                    f"{run.name} is not in DVC's cache: {'; '.join(missing)}; give from=source{where} to rebuild it"
                 )
             for reason in missing:
                 print(f"not from the cache: {reason}", file=sys.stderr, flush=True)
         if source == "source" or missing:
-            rebuilt = _from_source(run, folder, root, making or RebuildOptions())
+            rebuilt = _from_source(run, folder, root, making, cached=not missing)
         if rebuilt.difference is None:
             os.replace(folder / "result", out)
     return rebuilt
@@ -147,14 +153,20 @@ def _counts(stage: str, result: dict[str, Any]) -> str:
     return f"{stage} ({', '.join(parts)})"
 
 
-def _from_source(run: TrackedRun, folder: Path, root: Path, making: RebuildOptions) -> Rebuilt:
+def _from_source(run: TrackedRun, folder: Path, root: Path, making: RebuildOptions, *, cached: bool) -> Rebuilt:
+    """cached: whether the cache may have it, and can be advised."""
     stages = _stages(run, making.until)
-    _check_device(run, stages)
+    if stage := _gpu_stage(run, stages):
+        remedy = "give from=cache" if cached else "rebuild it on a machine with one"
+        raise UserError(
+            f"{stage} was made on a GPU, and this machine has none: other devices give other weights; {remedy}"
+        )
     code = {
         stage: run.results[stage]["identity"]["code"] for stage in stages if "identity" in run.results.get(stage, {})
     }
     if not code:
-        raise UserError(f"run {run.run_id}: was published by a version that did not record the code; give from=cache")
+        remedy = "give from=cache" if cached else "it cannot be rebuilt from source; quantize it again"
+        raise UserError(f"run {run.run_id}: was published by a version that did not record the code; {remedy}")
     area = make_worktree(
         folder / "work", root, commit=run.commit, patch=run.patch, code=code, trust_patch=making.trust_patch
     )
@@ -208,12 +220,11 @@ def _order(stages: list[str], name: str) -> list[tuple[str, str]]:
     return order
 
 
-def _check_device(run: TrackedRun, stages: list[str]) -> None:
-    for stage in stages:
-        device = (run.results.get(stage, {}).get("environment") or {}).get("device")
-        if device == "cuda" and detect_platform() != "cuda":
-            raise UserError(f"{stage} was made on a GPU, and this machine has none: other devices give other weights; give "
-                            "from=cache")  # fmt: skip
+def _gpu_stage(run: TrackedRun, stages: list[str]) -> str | None:
+    """The first stage that was made on a GPU, where this machine has none."""
+    devices = {stage: (run.results.get(stage, {}).get("environment") or {}).get("device") for stage in stages}
+    made = [stage for stage, device in devices.items() if device == "cuda"]
+    return made[0] if made and detect_platform() != "cuda" else None
 
 
 def runnable(run: TrackedRun, stages: list[str], toolchains: Mapping[str, str | None]) -> dict[str, Any]:

@@ -129,23 +129,25 @@ def shadow(root: Path, typed: Typed, question: Question) -> tuple[ShadowVerdict,
     return verdict, path
 
 
-def shadow_faults(root: Path, fleet: str | None, outputs: Mapping[str, str]) -> list[str]:
+def shadow_faults(root: Path, fleet: str | None, variant: str, outputs: Mapping[str, str]) -> list[str]:
     """Why the verdict on captured requests does not speak for a variant's promotion; empty if it does, or is not asked for.
 
     Args:
         root: the checkout.
         fleet: name of the fleet whose verdict counts, `promote.shadow`; None asks for none.
+        variant: its name, as `stages.shadow` takes it.
         outputs: hashes of the variant's files, as its conversion recorded them.
     """
     if fleet is None:
         return []
     path = folder_of(root, fleet) / RESULT
+    again = f"python -m stages.shadow variant={variant} fleet.name={fleet}"
     try:
         found = read_json(path)
     except (OSError, ValueError):
-        return [f"shadow: {path} has no verdict; run: python -m stages.shadow variant=NAME fleet.name={fleet}"]
+        return [f"shadow: {path} has no verdict; run: {again}"]
     if differing(outputs, found.get("files") or {}):
-        return [f"shadow: the verdict of {path} is about other files, of {found.get('variant')}"]
+        return [f"shadow: the verdict of {path} is about other files, of {found.get('variant')}; run: {again}"]
     if found.get("verdict") != "sound":
         return [f"shadow: captured requests say {found.get('verdict')}, required is sound; see {path}"]
     return []

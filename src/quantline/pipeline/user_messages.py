@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from quantline.core.errors import QuantlineError, UserError
+from quantline.core.files import to_be_made
 from quantline.core.text import nearest
 from quantline.pipeline.config import renamed
 from quantline.pipeline.suggestions import choice_meant, option_meant
@@ -27,13 +28,13 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int] | None:
     if isinstance(error, QuantlineError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
+        where = f" while writing {to_be_made(error.filename)}" if error.filename else ""
         return f"the disk is full{where}; free some space and run the stage again, nothing half written was left", 1
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
-        return f"{error.filename}: {error.strerror}; make it writable", 1
+        return f"{to_be_made(error.filename)}: {error.strerror}; make it writable", 1
     if isinstance(error, OSError) and error.filename and error.errno in _BROKEN_PLACES:
         return (
-            f"{error.filename}: {error.strerror}; check the path, and that its disk is mounted",
+            f"{to_be_made(error.filename)}: {error.strerror}; check the path, and that its disk is mounted",
             1,
         )
     if isinstance(error, YAMLError):  # of a file that Hydra reads

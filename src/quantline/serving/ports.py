@@ -23,13 +23,13 @@ def free_port(host: str) -> int:
     """
     for port in random.sample(_OURS, _TRIES):
         with suppress(UserError):
-            require_free(host, port)
+            require_free(host, port, "take another")
             return port
     with closing(_bound(host, 0)) as listener:
         return int(listener.getsockname()[1])
 
 
-def require_free(host: str, port: int, remedy: str = "set serve.process.port=null") -> None:
+def require_free(host: str, port: int, remedy: str) -> None:
     """Check that a server can listen on `port`. remedy: what to do where it is taken.
 
     Raises:

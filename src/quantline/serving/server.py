@@ -89,7 +89,7 @@ def _started(
 ) -> Server:
     host = options.process.host
     port = options.process.port if options.process.port is not None else free_port(host)
-    require_free(host, port)
+    require_free(host, port, "set serve.process.port=null")
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with log.open("wb") as sink:

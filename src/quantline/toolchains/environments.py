@@ -100,22 +100,24 @@ def locks_identity(root: Path, name: str) -> str:
     return digest.hexdigest()
 
 
-def ensure(root: Path, name: str, *, python: str | None = None, platform: str | None = None) -> Toolchain:
+def ensure(
+    root: Path, name: str, *, python: str | None = None, platform: str | None = None, option: str | None = None
+) -> Toolchain:
     """Return a working environment. Build it from its lock file if it is missing or stale.
+
+    option: by which the user names the interpreter; null is `toolchains.NAME`.
 
     Raises:
         UserError: the named interpreter does not exist, or lacks the library.
         WorkerError: the environment could not be installed. What was installed is removed.
     """
     if python is not None:
-        interpreter = Path(python).expanduser()
+        interpreter, given = Path(python).expanduser(), f"{option or f'toolchains.{name}'}={python}"
         if not _can_run(interpreter):
-            raise UserError(
-                f"toolchains.{name}={python}: is not a Python interpreter; give the path of one or leave it null"
-            )
+            raise UserError(f"{given}: is not a Python interpreter; give the path of one, or leave it out")
         fault = _unhealthy(interpreter, name)
         if fault:
-            raise UserError(f"toolchains.{name}={python}: {fault}; install the library there or leave it null")
+            raise UserError(f"{given}: {fault}; install the library there, or leave it out")
         return Toolchain(name, interpreter, None)
     platform = platform or detect_platform()
     lock = lock_file(root, name, platform)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from quantline.core.errors import UserError
-from quantline.lifecycle.sweep import launch
-from quantline.lifecycle.sweep.record import Sweep, new_home, write_sweep
+from quantline.core.errors import UserError, WorkerError
+from quantline.lifecycle.sweep import launch, run
+from quantline.lifecycle.sweep.record import Sweep, new_home, read_jobs, write_sweep
 from quantline.lifecycle.sweep.run import Asked, run_jobs
 
 
@@ -42,14 +42,37 @@ def test_the_array_of_slurm_is_a_script_that_runs_the_job_of_its_number(tmp_path
 
 def test_without_slurm_a_detached_sweep_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="sbatch is not installed here"):
-        launch.submit_array(sweep_of(tmp_path))
+    for detach, lacks in ((True, "sbatch"), (False, "sbatch")):
+        with pytest.raises(UserError, match=f"launcher=slurm: {lacks} is not installed here; .*launcher=local"):
+            launch.require_launcher("slurm", detach=detach)
+    launch.require_launcher("local", detach=False)
+
+
+def test_a_sweep_that_slurm_refuses_is_not_left_waiting_for_ever(tmp_path):
+    made = sweep_of(tmp_path)
+    made.home.mkdir(parents=True, exist_ok=True)
+    done = subprocess.CompletedProcess([], 1, "", "Invalid partition")
+    with pytest.raises(UserError, match="sbatch refused the array: Invalid partition; correct settings="):
+        launch.submit_array(made, run=lambda *_, **__: done)
+    assert not made.home.exists()
+
+
+def test_the_jobs_of_a_launcher_that_failed_are_not_left_waiting_for_ever(tmp_path, monkeypatch):
+    made = sweep_of(tmp_path, launcher="ray", variants=("a",))
+    write_sweep(made)
+
+    def failing(*_: object, **__: object) -> None:
+        raise WorkerError("launcher=ray failed")
+
+    monkeypatch.setattr(run, "start", failing)
+    with pytest.raises(WorkerError):
+        run_jobs(made, Asked(retries=0))
+    (job,) = read_jobs(made)
+    assert (job.state, job.fault) == ("failed", "launcher=ray failed")
 
 
 def test_a_launcher_that_is_not_installed_is_refused_by_what_lacks(tmp_path):
-    with pytest.raises(
-        UserError, match=rf"toolchains\.sweep={sys.executable}: its health check failed.*No module named"
-    ):
+    with pytest.raises(UserError, match=rf"^python={sys.executable}: its health check failed.*No module named"):
         launch.start(sweep_of(tmp_path, launcher="ray"), ["a"], python=sys.executable)
 
 

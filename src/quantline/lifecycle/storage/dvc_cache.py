@@ -67,6 +67,20 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def require_remote(config: Any, name: str) -> None:
+    """Check that DVC's configuration has a remote of that name.
+
+    Raises:
+        UserError: it has none; the message names those that there are.
+    """
+    if name not in config["remote"]:
+        known = ", ".join(config["remote"])
+        raise UserError(
+            f"remote={name}: DVC has no such remote; "
+            + (f"there are {known}" if known else f"add it: dvc remote add {name} URL")
+        )
+
+
 def object_path(cache: Path, md5: str) -> Path:
     """The file of an object."""
     return cache / "files" / "md5" / md5[:2] / md5[2:]

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantline.core.errors import UserError
-from quantline.lifecycle.storage.dvc_cache import md5_of, opened, quiet
+from quantline.lifecycle.storage.dvc_cache import md5_of, opened, quiet, require_remote
 from quantline.lifecycle.storage.dvc_lock import locked_outs, stage_keys
 from quantline.pipeline.records import VariantRecord
 
@@ -115,9 +114,8 @@ def bring(repo: Any, md5s: Iterable[str], remote: str | None = None) -> list[str
     from dvc_data.hashfile.hash_info import HashInfo
 
     name = remote or repo.config["core"].get("remote")
-    if name and name not in repo.config["remote"]:
-        known = ", ".join(repo.config["remote"]) or "none; `dvc remote add` adds one"
-        raise UserError(f"remote={name}: DVC has no such remote; there are {known}")
+    if name:
+        require_remote(repo.config, name)
     wanted = [HashInfo("md5", md5) for md5 in md5s]
     try:
         for _ in range(2):  # a folder's list of files first, then the files

@@ -74,7 +74,7 @@ def _variables() -> dict[str, str]:
 
 
 def _start_by_hydra(sweep: Sweep, variants: Sequence[str], python: str | None, hosts: Sequence[str]) -> None:
-    toolchain = ensure(sweep.root, TOOLCHAIN, python=python)
+    toolchain = ensure(sweep.root, TOOLCHAIN, python=python, option="python")
     name, together = _HYDRA[sweep.launcher]
     spec = sweep.home / "launcher.json"
     commands = [command_of(sweep, variant) for variant in variants]
@@ -107,19 +107,32 @@ def _start_by_hydra(sweep: Sweep, variants: Sequence[str], python: str | None, h
         raise WorkerError(f"launcher={sweep.launcher} failed: {' | '.join(last)}; log: {log}")
 
 
+def require_launcher(launcher: str, *, detach: bool) -> None:
+    """Refuse a launcher whose programs are not installed, before anything is computed for its jobs.
+
+    Raises:
+        UserError: Slurm is asked for and its commands are not here.
+    """
+    lacking = [name for name in ("sbatch", "srun")[: 1 if detach else 2] if shutil.which(name) is None]
+    if launcher == "slurm" and lacking:
+        raise UserError(
+            f"launcher=slurm: {lacking[0]} is not installed here; run this where Slurm's commands are, or give "
+            "launcher=local"
+        )
+
+
 def submit_array(sweep: Sweep, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> str:
     """Hand the jobs to Slurm as one array, which lives on when this terminal is closed; return its job number.
 
     Raises:
-        UserError: Slurm is not installed here, or refuses.
+        UserError: Slurm refuses; no sweep is left then, since nobody begins its jobs.
     """
-    if shutil.which("sbatch") is None:
-        raise UserError("launcher=slurm detach=true: sbatch is not installed here; run this where Slurm's commands are")
     script = sweep.home / "array.sh"
     script.write_text(array_script(sweep), encoding="utf-8")
     done = run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"sbatch refused {script}: {done.stderr.strip()}")
+        shutil.rmtree(sweep.home)
+        raise UserError(f"sbatch refused the array: {done.stderr.strip()}; correct settings=")
     return done.stdout.strip().partition(";")[0]
 
 

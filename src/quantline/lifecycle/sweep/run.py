@@ -14,15 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantline.config.method import BASELINE
-from quantline.core.errors import UserError, WorkerError
+from quantline.core.errors import QuantlineError, UserError, WorkerError
 from quantline.core.gpu import visible_gpus
 from quantline.core.text import nearest
+from quantline.lifecycle.storage.dvc_cache import require_remote
 from quantline.lifecycle.sweep.area import copy_project
 from quantline.lifecycle.sweep.job import ran, remove_leftovers, targets
 from quantline.lifecycle.sweep.launch import launcher_log, log_tail, start, workers_for
 from quantline.lifecycle.sweep.record import JobRecord, Sweep, new_home, read_jobs, write_job, write_sweep
 from quantline.pipeline.compose import read_params
-from quantline.pipeline.dvc_config import cache_folder
+from quantline.pipeline.dvc_config import cache_folder, dvc_config
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def prepare(root: Path, asked: Asked) -> Sweep:
     """Run what all variants share in the checkout, once, and write down the sweep.
 
     Raises:
-        UserError: no such variant, or a line of params.yaml is wrong.
+        UserError: no such variant or remote, or a line of params.yaml is wrong.
         WorkerError: a shared stage failed.
     """
     known = [name for name in read_params(root / "params.yaml")["variants"] if name != BASELINE]
@@ -54,6 +55,8 @@ def prepare(root: Path, asked: Asked) -> Sweep:
                 f"variants={name}: no such variant{nearest(name, known)}; params.yaml has {', '.join(known)}"
             )
     variants = asked.variants or tuple(known)
+    if asked.remote is not None:
+        require_remote(dvc_config(root), asked.remote)
     _run(root, [sys.executable, "-m", "stages.check"])
     for area in remove_leftovers(root):
         print(f"removed what a killed job left: {area.relative_to(root)}", file=sys.stderr)
@@ -82,18 +85,25 @@ def run_jobs(sweep: Sweep, asked: Asked) -> list[JobRecord]:
     left = list(sweep.variants)
     for attempt in range(asked.retries + 1):
         hosts = sorted({job.host for job in read_jobs(sweep, left) if job.host}) if attempt else []
-        start(sweep, left, python=asked.python, hosts=hosts)
-        for job in read_jobs(sweep, left):
-            if job.state == "waiting":  # the launcher is done, so nobody begins it any more
-                write_job(
-                    sweep, replace(job, state="failed", fault=f"it ended before it began; log: {launcher_log(sweep)}")
-                )
+        try:
+            start(sweep, left, python=asked.python, hosts=hosts)
+        except QuantlineError as error:
+            _end_waiting(sweep, left, str(error))
+            raise
+        _end_waiting(sweep, left, f"it ended before it began; log: {launcher_log(sweep)}")
         left = [job.variant for job in read_jobs(sweep, left) if job.state != "done"]
         if not left:
             break
         if attempt < asked.retries:
             print(f"again: {', '.join(left)}", file=sys.stderr, flush=True)
     return read_jobs(sweep)
+
+
+def _end_waiting(sweep: Sweep, variants: Sequence[str], fault: str) -> None:
+    """Note that jobs failed that no launcher begins any more."""
+    for job in read_jobs(sweep, variants):
+        if job.state == "waiting":
+            write_job(sweep, replace(job, state="failed", fault=fault))
 
 
 @dataclass(frozen=True)

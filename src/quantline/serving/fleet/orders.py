@@ -16,7 +16,7 @@ from quantline.core.files import read_json, write_json
 from quantline.serving.fleet.child import wait_until
 from quantline.serving.fleet.gauge import FLEET
 from quantline.serving.fleet.servers import Start
-from quantline.serving.fleet.spec import Fleet
+from quantline.serving.fleet.spec import Fleet, fleet_command
 
 ORDER, ANSWER, LOCK, ORDERS = "order.json", "answer.json", ".running.lock", ".orders.lock"
 
@@ -50,7 +50,7 @@ def running_fleet(folder: Path) -> Fleet:
         UserError: none does.
     """
     if not is_running(folder) or not (folder / FLEET).exists():
-        raise UserError(f"no fleet runs from {folder}; start one: python -m stages.fleet up")
+        raise UserError(f"no fleet runs from {folder}; start one: {fleet_command('up', folder)}")
     return Fleet.model_validate_json((folder / FLEET).read_text(encoding="utf-8"))
 
 

@@ -15,7 +15,7 @@ from quantline.core.files import write_json
 from quantline.serving.fleet import envoy as documents_of
 from quantline.serving.fleet.child import Child, wait_until
 from quantline.serving.fleet.envoy import BOOT, CAPTURES, CLUSTERS, ROUTES, Documents
-from quantline.serving.fleet.spec import Fleet, Key, read_keys
+from quantline.serving.fleet.spec import Fleet, Key, fleet_command, read_keys
 from quantline.serving.ports import require_free
 from quantline.toolchains.router import Envoy
 
@@ -113,7 +113,7 @@ class Router:
         if made.boot != documents_of.documents(self.fleet, self._keys).boot:
             raise UserError(
                 "fleet.endpoint, fleet.capture and whether there is a keys_file cannot be changed while the fleet is up; "
-                "run `python -m stages.fleet down`, then `up`"
+                f"run `{fleet_command('down', Path(self.fleet.folder))}`, then `up`"
             )
         clusters, routes = made.clusters["resources"], made.routes["resources"]
         new, former = {one["name"] for one in clusters}, {one["name"] for one in self._clusters}

@@ -28,7 +28,7 @@ from quantline.serving.fleet.child import Child, wait_until
 from quantline.serving.fleet.orders import ANSWER, LOCK, ORDER, Order
 from quantline.serving.fleet.router import Router
 from quantline.serving.fleet.servers import Keeper, Start
-from quantline.serving.fleet.spec import Fleet
+from quantline.serving.fleet.spec import Fleet, fleet_command
 from quantline.toolchains.router import Envoy
 
 FLEET, STATUS = gauge_process.FLEET, gauge_process.STATUS
@@ -80,7 +80,8 @@ class RunningFleet:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{self.folder}: a fleet of this name is running; run `python -m stages.fleet down`, or give fleet.name=NAME"
+                f"{self.folder}: a fleet of this name is running; run `{fleet_command('down', self.folder)}`, or give "
+                "fleet.name=NAME"
             ) from None
         try:
             for name in (ORDER, ANSWER):

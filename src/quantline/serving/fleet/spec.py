@@ -112,6 +112,16 @@ class _Keys(Section):
     keys: list[Key] = Field(min_length=1)
 
 
+# As conf/fleet/default.yaml has it.
+_USUAL_NAME = "fleet"
+
+
+def fleet_command(action: str, folder: Path) -> str:
+    """The command line of an action of `stages.fleet` on the fleet of a folder, as a message advises it."""
+    name = "" if folder.name == _USUAL_NAME else f" name={folder.name}"
+    return f"python -m stages.fleet {action}{name}"
+
+
 def read_keys(path: Path) -> tuple[Key, ...]:
     """The keys of a file: `keys: [{client: NAME, key: SECRET, precision: true}]`.
 
@@ -121,7 +131,9 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     try:
         keys = _Keys.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).keys
     except OSError as error:
-        raise UserError(f"fleet.keys_file={path}: {error.strerror}") from None
+        raise UserError(
+            f"fleet.keys_file={path}: {error.strerror}; give a file with `keys: [{{client: NAME, key: SECRET}}]`"
+        ) from None
     except yaml.YAMLError:
         raise UserError(f"fleet.keys_file={path}: is no YAML; give `keys: [{{client: NAME, key: SECRET}}]`") from None
     except ValidationError as error:

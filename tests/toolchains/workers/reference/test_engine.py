@@ -196,7 +196,7 @@ REFUSALS: dict[str, str] = {
     "own-head": "a head of its own",
     "bias": "tensors that the model does not: model.layers.0.mlp.down_proj.bias",
     "damaged": "model.layers.0.mlp.up_proj lacks scales",
-    "unknown": "transformers cannot read its config.json",
+    "unknown": "does not recognize this architecture. Give a model of another type, or name an interpreter",
     "quoted": "config.json: StrictDataclassFieldValidationError: Validation error for field 'rms_norm_eps': TypeError",
     "activation": "transformers cannot build the model that its config.json describes: KeyError: 'siluu'",
     "absent": "is not a folder",

@@ -20,12 +20,22 @@ def config_of(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a value that transformers does not expect raises anything
-        raise JobError(f"{folder}: transformers cannot read its config.json: {said(error)}") from error
+        raise JobError(f"{folder}: transformers cannot read its config.json: {_advised(error)}") from error
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
             if hasattr(part, key):
                 delattr(part, key)
     return config
+
+
+def _advised(error: Exception) -> str:
+    """What transformers says, without its advice to upgrade it by pip, which changes nothing in this environment."""
+    fact, upgrade, _ = said(error).partition(" This could be because of an issue")
+    return (
+        f"{fact} Give a model of another type, or name an interpreter with toolchains.reference=PYTHON"
+        if upgrade
+        else fact
+    )
 
 
 def said(error: Exception) -> str:
