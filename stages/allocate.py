@@ -64,9 +64,9 @@ def allocate(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     line = line_of_budget(found, overrides)
     print(_text(found, line_of(line)))
     if (name := arguments["apply"]) is not None:
-        own = without_shared(line)
+        named, own = own_line(line)
         add_variant(ROOT / "params.yaml", name, own)
-        keep(ROOT / PIPELINE_HOME, name, own, losses, group_size=config.group_size)
+        keep(ROOT / PIPELINE_HOME / named, name, own, losses, group_size=config.group_size)
         print(f"params.yaml: {name}", file=sys.stderr)
 
 
@@ -122,13 +122,19 @@ def line_of_budget(found: Budget, overrides: Sequence[str]) -> list[str]:
     return [*overrides_of(found.variant), *kept]
 
 
-def without_shared(line: Sequence[str]) -> list[str]:
-    """The overrides that `shared` of params.yaml does not have."""
+def own_line(line: Sequence[str]) -> tuple[str, list[str]]:
+    """The model of params.yaml that a line is about, and its overrides that neither `shared` nor that model has.
+
+    The model is empty where there is one, or where no line of `models:` is a part of this one.
+    """
     from quantline.pipeline.compose import read_params
     from quantline.pipeline.overrides import split
 
-    shared = split(read_params(ROOT / "params.yaml").get("shared"), "params.yaml: shared")
-    return [one for one in line if one not in shared]
+    content = read_params(ROOT / "params.yaml")
+    models = {name: split(of, f"params.yaml: models.{name}") for name, of in (content.get("models") or {}).items()}
+    meant = [name for name, of in models.items() if set(of) <= set(line)]
+    given = [*split(content.get("shared"), "params.yaml: shared"), *(one for name in meant for one in models[name])]
+    return next(iter(meant), ""), [one for one in line if one not in given]
 
 
 def _text(found: Budget, line: str) -> str:

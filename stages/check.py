@@ -18,6 +18,8 @@ def check(_arguments: dict[str, str | None]) -> int:
     from quantline.core.errors import UserError
     from quantline.pipeline.compose import frozen_variant, place_of, read_params, variant_overrides
     from quantline.pipeline.config import parse
+    from quantline.pipeline.dvc_forms import refuse_other_form
+    from quantline.pipeline.names import model_of
     from quantline.pipeline.own_files import missing_texts
     from quantline.pipeline.preflight import refuse_early
     from quantline.pipeline.user_messages import explain
@@ -25,7 +27,8 @@ def check(_arguments: dict[str, str | None]) -> int:
     faults: list[str] = []
     notes: list[str] = []
     params = ROOT / "params.yaml"
-    names = list(read_params(params)["variants"])
+    content = read_params(params)
+    names = list(content["variants"])
     for name in names:
         variant_overrides(params, name)  # what is no line of overrides is told alone
     for name in names:
@@ -33,19 +36,26 @@ def check(_arguments: dict[str, str | None]) -> int:
             config = parse(frozen_variant(ROOT, name))
             refuse_early(config, ROOT)
             # A text that is elsewhere is no fault: its results may be in DVC's cache.
-            notes += [f"{place_of(name)}: {text}" for text in missing_texts(ROOT, config)]
+            notes += [f"{_said(place_of(name), model_of(name))}: {text}" for text in missing_texts(ROOT, config)]
         except Exception as error:
             explained = explain(error, CONF)
             if explained is None:
                 raise
             named = explained[0].startswith("params.yaml: ")
-            faults.append(explained[0] if named else f"params.yaml: {place_of(name)}: {explained[0]}")
+            faults.append(
+                explained[0] if named else f"params.yaml: {_said(place_of(name), model_of(name))}: {explained[0]}"
+            )
     if faults:
         raise UserError("\n".join(dict.fromkeys(faults)))
+    refuse_other_form(ROOT, content)
     for note in dict.fromkeys(notes):
         print(f"  note: {note}", file=sys.stderr)
     print(f"params.yaml: no fault in {', '.join(names)}", file=sys.stderr)
     return 0
+
+
+def _said(place: str, model: str) -> str:
+    return f"{place} with models.{model}" if model else place
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 def compose(cfg: DictConfig) -> None:
     from quantline.core.errors import UserError
-    from quantline.pipeline.compose import frozen_variant, write_frozen
+    from quantline.pipeline.compose import frozen_variant, read_params, write_frozen
     from quantline.pipeline.config import parse
+    from quantline.pipeline.dvc_forms import refuse_other_form
     from quantline.pipeline.preflight import refuse_early
 
     if not cfg.variant:
-        raise UserError("variant: is not set; give variant=NAME, a name from params.yaml")
+        raise UserError("variant: is not set; give variant=NAME, a name from params.yaml; of several models MODEL/NAME")
+    refuse_other_form(ROOT, read_params(ROOT / "params.yaml"))
     values = frozen_variant(ROOT, cfg.variant)
     refuse_early(parse(values), ROOT)  # here, so that an edit of the planning code composes nothing again
     print(f"compose -> {write_frozen(ROOT, cfg.variant, values).relative_to(ROOT)}")

@@ -15,9 +15,13 @@ def inputs(_arguments: dict[str, str | None]) -> int:
     from quantline.core.errors import UserError
     from quantline.core.files import replaced
     from quantline.lifecycle.storage.linked import drop_damaged
+    from quantline.pipeline.compose import read_params
+    from quantline.pipeline.dvc_forms import refuse_other_form
     from quantline.pipeline.own_files import INPUTS_FILE
     from quantline.pipeline.variant_inputs import inputs_of_variants
 
+    # Here, since this runs in each `dvc repro`: what DVC builds is what params.yaml names.
+    refuse_other_form(ROOT, read_params(ROOT / "params.yaml"))
     if damaged := drop_damaged(ROOT):
         raise UserError(
             f"outputs were changed in place, and DVC's cache with them: {'; '.join(damaged)}. They are removed from the "

@@ -41,7 +41,7 @@ def promote(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     registry.check_alias(alias)
     values = plain(cfg)
     record = variant_record(ROOT, name)
-    tracking = tracking_of(values, HydraConfig.get().overrides.task, ROOT)
+    tracking = tracking_of(values, HydraConfig.get().overrides.task, ROOT, record.name)
     config = parse({**record.config, "tracking": tracking.model_dump(), "promote": values["promote"]})
     faults = faults_of({result["stage"]: result for result in record.results}, config.promote, record.remedy)
     outputs: dict[str, str] = next((one["outputs"] for one in record.results if one["stage"] == "convert"), {})

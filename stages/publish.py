@@ -1,5 +1,7 @@
 """Publish every variant of the pipeline to MLflow and print the table that compares them.
 
+Each model has an experiment of its own.
+
 With variant=by-hand/NAME, that manual run is published instead.
 
 Examples:
@@ -28,6 +30,7 @@ def publish(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.pipeline.config import parse
     from quantline.pipeline.fleet_result import current_drill
     from quantline.pipeline.hydra_values import plain
+    from quantline.pipeline.names import model_of
     from quantline.pipeline.paths import BY_HAND
     from quantline.pipeline.records import manual_record, pipeline_records
     from quantline.report.evidence import current_report
@@ -40,17 +43,21 @@ def publish(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     if not records:
         raise UserError("there are no results to publish; run `dvc repro` first")
     given = any(override.startswith("tracking") for override in HydraConfig.get().overrides.task)
-    kept = records[0].config
-    tracking = plain(cfg)["tracking"] if given else kept["tracking"]
-    config = parse({**kept, "tracking": tracking})
-    report = None if name else current_report(ROOT, records)
-    drill = None if name else current_drill(ROOT, records)
-    done = not config.tracking.enabled or publish_records(records, config, ROOT, report=report, drill=drill)
+    done, reports = [], []
+    for model in dict.fromkeys("" if name else model_of(record.name) for record in records):
+        own = [record for record in records if name or model_of(record.name) == model]
+        kept = own[0].config
+        config = parse({**kept, "tracking": plain(cfg)["tracking"] if given else kept["tracking"]})
+        report = None if name else current_report(ROOT, own)
+        drill = None if name else current_drill(ROOT, own)
+        done.append(not config.tracking.enabled or publish_records(own, config, ROOT, report=report, drill=drill))
+        reports.append((model, report))
     print(f"{render_table(variant_table(records))}\n\n{LEGEND}")
     print("\nCompare them in MLflow: make ui")
-    if name is None:
-        print(f"Which one to ship: {report / 'index.html' if report else 'no current report, run `dvc repro`'}")
-    if not done:
+    for model, report in [] if name else reports:
+        of = f" of {model}" if model else ""
+        print(f"Which one{of} to ship: {report / 'index.html' if report else 'no current report, run `dvc repro`'}")
+    if not all(done):
         raise TrackingError("the table above is complete, but it was not published to MLflow; see NOT PUBLISHED above")
 
 

@@ -77,7 +77,7 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     from quantline.planning.search import search as find
     from quantline.planning.search_record import search_record
     from quantline.report.choice import write_search
-    from stages.allocate import without_shared
+    from stages.allocate import own_line
 
     goal, most, started = _goal(arguments), _count("measurements", arguments["measurements"]), time.time()
     config = parse(plain(cfg))
@@ -106,12 +106,12 @@ def search(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     files = write_search(record, _FOLDER / fingerprint(record["command"])[:12])
     print(_text(found, choices, goal, record, overrides))
     if line is not None and (name := arguments["apply"]) is not None:
-        own = without_shared(line)
+        named, own = own_line(line)
         add_variant(ROOT / "params.yaml", name, own)
         group = choices.variants[record["answer"]].group_size
         known = losses.get(group, next(iter(losses.values())))  # GGUF has groups of its own
         timeless = {**record, "started": None, "seconds": None}  # equal results make equal reports
-        keep(ROOT / PIPELINE_HOME, name, own, known, group_size=group, search=timeless)
+        keep(ROOT / PIPELINE_HOME / named, name, own, known, group_size=group, search=timeless)
         print(f"params.yaml: {name}", file=sys.stderr)
     if config.tracking.enabled:
         publish_search(record, files, config, ROOT)

@@ -50,7 +50,7 @@ def upload(cfg: DictConfig, arguments: dict[str, str | None]) -> None:
     faults = faults_of(results, config.promote, record.remedy)
     run_id = None
     with suppress(QuantlineError):  # it was not published; the card then names no run
-        tracking = tracking_of(values, HydraConfig.get().overrides.task, ROOT)
+        tracking = tracking_of(values, HydraConfig.get().overrides.task, ROOT, record.name)
         run_id = current_run(tracking, ROOT, record.name, config.model).run_id
     card = card_of(record, model=repo, faults=faults, run_id=run_id)
     uploads.check_gates(record.name, faults, [gate for gate in (arguments["despite"] or "").split(",") if gate])

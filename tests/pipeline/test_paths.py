@@ -2,7 +2,7 @@ import pytest
 
 from quantline.core.errors import UserError
 from quantline.pipeline.config import parse
-from quantline.pipeline.paths import checked_name, derived_name, run_folder, stage_paths
+from quantline.pipeline.paths import checked_name, derived_name, recorded, run_folder, run_names, stage_paths
 
 
 def name_of(composed, *overrides):
@@ -67,10 +67,29 @@ def test_a_name_means_one_run(tmp_path):
     assert run_folder(tmp_path, "one") == tmp_path / "artifacts" / "one"
     assert run_folder(tmp_path, "by-hand/one") == tmp_path / "scratch" / "one"
     assert run_folder(tmp_path, "by-hand/float/demo-1") == tmp_path / "scratch" / "float" / "demo-1"
-    for name in ("a/b", "by-hand/a/b", "by-hand/../artifacts/one", "shared", "by-hand/"):
+    assert run_folder(tmp_path, "model/one") == tmp_path / "artifacts" / "model" / "one"
+    for name in ("a/b/c", "by-hand/a/b", "by-hand/../artifacts/one", "shared", "by-hand/"):
         assert run_folder(tmp_path, name) is None
 
 
 def test_the_download_has_one_place_for_all_variants(tmp_path):
     assert stage_paths(tmp_path, "a", "download") == stage_paths(tmp_path, "b", "download")
     assert stage_paths(tmp_path, "a", "quantize").result == tmp_path / "a" / "quantize.json"
+
+
+def test_each_of_several_models_has_a_download_and_a_float_baseline_of_its_own(tmp_path):
+    assert stage_paths(tmp_path, "qwen/one", "download").output == tmp_path / "qwen" / "shared" / "download"
+    assert stage_paths(tmp_path, "qwen/float", "evaluate").result == tmp_path / "qwen" / "float" / "evaluate.json"
+
+
+def test_the_runs_of_several_models_are_found_and_no_file_in_an_output(tmp_path):
+    for name in ("artifacts/qwen/one/tasks.json", "artifacts/qwen/shared/download.json", "artifacts/two/tasks.json",
+                 "artifacts/two/tasks/tasks.json"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert [path.relative_to(tmp_path).as_posix() for path in recorded(tmp_path, "tasks")] == [
+        "artifacts/two/tasks.json", "artifacts/qwen/one/tasks.json",
+    ]  # fmt: skip
+    assert run_names(tmp_path, "tasks", "download") == ["qwen/one", "two"]
+    assert run_folder(tmp_path, "qwen/one") == tmp_path / "artifacts" / "qwen" / "one"
+    assert [run_folder(tmp_path, name) for name in ("a/b/c", "../one", "shared/download", "qwen/shared")] == [None] * 4

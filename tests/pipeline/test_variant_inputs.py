@@ -93,3 +93,15 @@ def test_another_revision_on_the_hub_reruns_the_download_and_behind_it_what_read
     assert {"inputs.yaml": ["reads.float.download"]} in stages["download"]["params"]
     for stage in ("calibrate", "quantize"):
         assert "artifacts/shared/download" in stages[stage]["do"]["deps"]
+
+
+def test_the_stages_of_several_models_are_apart(checkout):
+    text = (checkout / "params.yaml").read_text()
+    alone = inputs_of_variants(checkout)["reads"]
+    models = "models:\n  demo: model=demo\n  mine: model=demo calibration.seed=7\n"
+    (checkout / "params.yaml").write_text(text.replace("baseline:", f"{models}baseline:"))
+    for name in ("demo/float", "demo/own", "mine/float", "mine/own"):
+        freeze(checkout, name)
+    found = inputs_of_variants(checkout)["reads"]
+    assert found["demo"] == alone
+    assert changed(alone, found["mine"]) == {("own", "calibrate")}

@@ -23,9 +23,9 @@ from quantline.lifecycle.serve import Subject, Typed
 from quantline.pipeline.config import Config, parse
 from quantline.pipeline.fit import positions_of
 from quantline.pipeline.overrides import key_of
-from quantline.pipeline.paths import BY_HAND, MANUAL_HOME
+from quantline.pipeline.paths import BY_HAND, MANUAL_HOME, run_names
 from quantline.pipeline.records import by_stage, variant_record
-from quantline.pipeline.stages import is_baseline
+from quantline.pipeline.stages import PIPELINE, is_baseline
 from quantline.planning.placement import Device, Need, Place, need_of, place
 from quantline.serving import llamacpp
 from quantline.serving.command import ServerOptions, title_of
@@ -204,7 +204,7 @@ def _member(root: Path, given: str, typed: Typed, config: Config) -> Member:
         model, _, alias = given.rpartition("@")
         subject = serve.subject_of(root, {"alias": alias, "model": model or None}, typed)
         return Member(given, subject.name.replace("/", "-"), subject, {}, proven=True)
-    if "/" in given and not given.startswith(BY_HAND):
+    if "/" in given and not given.startswith(BY_HAND) and given not in run_names(root, *PIPELINE):
         subject = serve.subject_of(root, {"folder": given}, typed)
         return Member(given, subject.name, subject, {}, proven=False)
     subject = serve.subject_of(root, {"variant": given}, typed)

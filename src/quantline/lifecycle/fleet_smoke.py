@@ -18,9 +18,10 @@ from quantline.lifecycle.fleet import HOME, Resolved, folder_of, resolve
 from quantline.lifecycle.serve import Typed
 from quantline.pipeline.code import stage_hash
 from quantline.pipeline.config import parse
-from quantline.pipeline.fleet_result import FILE, LOST, NOT_ASKED, OK, REFUSED
+from quantline.pipeline.fleet_result import FILE, LOST, NOT_ASKED, OK, REFUSED, drill_file
 from quantline.pipeline.identity import fingerprint
 from quantline.pipeline.kept_servers import end_servers
+from quantline.pipeline.names import joined, model_of
 from quantline.pipeline.run import StageRun
 from quantline.pipeline.server import server_of
 from quantline.serving.fleet.drill import REAL, Drill, Row, metrics, table
@@ -77,24 +78,36 @@ def prove_in_pipeline(root: Path, typed: Typed) -> dict[str, Any]:
     Raises:
         ServerError: something did not start.
     """
-    asked = _Asked(root, typed)
+    frozen = parse(typed.values).frozen
+    model = model_of(frozen.variant) if frozen else ""
+    asked, path = _Asked(root, Typed(_of_model(typed.values, model), typed.overrides)), drill_file(root, model)
     if not asked.smoke.pipeline:
-        return _written(root, {"status": NOT_ASKED})
+        return _written(path, {"status": NOT_ASKED})
     try:
         made = asked.resolved()
     except UserError as error:
-        return _written(root, {"status": REFUSED, "reason": str(error)})
+        return _written(path, {"status": REFUSED, "reason": str(error)})
     identity = asked.identity(made)
     kept = root / HOME / KEPT / f"{identity[:16]}.json"
     if former := _former(kept, identity):
         print("the fleet is what it was at a former drill, whose result stays", file=sys.stderr)
-        return _written(root, former)
+        return _written(path, former)
     end_servers()
     _, document = asked.drilled(made)
     document = {"identity": identity, **document}
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_json(kept, document)
-    return _written(root, document)
+    return _written(path, document)
+
+
+def _of_model(values: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """A configuration whose fleet names the variants of a model whole, where its options leave the model out."""
+    fleet = dict(values["fleet"])
+    precisions = {
+        name: [one if "/" in one or "@" in one else joined(model, one) for one in chain]
+        for name, chain in (fleet["precisions"] or {}).items()
+    }
+    return {**values, "fleet": {**fleet, "precisions": precisions}} if model else dict(values)
 
 
 def drill_values(values: Mapping[str, Any], smoke: FleetSmokeConfig) -> dict[str, Any]:
@@ -173,8 +186,9 @@ class _Asked:
         }  # fmt: skip
 
 
-def _written(root: Path, document: dict[str, Any]) -> dict[str, Any]:
-    write_json(root / FILE, document)
+def _written(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, document)
     return document
 
 

@@ -17,7 +17,7 @@ from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import UserError
 from quantline.lifecycle.storage import dvc_cache
 from quantline.lifecycle.storage.dvc_outputs import bring, hashes_of, outputs_of
-from quantline.lifecycle.tracking.reader import LOCK_FILE, artifact, connected
+from quantline.lifecycle.tracking.reader import LOCK_FILE, artifact, connected, kept_tracking
 from quantline.lifecycle.tracking.registry import Version, command_about, versions
 from quantline.pipeline.paths import BY_HAND
 
@@ -82,9 +82,7 @@ def _outputs(tracking: TrackingConfig, root: Path, item: Version) -> tuple[str, 
 
 
 def _kept_uri(root: Path) -> str | None:
-    kept = root / "variants" / "float.yaml"
-    values = yaml.safe_load(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    uri = ((values or {}).get("tracking") or {}).get("uri")
+    uri = (kept_tracking(root) or {}).get("uri")
     return str(uri) if uri else None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from quantline.core.files import clear, foreign
 from quantline.lifecycle.promoted import require_whole
 from quantline.lifecycle.storage import dvc_cache, dvc_lock
 from quantline.pipeline.dvc_config import cache_folder
-from quantline.pipeline.paths import checked_name
+from quantline.pipeline.paths import frozen_path, is_folder_name
 
 # Arguments for DVC's `used_objs`, which always includes the workspace.
 KEEP: dict[str, dict[str, bool]] = {
@@ -41,15 +41,25 @@ class Garbage:
 
 
 def former_outputs(root: Path) -> list[Path]:
-    """Leftovers of variants that were removed from params.yaml: their folders in artifacts/, their frozen configurations.
+    """Leftovers of variants and models that were removed from params.yaml: what they have in artifacts/, their frozen
+    configurations, a removed model's report.
 
-    `report` depends on both folders, so a clone without them would run it again.
+    `report` depends on these folders, so a clone without them would run it again.
 
     Raises:
         UserError: dvc.lock is missing or malformed, or has an invalid name of a variant.
     """
-    names = [checked_name(name) for name in dvc_lock.former_variants(root)]
-    places = [place for name in names for place in (root / "artifacts" / name, root / "variants" / f"{name}.yaml")]
+    places: dict[Path, None] = {}
+    for output in dvc_lock.former_outputs(root):
+        home, *parts = Path(output.path).parts
+        if not parts:  # what one model has beside the folders, such as metrics.json
+            continue
+        if not all(is_folder_name(part) for part in (*parts[:-1], Path(parts[-1]).stem)):
+            raise UserError(f"dvc.lock: {output.path} is of no variant; take dvc.lock from git, or remove it")
+        if home == "artifacts":
+            places |= dict.fromkeys((root / home / output.variant, frozen_path(root, output.variant)))
+        else:  # a frozen configuration, a model's report, its metrics
+            places[root / output.path] = None
     return [place for place in places if place.exists()]
 
 
@@ -60,12 +70,14 @@ def remove_former(places: Sequence[Path]) -> None:
             shutil.rmtree(place)
         else:
             place.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder of a model that has nothing else
+            place.parent.rmdir()
 
 
 def remove_partial(root: Path) -> list[str]:
     """Remove half-made outputs of processes that were killed on this machine; returns a line for each, for the user."""
     below = {place.parent for home in ("artifacts", "scratch") for place in (root / home).rglob(".*.partial-*")}
-    folders = [root, root / "variants", *sorted(below)]
+    folders = [root, root / "variants", *sorted((root / "variants").glob("*/")), *sorted(below)]
     removed, others = (
         [place.relative_to(root) for folder in folders for place in of(folder)] for of in (clear, foreign)
     )

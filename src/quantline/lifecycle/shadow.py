@@ -26,6 +26,8 @@ from quantline.lifecycle.fleet import folder_of
 from quantline.lifecycle.serve import Subject, Typed
 from quantline.pipeline.config import parse
 from quantline.pipeline.identity import differing, file_hashes
+from quantline.pipeline.names import baseline_of, is_baseline_name
+from quantline.pipeline.paths import run_folder
 from quantline.pipeline.run import StageRun
 from quantline.pipeline.server import server_of
 from quantline.serving import server as vllm_server
@@ -96,7 +98,10 @@ def shadow(root: Path, typed: Typed, question: Question) -> tuple[ShadowVerdict,
     own = replace(
         typed, overrides=[one for one in typed.overrides if one.partition("=")[0].split(".")[0] in serve.READS]
     )
-    subjects = [subject_of_name(root, one, own) for one in (question.against, question.variant)]
+    against, folder_of_run = question.against, run_folder(root, question.variant)
+    if against == BASELINE and folder_of_run is not None and folder_of_run.is_dir():
+        against = baseline_of(question.variant)  # of its own model
+    subjects = [subject_of_name(root, one, own) for one in (against, question.variant)]
     _refuse_other_tokens(subjects)
     starts = [_start(root, subject, own) for subject in subjects]
     longest = min(served_tokens(subject, options) for subject, (_, options) in zip(subjects, starts, strict=True))
@@ -116,7 +121,7 @@ def shadow(root: Path, typed: Typed, question: Question) -> tuple[ShadowVerdict,
         # The first token has no log-probability. What users wrote decides: an answer is likelier for the model that gave it.
         scores.append([values[: one.prompt - 1] for values, one in zip(whole, asked, strict=True)])
         answered.append([values[one.prompt - 1 :] for values, one in zip(whole, asked, strict=True)])
-    default = config.promote.max_perplexity_increase if question.against == BASELINE else FOLLOWING
+    default = config.promote.max_perplexity_increase if is_baseline_name(question.against) else FOLLOWING
     most = default if question.most_increase is None else question.most_increase
     verdict = judge(scores[1], scores[0], most_increase=most, how=config.evaluate.bootstrap)
     path = folder / RESULT

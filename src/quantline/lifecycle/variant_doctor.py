@@ -172,7 +172,7 @@ def _own_logs(root: Path, name: str) -> list[Path]:
 
 def _logs(root: Path, name: str, facts: dict[str, Any]) -> Iterator[Cause]:
     """The reason in the newest log of a server that did not become ready."""
-    servers = [path for path in _own_logs(root, name) if path.parent.name != name]
+    servers = [path for path in _own_logs(root, name) if path.parent != root / PIPELINE_HOME / name]
     if not servers:
         return
     newest = servers[-1]

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
-from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.lifecycle.storage.dvc_cache import (
     Entry,
@@ -25,7 +24,7 @@ from quantline.lifecycle.storage.dvc_cache import (
 from quantline.lifecycle.storage.dvc_lock import REPAIR, Output, held, lacking, read_lock
 from quantline.pipeline.dvc_config import dvc_config
 from quantline.pipeline.identity import combined, differing, file_hashes
-from quantline.pipeline.paths import SHARED, read_result
+from quantline.pipeline.paths import read_result
 
 # What reading a result raises that is none.
 _NO_RESULT = (UserError, KeyError, TypeError, ValueError)
@@ -66,8 +65,8 @@ def verify(root: Path, cache: Path, promoted: Mapping[str, str] = MappingProxyTy
     with held(root):
         outputs = read_lock(root)
         faults = [
-            Fault("dvc.lock", _variant_of(key), f"does not have {key}, whose result is here", REPAIR)
-            for key in lacking(root)
+            Fault("dvc.lock", variant, f"does not have {key}, whose result is here", REPAIR)
+            for key, variant in lacking(root).items()
         ]
     damaged, size = _damaged_objects(cache)
     pull = "`make pull`, or " if dvc_config(root)["core"].get("remote") else ""
@@ -93,11 +92,6 @@ def verify(root: Path, cache: Path, promoted: Mapping[str, str] = MappingProxyTy
             )
         faults.append(Fault(str(path), whose, what, remedy))
     return VerifyReport(sum(1 for _ in all_objects(cache)), count, size, tuple(faults))
-
-
-def _variant_of(key: str) -> str:
-    """The variant of a stage, from its name in dvc.lock."""
-    return key.partition("@")[2] or (BASELINE if key.endswith("_baseline") else SHARED)
 
 
 def _damaged_objects(cache: Path) -> tuple[dict[str, Path], int]:

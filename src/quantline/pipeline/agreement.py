@@ -49,12 +49,15 @@ def refuse_contradictions(
                 following.append(fault)
     # A group that is chosen here while its options are set in `shared`: those would win, and the choice be ignored.
     for override in own:
-        group, shared = key_of(override), lines[SHARED_LINE]
-        hidden = [other for other in shared if key_of(other).startswith(f"{group}.")]
+        group = key_of(override)
+        place, hidden = next(
+            ((where, found) for where, line in lines.items() if where != own_place
+             if (found := [other for other in line if key_of(other).startswith(f"{group}.")])), ("", []),
+        )  # fmt: skip
         stages = [stage for stage, key in _shared_keys(config) if stage.shared and key == group]
-        if hidden and stages and override not in shared:
+        if hidden and stages and override not in lines[place]:
             here = f"{own_place}: {override}"
-            faults.setdefault(here, f"{here} contradicts {SHARED_LINE}: {' '.join(hidden)}; {_why(stages[0])}")
+            faults.setdefault(here, f"{here} contradicts {place}: {' '.join(hidden)}; {_why(stages[0])}")
     if faults or following:
         raise ConfigError(list(faults.values()) or following)
 
@@ -113,7 +116,7 @@ def _said(lines: Lines, leaf: str, value: Any) -> str:
 def _why(stage: Stage) -> str:
     if stage.shared:
         return (
-            f"{stage.name} runs once for all variants. Write it in `{SHARED_LINE}:`, or give the variants of another "
-            "model a checkout of their own"
+            f"{stage.name} runs once for all variants of a model. Write it in `{SHARED_LINE}:`, or name the other model in "
+            "`models:` (docs/guide/models.md)"
         )
     return f"{stage.name} compares the variant with the float model on the same. Write it in `{SHARED_LINE}:`"

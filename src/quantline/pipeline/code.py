@@ -28,7 +28,7 @@ _CARRIES = re.compile(r"(quantline|stages)$|quantline\.(core|config|pipeline|lif
 # The modules among them that do have a part in an output: alarms, the use of GPUs, how a server or a fleet is started.
 _MAKES = re.compile(r"quantline\.(config\.limits|core\.gpu|pipeline\.server|lifecycle\.fleet(_smoke)?)$")
 # These take a second to run, and nearly every package has a part in what they say: they follow all of their imports.
-_FOLLOW_ALL = ("compose", "report")
+_FOLLOW_ALL = ("compose", "report", "overview")
 # These files define the identity. They are not in any identity themselves, but DVC must rerun every stage after an edit
 # of them; otherwise `publish` would treat every result as out of date.
 _IDENTITY = ("src/quantline/pipeline/identity.py", "src/quantline/pipeline/options.py")

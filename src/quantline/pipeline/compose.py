@@ -19,8 +19,10 @@ from quantline.pipeline.config import parse
 from quantline.pipeline.fit import refuse_what_the_model_does_not_take
 from quantline.pipeline.hydra_values import plain
 from quantline.pipeline.identity import backends_of, locks_of
+from quantline.pipeline.model_lines import MODELS, variant_lines
+from quantline.pipeline.names import baseline_of, is_baseline_name, model_of, own_name
 from quantline.pipeline.overrides import split
-from quantline.pipeline.paths import checked_name
+from quantline.pipeline.paths import checked_name, frozen_path
 from quantline.pipeline.stages import refuse_source
 from quantline.pipeline.yaml_file import read_yaml
 
@@ -30,47 +32,52 @@ _DEFAULTS = ["_self_", {"override hydra/job_logging": "stdout"}, {"override hydr
 
 
 def read_params(params: Path) -> dict[str, Any]:
-    """The content of params.yaml: `shared`, `baseline`, and `variants` by name, with the baseline as the first of them.
+    """The content of params.yaml: `shared`, `baseline`, `models`, and `variants` by name, the baseline the first of them.
+
+    Where it has several models, `variants` has every pair that is to be built as MODEL/NAME, and each model's baseline.
+    `own` are the lines of `variants` as they stand in the file.
 
     Raises:
-        UserError: it is missing or malformed, or a name is not valid as the name of a folder.
+        UserError: it is missing or malformed, a name is not valid as the name of a folder, or models, variants and pairs
+            contradict each other.
     """
     content = read_yaml(params, "this file names the variants to build")
     if not isinstance(content, dict) or not isinstance(content.get("variants"), dict):
         raise UserError(f"{params.name}: needs `variants:`, a mapping of names to overrides such as method=gptq bits=4")
-    variants: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     for key, value in content["variants"].items():
         name = checked_name(str(key))
-        if name in variants:
+        if name in own:
             raise UserError(f"{params.name}: two variants are called {name}; give each a name of its own")
-        variants[name] = value
-    return {**content, "variants": {BASELINE: content.get("baseline"), **variants}}
+        own[name] = value
+    return {**content, "own": own, "variants": variant_lines(content, params.name)}
 
 
 def variant_overrides(params: Path, name: str) -> list[str]:
-    """The Hydra overrides of a variant of params.yaml, those shared by all variants first.
+    """The Hydra overrides of a variant of params.yaml: those shared by all variants, its model's, its own.
 
     Raises:
         UserError: params.yaml is missing or malformed, or names no such variant.
     """
-    lines = _lines(params, name)
-    return [*lines[SHARED_LINE], *next(line for where, line in lines.items() if where != SHARED_LINE)]
+    return [override for line in _lines(params, name).values() for override in line]
 
 
 def _lines(params: Path, name: str) -> dict[str, list[str]]:
-    """The overrides that are shared, and the variant's own, each by its place in params.yaml."""
+    """The overrides that are shared, the model's, and the variant's own, each by its place in params.yaml."""
     content = read_params(params)
     variants: dict[str, Any] = content["variants"]
     if name not in variants:
         hint = nearest(name, list(variants))
         raise UserError(f"variant={name}: {params.name} names {', '.join(variants)}{hint}")
-    places = {SHARED_LINE: content.get("shared"), place_of(name): variants[name]}
+    model = model_of(name)
+    of_model = {f"{MODELS}.{model}": content[MODELS][model]} if model else {}
+    places = {SHARED_LINE: content.get("shared"), **of_model, place_of(name): variants[name]}
     return {where: split(line, f"{params.name}: {where}") for where, line in places.items()}
 
 
 def place_of(name: str) -> str:
     """Where params.yaml has the line of a variant."""
-    return BASELINE_LINE if name == BASELINE else f"variants.{name}"
+    return BASELINE_LINE if is_baseline_name(name) else f"variants.{own_name(name)}"
 
 
 def compose_values(conf: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -102,10 +109,10 @@ def frozen_variant(root: Path, name: str) -> dict[str, Any]:
     overrides = [override for line in lines.values() for override in line]
     values = compose_values(conf, overrides)
     config = parse(values)
-    if (config.method.name == BASELINE) != (name == BASELINE):
+    if (config.method.name == BASELINE) != is_baseline_name(name):
         raise UserError(f"variant={name}: method={config.method.name} is only for the variant called {BASELINE}")
-    if name != BASELINE:
-        of_float = _lines(root / "params.yaml", BASELINE)
+    if not is_baseline_name(name):
+        of_float = _lines(root / "params.yaml", baseline_of(name))
         refuse_contradictions(config, lines, of_float, lambda own: parse(compose_values(conf, own)))
     refuse_source(config, "the pipeline")
     refuse_what_the_model_does_not_take(config, root)
@@ -121,7 +128,7 @@ def write_frozen(root: Path, name: str, values: Mapping[str, Any]) -> Path:
 
     document = {"defaults": _DEFAULTS, "hydra": _HYDRA, **values}
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=1000)
-    path = root / "variants" / f"{name}.yaml"
+    path = frozen_path(root, name)
     with replaced(path) as temporary:
         temporary.write_text(_HEADER.format(name=name) + text, encoding="utf-8")
     return path

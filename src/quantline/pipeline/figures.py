@@ -11,6 +11,7 @@ from typing import Any
 
 from quantline.config.method import BASELINE
 from quantline.evaluation.nats import growth
+from quantline.pipeline.names import is_baseline_name
 from quantline.pipeline.records import VariantRecord, by_stage
 
 MISSING = "-"
@@ -31,7 +32,7 @@ def row_of(record: VariantRecord) -> Row:
         if result["status"] == "unsupported"
     }
     method = record.config.get("method") or {}
-    baseline = record.name == BASELINE or method.get("name") == BASELINE
+    baseline = is_baseline_name(record.name) or method.get("name") == BASELINE
     served = False if reasons else None
     if "serve_smoke" in results:
         served = results["serve_smoke"]["status"] == "ok"

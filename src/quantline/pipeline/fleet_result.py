@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from quantline.core.errors import UserError
+from quantline.pipeline.names import file_name, frozen_name, model_of
 from quantline.pipeline.records import VariantRecord
 from quantline.pipeline.stages import is_baseline
 
 FILE = "fleet_smoke.json"
+_FOLDER = "fleet_smoke"
 # What became of it: every request was answered, some were lost, the fleet cannot run here, or nobody asks for it.
 OK, LOST, REFUSED, NOT_ASKED = "ok", "lost", "refused", "not asked for"
+
+
+def drill_file(root: Path, model: str) -> Path:
+    """Where the pipeline's drill writes its result. model: of several; empty where there is one."""
+    return root / _FOLDER / f"{model}.json" if model else root / FILE
 
 
 def content_of(record: VariantRecord) -> str | None:
@@ -33,7 +40,9 @@ def current_drill(root: Path, records: Iterable[VariantRecord]) -> dict[str, Any
     Raises:
         UserError: the file cannot be read.
     """
-    path = root / FILE
+    records = list(records)
+    whole = [frozen_name(record.config, record.name) for record in records]
+    path = drill_file(root, model_of(whole[0]) if whole else "")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -42,6 +51,6 @@ def current_drill(root: Path, records: Iterable[VariantRecord]) -> dict[str, Any
         raise UserError(f"{path}: cannot be read ({error}); remove it and run `dvc repro`") from error
     if found.get("status", NOT_ASKED) == NOT_ASKED:
         return None
-    now = {record.name: content_of(record) for record in records}
+    now = {file_name(name): content_of(record) for name, record in zip(whole, records, strict=True)}
     made_of = found.get("variants") or {}
     return found if all(now.get(name, one["content"]) == one["content"] for name, one in made_of.items()) else None

@@ -38,7 +38,7 @@ def add_variant(params: Path, name: str, overrides: Sequence[str]) -> str:
     """
     checked_name(name)
     line = line_of(overrides)
-    known = read_params(params)["variants"]
+    known = read_params(params)["own"]
     if known.get(name) == line:
         return line
     if name in known:
@@ -49,7 +49,7 @@ def add_variant(params: Path, name: str, overrides: Sequence[str]) -> str:
     before, after = text[:mark].rstrip("\n"), text[mark:].lstrip("\n")
     with replaced(params) as temporary:
         temporary.write_text(f"{before}\n  {entry}\n{after}", encoding="utf-8")
-    if read_params(params)["variants"].get(name) != line:
+    if read_params(params)["own"].get(name) != line:
         raise RuntimeError(f"{params}: the line of {name} was written wrong")
     return line
 

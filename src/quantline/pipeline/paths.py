@@ -1,6 +1,7 @@
 """Where results lie on disk: one JSON file per stage beside the stage's output, read by later stages and by `publish`.
 
     artifacts/shared/download, artifacts/float/evaluate, artifacts/NAME/quantize      made by the pipeline
+    artifacts/MODEL/shared/download, artifacts/MODEL/float/evaluate, ...              where params.yaml has `models:`
     scratch/float/MODEL/download, scratch/float/MODEL/evaluate, scratch/NAME/quantize by hand
 
 By hand every model has a folder of its own for its download and for what the float baseline gives. No variant can be
@@ -21,6 +22,7 @@ from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.text import nearest
 from quantline.pipeline.config import Config
+from quantline.pipeline.names import joined, model_of, own_name
 from quantline.pipeline.stages import STAGES, baseline_overrides, is_baseline
 
 
@@ -119,8 +121,14 @@ class StagePaths:
 
 
 def stage_paths(home: Path, variant: str, stage: str) -> StagePaths:
-    """Paths of a stage of the pipeline below `home`, artifacts/; all variants share one download."""
-    return StagePaths(home / (SHARED if stage in STAGES and STAGES[stage].shared else variant) / stage)
+    """Paths of a stage of the pipeline below `home`, artifacts/; all variants of a model share one download."""
+    shared = stage in STAGES and STAGES[stage].shared
+    return StagePaths(home / (joined(model_of(variant), SHARED) if shared else variant) / stage)
+
+
+def frozen_path(root: Path, name: str) -> Path:
+    """The frozen configuration of a variant of params.yaml."""
+    return root / "variants" / f"{name}.yaml"
 
 
 def manual_paths(root: Path, config: Config, name: str, stage: str) -> StagePaths:
@@ -133,6 +141,9 @@ def recorded(root: Path, stage: str) -> Iterator[Path]:
     """The result files of a stage: those of manual runs, then the pipeline's."""
     for pattern in (f"{MANUAL_HOME}/*", f"{MANUAL_HOME}/{BASELINE}/*", f"{PIPELINE_HOME}/*"):
         yield from sorted(root.glob(f"{pattern}/{stage}.json"))
+    # Of several models; the files in the output of a stage of one model lie as deep, and can have such a name.
+    deeper = root.glob(f"{PIPELINE_HOME}/*/*/{stage}.json")
+    yield from sorted(path for path in deeper if path.parent.name not in STAGES)
 
 
 def run_names(root: Path, *stages: str) -> list[str]:
@@ -140,7 +151,7 @@ def run_names(root: Path, *stages: str) -> list[str]:
     folders = {path.parent.relative_to(root).as_posix() for stage in stages for path in recorded(root, stage)}
     pipeline = [name.removeprefix(f"{PIPELINE_HOME}/") for name in folders if name.startswith(f"{PIPELINE_HOME}/")]
     manual = [BY_HAND + name.removeprefix(f"{MANUAL_HOME}/") for name in folders if name.startswith(f"{MANUAL_HOME}/")]
-    return [name for name in sorted(pipeline) if name != SHARED] + sorted(manual)
+    return [name for name in sorted(pipeline) if own_name(name) != SHARED] + sorted(manual)
 
 
 def not_among(name: str, known: Sequence[str]) -> str:
@@ -154,26 +165,39 @@ def not_among(name: str, known: Sequence[str]) -> str:
 def run_folder(root: Path, name: str) -> Path | None:
     """The folder of the run with this name, the pipeline's or a manual one; None if the name is not that of a run.
 
-    A name means one run: `NAME` is the pipeline's variant, `by-hand/NAME` the manual run.
+    A name means one run: `NAME` or `MODEL/NAME` is the pipeline's variant, `by-hand/NAME` the manual run.
     """
     if name.startswith(BY_HAND):
         home, parts = MANUAL_HOME, name.removeprefix(BY_HAND).removeprefix(f"{BASELINE}/")
     else:
-        home, parts = PIPELINE_HOME, name
+        home, parts = PIPELINE_HOME, own_name(name)
+        if model_of(name) and (not _NAME.fullmatch(model_of(name)) or model_of(name) in _RESERVED):
+            return None
     return root / home / name.removeprefix(BY_HAND) if _NAME.fullmatch(parts) and parts != SHARED else None
 
 
-def checked_name(name: str) -> str:
+def is_folder_name(name: str) -> bool:
+    """Whether every part of a name is one that Quantline gives to a folder of artifacts/."""
+    return all(_NAME.fullmatch(part) for part in name.split("/", 1))
+
+
+def checked_name(name: str, place: str = "") -> str:
     """Return `name` if it is valid as the name of a variant.
+
+    place: begins the message, in place of `variant=NAME`.
 
     Raises:
         UserError: it is empty, too long, has characters other than letters, digits, '_' and '-' (DVC splits at a dot), or
             is the name of something else.
     """
+    what = "model" if place else "variant"
     if name in _RESERVED:
-        raise UserError(f"variant={name}: a variant cannot be called {name}, which is the folder of something else")
+        shown = place or f"variant={name}"
+        raise UserError(f"{shown}: a {what} cannot be called {name}, which is the folder of something else")
     if not _NAME.fullmatch(name):
-        raise UserError(f"variant={name!r}: a variant's name takes letters, digits, '_' and '-', 80 at most")
+        raise UserError(
+            f"{place or f'variant={name!r}'}: a {what}'s name takes letters, digits, '_' and '-', 80 at most"
+        )
     return name
 
 

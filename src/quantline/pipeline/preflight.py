@@ -26,7 +26,7 @@ from quantline.pipeline.fit import faults_with_model
 from quantline.pipeline.identity import options_fingerprint
 from quantline.pipeline.overrides import split, with_variant
 from quantline.pipeline.own_files import located, missing_texts
-from quantline.pipeline.paths import PIPELINE_HOME, read_result, recorded
+from quantline.pipeline.paths import PIPELINE_HOME, frozen_path, read_result, recorded
 from quantline.pipeline.stages import is_baseline
 from quantline.pipeline.text_checks import text_checks
 from quantline.planning.model_types import why_unknown
@@ -331,8 +331,9 @@ def measured_losses(root: Path, config: Config) -> dict[tuple[str, int, int], st
     for path in recorded(root, "evaluate"):
         name = path.parent.name
         try:
-            if path.parent.parent.name == PIPELINE_HOME:
-                values = yaml.safe_load((root / "variants" / f"{name}.yaml").read_text(encoding="utf-8"))
+            if path.is_relative_to(root / PIPELINE_HOME):
+                name = path.parent.relative_to(root / PIPELINE_HOME).as_posix()
+                values = yaml.safe_load(frozen_path(root, name).read_text(encoding="utf-8"))
             else:
                 values = yaml.safe_load((path.parent / "config.json").read_text(encoding="utf-8"))["config"]
             model = {key: value for key, value in values["model"].items() if key != "name"}

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.files import read_json
 from quantline.pipeline.compose import read_frozen, read_params
@@ -21,12 +20,14 @@ from quantline.pipeline.config import Config, parse, with_current_names
 from quantline.pipeline.git import commit_of, patch_of
 from quantline.pipeline.identity import options_fingerprint, stage_fingerprint
 from quantline.pipeline.inputs import command_for, output_with_fingerprint
+from quantline.pipeline.names import baseline_of
 from quantline.pipeline.paths import (
     BY_HAND,
     PIPELINE_HOME,
     SAVED,
     StagePaths,
     Taken,
+    frozen_path,
     manual_paths,
     not_among,
     read_result,
@@ -49,7 +50,7 @@ def pipeline_records(root: Path) -> list[VariantRecord]:
     """
     records = []
     for name in read_params(root / "params.yaml")["variants"]:
-        path = root / "variants" / f"{name}.yaml"
+        path = frozen_path(root, name)
         if not path.is_file():
             continue
         values = read_frozen(path)
@@ -112,7 +113,7 @@ def _pipeline_results(root: Path, name: str, config: Config) -> Found:
         if not places.result.is_file():
             continue
         result = read_result(places.result)
-        if not _follows(result, config, stage, root, current):
+        if not _follows(name, result, config, root, current):
             print(f"{name}: {stage} is out of date and was left out; run `dvc repro`", file=sys.stderr)
             continue
         current[stage] = result
@@ -157,17 +158,15 @@ def _with_files(root: Path, places: StagePaths, result: dict[str, Any]) -> dict[
     return {**result, "files": files, "log": log}
 
 
-def _follows(
-    result: dict[str, Any], config: Config, stage: str, root: Path, current: dict[str, dict[str, Any]]
-) -> bool:
+def _follows(name: str, result: dict[str, Any], config: Config, root: Path, current: dict[str, dict[str, Any]]) -> bool:
     # DVC does not run a stage again when its inputs did not change, so its fingerprint may cover older options of the
     # stages before it. The result is identified by its own options and by the hashes of its inputs.
-    if result.get("options") != options_fingerprint(config, stage, root):
+    if result.get("options") != options_fingerprint(config, str(result["stage"]), root):
         return False
     for took, content in taken(result).items():
         source = current.get(took.stage, {})
         if took.baseline:
-            path = stage_paths(root / PIPELINE_HOME, BASELINE, took.stage).result
+            path = stage_paths(root / PIPELINE_HOME, baseline_of(name), took.stage).result
             source = read_result(path) if path.is_file() else {}
         if took.content(source) != content:
             return False

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.files import building, write_json
 from quantline.pipeline.config import Config
@@ -32,6 +31,7 @@ from quantline.pipeline.inputs import (
     pipeline_output,
 )
 from quantline.pipeline.linked import keep_output
+from quantline.pipeline.names import baseline_of, model_of, own_name
 from quantline.pipeline.paths import (
     MANUAL_HOME,
     PIPELINE_HOME,
@@ -102,7 +102,11 @@ class StageRun:
         """
         if self.config.frozen is None:
             return manual_name(self.config, self.overrides)
-        return BASELINE if self.is_baseline else checked_name(self.config.frozen.variant)
+        name = self.config.frozen.variant
+        for part in (model_of(name), "" if self.is_baseline else own_name(name)):
+            if part:
+                checked_name(part)
+        return baseline_of(name) if self.is_baseline else name
 
     @property
     def paths(self) -> StagePaths:
@@ -179,7 +183,7 @@ class StageRun:
                 lacks the file that this stage reads of it.
         """
         if self.frozen:
-            path = pipeline_output(self.root, BASELINE if baseline else self.variant, stage)
+            path = pipeline_output(self.root, baseline_of(self.variant) if baseline else self.variant, stage)
         else:
             config = float_config(self.config) if baseline else self.config
             found = output_with_fingerprint(self.root, stage, stage_fingerprint(config, stage, self.root))

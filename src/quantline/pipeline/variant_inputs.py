@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantline.config.method import BASELINE
 from quantline.pipeline.compose import read_frozen, read_params
 from quantline.pipeline.config import parse
+from quantline.pipeline.names import is_baseline_name, model_of, own_name
+from quantline.pipeline.paths import frozen_path
 from quantline.pipeline.stages import STAGES, Stage, of_config
 
 
@@ -20,27 +21,29 @@ def inputs_of_variants(root: Path) -> dict[str, dict[str, Any]]:
     A shared stage is the baseline's. A variant that is not frozen yet is left out.
 
     Returns:
-        reads: by variant and stage, one hash over what the stage reads. DVC watches it.
+        reads: by variant and stage (where there are several models, by model, variant and stage), one hash over what the
+            stage reads. DVC watches it.
         files: the hash of each file by its path, as the configuration names it.
 
     Raises:
         UserError: params.yaml or a frozen configuration cannot be read.
     """
-    reads: dict[str, dict[str, str]] = {}
+    reads: dict[str, dict[str, Any]] = {}
     files: dict[str, Any] = {}
     for name in read_params(root / "params.yaml")["variants"]:
-        path = root / "variants" / f"{name}.yaml"
+        path = frozen_path(root, name)
         if not path.is_file():
             continue
         values = read_frozen(path)
         config = parse(values)
-        reads[name] = {}
+        own_reads = reads.setdefault(model_of(name), {}) if model_of(name) else reads
+        own_reads[own_name(name)] = of_name = {}
         for stage in (STAGES[each] for each in of_config(config)):
-            if stage.shared and name != BASELINE:
+            if stage.shared and not is_baseline_name(name):
                 continue
             own = stage.inputs(config, root) if stage.inputs else {}
             files.update(own)
-            reads[name][stage.name] = _hash({"options": _options(stage, values), "files": own})
+            of_name[stage.name] = _hash({"options": _options(stage, values), "files": own})
     return {"reads": reads, "files": files}
 
 

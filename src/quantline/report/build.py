@@ -16,6 +16,7 @@ from quantline.config.report import ReportConfig
 from quantline.core.errors import UserError
 from quantline.core.secrets import Scrubber
 from quantline.data.download import spoken_name
+from quantline.pipeline.names import model_of
 from quantline.pipeline.paths import REPORT_MANIFEST
 from quantline.pipeline.records import VariantRecord
 from quantline.report import choice, layer_plots, plots, run_plots, run_tables, tables
@@ -31,8 +32,8 @@ def build(
     """Write the report of these results into `out`, an empty folder, and return it. Equal results give equal bytes.
 
     Args:
-        records: the variants, the baseline among them.
-        home: artifacts/, with the outputs of their stages.
+        records: the variants of one model, the baseline among them.
+        home: the folder with the outputs of their stages, artifacts/ or artifacts/MODEL.
         options: rules and preferences of the recommendation.
         out: the folder to write to.
         drill: the result of the fault drill of a fleet of these variants; None if there is none.
@@ -56,7 +57,8 @@ def build(
     files |= {f"data/{table.name}.json": as_json(table.rows) for table in report.tables.values()}
     files["data/recommendation.json"] = as_json(asdict(report.recommendation))
     chosen, headline = report.recommendation.chosen, report.recommendation.headline
-    manifest = {"version": __version__, "made_of": made_of(records), "chosen": chosen, "headline": headline}
+    manifest = {"version": __version__, "model": report.model, "made_of": made_of(records), "chosen": chosen}
+    manifest["headline"] = headline
     files[REPORT_MANIFEST] = as_json({**manifest, "variants": [record.name for record in records]})
     files |= {f"plots/{name}.svg": plot.file for name, plot in report.plots.items()}
     files["report.md"] = as_markdown(report)
@@ -103,6 +105,7 @@ def compile_report(evidence: Sequence[Evidence], options: ReportConfig, drill: R
         alarm_advice=_alarm_advice([row for row in rows if row["alarms"]]),
         alarms={item.name: item.flags for item in evidence if item.flags and not item.is_baseline},
         unwatched=[item.name for item in evidence if item.flags is None and not item.is_baseline],
+        of_several=bool(model_of(evidence[0].whole_name)),
     )  # fmt: skip
 
 

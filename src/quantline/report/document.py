@@ -117,7 +117,10 @@ SECTIONS = (
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the documents show. plots: by name; plots per variant are named `<kind>-<variant>`."""
+    """Everything that the documents show. plots: by name; plots per variant are named `<kind>-<variant>`.
+
+    of_several: the project has other models, too, and a page over all of them.
+    """
 
     model: str
     summary: list[tuple[str, str]]
@@ -129,6 +132,7 @@ class Report:
     alarm_advice: str
     alarms: dict[str, list[Row]]
     unwatched: list[str]
+    of_several: bool = False
 
     def plots_of(self, name: str) -> list[Plot]:
         """The plot with this name, or with `errors-` the plots of all variants; empty if nothing was drawn."""

@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.evaluation.speed.trust import trusted
 from quantline.pipeline.chosen import kept
+from quantline.pipeline.names import frozen_name, is_baseline_name, model_of, own_name
 from quantline.pipeline.paths import REPORT_MANIFEST, stage_paths
 from quantline.pipeline.records import VariantRecord
 from quantline.pipeline.stages import PIPELINE
@@ -38,6 +38,11 @@ class Evidence:
     def name(self) -> str:
         """The variant's name."""
         return self.record.name
+
+    @property
+    def whole_name(self) -> str:
+        """Its name in commands: with its model, where params.yaml has several."""
+        return frozen_name(self.record.config, self.name)
 
     @property
     def is_baseline(self) -> bool:
@@ -145,7 +150,7 @@ def gather(records: Sequence[VariantRecord], home: Path) -> list[Evidence]:
         for record in records
     ]
     rows = {row["variant"]: row for row in variant_table(known)}
-    ordered = sorted(records, key=lambda record: record.name != BASELINE)
+    ordered = sorted(records, key=lambda record: not is_baseline_name(record.name))
     return [Evidence(record, home, rows[record.name]) for record in ordered]
 
 
@@ -158,13 +163,28 @@ def made_of(records: Iterable[VariantRecord]) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def current_report(root: Path, records: Iterable[VariantRecord]) -> Path | None:
-    """The pipeline's report if it was made from exactly these results; None if it is missing or out of date."""
+def report_folder(home: Path, model: str) -> Path:
+    """Where the report of a model is. home: report/, or its place in scratch/. model: empty where there is one."""
+    return home / "models" / model if model else home
+
+
+def of_model(records: Iterable[VariantRecord], model: str) -> list[VariantRecord]:
+    """The variants of a model, without it in their names: its report is about nothing else."""
+    return [replace(record, name=own_name(record.name)) for record in records if model_of(record.name) == model]
+
+
+def current_report(root: Path, records: Sequence[VariantRecord]) -> Path | None:
+    """The report of a model if it was made from exactly these results; None if it is missing or out of date.
+
+    records: those of one model.
+    """
+    model = model_of(records[0].name)
+    folder = report_folder(root / "report", model)
     try:
-        manifest = json.loads((root / "report" / REPORT_MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / REPORT_MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return root / "report" if manifest.get("made_of") == made_of(records) else None
+    return folder if manifest.get("made_of") == made_of(of_model(records, model)) else None
 
 
 def _value(text: str | None) -> Any:

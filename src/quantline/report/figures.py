@@ -21,12 +21,14 @@ FOLDER = "metrics"
 NO_VARIANT = "none"
 
 
-def write_figures(report: Report, root: Path) -> None:
-    """Write `metrics.json` and `metrics/<variant>`."""
+def write_figures(report: Report, root: Path, model: str = "") -> None:
+    """Write `metrics.json` and `metrics/<variant>`; of one of several models, `metrics/<model>/<variant>` alone."""
     rows = {str(row["variant"]): figures_of(row) for row in report.tables["variants"].rows}
-    with building(root / FOLDER) as folder:
+    with building(root / FOLDER / model) as folder:
         for name, figures in rows.items():
             (folder / name).write_text(as_json(figures), encoding="utf-8")
+    if model:
+        return
     with replaced(root / BEST_FILE) as temporary:
         temporary.write_text(as_json(best_of(rows, report.recommendation.chosen)), encoding="utf-8")
 

@@ -17,7 +17,10 @@ def as_markdown(report: Report) -> str:
 
 def _lines(report: Report) -> Iterator[str]:
     found = report.recommendation
-    yield from (f"# Which variant of {report.model} to ship", "", f"**{found.headline}**", "")
+    yield from (f"# Which variant of {report.model} to ship", "")
+    if report.of_several:
+        yield from ("[All models](../../report.md)", "")
+    yield from (f"**{found.headline}**", "")
     yield from (f"- {reason}" for reason in found.reasons)
     if found.caveats:
         yield from ("", "What to keep in mind:", "", *(f"- {caveat}" for caveat in found.caveats))

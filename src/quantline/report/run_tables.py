@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from quantline.pipeline.names import dvc_stage
 from quantline.pipeline.server import record_line
 from quantline.report.evidence import Evidence, Row, first
 from quantline.report.table import Table, variant_column
@@ -222,7 +223,7 @@ def commands(evidence: Sequence[Evidence]) -> Table:
 def serving(evidence: Sequence[Evidence]) -> Table:
     """How to serve each variant that was served: here, and elsewhere in the folder of its files."""
     rows = [
-        {"variant": item.name, "here": f"python -m stages.serve variant={item.name}", "elsewhere": line}
+        {"variant": item.name, "here": f"python -m stages.serve variant={item.whole_name}", "elsewhere": line}
         for item in evidence
         if (line := record_line(item.record, "."))
     ]
@@ -233,7 +234,7 @@ def serving(evidence: Sequence[Evidence]) -> Table:
 def _last_stages(item: Evidence) -> list[str]:
     """The last stages of a variant, which depend on all others, by their DVC names."""
     last = [stage for stage in ("evaluate", "tasks", "speed") if stage == "evaluate" or stage in item.results]
-    return [f"{stage}_baseline" if item.is_baseline else f"{stage}@{item.name}" for stage in last]
+    return [dvc_stage(stage, item.whole_name) for stage in last]
 
 
 def protocol(evidence: Sequence[Evidence]) -> Table:

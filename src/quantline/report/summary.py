@@ -11,8 +11,8 @@ from typing import Any
 
 import tabulate
 
-from quantline.config.method import BASELINE
 from quantline.pipeline.figures import MISSING, difference_text, group_text, number_text, row_of
+from quantline.pipeline.names import is_baseline_name, model_of
 from quantline.pipeline.records import VariantRecord
 
 REASON_CHARS = 14
@@ -29,14 +29,17 @@ LEGEND = (
 
 
 def variant_table(records: Sequence[VariantRecord]) -> list[dict[str, Any]]:
-    """One row per variant, the float baseline first; a value that was not measured is None.
+    """One row per variant, each model's float baseline first; a value that was not measured is None.
 
     difference_percent: how much the perplexity grew against float, by the reference engine on the same tokens, with the
     ends of its 95 % interval. perplexity is of the reference engine too, vllm_perplexity of the real server. size_bytes:
     the weights on disk. compression_ratio: float size over size. served: None where serving was not tried. reasons: for
     each stage that the variant could not pass, its reason in full.
     """
-    ordered = sorted(records, key=lambda record: record.name != BASELINE)
+    models = list(dict.fromkeys(model_of(record.name) for record in records))
+    ordered = sorted(
+        records, key=lambda record: (models.index(model_of(record.name)), not is_baseline_name(record.name))
+    )
     return [row_of(record) for record in ordered]
 
 

@@ -21,7 +21,8 @@ from quantline.config.method import BASELINE
 from quantline.core.errors import UserError
 from quantline.core.files import alive
 from quantline.pipeline.dvc_config import dvc_config
-from quantline.pipeline.paths import stage_paths
+from quantline.pipeline.names import all_names, dvc_stage, file_name, is_baseline_name, joined, model_of
+from quantline.pipeline.paths import SHARED, stage_paths
 from quantline.pipeline.stages import PIPELINE, STAGES
 
 MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
@@ -40,9 +41,11 @@ class Output:
 
     @property
     def variant(self) -> str:
-        """Its variant, from its path."""
-        parts = Path(self.path).parts
-        return parts[1].removesuffix(".yaml") if len(parts) > 1 else self.path
+        """Its variant, from its path; of several models with the model, such as `qwen/awq-w4` or `qwen/shared`."""
+        home, *parts = Path(self.path).parts
+        if home == "artifacts":
+            return "/".join(parts[:-1])
+        return "/".join(parts).removesuffix(".yaml") if parts else self.path
 
 
 @contextmanager
@@ -110,18 +113,18 @@ def read_lock(root: Path) -> list[Output]:
     Raises:
         UserError: dvc.lock is missing or malformed, or a `dvc` command is working.
     """
-    known = _variants(root)
-    return [output for output in _locked(root) if known is None or output.stage.partition("@")[2] in known]
+    known = _Known.of(root)
+    return [output for output in _locked(root) if known is None or known.has(output.stage)]
 
 
-def former_variants(root: Path) -> list[str]:
-    """The variants in dvc.lock that were removed from params.yaml, sorted; their outputs may still be here.
+def former_outputs(root: Path) -> list[Output]:
+    """The outputs in dvc.lock of variants that were removed from params.yaml; they may still be here.
 
     Raises:
         UserError: dvc.lock is missing or malformed, or a `dvc` command is working.
     """
-    known = _variants(root)
-    return sorted({output.stage.partition("@")[2] for output in _locked(root)} - known) if known is not None else []
+    known = _Known.of(root)
+    return [output for output in _locked(root) if not known.has(output.stage)] if known is not None else []
 
 
 def stage_keys(name: str) -> dict[str, str]:
@@ -129,26 +132,28 @@ def stage_keys(name: str) -> dict[str, str]:
 
     Of the float baseline DVC runs those that variants are compared with; its speed is measured beside each variant's.
     """
-    baseline = name == BASELINE
+    baseline = is_baseline_name(name)
     return {
-        stage: stage if STAGES[stage].shared else f"{stage}_baseline" if baseline else f"{stage}@{name}"
+        stage: dvc_stage(stage, name, shared=STAGES[stage].shared)
         for stage in PIPELINE if not baseline or STAGES[stage].shared or STAGES[stage].beside_float
     }  # fmt: skip
 
 
-def lacking(root: Path) -> list[str]:
-    """The stages, as DVC names them, whose result is in artifacts/, but which are not or not whole in dvc.lock.
+def lacking(root: Path) -> dict[str, str]:
+    """The stages, as DVC names them, whose result is in artifacts/, but which are not or not whole in dvc.lock -> variant.
 
     Raises:
         UserError: dvc.lock is missing or malformed, or a `dvc` command is working.
     """
     locked, here = locked_outs(root), root / "artifacts"
-    known = _variants(root) or {path.name for path in here.glob("*")}
-    return list(dict.fromkeys(
-        key for name in sorted({BASELINE, *known} - {""}) for stage, key in stage_keys(name).items()
+    known = _Known.of(root)
+    names = known.names if known else [BASELINE, *sorted(path.name for path in here.glob("*"))]
+    return {
+        key: joined(model_of(name), SHARED) if STAGES[stage].shared else name
+        for name in names for stage, key in stage_keys(name).items()
         if (paths := stage_paths(here, name, stage)).result.is_file()
         and not {root / out["path"] for out in locked.get(key, [])}.issuperset([paths.output, paths.result])
-    ))  # fmt: skip
+    }  # fmt: skip
 
 
 def require_whole(root: Path) -> None:
@@ -196,12 +201,33 @@ def _locked(root: Path) -> list[Output]:
     ]
 
 
-def _variants(root: Path) -> set[str] | None:
-    """The possible suffixes after `@` in a stage's name, including none; None if params.yaml cannot be read."""
-    import yaml
+@dataclass(frozen=True)
+class _Known:
+    """What params.yaml names. names: of the variants, with each model's baseline. models: empty where there is one."""
 
-    try:
-        named = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["variants"]
-        return {"", *map(str, named)}
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None
+    names: list[str]
+    models: frozenset[str]
+
+    @classmethod
+    def of(cls, root: Path) -> _Known | None:
+        """From a checkout; None if params.yaml cannot be read."""
+        import yaml
+
+        try:
+            content = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+            _ = content["variants"].items()
+            return cls(all_names(content), frozenset(map(str, content.get("models") or ())))
+        except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+            return None
+
+    def has(self, key: str) -> bool:
+        """Whether the pipeline of these variants has a stage that DVC calls so."""
+        stage, _, of = key.partition("@")
+        once = stage.removesuffix("_baseline") == stage and stage not in (
+            *PIPELINE,
+            "report",
+            "fleet_smoke",
+        )  # `code`, `inputs`, ...
+        if not of:
+            return once or not self.models
+        return of in self.models or of in {file_name(name) for name in self.names}

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from quantline.lifecycle.sweep.record import Sweep
 from quantline.pipeline.dvc_config import cache_folder
+from quantline.pipeline.names import file_name
 
 # What a job reads of the project. All else in the checkout is linked, so that relative paths of models and texts hold.
 _PARTS = ("conf", "envs", "src", "stages", "dvc.yaml", "params.yaml", "pyproject.toml", ".dvcignore", "dvc.lock")
 _DVC = ("config", "config.local", "plots", ".gitignore")
 # Outputs of the pipeline, and what is another checkout's own.
-_OWN = (".git", ".dvc", "artifacts", "variants", "report", "metrics", "metrics.json", "fleet_smoke.json", "code.yaml",
-        "inputs.yaml", "scratch", "mlruns", "mlartifacts", "mlflow.db", "mlflow.db.lock", "site", "outputs",
+_OWN = (".git", ".dvc", "artifacts", "variants", "report", "metrics", "metrics.json", "fleet_smoke", "fleet_smoke.json",
+        "code.yaml", "inputs.yaml", "scratch", "mlruns", "mlartifacts", "mlflow.db", "mlflow.db.lock", "site", "outputs",
         "multirun")  # fmt: skip
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
@@ -48,7 +49,7 @@ def make_area(sweep: Sweep, variant: str) -> Path:
     """
     from dvc.config import Config
 
-    area = sweep.home / "areas" / variant
+    area = sweep.home / "areas" / file_name(variant)
     remove_area(area)
     copy_project(sweep.project, area)
     with Config(str(area / ".dvc")).edit("local") as config:

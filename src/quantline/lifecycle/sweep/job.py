@@ -26,6 +26,7 @@ from quantline.lifecycle.sweep.area import make_area, remove_area
 from quantline.lifecycle.sweep.launch import GIVES_GPUS
 from quantline.lifecycle.sweep.leases import gpus_of, leased, quiet
 from quantline.lifecycle.sweep.record import HOME, JobRecord, Sweep, read_job, write_job
+from quantline.pipeline.names import file_name
 from quantline.pipeline.stages import PIPELINE
 from quantline.serving import process_tree
 
@@ -34,7 +35,7 @@ TIMED = "speed"
 _GRACE_SECONDS = 60.0
 _RUNNING = re.compile(r"(?m)^Running stage '([^']+)'")
 # These write one small file in a second; `inputs` and `report` have no result that could be cached.
-LIGHT = re.compile(r"(code|compose|compose_baseline|inputs|report)(@|$)")
+LIGHT = re.compile(r"(code|compose|compose_baseline|inputs|report|overview)(@|$)")
 
 
 def ran(output: str) -> tuple[str, ...]:
@@ -84,7 +85,7 @@ def _gpus() -> list[str]:
 def _alone(sweep: Sweep, variant: str) -> Iterator[None]:
     locks = sweep.home.parent / "locks"
     locks.mkdir(exist_ok=True)
-    with FileLock(locks / f"{variant}.lock"):
+    with FileLock(locks / f"{file_name(variant)}.lock"):
         yield
 
 

@@ -6,6 +6,8 @@
     scratch/sweep/<id>/logs/<v>.log   what the job printed
     scratch/sweep/<id>/areas/<v>/     where a job works; removed when it has ended
 
+<v> is the variant; of several models MODEL-NAME.
+
 All jobs of a sweep see this folder. A record is written whole, so that a killed job leaves its last one.
 """
 
@@ -22,6 +24,7 @@ from typing import Any
 
 from quantline.core.errors import UserError
 from quantline.core.files import alive, read_json, write_json
+from quantline.pipeline.names import file_name
 
 HOME = Path("scratch", "sweep")
 _ID = re.compile(r"\d{8}-\d{6}-\d+")
@@ -55,7 +58,7 @@ class Sweep:
 
     def log(self, variant: str) -> Path:
         """What the job of a variant printed."""
-        return self.home / "logs" / f"{variant}.log"
+        return self.home / "logs" / f"{file_name(variant)}.log"
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,12 @@ def sweeps(root: Path) -> list[Path]:
 
 def write_job(sweep: Sweep, record: JobRecord) -> None:
     """Write a job's record."""
-    write_json(sweep.home / "jobs" / f"{record.variant}.json", asdict(record))
+    write_json(sweep.home / "jobs" / f"{file_name(record.variant)}.json", asdict(record))
 
 
 def read_job(sweep: Sweep, variant: str) -> JobRecord:
     """A job's record. A job that says that it runs here, but whose process is gone, has failed."""
-    content = read_json(sweep.home / "jobs" / f"{variant}.json")
+    content = read_json(sweep.home / "jobs" / f"{file_name(variant)}.json")
     record = JobRecord(**{**content, "gpus": tuple(content["gpus"]), "again": tuple(content["again"])})
     if record.state == "running" and record.host == socket.gethostname() and not alive(record.pid):
         return replace(record, state="failed", fault="its process was killed")

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantline.config.method import BASELINE
 from quantline.core.errors import QuantlineError, UserError, WorkerError
 from quantline.core.gpu import visible_gpus
 from quantline.core.text import nearest
@@ -24,6 +23,7 @@ from quantline.lifecycle.sweep.launch import launcher_log, log_tail, start, work
 from quantline.lifecycle.sweep.record import JobRecord, Sweep, new_home, read_jobs, write_job, write_sweep
 from quantline.pipeline.compose import read_params
 from quantline.pipeline.dvc_config import cache_folder, dvc_config
+from quantline.pipeline.names import baseline_of, dvc_stage, is_baseline_name
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def prepare(root: Path, asked: Asked) -> Sweep:
         UserError: no such variant or remote, or a line of params.yaml is wrong.
         WorkerError: a shared stage failed.
     """
-    known = [name for name in read_params(root / "params.yaml")["variants"] if name != BASELINE]
+    known = [name for name in read_params(root / "params.yaml")["variants"] if not is_baseline_name(name)]
     for name in asked.variants or ():
         if name not in known:
             raise UserError(
@@ -60,7 +60,9 @@ def prepare(root: Path, asked: Asked) -> Sweep:
     _run(root, [sys.executable, "-m", "stages.check"])
     for area in remove_leftovers(root):
         print(f"removed what a killed job left: {area.relative_to(root)}", file=sys.stderr)
-    shared = ["code", "inputs", *(f"compose@{name}" for name in known), *targets(BASELINE, asked.until)]
+    composed = [dvc_stage("compose", name) for name in known]
+    baselines = dict.fromkeys(baseline_of(name) for name in variants)
+    shared = ["code", "inputs", *composed, *(key for name in baselines for key in targets(name, asked.until))]
     repro(root, shared)
     if asked.remote is not None:
         _run(root, [sys.executable, "-m", "dvc", "push", "--run-cache", "--remote", asked.remote])
@@ -142,8 +144,8 @@ def collect(sweep: Sweep) -> Collected:
     if not done:
         return Collected(jobs, ())
     # The whole pipeline where all variants of params.yaml are there, so that the report is made, too.
-    known = set(read_params(sweep.root / "params.yaml")["variants"]) - {BASELINE}
-    everything = sweep.until is None and known <= set(done)
+    known = [name for name in read_params(sweep.root / "params.yaml")["variants"] if not is_baseline_name(name)]
+    everything = sweep.until is None and set(known) <= set(done)
     wanted = [] if everything else [key for name in done for key in targets(name, sweep.until)]
     again = repro(sweep.root, wanted, quiet=True)
     return Collected(jobs, again)

@@ -14,12 +14,15 @@ from typing import Any
 import yaml
 
 from quantline.config.data import ModelConfig
+from quantline.config.method import BASELINE
 from quantline.config.tracking import TrackingConfig
 from quantline.core.errors import QuantlineError, TrackingError, UserError
 from quantline.core.secrets import Scrubber
 from quantline.lifecycle.tracking.store import check_reachable, experiment_name, resolve_uri, sqlite_path
 from quantline.lifecycle.tracking.writer import quiet_mlflow
 from quantline.pipeline.lineage.chain import Lineage, ordered
+from quantline.pipeline.names import baseline_of
+from quantline.pipeline.paths import frozen_path
 
 LOCK_FILE = "dvc.lock"
 _LEAST_PREFIX = 6
@@ -58,19 +61,31 @@ class TrackedRun:
         return self.tags.get("quantline.dirty") == "true"
 
 
-def tracking_of(values: Mapping[str, Any], overrides: Sequence[str], root: Path) -> TrackingConfig:
+def tracking_of(values: Mapping[str, Any], overrides: Sequence[str], root: Path, name: str = "") -> TrackingConfig:
     """Where the variants of this checkout are published: as on the command line, else as in the frozen configuration.
 
     Args:
         values: the composed configuration, plain.
         overrides: the command line's.
         root: the checkout.
+        name: of the variant that is meant, whose model can have its own experiment.
     """
-    kept = root / "variants" / "float.yaml"
     section = values["tracking"]
-    if not any(override.startswith("tracking") for override in overrides) and kept.is_file():
-        section = (yaml.safe_load(kept.read_text(encoding="utf-8")) or {}).get("tracking", section)
+    if not any(override.startswith("tracking") for override in overrides):
+        section = kept_tracking(root, name) or section
     return TrackingConfig.model_validate(section)
+
+
+def kept_tracking(root: Path, name: str = "") -> dict[str, Any] | None:
+    """The section `tracking` that the float baseline of a variant was frozen with; None if none is.
+
+    name: of a variant; empty for the first of the models.
+    """
+    ours = [frozen_path(root, baseline_of(name)), frozen_path(root, BASELINE)]
+    places = [*ours, *sorted((root / "variants").glob(f"*/{BASELINE}.yaml"))]
+    kept = next((place for place in places if place.is_file()), None)
+    values = yaml.safe_load(kept.read_text(encoding="utf-8")) if kept else None
+    return (values or {}).get("tracking")
 
 
 @contextmanager

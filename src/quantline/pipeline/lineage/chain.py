@@ -95,7 +95,7 @@ def _remedy(folder: Path, root: Path) -> Callable[[str], str]:
     if (folder / SAVED).is_file():
         overrides = shlex.split(str(read_json(folder / SAVED)["overrides"]))
         return lambda stage: f"; run: {command_for(stage, overrides)}"
-    return lambda stage: "; run `dvc repro`" if folder.parent == root / PIPELINE_HOME else ""
+    return lambda stage: "; run `dvc repro`" if folder.is_relative_to(root / PIPELINE_HOME) else ""
 
 
 def _by_content(root: Path, took: Taken, content: str) -> Path | None:
