@@ -59,6 +59,7 @@ UNSEEN = {
         ),
         "of families, see test_families_vllm.py",
     ),
+    "exl3": "no method of vLLM's, see tests/checkpoints/layouts/test_exl3.py",
     "gguf": "of a file that the stages give to llama.cpp",
     "kv-cache-cpu": "of the server's cache, see test_kv_cache_vllm.py",
     **dict.fromkeys(

@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from quantline.checkpoints.checkpoint import Checkpoint
-from quantline.checkpoints.layouts import awq, gptq_config, modelopt
+from quantline.checkpoints.layouts import awq, exl3, gptq_config, modelopt
 from quantline.checkpoints.layouts.config_values import stored_bits_and_groups
 from quantline.checkpoints.layouts.gguf import layout as gguf
 from quantline.checkpoints.model_config import read_config
@@ -193,6 +193,8 @@ def facts_of(quantization: Mapping[str, Any] | None, *, widths_divisible_by_32: 
         return CheckpointFacts(method, layout=modelopt.algorithm_of(quantization).lower())
     if method == "compressed-tensors":
         return _compressed_facts(quantization, widths_divisible_by_32)
+    if method == exl3.NAME:
+        return CheckpointFacts(method)
     if method == gguf.NAME:
         return CheckpointFacts(method, layout=str(quantization.get("type")).lower())
     layout = awq.version_of(quantization) if method == awq.METHOD else gptq_config.format_of(quantization)

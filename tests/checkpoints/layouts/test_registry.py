@@ -29,7 +29,7 @@ def test_layouts_of_one_method_are_read_by_one_section() -> None:
         assert layout.config is not None
         section = CONFIG_SECTIONS[layout.method]
         assert (layout.config.parse, layout.config.own_file) == (section.parse, section.own_file)
-    assert set(CONFIG_SECTIONS) == {"awq", "gptq", "compressed-tensors", "bitsandbytes", "modelopt", "gguf"}
+    assert set(CONFIG_SECTIONS) == {"awq", "gptq", "compressed-tensors", "bitsandbytes", "modelopt", "gguf", "exl3"}
 
 
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.config is not None])

@@ -196,6 +196,7 @@ class Layout:
             symmetric, and whether groups are reordered; None keeps it.
         zero_hazard: a known problem with zero points of 0.
         whole: its writers quantize the embeddings and the output layer, too, and decide about all types themselves.
+        own_head: its writers store an output layer of its own, also where config.json ties it to the embeddings.
         runtime: the server that reads it.
     """
 
@@ -223,6 +224,7 @@ class Layout:
     nearest: Callable[[Collection[LinearSpec], bool, bool], str | None] = _itself
     zero_hazard: str = ""
     whole: bool = False
+    own_head: bool = False
     runtime: str = "vllm"
 
     def __repr__(self) -> str:

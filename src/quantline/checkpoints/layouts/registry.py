@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from quantline.checkpoints.layouts import awq_gemm, awq_gemv, bitsandbytes, gptq, gptq_v2, modelopt
+from quantline.checkpoints.layouts import awq_gemm, awq_gemv, bitsandbytes, exl3, gptq, gptq_v2, modelopt
 from quantline.checkpoints.layouts.compressed_tensors import floats, int_quantized, pack_quantized
 from quantline.checkpoints.layouts.gguf import layout as gguf
 from quantline.checkpoints.layouts.layout import ConfigSection, Layout
@@ -23,6 +23,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "modelopt_fp8": modelopt.FP8,
     "modelopt_nvfp4": modelopt.NVFP4,
     "bitsandbytes": bitsandbytes.LAYOUT,
+    "exl3": exl3.LAYOUT,
     "gguf": gguf.LAYOUT,
     "msmodelslim": msmodelslim.SAFE_TENSOR,
     "msmodelslim_ascend_v1": msmodelslim.ASCEND_V1,

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantline.checkpoints.float_view import FloatView
+from quantline.checkpoints.layouts import LAYOUTS
 from quantline.checkpoints.linears import lacking_experts
 from quantline.checkpoints.model_config import WITH_IMAGES
 from quantline.checkpoints.safetensors_file import safetensors_dtype, to_float32
@@ -78,7 +79,7 @@ class Skeleton:
             shapes = {name: self.view.shape(name) for name in self.view.names}
         except UserError as error:
             raise JobError(str(error)) from error
-        self.model, loaded = _build(folder, shapes)
+        self.model, loaded = _build(folder, shapes, has_own_head=_has_own_head(self.view))
         self._mapping = _Mapping(self.model)
         self._targets = {name: self._mapping.target(name) for name in self.view.names}
         self._numbers = Counter(self._targets.values())
@@ -260,11 +261,23 @@ class _Mapping:
             convert_and_load_state_dict_in_model(self._model, tensors, settings)
 
 
-def _build(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, Mapping[str, Any]]:
+def _has_own_head(view: FloatView) -> bool:
+    """Whether the checkpoint has an output layer that is its own whatever its config.json says."""
+    info = view.info
+    return (
+        info is not None and LAYOUTS[info.layout].own_head and any(name.endswith("lm_head") for name in view.quantized)
+    )
+
+
+def _build(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], *, has_own_head: bool = False
+) -> tuple[Any, Mapping[str, Any]]:
     """The model without weights, and what transformers says about loading tensors of these shapes."""
     import torch
 
     config = config_of(folder)
+    if has_own_head:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     try:
         attention = attention_of(config)
         with torch.device("meta"):
