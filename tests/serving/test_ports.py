@@ -13,7 +13,7 @@ from quantline.serving.ports import free_port, require_free
 )
 def test_an_address_that_is_not_ours_is_a_user_error(host, port):
     with pytest.raises(UserError, match="cannot listen there"):
-        require_free(host, port)
+        require_free(host, port, "take another")
 
 
 def test_a_free_port_is_none_that_a_connection_gets_while_the_server_loads():

@@ -110,7 +110,7 @@ def test_a_busy_port_is_refused_before_anything_starts(tmp_path, model):
         with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken; stop the process that listens on it"):
             start(tmp_path, model, port=port).__enter__()
     assert not (tmp_path / "logs").exists()
-    require_free("127.0.0.1", port)
+    require_free("127.0.0.1", port, "take another")
 
 
 def test_a_folder_without_config_is_a_user_error(tmp_path):

@@ -145,7 +145,7 @@ def test_a_second_repro_at_once_is_refused_by_the_process_that_is_in_its_way_and
     with pytest.raises(
         UserError, match=rf"makes outputs here \(process {first.pid}: .*run this again when it has ended"
     ):
-        collect_garbage(project.root, (), apply=True)
+        collect_garbage(project.root, {}, apply=True)
     assert set(all_objects(project.cache)) == there
     (project.root / "wait").unlink()
     out = first.communicate(timeout=240)[0]
@@ -160,7 +160,7 @@ def test_after_kill_9_the_next_repro_completes_with_the_same_outputs(waiting, bu
     first.wait()
     (project.root / "wait").unlink()
     assert not (project.root / "artifacts" / "one" / "quantize").exists(), "it was cut off in the middle"
-    collect_garbage(project.root, ())  # DVC's list still has the process, which lives no more
+    collect_garbage(project.root, {})  # DVC's list still has the process, which lives no more
     said = project.dvc("repro")
     assert said.count("Running stage") == 2
     assert project.content() == built_project.content()

@@ -212,7 +212,8 @@ def _held(client: Any, model: str, alias: str) -> Version:
 
 def command_about(name: str, version: Version) -> str:
     """A command about a version and its first alias: promote or demote."""
-    return f"python -m stages.{name} variant={version.tags['quantline.variant']} alias={version.aliases[0]}"
+    command = {"promote": "python -m stages.promote", "demote": "python -m stages.demote"}[name]
+    return f"{command} variant={version.tags['quantline.variant']} alias={version.aliases[0]}"
 
 
 def _files(client: Any, version: Version) -> dict[str, str]:
