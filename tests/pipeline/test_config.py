@@ -10,22 +10,6 @@ def faults_of(values) -> str:
     return str(caught.value)
 
 
-def test_every_choice_of_every_group_composes_into_a_valid_configuration(root, composed):
-    choices = [
-        (group.name, path.stem)
-        for group in sorted((root / "conf").iterdir())
-        if group.is_dir() and group.name != "hydra"
-        for path in sorted(group.glob("*.yaml"))
-    ]
-    assert len(choices) >= 20
-    for group, choice in choices:
-        extra = {"jsonl": ["calibration.path=x.jsonl"], "custom": ["model.path=x"]}.get(choice, [])
-        extra += ["method=rtn"] if group == "layers" else []
-        extra += ["source.path=x"] if group == "source" and choice != "pipeline" else []
-        config = parse(composed(f"{group}={choice}", *extra))
-        assert config.threads >= 1, (group, choice)
-
-
 def test_five_bits_are_refused_with_the_allowed_ones(composed):
     assert "bits=5: gptq takes 2, 3, 4 or 8" in faults_of(composed("method=gptq", "bits=5"))
 

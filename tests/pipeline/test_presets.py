@@ -31,6 +31,22 @@ def sections(root, composed):
     return found
 
 
+def test_every_choice_of_every_group_composes_into_a_valid_configuration(root, composed):
+    choices = [
+        (group.name, path.stem)
+        for group in sorted((root / "conf").iterdir())
+        if group.is_dir() and group.name != "hydra"
+        for path in sorted(group.glob("*.yaml"))
+    ]
+    assert len(choices) >= 20
+    for group, choice in choices:
+        extra = {"jsonl": ["calibration.path=x.jsonl"], "custom": ["model.path=x"]}.get(choice, [])
+        extra += ["method=rtn"] if group == "layers" else []
+        extra += ["source.path=x"] if group == "source" and choice != "pipeline" else []
+        config = parse(composed(f"{group}={choice}", *extra))
+        assert config.threads >= 1, (group, choice)
+
+
 def test_no_pair_of_choices_contradicts_itself_but_methods_that_know_one_number_of_bits(sections, composed):
     base, tried = composed(), 0
     for (one, first), (other, second) in combinations(sections, 2):
