@@ -45,6 +45,13 @@ def test_every_run_has_how_far_it_came_its_quality_and_its_size(root):
     assert found["by-hand/awq-w4-g64"].change_percent is None
 
 
+def test_outputs_that_share_a_file_count_once(root):
+    before = {entry.name: entry.size_bytes for entry in entries(root)}
+    (root / "artifacts" / "one" / "convert").mkdir()
+    (root / "artifacts" / "one" / "convert" / "file").hardlink_to(root / "artifacts" / "one" / "quantize" / "file")
+    assert {entry.name: entry.size_bytes for entry in entries(root)} == before
+
+
 def test_of_a_variant_of_the_pipeline_it_is_told_whether_its_line_is_still_there(root):
     params = root / "params.yaml"
     for lines, told in (("one: method=rtn bits=4", "a line of params.yaml"), ("two: method=rtn", "no longer has")):

@@ -43,7 +43,7 @@ class Entry:
         stages: those that have a result.
         made_of: its overrides, as typed.
         change_percent: growth of the perplexity over the float model's; None where it was not measured.
-        size_bytes: of everything in the folder.
+        size_bytes: of everything in the folder; a file of several names counts once.
         used_at: when its newest result was written, seconds since the epoch.
     """
 
@@ -71,9 +71,10 @@ def _entry(root: Path, name: str) -> Entry | None:
     if "evaluate" in results:
         ratio = read_result(results["evaluate"]).get("metrics", {}).get("perplexity_ratio")
         change = None if ratio is None else 100 * (float(ratio) - 1)
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    sizes = {stat.st_ino: stat.st_size for stat in stats}  # outputs may be links to the same file
     return Entry(
-        name, folder, tuple(results), _overrides(root, name, folder), change, sum(path.stat().st_size for path in files),
+        name, folder, tuple(results), _overrides(root, name, folder), change, sum(sizes.values()),
         max((path.stat().st_mtime for path in results.values()), default=0.0),
     )  # fmt: skip
 
