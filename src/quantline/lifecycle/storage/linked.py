@@ -9,6 +9,7 @@ linked is therefore looked at before DVC uses it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from quantline.core.files import replaced
@@ -22,7 +23,7 @@ _REFLINKS = '[cache]\n    type = "reflink,copy"\n'
 
 
 def drop_damaged(root: Path) -> list[str]:
-    """Remove linked objects whose content is not what their name says from the cache; return what they were.
+    """Remove linked objects whose content is not what their name says from the cache; return which outputs they are.
 
     An object that is as a stage left it by size, time and inode is not read. DVC makes again what it then lacks.
 
@@ -44,9 +45,20 @@ def drop_damaged(root: Path) -> list[str]:
     if good != known:
         keep(cache, good)
     told = described(cache, damaged)
+    inodes = {object_path(cache, name).stat().st_ino: name for name in damaged}
+    for path in _files(root) if damaged else ():
+        if (inode := path.stat().st_ino) in inodes:
+            told[inodes[inode]] = path.relative_to(root).as_posix()
     for name in damaged:
         object_path(cache, name).unlink()
     return [told[name] for name in damaged]
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """The files of a checkout that can be outputs."""
+    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    inside = (path for folder in folders for path in folder.rglob("*"))
+    return (path for path in (*root.iterdir(), *inside) if path.is_file() and not path.is_symlink())
 
 
 def shares_blocks(folder: Path) -> bool:
